@@ -1,0 +1,70 @@
+# Every target does its own set-up, and finds it done the second time.
+#   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
+#   make test    the test suite              make bench   the benchmarks, as one table
+#   make chaos   200 random SIGKILLs         make test-lowest   the suite on the lowest versions of setup.cfg
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help check test chaos test-lowest demo bench clean
+
+PYTHON ?= python3
+AZURITE := 3.35.0
+CHAOS_KILLS ?= 200
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# Demo and benchmarks stay on this machine, whatever proxy or hub the shell is set up for. tests/conftest.py does the
+# same for the tests.
+ALONE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PROXY -u ALL_PROXY \
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Halves of the suite, so that a file stays on one worker for what its tests share; who is done first helps the other.
+TESTS := -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,dev]'
+INSTALLED := .venv/.installed
+LOWEST := .venv-lowest/.installed
+SERVERS := .servers/.azurite-$(AZURITE)
+
+help:
+	@sed -n '1,/^SHELL/s/^# *//p' Makefile
+
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: $(INSTALLED) $(SERVERS)
+	.venv/bin/python -m pytest tests $(TESTS)
+
+chaos: $(INSTALLED) $(SERVERS)
+	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)
+
+# Old releases warn about newer ones of their own dependencies, so here a warning is no error.
+test-lowest: $(LOWEST) $(SERVERS)
+	.venv-lowest/bin/python -m pytest tests -W default $(TESTS)
+
+demo: $(INSTALLED)
+	$(ALONE) .venv/bin/python examples/glue/demo.py
+
+bench: $(INSTALLED)
+	$(ALONE) .venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv .venv-lowest .servers build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A fresh clone takes minutes here, most of them for torch.
+$(INSTALLED): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt is for Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m $(PIP_INSTALL) -c constraints.txt
+	@touch $@
+
+$(LOWEST): setup.cfg constraints.txt .ci/lowest.py $(INSTALLED)
+	$(PYTHON) -m venv .venv-lowest
+	.venv/bin/python .ci/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m $(PIP_INSTALL) -c .venv-lowest/constraints.txt
+	@touch $@
+
+$(SERVERS):
+	npm install --prefix .servers --no-audit --no-fund --loglevel=error azurite@$(AZURITE)
+	@touch $@

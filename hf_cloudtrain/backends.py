@@ -1,0 +1,248 @@
+"""The few things a place of storage must do, on a local disk and on any file system of fsspec.
+
+fsspec's own local file system is not used: it neither creates exclusively nor replaces atomically.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+import xxhash
+
+from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
+from hf_cloudtrain.native import PART_SIZE
+
+EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
+"""Protocols whose packages an extra of ours installs."""
+
+_TEMPORARY = ".cloudtrain-tmp-"
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object of a listing."""
+
+    path: str
+    """Relative to the run URL."""
+    size: int
+    """Bytes."""
+
+
+class Backend(Protocol):
+    """The few questions we ask of a place; each raises what its client raises."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The first `limit` bytes of an object."""
+        ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Store an object, whatever was there; it appears whole or not at all."""
+        ...
+
+    def create(self, path: str, data: bytes) -> None:
+        """Store an object, or raise FileExistsError where there is one."""
+        ...
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """All objects below a folder."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Delete an object; FileNotFoundError is allowed where there is none."""
+        ...
+
+    def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
+        """Store what an open file holds; returns the digest value of what was sent."""
+        ...
+
+    def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
+        """Write an object of `size` bytes into an open file; returns the digest value of what was written."""
+        ...
+
+
+class LocalBackend:
+    """A folder on a disk. Everything appears whole or not at all: written beside, then renamed or linked."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def read(self, path: str, limit: int) -> bytes:
+        with open(self._full(path), "rb") as file:
+            return file.read(limit)
+
+    def write(self, path: str, data: bytes) -> None:
+        temporary = self._beside(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, self._full(path))
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def create(self, path: str, data: bytes) -> None:
+        temporary = self._beside(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.link(temporary, self._full(path))
+        finally:
+            os.unlink(temporary)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        found = []
+        for folder, _, names in os.walk(self._full(prefix)):
+            for name in names:
+                full = os.path.join(folder, name)
+                if not name.startswith(_TEMPORARY):
+                    found.append(ObjectInfo(os.path.relpath(full, self._root), os.stat(full).st_size))
+        return found
+
+    def delete(self, path: str) -> None:
+        full = self._full(path)
+        os.unlink(full)
+        parent = os.path.dirname(full)
+        while parent != self._root:
+            try:
+                os.rmdir(parent)
+            except OSError:
+                break
+            parent = os.path.dirname(parent)
+
+    def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
+        temporary = self._beside(path)
+        try:
+            with open(temporary, "wb", buffering=0) as target:
+                value = _copy(source, target, on_bytes)
+            os.replace(temporary, self._full(path))
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return value
+
+    def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
+        with open(self._full(path), "rb", buffering=0) as source:
+            return _copy(source, target, on_bytes)
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self._root, path)
+
+    def _beside(self, path: str) -> str:
+        folder = os.path.dirname(self._full(path))
+        os.makedirs(folder, exist_ok=True)
+        return os.path.join(folder, f"{_TEMPORARY}{secrets.token_hex(8)}")
+
+
+class FsspecBackend:
+    """Any file system of fsspec."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self._fs = fs
+        self._root = root.rstrip("/")
+
+    def read(self, path: str, limit: int) -> bytes:
+        try:
+            return bytes(self._fs.cat_file(self._full(path), start=0, end=limit))
+        except Exception:
+            # A range of an empty object is an error on most stores.
+            if self._fs.info(self._full(path))["size"] == 0:
+                return b""
+            raise
+
+    def write(self, path: str, data: bytes) -> None:
+        self._fs.pipe_file(self._full(path), data)
+
+    def create(self, path: str, data: bytes) -> None:
+        self._fs.pipe_file(self._full(path), data, mode="create")
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.find(self._full(prefix), detail=True)
+        except FileNotFoundError:
+            return []
+        skip = len(self._fs._strip_protocol(self._root)) + 1
+        return [ObjectInfo(name[skip:], int(info["size"])) for name, info in found.items() if name[skip:]]
+
+    def delete(self, path: str) -> None:
+        self._fs.rm_file(self._full(path))
+
+    def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
+        with self._fs.open(self._full(path), "wb", block_size=PART_SIZE) as target:
+            return _copy(source, target, on_bytes)
+
+    def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
+        hasher = xxhash.xxh3_128()
+        if size == 0:
+            self._fs.info(self._full(path))
+        for start in range(0, size, PART_SIZE):
+            data = self._fs.cat_file(self._full(path), start=start, end=min(size, start + PART_SIZE))
+            hasher.update(data)
+            target.write(data)
+            on_bytes(len(data))
+        return hasher.hexdigest()
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+
+def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, str]:
+    """The place behind a URL, and its root as its file system names it."""
+    if protocol == "file":
+        root = local_path(url)
+        return LocalBackend(root), root
+    import fsspec
+
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise missing_extra(protocol, str(error)) from error
+    except ValueError:
+        raise ConfigurationError(
+            f"{protocol + '://'!r} is no protocol that fsspec knows. Use one such as s3://, gs://, az://, "
+            "hf://buckets/ or file://; a plug-in registers others."
+        ) from None
+    # Its own instance: a shared one may cache listings, and may have been made before a fork.
+    arguments = {**kind._get_kwargs_from_urls(url), **options, "skip_instance_cache": True}
+    arguments.setdefault("use_listings_cache", False)
+    fs = kind(**arguments)
+    root = str(fs._strip_protocol(url))
+    return FsspecBackend(fs, root), root.strip("/")
+
+
+def local_path(url: str) -> str:
+    """The absolute folder that a plain path or a `file://` URL names."""
+    scheme, separator, rest = url.partition("://")
+    return os.path.abspath(rest if separator else os.path.expanduser(scheme)) or "/"
+
+
+def missing_extra(protocol: str, reason: str) -> MissingExtraError:
+    """The error for a protocol whose packages are missing, with the command that installs them."""
+    extra = EXTRAS.get(protocol)
+    command = f"pip install 'hf_cloudtrain[{extra}]'" if extra else "the package that fsspec names"
+    return MissingExtraError(
+        f"{protocol + '://'!r} needs packages that are not installed: {command} ({reason})."
+    )
+
+
+def _copy(source: IO[bytes], target: IO[bytes], on_bytes: Callable[[int], None]) -> str:
+    hasher = xxhash.xxh3_128()
+    while block := source.read(PART_SIZE):
+        hasher.update(block)
+        view = memoryview(block)
+        while view:
+            view = view[target.write(view) or len(view) :]
+        on_bytes(len(block))
+    return hasher.hexdigest()

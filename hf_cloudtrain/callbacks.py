@@ -1,0 +1,443 @@
+"""Callbacks for the Hugging Face Trainer. Trainer is neither subclassed nor patched.
+
+    on_train_begin   take an attempt, start the uploads and the heartbeat
+    on_step_end      hold a save back that would come before the epoch's evaluation
+    on_save          freeze the folder that was just written; the upload is in the background
+    on_train_end     wait until it is committed, on all ranks, or fail on all ranks
+
+None of them is an ExportableState: Trainer would make them anew on resume, and their threads with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import weakref
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_cloudtrain import env
+from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
+from hf_cloudtrain.position import refuse_other_topology
+from hf_cloudtrain.step_tracker import StepTracker
+from hf_cloudtrain.storage import shown_url
+from hf_cloudtrain.trainer_state import EpochLength, make_true_here, metrics, position, step_samples, topology
+
+logger = logging.getLogger(__name__)
+
+
+def _to_parts(event: str) -> Any:
+    def forward(
+        self: CloudTrainCallback,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        for part in self._parts:
+            getattr(part, event)(args, state, control, **kwargs)
+
+    return forward
+
+
+class CloudTrainCallback(TrainerCallback):
+    """Everything in one line: steps tracked, checkpoints uploaded, and `restore` for the next machine.
+
+    Args:
+        run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
+        fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
+
+    Raises:
+        ConfigurationError: no run URL, or a configuration that would never save.
+
+    Example:
+        >>> cloud = CloudTrainCallback("s3://bucket/runs/mrpc")
+        >>> trainer = Trainer(model=model, args=args, train_dataset=train, callbacks=[cloud])
+        >>> trainer.train(resume_from_checkpoint=cloud.restore(args))
+    """
+
+    def __init__(
+        self,
+        run_url: str | None = None,
+        *,
+        storage_options: dict[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self._uploads = CheckpointUploadCallback(run_url, storage_options=storage_options, fresh=fresh)
+        self._steps = StepTrackerCallback(run_url, storage_options=storage_options, fresh=fresh)
+        self._parts: tuple[TrainerCallback, ...] = (self._uploads, self._steps)
+
+    def restore(self, args: TrainingArguments) -> str | None:
+        """See `CheckpointUploadCallback.restore`."""
+        return self._uploads.restore(args)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """See `CheckpointUploadCallback.wait`."""
+        self._uploads.wait(timeout)
+
+    def save(self, folder: str | os.PathLike[str], name: str) -> str:
+        """See `CheckpointUploadCallback.save`."""
+        return self._uploads.save(folder, name)
+
+    on_train_begin = _to_parts("on_train_begin")
+    on_step_begin = _to_parts("on_step_begin")
+    on_step_end = _to_parts("on_step_end")
+    on_epoch_end = _to_parts("on_epoch_end")
+    on_evaluate = _to_parts("on_evaluate")
+    on_log = _to_parts("on_log")
+    on_save = _to_parts("on_save")
+    on_train_end = _to_parts("on_train_end")
+
+
+class CheckpointUploadCallback(TrainerCallback):
+    """Uploads every checkpoint in the background and restores the newest. Arguments as `CloudTrainCallback`."""
+
+    def __init__(
+        self,
+        run_url: str | None = None,
+        *,
+        storage_options: dict[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self._session = _Session.of(run_url, storage_options, fresh=fresh)
+        self._held_back = False
+        self._before_evaluation = False
+        self._save_began_ns = 0
+        self._epoch = EpochLength()
+
+    def restore(self, args: TrainingArguments) -> str | None:
+        """Bring the newest whole checkpoint of the run into `args.output_dir`. Call it on all ranks.
+
+        Returns:
+            The folder for `trainer.train(resume_from_checkpoint=…)`; None on the first start.
+
+        Raises:
+            PositionError: the checkpoint was made with another number of processes, batch or accumulation.
+            CorruptCheckpointError: not one checkpoint is whole.
+            StorageError: the storage does not answer, or the disk is full.
+
+        Example:
+            >>> trainer.train(resume_from_checkpoint=cloud.restore(args))
+        """
+        refuse_never_saving(args)
+        checkpointer = self._session.open(args)
+        now = topology(args)
+        restored = checkpointer.restore(
+            wanted=_wanted_here(checkpointer.world.neighbours),
+            accept=lambda manifest: refuse_other_topology(manifest.position, now, manifest.folder),
+        )
+        if restored is None:
+            return None
+        make_true_here(checkpointer, restored, needs_best=args.load_best_model_at_end)
+        return str(restored.path)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return, on all ranks together, when all that was saved is committed; training's end does it by itself.
+
+        Args:
+            timeout: seconds; None takes `HF_CLOUDTRAIN_DRAIN_TIMEOUT`.
+
+        Raises:
+            NotCommittedError: what is not committed, and how to finish it.
+        """
+        self._session.opened().wait(timeout)
+
+    def save(self, folder: str | os.PathLike[str], name: str) -> str:
+        """Commit any folder of rank 0, such as a final model, under `name`; returns its URL. Call it on all ranks.
+
+        Example:
+            >>> trainer.save_model("final-model")
+            >>> cloud.save("final-model", name="final")
+            's3://bucket/runs/mrpc/final'
+        """
+        return self._session.opened().save_folder(os.fspath(folder), name)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take an attempt; refuse what cannot work before the first step."""
+        refuse_never_saving(args)
+        _refuse_search(state)
+        self._session.uploads = True
+        self._epoch = EpochLength(kwargs.get("train_dataloader"))
+        self._session.open(args)
+        self._session.refuse_running_on(state, self._epoch, args.gradient_accumulation_steps)
+        self._session.begin(args, state)
+        self._held_back = self._before_evaluation = False
+        self._mark_save_begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hold a save back that would come before the epoch's evaluation, and note when a save begins."""
+        self._before_evaluation = args.eval_strategy == IntervalStrategy.EPOCH and _epoch_ends(state, control)
+        if control.should_save:
+            if self._before_evaluation:
+                # Resume skips the evaluation and the random numbers it draws; saved after it, resume is exact.
+                control.should_save = False
+                self._held_back = True
+            else:
+                self._mark_save_begin()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the save that was held back happen: Trainer evaluates first, then saves."""
+        self._before_evaluation = False
+        if self._held_back:
+            self._held_back = False
+            control.should_save = True
+        if control.should_save or control.should_evaluate:
+            self._mark_save_begin()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Freeze the folder that was just written."""
+        checkpointer = self._session.opened()
+        best = state.best_global_step == state.global_step and state.best_metric is not None
+        checkpointer.save(
+            checkpointer.output_dir / f"checkpoint-{state.global_step}",
+            position(args, state, self._epoch),
+            since_ns=self._save_began_ns,
+            inexact_reason=self._inexact_reason(args),
+            metrics=metrics(state, best=best),
+            best=best,
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the uploads: training ends when its last checkpoint is safe, or fails."""
+        self._session.end()
+
+    def _mark_save_begin(self) -> None:
+        """The time of the file system, so that its clock and ours need not agree."""
+        checkpointer = self._session.opened()
+        if checkpointer.world.is_leader:
+            self._save_began_ns = checkpointer.mark_save_begin()
+
+    def _inexact_reason(self, args: TrainingArguments) -> str | None:
+        if args.save_only_model:
+            return "save_only_model=True leaves out the optimizer, the scheduler and the random states"
+        if args.ignore_data_skip:
+            return "ignore_data_skip=True starts the epoch's data again"
+        if self._before_evaluation:
+            return "it was saved before the evaluation at the end of the epoch, which a resume skips"
+        return None
+
+
+class StepTrackerCallback(TrainerCallback):
+    """Tracks steps: time, rate, eta and what is logged, on storage. Arguments as `CloudTrainCallback`."""
+
+    def __init__(
+        self,
+        run_url: str | None = None,
+        *,
+        storage_options: dict[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self._session = _Session.of(run_url, storage_options, fresh=fresh)
+        self._tracker: StepTracker | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the heartbeat on rank 0."""
+        attempt = self._session.begin(args, state)
+        if self._tracker is not None:
+            self._tracker.close("failed")
+            self._tracker = None
+        checkpointer = self._session.opened()
+        if checkpointer.world.is_main:
+            self._tracker = StepTracker(
+                checkpointer.catalog,
+                attempt,
+                first_step=state.global_step,
+                total_steps=state.max_steps,
+                samples_per_step=step_samples(args, state),
+                committed=_last_committed(weakref.ref(checkpointer)),
+            )
+            self._tracker.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time."""
+        if self._tracker is not None:
+            self._tracker.begin_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time."""
+        if self._tracker is not None:
+            self._tracker.end_step(state.global_step, state.num_input_tokens_seen)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation is no step time."""
+        if self._tracker is not None:
+            self._tracker.pause()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what is logged."""
+        if self._tracker is not None:
+            self._tracker.log(state.global_step, kwargs.get("logs") or {})
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A save is no step time; the records up to it are stored beside it."""
+        if self._tracker is not None:
+            self._tracker.pause()
+            self._tracker.flush_soon()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the last records, after the uploads are done."""
+        try:
+            self._session.end()
+        except CloudTrainError:
+            if self._tracker is not None:
+                self._tracker.close("failed")
+            raise
+        if self._tracker is not None:
+            self._tracker.close("finished")
+
+
+def refuse_never_saving(args: TrainingArguments) -> None:
+    """Stop a training that would end green with nothing on storage."""
+    if args.save_strategy == SaveStrategy.NO:
+        raise ConfigurationError(
+            "save_strategy='no' never saves a checkpoint, so nothing would be uploaded. Use save_strategy='steps' with "
+            "save_steps, or 'epoch'; for a final model alone, leave the callback out."
+        )
+    if args.save_only_model:
+        logger.warning(
+            "save_only_model=True: checkpoints hold no optimizer, scheduler or random states, so a resumed run will "
+            "not equal an uninterrupted one."
+        )
+
+
+def _refuse_search(state: TrainerState) -> None:
+    if state.is_hyper_param_search:
+        raise ConfigurationError(
+            "A hyperparameter search trains many runs, and a run URL names one. Give each trial its own Trainer and "
+            "URL, for example f'{url}/{trial.number}', or search without the callback."
+        )
+
+
+class _Session:
+    """What the callbacks of one run share: one Checkpointer, one attempt, one end."""
+
+    _open: ClassVar[weakref.WeakValueDictionary[tuple[str, int], _Session]] = weakref.WeakValueDictionary()
+
+    def __init__(self, run_url: str, storage_options: dict[str, Any] | None, *, fresh: bool) -> None:
+        self.uploads = False
+        """Whether a callback of this session uploads checkpoints."""
+        self._run_url = run_url
+        self._storage_options = storage_options
+        self._fresh = fresh
+        self._checkpointer: Checkpointer | None = None
+        self._begun: TrainerState | None = None
+        self._attempt = 0
+        self._ended = False
+
+    @classmethod
+    def of(cls, run_url: str | None, storage_options: dict[str, Any] | None, *, fresh: bool) -> _Session:
+        """The session of a run in this process: callbacks that name one URL are one attempt."""
+        url = env.run_url(run_url)
+        key = (shown_url(url), os.getpid())
+        session = cls._open.get(key)
+        if session is None or session._ended or session._fresh != fresh:
+            session = cls(url, storage_options, fresh=fresh)
+            cls._open[key] = session
+        return session
+
+    def open(self, args: TrainingArguments) -> Checkpointer:
+        """The Checkpointer, made when the process group exists: TrainingArguments makes it."""
+        _ = args.device  # makes the process group
+        if args.world_size < int(os.environ.get("WORLD_SIZE", "1")):
+            raise ConfigurationError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but each process would train alone, as rank 0. On a machine "
+                "without an accelerator pass use_cpu=True."
+            )
+        if self._checkpointer is None:
+            self._checkpointer = Checkpointer(
+                self._run_url, str(args.output_dir), storage_options=self._storage_options, fresh=self._fresh
+            )
+        return self._checkpointer
+
+    def refuse_running_on(self, state: TrainerState, epoch: EpochLength, accumulation: int) -> None:
+        """Trainer looks for the end of training only after a step, so a complete run would get one step more."""
+        if state.global_step < state.max_steps:
+            return
+        if epoch.is_whole(state.global_step, accumulation):
+            logger.warning(
+                "The run is complete: step %d of %d. Nothing is trained.", state.global_step, state.max_steps
+            )
+            return
+        raise RunCompleteError(
+            f"The run {self.opened().storage.url!r} is complete: step {state.global_step} of {state.max_steps}. Trainer "
+            "would train on from the middle of the epoch. Use the restored checkpoint as it is, or raise max_steps."
+        )
+
+    def opened(self) -> Checkpointer:
+        if self._checkpointer is None:
+            raise ConfigurationError(
+                "Nothing was trained or restored yet: call restore(args) or trainer.train() first."
+            )
+        return self._checkpointer
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> int:
+        """The attempt's number. Each TrainerState is one start: `auto_find_batch_size` makes a new one."""
+        if self._begun is not state:
+            checkpointer = self.open(args)
+            self._attempt = checkpointer.begin(state.global_step).number
+            self._begun = state
+            self._ended = False
+        return self._attempt
+
+    def end(self) -> None:
+        """Wait for the uploads, once. Where steps alone are tracked there are none."""
+        if not self._ended:
+            self._ended = True
+            if self.uploads:
+                self.opened().wait()
+
+
+def _last_committed(checkpointer: weakref.ref[Checkpointer]) -> Any:
+    def ask() -> CheckpointKey | None:
+        found = checkpointer()
+        return found.last_committed if found is not None else None
+
+    return ask
+
+
+def _epoch_ends(state: TrainerState, control: TrainerControl) -> bool:
+    return (
+        control.should_training_stop
+        or control.should_epoch_stop
+        or (state.epoch is not None and float(state.epoch).is_integer())
+    )
+
+
+def _wanted_here(ranks: list[int]) -> Any:
+    """Everything but the random states of ranks on other disks."""
+
+    def wanted(path: str) -> bool:
+        match = re.fullmatch(r"rng_state_(\d+)\.pth", path)
+        return match is None or int(match[1]) in ranks
+
+    return wanted

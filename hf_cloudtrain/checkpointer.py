@@ -1,0 +1,406 @@
+"""Save, newest, restore, wait, close: the page to read first.
+
+    save      barrier -> the outbox freezes the folder (links, milliseconds) -> the uploader commits it in the background
+    restore   what the outbox still holds is committed -> newest manifest -> verified folder -> its path
+    begin     one attempt number for all ranks; a start at step 0 on a run that has checkpoints is refused (law 9)
+    wait      all ranks together, until everything is committed, or an error on all of them (law 5)
+
+Every rank calls everything. One rank a disk (a leader) moves bytes, and rank 0 decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
+from hf_cloudtrain.distributed import World
+from hf_cloudtrain.downloader import download, is_whole, move_aside
+from hf_cloudtrain.errors import (
+    ConfigurationError,
+    CorruptCheckpointError,
+    ManifestError,
+    NoCheckpointError,
+    NotCommittedError,
+    RunHasCheckpointsError,
+)
+from hf_cloudtrain.manifest import FORMAT, META, Manifest, Position, folder_name
+from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.progress import Bar, Progress
+from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.uploader import Uploader, flush
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was put on this machine."""
+
+    path: Path
+    manifest: Manifest
+
+
+class Checkpointer:
+    """The checkpoints of one run, seen from one process of it.
+
+    Args:
+        run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        output_dir: local folder that holds `checkpoint-<step>` folders.
+        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
+        fresh: start at step 0 although the run may have checkpoints.
+
+    Example:
+        >>> checkpointer = Checkpointer("s3://bucket/runs/mrpc", "out")
+        >>> restored = checkpointer.restore()
+        >>> checkpointer.begin(restored.manifest.step if restored else 0)
+        >>> checkpointer.save(Path("out/checkpoint-500"), Position(global_step=500))
+        >>> checkpointer.wait()
+    """
+
+    def __init__(
+        self,
+        run_url: str | None,
+        output_dir: str | Path,
+        *,
+        storage_options: dict[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.storage = Storage(env.run_url(run_url), env.storage_options(storage_options))
+        self.catalog = Catalog(self.storage)
+        self.output_dir = Path(output_dir).absolute()
+        self.outbox = Outbox(self.output_dir)
+        self.world = World.current()
+        self.attempt: Attempt | None = None
+        self.last_saved: CheckpointKey | None = None
+        self._fresh = fresh
+        self._restored: CheckpointKey | None = None
+        self._uploader: Uploader | None = None
+        self._save_error: Exception | None = None
+        self._over = False
+        self.world.meet_disks(self.output_dir / META)
+
+    @property
+    def last_committed(self) -> CheckpointKey | None:
+        """The newest checkpoint that this process committed."""
+        return self._uploader.last_committed if self._uploader else None
+
+    def restore(
+        self,
+        *,
+        wanted: Callable[[str], bool] = lambda path: True,
+        accept: Callable[[Manifest], None] = lambda manifest: None,
+    ) -> Restored | None:
+        """The newest whole checkpoint as a verified local folder; None where the run has none.
+
+        Args:
+            wanted: which files this process's disk needs, by path (other ranks' rng files it does not).
+            accept: looks at the manifest before anything is downloaded, and raises where it does not fit.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, and not one of them is whole.
+            StorageError: the storage does not answer.
+        """
+        self.world.agree(self.storage.check, f"reach {self.storage.url!r}")
+        self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
+        if self._fresh:
+            return None
+        keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
+        for key in reversed(keys):
+            manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
+            if isinstance(manifest, str):
+                problems = [manifest]
+            else:
+                accept(manifest)
+                bring = self.bringer(manifest, wanted)
+                problems = [
+                    problem for problem in self.world.each_leader(bring, f"download {key}") if problem
+                ]
+                if not problems:
+                    self._restored = key
+                    self._say_restored(manifest)
+                    return Restored(self.local_folder(manifest), manifest)
+            if self.world.is_main:
+                logger.warning("%s is damaged, so the one before is taken. %s", key, problems[0])
+        if keys:
+            raise CorruptCheckpointError(
+                f"All {len(keys)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
+                "how; fresh=True starts at step 0."
+            )
+        return None
+
+    def bringer(
+        self, manifest: Manifest, wanted: Callable[[str], bool] = lambda path: True
+    ) -> Callable[[], str | None]:
+        """Work for one leader: bring a checkpoint here, unless it is here; answers what is damaged, if anything."""
+
+        def bring() -> str | None:
+            target = self.local_folder(manifest)
+            originals = self.originals(manifest)
+            if target.is_dir() and is_whole(target, manifest, wanted=wanted, originals=originals):
+                return None
+            progress = Progress()
+            try:
+                with Bar(progress, hidden=not self.world.is_main):
+                    progress.begin(f"Downloading {manifest.folder}", manifest.size)
+                    download(self.catalog, manifest, target, wanted=wanted, on_bytes=progress.add)
+            except CorruptCheckpointError as error:
+                return str(error)
+            return None
+
+        return bring
+
+    def local_folder(self, manifest: Manifest) -> Path:
+        """Where a checkpoint is on this machine: always under its plain name."""
+        return self.output_dir / f"checkpoint-{manifest.step}"
+
+    def originals(self, manifest: Manifest) -> Path:
+        """Where files are kept as they were, when a restored one had to be made true on this machine."""
+        return self.output_dir / META / "originals" / f"{manifest.key}-{manifest.nonce[:8]}"
+
+    def begin(self, global_step: int) -> Attempt:
+        """Start an attempt at `global_step`, once for all ranks, and the uploads of this process.
+
+        Raises:
+            RunHasCheckpointsError: training starts at step 0 on a run that has checkpoints.
+        """
+        # The framework may start over by itself (a smaller batch after running out of memory).
+        again = self.attempt is not None and not self._over
+        self.world.each_leader(lambda: self._prepare_disk(global_step), f"write to {str(self.output_dir)!r}")
+        self.attempt = self.world.agree(lambda: self._begin(global_step, again), "start an attempt")
+        self.last_saved = None
+        self._save_error = None
+        self._over = False
+        if self.world.is_leader and self._uploader is None:
+            self._uploader = Uploader(self.catalog, self.outbox)
+            self._uploader.start()
+        return self.attempt
+
+    def save(
+        self,
+        folder: Path,
+        position: Position,
+        *,
+        since_ns: int = 0,
+        inexact_reason: str | None = None,
+        metrics: dict[str, float] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Take over a folder that all ranks have just written. Returns in milliseconds; the upload is in the background.
+
+        Args:
+            since_ns: files last written before this time (ns) are left-overs of another save.
+            inexact_reason: why a resume from here cannot equal an uninterrupted run, if so.
+            best: whether this is the best checkpoint so far.
+        """
+        assert self.attempt is not None, "begin() first"
+        self.world.barrier()  # every rank has written its files
+        key = CheckpointKey(self.attempt.number, position.global_step)
+        if key == self.last_committed:
+            return
+        self.last_saved = key
+        if self._uploader is None:
+            return
+        entry = OutboxEntry(
+            run_url=self.storage.url,
+            key=key,
+            nonce=f"{self.attempt.nonce}-{position.global_step}",
+            position=position,
+            exclusive=self.attempt.exclusive,
+            exact=inexact_reason is None,
+            inexact_reason=inexact_reason,
+            created=time.time(),
+            metrics=metrics or {},
+            best=best,
+            host=self.world.leaders.index(self.world.rank),
+            hosts=len(self.world.leaders),
+            origin=origin(),
+        )
+        try:
+            self._uploader.submit(self.outbox.accept(folder, entry, since_ns=since_ns))
+        except (OSError, ConfigurationError, ManifestError) as error:
+            # One lost checkpoint must not end the training; `wait` tells if it was the last.
+            self._save_error = error
+            logger.error("checkpoint-%d could not be kept for upload: %s", position.global_step, error)
+
+    def mark_save_begin(self) -> int:
+        """Now, in ns, as the file system of `output_dir` has it: its clock and ours need not agree."""
+        marker = self.output_dir / META / "save-began"
+        marker.touch()
+        return marker.stat().st_mtime_ns
+
+    def save_folder(self, folder: str | Path, name: str) -> str:
+        """Commit any folder of rank 0's disk under a name, by the same manifest; returns its URL once it is committed.
+
+        Raises:
+            NotCommittedError: the storage did not take it in time; the outbox keeps it.
+        """
+        folder_name(name)
+        self.world.barrier()
+        return self.world.agree(lambda: self._save_folder(Path(folder), name), f"commit {name!r}")
+
+    def newest(self) -> CheckpointKey | None:
+        """The newest committed checkpoint of the run, on all ranks."""
+        return self.world.agree(self.catalog.newest, "find the newest checkpoint")
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return, on all ranks together, when everything that was saved is committed.
+
+        Args:
+            timeout: seconds; None takes `HF_CLOUDTRAIN_DRAIN_TIMEOUT`.
+
+        Raises:
+            NotCommittedError: on all ranks, with what is missing and how to finish it.
+        """
+        seconds = env.drain_timeout() if timeout is None else timeout
+        self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
+        self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+        self._over = True
+
+    def close(self) -> None:
+        """Stop the background thread after the upload under way; what is left stays in the outbox."""
+        if self._uploader is not None:
+            self._uploader.close()
+
+    def _finish_left_overs(self) -> None:
+        if self._uploader is not None:  # trained in this process before
+            self._uploader.wait(env.drain_timeout(), bar=self.world.is_main)
+            return
+        left = self.outbox.entries(self.storage.url)
+        for other in self.outbox.entries():
+            if other.run_url != self.storage.url:
+                logger.warning(
+                    "%s of the run %r was saved here and is not on storage. Finish it with `cloudtrain checkpoint flush %s`.",
+                    other.title,
+                    other.run_url,
+                    self.output_dir,
+                )
+        if not left:
+            return
+        logger.warning(
+            "Finishing the upload of %s, saved here before.", ", ".join(entry.title for entry in left)
+        )
+        progress = Progress()
+        with Bar(progress, hidden=not self.world.is_main):
+            flush(self.catalog, self.outbox, progress)
+
+    def _read_or_reason(self, key: CheckpointKey) -> Manifest | str:
+        try:
+            return self.catalog.read(key)
+        except NoCheckpointError as error:
+            return str(error)  # retired since the listing
+        except ManifestError as error:
+            if FORMAT in str(error):
+                raise  # newer than this version: the one before would silently lose work
+            return str(error)
+
+    def _say_restored(self, manifest: Manifest) -> None:
+        if not self.world.is_main:
+            return
+        logger.warning(
+            "Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, self.storage.url
+        )
+        if not manifest.exact:
+            logger.warning("The resumed run will not equal an uninterrupted one: %s", manifest.inexact_reason)
+
+    def _begin(self, global_step: int, again: bool) -> Attempt:
+        if self.storage.exclusive is None:
+            self.storage.check()
+        if self.storage.exclusive is False and not again:
+            logger.warning(
+                "%r does not honour exclusive create, so two processes that train this run at once are told apart only "
+                "by best effort. Checkpoints stay safe: each attempt writes its own folders.",
+                self.storage.url,
+            )
+        resumed_from = self._restored
+        if resumed_from is None or resumed_from.step != global_step:
+            resumed_from = self._checked_start(global_step, again)
+        return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
+
+    def _checked_start(self, global_step: int, again: bool) -> CheckpointKey | None:
+        keys = self.catalog.checkpoints()
+        if global_step == 0 and keys and not self._fresh and not again:
+            raise RunHasCheckpointsError(
+                f"The run {self.storage.url!r} has {len(keys)} checkpoints, the newest at step {keys[-1].step}, but "
+                "training starts at step 0. Continue it with `trainer.train(resume_from_checkpoint=cloud.restore(args))`, "
+                "or begin anew with `CloudTrainCallback(url, fresh=True)` or another URL."
+            )
+        at_step = [key for key in keys if key.step == global_step]
+        if global_step and keys and (not at_step or at_step[-1] != keys[-1]):
+            logger.warning(
+                "Training resumes at step %d, but the newest checkpoint of %r is %s. Use restore() to resume from that.",
+                global_step,
+                self.storage.url,
+                keys[-1],
+            )
+        return at_step[-1] if at_step else None
+
+    def _prepare_disk(self, global_step: int) -> None:
+        """Move local checkpoints of another lineage away: they would be written into, or be taken for new ones."""
+        try:
+            (self.output_dir / META).mkdir(parents=True, exist_ok=True)
+            self.mark_save_begin()
+        except OSError as error:
+            raise ConfigurationError(
+                f"output_dir {str(self.output_dir)!r} cannot be written to ({error.strerror}). Choose another one."
+            ) from error
+        for folder in self.output_dir.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+            if match and int(match[1]) > global_step and folder.is_dir():
+                logger.warning(
+                    "%s is ahead of step %d where this attempt begins: moved to %s.",
+                    folder,
+                    global_step,
+                    move_aside(folder),
+                )
+
+    def _save_folder(self, folder: Path, name: str) -> str:
+        number = self.attempt.number if self.attempt else 0
+        step = self.last_saved.step if self.last_saved else 0
+        entry = OutboxEntry(
+            run_url=self.storage.url,
+            key=CheckpointKey(number, step),
+            nonce=os.urandom(16).hex(),
+            position=Position(global_step=step),
+            created=time.time(),
+            name=name,
+            origin=origin(),
+        )
+        entry = self.outbox.accept(folder, entry)
+        uploader = self._uploader
+        if uploader is None:
+            with Bar(progress := Progress()):
+                flush(self.catalog, self.outbox, progress)
+        else:
+            uploader.submit(entry)
+            uploader.wait(env.drain_timeout())
+        for key in reversed(self.catalog.folders()):
+            manifest = self.catalog.read_folder(key)
+            if manifest.nonce == entry.nonce:
+                return f"{self.storage.url}/{manifest.folder}"
+        raise NotCommittedError(f"{name!r} was not committed to {self.storage.url!r}.")
+
+    def _wait_for_uploads(self, seconds: float) -> None:
+        if self._uploader is not None:
+            self._uploader.wait(seconds, bar=self.world.is_main)
+
+    def _refuse_nothing_on_storage(self) -> None:
+        """A green run with nothing on storage cannot happen."""
+        wanted = self.last_saved or self._restored
+        if wanted is None:
+            raise NotCommittedError(
+                f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. Set "
+                "save_strategy and save_steps so that it saves."
+            )
+        if wanted not in self.catalog.checkpoints():
+            reason = f" {self._save_error}" if self._save_error else ""
+            raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")

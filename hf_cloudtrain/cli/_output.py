@@ -1,0 +1,216 @@
+"""Data to stdout, words to stderr, and nothing that came from storage reaches a terminal as it is.
+
+Tables are as wide as they need, in a pipe and on a terminal: a name that is folded or cut cannot be copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.progress import Bar, Progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WIDE = 100_000
+"""Columns that no table needs."""
+
+
+def clean(text: object) -> str:
+    """The text with everything escaped that is no visible character: a name with ESC in it must not move the cursor."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
+    )
+
+
+def say(text: object) -> None:
+    """A sentence for the person, on stderr."""
+    typer.echo(clean(text), err=True)
+
+
+def fail(text: object) -> NoReturn:
+    """End with exit code 1 and one sentence."""
+    say(f"Error: {text}")
+    raise typer.Exit(1)
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One JSON object on stdout, in ASCII; a number that JSON has no word for becomes null."""
+    typer.echo(json.dumps(_finite(record), indent=2, allow_nan=False))
+
+
+def show_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Collection[str] = ()
+) -> None:
+    """A table on stdout; the columns in `numbers` are set to the right. None and "" show as nothing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else clean(cell)) for cell in row))
+    show(table)
+
+
+def show_facts(facts: dict[str, object]) -> None:
+    """Names and values on stdout, without the values that are None."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(Text(clean(name), style="bold"), Text(clean(value)))
+    show(table)
+
+
+def show_tree(title: str, files: Iterable[tuple[str, int]]) -> None:
+    """A tree of ('/'-separated path, size in bytes) on stdout; a folder shows the size of what is below it."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    files = sorted(files)
+    sizes: dict[str, int] = {}
+    for path, size in files:
+        for folder in _parents(path):
+            sizes[folder] = sizes.get(folder, 0) + size
+    branches = {"": Tree(Text(f"{clean(title)}/  {size_text(sum(size for _, size in files))}"))}
+    for path, size in files:
+        for folder in _parents(path):
+            if folder not in branches:
+                above, _, name = folder.rpartition("/")
+                branches[folder] = branches[above].add(Text(f"{clean(name)}/  {size_text(sizes[folder])}"))
+        above, _, name = path.rpartition("/")
+        branches[above].add(Text(f"{clean(name)}  {size_text(size)}"))
+    show(branches[""])
+
+
+def show(renderable: RenderableType) -> None:
+    """Anything of rich on stdout; give it `Text`, because text alone would be read as markup."""
+    from rich.console import Console
+
+    # With the encoding of stdout, from which rich takes whether it may draw a tree with more than ASCII.
+    page = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding or "utf-8", errors="backslashreplace")
+    terminal = sys.stdout.isatty()
+    Console(file=page, force_terminal=terminal, width=WIDE, markup=False, emoji=False, highlight=False).print(
+        renderable
+    )
+    page.seek(0)
+    typer.echo("\n".join(line.rstrip() for line in page.read().split("\n")[:-1]))
+
+
+def size_text(count: int) -> str:
+    """Bytes for people, in powers of ten: '1.3 GB'."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(5, int(math.log10(count)) // 3)
+    return f"{count / 1000**power:.1f} {' kMGTP'[power]}B"
+
+
+def time_text(seconds: float | None) -> str | None:
+    """A time in seconds since 1970, in this machine's zone: '2026-11-20 14:03:11'."""
+    if not seconds:
+        return None
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.3g} s"  # no year that a calendar has
+
+
+def duration_text(seconds: float | None) -> str | None:
+    """A span of time for people, in its two largest units: '2 h 5 min'."""
+    if seconds is None or not math.isfinite(seconds):
+        return None
+    if seconds < 1:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    left = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if left >= length and len(parts) < 2:
+            parts.append(f"{left // length} {unit}")
+            left %= length
+    return " ".join(parts)
+
+
+@contextlib.contextmanager
+def transfer(title: str = "", size: int = 0) -> Iterator[Progress]:
+    """Bytes under way: a bar on a terminal, and Ctrl-C is heard by the threads that move them."""
+    progress = _Stoppable()
+    progress.begin(title, size)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        progress.stopped = True
+        signal.default_int_handler(number, frame)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        with Bar(progress, hidden=not sys.stderr.isatty()):
+            yield progress
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """What the library logs as a warning or an error is said like our own words."""
+    logger = logging.getLogger("hf_cloudtrain")
+    words = _Words(logging.WARNING)
+    logger.addHandler(words)
+    try:
+        yield
+    finally:
+        logger.removeHandler(words)
+
+
+class _Words(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.capitalize()}: {record.getMessage()}")
+
+
+class _StoppedError(CloudTrainError):
+    """Ctrl-C was pressed; raised in the threads of a transfer, which no signal reaches."""
+
+
+class _Stoppable(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped = False
+
+    def add(self, count: int) -> None:
+        if self.stopped and count > 0:
+            raise _StoppedError("Stopped.")
+        super().add(count)
+
+
+def _parents(path: str) -> Iterator[str]:
+    """'a/b/c' -> 'a', 'a/b'."""
+    parts = path.split("/")
+    for end in range(1, len(parts)):
+        yield "/".join(parts[:end])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,258 @@
+"""`cloudtrain run`: which runs there are, and how one is doing."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_cloudtrain import env
+from hf_cloudtrain.backends import ObjectInfo
+from hf_cloudtrain.catalog import Catalog, run_urls
+from hf_cloudtrain.cli._arguments import Json, RunUrl, examples, open_catalog, refuse_no_run
+from hf_cloudtrain.cli._output import duration_text, print_json, say, show_facts, show_table, time_text
+from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
+
+if TYPE_CHECKING:
+    from hf_cloudtrain.history import AttemptInfo, History
+
+app = typer.Typer(
+    help="Runs: which there are, and how one is doing.",
+    epilog=examples("cloudtrain run status s3://bucket/runs/mrpc"),
+    no_args_is_help=True,
+)
+
+RUNS_AT_ONCE = 16
+"""Runs looked at at once: they wait for answers."""
+
+
+@app.command("list", epilog=examples("cloudtrain run list s3://bucket/runs"))
+def list_(
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", show_default=False, help="A URL or folder with runs below it, at any depth."
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """List the runs below a URL."""
+    storage = Storage(url, env.storage_options(None))
+    names = run_urls(storage)
+    if not names:
+        say(f"There is no run below {storage.url!r}.")
+        if Catalog(storage).attempt_numbers():
+            say(f"It is a run itself: `cloudtrain run status {storage.url}` shows it.")
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        records = list(pool.map(lambda name: _run_record(_Below(storage, name), name), names))
+    for record in records:
+        if record["damaged"]:
+            say(f"Warning: {record['damaged']}")
+    if as_json:
+        print_json({"url": storage.url, "runs": records})
+    elif records:
+        columns = ("run", "state", "attempts", "step", "checkpoints", "newest", "last seen")
+        show_table(columns, map(_run_row, records), numbers=("attempts", "step", "checkpoints"))
+
+
+@app.command(epilog=examples("cloudtrain run status s3://bucket/runs/mrpc"))
+def status(run_url: RunUrl, as_json: Json = False) -> None:
+    """Show how a run is doing. Its state, progress, rate and goodput, and all its attempts."""
+    from hf_cloudtrain.history import history_of
+
+    catalog = open_catalog(run_url)
+    history = history_of(catalog)
+    if not history.attempts:
+        refuse_no_run(catalog)
+    record = _status_record(history)
+    if as_json:
+        print_json(record)
+        return
+    _show_status(record)
+    typer.echo()
+    columns = ("attempt", "state", "started", "ran", "steps", "done again", "resumed from", "host")
+    rows = map(_attempt_row, record["attempts"])
+    show_table(columns, rows, numbers=("attempt", "done again"))
+
+
+class _Below(Storage):
+    """One run of a storage that is open: a new connection for each of hundreds of runs would take minutes."""
+
+    def __init__(self, parent: Storage, name: str) -> None:
+        super().__init__(parent.url)
+        self.url = f"{parent.url.rstrip('/')}/{name}"
+        self._parent = parent
+        self._name_below = name
+
+    def read(self, path: str, max_bytes: int = MAX_RECORD_READ) -> bytes:
+        return self._parent.read(f"{self._name_below}/{path}", max_bytes)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        skip = len(self._name_below) + 1
+        found = self._parent.list(f"{self._name_below}/{prefix}")
+        return [ObjectInfo(info.path[skip:], info.size) for info in found]
+
+
+def quiet_seconds() -> float:
+    """Seconds without a heartbeat after which a run counts as killed: four heartbeats, and at least a minute."""
+    return max(60.0, 4 * env.heartbeat())
+
+
+def _run_record(storage: Storage, name: str) -> dict[str, Any]:
+    """What is known of one run without reading its steps: two listings and two small records."""
+    record: dict[str, Any] = {"run_url": storage.url, "name": name, "damaged": None}
+    try:
+        return {**record, **_run_facts(Catalog(storage))}
+    except ManifestError as error:
+        return {**record, **dict.fromkeys(_RUN_FACTS), "state": "damaged", "damaged": str(error)}
+
+
+_RUN_FACTS = ("state", "attempts", "step", "total_steps", "checkpoints", "newest", "created", "last_seen")
+
+
+def _run_facts(catalog: Catalog) -> dict[str, Any]:
+    numbers, keys = catalog.attempt_numbers(), catalog.checkpoints()
+    progress = (catalog.read_progress(numbers[-1]) if numbers else None) or {}
+    last_seen = _number(progress.get("time"))
+    if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
+        last_seen = max((attempt.started for attempt in catalog.attempts()), default=None)
+    step, total_steps = _number(progress.get("step")), _number(progress.get("total_steps"))
+    values = (
+        _state(str(progress.get("state", "started")), last_seen or 0.0),
+        len(numbers),
+        None if step is None else int(step),
+        None if total_steps is None else int(total_steps),
+        len(keys),
+        str(keys[-1]) if keys else None,
+        _number((catalog.run_facts() or {}).get("created")),
+        last_seen,
+    )
+    return dict(zip(_RUN_FACTS, values, strict=True))
+
+
+def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        record["name"],
+        record["state"],
+        record["attempts"],
+        _of_total(record["step"], record["total_steps"]),
+        record["checkpoints"],
+        record["newest"],
+        time_text(record["last_seen"]),
+    )
+
+
+def _state(recorded: str, last_seen: float, next_started: float | None = None) -> str:
+    """What an attempt is doing: a killed one cannot record that it was."""
+    if recorded not in ("started", "training"):
+        return recorded
+    if next_started is not None:
+        return "overtaken" if last_seen > next_started else "killed"
+    return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
+
+
+def _status_record(history: History) -> dict[str, Any]:
+    attempts = _attempt_records(history.attempts)
+    newest, progress = history.attempts[-1], history.attempts[-1].progress
+    committed = max((key for info in history.attempts for key in info.checkpoints), default=None)
+    state = attempts[-1]["state"]
+    total_steps = _number(progress.get("total_steps"))
+    rates = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
+    return {
+        "run_url": history.run_url,
+        "state": state,
+        "attempt": newest.number,
+        "step": newest.last_step,
+        "total_steps": None if total_steps is None else int(total_steps),
+        **{name: _number(progress.get(name)) for name in rates},
+        "eta_seconds": _number(progress.get("eta_seconds")) if state == "training" else None,
+        "goodput": history.goodput,
+        "last_committed": None if committed is None else str(committed),
+        "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
+        "last_seen": newest.last_seen,
+        "heartbeat_age_seconds": max(0.0, time.time() - newest.last_seen),
+        "kept_steps": sum(info.kept_steps for info in history.attempts),
+        "superseded_steps": sum(info.redone_steps for info in history.attempts),
+        "superseded_seconds": sum(info.redone_seconds for info in history.attempts),
+        "attempts": attempts,
+    }
+
+
+def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
+    starts = [*(info.started for info in attempts[1:]), None]
+    return [
+        {
+            "number": info.number,
+            "state": _state(info.state, info.last_seen, next_started),
+            "started": info.started,
+            "last_seen": info.last_seen,
+            "first_step": info.first_step,
+            "last_step": info.last_step,
+            "resumed_from": None if info.resumed_from is None else str(info.resumed_from),
+            "checkpoints": [str(key) for key in info.checkpoints],
+            "kept_steps": info.kept_steps,
+            "superseded_steps": info.redone_steps,
+            "facts": info.facts,
+        }
+        for info, next_started in zip(attempts, starts, strict=True)
+    ]
+
+
+def _show_status(record: dict[str, Any]) -> None:
+    age = duration_text(record["heartbeat_age_seconds"])
+    seen = f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None
+    redone = record["superseded_steps"]
+    spent = duration_text(record["superseded_seconds"])
+    show_facts(
+        {
+            "run": record["run_url"],
+            "state": record["state"],
+            "step": _of_total(record["step"], record["total_steps"], percent=True),
+            "rate": _rate(record),
+            "eta": duration_text(record["eta_seconds"]),
+            "loss": None if record["loss"] is None else f"{record['loss']:.6g}",
+            "goodput": None if record["goodput"] is None else f"{record['goodput']:.1%}",
+            "last committed": record["last_committed"] or "nothing yet",
+            "checkpoints": record["checkpoints"],
+            "last heartbeat": seen,
+            "done again": f"{redone} steps, {spent}" if redone else "0 steps",
+        }
+    )
+
+
+def _attempt_row(record: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        record["number"],
+        record["state"],
+        time_text(record["started"]),
+        duration_text(record["last_seen"] - record["started"]),
+        f"{record['first_step']} to {record['last_step']}",
+        record["superseded_steps"],
+        record["resumed_from"],
+        record["facts"].get("host"),
+    )
+
+
+def _of_total(step: int | None, total: int | None, *, percent: bool = False) -> str | None:
+    if step is None or not total:
+        return None if step is None else str(step)
+    return f"{step}/{total}" + (f" ({step / total:.0%})" if percent else "")
+
+
+def _rate(record: dict[str, Any]) -> str | None:
+    parts = [
+        duration_text(record["step_seconds"]) and f"{duration_text(record['step_seconds'])} a step",
+        record["samples_per_second"] and f"{record['samples_per_second']:.4g} samples/s",
+        record["tokens_per_second"] and f"{record['tokens_per_second']:.4g} tokens/s",
+    ]
+    return ", ".join(part for part in parts if part) or None
+
+
+def _number(value: Any) -> float | None:
+    """A number of a record that nobody vouches for; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < 1e15 else None  # which no NaN is

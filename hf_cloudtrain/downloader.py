@@ -1,0 +1,181 @@
+"""From a manifest to a verified local folder. Nothing uses a file before all of them are verified."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.errors import (
+    CorruptCheckpointError,
+    ObjectNotFoundError,
+    ObjectTruncatedError,
+    StorageError,
+)
+from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META, FileEntry, Manifest
+from hf_cloudtrain.native import PART_SIZE
+
+logger = logging.getLogger(__name__)
+
+LARGE_AT_ONCE = 2
+SMALL_AT_ONCE = 8
+SPARE_SPACE = 64 * 2**20
+"""Bytes that must stay free on the disk after a download."""
+
+
+def download(
+    catalog: Catalog,
+    manifest: Manifest,
+    target: Path,
+    *,
+    wanted: Callable[[str], bool] = lambda path: True,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """Put a checkpoint's files into `target`, which appears only when all of them are there and verified.
+
+    Args:
+        target: the folder to make; whatever is there now moves aside first.
+        wanted: which files of the manifest to take, by their path.
+        on_bytes: hears of bytes as they arrive.
+
+    Raises:
+        CorruptCheckpointError: a file is missing, cut short or different from its digest.
+        StorageError: the storage does not answer, or the disk is full.
+    """
+    entries = [entry for entry in manifest.files if wanted(entry.path)]
+    work = target.parent / META / f"restore-{secrets.token_hex(8)}"
+    work.mkdir(parents=True)
+    try:
+        _refuse_without_space(work, sum(entry.size for entry in entries), target)
+        _fetch(catalog, manifest, entries, work, on_bytes)
+        if target.exists():
+            move_aside(target)
+        os.rename(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def verify(
+    catalog: Catalog, manifest: Manifest, *, on_bytes: Callable[[int], None] | None = None
+) -> list[str]:
+    """What is wrong with a checkpoint on storage, in words; empty where every byte is as promised.
+
+    Reads everything, keeps nothing.
+    """
+    problems = []
+    for entry in manifest.files:
+        try:
+            digest = catalog.storage.download(
+                manifest.object_path(entry), os.devnull, entry.size, on_bytes=on_bytes
+            )
+        except ObjectNotFoundError:
+            problems.append(f"{entry.path!r} is missing")
+        except StorageError as error:
+            problems.append(f"{entry.path!r} cannot be read: {error}")
+        else:
+            if digest != entry.digest:
+                problems.append(f"{entry.path!r} differs from its digest")
+    return problems
+
+
+def is_whole(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    wanted: Callable[[str], bool] = lambda path: True,
+    originals: Path | None = None,
+) -> bool:
+    """Whether a local folder holds exactly what the manifest promises.
+
+    Args:
+        originals: folder of files as they were before they were made true on this machine; those count instead.
+    """
+    for entry in manifest.files:
+        if not wanted(entry.path):
+            continue
+        path = folder / entry.path
+        if originals is not None and (originals / entry.path).is_file():
+            path = originals / entry.path
+        try:
+            if path.stat().st_size != entry.size or file_digest(path) != entry.digest:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a local file."""
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(PART_SIZE):
+            hasher.update(block)
+    return f"{DIGEST_ALGORITHM}:{hasher.hexdigest()}"
+
+
+def move_aside(folder: Path) -> Path:
+    """Move a local folder of another lineage to `.cloudtrain/stale/`; an older one of that name makes room."""
+    stale = folder.parent / META / "stale" / folder.name
+    shutil.rmtree(stale, ignore_errors=True)
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder, stale)
+    return stale
+
+
+def _fetch(
+    catalog: Catalog,
+    manifest: Manifest,
+    entries: list[FileEntry],
+    work: Path,
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    def fetch(entry: FileEntry) -> None:
+        target = work / entry.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            digest = catalog.storage.download(
+                manifest.object_path(entry), str(target), entry.size, on_bytes=on_bytes
+            )
+        except ObjectNotFoundError:
+            raise CorruptCheckpointError(
+                f"{entry.path!r} of {manifest.folder} is missing on storage."
+            ) from None
+        except ObjectTruncatedError:
+            raise CorruptCheckpointError(
+                f"{entry.path!r} of {manifest.folder} is cut short on storage: {entry.size} bytes were committed."
+            ) from None
+        if digest != entry.digest:
+            raise CorruptCheckpointError(
+                f"{entry.path!r} of {manifest.folder} differs from the digest in its manifest: it was damaged or replaced."
+            )
+
+    with (
+        ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="cloudtrain-get") as large,
+        ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="cloudtrain-get") as small,
+    ):
+        order = sorted(entries, key=lambda entry: entry.size, reverse=True)
+        futures = [(large if entry.size > PART_SIZE else small).submit(fetch, entry) for entry in order]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _refuse_without_space(folder: Path, size: int, target: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE_SPACE:
+        raise StorageError(
+            f"{str(target)!r} needs {size / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there. Free some space, "
+            "or choose an output_dir on a larger disk."
+        )

@@ -1,0 +1,73 @@
+"""Every environment variable this package reads: its default, its unit, its meaning. An argument beats it."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from hf_cloudtrain.errors import ConfigurationError
+
+RUN_URL = "HF_CLOUDTRAIN_RUN_URL"
+"""Run URL used when the code names none. No default."""
+
+STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
+"""JSON object of fsspec `storage_options`, used when the code passes none. Default `{}`."""
+
+DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
+"""Seconds that the end of training waits for uploads. Default 1800: 225 GB at 1 Gbit/s."""
+
+HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
+"""Seconds between two heartbeats in `progress/`. Default 15."""
+
+
+def run_url(argument: str | None) -> str:
+    """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
+    url = argument or os.environ.get(RUN_URL)
+    if not url:
+        raise ConfigurationError(
+            f"No run URL was given. Pass one, for example CloudTrainCallback('s3://bucket/runs/mrpc'), or set {RUN_URL}."
+        )
+    return url
+
+
+def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:
+    """The storage options from the argument, else from `HF_CLOUDTRAIN_STORAGE_OPTIONS`."""
+    if argument is not None:
+        return dict(argument)
+    text = os.environ.get(STORAGE_OPTIONS)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        # The value may hold a secret key, so it is not quoted.
+        raise ConfigurationError(
+            f'{STORAGE_OPTIONS} is not a JSON object, such as {{"profile": "training"}}.'
+        )
+    return value
+
+
+def drain_timeout() -> float:
+    """Seconds that the end of training waits for uploads."""
+    return _seconds(DRAIN_TIMEOUT, 1800.0)
+
+
+def heartbeat() -> float:
+    """Seconds between two heartbeats."""
+    return _seconds(HEARTBEAT, 15.0)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e9:
+        raise ConfigurationError(f"{name}={text!r} is not a number of seconds above 0.")
+    return value

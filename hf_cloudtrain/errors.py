@@ -1,0 +1,90 @@
+"""Every exception this package raises.
+
+CloudTrainError
+├── ConfigurationError (ValueError)        an argument, a variable or a combination that cannot work
+│   └── MissingExtraError (ImportError)    a storage protocol whose packages are not installed
+├── StorageError (OSError)                 a storage call failed, and a retry would not help
+│   ├── ObjectNotFoundError (FileNotFoundError)
+│   ├── ObjectTruncatedError               fewer bytes than were promised
+│   ├── StoragePermissionError (PermissionError)
+│   └── StorageUnavailableError            still failing after all retries: later may work
+├── ManifestError (ValueError)             a record on storage or on disk that does not read as one
+├── CorruptCheckpointError                 files differ from what the manifest promises
+├── NoCheckpointError                      asked for a checkpoint that does not exist
+├── RunHasCheckpointsError                 starting at step 0 on a run that already has checkpoints
+├── RunCompleteError                       all steps are done, and the framework would do one more
+├── PositionError (ValueError)             the checkpoint's position does not fit this configuration
+├── NotCommittedError                      training ended and a checkpoint is not on storage yet
+├── OvertakenError                         a newer attempt of this run has started
+└── PeerError                              another process of this job failed; its message is carried
+"""
+
+from __future__ import annotations
+
+
+class CloudTrainError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigurationError(CloudTrainError, ValueError):
+    """An argument, a variable or a combination of them that cannot work."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """A storage protocol whose packages are not installed."""
+
+
+class StorageError(CloudTrainError, OSError):
+    """A storage call failed, and trying again would not help."""
+
+
+class ObjectNotFoundError(StorageError, FileNotFoundError):
+    """The object, the folder or the bucket does not exist."""
+
+
+class ObjectTruncatedError(StorageError):
+    """The object has fewer bytes than were promised."""
+
+
+class StoragePermissionError(StorageError, PermissionError):
+    """The storage refused the credentials, or they do not allow this call."""
+
+
+class StorageUnavailableError(StorageError):
+    """The storage kept failing until the retries were used up; later it may work."""
+
+
+class ManifestError(CloudTrainError, ValueError):
+    """A record on storage or on disk that does not read as one."""
+
+
+class CorruptCheckpointError(CloudTrainError):
+    """Files are missing, cut short or different from what the manifest promises."""
+
+
+class NoCheckpointError(CloudTrainError):
+    """Asked for a checkpoint that does not exist."""
+
+
+class RunHasCheckpointsError(CloudTrainError):
+    """Training would start at step 0 on a run that already has checkpoints."""
+
+
+class RunCompleteError(CloudTrainError):
+    """The run has done all its steps, and the framework would do more of them."""
+
+
+class PositionError(CloudTrainError, ValueError):
+    """The checkpoint's position in data and schedule does not fit this configuration."""
+
+
+class NotCommittedError(CloudTrainError):
+    """Training ended, and a checkpoint that was saved is not on storage."""
+
+
+class OvertakenError(CloudTrainError):
+    """A newer attempt of the same run has started, so this one must not write any more."""
+
+
+class PeerError(CloudTrainError):
+    """Another process of this job failed; its error is named in the message."""

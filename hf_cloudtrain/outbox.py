@@ -1,0 +1,300 @@
+"""The local folder of saved, not yet committed checkpoints. What is in it survives rotation and SIGKILL.
+
+    <output_dir>/.cloudtrain/outbox/000003-0000000500/
+        entry.json      run URL, attempt, step, position, and how each file looked when it was accepted
+        files/…         hard links to what the framework wrote; small files are copies
+
+A hard link costs nothing and keeps the data when the framework rotates the folder away, but it shares its inode:
+`torch.save` to the same path rewrites the file in place. So small files are copied, and inode, size and time are
+looked at again before the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
+from hf_cloudtrain.manifest import META, Position, check_paths, clean_path, decode_record, encode_record
+
+logger = logging.getLogger(__name__)
+
+SMALL_FILE = 2**20
+"""Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
+SMALL_TOTAL = 16 * 2**20
+"""Bytes that all copies of one save may have: 10 ms. The rest is linked."""
+
+
+@dataclass(frozen=True)
+class AcceptedFile:
+    """One file as it looked when it was accepted."""
+
+    path: str
+    size: int
+    inode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    """One saved, not yet committed folder of this host."""
+
+    run_url: str
+    key: CheckpointKey
+    nonce: str
+    position: Position
+    exclusive: bool = True
+    """Whether the storage honoured exclusive create when the attempt began."""
+    exact: bool = True
+    inexact_reason: str | None = None
+    created: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: bool = False
+    """Whether it was the best when it was saved: never dropped, and `best.json` will point at it."""
+    name: str | None = None
+    """Set for a folder that is no checkpoint (`cloud.save`)."""
+    host: int = 0
+    hosts: int = 1
+    """This host's part of a checkpoint that several hosts hold."""
+    origin: dict[str, str] = field(default_factory=dict)
+    files: tuple[AcceptedFile, ...] = ()
+    home: Path = Path()
+    """The entry's own folder."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return self.name or f"checkpoint-{self.key.step}"
+
+    def local_path(self, file: AcceptedFile) -> Path:
+        """Where the bytes are."""
+        return self.home / "files" / file.path
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError where a file is not what was accepted."""
+        for file in self.files:
+            try:
+                found = os.stat(self.local_path(file))
+            except FileNotFoundError:
+                found = None
+            if found is None or (found.st_ino, found.st_size, found.st_mtime_ns) != (
+                file.inode,
+                file.size,
+                file.mtime_ns,
+            ):
+                raise CorruptCheckpointError(
+                    f"{file.path!r} of {self.title} (attempt {self.key.attempt}) was written again after it was saved, "
+                    f"so {str(self.home)!r} cannot be committed."
+                )
+
+
+class Outbox:
+    """The outbox of one output folder.
+
+    Example:
+        >>> outbox = Outbox(Path("out"))
+        >>> entry = outbox.accept(Path("out/checkpoint-500"), entry)   # a few milliseconds
+        >>> [entry.title for entry in outbox.entries()]
+        ['checkpoint-500']
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.folder = output_dir / META / "outbox"
+
+    def accept(self, source: Path, entry: OutboxEntry, *, since_ns: int = 0) -> OutboxEntry:
+        """Freeze a folder that was just written. Afterwards its files may be rotated away.
+
+        Args:
+            since_ns: modification time in ns; files last written before it are left-overs and do not belong.
+
+        Raises:
+            OSError: the disk is full, or the folder is not there.
+        """
+        name = str(entry.key) if entry.name is None else f"{entry.name}-{entry.nonce[:16]}"
+        beside = self.folder / f".{name}-{secrets.token_hex(4)}"
+        files = beside / "files"
+        files.mkdir(parents=True)
+        try:
+            accepted = _freeze(source, files, since_ns)
+            if not accepted:
+                raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
+            check_paths([file.path for file in accepted], f"folder {str(source)!r}")
+            entry = dataclasses.replace(entry, files=accepted, home=self.folder / name)
+            (beside / "entry.json").write_bytes(encode_record(_to_record(entry)))
+            self._move_in(beside, entry.home)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return entry
+
+    def entries(self, run_url: str | None = None) -> list[OutboxEntry]:
+        """All entries, or those of one run, newest first. Damaged ones are named in a warning and stay."""
+        found = []
+        for home in self.folder.iterdir() if self.folder.is_dir() else ():
+            if home.name.startswith("."):
+                continue
+            try:
+                entry = read_entry(home)
+            except (OSError, ManifestError) as error:
+                logger.warning("Cannot read %r, which was to be uploaded: %s", str(home), error)
+                continue
+            if run_url is None or entry.run_url == run_url:
+                found.append(entry)
+        return sorted(found, key=lambda entry: entry.key, reverse=True)
+
+    def remove(self, entry: OutboxEntry) -> None:
+        """Forget an entry: it is committed, or overtaken."""
+        # Renamed first, so that a half-removed entry is none.
+        trash = self.folder / f".gone-{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(entry.home, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-made."""
+        for left in self.folder.glob(".*") if self.folder.is_dir() else ():
+            shutil.rmtree(left, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
+        """One process a disk empties the outbox at a time; raises BlockingIOError where another does.
+
+        Args:
+            patience: seconds to wait for the other one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.parent / "outbox.lock", "w") as file:
+            deadline = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.2)
+            yield
+
+    def _move_in(self, beside: Path, home: Path) -> None:
+        if home.exists():
+            # The same step saved again before its commit: the new files are the ones that count.
+            os.rename(home, self.folder / f".gone-{secrets.token_hex(4)}")
+        os.rename(beside, home)
+
+
+def read_entry(home: Path) -> OutboxEntry:
+    """The entry in a folder of the outbox. Raises ManifestError, OSError."""
+    what = f"outbox entry {home.name!r}"
+    record = decode_record((home / "entry.json").read_bytes(), what)
+    try:
+        key = CheckpointKey(int(record["attempt"]), int(record["step"]))
+        files = tuple(
+            AcceptedFile(
+                clean_path(item["path"]), int(item["size"]), int(item["inode"]), int(item["mtime_ns"])
+            )
+            for item in record["files"]
+        )
+        return OutboxEntry(
+            run_url=str(record["run_url"]),
+            key=key,
+            nonce=str(record["nonce"]),
+            position=Position.parse(record["position"], what),
+            exclusive=bool(record["exclusive"]),
+            exact=bool(record["exact"]),
+            inexact_reason=record["inexact_reason"],
+            created=float(record["created"]),
+            metrics=dict(record["metrics"]),
+            best=bool(record["best"]),
+            name=record["name"],
+            host=int(record["host"]),
+            hosts=int(record["hosts"]),
+            origin=dict(record["origin"]),
+            files=files,
+            home=home,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"The {what} is damaged ({error!r}).") from None
+
+
+def _to_record(entry: OutboxEntry) -> dict[str, Any]:
+    record = dataclasses.asdict(entry)
+    del record["home"], record["key"]
+    return {"attempt": entry.key.attempt, "step": entry.key.step, **record}
+
+
+def _freeze(source: Path, target: Path, since_ns: int) -> tuple[AcceptedFile, ...]:
+    accepted = []
+    copied = 0
+    link_failed: OSError | None = None
+    for path in _files_below(source):
+        found = os.stat(source / path)
+        if found.st_mtime_ns < since_ns:
+            continue
+        clean_path(path)
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        small = found.st_size < SMALL_FILE and copied + found.st_size <= SMALL_TOTAL
+        if not small:
+            link_failed = _link(source / path, target / path)
+        if small or link_failed:
+            _copy(source / path, target / path, found.st_size)
+            copied += found.st_size
+        kept = os.stat(target / path)
+        accepted.append(AcceptedFile(path, kept.st_size, kept.st_ino, kept.st_mtime_ns))
+    if link_failed is not None:
+        logger.warning(
+            "Files of %r were copied, because the disk cannot link them (%s): saving takes longer.",
+            str(source),
+            link_failed.strerror,
+        )
+    return tuple(accepted)
+
+
+def _files_below(source: Path) -> Iterator[str]:
+    """Relative paths of all files, without our own folder."""
+    stack = [""]
+    while stack:
+        below = stack.pop()
+        with os.scandir(source / below) as items:
+            for item in items:
+                path = f"{below}/{item.name}" if below else item.name
+                if path == META:
+                    continue
+                if item.is_dir():
+                    stack.append(path)
+                elif item.is_file():
+                    yield path
+
+
+def _link(source: Path, target: Path) -> OSError | None:
+    try:
+        # A link to what a symbolic link names: the checkpoint holds files, not links.
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+            return error
+        raise
+    return None
+
+
+def _copy(source: Path, target: Path, size: int) -> None:
+    if size >= SMALL_FILE and shutil.disk_usage(target.parent).free < size + SMALL_TOTAL:
+        raise OSError(errno.ENOSPC, f"No space is left to copy {str(source)!r} ({size} bytes)")
+    shutil.copyfile(source, target)

@@ -1,0 +1,77 @@
+"""Bytes under way, and the bar that shows them once a person has waited a second."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+QUIET_SECONDS = 1.0
+"""Work that is over by then shows no bar."""
+
+
+class Progress:
+    """Bytes of one transfer; added to by the threads that move them, read by whoever shows them."""
+
+    def __init__(self) -> None:
+        self.title = ""
+        self.total = 0
+        self.done = 0
+        self.bar: Bar | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, title: str, total: int) -> None:
+        """Start anew with a transfer of `total` bytes."""
+        self.title, self.total, self.done = title, total, 0
+
+    def add(self, count: int) -> None:
+        """Hear of bytes that moved; negative takes back a failed try."""
+        with self._lock:
+            self.done += count
+        if self.bar is not None:
+            self.bar.update()
+
+
+class Bar:
+    """A tqdm bar over a Progress, on a terminal and in notebooks.
+
+    Example:
+        >>> progress = Progress()
+        >>> with Bar(progress):
+        ...     progress.begin("Downloading checkpoint-500", 1_300_000_000)
+        ...     progress.add(1_000_000)
+    """
+
+    def __init__(self, progress: Progress, *, hidden: bool = False) -> None:
+        self._progress = progress
+        self._hidden = hidden
+        self._started = time.monotonic()
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Bar:  # noqa: PYI034 - typing.Self needs Python 3.11
+        self._progress.bar = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.bar = None
+        if self._bar is not None:
+            self._draw()
+            self._bar.close()
+
+    def update(self) -> None:
+        """Draw, if it is time to."""
+        if not self._hidden and (self._bar is not None or time.monotonic() - self._started > QUIET_SECONDS):
+            with self._lock:
+                self._draw()
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024)
+        progress = self._progress
+        if self._bar.total != progress.total or self._bar.desc != f"{progress.title}: ":
+            self._bar.reset(progress.total)
+            self._bar.set_description(progress.title, refresh=False)
+        self._bar.update(progress.done - self._bar.n)

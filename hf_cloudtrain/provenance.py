@@ -1,0 +1,78 @@
+"""Who runs this, with what: written beside a run for people, without secrets."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+
+def origin() -> dict[str, str]:
+    """Host and library versions, as a manifest carries them."""
+    return {"host": platform.node(), **_versions()}
+
+
+def facts() -> dict[str, str]:
+    """Host, process, command line, versions and git commit, as the record of an attempt carries them."""
+    commit = _git_commit()
+    return {
+        **origin(),
+        "pid": str(os.getpid()),
+        "command": shown_command(sys.argv),
+        **({"git_commit": commit} if commit else {}),
+    }
+
+
+def shown_command(argv: list[str]) -> str:
+    """The command line with secrets taken out.
+
+    Example:
+        >>> shown_command(["train.py", "--hub_token", "hf_abc", "--api-key=abc"])
+        'train.py --hub_token *** --api-key=***'
+    """
+    shown: list[str] = []
+    hide = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secret = (
+            re.search(r"token|secret|password|passwd|api.?key|credential", name, re.IGNORECASE) is not None
+        )
+        if hide and not word.startswith("-"):
+            shown.append("***")
+        elif secret and equals:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(re.sub(r"://[^/@\s]*:[^/@\s]*@", "://***@", word))
+        hide = secret and not equals and name.startswith("-")
+    return " ".join(shown)[:2000]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("hf_cloudtrain", "torch", "transformers", "accelerate"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    folder = Path(sys.argv[0]).absolute().parent if sys.argv and sys.argv[0] else Path.cwd()
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,371 @@
+"""The uploader empties an outbox: one background thread in training, the same code in the foreground for `flush`.
+
+One entry at a time, the newest first: claim its folder, send its files (two large ones and several small ones at
+once, hashed as they are sent), look at what arrived, look again at what was sent, commit, move the pointers, remove
+the entry. Trouble with the storage is warned about once and tried again for as long as the process lives; an entry
+leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started.
+
+Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-send` threads move bytes and live as
+long as one entry. No collective ever runs here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from hf_cloudtrain import env
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.errors import (
+    CloudTrainError,
+    CorruptCheckpointError,
+    NotCommittedError,
+    StorageUnavailableError,
+)
+from hf_cloudtrain.manifest import FileEntry, Manifest
+from hf_cloudtrain.native import PART_SIZE
+from hf_cloudtrain.outbox import AcceptedFile, Outbox, OutboxEntry, read_entry
+from hf_cloudtrain.process import before_exit
+from hf_cloudtrain.progress import Bar, Progress
+
+logger = logging.getLogger(__name__)
+
+LARGE_AT_ONCE = 2
+"""Large files under way at once: with 4 parts of 16 MiB each, 128 MiB of memory."""
+SMALL_AT_ONCE = 8
+"""Files under way at once in all: small ones wait for answers, not for bandwidth."""
+MAX_WAITING = 2
+"""Uncommitted checkpoints a host keeps: one under way, and the newest."""
+LOCK_PATIENCE = 30.0
+"""Seconds to wait for another process's lock: the loader workers of a killed trainer hold it until they notice."""
+PAUSES = (5.0, 15.0, 30.0, 60.0)
+"""Seconds between tries of an entry that failed; the last is repeated."""
+
+
+class Uploader:
+    """Uploads in the background what `submit` hands over.
+
+    Example:
+        >>> uploader = Uploader(catalog, outbox)
+        >>> uploader.start()
+        >>> uploader.submit(outbox.accept(folder, entry))
+        >>> uploader.wait(timeout=1800)
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        outbox: Outbox,
+        *,
+        protected: Callable[[OutboxEntry], bool] = lambda entry: entry.best,
+    ) -> None:
+        self.progress = Progress()
+        self.last_committed: CheckpointKey | None = None
+        self.last_error: CloudTrainError | None = None
+        self._catalog = catalog
+        self._outbox = outbox
+        self._protected = protected
+        self._changed = threading.Condition()
+        self._waiting: list[OutboxEntry] = []
+        self._current: OutboxEntry | None = None
+        self._stopping = False
+        self._hurry = False
+        self._gave_up = False
+        self._thread = threading.Thread(target=self._work, name="cloudtrain-upload", daemon=True)
+
+    def start(self) -> None:
+        """Begin with whatever the outbox holds for this run."""
+        self._waiting = self._outbox.entries(self._catalog.storage.url)
+        self._thread.start()
+        before_exit(self.drain)
+
+    def submit(self, entry: OutboxEntry) -> None:
+        """Hand over an accepted entry; returns at once."""
+        with self._changed:
+            self._waiting = [other for other in self._waiting if other.home != entry.home]
+            self._waiting.append(entry)
+            self._drop_overtaken(entry)
+            self._changed.notify_all()
+
+    def pending(self) -> list[OutboxEntry]:
+        """What is not committed yet, newest first."""
+        with self._changed:
+            found = {
+                entry.home: entry for entry in (*self._waiting, *([self._current] if self._current else []))
+            }
+        return sorted(found.values(), key=lambda entry: entry.key, reverse=True)
+
+    def wait(self, timeout: float | None = None, *, bar: bool = True) -> None:
+        """Return when nothing is pending; a wait of over a second shows a progress bar.
+
+        Raises:
+            NotCommittedError: after `timeout` seconds, with what to do.
+        """
+        deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+        with Bar(self.progress, hidden=not bar) as shown:
+            while self.pending() and self._thread.is_alive() and time.monotonic() < deadline:
+                with self._changed:
+                    self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
+                shown.update()
+        pending = self.pending()
+        if pending:
+            self._gave_up = True
+            raise NotCommittedError(self._not_committed(pending))
+
+    def drain(self) -> None:
+        """Finish what is pending before the process ends; never raises, and says what is left and what to do."""
+        if self._gave_up or self._stopping or not self.pending():
+            return
+        logger.warning("Training ended early. Finishing the upload; Ctrl-C leaves it for later.")
+        try:
+            self.wait(env.drain_timeout())
+        except NotCommittedError as error:
+            logger.error("%s", error)
+        except KeyboardInterrupt:
+            logger.error("%s", self._not_committed(self.pending()))
+
+    def close(self) -> None:
+        """Stop after the entry under way; what is pending stays in the outbox."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def _not_committed(self, pending: list[OutboxEntry]) -> str:
+        names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
+        reason = f" The last error was: {self.last_error}" if self.last_error else ""
+        return (
+            f"Not on storage yet: {names}. {'It is' if len(pending) == 1 else 'They are'} kept on this machine; finish "
+            f"with `cloudtrain checkpoint flush {self._outbox.output_dir}` or by starting the run again here.{reason}"
+        )
+
+    def _drop_overtaken(self, newest: OutboxEntry) -> None:
+        """Keep the outbox small: an entry that waited while newer ones came is not worth its upload any more."""
+        kept: list[OutboxEntry] = []
+        count = 1 if self._current is not None else 0
+        for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
+            droppable = (
+                entry.key.attempt == newest.key.attempt
+                and entry.key < newest.key
+                and entry.name is None
+                and not self._protected(entry)
+            )
+            if droppable and count >= MAX_WAITING:
+                logger.warning(
+                    "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
+                    entry.title,
+                )
+                self._outbox.remove(entry)
+            else:
+                kept.append(entry)
+            count += 1
+        self._waiting = kept
+
+    def _work(self) -> None:
+        failures = 0
+        sender = _Sender(self._catalog)
+        while True:
+            entry = self._take()
+            if entry is None:
+                return
+            try:
+                self.progress.begin(f"Uploading {entry.title}", entry.size)
+                with self._outbox.lock():
+                    committed = sender.send(entry, self.progress.add)
+                    self._done(entry, committed)
+                failures = 0
+            except BlockingIOError:
+                self._put_back(entry, 1.0)  # another process on this disk is at it
+            except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
+                self._failed(entry, error, failures)
+                failures += 1
+
+    def _take(self) -> OutboxEntry | None:
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            if self._stopping:
+                return None
+            self._current = max(self._waiting, key=lambda entry: entry.key)
+            self._waiting.remove(self._current)
+            return self._current
+
+    def _done(self, entry: OutboxEntry, committed: bool) -> None:
+        self._outbox.remove(entry)
+        with self._changed:
+            self._current = None
+            self.last_error = None
+            if committed:
+                self.last_committed = max(entry.key, self.last_committed or entry.key)
+            self._changed.notify_all()
+
+    def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
+        ours = (
+            error
+            if isinstance(error, CloudTrainError)
+            else StorageUnavailableError(f"{type(error).__name__}: {error}")
+        )
+        if isinstance(error, (CorruptCheckpointError, FileNotFoundError)):
+            entry_now = _reread(entry)
+            if entry_now is None or entry_now.files == entry.files:
+                self._give_up(entry, ours)
+                return
+            entry = entry_now  # saved again meanwhile
+        first = self.last_error is None
+        self.last_error = ours
+        (logger.warning if first else logger.info)(
+            "The upload of %s failed and is tried again; training goes on. %s", entry.title, ours
+        )
+        logger.debug("The failed upload", exc_info=error)
+        self._put_back(entry, PAUSES[min(failures, len(PAUSES) - 1)])
+
+    def _give_up(self, entry: OutboxEntry, error: CloudTrainError) -> None:
+        # Its bytes are gone: nothing that waits could bring them back.
+        logger.error("%s is lost: %s", entry.title, error)
+        self._outbox.remove(entry)
+        with self._changed:
+            self._current = None
+            self.last_error = error
+            self._changed.notify_all()
+
+    def _put_back(self, entry: OutboxEntry, pause: float) -> None:
+        with self._changed:
+            if not any(other.home == entry.home for other in self._waiting):
+                self._waiting.append(entry)
+            self._current = None
+            self._changed.notify_all()
+            # Whoever waits for the end does not want to sit out a minute; a second spares the storage.
+            self._changed.wait_for(lambda: self._stopping or self._hurry, timeout=pause)
+            if self._hurry:
+                self._changed.wait_for(lambda: self._stopping, timeout=min(pause, 1.0))
+
+
+class _Sender:
+    """Sends one entry and commits it. Remembers what arrived, so that a second try sends only the rest."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._arrived: dict[tuple[str, str, int, int], str] = {}
+
+    def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None]) -> bool:
+        """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing."""
+        entry.check_unchanged()
+        if entry.name is None:
+            manifest_key = str(entry.key)
+            folder = self._catalog.claim(entry.key, entry.nonce, exclusive=entry.exclusive)
+        else:
+            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
+        files = self._send_files(entry, folder, on_bytes)
+        self._check_arrival(folder, files)
+        entry.check_unchanged()
+        manifest = Manifest(
+            key=manifest_key,
+            folder=folder,
+            attempt=entry.key.attempt,
+            step=entry.key.step,
+            nonce=entry.nonce,
+            files=tuple(files),
+            position=entry.position,
+            exact=entry.exact,
+            inexact_reason=entry.inexact_reason,
+            created=entry.created,
+            metrics=entry.metrics,
+            origin=entry.origin,
+        )
+        self._arrived.clear()
+        return self._commit(entry, manifest)
+
+    def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
+        catalog = self._catalog
+        if entry.name is not None:
+            return catalog.commit_folder(manifest)
+        if entry.hosts > 1:
+            files = catalog.put_part(entry.key, entry.host, entry.hosts, manifest.files)
+            if files is None:
+                return False
+            manifest = dataclasses.replace(manifest, files=tuple(files))
+        if not catalog.commit(manifest):
+            logger.warning("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
+        # An overtaken attempt may commit what it had saved, under its own number, but moves no pointer (law 6).
+        if catalog.overtaken_by(entry.key.attempt) is None:
+            metric = entry.metrics.get("best_metric")
+            if entry.best:
+                catalog.point("best", entry.key, metric)
+            newest = catalog.pointer("last")
+            if newest is None or newest < entry.key:
+                catalog.point("last", entry.key)
+        return True
+
+    def _send_files(
+        self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]
+    ) -> list[FileEntry]:
+        def send(file: AcceptedFile) -> FileEntry:
+            known = (folder, file.path, file.inode, file.mtime_ns)
+            if known in self._arrived:
+                on_bytes(file.size)
+            else:
+                source = str(entry.local_path(file))
+                self._arrived[known] = self._catalog.storage.upload(
+                    source, f"{folder}/{file.path}", on_bytes=on_bytes
+                )
+            return FileEntry(file.path, file.size, self._arrived[known])
+
+        with (
+            ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="cloudtrain-send") as large,
+            ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="cloudtrain-send") as small,
+        ):
+            order = sorted(entry.files, key=lambda file: file.size, reverse=True)
+            sent = [(large if file.size > PART_SIZE else small).submit(send, file) for file in order]
+            return sorted((future.result() for future in sent), key=lambda file: file.path)
+
+    def _check_arrival(self, folder: str, files: list[FileEntry]) -> None:
+        """Look at what is there, rather than trust that every answer was right."""
+        arrived = {info.path: info.size for info in self._catalog.storage.list(folder)}
+        for file in files:
+            size = arrived.get(f"{folder}/{file.path}")
+            if size != file.size:
+                self._arrived.clear()
+                raise StorageUnavailableError(
+                    f"{file.path!r} was sent with {file.size} bytes, and the storage has {size}. It is sent again."
+                )
+
+
+def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEntry]:
+    """Upload and commit what an outbox holds for a run, in the foreground; returns the entries that it committed.
+
+    Raises:
+        StorageError: the storage does not answer; what is left stays in the outbox.
+        NotCommittedError: another process on this machine holds the outbox.
+    """
+    done = []
+    sender = _Sender(catalog)
+    try:
+        with outbox.lock(patience=LOCK_PATIENCE):
+            outbox.sweep()
+            for entry in outbox.entries(catalog.storage.url):
+                progress.begin(f"Uploading {entry.title}", entry.size)
+                try:
+                    sender.send(entry, progress.add)
+                except CorruptCheckpointError as error:
+                    logger.error("%s is lost: %s", entry.title, error)
+                else:
+                    done.append(entry)
+                outbox.remove(entry)
+    except BlockingIOError:
+        raise NotCommittedError(
+            f"Another process is uploading from {str(outbox.folder)!r}. Let it finish, or end it and try again."
+        ) from None
+    return done
+
+
+def _reread(entry: OutboxEntry) -> OutboxEntry | None:
+    try:
+        return read_entry(entry.home)
+    except (OSError, CloudTrainError):
+        return None

@@ -1,0 +1,109 @@
+"""What every test gets: an environment that says nothing about clouds or launchers, and real servers on request."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+# huggingface_hub and datasets read these once, at their import.
+SESSION_FOLDER = tempfile.mkdtemp(prefix="cloudtrain-tests-")
+SESSION_ENVIRONMENT = {
+    "HF_HOME": os.path.join(SESSION_FOLDER, "hf"),
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+FOREIGN = (
+    *("AWS_", "AZURE_", "GOOGLE_", "CLOUDSDK_", "GCSFS_", "FSSPEC_", "HF_", "HUGGING_FACE_"),
+    *(
+        "ACCELERATE_",
+        "TORCHELASTIC_",
+        "SLURM_",
+        "MASTER_",
+        "GROUP_",
+        "ROLE_",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+    ),
+)
+FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
+    f"{scheme}_proxy" for scheme in ("http", "https", "all", "no", "HTTP", "HTTPS", "ALL", "NO")
+}
+
+
+def foreign(name: str) -> bool:
+    """Whether a variable of the machine would change what a test sees."""
+    return name.startswith(FOREIGN) or name in FOREIGN_NAMES or name.lower() in FOREIGN_NAMES
+
+
+for _name in filter(foreign, list(os.environ)):
+    del os.environ[_name]
+os.environ.update(SESSION_ENVIRONMENT)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SESSION_FOLDER, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials, endpoints, proxies or ranks: neither the machine's nor those a test before this one left."""
+    for name in filter(foreign, list(os.environ)):
+        monkeypatch.delenv(name)
+    nowhere = os.path.join(SESSION_FOLDER, "nowhere")
+    isolated = {
+        "AWS_CONFIG_FILE": nowhere,
+        "AWS_SHARED_CREDENTIALS_FILE": nowhere,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AZURE_CONFIG_DIR": nowhere,
+        "CLOUDSDK_CONFIG": nowhere,
+    }
+    for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
+        monkeypatch.setenv(name, value)
+
+
+def missing(reason: str) -> None:
+    """Skip here; fail on CI, where a skipped suite would look green."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def running(server: Server) -> Iterator[Server]:
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            until_the_end.enter_context(server)
+        except ServerMissingError as error:
+            missing(str(error))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Server]:
+    yield from running(MotoServer())
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[Server]:
+    yield from running(RcloneServer())
+
+
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Server]:
+    yield from running(AzuriteServer())
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real GLUE data beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        missing(f"no data at {SHARED_DATA}")
+    return SHARED_DATA

@@ -1,0 +1,172 @@
+"""What goes over the wire, and what happens when it does not arrive: a recording proxy before real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.errors import StorageUnavailableError
+from hf_cloudtrain.native import PART_SIZE
+from hf_cloudtrain.storage import Storage
+from tests.contract.conftest import NO_NATIVE_CLIENT
+from tests.proxy import Answer, Proxy, cut_short, lost_answer, once, s3_error
+from tests.servers import Server
+
+HANG_UP = Answer(0)
+SLOW_DOWN = s3_error(503, "SlowDown")
+RESET_OF_EACH_CALL = {
+    "write": ("PUT", "record"),
+    "read": ("GET", "record"),
+    "list": ("GET", "list-type=2"),
+    "delete": ("DELETE", "record"),
+    "upload": ("PUT", "model.bin"),
+    "download": ("GET", "model.bin"),
+}
+
+
+@dataclass
+class Wire:
+    storage: Storage
+    proxy: Proxy
+
+
+@pytest.fixture(params=["native", "fsspec"])
+def wire(request: pytest.FixtureRequest, moto: Server) -> Iterator[Wire]:
+    with Proxy(moto.endpoint) as proxy:
+        options: dict[str, Any] = {**moto.storage_options, "endpoint_url": proxy.endpoint}
+        if request.param == "fsspec":
+            options.update(NO_NATIVE_CLIENT["s3"])
+        storage = Storage(f"s3://{moto.bucket}/wire-{secrets.token_hex(4)}", options)
+        yield Wire(storage, proxy)
+        storage.close()
+
+
+def test_create_whose_answer_is_lost_is_success(wire: Wire) -> None:
+    wire.storage.check()
+    wire.proxy.rules.append(lost_answer("PUT", "claim"))
+    assert wire.storage.create("claim", b"nonce 1") is True
+    assert wire.storage.create("claim", b"nonce 2") is False
+    assert len([call for call in wire.proxy.calls if call.method == "PUT" and "claim" in call.path]) >= 3
+
+
+@pytest.mark.parametrize("answer", [HANG_UP, SLOW_DOWN, Answer(500)], ids=["reset", "slow-down", "500"])
+@pytest.mark.parametrize("kind", RESET_OF_EACH_CALL)
+def test_trouble_at_one_call_is_bridged(wire: Wire, tmp_path: Path, kind: str, answer: Answer) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"content")
+    wire.storage.check()
+    wire.proxy.rules.append(once(answer, *RESET_OF_EACH_CALL[kind]))
+
+    wire.storage.write("record", b"x")
+    assert wire.storage.read("record") == b"x"
+    assert [info.path for info in wire.storage.list("")] == ["record"]
+    wire.storage.delete(["record"])
+    digest = wire.storage.upload(str(source), "model.bin")
+    assert wire.storage.download("model.bin", str(target), 7) == digest
+    assert target.read_bytes() == b"content"
+    assert answer.status in {call.status for call in wire.proxy.calls}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "uploads"), ("PUT", "partNumber=2"), ("POST", "uploadId")],
+    ids=["create", "part", "complete"],
+)
+@pytest.mark.parametrize("served", [True, False], ids=["answer-lost", "refused"])
+def test_multipart_upload_survives_trouble_at_each_step(
+    wire: Wire, tmp_path: Path, method: str, path: str, served: bool
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    size = 2 * PART_SIZE + 5
+    with source.open("wb") as file:
+        file.truncate(size)
+    seen = [0]
+
+    def count(length: int) -> None:
+        seen[0] += length
+
+    wire.proxy.rules.append(lost_answer(method, path) if served else once(HANG_UP, method, path))
+    digest = wire.storage.upload(str(source), "model.bin", on_bytes=count)
+    assert seen == [size]
+    assert wire.storage.download("model.bin", str(target), size, on_bytes=count) == digest
+    assert seen == [2 * size]
+
+
+def test_answer_cut_short_is_fetched_again(wire: Wire, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 64)
+    digest = wire.storage.upload(str(source), "model.bin")
+    wire.proxy.rules.append(cut_short("GET", "model.bin"))
+    assert wire.storage.download("model.bin", str(target), 2**14) == digest
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_outage_ends_in_an_error_that_tells_what_to_check(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_wait(monkeypatch)
+    wire.storage.write("record", b"x")
+    wire.proxy.rules.append(lambda call, forward: SLOW_DOWN)
+    with pytest.raises(StorageUnavailableError, match=r"read '\S*/record' .*Unavailable.*Check the network"):
+        wire.storage.read("record")
+
+
+def never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between tries: ours, and those of s3fs and botocore inside each of ours."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr("asyncio.sleep", lambda seconds, result=None: sleep(0, result))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def test_bytes_of_files_take_the_way_that_was_meant(
+    wire: Wire, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "source").write_bytes(b"content")
+    wire.storage.upload(str(tmp_path / "source"), "model.bin")
+    wire.storage.download("model.bin", str(tmp_path / "target"), 7)
+    native = {call.native for call in wire.proxy.calls if "model.bin" in call.path}
+    assert native == {"native" in request.node.callspec.id}
+
+
+def test_read_over_the_limit_fetches_no_more_than_the_limit(wire: Wire) -> None:
+    wire.storage.write("record", bytes(100_000))
+    before = len(wire.proxy.calls)
+    with pytest.raises(OSError, match="larger than the 1000 bytes"):
+        wire.storage.read("record", max_bytes=1000)
+    assert sum(call.sent for call in wire.proxy.calls[before:]) <= 2000
+
+
+def test_large_download_goes_by_ranges(wire: Wire, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.truncate(2 * PART_SIZE + 5)
+    wire.storage.upload(str(source), "model.bin")
+    before = len(wire.proxy.calls)
+    wire.storage.download("model.bin", str(tmp_path / "target"), 2 * PART_SIZE + 5)
+    gets = [call for call in wire.proxy.calls[before:] if call.method == "GET" and "model.bin" in call.path]
+    assert sorted(call.sent for call in gets) == [5, PART_SIZE, PART_SIZE]
+
+
+def test_listing_is_one_request(wire: Wire) -> None:
+    for number in range(3):
+        wire.storage.write(f"checkpoints/{number}", b"x")
+    before = len(wire.proxy.calls)
+    assert len(wire.storage.list("checkpoints")) == 3
+    assert len(wire.proxy.calls) - before == 1
+
+
+def test_small_records_take_one_request(wire: Wire) -> None:
+    """Heartbeats and manifests: a client that looks before it writes would double them."""
+    wire.storage.check()
+    before = len(wire.proxy.calls)
+    wire.storage.write("record", b"x")
+    wire.storage.create("claim", b"x")
+    wire.storage.read("record")
+    wire.storage.delete(["record"])
+    assert [call.method for call in wire.proxy.calls[before:]] == ["PUT", "PUT", "GET", "DELETE"]

@@ -1,0 +1,51 @@
+"""A run that is killed at a given change of its disk: what the child process does. No torch, so a child starts fast."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from pathlib import Path
+
+from hf_cloudtrain import storage, uploader
+from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.testing import CrashPoint
+from tests.faults.runs import Machine
+
+DISK, RUN, ACCEPTED, FAILED = "disk", "disk/run", "accepted", "failed"
+
+
+def killed_run(folder: Path, at: int) -> None:
+    """The process ends just before change number `at`; where it fails instead, it leaves its traceback."""
+    try:
+        run(folder, at)
+    except BaseException:
+        (folder / FAILED).write_text(traceback.format_exc())
+        raise
+
+
+def run(folder: Path, at: int) -> None:
+    """Save, rotate, save again, commit, retire and restore."""
+    storage.RETRY_PAUSES = (0.0,)
+    uploader.PAUSES = (0.01,)
+    logging.disable()
+    disk = folder / DISK
+    disk.mkdir()
+    accepted = os.open(folder / ACCEPTED, os.O_WRONLY | os.O_CREAT)
+    url = f"file://{folder / RUN}"
+    with CrashPoint(below=disk, at=at):
+        machine = Machine(disk / "out", url)
+        machine.start()
+        machine.save(5)
+        os.write(accepted, b"5\n")
+        machine.wait()
+        machine.rotate(5)
+        machine.save(10, salt="first", best=True)
+        os.write(accepted, b"10\n")
+        machine.save(10, salt="second", best=True)
+        machine.wait()
+        machine.checkpointer.catalog.retire(CheckpointKey(1, 5))
+        elsewhere = Machine(disk / "elsewhere", url)
+        elsewhere.start()
+        elsewhere.stop()
+        machine.stop()

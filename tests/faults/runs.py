@@ -1,0 +1,163 @@
+"""A run as tests start it, break it and continue it: small folders of known bytes, on machines that are folders."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.downloader import verify
+from hf_cloudtrain.manifest import META, Position
+from hf_cloudtrain.outbox import SMALL_FILE, OutboxEntry
+from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.testing import FaultyStorage
+
+DEADLINE = 30.0
+"""Seconds after which what should have happened never will."""
+
+
+class Machine:
+    """One machine that a run trains on: its disk, and the Checkpointer of its only process."""
+
+    def __init__(self, output_dir: Path, url: str, **options: Any) -> None:
+        self.output_dir = output_dir
+        self.checkpointer = Checkpointer(url, output_dir, **options)
+
+    def start(self) -> int:
+        """As a training script does; gives the step it begins after."""
+        restored = self.checkpointer.restore()
+        step = restored.manifest.step if restored else 0
+        self.checkpointer.begin(step)
+        return step
+
+    def save(self, step: int, *, salt: str = "", **options: Any) -> Path:
+        folder = write_checkpoint(self.output_dir, step, salt)
+        self.checkpointer.save(folder, Position(global_step=step), **options)
+        return folder
+
+    def rotate(self, step: int) -> None:
+        """What save_total_limit does to an old folder."""
+        shutil.rmtree(self.output_dir / f"checkpoint-{step}")
+
+    def wait(self) -> None:
+        self.checkpointer.wait(DEADLINE)
+
+    def waiting(self) -> list[CheckpointKey]:
+        return [entry.key for entry in self.checkpointer.outbox.entries()]
+
+    def stop(self) -> None:
+        self.checkpointer.close()
+        uploader = self.checkpointer._uploader
+        if uploader is not None:
+            uploader._thread.join(DEADLINE)
+            assert not uploader._thread.is_alive()
+
+
+class Machines:
+    """The machines of one run, and its storage, which obeys `storage`; stops their threads at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = folder / "run"
+        self.storage = FaultyStorage(f"file://{self.run}")
+        self.catalog = Catalog(Storage(f"file://{self.run}"))
+        self.gate = threading.Event()
+        """For `storage.hold`: opened at the end, so that no thread stays behind."""
+        self._folder = folder
+        self.made: list[Machine] = []
+        self._everywhere = self.storage.everywhere()
+
+    def __enter__(self) -> Machines:  # noqa: PYI034 - typing.Self came with Python 3.11
+        self._everywhere.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.gate.set()
+            self.storage.heal()
+            for machine in self.made:
+                machine.stop()
+        finally:
+            self._everywhere.__exit__(None, None, None)
+
+    def new(self, name: str = "out", **options: Any) -> Machine:
+        """A machine with the disk `name`: an empty one, or one that was used before."""
+        machine = Machine(self._folder / name, self.storage.url, **options)
+        self.made.append(machine)
+        return machine
+
+    def restored(self, name: str) -> dict[str, bytes] | None:
+        """What another machine gets."""
+        found = self.new(name).checkpointer.restore()
+        return contents(found.path) if found else None
+
+    def committed(self) -> list[tuple[int, int]]:
+        """(attempt, step) of each checkpoint that exists; each is whole, or this fails."""
+        keys = self.catalog.checkpoints()
+        for key in keys:
+            assert verify(self.catalog, self.catalog.read(key)) == []
+        return [(key.attempt, key.step) for key in keys]
+
+
+def bytes_of(step: int, salt: str = "") -> dict[str, bytes]:
+    """Files of a checkpoint: one large enough to be linked, small ones, one in a folder, one that is empty."""
+    name = f"{salt}-{step}-".encode()
+    return {
+        "model.safetensors": (name * (SMALL_FILE // len(name) + 1))[: SMALL_FILE + step],
+        "trainer_state.json": f'{{"global_step": {step}, "salt": "{salt}"}}'.encode(),
+        "state/rng_state_0.pth": b"random" + name,
+        "empty": b"",
+    }
+
+
+def write_checkpoint(output_dir: Path, step: int, salt: str = "") -> Path:
+    """Write it as a framework does, in place where it was before."""
+    folder = output_dir / f"checkpoint-{step}"
+    write_files(folder, bytes_of(step, salt))
+    return folder
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def entry_of(url: str, attempt: int, step: int, **options: Any) -> OutboxEntry:
+    """An entry before it is accepted."""
+    return OutboxEntry(
+        run_url=url,
+        key=CheckpointKey(attempt, step),
+        nonce=f"{attempt:032x}-{step}",
+        position=Position(global_step=step),
+        **options,
+    )
+
+
+def left_overs(output_dir: Path) -> list[str]:
+    """What a machine keeps of work that is over: half-made folders, trash."""
+    meta = output_dir / META
+    return sorted(
+        path.relative_to(meta).as_posix()
+        for pattern in ("restore-*", ".meet-*", "outbox/.*")
+        for path in meta.glob(pattern)
+    )
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.005)

@@ -1,0 +1,80 @@
+"""A process killed at any point of save, upload, commit, restore and delete: nothing partial, and nothing lost."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_cloudtrain.testing import CRASH_STATUS
+from tests.faults.aftermath import is_one, what_goes_wrong_next
+from tests.faults.killed_run import ACCEPTED, DISK, FAILED, killed_run
+from tests.faults.runs import DEADLINE, Machines
+
+if TYPE_CHECKING:
+    import pytest
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.faults.killed_run"])
+AT_ONCE = 2
+
+
+def test_a_run_killed_at_any_change_of_its_disk_loses_nothing_and_shows_nothing_partial(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Change 1, then 2, and so on, until a run is over before its change comes."""
+    caplog.set_level(logging.CRITICAL)  # each of hundreds of starts says what it resumes from
+    problems: dict[int, str] = {}
+    killed = 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for first in range(1, 10_000, AT_ONCE):
+            numbers = range(first, first + AT_ONCE)
+            folders = [tmp_path / str(number) for number in numbers]
+            endings = list(pool.map(run_until_killed, folders, numbers))
+            for number, folder, ended in zip(numbers, folders, endings, strict=True):
+                assert ended in (0, CRASH_STATUS), f"change {number}: {why_it_failed(folder)}"
+                killed += ended == CRASH_STATUS
+                if problem := what_is_wrong(folder, over=ended == 0):
+                    problems[number] = problem
+                shutil.rmtree(folder)
+            if 0 in endings:
+                break
+    assert not problems, "\n".join(f"change {number}: {problem}" for number, problem in problems.items())
+    assert killed > 100, "the sweep saw the whole run"
+
+
+def run_until_killed(folder: Path, number: int) -> int | None:
+    folder.mkdir()
+    child = FORKS.Process(target=killed_run, args=(folder, number))
+    child.start()
+    child.join(DEADLINE)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+def why_it_failed(folder: Path) -> str:
+    said = folder / FAILED
+    return said.read_text() if said.exists() else "it hung"
+
+
+def what_is_wrong(folder: Path, *, over: bool) -> str:
+    """The first promise that is broken, in words."""
+    saved = [int(step) for step in (folder / ACCEPTED).read_text().split()]
+    with Machines(folder / DISK) as machines:
+        out = machines.new("out")
+        kept = {*machines.committed(), *((key.attempt, key.step) for key in out.waiting())}
+        if saved and (1, saved[-1]) not in kept:
+            return f"step {saved[-1]} was accepted and is gone: {sorted(kept)}"
+        if over and machines.committed() != [(1, 10)]:
+            return f"the whole run committed {machines.committed()}"
+        partial = [
+            path.name for path in (folder / DISK / "elsewhere").glob("checkpoint-*") if not is_one(path)
+        ]
+        if partial:
+            return f"a partial folder is in sight: {partial}"
+        return what_goes_wrong_next(machines, saved[-1] if saved else 0)

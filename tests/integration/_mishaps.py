@@ -1,0 +1,134 @@
+"""Attempts in which something goes wrong. Each ends in `_attempts.train`, and takes its arguments."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+from transformers import Trainer, TrainingArguments
+
+from hf_cloudtrain import CloudTrainCallback, storage, uploader
+from hf_cloudtrain.testing import FaultyStorage
+from tests.integration._attempts import ARGUMENTS, CallAt, train
+
+
+def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
+    """No file of a checkpoint arrives before a step, or before Trainer has returned or failed, or ever (-1)."""
+    gate = threading.Event()
+    script = FaultyStorage(run_url)
+    script.hold("upload", gate, path="checkpoint-*")
+    callbacks = [CallAt(until, gate.set)] if until else []
+    with script.everywhere():
+        try:
+            return train(run_url=run_url, callbacks=callbacks, **arguments)
+        finally:
+            # Only `everywhere` ends here: the uploads under way wait for the gate.
+            if until != -1:
+                gate.set()
+
+
+def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
+    """Every request fails from one step until another, or for good."""
+    storage.RETRY_PAUSES = (0.01, 0.01)
+    uploader.PAUSES = (0.01,)
+    script = FaultyStorage(run_url)
+    callbacks = [CallAt(first, lambda: script.fail("any", times=10**9))]
+    if last is not None:
+        callbacks.append(CallAt(last, lambda: (script.heal(), None)))
+    with script.everywhere():
+        value = train(run_url=run_url, callbacks=callbacks, **arguments)
+    assert any(call.path.startswith("checkpoint-") for call in script.calls)
+    return value
+
+
+def out_of_memory(at: int, **arguments: Any) -> Any:
+    """The memory does not suffice for a batch of more than 2 in the n-th step."""
+    calls = 0
+
+    def prepare(trainer: Trainer) -> None:
+        step = trainer.training_step
+
+        def training_step(model: Any, inputs: Any, *rest: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return step(model, inputs, *rest)
+
+        trainer.training_step = training_step
+
+    return train(prepare=prepare, auto_find_batch_size=True, **arguments)
+
+
+def search(**arguments: Any) -> Any:
+    """A trial of a hyperparameter search."""
+
+    def prepare(trainer: Trainer) -> None:
+        plain = trainer.train
+        trainer.train = lambda **given: plain(trial=object(), **given)
+
+    # As if by optuna or another of the packages that search.
+    with mock.patch("transformers.integrations.hp_params", return_value={"learning_rate": 1e-3}):
+        return train(prepare=prepare, **arguments)
+
+
+def trains_again(**arguments: Any) -> Any:
+    """The same Trainer object trains a second time, from step 0."""
+
+    def prepare(trainer: Trainer) -> None:
+        plain = trainer.train
+
+        def twice(**given: Any) -> Any:
+            plain(**given)
+            return plain()
+
+        trainer.train = twice
+
+    return train(prepare=prepare, **arguments)
+
+
+def notebook(first: dict[str, Any], second: dict[str, Any], **arguments: Any) -> Any:
+    """A cell that fails, and another in the same process; the notebook keeps the traceback and all it refers to."""
+    kept = None
+    try:
+        train(**{**arguments, **first})
+    except ZeroDivisionError as error:
+        kept = error
+    value = train(**{**arguments, **second})
+    return {**value, "first": repr(kept)}
+
+
+def restores_only(output_dir: str, run_url: str, **_: Any) -> Any:
+    """`restore` before there is a Trainer."""
+    cloud = CloudTrainCallback(run_url)
+    return cloud.restore(TrainingArguments(output_dir=output_dir, **ARGUMENTS))
+
+
+def saves_model(output_dir: str, run_url: str, times: int, **arguments: Any) -> Any:
+    """Trains, then commits the final model under a name."""
+    urls: list[str] = []
+
+    def prepare(trainer: Trainer) -> None:
+        plain = trainer.train
+        (cloud,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, CloudTrainCallback))
+
+        def train_and_save(**given: Any) -> Any:
+            answer = plain(**given)
+            trainer.save_model(f"{output_dir}/final-model")
+            urls.extend(cloud.save(f"{output_dir}/final-model", name="final") for _ in range(times))
+            return answer
+
+        trainer.train = train_and_save
+
+    value = train(output_dir=output_dir, run_url=run_url, prepare=prepare, **arguments)
+    return {**value, "urls": urls}
+
+
+def calls(run_url: str, **arguments: Any) -> dict[str, int]:
+    """The requests that this process made, by kind."""
+    script = FaultyStorage(run_url)
+    with script.everywhere():
+        train(run_url=run_url, **arguments)
+    return dict(Counter(call.kind for call in script.calls))

@@ -1,0 +1,43 @@
+"""Two processes under torchrun, and a SIGKILL for all of it at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.integration._zygote import PATIENCE, REPOSITORY
+
+
+@contextmanager
+def torchrun(*words: str, log: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
+    """The launcher of two workers; what is left of it at the end gets SIGKILL. `words` name the script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    with open(log, "w") as output:
+        launcher = psutil.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield launcher
+    finally:
+        kill_family(launcher)
+
+
+def kill_family(launcher: psutil.Popen) -> None:
+    """SIGKILL to the launcher and its workers, which are in sessions of their own."""
+    if launcher.poll() is not None:
+        return
+    launcher.suspend()  # it must not start anything while we look
+    family = [*launcher.children(recursive=True), launcher]
+    for process in family:
+        process.kill()
+    launcher.wait(PATIENCE)
+    psutil.wait_procs(family, PATIENCE)

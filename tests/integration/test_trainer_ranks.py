@@ -1,0 +1,118 @@
+"""Two processes that train together (gloo): all of them call everything, and one moves the bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from tests.integration._lab import Lab
+from tests.integration._torchrun import kill_family, torchrun
+from tests.integration._zygote import PATIENCE, Child
+
+MISHAPS = "tests.integration._mishaps"
+CASES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "an evaluation at each epoch, at whose end it saves": ({"save_steps": 3, "eval_strategy": "epoch"}, 5, 3),
+    "accumulation": ({"gradient_accumulation_steps": 2, "num_train_epochs": 4, "save_steps": 3}, 5, 3),
+}
+
+
+def test_law_7_torchrun_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(lab: Lab) -> None:
+    finish(lab.start_ranks("plain", run_url=None))
+    first, second = (lab.folder / f"{machine}.log" for machine in ("first", "second"))
+    holds = [["HoldAt", {"step": 4}]]
+    with torchrun(*worker(lab, "first", save_steps=2, after=holds), log=first) as launcher:
+        lab.wait_until(lambda: lab.steps() == [2] or launcher.poll() is not None)
+        assert launcher.poll() is None, first.read_text()
+        kill_family(launcher)
+    with torchrun(*worker(lab, "second", save_steps=2), log=second) as launcher:
+        assert launcher.wait(PATIENCE) == 0, second.read_text()
+    assert lab.difference("second") == 0.0
+    for rank in range(2):
+        seen = lab.batches("first", rank=rank, until=2) + lab.batches("second", rank=rank, after=2)
+        assert seen == lab.batches("plain", rank=rank)
+    assert {entry.path for entry in lab.manifest(1, 2).files} >= {"rng_state_0.pth", "rng_state_1.pth"}
+    assert lab.catalog.attempt_numbers() == [1, 2]
+    assert lab.problems() == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_law_7_ranks_killed_and_resumed_equal_uninterrupted_with(lab: Lab, name: str) -> None:
+    arguments, kill_at, committed = CASES[name]
+    finish(lab.start_ranks("plain", run_url=None, **arguments))
+    ranks = lab.start_ranks("first", kill_at=kill_at, committed=committed, **arguments)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
+    finish(lab.start_ranks("second", **arguments))
+    assert lab.difference("second") == 0.0
+    for rank in range(2):
+        seen = lab.batches("first", rank=rank, until=committed)
+        seen += lab.batches("second", rank=rank, after=committed)
+        assert seen == lab.batches("plain", rank=rank)
+    assert all(lab.catalog.read(key).exact for key in lab.catalog.checkpoints())
+
+
+def test_one_process_moves_bytes_and_talks_to_the_storage(lab: Lab) -> None:
+    ranks = lab.start_ranks("first", "calls", module=MISHAPS)
+    finish(ranks)
+    first, second = (rank.value for rank in ranks)
+    assert first["upload"] > 0
+    assert first["create"] > 0
+    assert second == {}
+    ranks = lab.start_ranks("second", "calls", module=MISHAPS)
+    finish(ranks)
+    first, second = (rank.value for rank in ranks)
+    assert first["download"] > 0
+    assert second == {}
+
+
+class TestErrorsReachAllRanks:
+    def test_law_9_a_forgotten_restore(self, lab: Lab) -> None:
+        finish(lab.start_ranks("first", max_steps=3))
+        for said in fail(lab.start_ranks("second", max_steps=3, restore="forgotten")):
+            assert "RunHasCheckpointsError: The run" in said
+            assert "'loss'" not in said
+
+    def test_law_8_another_number_of_processes(self, lab: Lab) -> None:
+        lab.killed("first", kill_at=6, committed=4)
+        for said in fail(lab.start_ranks("second")):
+            assert "PositionError: checkpoint-4 cannot be resumed here: 1 processes before, 2 now." in said
+
+    def test_a_storage_that_cannot_be_reached(self, lab: Lab) -> None:
+        (lab.folder / "run").touch()
+        for said in fail(lab.start_ranks("first")):
+            assert "hf_cloudtrain.errors.Storage" in said
+            assert f"'{lab.folder}/run'" in said
+
+    def test_law_5_checkpoints_that_are_not_on_storage_at_the_end(self, lab: Lab) -> None:
+        env = {"HF_CLOUDTRAIN_DRAIN_TIMEOUT": "1"}
+        for said in fail(lab.start_ranks("first", "outage", module=MISHAPS, first=2, last=None, env=env)):
+            assert "NotCommittedError: Not on storage yet: checkpoint-6" in said
+            assert f"cloudtrain checkpoint flush {lab.machine('first')}" in said
+
+    def test_a_configuration_that_never_saves(self, lab: Lab) -> None:
+        for said in fail(lab.start_ranks("first", save_strategy="no")):
+            assert "ConfigurationError: save_strategy='no' never saves" in said
+
+
+def worker(lab: Lab, machine: str, **arguments: Any) -> list[str]:
+    """The words that start an attempt on that machine."""
+    given = {
+        "output_dir": str(lab.machine(machine)),
+        "run_url": lab.run_url,
+        "result": f"{lab.folder}/{machine}.safetensors",
+        "seen": f"{lab.folder}/{machine}-{{rank}}.seen",
+        **arguments,
+    }
+    return ["-m", "tests.integration._attempts", json.dumps(given)]
+
+
+def finish(ranks: list[Child]) -> None:
+    assert [rank.wait() for rank in ranks] == [0] * len(ranks), "\n".join(rank.log for rank in ranks)
+
+
+def fail(ranks: list[Child]) -> list[str]:
+    """What each rank said, after all of them failed."""
+    assert [rank.wait() for rank in ranks] == [1] * len(ranks), "\n".join(rank.log for rank in ranks)
+    return [rank.log for rank in ranks]

@@ -1,0 +1,31 @@
+"""Machines of one run, and no pauses between tries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain import storage, uploader
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.storage import Storage
+from tests.faults.runs import Machines
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_PAUSES", (0.0,) * len(storage.RETRY_PAUSES))
+    monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, no_pauses: None) -> Iterator[Machines]:
+    with Machines(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, no_pauses: None) -> Catalog:
+    """The catalog of an empty run."""
+    return Catalog(Storage(f"file://{tmp_path / 'run'}"))

@@ -1,0 +1,69 @@
+"""What the environment says, and that an argument beats it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_cloudtrain import env
+from hf_cloudtrain.errors import ConfigurationError
+
+
+def test_a_run_url_comes_from_the_argument_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.RUN_URL, "s3://bucket/from-env")
+    assert env.run_url(None) == "s3://bucket/from-env"
+    assert env.run_url("s3://bucket/argument") == "s3://bucket/argument"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_any_run_url_the_error_shows_both_ways(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.delenv(env.RUN_URL, raising=False)
+    if value is not None:
+        monkeypatch.setenv(env.RUN_URL, value)
+    with pytest.raises(ConfigurationError, match=r"CloudTrainCallback\('s3://.*HF_CLOUDTRAIN_RUN_URL"):
+        env.run_url(None)
+
+
+def test_storage_options_come_from_the_argument_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.storage_options(None) == {}
+    monkeypatch.setenv(env.STORAGE_OPTIONS, '{"profile": "training", "client_kwargs": {"verify": false}}')
+    assert env.storage_options(None) == {"profile": "training", "client_kwargs": {"verify": False}}
+    assert env.storage_options({}) == {}, "an empty argument is an argument"
+
+
+def test_storage_options_are_a_copy() -> None:
+    given = {"profile": "training"}
+    env.storage_options(given)["profile"] = "other"
+    assert given == {"profile": "training"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '"key"', "key=SECRETKEY", '{"secret": SECRETKEY}'])
+def test_storage_options_that_are_no_object_are_refused_without_showing_them(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv(env.STORAGE_OPTIONS, text)
+    with pytest.raises(ConfigurationError, match="not a JSON object") as told:
+        env.storage_options(None)
+    assert "SECRETKEY" not in str(told.value)
+    assert told.value.__suppress_context__ or told.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "ask"),
+    [(env.DRAIN_TIMEOUT, 1800.0, env.drain_timeout), (env.HEARTBEAT, 15.0, env.heartbeat)],
+)
+def test_seconds_have_a_default_and_must_be_above_zero(
+    monkeypatch: pytest.MonkeyPatch, name: str, default: float, ask: object
+) -> None:
+    assert callable(ask)
+    monkeypatch.delenv(name, raising=False)
+    assert ask() == default
+    monkeypatch.setenv(name, "")
+    assert ask() == default
+    monkeypatch.setenv(name, "0.5")
+    assert ask() == 0.5
+    for wrong in ("0", "-1", "soon", "nan", "inf", "1e12", "10 s"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(ConfigurationError, match=f"{name}='{wrong}' is not a number of seconds above 0"):
+            ask()
