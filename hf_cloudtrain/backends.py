@@ -5,6 +5,7 @@ fsspec's own local file system is not used: it neither creates exclusively nor r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import IO, Any, Protocol
 import xxhash
 
 from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
+from hf_cloudtrain.manifest import META
 from hf_cloudtrain.native import PART_SIZE
 
 EXTRAS = {
@@ -103,10 +105,12 @@ class LocalBackend:
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         found = []
-        for folder, _, names in os.walk(self._full(prefix)):
+        for folder, _, names in os.walk(self._full(prefix), onerror=_raise_unless_missing):
             for name in names:
+                if name.startswith(_TEMPORARY):
+                    continue
                 full = os.path.join(folder, name)
-                if not name.startswith(_TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                     found.append(ObjectInfo(os.path.relpath(full, self._root), os.stat(full).st_size))
         return found
 
@@ -114,7 +118,8 @@ class LocalBackend:
         full = self._full(path)
         os.unlink(full)
         parent = os.path.dirname(full)
-        while parent != self._root:
+        # An empty folder of a checkpoint goes; those of our records stay, where others may be about to write.
+        while parent != self._root and not path.startswith(META):
             try:
                 os.rmdir(parent)
             except OSError:
@@ -196,6 +201,12 @@ class FsspecBackend:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    # A folder that cannot be read is not an empty one.
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, str]:

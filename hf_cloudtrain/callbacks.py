@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import weakref
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -206,7 +207,7 @@ class CheckpointUploadCallback(TrainerCallback):
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
             position(args, state, self._epoch),
             since_ns=self._save_began_ns,
-            inexact_reason=self._inexact_reason(args),
+            inexact_reason=self._inexact_reason(args, state),
             metrics=metrics(state, best=best),
             best=best,
         )
@@ -223,11 +224,18 @@ class CheckpointUploadCallback(TrainerCallback):
         if checkpointer.world.is_leader:
             self._save_began_ns = checkpointer.mark_save_begin()
 
-    def _inexact_reason(self, args: TrainingArguments) -> str | None:
+    def _inexact_reason(self, args: TrainingArguments, state: TrainerState) -> str | None:
         if args.save_only_model:
             return "save_only_model=True leaves out the optimizer, the scheduler and the random states"
         if args.ignore_data_skip:
             return "ignore_data_skip=True starts the epoch's data again"
+        stateful = sorted({str(name) for name in state.stateful_callbacks or ()} - {"TrainerControl"})
+        if stateful and not args.restore_callback_states_from_checkpoint:
+            return f"{', '.join(stateful)} starts anew unless restore_callback_states_from_checkpoint=True"
+        if self._epoch.masks_at_random and not self._epoch.is_whole(
+            state.global_step, args.gradient_accumulation_steps
+        ):
+            return "batches are masked at random as they are fetched, ahead of the step, so masks differ after a resume"
         if self._before_evaluation:
             return "it was saved before the evaluation at the end of the epoch, which a resume skips"
         return None
@@ -373,11 +381,14 @@ class _Session:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but each process would train alone, as rank 0. On a machine "
                 "without an accelerator pass use_cpu=True."
             )
-        if self._checkpointer is None:
-            self._checkpointer = Checkpointer(
-                self._run_url, str(args.output_dir), storage_options=self._storage_options, fresh=self._fresh
+        output_dir = Path(str(args.output_dir)).absolute()
+        made = self._checkpointer
+        if made is None or made.output_dir != output_dir:
+            made = Checkpointer(
+                self._run_url, output_dir, storage_options=self._storage_options, fresh=self._fresh
             )
-        return self._checkpointer
+            self._checkpointer = made
+        return made
 
     def refuse_running_on(self, state: TrainerState, epoch: EpochLength, accumulation: int) -> None:
         """Trainer looks for the end of training only after a step, so a complete run would get one step more."""
@@ -404,7 +415,8 @@ class _Session:
         """The attempt's number. Each TrainerState is one start: `auto_find_batch_size` makes a new one."""
         if self._begun is not state:
             checkpointer = self.open(args)
-            self._attempt = checkpointer.begin(state.global_step).number
+            started_over = self._begun is not None and not self._ended and args.auto_find_batch_size
+            self._attempt = checkpointer.begin(state.global_step, started_over=started_over).number
             self._begun = state
             self._ended = False
         return self._attempt

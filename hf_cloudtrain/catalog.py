@@ -41,9 +41,13 @@ from hf_cloudtrain.manifest import (
     encode_record,
     parse_checkpoint_key,
 )
+from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+READS_AT_ONCE = 8
+"""Small records fetched at once: they wait for answers, not for bandwidth."""
 
 _RUN = f"{META}/run.json"
 _ATTEMPTS = f"{META}/attempts"
@@ -111,8 +115,8 @@ class Catalog:
                 facts=facts,
             )
             if self.storage.create(_attempt_path(number), encode_record(dataclasses.asdict(attempt))):
-                if number == 1:
-                    self.storage.create(_RUN, encode_record({"created": started, **facts}))
+                # Tried by every attempt: the first may have died between the two.
+                self.storage.create(_RUN, encode_record({"created": started, **facts}))
                 return attempt
             number += 1
 
@@ -124,15 +128,10 @@ class Catalog:
         )
         return sorted(int(name[1]) for name in names if name)
 
-    def attempts(self) -> list[Attempt]:
-        """All attempts, ascending. Unreadable ones are left out with a warning."""
-        found = []
-        for number in self.attempt_numbers():
-            try:
-                found.append(_parse_attempt(self.storage.read(_attempt_path(number)), number))
-            except (ManifestError, ObjectNotFoundError) as error:
-                logger.warning("%s", error)
-        return found
+    def attempts(self, last: int = 0) -> list[Attempt]:
+        """All attempts or the `last` few, ascending. Unreadable ones are left out with a warning."""
+        (found,) = in_threads(self._attempt_or_none, (self.attempt_numbers()[-last:], READS_AT_ONCE))
+        return [attempt for attempt in found if attempt is not None]
 
     def overtaken_by(self, attempt: int) -> int | None:
         """The number of a newer attempt, if one has started (law 6)."""
@@ -163,7 +162,15 @@ class Catalog:
             raise ManifestError(
                 f"The manifest {str(key)!r} is of attempt {manifest.attempt}, step {manifest.step}."
             )
+        if manifest.folder not in (f"checkpoint-{key.step}", f"checkpoint-{key.step}.a{key.attempt}"):
+            raise ManifestError(
+                f"The manifest {str(key)!r} names the folder {manifest.folder!r} of another one."
+            )
         return manifest
+
+    def holds(self, key: CheckpointKey) -> bool:
+        """Whether a checkpoint is committed; one small request, however many there are."""
+        return self._exists(_checkpoint_path(key))
 
     def claim(self, key: CheckpointKey, nonce: str, *, exclusive: bool) -> str:
         """The folder that an attempt may write for a step, claimed before its first byte.
@@ -179,7 +186,10 @@ class Catalog:
         path = f"{_CLAIMS}/{plain}.json"
         if self.storage.create(path, record):
             return plain
-        owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+        try:
+            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+        except ManifestError:
+            owner = None  # damaged: whoever it was, it was not us
         # The same attempt again: an upload that was cut off goes on in its own folder.
         return plain if owner == key.attempt else suffixed
 
@@ -228,7 +238,7 @@ class Catalog:
     def protected(self) -> dict[CheckpointKey, str]:
         """Checkpoints that no automatic deletion touches, each with the reason in words (law 10)."""
         reasons: dict[CheckpointKey, str] = {}
-        for attempt in self.attempts()[-1:]:
+        for attempt in self.attempts(last=1):
             if attempt.resumed_from is not None:
                 reasons[attempt.resumed_from] = f"attempt {attempt.number} resumed from it"
         best = self.pointer("best")
@@ -245,14 +255,14 @@ class Catalog:
         """(key, folder) for a new version of a named folder, claimed before its first byte."""
         version = 1
         while True:
-            folder = name if version == 1 else f"{name}.{version}"
+            folder = _versioned_folder(name, version)
             if self.storage.create(f"{_CLAIMS}/{folder}.json", encode_record({"nonce": nonce})):
                 return f"{name}-{version:06d}", folder
             version += 1
 
     def commit_folder(self, manifest: Manifest) -> bool:
         """Make a named folder exist."""
-        return self.storage.create(f"{_FOLDERS}/{manifest.key}.json", manifest.encode())
+        return self.storage.create(_folder_path(manifest.key), manifest.encode())
 
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
@@ -261,9 +271,16 @@ class Catalog:
     def read_folder(self, key: str) -> Manifest:
         """The manifest of a named folder."""
         try:
-            return Manifest.parse(self.storage.read(f"{_FOLDERS}/{key}.json"), key)
+            manifest = Manifest.parse(self.storage.read(_folder_path(key)), key)
         except ObjectNotFoundError:
             raise NoCheckpointError(f"There is no folder {key!r} in {self.storage.url!r}.") from None
+        if manifest.folder != _versioned_folder(*_name_and_version(key)):
+            raise ManifestError(f"The manifest {key!r} names the folder {manifest.folder!r} of another one.")
+        return manifest
+
+    def holds_folder(self, key: str) -> bool:
+        """Whether a named folder is committed."""
+        return self._exists(_folder_path(key))
 
     # Pointers and progress
 
@@ -274,12 +291,15 @@ class Catalog:
         )
 
     def pointer(self, name: str) -> CheckpointKey | None:
-        """Where the pointer `best` or `last` points; None where there is none."""
+        """Where the pointer `best` or `last` points; None where there is none, or a damaged one."""
         try:
             record = decode_record(self.storage.read(f"{META}/{name}.json"), f"pointer {name!r}")
+            return _key_of(record, f"pointer {name!r}")
         except ObjectNotFoundError:
             return None
-        return _key_of(record, f"pointer {name!r}")
+        except ManifestError as error:
+            logger.warning("%s It is left out of account.", error)
+            return None
 
     def run_facts(self) -> dict[str, Any] | None:
         """What run.json says; None where no run has started here."""
@@ -293,24 +313,33 @@ class Catalog:
         self.storage.write(f"{META}/progress/{attempt:06d}.json", encode_record(record))
 
     def read_progress(self, attempt: int) -> dict[str, Any] | None:
-        """The last heartbeat of an attempt; None where it never had one."""
+        """The last heartbeat of an attempt; None where it never had one, or a damaged one."""
+        what = f"heartbeat of attempt {attempt}"
         try:
-            return decode_record(self.storage.read(f"{META}/progress/{attempt:06d}.json"), "progress record")
+            return decode_record(self.storage.read(f"{META}/progress/{attempt:06d}.json"), what)
         except ObjectNotFoundError:
+            return None
+        except ManifestError as error:
+            logger.warning("%s", error)
             return None
 
     def write_steps(self, attempt: int, batch: int, lines: bytes) -> None:
         """Store one batch of step and metric records."""
         self.storage.write(f"{META}/steps/{attempt:06d}-{batch:04d}.jsonl", lines)
 
-    def read_steps(self, attempt: int) -> list[bytes]:
-        """All batches of an attempt, in order."""
+    def read_steps(self) -> dict[int, list[bytes]]:
+        """All batches of step and metric records by attempt, in order."""
         found = []
         for info in self.storage.list(f"{META}/steps"):
             match = re.fullmatch(rf"{re.escape(META)}/steps/(\d+)-(\d+)\.jsonl", info.path)
-            if match and int(match[1]) == attempt:
-                found.append((int(match[2]), info.path))
-        return [self.storage.read(path) for _, path in sorted(found)]
+            if match:
+                found.append((int(match[1]), int(match[2]), info.path))
+        found.sort()
+        (batches,) = in_threads(self.storage.read, ([path for _, _, path in found], READS_AT_ONCE))
+        by_attempt: dict[int, list[bytes]] = {}
+        for (attempt, _, _), batch in zip(found, batches, strict=True):
+            by_attempt.setdefault(attempt, []).append(batch)
+        return by_attempt
 
     def _names(self, folder: str) -> list[str]:
         return [
@@ -318,6 +347,20 @@ class Catalog:
             for info in self.storage.list(folder)
             if info.path.endswith(".json") and "/" not in info.path[len(folder) + 1 :]
         ]
+
+    def _exists(self, path: str) -> bool:
+        try:
+            self.storage.read(path)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def _attempt_or_none(self, number: int) -> Attempt | None:
+        try:
+            return _parse_attempt(self.storage.read(_attempt_path(number)), number)
+        except (ManifestError, ObjectNotFoundError) as error:
+            logger.warning("%s", error)
+            return None
 
     def _holds(self, path: str, nonce: str) -> bool:
         try:
@@ -338,6 +381,19 @@ def _attempt_path(number: int) -> str:
 
 def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
+
+
+def _folder_path(key: str) -> str:
+    return f"{_FOLDERS}/{key}.json"
+
+
+def _versioned_folder(name: str, version: int) -> str:
+    return name if version == 1 else f"{name}.{version}"
+
+
+def _name_and_version(key: str) -> tuple[str, int]:
+    name, _, version = key.rpartition("-")
+    return name, int(version) if version.isdecimal() else 0
 
 
 def _checkpoint_of(name: str) -> CheckpointKey | None:

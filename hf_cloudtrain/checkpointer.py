@@ -86,7 +86,6 @@ class Checkpointer:
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
         self._save_error: Exception | None = None
-        self._over = False
         self.world.meet_disks(self.output_dir / META)
 
     @property
@@ -110,6 +109,7 @@ class Checkpointer:
             CorruptCheckpointError: there are checkpoints, and not one of them is whole.
             StorageError: the storage does not answer.
         """
+        self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
         self.world.agree(self.storage.check, f"reach {self.storage.url!r}")
         self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
         if self._fresh:
@@ -167,19 +167,20 @@ class Checkpointer:
         """Where files are kept as they were, when a restored one had to be made true on this machine."""
         return self.output_dir / META / "originals" / f"{manifest.key}-{manifest.nonce[:8]}"
 
-    def begin(self, global_step: int) -> Attempt:
+    def begin(self, global_step: int, *, started_over: bool = False) -> Attempt:
         """Start an attempt at `global_step`, once for all ranks, and the uploads of this process.
+
+        Args:
+            started_over: the framework begins anew by itself, as with a smaller batch after running out of memory.
 
         Raises:
             RunHasCheckpointsError: training starts at step 0 on a run that has checkpoints.
         """
-        # The framework may start over by itself (a smaller batch after running out of memory).
-        again = self.attempt is not None and not self._over
-        self.world.each_leader(lambda: self._prepare_disk(global_step), f"write to {str(self.output_dir)!r}")
-        self.attempt = self.world.agree(lambda: self._begin(global_step, again), "start an attempt")
+        self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
+        self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
+        self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
-        self._over = False
         if self.world.is_leader and self._uploader is None:
             self._uploader = Uploader(self.catalog, self.outbox)
             self._uploader.start()
@@ -264,7 +265,6 @@ class Checkpointer:
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
-        self._over = True
 
     def close(self) -> None:
         """Stop the background thread after the upload under way; what is left stays in the outbox."""
@@ -312,10 +312,10 @@ class Checkpointer:
         if not manifest.exact:
             logger.warning("The resumed run will not equal an uninterrupted one: %s", manifest.inexact_reason)
 
-    def _begin(self, global_step: int, again: bool) -> Attempt:
+    def _begin(self, global_step: int, started_over: bool) -> Attempt:
         if self.storage.exclusive is None:
             self.storage.check()
-        if self.storage.exclusive is False and not again:
+        if self.storage.exclusive is False and not started_over:
             logger.warning(
                 "%r does not honour exclusive create, so two processes that train this run at once are told apart only "
                 "by best effort. Checkpoints stay safe: each attempt writes its own folders.",
@@ -323,12 +323,12 @@ class Checkpointer:
             )
         resumed_from = self._restored
         if resumed_from is None or resumed_from.step != global_step:
-            resumed_from = self._checked_start(global_step, again)
+            resumed_from = self._checked_start(global_step, started_over)
         return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
 
-    def _checked_start(self, global_step: int, again: bool) -> CheckpointKey | None:
+    def _checked_start(self, global_step: int, started_over: bool) -> CheckpointKey | None:
         keys = self.catalog.checkpoints()
-        if global_step == 0 and keys and not self._fresh and not again:
+        if global_step == 0 and keys and not self._fresh and not started_over:
             raise RunHasCheckpointsError(
                 f"The run {self.storage.url!r} has {len(keys)} checkpoints, the newest at step {keys[-1].step}, but "
                 "training starts at step 0. Continue it with `trainer.train(resume_from_checkpoint=cloud.restore(args))`, "
@@ -344,8 +344,7 @@ class Checkpointer:
             )
         return at_step[-1] if at_step else None
 
-    def _prepare_disk(self, global_step: int) -> None:
-        """Move local checkpoints of another lineage away: they would be written into, or be taken for new ones."""
+    def _refuse_unwritable(self) -> None:
         try:
             (self.output_dir / META).mkdir(parents=True, exist_ok=True)
             self.mark_save_begin()
@@ -353,6 +352,9 @@ class Checkpointer:
             raise ConfigurationError(
                 f"output_dir {str(self.output_dir)!r} cannot be written to ({error.strerror}). Choose another one."
             ) from error
+
+    def _move_stale(self, global_step: int) -> None:
+        """Move local checkpoints of another lineage away: they would be written into, or be taken for new ones."""
         for folder in self.output_dir.glob("checkpoint-*"):
             match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
             if match and int(match[1]) > global_step and folder.is_dir():

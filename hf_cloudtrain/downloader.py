@@ -6,9 +6,9 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -21,6 +21,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META, FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
+from hf_cloudtrain.process import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +70,23 @@ def verify(
     """What is wrong with a checkpoint on storage, in words; empty where every byte is as promised.
 
     Reads everything, keeps nothing.
+
+    Raises:
+        StorageError: the storage does not answer, which says nothing about the checkpoint.
     """
-    problems = []
-    for entry in manifest.files:
+
+    def problem(entry: FileEntry) -> str | None:
         try:
             digest = catalog.storage.download(
                 manifest.object_path(entry), os.devnull, entry.size, on_bytes=on_bytes
             )
         except ObjectNotFoundError:
-            problems.append(f"{entry.path!r} is missing")
-        except StorageError as error:
-            problems.append(f"{entry.path!r} cannot be read: {error}")
-        else:
-            if digest != entry.digest:
-                problems.append(f"{entry.path!r} differs from its digest")
-    return problems
+            return f"{entry.path!r} is missing"
+        except ObjectTruncatedError:
+            return f"{entry.path!r} is cut short: {entry.size} bytes were committed"
+        return None if digest == entry.digest else f"{entry.path!r} differs from its digest"
+
+    return [text for text in _on_all(problem, manifest.files) if text is not None]
 
 
 def is_whole(
@@ -157,19 +160,18 @@ def _fetch(
                 f"{entry.path!r} of {manifest.folder} differs from the digest in its manifest: it was damaged or replaced."
             )
 
-    with (
-        ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="cloudtrain-get") as large,
-        ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="cloudtrain-get") as small,
-    ):
-        order = sorted(entries, key=lambda entry: entry.size, reverse=True)
-        futures = [(large if entry.size > PART_SIZE else small).submit(fetch, entry) for entry in order]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    _on_all(fetch, entries)
+
+
+def _on_all(work: Callable[[FileEntry], Any], entries: Sequence[FileEntry]) -> list[Any]:
+    """Do `work` on all files, two large ones and several small ones at once; answers of the large ones first."""
+    large = [entry for entry in entries if entry.size > PART_SIZE]
+    small = [entry for entry in entries if entry.size <= PART_SIZE]
+    return [
+        answer
+        for group in in_threads(work, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
+        for answer in group
+    ]
 
 
 def _refuse_without_space(folder: Path, size: int, target: Path) -> None:

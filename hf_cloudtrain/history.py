@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
+from hf_cloudtrain.catalog import READS_AT_ONCE, Attempt, Catalog, CheckpointKey
+from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.storage import Storage
 
 
@@ -84,9 +85,13 @@ def history_of(catalog: Catalog) -> History:
     attempts = catalog.attempts()
     committed = catalog.checkpoints()
     limits = kept_steps(attempts)
+    numbers = [attempt.number for attempt in attempts]
+    (beats,) = in_threads(catalog.read_progress, (numbers, READS_AT_ONCE))
+    heartbeats = dict(zip(numbers, beats, strict=True))
+    steps = catalog.read_steps()
     history = History(catalog.storage.url, [], [], [], {})
     for attempt in attempts:
-        progress = catalog.read_progress(attempt.number) or {}
+        progress = heartbeats[attempt.number] or {}
         info = AttemptInfo(
             number=attempt.number,
             started=attempt.started,
@@ -99,7 +104,7 @@ def history_of(catalog: Catalog) -> History:
             facts=attempt.facts,
             progress=progress,
         )
-        _add_records(history, info, limits.get(attempt.number, -1.0), catalog.read_steps(attempt.number))
+        _add_records(history, info, limits.get(attempt.number, -1.0), steps.get(attempt.number, []))
         # Records of the last seconds before a SIGKILL are lost; the heartbeat still knows how far it was.
         past = info.last_step - max(limits.get(attempt.number, -1.0), info.first_step)
         info.redone_steps = max(info.redone_steps, int(max(0.0, past)))
@@ -127,7 +132,7 @@ def _add_records(history: History, info: AttemptInfo, limit: float, batches: lis
     for line in (line for batch in batches for line in batch.splitlines()):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a line cut off is worth less than the rest
         if not isinstance(record, dict):
             continue
@@ -135,7 +140,7 @@ def _add_records(history: History, info: AttemptInfo, limit: float, batches: lis
             _add_steps(history, info, limit, record)
         elif record.get("kind") == "log" and isinstance(record.get("step"), int):
             kept = {key: value for key, value in record.items() if key != "kind"}
-            kept = {"time": 0.0, **kept, "attempt": info.number}
+            kept = {**kept, "time": _float(kept.get("time")), "attempt": info.number}
             (history.logs if record["step"] <= limit else history.superseded).append(kept)
 
 
@@ -156,4 +161,8 @@ def _add_steps(history: History, info: AttemptInfo, limit: float, record: dict[s
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+    try:
+        number = float(value) if isinstance(value, (int, float)) else 0.0
+    except OverflowError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,8 +78,8 @@ class Position:
         values: dict[str, Any] = {"global_step": _count(record, "global_step", what)}
         for key, value in record.items():
             if value is not None and key != "global_step":
-                number = _number(value, key, what)
-                values[key] = number if key in ("epoch", "num_train_epochs") else int(number)
+                of_epochs = key in ("epoch", "num_train_epochs")
+                values[key] = _number(value, key, what) if of_epochs else _count(record, key, what)
         return cls(**values)
 
 
@@ -150,7 +149,7 @@ class Manifest:
             folder=clean_path(_text(record, "folder", what)),
             attempt=_count(record, "attempt", what),
             step=_count(record, "step", what),
-            nonce=_text(record, "nonce", what),
+            nonce=_nonce(record, what),
             files=tuple(FileEntry.parse(item, what) for item in files),
             position=Position.parse(record.get("position"), what),
             exact=record.get("exact") is True,
@@ -253,6 +252,13 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
     return value
 
 
+def _nonce(record: dict[str, Any], what: str) -> str:
+    value = _text(record, "nonce", what)
+    if not re.fullmatch(r"[0-9A-Za-z-]{1,100}", value):
+        raise ManifestError(f"The {what} is damaged: {value[:50]!r} is no nonce.")
+    return value
+
+
 def _optional_text(value: Any) -> str | None:
     return value[:1000] if isinstance(value, str) else None
 
@@ -265,7 +271,7 @@ def _count(record: dict[str, Any], key: str, what: str) -> int:
 
 
 def _number(value: Any, key: str, what: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:  # also no NaN
         raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a number.")
     return float(value)
 

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 SMALL_FILE = 2**20
 """Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
+SWEEP_AGE = 3600.0
+"""Seconds after which a half-made entry is a left-over: copying a folder to another disk takes minutes."""
 SMALL_TOTAL = 16 * 2**20
 """Bytes that all copies of one save may have: 10 ms. The rest is linked."""
 
@@ -169,9 +171,11 @@ class Outbox:
         shutil.rmtree(trash, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-made."""
+        """Remove what killed processes left half-made; what is younger may be a save under way."""
         for left in self.folder.glob(".*") if self.folder.is_dir() else ():
-            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > SWEEP_AGE:
+                    shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def lock(self, patience: float = 0.0) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The end of this process, and work that must come before it."""
+"""Threads of this process that must not outlive its work, and work that must come before its end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -26,3 +26,54 @@ def before_exit(method: Callable[[], None]) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call)
+
+
+def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:
+    """Do `work` on every item of every group, each group with threads of its own; answers in order, or the first error.
+
+    The threads are daemons: a call that hangs must not keep a process alive whose work was given up, as the threads
+    of a ThreadPoolExecutor do.
+
+    Args:
+        groups: items, and how many of them may be under way at once.
+    """
+    answers: list[list[Any]] = [[None] * len(items) for items, _ in groups]
+    errors: list[BaseException] = []
+
+    def take(number: int, queue: Iterator[tuple[int, Any]]) -> None:
+        for index, item in queue:
+            if errors:
+                return
+            try:
+                answers[number][index] = work(item)
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+                errors.append(error)
+
+    threads = []
+    for number, (items, workers) in enumerate(groups):
+        queue = _Shared(enumerate(items))
+        for _ in range(min(workers, len(items))):
+            thread = threading.Thread(target=take, args=(number, queue), name="cloudtrain-io", daemon=True)
+            thread.start()
+            threads.append(thread)
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # short turns, so that Ctrl-C is heard
+    if errors:
+        raise errors[0]
+    return answers
+
+
+class _Shared:
+    """An iterator that several threads may take from."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._lock:
+            return next(self._items)

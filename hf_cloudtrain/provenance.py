@@ -11,6 +11,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+_SECRET = re.compile(
+    r"token|secret|passw|key|credential|connection.?string|storage.?options|signature|\bsas\b", re.IGNORECASE
+)
+
 
 def origin() -> dict[str, str]:
     """Host and library versions, as a manifest carries them."""
@@ -38,16 +42,14 @@ def shown_command(argv: list[str]) -> str:
     shown: list[str] = []
     hide = False
     for word in argv:
-        name, equals, _ = word.partition("=")
-        secret = (
-            re.search(r"token|secret|password|passwd|api.?key|credential", name, re.IGNORECASE) is not None
-        )
-        if hide and not word.startswith("-"):
+        name, equals, value = word.partition("=")
+        secret = _SECRET.search(name) is not None
+        if (hide and not word.startswith("-")) or (word.startswith("{") and _SECRET.search(word)):
             shown.append("***")
-        elif secret and equals:
+        elif equals and (secret or (value.startswith("{") and _SECRET.search(value))):
             shown.append(f"{name}=***")
         else:
-            shown.append(re.sub(r"://[^/@\s]*:[^/@\s]*@", "://***@", word))
+            shown.append(re.sub(r"://\S*:\S*@", "://***@", word))
         hide = secret and not equals and name.startswith("-")
     return " ".join(shown)[:2000]
 

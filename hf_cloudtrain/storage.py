@@ -16,7 +16,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from hf_cloudtrain.backends import EXTRAS, Backend, ObjectInfo, connect, local_path, missing_extra
@@ -31,12 +30,18 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META
 from hf_cloudtrain.native import NativeTransfer, native_transfer
+from hf_cloudtrain.process import in_threads
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Its own generator: the training's random numbers must not depend on the weather of the network.
+_jitter = random.Random()
+
 RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds before each new try, jittered. The clients retry inside themselves too; this bridges what outlasts them."""
+
+DELETES_AT_ONCE = 8
 
 MAX_RECORD_READ = 64 * 2**20
 """Bytes of the largest record that is read into memory."""
@@ -134,9 +139,7 @@ class Storage:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete objects; one that is not there is fine."""
-        paths = list(paths)
-        with ThreadPoolExecutor(8, thread_name_prefix="cloudtrain-delete") as pool:
-            list(pool.map(self._delete_one, paths))
+        in_threads(self._delete_one, (list(paths), DELETES_AT_ONCE))
 
     def upload(self, file: str, path: str, *, on_bytes: Callable[[int], None] | None = None) -> str:
         """Send a local file; returns the digest (`xxh3-128:…`) of the bytes that were sent.
@@ -210,7 +213,7 @@ class Storage:
                     # A traceback would show what was taken out of the message.
                     raise ours from (error if str(error) == self._redact(str(error)) else None)
                 logger.debug("%s; trying again in about %s s", ours, pause)
-                time.sleep(pause * random.uniform(0.5, 1.0))
+                time.sleep(pause * _jitter.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
 
     def _translate(self, error: Exception, what: str) -> CloudTrainError:
@@ -240,7 +243,7 @@ class Storage:
         if isinstance(error, ImportError):
             return missing_extra(self._protocol, reason)
         if (
-            isinstance(error, (TypeError, NotImplementedError))
+            isinstance(error, (TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError))
             or getattr(error, "errno", None) == errno.EROFS
         ):
             return StorageError(f"Could not {what} ({reason}).")
@@ -263,11 +266,9 @@ def shown_url(url: str) -> str:
         return local_path(url)
     if scheme in ("file", "local"):
         return f"file://{local_path(url)}"
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if ":" in user:
-        authority = f"***{at}{host}"
-    return _SECRET_PARAMETER.sub(r"\1***", f"{scheme}://{authority}{slash}{path}".rstrip("/"))
+    user = _user_part(scheme, rest)
+    shown = f"***@{rest[len(user) + 1 :]}" if user else rest
+    return _SECRET_PARAMETER.sub(r"\1***", f"{scheme}://{shown}".rstrip("/"))
 
 
 _SECRET_PARAMETER = re.compile(
@@ -294,8 +295,7 @@ def _protocol(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme in ("file", "local"):
         return "file"
-    user = rest.partition("/")[0].rpartition("@")[0]
-    if ":" in user and scheme in EXTRAS:
+    if _user_part(scheme, rest) and scheme in EXTRAS:
         raise ConfigurationError(
             f"The run URL {shown_url(url)!r} carries credentials. Take them out and use the environment, a profile or "
             "storage_options: URLs end up in logs."
@@ -341,10 +341,20 @@ class _Count:
             self._on_bytes(count)
 
 
+def _user_part(scheme: str, rest: str) -> str:
+    """`user:password` of a URL; empty where there is none."""
+    authority = rest.partition("/")[0]
+    if scheme in EXTRAS and ":" in authority:
+        authority = rest  # no bucket has a colon, and a secret key may have a slash
+    user = authority.rpartition("@")[0]
+    return user if ":" in user else ""
+
+
 def _secrets_in(url: str, options: dict[str, Any]) -> list[str]:
     found = []
-    user = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-    if ":" in user:
+    scheme, _, rest = url.partition("://")
+    user = _user_part(scheme, rest)
+    if user:
         found += [user, user.partition(":")[2]]
     for name, value in options.items():
         if isinstance(value, dict):

@@ -28,6 +28,9 @@ class EpochLength:
     """How many samples and batches an epoch has; None where the data is a stream."""
 
     def __init__(self, dataloader: Any = None) -> None:
+        collate = getattr(dataloader, "collate_fn", None)
+        self.masks_at_random = bool(getattr(getattr(collate, "data_collator", collate), "mlm", False))
+        """Whether fetching a batch draws random numbers (masked language models)."""
         self.samples: int | None
         self.batches: int | None
         try:

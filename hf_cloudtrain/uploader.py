@@ -16,7 +16,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
@@ -29,7 +28,7 @@ from hf_cloudtrain.errors import (
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.outbox import AcceptedFile, Outbox, OutboxEntry, read_entry
-from hf_cloudtrain.process import before_exit
+from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 
 logger = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ class Uploader:
     def submit(self, entry: OutboxEntry) -> None:
         """Hand over an accepted entry; returns at once."""
         with self._changed:
+            self._gave_up = False
             self._waiting = [other for other in self._waiting if other.home != entry.home]
             self._waiting.append(entry)
             self._drop_overtaken(entry)
@@ -211,7 +211,8 @@ class Uploader:
             if isinstance(error, CloudTrainError)
             else StorageUnavailableError(f"{type(error).__name__}: {error}")
         )
-        if isinstance(error, (CorruptCheckpointError, FileNotFoundError)):
+        local = isinstance(error, FileNotFoundError) and not isinstance(error, CloudTrainError)
+        if local or isinstance(error, CorruptCheckpointError):
             entry_now = _reread(entry)
             if entry_now is None or entry_now.files == entry.files:
                 self._give_up(entry, ours)
@@ -255,12 +256,18 @@ class _Sender:
 
     def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None]) -> bool:
         """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing."""
-        entry.check_unchanged()
+        if entry.name is None and self._catalog.holds(entry.key):
+            # Sending it again would write over a committed checkpoint.
+            logger.info("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
+            return True
         if entry.name is None:
             manifest_key = str(entry.key)
             folder = self._catalog.claim(entry.key, entry.nonce, exclusive=entry.exclusive)
         else:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
+            if self._catalog.holds_folder(manifest_key):
+                return True
+        entry.check_unchanged()
         files = self._send_files(entry, folder, on_bytes)
         self._check_arrival(folder, files)
         entry.check_unchanged()
@@ -278,8 +285,9 @@ class _Sender:
             metrics=entry.metrics,
             origin=entry.origin,
         )
+        committed = self._commit(entry, manifest)
         self._arrived.clear()
-        return self._commit(entry, manifest)
+        return committed
 
     def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
         catalog = self._catalog
@@ -316,13 +324,10 @@ class _Sender:
                 )
             return FileEntry(file.path, file.size, self._arrived[known])
 
-        with (
-            ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="cloudtrain-send") as large,
-            ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="cloudtrain-send") as small,
-        ):
-            order = sorted(entry.files, key=lambda file: file.size, reverse=True)
-            sent = [(large if file.size > PART_SIZE else small).submit(send, file) for file in order]
-            return sorted((future.result() for future in sent), key=lambda file: file.path)
+        large = [file for file in entry.files if file.size > PART_SIZE]
+        small = [file for file in entry.files if file.size <= PART_SIZE]
+        sent = in_threads(send, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
+        return sorted((file for group in sent for file in group), key=lambda file: file.path)
 
     def _check_arrival(self, folder: str, files: list[FileEntry]) -> None:
         """Look at what is there, rather than trust that every answer was right."""

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.contract.conftest import Place
+from tests.servers import REPOSITORY
 
 SCRIPT = """
 import json, os, signal, sys, tempfile, time, traceback
@@ -64,6 +65,7 @@ def test_storage_works_in_a_forked_child_and_in_its_parent(place: Place) -> None
         capture_output=True,
         text=True,
         timeout=150,
+        cwd=REPOSITORY,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

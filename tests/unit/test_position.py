@@ -37,7 +37,7 @@ def test_each_change_is_refused_and_named(name: str, words: str) -> None:
 
 
 def test_all_changes_are_named_at_once() -> None:
-    with pytest.raises(PositionError, match="4 processes before, 2 now; 8 samples .* 16 now"):
+    with pytest.raises(PositionError, match=r"4 processes before, 2 now; 8 samples .* 16 now"):
         refuse_other_topology(
             SAVED, replace(SAVED, world_size=2, per_device_train_batch_size=16), "checkpoint-500"
         )

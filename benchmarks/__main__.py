@@ -1,0 +1,47 @@
+"""All benchmarks, or those that are named: `python -m benchmarks [NAME ...] [--quick]`.
+
+Each runs in a process of its own, so that none inherits another's threads and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+
+from benchmarks.apart import run_apart
+from benchmarks.measure import Scale
+from benchmarks.report import PAGE, Row, machine, print_table, write_page
+
+NAMES = ("stall", "step", "upload", "cpu", "restore", "training", "memory", "finding", "seam")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the package costs, side by side.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)}; default all")
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that they work")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    load = os.getloadavg()[0]
+    sections: dict[str, list[Row]] = {}
+    for name in options.names or NAMES:
+        start = time.monotonic()
+        sections[name] = run_apart(name, Scale(options.quick))
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    where = machine(load)
+    print_table(sections)
+    print(where)
+    if not options.names and not options.quick:
+        write_page(sections, {name: story(name) for name in sections}, where)
+        print(f"Written to docs/{PAGE.name}")
+
+
+def story(name: str) -> str:
+    """What a benchmark says of itself."""
+    return importlib.import_module(f"benchmarks.{name}").__doc__ or ""
+
+
+if __name__ == "__main__":
+    main()

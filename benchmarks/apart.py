@@ -1,0 +1,25 @@
+"""Running one benchmark in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+from benchmarks.measure import Scale
+from benchmarks.report import Row
+
+
+def run_apart(name: str, scale: Scale) -> list[Row]:
+    """The rows of `benchmarks/<name>.py`, measured in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, name, scale).result()
+
+
+def _run(name: str, scale: Scale) -> list[Row]:
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
+    rows: list[Row] = importlib.import_module(f"benchmarks.{name}").run(scale)
+    return rows

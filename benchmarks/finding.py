@@ -1,0 +1,75 @@
+"""Requests to find the newest of 1,000 checkpoints, and to restore it, as the endpoint counts them.
+
+A LIST answers up to 1,000 names, so 1,000 checkpoints take one. A large file takes one GET for each 16 MiB. The probe of a
+start (a small object written, read and deleted through every way that bytes take) is shown apart: it does not depend on
+the number of checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.clients import Ours, Place
+from benchmarks.measure import Checkpoint, Scale, Workplace
+from benchmarks.report import Row
+from benchmarks.sink import Sink
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.downloader import download
+from hf_cloudtrain.manifest import META
+from hf_cloudtrain.native import PART_SIZE
+
+
+def run(scale: Scale) -> list[Row]:
+    count = scale.pick(1_000, 20)
+    with Workplace() as work, Sink() as sink:
+        checkpoint = Checkpoint(work.folder / "checkpoint", 20_000_000)
+        with Ours(Place.of(sink), checkpoint, work) as ours:
+            ours.save_and_commit()
+            _commit_copies(ours.checkpointer.catalog, count)
+            opened = ours.opened(work.fresh("restored"))
+        sink.reset()
+        newest = opened.catalog.newest()
+        finding = sink.stats()["requests"]
+        assert newest is not None
+        sink.reset()
+        download(opened.catalog, opened.catalog.read(newest), work.folder / "restored" / "checkpoint")
+        restoring = sink.stats()["requests"]
+        sink.reset()
+        opened.storage.check()
+        probe = sink.stats()["requests"]
+    own = sum(-(-size // PART_SIZE) for size in checkpoint.sizes.values())
+    return [
+        Row(
+            f"requests to find the newest of {count:,}",
+            _shown(finding),
+            "",
+            str(sum(finding.values())),
+            "1 LIST",
+            finding == {"ListObjectsV2": 1},
+        ),
+        Row(
+            f"requests to restore it ({len(checkpoint.sizes)} files, {checkpoint.size / 1e6:.0f} MB)",
+            _shown(restoring),
+            f"{own} of the files' own",
+            str(sum(restoring.values())),
+            "1 GET + the files' own",
+            restoring == {"GetObject": 1 + own},
+        ),
+        Row("requests of the probe at a start", _shown(probe), "", str(sum(probe.values()))),
+    ]
+
+
+def _commit_copies(catalog: Catalog, count: int) -> None:
+    """Manifests of later steps, as after a long run; they share the files of the first."""
+    key = catalog.newest()
+    assert key is not None
+    first = catalog.read(key)
+    for step in range(first.step + 1, first.step + count):
+        later = dataclasses.replace(key, step=step)
+        position = dataclasses.replace(first.position, global_step=step)
+        manifest = dataclasses.replace(first, key=str(later), step=step, position=position)
+        catalog.storage.write(f"{META}/checkpoints/{later}.json", manifest.encode())
+
+
+def _shown(requests: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(requests.items()))

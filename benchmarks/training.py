@@ -1,0 +1,106 @@
+"""Training beside an upload: step time with an upload of 125 MB/s running, over step time without.
+
+A BERT of 4 layers, hidden size 256, batches of 4 x 128 tokens, torch at 1 thread; the endpoint is pinned to the other core.
+Stretches with and without an upload alternate, and so do the clients; each client sends in threads of the training
+process, as ours does.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks.clients import Ours, Place, raw_uploads
+from benchmarks.measure import SLOW_LINK, Checkpoint, Scale, Workplace, pin
+from benchmarks.report import Row, at_most
+from benchmarks.sink import Sink
+
+TARGET = 1.05
+
+
+def run(scale: Scale) -> list[Row]:
+    with Workplace() as work, Sink(SLOW_LINK) as sink:
+        pin(sink.pid, (os.cpu_count() or 1) - 1)
+        # 600 MB: 5 seconds of the link.
+        checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(200_000_000, 20_000_000))
+        place = Place.of(sink)
+        with Ours(place, checkpoint, work) as ours:
+            uploads = {contestant.name: contestant.run for contestant in raw_uploads(place, checkpoint)}
+            uploads = {"ours": ours.save_and_commit, **uploads}
+            measured = _measure(uploads, scale)
+    slower = {name: statistics.median(each.ratios) for name, each in measured.items()}
+    rates = {
+        name: checkpoint.size / statistics.median(each.seconds) / 1e6 for name, each in measured.items()
+    }
+    others = ", ".join(f"{name} {slower[name]:.3f}" for name in slower if name != "ours")
+    steps = statistics.median(measured["ours"].steps) * 1e3
+    shown = f"{steps:.0f} ms a step, {rates['ours']:.0f} MB/s"
+    return [at_most("step time beside an upload", shown, others, slower["ours"], TARGET)]
+
+
+@dataclass
+class _Measured:
+    """Of one client, one value a round."""
+
+    ratios: list[float]
+    """Median step beside the upload over the median step of the stretches before and after it."""
+    seconds: list[float]
+    """Of the upload."""
+    steps: list[float]
+    """Median step beside the upload, seconds."""
+
+
+def _measure(uploads: dict[str, Callable[[], None]], scale: Scale) -> dict[str, _Measured]:
+    torch.set_num_threads(1)
+    step = _trainer()
+    measured = {name: _Measured([], [], []) for name in uploads}
+    for _ in range(scale.pick(10, 2)):
+        step()
+    alone = _alone(step, scale)
+    names = list(uploads)
+    for number in range(scale.pick(5, 1)):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            thread = threading.Thread(target=uploads[name])
+            start = time.perf_counter()
+            thread.start()
+            beside = []
+            while thread.is_alive():
+                beside.append(step())
+            seconds = time.perf_counter() - start
+            after = _alone(step, scale)
+            measured[name].seconds.append(seconds)
+            measured[name].steps.append(statistics.median(beside))
+            measured[name].ratios.append(statistics.median(beside) / statistics.median(alone + after))
+            alone = after
+    return measured
+
+
+def _alone(step: Callable[[], float], scale: Scale) -> list[float]:
+    return [step() for _ in range(scale.pick(10, 2))]
+
+
+def _trainer() -> Callable[[], float]:
+    """A function that trains one step and answers its seconds."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+    )
+    model = BertForSequenceClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens, labels = torch.randint(0, config.vocab_size, (4, 128)), torch.tensor([0, 1, 0, 1])
+
+    def step() -> float:
+        start = time.perf_counter()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return step

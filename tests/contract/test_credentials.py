@@ -1,0 +1,206 @@
+"""Credentials and endpoints as people have them: both ways that bytes take must use the very same."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain import errors
+from hf_cloudtrain.storage import Storage
+from tests.proxy import Call, Proxy
+from tests.servers import Server
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own `~` whose `~/.aws` is read as on anybody's machine."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name)
+    (tmp_path / ".aws").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def proxy(moto: Server) -> Iterator[Proxy]:
+    with Proxy(moto.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def url(moto: Server) -> str:
+    return f"s3://{moto.bucket}/credentials-{secrets.token_hex(4)}"
+
+
+def test_environment(proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, AWS_ENDPOINT_URL=proxy.endpoint)
+    assert keys_used(proxy, url, None, tmp_path) == both("FROMENV")
+
+
+def test_environment_with_a_session_token_and_an_endpoint_for_s3_alone(
+    proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(
+        monkeypatch,
+        AWS_SESSION_TOKEN="the-token",
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ENDPOINT_URL_S3=proxy.endpoint,
+    )
+    assert keys_used(proxy, url, None, tmp_path) == both("FROMENV")
+    assert tokens(proxy) == {"the-token"}
+
+
+def test_default_profile(proxy: Proxy, url: str, home: Path) -> None:
+    credentials_file(home, default="FROMDEFAULT", other="OTHER")
+    options = {"endpoint_url": proxy.endpoint}
+    assert keys_used(proxy, url, options, home) == both("FROMDEFAULT")
+
+
+def test_profile_named_by_the_environment(
+    proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials_file(home, default="FROMDEFAULT", training="FROMTRAINING")
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    options = {"endpoint_url": proxy.endpoint}
+    assert keys_used(proxy, url, options, home) == both("FROMTRAINING")
+
+
+def test_profile_named_by_an_option_beats_the_environment(
+    proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials_file(home, default="FROMDEFAULT", training="FROMTRAINING", other="OTHER")
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    options = {"endpoint_url": proxy.endpoint, "profile": "training"}
+    assert keys_used(proxy, url, options, home) == both("FROMTRAINING")
+
+
+def test_endpoint_and_region_of_a_profile(
+    proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials_file(home, training="FROMTRAINING")
+    config_file(home, f"[profile training]\nregion = eu-west-3\nendpoint_url = {proxy.endpoint}\n")
+    monkeypatch.setenv("AWS_PROFILE", "training")
+    assert keys_used(proxy, url, None, home) == both("FROMTRAINING")
+    assert regions(proxy) == {"eu-west-3"}
+
+
+def test_endpoint_of_a_services_section(proxy: Proxy, url: str, home: Path) -> None:
+    credentials_file(home, training="FROMTRAINING")
+    config_file(
+        home,
+        "[profile training]\nservices = minio\nregion = us-west-2\n"
+        f"[services minio]\ns3 =\n  endpoint_url = {proxy.endpoint}\n",
+    )
+    assert keys_used(proxy, url, {"profile": "training"}, home) == both("FROMTRAINING")
+    assert regions(proxy) == {"us-west-2"}
+
+
+def test_options_beat_the_environment(
+    proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(monkeypatch, AWS_SESSION_TOKEN="not-this", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    options = {"key": "FROMOPTIONS", "secret": "s3cret", "endpoint_url": proxy.endpoint}
+    assert keys_used(proxy, url, options, tmp_path) == both("FROMOPTIONS")
+    assert tokens(proxy) == {None}
+
+
+def test_client_kwargs(proxy: Proxy, url: str, tmp_path: Path) -> None:
+    client = {"endpoint_url": proxy.endpoint, "region_name": "ap-south-1"}
+    options = {"key": "FROMOPTIONS", "secret": "s3cret", "token": "the-token", "client_kwargs": client}
+    assert keys_used(proxy, url, options, tmp_path) == both("FROMOPTIONS")
+    assert regions(proxy) == {"ap-south-1"}
+    assert tokens(proxy) == {"the-token"}
+
+
+def test_web_identity(
+    moto: Server, proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pod on EKS has."""
+    (tmp_path / "token").write_text("a-signed-token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/training")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", moto.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    used = keys_used(proxy, url, None, tmp_path)
+    assert all(len(keys) == 1 and min(keys).startswith("ASIA") for keys in used.values()), used
+    assert None not in tokens(proxy)
+
+
+def test_none_at_all_is_said_before_any_request(proxy: Proxy, url: str, home: Path) -> None:
+    with pytest.raises(errors.StoragePermissionError, match=r"[Cc]redentials"):
+        Storage(url, {"endpoint_url": proxy.endpoint}).check()
+    assert proxy.calls == []
+
+
+def test_unknown_profile_is_named(proxy: Proxy, url: str, home: Path) -> None:
+    credentials_file(home, default="FROMDEFAULT")
+    with pytest.raises(errors.CloudTrainError, match="nosuch") as raised:
+        Storage(url, {"endpoint_url": proxy.endpoint, "profile": "nosuch"}).check()
+    assert not isinstance(raised.value, errors.StorageUnavailableError)  # no network would help
+
+
+def test_azure_connection_string_from_the_environment(
+    azurite: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in azurite.env.items():
+        monkeypatch.setenv(name, value)
+    storage = Storage(f"az://{azurite.bucket}/credentials-{secrets.token_hex(4)}")
+    storage.check()
+    assert storage.exclusive
+    assert storage._transfer is not None
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    given = {"AWS_ACCESS_KEY_ID": "FROMENV", "AWS_SECRET_ACCESS_KEY": "secret", **more}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+
+def credentials_file(home: Path, **profiles: str) -> None:
+    """`~/.aws/credentials`, each profile with its key."""
+    text = (
+        f"[{profile}]\naws_access_key_id = {key}\naws_secret_access_key = secret-of-{key}\n"
+        for profile, key in profiles.items()
+    )
+    (home / ".aws" / "credentials").write_text("\n".join(text))
+
+
+def config_file(home: Path, text: str) -> None:
+    (home / ".aws" / "config").write_text(text)
+
+
+def keys_used(proxy: Proxy, url: str, options: dict[str, Any] | None, folder: Path) -> dict[str, set[str]]:
+    """Use a storage in every way, and say whose signatures the requests of either client bore."""
+    storage = Storage(url, options)
+    storage.check()
+    (folder / "source").write_bytes(b"content")
+    storage.upload(str(folder / "source"), "model.bin")
+    storage.download("model.bin", str(folder / "target"), 7)
+    assert [info.path for info in storage.list("")] == ["model.bin"]
+    storage.close()
+    return {
+        "native": {call.access_key for call in proxy.calls if call.native},
+        "fsspec": {call.access_key for call in proxy.calls if not call.native},
+    }
+
+
+def both(key: str) -> dict[str, set[str]]:
+    return {"native": {key}, "fsspec": {key}}
+
+
+def tokens(proxy: Proxy) -> set[str | None]:
+    return {call.headers.get("x-amz-security-token") for call in proxy.calls}
+
+
+def regions(proxy: Proxy) -> set[str]:
+    """The regions in the signatures."""
+
+    def region(call: Call) -> str:
+        return call.headers["authorization"].partition("Credential=")[2].split("/")[2]
+
+    return {region(call) for call in proxy.calls}

@@ -1,0 +1,276 @@
+"""The uploader empties an outbox, in the background or in the foreground."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain import uploader as module
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.errors import NotCommittedError
+from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.progress import Progress
+from hf_cloudtrain.testing import FaultyStorage
+from hf_cloudtrain.uploader import Uploader, flush
+from tests.faults.runs import (
+    DEADLINE,
+    Machines,
+    bytes_of,
+    entry_of,
+    wait_until,
+    write_checkpoint,
+    write_files,
+)
+
+
+class Disk:
+    """An outbox, the storage it goes to, and uploaders that end with the test."""
+
+    def __init__(self, folder: Path, machines: Machines) -> None:
+        self.storage: FaultyStorage = machines.storage
+        self.catalog = Catalog(machines.storage)
+        self.outbox = Outbox(folder)
+        self.gate = machines.gate
+        self.uploaders: list[Uploader] = []
+
+    def entry(self, step: int, attempt: int = 1, **options: object) -> OutboxEntry:
+        folder = write_checkpoint(self.outbox.output_dir, step)
+        return self.outbox.accept(folder, entry_of(self.storage.url, attempt, step, **options))
+
+    def uploader(self) -> Uploader:
+        self.uploaders.append(Uploader(self.catalog, self.outbox))
+        self.uploaders[-1].start()
+        return self.uploaders[-1]
+
+    def commits(self) -> list[str]:
+        """Names of the manifests that were created, in that order."""
+        return [
+            call.path.rpartition("/")[2].removesuffix(".json")
+            for call in self.storage.calls
+            if call.kind == "create" and "/checkpoints/" in call.path
+        ]
+
+
+@pytest.fixture
+def disk(tmp_path: Path, machines: Machines) -> Iterator[Disk]:
+    made = Disk(tmp_path / "disk", machines)
+    yield made
+    made.gate.set()
+    made.storage.heal()
+    for uploader in made.uploaders:
+        uploader.close()
+        uploader._thread.join(DEADLINE)
+        assert not uploader._thread.is_alive()
+
+
+def test_what_the_outbox_held_before_is_uploaded_newest_first(disk: Disk) -> None:
+    for attempt, step in ((1, 900), (2, 5), (2, 10)):
+        disk.entry(step, attempt)
+    disk.uploader().wait(DEADLINE)
+    assert disk.commits() == ["000002-0000000010", "000002-0000000005", "000001-0000000900"]
+    assert disk.outbox.entries() == []
+
+
+def test_the_newest_goes_first_when_the_one_under_way_is_done(disk: Disk) -> None:
+    uploader = disk.uploader()
+    disk.storage.hold("upload", disk.gate)
+    uploader.submit(disk.entry(1))
+    wait_until(lambda: disk.storage.count("upload"), "the first upload")
+    uploader.submit(disk.entry(2, best=True))
+    uploader.submit(disk.entry(3))
+    assert [entry.key.step for entry in uploader.pending()] == [3, 2, 1]
+    disk.gate.set()
+    uploader.wait(DEADLINE)
+    assert disk.commits() == ["000001-0000000001", "000001-0000000003", "000001-0000000002"]
+
+
+def test_an_uploader_knows_the_newest_that_it_has_committed(disk: Disk) -> None:
+    uploader = disk.uploader()
+    assert uploader.last_committed is None
+    for step in (10, 5):
+        uploader.submit(disk.entry(step))
+        uploader.wait(DEADLINE)
+    assert uploader.last_committed == CheckpointKey(1, 10)
+
+
+def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
+    """It carries the step of the last save, which may still be on its way."""
+    uploader = disk.uploader()
+    uploader.submit(disk.entry(5, name="final"))
+    uploader.wait(DEADLINE)
+    assert disk.catalog.folders() == ["final-000001"]
+    assert uploader.last_committed is None
+
+
+def test_a_named_folder_keeps_its_version_through_a_failed_try(disk: Disk) -> None:
+    uploader = disk.uploader()
+    disk.storage.fail("upload", times=12)
+    uploader.submit(disk.entry(5, name="final"))
+    uploader.wait(DEADLINE)
+    assert disk.catalog.folders() == ["final-000001"]
+    assert disk.catalog.read_folder("final-000001").folder == "final"
+
+
+def test_bytes_are_counted_once_even_when_tries_fail(disk: Disk) -> None:
+    uploader = disk.uploader()
+    disk.storage.lose_answer("upload", times=3)
+    entry = disk.entry(5)
+    uploader.submit(entry)
+    uploader.wait(DEADLINE)
+    assert (uploader.progress.done, uploader.progress.total) == (entry.size, entry.size)
+    assert uploader.progress.title == "Uploading checkpoint-5"
+
+
+def test_a_long_outage_is_warned_about_once_and_its_end_is_clean(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploader = disk.uploader()
+    disk.storage.fail("create", path="*/claims/*", times=6 * 4)
+    uploader.submit(disk.entry(5))
+    uploader.wait(DEADLINE)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "The upload of checkpoint-5 failed and is tried again; training goes on" in warnings[0]
+    assert uploader.last_error is None
+
+
+def test_an_error_that_nobody_expected_does_not_end_the_thread(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = disk.catalog.claim
+    surprises = [ZeroDivisionError("surprise"), RecursionError("surprise")]
+
+    def surprising(*args: object, **options: object) -> object:
+        if surprises:
+            raise surprises.pop()
+        return claim(*args, **options)
+
+    monkeypatch.setattr(disk.catalog, "claim", surprising)
+    uploader = disk.uploader()
+    uploader.submit(disk.entry(5))
+    uploader.wait(DEADLINE)
+    assert disk.commits() == ["000001-0000000005"]
+
+
+def test_waiting_with_nothing_to_wait_for_returns(disk: Disk) -> None:
+    disk.uploader().wait(0.0)
+
+
+def test_a_closed_uploader_keeps_what_it_has_not_begun(disk: Disk) -> None:
+    uploader = disk.uploader()
+    disk.storage.hold("upload", disk.gate)
+    uploader.submit(disk.entry(1))
+    wait_until(lambda: disk.storage.count("upload"), "the first upload")
+    uploader.submit(disk.entry(2))
+    uploader.close()
+    disk.gate.set()
+    uploader._thread.join(DEADLINE)
+    assert [entry.key.step for entry in disk.outbox.entries()] == [2]
+    assert disk.commits() == ["000001-0000000001"], "the one under way is finished"
+    with pytest.raises(NotCommittedError, match=r"checkpoint-2 \(attempt 1\)"):
+        uploader.wait(DEADLINE)
+
+
+def test_a_host_that_is_not_the_last_uploads_its_part_and_commits_nothing(disk: Disk) -> None:
+    uploader = disk.uploader()
+    uploader.submit(disk.entry(5, host=1, hosts=2))
+    uploader.wait(DEADLINE)
+    assert disk.catalog.checkpoints() == []
+    assert uploader.last_committed is None
+    assert disk.outbox.entries() == [], "its part is on storage"
+
+
+def test_the_host_that_completes_the_set_commits_the_files_of_all(disk: Disk, tmp_path: Path) -> None:
+    uploader = disk.uploader()
+    uploader.submit(disk.entry(5, host=1, hosts=2))
+    uploader.wait(DEADLINE)
+
+    other = Outbox(tmp_path / "other host")
+    write_files(other.output_dir / "checkpoint-5", {"rng_state_0.pth": b"0"})
+    other.accept(other.output_dir / "checkpoint-5", entry_of(disk.storage.url, 1, 5, host=0, hosts=2))
+    flush(disk.catalog, other, Progress())
+    manifest = disk.catalog.read(CheckpointKey(1, 5))
+    assert {file.path for file in manifest.files} == {*bytes_of(5), "rng_state_0.pth"}
+
+
+def test_the_manifest_carries_what_the_entry_says(disk: Disk) -> None:
+    entry = disk.entry(
+        5, exact=False, inexact_reason="why", created=7.0, metrics={"loss": 0.5}, origin={"host": "a"}
+    )
+    flush(disk.catalog, disk.outbox, Progress())
+    manifest = disk.catalog.read(CheckpointKey(1, 5))
+    for name in ("nonce", "position", "exact", "inexact_reason", "created", "metrics", "origin"):
+        assert getattr(manifest, name) == getattr(entry, name)
+
+
+def test_the_pointers_follow_a_commit(disk: Disk) -> None:
+    disk.catalog.begin_attempt(0.0, 0, None, {})
+    disk.entry(5, best=True, metrics={"best_metric": 0.9})
+    flush(disk.catalog, disk.outbox, Progress())
+    disk.entry(10)
+    flush(disk.catalog, disk.outbox, Progress())
+    assert disk.catalog.pointer("best") == CheckpointKey(1, 5)
+    assert disk.catalog.pointer("last") == CheckpointKey(1, 10)
+
+
+def test_a_flush_commits_the_entries_of_its_run_only(disk: Disk) -> None:
+    disk.entry(5)
+    folder = write_checkpoint(disk.outbox.output_dir, 7)
+    other = disk.outbox.accept(folder, entry_of("file:///another/run", 1, 7))
+    assert [entry.key.step for entry in flush(disk.catalog, disk.outbox, Progress())] == [5]
+    assert disk.outbox.entries() == [other]
+
+
+def test_a_flush_beside_another_one_says_so(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_PATIENCE", 0.0)
+    disk.entry(5)
+    with (
+        disk.outbox.lock(),
+        pytest.raises(NotCommittedError, match=r"Another process is uploading from .*outbox"),
+    ):
+        flush(disk.catalog, disk.outbox, Progress())
+    assert len(disk.outbox.entries()) == 1
+
+
+def test_an_uploader_waits_for_the_lock_of_another_process(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploader = disk.uploader()
+    with disk.outbox.lock():
+        uploader.submit(disk.entry(5))
+        wait_until(lambda: uploader._current is None and uploader._waiting, "it is put back")
+        assert disk.storage.count("upload") == 0
+    uploader.wait(DEADLINE)
+    assert disk.commits() == ["000001-0000000005"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def entry_without_its_bytes(disk: Disk) -> OutboxEntry:
+    entry = disk.entry(5)
+    (entry.home / "files/model.safetensors").unlink()
+    return entry
+
+
+def test_a_flush_goes_on_after_an_entry_whose_bytes_are_gone(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry_without_its_bytes(disk)
+    disk.entry(3)
+    assert [entry.key.step for entry in flush(disk.catalog, disk.outbox, Progress())] == [3]
+    assert disk.catalog.checkpoints() == [CheckpointKey(1, 3)]
+    assert "'model.safetensors' of checkpoint-5" in caplog.text
+
+
+def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploader = disk.uploader()
+    uploader.submit(entry_without_its_bytes(disk))
+    uploader.wait(DEADLINE)
+    assert "checkpoint-5 is lost" in caplog.text
+    uploader.submit(disk.entry(6))
+    uploader.wait(DEADLINE)
+    assert disk.catalog.checkpoints() == [CheckpointKey(1, 6)]
