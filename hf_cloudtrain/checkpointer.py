@@ -11,6 +11,7 @@ Every rank calls everything. One rank a disk (a leader) moves bytes, and rank 0 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
@@ -220,7 +221,7 @@ class Checkpointer:
             exact=inexact_reason is None,
             inexact_reason=inexact_reason,
             created=time.time(),
-            metrics=metrics or {},
+            metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
             best=best,
             host=self.world.leaders.index(self.world.rank),
             hosts=len(self.world.leaders),

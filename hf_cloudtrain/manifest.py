@@ -191,7 +191,7 @@ def clean_path(path: str) -> str:
     if (
         not path
         or len(path) > 1024
-        or any(part in ("", ".", "..") or len(part) > 255 for part in parts)
+        or any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 255 for part in parts)
         or "\\" in path
         or any(ord(char) < 32 or 0x7F <= ord(char) < 0xA0 or 0xD800 <= ord(char) <= 0xDFFF for char in path)
         or re.match(r"[A-Za-z]:", path)
@@ -218,7 +218,10 @@ def check_paths(paths: list[str], what: str) -> None:
 
 def encode_record(record: dict[str, Any]) -> bytes:
     """JSON as we store it: one line, readable, with a newline."""
-    return (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+    try:
+        return (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:  # a NaN, or a key that is no text
+        raise ManifestError(f"A record cannot be written as JSON ({error}).") from None
 
 
 def decode_record(data: bytes, what: str) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
 def _nonce(record: dict[str, Any], what: str) -> str:
     value = _text(record, "nonce", what)
     if not re.fullmatch(r"[0-9A-Za-z-]{1,100}", value):
-        raise ManifestError(f"The {what} is damaged: {value[:50]!r} is no nonce.")
+        raise ManifestError(f"The {what} is damaged: 'nonce' is {value[:50]!r}.")
     return value
 
 

@@ -163,12 +163,22 @@ class Outbox:
         return sorted(found, key=lambda entry: entry.key, reverse=True)
 
     def remove(self, entry: OutboxEntry) -> None:
-        """Forget an entry: it is committed, or overtaken."""
+        """Forget an entry: it is committed, or overtaken. One saved anew under its name stays."""
+        with contextlib.suppress(OSError, ManifestError):
+            if read_entry(entry.home).files != entry.files:
+                return
         # Renamed first, so that a half-removed entry is none.
         trash = self.folder / f".gone-{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(entry.home, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+    def set_aside(self, entry: OutboxEntry) -> Path:
+        """Keep what cannot be committed, where nothing tries it again; returns the folder, for a person to look at."""
+        aside = self.folder.parent / "unusable" / f"{entry.home.name}-{secrets.token_hex(4)}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(entry.home, aside)
+        return aside
 
     def sweep(self) -> None:
         """Remove what killed processes left half-made; what is younger may be a save under way."""
@@ -195,7 +205,11 @@ class Outbox:
                     if time.monotonic() >= deadline:
                         raise
                     time.sleep(0.2)
-            yield
+            try:
+                yield
+            finally:
+                # Said aloud, because a forked child (a loader worker) holds the same lock open.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def _move_in(self, beside: Path, home: Path) -> None:
         if home.exists():

@@ -28,8 +28,9 @@ class Progress:
         """Hear of bytes that moved; negative takes back a failed try."""
         with self._lock:
             self.done += count
-        if self.bar is not None:
-            self.bar.update()
+        bar = self.bar  # another thread may take it away
+        if bar is not None:
+            bar.update()
 
 
 class Bar:

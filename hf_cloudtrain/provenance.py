@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
-_SECRET = re.compile(
-    r"token|secret|passw|key|credential|connection.?string|storage.?options|signature|\bsas\b", re.IGNORECASE
-)
+from hf_cloudtrain.redaction import SECRET_NAME, redact
 
 
 def origin() -> dict[str, str]:
@@ -43,13 +40,13 @@ def shown_command(argv: list[str]) -> str:
     hide = False
     for word in argv:
         name, equals, value = word.partition("=")
-        secret = _SECRET.search(name) is not None
-        if (hide and not word.startswith("-")) or (word.startswith("{") and _SECRET.search(word)):
+        secret = SECRET_NAME.search(name) is not None
+        if (hide and not word.startswith("-")) or (word.startswith("{") and SECRET_NAME.search(word)):
             shown.append("***")
-        elif equals and (secret or (value.startswith("{") and _SECRET.search(value))):
+        elif equals and (secret or (value.startswith("{") and SECRET_NAME.search(value))):
             shown.append(f"{name}=***")
         else:
-            shown.append(re.sub(r"://\S*:\S*@", "://***@", word))
+            shown.append(redact(word))
         hide = secret and not equals and name.startswith("-")
     return " ".join(shown)[:2000]
 

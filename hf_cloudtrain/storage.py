@@ -31,6 +31,7 @@ from hf_cloudtrain.errors import (
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META
 from hf_cloudtrain.native import NativeTransfer, native_transfer
 from hf_cloudtrain.process import in_threads
+from hf_cloudtrain.redaction import has_user_part, redact, secrets_in
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Storage:
         """Whether exclusive create is honoured; None before `check`."""
         self._given_url = url
         self._options = dict(storage_options or {})
-        self._secrets = _secrets_in(url, self._options)
+        self._secrets = secrets_in(url, self._options)
         self._protocol = _protocol(url)
         self._pid = os.getpid()
         self._backend: Backend | None = None
@@ -242,17 +243,14 @@ class Storage:
             )
         if isinstance(error, ImportError):
             return missing_extra(self._protocol, reason)
-        if (
-            isinstance(error, (TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError))
-            or getattr(error, "errno", None) == errno.EROFS
-        ):
+        if isinstance(
+            error, (TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
+        ) or getattr(error, "errno", None) in (errno.EROFS, errno.ENAMETOOLONG):
             return StorageError(f"Could not {what} ({reason}).")
         return StorageUnavailableError(f"Could not {what} ({reason}). Check the network and the endpoint.")
 
     def _redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return _SECRET_PARAMETER.sub(r"\1***", text)
+        return redact(text, self._secrets)
 
 
 def shown_url(url: str) -> str:
@@ -261,21 +259,14 @@ def shown_url(url: str) -> str:
         raise ConfigurationError(
             f"{url!r} is no run URL. Use one such as 's3://bucket/runs/mrpc' or a folder."
         )
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     if not separator:
         return local_path(url)
     if scheme in ("file", "local"):
         return f"file://{local_path(url)}"
-    user = _user_part(scheme, rest)
-    shown = f"***@{rest[len(user) + 1 :]}" if user else rest
-    return _SECRET_PARAMETER.sub(r"\1***", f"{scheme}://{shown}".rstrip("/"))
+    return redact(url.rstrip("/"))
 
 
-_SECRET_PARAMETER = re.compile(
-    r"((?:[?&]|\b)(?:sig|signature|token|secret|password|passwd|access_?key|account_?key|x-amz-[a-z-]+)=)[^&\s'\"]+",
-    re.IGNORECASE,
-)
-_SECRET_OPTIONS = re.compile(r"key|secret|token|password|credential|connection_string|sas", re.IGNORECASE)
 _REFUSED = {
     "PermissionDeniedError",
     "UnauthenticatedError",
@@ -286,16 +277,16 @@ _BEYOND_END = re.compile(
     r"\b416\b|InvalidRange|RangeNotSatisfiable|range (?:started|starting) at|EOFError", re.IGNORECASE
 )
 _REFUSED_TEXT = re.compile(
-    r"\b(?:403|401|Forbidden|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|"
+    r"\b(?:403|401|Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|"
     r"Unable to locate credentials)\b"
 )
 
 
 def _protocol(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     if not separator or scheme in ("file", "local"):
         return "file"
-    if _user_part(scheme, rest) and scheme in EXTRAS:
+    if has_user_part(url) and scheme in EXTRAS:
         raise ConfigurationError(
             f"The run URL {shown_url(url)!r} carries credentials. Take them out and use the environment, a profile or "
             "storage_options: URLs end up in logs."
@@ -339,29 +330,6 @@ class _Count:
         self.total += count
         if self._on_bytes is not None:
             self._on_bytes(count)
-
-
-def _user_part(scheme: str, rest: str) -> str:
-    """`user:password` of a URL; empty where there is none."""
-    authority = rest.partition("/")[0]
-    if scheme in EXTRAS and ":" in authority:
-        authority = rest  # no bucket has a colon, and a secret key may have a slash
-    user = authority.rpartition("@")[0]
-    return user if ":" in user else ""
-
-
-def _secrets_in(url: str, options: dict[str, Any]) -> list[str]:
-    found = []
-    scheme, _, rest = url.partition("://")
-    user = _user_part(scheme, rest)
-    if user:
-        found += [user, user.partition(":")[2]]
-    for name, value in options.items():
-        if isinstance(value, dict):
-            found += _secrets_in("", value)
-        elif isinstance(value, str) and _SECRET_OPTIONS.search(name) and len(value) > 3:
-            found.append(value)
-    return sorted(found, key=len, reverse=True)
 
 
 def _elsewhere(reason: str) -> bool:

@@ -211,16 +211,17 @@ class CrashPoint:
         CrashPoint._active = None
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not (_changes_disk(event, arguments) and self._is_below(arguments)):
+        if not (_changes_disk(event, arguments) and self._is_below(event, arguments)):
             return
         with self._lock:
             self.seen.append(event)
             if len(self.seen) == self._at:
                 _crash()
 
-    def _is_below(self, arguments: tuple[Any, ...]) -> bool:
-        names = (os.fsdecode(name) for name in arguments[:2] if isinstance(name, (str, bytes, os.PathLike)))
-        return any(not os.path.isabs(name) or name.startswith(self._below) for name in names)
+    def _is_below(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        names = arguments[:1] if event == "open" else arguments[:2]
+        paths = (os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike)))
+        return any(not os.path.isabs(path) or f"{path}/".startswith(f"{self._below}/") for path in paths)
 
 
 def flip_bit(data: bytes) -> bytes:

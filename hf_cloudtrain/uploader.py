@@ -201,7 +201,7 @@ class Uploader:
         with self._changed:
             self._current = None
             self.last_error = None
-            if committed:
+            if committed and entry.name is None:
                 self.last_committed = max(entry.key, self.last_committed or entry.key)
             self._changed.notify_all()
 
@@ -227,9 +227,7 @@ class Uploader:
         self._put_back(entry, PAUSES[min(failures, len(PAUSES) - 1)])
 
     def _give_up(self, entry: OutboxEntry, error: CloudTrainError) -> None:
-        # Its bytes are gone: nothing that waits could bring them back.
-        logger.error("%s is lost: %s", entry.title, error)
-        self._outbox.remove(entry)
+        _set_aside(self._outbox, entry, error)
         with self._changed:
             self._current = None
             self.last_error = error
@@ -358,15 +356,24 @@ def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEn
                 try:
                     sender.send(entry, progress.add)
                 except CorruptCheckpointError as error:
-                    logger.error("%s is lost: %s", entry.title, error)
+                    _set_aside(outbox, entry, error)
                 else:
                     done.append(entry)
-                outbox.remove(entry)
+                    outbox.remove(entry)
     except BlockingIOError:
         raise NotCommittedError(
             f"Another process is uploading from {str(outbox.folder)!r}. Let it finish, or end it and try again."
         ) from None
     return done
+
+
+def _set_aside(outbox: Outbox, entry: OutboxEntry, error: CloudTrainError) -> None:
+    """Its bytes changed or are gone: nothing that waits could bring them back."""
+    try:
+        where = f"What is left of it is in {str(outbox.set_aside(entry))!r}."
+    except OSError:
+        where = "Nothing is left of it."
+    logger.error("%s cannot be committed: %s %s", entry.title, error, where)
 
 
 def _reread(entry: OutboxEntry) -> OutboxEntry | None:

@@ -180,7 +180,9 @@ class Litter(TrainerCallback):
             path.write_bytes(b"left over")
 
 
-EXTRA = {kind.__name__: kind for kind in (SaveAt, Jolt, FailAt, InterruptAt, HoldAt, Litter, EarlyStoppingCallback)}
+EXTRA = {
+    kind.__name__: kind for kind in (SaveAt, Jolt, FailAt, InterruptAt, HoldAt, Litter, EarlyStoppingCallback)
+}
 
 
 def train(

@@ -38,7 +38,9 @@ class Lab:
     def machine(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, machine: str, function: str = "train", *, module: str = ATTEMPTS, **arguments: Any) -> Child:
+    def start(
+        self, machine: str, function: str = "train", *, module: str = ATTEMPTS, **arguments: Any
+    ) -> Child:
         """An attempt on that machine, under way."""
         return self._zygote.start(
             module,
@@ -52,7 +54,9 @@ class Lab:
             },
         )
 
-    def start_ranks(self, machine: str, function: str = "train", *, size: int = 2, **arguments: Any) -> list[Child]:
+    def start_ranks(
+        self, machine: str, function: str = "train", *, size: int = 2, **arguments: Any
+    ) -> list[Child]:
         """One process for each rank, as torchrun would start them; `env` is for all."""
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared |= {"LOCAL_WORLD_SIZE": str(size), **arguments.pop("env", {})}
@@ -116,7 +120,6 @@ class Lab:
 
     def _result(self, machine: str) -> Path:
         return self.folder / f"{machine}.safetensors"
-
 
 
 def max_difference(one: Path, other: Path) -> float:

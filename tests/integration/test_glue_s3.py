@@ -55,7 +55,10 @@ def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
     assert f"Resuming from checkpoint-{killed.step} (attempt 1)" in (tmp_path / "second.log").read_text()
 
-    assert max_difference(*(tmp_path / name / "final" / "model.safetensors" for name in ("plain", "second"))) == 0.0
+    assert (
+        max_difference(*(tmp_path / name / "final" / "model.safetensors" for name in ("plain", "second")))
+        == 0.0
+    )
     assert metrics(tmp_path / "second") == metrics(tmp_path / "plain")
     assert {"eval_accuracy", "eval_f1", "eval_loss"} <= metrics(tmp_path / "plain").keys()
     assert problems(catalog) == []

@@ -62,7 +62,9 @@ def test_law_7_resumed_equals_uninterrupted_with(lab: Lab, name: str) -> None:
     resumed = lab.train("second", **arguments)
     assert resumed.value["restored"] == str(lab.machine("second") / f"checkpoint-{committed}")
     assert lab.difference("second") == 0.0
-    assert [record for record in resumed.value["log"] if not on_start(record, name, committed)] == plain.value["log"]
+    assert [
+        record for record in resumed.value["log"] if not on_start(record, name, committed)
+    ] == plain.value["log"]
     seen = lab.batches("first", until=committed) + lab.batches("second", after=committed)
     assert seen == lab.batches("plain")
     assert all(lab.catalog.read(key).exact for key in lab.catalog.checkpoints())

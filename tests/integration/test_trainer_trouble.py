@@ -71,7 +71,9 @@ class TestRefusedBeforeTheFirstStep:
 
     def test_a_bucket_that_may_only_be_read(self, lab: Lab, moto: MotoServer) -> None:
         with Proxy(moto.endpoint) as proxy:
-            proxy.rules.append(lambda call, _: s3_error(403, "AccessDenied") if call.method == "PUT" else None)
+            proxy.rules.append(
+                lambda call, _: s3_error(403, "AccessDenied") if call.method == "PUT" else None
+            )
             run_url = f"s3://{moto.make_bucket()}/run"
             said = lab.fails("first", run_url=run_url, env=on(moto, endpoint_url=proxy.endpoint))
         assert "StoragePermissionError" in said
@@ -117,7 +119,12 @@ class TestStartsAgain:
     def test_a_fresh_start_ranks_above_what_the_run_had_and_keeps_it(self, lab: Lab) -> None:
         lab.train("first")
         lab.killed("second", kill_at=6, committed=4, fresh=True)
-        assert lab.keys() == ["000001-0000000004", "000001-0000000008", "000001-0000000012", "000002-0000000004"]
+        assert lab.keys() == [
+            "000001-0000000004",
+            "000001-0000000008",
+            "000001-0000000012",
+            "000002-0000000004",
+        ]
         assert lab.problems() == []
         assert lab.train("third").value["restored"] == str(lab.machine("third") / "checkpoint-4")
 
@@ -242,7 +249,9 @@ class TestSlowAndBrokenStorage:
         assert lab.keys() == ["000001-0000000004", "000002-0000000008", "000002-0000000012"]
         assert lab.difference("first") == 0.0
 
-    def test_an_outage_during_training_leaves_it_unharmed_and_all_is_committed_at_the_end(self, lab: Lab) -> None:
+    def test_an_outage_during_training_leaves_it_unharmed_and_all_is_committed_at_the_end(
+        self, lab: Lab
+    ) -> None:
         jolts = {"after": [["Jolt", {}]]}
         plain = lab.plain(**jolts)
         child = lab.train("first", "outage", module=MISHAPS, first=3, last=11, **jolts)

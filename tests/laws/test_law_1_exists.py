@@ -47,7 +47,8 @@ def test_law_1_the_claim_comes_first_and_the_manifest_last_and_once(machines: Ma
     uploads = [index for index, call in enumerate(calls) if call.path.startswith("checkpoint-5/")]
     assert len(uploads) == len(bytes_of(5))
     assert claim < min(uploads) <= max(uploads) < commit
-    assert machines.storage.count("any", MANIFESTS) == 1, "created, and never touched again"
+    assert machines.storage.count("create", MANIFESTS) == 1, "created, and never touched again"
+    assert machines.storage.count("write", MANIFESTS) + machines.storage.count("delete", MANIFESTS) == 0
 
 
 def test_law_1_one_list_finds_all_checkpoints(machines: Machines) -> None:

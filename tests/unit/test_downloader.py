@@ -121,7 +121,7 @@ def test_every_problem_is_found_and_named(machines: Machines, manifest: Manifest
     missing, different, short = verify(machines.catalog, manifest)
     assert missing == "'empty' is missing"
     assert different == "'model.safetensors' differs from its digest"
-    assert short.startswith("'trainer_state.json' cannot be read")
+    assert short.startswith("'trainer_state.json' is cut short")
 
 
 def test_a_local_folder_is_whole_when_every_wanted_file_is_as_promised(

@@ -213,7 +213,9 @@ def test_a_damaged_entry_is_named_and_kept_and_the_others_are_read(
 
 def test_what_is_half_made_is_no_entry_and_is_swept(outbox: Outbox) -> None:
     entry = accepted(outbox)
-    os.rename(entry.home, outbox.folder / ".000001-0000000005-deadbeef")
+    left = outbox.folder / ".000001-0000000005-deadbeef"
+    os.rename(entry.home, left)
+    os.utime(left, (1.0, 1.0))
     assert outbox.entries() == []
     outbox.sweep()
     assert list(outbox.folder.iterdir()) == []
