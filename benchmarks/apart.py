@@ -19,7 +19,7 @@ def run_apart(name: str, scale: Scale) -> list[Row]:
 
 
 def _run(name: str, scale: Scale) -> list[Row]:
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # the table is what is to be read
     logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
     rows: list[Row] = importlib.import_module(f"benchmarks.{name}").run(scale)
     return rows

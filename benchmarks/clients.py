@@ -155,9 +155,7 @@ def s3fs_upload(place: Place, checkpoint: Checkpoint, rounds: int) -> Contestant
 
     fs = s3fs.S3FileSystem(**place.storage_options)
     source = f"{checkpoint.folder}/"
-    return Contestant(
-        "s3fs", lambda: fs.put(source, f"{place.bucket}/s3fs/", recursive=True), rounds=rounds
-    )
+    return Contestant("s3fs", lambda: fs.put(source, f"{place.bucket}/s3fs/", recursive=True), rounds=rounds)
 
 
 class Ours:

@@ -32,9 +32,7 @@ def run(scale: Scale) -> list[Row]:
     return rows
 
 
-def _measure(
-    place: Place, checkpoint: Checkpoint, work: Workplace, rounds: int
-) -> tuple[float, str, str]:
+def _measure(place: Place, checkpoint: Checkpoint, work: Workplace, rounds: int) -> tuple[float, str, str]:
     with Ours(place, checkpoint, work) as ours:
         ours.save_and_commit()
         timings = side_by_side([ours.download(), *raw_downloads(place, checkpoint, work)], rounds)

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from benchmarks.clients import Place
 from benchmarks.measure import SLOW_LINK, Checkpoint, Scale, Workplace, percentile
@@ -91,6 +97,7 @@ def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], li
         ],
         callbacks=[cloud],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return cloud.seconds, trainer.seconds, cloud.busy
 

@@ -36,9 +36,7 @@ def run(scale: Scale) -> list[Row]:
             uploads = {"ours": ours.save_and_commit, **uploads}
             measured = _measure(uploads, scale)
     slower = {name: statistics.median(each.ratios) for name, each in measured.items()}
-    rates = {
-        name: checkpoint.size / statistics.median(each.seconds) / 1e6 for name, each in measured.items()
-    }
+    rates = {name: checkpoint.size / statistics.median(each.seconds) / 1e6 for name, each in measured.items()}
     others = ", ".join(f"{name} {slower[name]:.3f}" for name in slower if name != "ours")
     steps = statistics.median(measured["ours"].steps) * 1e3
     shown = f"{steps:.0f} ms a step, {rates['ours']:.0f} MB/s"
@@ -89,9 +87,7 @@ def _alone(step: Callable[[], float], scale: Scale) -> list[float]:
 def _trainer() -> Callable[[], float]:
     """A function that trains one step and answers its seconds."""
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
-    )
+    config = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
     model = BertForSequenceClassification(config)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens, labels = torch.randint(0, config.vocab_size, (4, 128)), torch.tensor([0, 1, 0, 1])

@@ -28,9 +28,7 @@ def run(scale: Scale) -> list[Row]:
     return rows
 
 
-def _on_sink(
-    link: str, place: Place, checkpoint: Checkpoint, work: Workplace, scale: Scale
-) -> list[Row]:
+def _on_sink(link: str, place: Place, checkpoint: Checkpoint, work: Workplace, scale: Scale) -> list[Row]:
     with Ours(place, checkpoint, work) as ours:
         contestants = [
             *(ours.upload(), *raw_uploads(place, checkpoint)),

@@ -179,6 +179,7 @@ class Checkpointer:
         """
         self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
+        self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None

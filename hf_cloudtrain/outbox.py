@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,6 +121,8 @@ class Outbox:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self.folder = output_dir / META / "outbox"
+        # The uploader must not take away what a save puts under the same name at the same moment.
+        self._moving = threading.Lock()
 
     def accept(self, source: Path, entry: OutboxEntry, *, since_ns: int = 0) -> OutboxEntry:
         """Freeze a folder that was just written. Afterwards its files may be rotated away.
@@ -164,20 +167,29 @@ class Outbox:
 
     def remove(self, entry: OutboxEntry) -> None:
         """Forget an entry: it is committed, or overtaken. One saved anew under its name stays."""
-        with contextlib.suppress(OSError, ManifestError):
-            if read_entry(entry.home).files != entry.files:
+        with self._moving:
+            if self._saved_anew(entry):
                 return
-        # Renamed first, so that a half-removed entry is none.
-        trash = self.folder / f".gone-{secrets.token_hex(4)}"
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(entry.home, trash)
+            # Renamed first, so that a half-removed entry is none.
+            trash = self.folder / f".gone-{secrets.token_hex(4)}"
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(entry.home, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+    def current(self, entry: OutboxEntry) -> OutboxEntry | None:
+        """The entry as it is on the disk now: saved anew under its name, perhaps; None where it is gone."""
+        with self._moving, contextlib.suppress(OSError, ManifestError):
+            return read_entry(entry.home)
+        return None
 
     def set_aside(self, entry: OutboxEntry) -> Path:
         """Keep what cannot be committed, where nothing tries it again; returns the folder, for a person to look at."""
         aside = self.folder.parent / "unusable" / f"{entry.home.name}-{secrets.token_hex(4)}"
         aside.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(entry.home, aside)
+        with self._moving:
+            if self._saved_anew(entry):
+                raise FileNotFoundError(errno.ENOENT, "It was saved anew", str(entry.home))
+            os.rename(entry.home, aside)
         return aside
 
     def sweep(self) -> None:
@@ -212,10 +224,16 @@ class Outbox:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
     def _move_in(self, beside: Path, home: Path) -> None:
-        if home.exists():
-            # The same step saved again before its commit: the new files are the ones that count.
-            os.rename(home, self.folder / f".gone-{secrets.token_hex(4)}")
-        os.rename(beside, home)
+        with self._moving:
+            if home.exists():
+                # The same step saved again before its commit: the new files are the ones that count.
+                os.rename(home, self.folder / f".gone-{secrets.token_hex(4)}")
+            os.rename(beside, home)
+
+    def _saved_anew(self, entry: OutboxEntry) -> bool:
+        with contextlib.suppress(OSError, ManifestError):
+            return read_entry(entry.home).files != entry.files
+        return False
 
 
 def read_entry(home: Path) -> OutboxEntry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -40,7 +41,7 @@ def shown_command(argv: list[str]) -> str:
     hide = False
     for word in argv:
         name, equals, value = word.partition("=")
-        secret = SECRET_NAME.search(name) is not None
+        secret = re.fullmatch(r"-*[\w.-]+", name) is not None and SECRET_NAME.search(name) is not None
         if (hide and not word.startswith("-")) or (word.startswith("{") and SECRET_NAME.search(word)):
             shown.append("***")
         elif equals and (secret or (value.startswith("{") and SECRET_NAME.search(value))):

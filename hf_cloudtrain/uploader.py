@@ -27,7 +27,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
-from hf_cloudtrain.outbox import AcceptedFile, Outbox, OutboxEntry, read_entry
+from hf_cloudtrain.outbox import AcceptedFile, Outbox, OutboxEntry
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 
@@ -213,7 +213,7 @@ class Uploader:
         )
         local = isinstance(error, FileNotFoundError) and not isinstance(error, CloudTrainError)
         if local or isinstance(error, CorruptCheckpointError):
-            entry_now = _reread(entry)
+            entry_now = self._outbox.current(entry)
             if entry_now is None or entry_now.files == entry.files:
                 self._give_up(entry, ours)
                 return
@@ -374,10 +374,3 @@ def _set_aside(outbox: Outbox, entry: OutboxEntry, error: CloudTrainError) -> No
     except OSError:
         where = "Nothing is left of it."
     logger.error("%s cannot be committed: %s %s", entry.title, error, where)
-
-
-def _reread(entry: OutboxEntry) -> OutboxEntry | None:
-    try:
-        return read_entry(entry.home)
-    except (OSError, CloudTrainError):
-        return None

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 ROWS = (
-    ("errors", "env", "process", "provenance", "progress", "distributed"),
+    ("errors", "env", "process", "redaction", "provenance", "progress", "distributed"),
     ("manifest", "native", "backends", "storage"),
     ("catalog", "outbox", "uploader", "downloader"),
     ("position", "history", "preemption", "step_tracker", "checkpointer"),

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import CRASH_STATUS
 from tests.faults.aftermath import is_one, what_goes_wrong_next
-from tests.faults.killed_run import ACCEPTED, DISK, FAILED, killed_run
+from tests.faults.killed_run import ACCEPTED, DISK, FAILED, killed_run, take_for_granted
 from tests.faults.runs import DEADLINE, Machines
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ AT_ONCE = 2
 
 
 def test_a_run_killed_at_any_change_of_its_disk_loses_nothing_and_shows_nothing_partial(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Change 1, then 2, and so on, until a run is over before its change comes."""
     caplog.set_level(logging.CRITICAL)  # each of hundreds of starts says what it resumes from
+    monkeypatch.setattr(Storage, "check", take_for_granted)
     problems: dict[int, str] = {}
     killed = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -603,7 +603,7 @@ class TestRunList:
         result = cloudtrain("run", "list", str(tmp_path / "runs"))
         assert result.stderr.startswith("Warning: ")
         assert [line.split()[:2] for line in result.stdout.splitlines()[1:]] == [
-            ["cola", "damaged"],
+            ["cola", "started"],
             ["mrpc", "killed"],
         ]
 

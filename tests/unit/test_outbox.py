@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -71,6 +72,28 @@ def test_forgetting_a_committed_save_does_not_forget_a_newer_one_of_the_same_ste
     outbox.accept(write_checkpoint(outbox.output_dir, 5, salt="again"), entry_of(URL, 1, 5))
     outbox.remove(first)
     assert [contents(entry.home / "files") for entry in outbox.entries()] == [bytes_of(5, "again")]
+
+
+@pytest.mark.parametrize("last_rename", [1, 2, 3])
+def test_a_second_save_of_a_step_that_is_killed_keeps_the_first_or_the_second(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, last_rename: int
+) -> None:
+    accepted(outbox)
+    folder = write_checkpoint(outbox.output_dir, 6, salt="again")
+    rename, left = os.rename, [last_rename - 1]
+
+    def killed(source: str, target: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        outbox.accept(folder, entry_of(URL, 1, 5))
+    monkeypatch.undo()
+    kept = [contents(entry.home / "files") for entry in outbox.entries()]
+    assert kept[:1] in ([bytes_of(5)], [bytes_of(6, "again")])
 
 
 def test_an_empty_folder_is_refused_and_leaves_nothing(outbox: Outbox) -> None:

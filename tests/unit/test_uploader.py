@@ -270,7 +270,7 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
     uploader = disk.uploader()
     uploader.submit(entry_without_its_bytes(disk))
     uploader.wait(DEADLINE)
-    assert "checkpoint-5 is lost" in caplog.text
+    assert "checkpoint-5 cannot be committed" in caplog.text
     uploader.submit(disk.entry(6))
     uploader.wait(DEADLINE)
     assert disk.catalog.checkpoints() == [CheckpointKey(1, 6)]

@@ -1,0 +1,103 @@
+"""The benchmarks work, and what they claim without a clock holds. Nothing here looks at a duration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import finding, report
+from benchmarks.measure import Checkpoint, Contestant, Scale, Workplace, percentile, side_by_side
+from benchmarks.report import Row
+
+QUICK = Scale(quick=True)
+
+
+def test_contestants_take_turns_and_each_round_begins_with_another() -> None:
+    turns: list[str] = []
+    contestants = [Contestant(name, lambda name=name: turns.append(name)) for name in "abc"]
+    timings = side_by_side(contestants, rounds=3)
+    assert turns == [*"abc", *"bca", *"cab"]
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_slow_contestant_has_fewer_turns() -> None:
+    timings = side_by_side([Contestant("a", list), Contestant("b", list, rounds=1)], rounds=2)
+    assert (len(timings["a"].seconds), len(timings["b"].cpu)) == (2, 1)
+
+
+def test_each_turn_is_prepared_before_it_runs() -> None:
+    done: list[str] = []
+    contestant = Contestant("a", lambda: done.append("run"), prepare=lambda: done.append("prepare"))
+    side_by_side([contestant], rounds=2)
+    assert done == ["prepare", "run"] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "percent", "expected"), [(100, 99, 99), (36, 99, 36), (200, 99, 198), (3, 50, 2)]
+)
+def test_percentile_is_a_value_that_was_measured(count: int, percent: float, expected: int) -> None:
+    assert percentile(range(count, 0, -1), percent) == expected
+
+
+def test_verdict_is_by_the_value_and_not_by_what_is_shown_of_it() -> None:
+    missed, reached = (
+        report.at_least("upload", "", "", 0.949, 0.95),
+        report.at_least("upload", "", "", 0.95, 0.95),
+    )
+    assert (missed.figure, missed.holds, reached.holds) == ("0.95", False, True)
+    assert report.at_most("memory", "", "", 256.4, 256, " MiB").holds is False
+
+
+def test_page_has_every_row_its_verdict_and_how_it_is_measured(tmp_path: Path) -> None:
+    rows = [
+        Row("stall", "1 ms", "", "1 ms", "<= 10 ms", True),
+        Row("upload", "1", "2", "0.5", ">= 0.95", False),
+    ]
+    page = tmp_path / "benchmarks.md"
+    report.write_page({"some": rows}, {"some": "How it is measured."}, report.machine(0.5), page)
+    text = page.read_text()
+    assert "| stall | 1 ms |  | 1 ms | <= 10 ms | yes |" in text
+    assert "| upload | 1 | 2 | 0.5 | >= 0.95 | **no** |" in text
+    assert "How it is measured." in text
+    assert "make bench" in text
+
+
+@pytest.mark.parametrize("name", command.NAMES)
+def test_every_benchmark_says_what_it_measures(name: str) -> None:
+    first = command.story(name).splitlines()[0]
+    assert first.endswith((".", ",", ":")), first
+    assert len(first) > 40
+
+
+def test_unknown_benchmark_is_refused_with_the_names_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "uplaod"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "uplaod; there are stall," in capsys.readouterr().err
+
+
+def test_checkpoint_is_as_large_as_it_says() -> None:
+    with Workplace() as work:
+        checkpoint = Checkpoint(work.folder / "checkpoint", 3_000_000)
+        sizes = {path.name: path.stat().st_size for path in checkpoint.folder.iterdir()}
+        assert sizes == checkpoint.sizes
+        assert checkpoint.size == 9_000_000 + 8 * Checkpoint.SMALL
+    assert not work.folder.exists()
+
+
+def test_newest_takes_one_list_and_restoring_it_one_get_beside_the_files() -> None:
+    found, restored, _ = finding.run(QUICK)
+    assert found.ours == "1 ListObjectsV2"
+    assert restored.holds, restored
+
+
+def test_law_12_our_events_of_a_step_run_no_torch_operation() -> None:
+    from benchmarks import step
+
+    _, operations = step.run(QUICK)
+    assert operations.ours == "0"
