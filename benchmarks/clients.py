@@ -65,8 +65,7 @@ class Obstore:
         import obstore
 
         with open(target, "wb", buffering=0) as file:
-            for block in obstore.get(self._store, key).stream(min_chunk_size=MIB // 4):
-                file.write(block)
+            file.writelines(obstore.get(self._store, key).stream(min_chunk_size=MIB // 4))
 
 
 class Opendal:
@@ -180,8 +179,8 @@ class Ours:
         checkpointer.storage.check()
         return checkpointer
 
-    def save_and_commit(self) -> None:
-        self._step += 1
+    def save_and_commit(self, step: int | None = None) -> None:
+        self._step = self._step + 1 if step is None else step
         self.checkpointer.save(self._checkpoint.folder, Position(global_step=self._step))
         self.checkpointer.wait()
 
@@ -191,12 +190,13 @@ class Ours:
 
     def download(self) -> Contestant:
         """From the URL to a verified folder, probe and LIST included."""
-        opened: list[Checkpointer] = []
+        opened = self.checkpointer
 
         def prepare() -> None:
-            opened[:] = [self.opened(self._work.fresh("restored"))]
+            nonlocal opened
+            opened = self.opened(self._work.fresh("restored"))
 
-        return Contestant("ours", lambda: opened[0].restore(), prepare=prepare)
+        return Contestant("ours", lambda: opened.restore(), prepare=prepare)  # noqa: PLW0108 - another each turn
 
 
 def for_each_file(checkpoint: Checkpoint, move: Callable[[str], Any]) -> None:

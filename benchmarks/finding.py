@@ -24,8 +24,8 @@ def run(scale: Scale) -> list[Row]:
     with Workplace() as work, Sink() as sink:
         checkpoint = Checkpoint(work.folder / "checkpoint", 20_000_000)
         with Ours(Place.of(sink), checkpoint, work) as ours:
-            ours.save_and_commit()
-            _commit_copies(ours.checkpointer.catalog, count)
+            ours.save_and_commit(step=count)
+            _commit_earlier_ones(ours.checkpointer.catalog)
             opened = ours.opened(work.fresh("restored"))
         sink.reset()
         newest = opened.catalog.newest()
@@ -59,16 +59,21 @@ def run(scale: Scale) -> list[Row]:
     ]
 
 
-def _commit_copies(catalog: Catalog, count: int) -> None:
-    """Manifests of later steps, as after a long run; they share the files of the first."""
+def _commit_earlier_ones(catalog: Catalog) -> None:
+    """Manifests of all earlier steps, as after a long run; of their files there are none."""
     key = catalog.newest()
     assert key is not None
-    first = catalog.read(key)
-    for step in range(first.step + 1, first.step + count):
-        later = dataclasses.replace(key, step=step)
-        position = dataclasses.replace(first.position, global_step=step)
-        manifest = dataclasses.replace(first, key=str(later), step=step, position=position)
-        catalog.storage.write(f"{META}/checkpoints/{later}.json", manifest.encode())
+    newest = catalog.read(key)
+    for step in range(1, newest.step):
+        earlier = dataclasses.replace(key, step=step)
+        manifest = dataclasses.replace(
+            newest,
+            key=str(earlier),
+            folder=f"checkpoint-{step}",
+            step=step,
+            position=dataclasses.replace(newest.position, global_step=step),
+        )
+        catalog.storage.write(f"{META}/checkpoints/{earlier}.json", manifest.encode())
 
 
 def _shown(requests: dict[str, int]) -> str:

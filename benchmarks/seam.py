@@ -59,10 +59,9 @@ def run(scale: Scale) -> list[Row]:
                     "obstore": NativeTransfer(obstore_store(place), "obstore"),
                     "opendal": OpendalTransfer(opendal_operator(place)),
                 }
-                contestants = [
-                    make(name, transfer, checkpoint, work)
-                    for make in (_upload, _download)
-                    for name, transfer in transfers.items()
+                contestants = [_upload(name, transfer, checkpoint) for name, transfer in transfers.items()]
+                contestants += [
+                    _download(name, transfer, checkpoint, work) for name, transfer in transfers.items()
                 ]
                 timings = side_by_side(contestants, scale.pick(5, 1))
             rows += [
@@ -83,7 +82,7 @@ def _row(label: str, checkpoint: Checkpoint, timings: dict[str, Timing], what: s
     return Row(label, shown("obstore"), shown("opendal"), f"{ratio:.2f}")
 
 
-def _upload(name: str, transfer: Any, checkpoint: Checkpoint, work: Workplace) -> Contestant:
+def _upload(name: str, transfer: Any, checkpoint: Checkpoint) -> Contestant:
     def one(file: str) -> None:
         with open(checkpoint.folder / file, "rb", buffering=0) as source:
             transfer.upload(source, checkpoint.sizes[file], file, _ignore)

@@ -12,7 +12,6 @@ import statistics
 import time
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerControl, TrainerState, TrainingArguments
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META, FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
-from hf_cloudtrain.process import in_threads
+from hf_cloudtrain.process import half_made_by, in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def download(
         StorageError: the storage does not answer, or the disk is full.
     """
     entries = [entry for entry in manifest.files if wanted(entry.path)]
-    work = target.parent / META / f"restore-{secrets.token_hex(8)}"
+    work = target.parent / META / f"restore-{half_made_by()}"
     work.mkdir(parents=True)
     try:
         _refuse_without_space(work, sum(entry.size for entry in entries), target)

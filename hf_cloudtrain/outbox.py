@@ -17,6 +17,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -29,13 +30,12 @@ from typing import Any
 from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
 from hf_cloudtrain.manifest import META, Position, check_paths, clean_path, decode_record, encode_record
+from hf_cloudtrain.process import half_made_by, is_left_over
 
 logger = logging.getLogger(__name__)
 
 SMALL_FILE = 2**20
 """Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
-SWEEP_AGE = 3600.0
-"""Seconds after which a half-made entry is a left-over: copying a folder to another disk takes minutes."""
 SMALL_TOTAL = 16 * 2**20
 """Bytes that all copies of one save may have: 10 ms. The rest is linked."""
 
@@ -134,7 +134,7 @@ class Outbox:
             OSError: the disk is full, or the folder is not there.
         """
         name = str(entry.key) if entry.name is None else f"{entry.name}-{entry.nonce[:16]}"
-        beside = self.folder / f".{name}-{secrets.token_hex(4)}"
+        beside = self.folder / f".{name}-{half_made_by()}"
         files = beside / "files"
         files.mkdir(parents=True)
         try:
@@ -143,6 +143,7 @@ class Outbox:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
             check_paths([file.path for file in accepted], f"folder {str(source)!r}")
             entry = dataclasses.replace(entry, files=accepted, home=self.folder / name)
+            # Last: a folder in which it can be read is whole.
             (beside / "entry.json").write_bytes(encode_record(_to_record(entry)))
             self._move_in(beside, entry.home)
         except BaseException:
@@ -152,6 +153,7 @@ class Outbox:
 
     def entries(self, run_url: str | None = None) -> list[OutboxEntry]:
         """All entries, or those of one run, newest first. Damaged ones are named in a warning and stay."""
+        self._put_right()
         found = []
         for home in self.folder.iterdir() if self.folder.is_dir() else ():
             if home.name.startswith("."):
@@ -171,7 +173,7 @@ class Outbox:
             if self._saved_anew(entry):
                 return
             # Renamed first, so that a half-removed entry is none.
-            trash = self.folder / f".gone-{secrets.token_hex(4)}"
+            trash = self.folder / f".gone-{half_made_by()}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(entry.home, trash)
         shutil.rmtree(trash, ignore_errors=True)
@@ -191,13 +193,6 @@ class Outbox:
                 raise FileNotFoundError(errno.ENOENT, "It was saved anew", str(entry.home))
             os.rename(entry.home, aside)
         return aside
-
-    def sweep(self) -> None:
-        """Remove what killed processes left half-made; what is younger may be a save under way."""
-        for left in self.folder.glob(".*") if self.folder.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > SWEEP_AGE:
-                    shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def lock(self, patience: float = 0.0) -> Iterator[None]:
@@ -223,12 +218,32 @@ class Outbox:
                 # Said aloud, because a forked child (a loader worker) holds the same lock open.
                 fcntl.flock(file, fcntl.LOCK_UN)
 
+    def _put_right(self) -> None:
+        """Remove what killed processes left half-made; an entry that was whole and lacked its name gets it."""
+        for left in (*self.folder.glob(".*"), *self.folder.parent.glob("restore-*")):
+            if not is_left_over(left.name):
+                continue
+            # Killed between the two renames of `_move_in`: the one before is gone, and this one is whole.
+            match = re.fullmatch(r"\.(.+)-\d+-[0-9a-f]{8}", left.name)
+            home = self.folder / match[1] if match and match[1] != "gone" else None
+            if home is not None and not home.exists() and _readable(left):
+                os.rename(left, home)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
     def _move_in(self, beside: Path, home: Path) -> None:
+        before = self.folder / f".gone-{half_made_by()}"
         with self._moving:
             if home.exists():
                 # The same step saved again before its commit: the new files are the ones that count.
-                os.rename(home, self.folder / f".gone-{secrets.token_hex(4)}")
-            os.rename(beside, home)
+                os.rename(home, before)
+            try:
+                os.rename(beside, home)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(before, home)
+                raise
+        shutil.rmtree(before, ignore_errors=True)
 
     def _saved_anew(self, entry: OutboxEntry) -> bool:
         with contextlib.suppress(OSError, ManifestError):
@@ -268,6 +283,14 @@ def read_entry(home: Path) -> OutboxEntry:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"The {what} is damaged ({error!r}).") from None
+
+
+def _readable(home: Path) -> bool:
+    try:
+        read_entry(home)
+    except (OSError, ManifestError):
+        return False
+    return True
 
 
 def _to_record(entry: OutboxEntry) -> dict[str, Any]:

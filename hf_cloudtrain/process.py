@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +28,32 @@ def before_exit(method: Callable[[], None]) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call)
+
+
+_making: set[str] = set()
+
+
+def half_made_by() -> str:
+    """The end of the name of a folder that this process is making: says whose it is, if it is left behind."""
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    _making.add(token)
+    return token
+
+
+def is_left_over(name: str) -> bool:
+    """Whether the process that was making the folder of this name is no more."""
+    match = re.search(r"-((\d+)-[0-9a-f]{8})$", name)
+    if match is None:
+        return False
+    if int(match[2]) == os.getpid():
+        return match[1] not in _making  # in a container every life of a training has the same number
+    try:
+        os.kill(int(match[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's
+        return False
+    return False
 
 
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:

@@ -350,7 +350,6 @@ def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEn
     sender = _Sender(catalog)
     try:
         with outbox.lock(patience=LOCK_PATIENCE):
-            outbox.sweep()
             for entry in outbox.entries(catalog.storage.url):
                 progress.begin(f"Uploading {entry.title}", entry.size)
                 try:

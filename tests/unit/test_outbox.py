@@ -83,9 +83,9 @@ def test_a_second_save_of_a_step_that_is_killed_keeps_the_first_or_the_second(
     rename, left = os.rename, [last_rename - 1]
 
     def killed(source: str, target: str) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
         left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", killed)
@@ -236,17 +236,29 @@ def test_a_damaged_entry_is_named_and_kept_and_the_others_are_read(
 
 def test_what_is_half_made_is_no_entry_and_is_swept(outbox: Outbox) -> None:
     entry = accepted(outbox)
-    left = outbox.folder / ".000001-0000000005-deadbeef"
+    dead = subprocess.Popen(["true"])  # a number that no process has any more
+    dead.wait()
+    left = outbox.folder / f".000001-0000000005-{dead.pid}-deadbeef"
     os.rename(entry.home, left)
-    os.utime(left, (1.0, 1.0))
+    (left / "entry.json").unlink()
     assert outbox.entries() == []
-    outbox.sweep()
     assert list(outbox.folder.iterdir()) == []
 
 
-def test_sweeping_where_nothing_was_ever_saved_is_fine(outbox: Outbox) -> None:
-    outbox.sweep()
+def test_what_was_whole_and_lacked_only_its_name_when_its_process_died_is_an_entry(outbox: Outbox) -> None:
+    entry = accepted(outbox)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    os.rename(entry.home, outbox.folder / f".000001-0000000005-{dead.pid}-deadbeef")
+    assert outbox.entries() == [entry]
+
+
+def test_what_a_dead_process_of_the_same_number_left_half_made_is_swept(outbox: Outbox) -> None:
+    """In a container every life of a training has the same process number."""
+    entry = accepted(outbox)
+    os.rename(entry.home, outbox.folder / f".000001-0000000005-{os.getpid()}-deadbeef")
     assert outbox.entries() == []
+    assert list(outbox.folder.iterdir()) == []
 
 
 def test_one_process_at_a_time_empties_an_outbox(outbox: Outbox) -> None:
