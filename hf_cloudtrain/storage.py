@@ -169,7 +169,7 @@ class Storage:
         Raises:
             ObjectNotFoundError: it is not there. ObjectTruncatedError: it is shorter.
         """
-        with open(file, "wb", buffering=0) as target:
+        with open(file, "w+b", buffering=0) as target:
 
             def fetch(backend: Backend) -> str:
                 target.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from hf_cloudtrain.storage import Storage
 from tests.servers import AZURITE_ACCOUNT, AZURITE_KEY, AzuriteServer, Server
@@ -39,6 +41,9 @@ class Place:
         return Storage(self.url + suffix, {**self.options, **options})
 
 
+EXCLUSIVE = ("file", "memory", "moto", "azurite")
+EVERY_KIND = ("file", "memory", "moto", "rclone", "azurite")
+"""For what does not depend on the way that the bytes of files take."""
 PLACES = ("file", "memory", "moto", "moto-fsspec", "rclone", "azurite", "azurite-fsspec")
 
 
@@ -111,3 +116,21 @@ def obstore_of(server: Server, bucket: str) -> Any:
     given = server.storage_options
     config = {"access_key_id": given["key"], "secret_access_key": given["secret"], "region": "us-east-1"}
     return S3Store(bucket, config={**config, "endpoint": server.endpoint}, client_options=plain)
+
+
+@pytest.fixture
+def storage(place: Place) -> Iterator[Storage]:
+    storage = place.open()
+    yield storage
+    storage.close()
+
+
+def content(size: int) -> bytes:
+    """Bytes that differ in every part, made quickly."""
+    block = os.urandom(min(size, 2**16))
+    numbered = (number.to_bytes(8, "big") + block for number in range(size // 2**16 + 1))
+    return b"".join(numbered)[:size]
+
+
+def digest(data: bytes) -> str:
+    return "xxh3-128:" + xxhash.xxh3_128(data).hexdigest()

@@ -45,7 +45,7 @@ def test_missing_bucket(moto: Server) -> None:
 
 def test_missing_container(azurite: Server) -> None:
     with pytest.raises(
-        errors.ObjectNotFoundError, match=r"'az://no-such-one/run'.*[Cc]reate the (bucket|cont)"
+        errors.ObjectNotFoundError, match=r"(?s)'az://no-such-one/run'.*[Cc]reate the (bucket|cont)"
     ):
         Storage("az://no-such-one/run", azurite.storage_options).check()
 

@@ -73,9 +73,10 @@ def test_profile_named_by_an_option_beats_the_environment(
     proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     credentials_file(home, default="FROMDEFAULT", training="FROMTRAINING", other="OTHER")
-    monkeypatch.setenv("AWS_PROFILE", "other")
+    environment(monkeypatch, AWS_PROFILE="other", AWS_SESSION_TOKEN="not-this")
     options = {"endpoint_url": proxy.endpoint, "profile": "training"}
     assert keys_used(proxy, url, options, home) == both("FROMTRAINING")
+    assert tokens(proxy) == {None}
 
 
 def test_endpoint_and_region_of_a_profile(

@@ -1,28 +1,23 @@
-"""What every storage must do, whoever keeps the bytes and whichever way they take."""
+"""What every storage must do with files and run URLs, whoever keeps the bytes and whichever way they take."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import xxhash
 
-from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
+from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.storage import ObjectInfo, Storage
-from tests.contract.conftest import Place
+from tests.contract.conftest import Place, content, digest
 
 # adlfs hands azure-storage-blob whole blocks as bytes, which aiohttp would rather have as files.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 
-EXCLUSIVE = ("file", "memory", "moto", "azurite")
-EVERY_KIND = ("file", "memory", "moto", "rclone", "azurite")
-"""For what does not depend on the way that the bytes of files take."""
 NAMES = (
     "plain.bin",
     "with space.bin",
@@ -40,24 +35,6 @@ NAMES = (
     "a folder/with é/nested file.bin",
     ".hidden/.file",
 )
-
-
-@pytest.fixture
-def storage(place: Place) -> Iterator[Storage]:
-    storage = place.open()
-    yield storage
-    storage.close()
-
-
-def content(size: int) -> bytes:
-    """Bytes that differ in every part, made quickly."""
-    block = os.urandom(min(size, 2**16))
-    numbered = (number.to_bytes(8, "big") + block for number in range(size // 2**16 + 1))
-    return b"".join(numbered)[:size]
-
-
-def digest(data: bytes) -> str:
-    return "xxh3-128:" + xxhash.xxh3_128(data).hexdigest()
 
 
 class TestCheck:
@@ -180,164 +157,6 @@ class TestFiles:
         assert not isinstance(raised.value, ObjectNotFoundError)
 
 
-class TestRecords:
-    def test_write_overwrites(self, storage: Storage) -> None:
-        storage.write("last.json", b"a longer first version")
-        storage.write("last.json", b"second")
-        assert storage.read("last.json") == b"second"
-
-    @pytest.mark.parametrize("size", [0, 1, 100_000])
-    def test_read_gives_what_was_written(self, storage: Storage, size: int) -> None:
-        data = content(size)
-        storage.write("record", data)
-        assert storage.read("record") == data
-
-    def test_read_of_nothing_names_it(self, storage: Storage) -> None:
-        with pytest.raises(ObjectNotFoundError, match=r"'\S*/gone\.json'"):
-            storage.read("gone.json")
-
-    def test_read_stops_at_the_limit(self, storage: Storage) -> None:
-        storage.write("record", b"0123456789")
-        assert storage.read("record", max_bytes=10) == b"0123456789"
-        with pytest.raises(StorageError, match=r"'\S*/record' is larger than the 9 bytes"):
-            storage.read("record", max_bytes=9)
-
-    def test_delete_takes_many_and_minds_none_that_is_missing(self, storage: Storage) -> None:
-        names = [f"checkpoint-1/{number}" for number in range(20)]
-        for name in names:
-            storage.write(name, b"x")
-        storage.write("checkpoint-2/kept", b"x")
-        storage.delete([*names, "gone", "no-folder/gone", names[0]])
-        assert storage.list("") == [ObjectInfo("checkpoint-2/kept", 1)]
-        storage.delete([])
-
-    def test_deleted_object_is_gone_for_every_question(self, storage: Storage, tmp_path: Path) -> None:
-        storage.write("checkpoint-1/a", b"x")
-        assert storage.list("checkpoint-1")
-        storage.delete(["checkpoint-1/a"])
-        assert storage.list("checkpoint-1") == []
-        with pytest.raises(ObjectNotFoundError):
-            storage.read("checkpoint-1/a")
-        with pytest.raises(ObjectNotFoundError):
-            storage.download("checkpoint-1/a", str(tmp_path / "a"), 1)
-
-
-class TestExclusiveCreate:
-    def test_second_create_is_refused_and_changes_nothing(self, storage: Storage) -> None:
-        """Where the store ignores the condition, a look beforehand does it when nobody else is at work."""
-        storage.check()
-        assert storage.create("claims/checkpoint-1.json", b"attempt 1") is True
-        assert storage.create("claims/checkpoint-1.json", b"attempt 2") is False
-        assert storage.create("claims/checkpoint-1.json", b"attempt 1 and more") is False
-        assert storage.create("claims/checkpoint-1.json", b"attempt") is False
-        assert storage.read("claims/checkpoint-1.json") == b"attempt 1"
-
-    def test_creating_the_same_bytes_again_is_success(self, storage: Storage) -> None:
-        storage.check()
-        assert storage.create("claim", b"nonce 1") is True
-        assert storage.create("claim", b"nonce 1") is True
-
-    def test_created_object_can_be_created_again_once_deleted(self, storage: Storage) -> None:
-        storage.check()
-        assert storage.create("claim", b"1") is True
-        storage.delete(["claim"])
-        assert storage.create("claim", b"2") is True
-        assert storage.read("claim") == b"2"
-
-    @pytest.mark.parametrize("place", EXCLUSIVE, indirect=True)
-    def test_holds_before_the_probe_too(self, storage: Storage) -> None:
-        assert storage.create("claim", b"1") is True
-        assert storage.create("claim", b"2") is False
-        assert storage.read("claim") == b"1"
-
-    def test_stored_but_the_answer_lost_is_success(
-        self, storage: Storage, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        storage.check()
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        backend = storage._connected()
-        name = "create" if storage.exclusive else "write"
-        store, lost = getattr(backend, name), []
-
-        def lose_the_first_answer(path: str, data: bytes) -> None:
-            store(path, data)
-            if not lost:
-                lost.append(path)
-                raise ConnectionResetError("the answer is lost")
-
-        monkeypatch.setattr(backend, name, lose_the_first_answer)
-        assert storage.create("claim", b"nonce 1") is True
-        assert storage.create("claim", b"nonce 2") is False
-        assert lost == ["claim"]
-        assert storage.read("claim") == b"nonce 1"
-
-    @pytest.mark.parametrize("place", EXCLUSIVE, indirect=True)
-    @pytest.mark.parametrize("shared", [True, False], ids=["one-storage", "storage-each"])
-    def test_of_racing_creators_exactly_one_wins(self, place: Place, shared: bool) -> None:
-        racers, rounds = 6, 5
-        storages = [place.open()] * racers if shared else [place.open() for _ in range(racers)]
-        storages[0].check()
-        start = threading.Barrier(racers)
-
-        def race(number: int) -> list[bool]:
-            won = []
-            for turn in range(rounds):
-                start.wait(60)
-                won.append(storages[number].create(f"claims/{turn}", b"racer %d" % number))
-            return won
-
-        with ThreadPoolExecutor(racers) as pool:
-            results = list(pool.map(race, range(racers)))
-
-        for turn in range(rounds):
-            winners = [number for number in range(racers) if results[number][turn]]
-            assert len(winners) == 1
-            assert storages[0].read(f"claims/{turn}") == b"racer %d" % winners[0]
-
-
-class TestList:
-    @pytest.mark.parametrize("place", EVERY_KIND, indirect=True)
-    def test_all_pages_of_2500_keys_in_order(self, place: Place, storage: Storage) -> None:
-        names = [f"checkpoint-1/{number:04d}.bin" for number in range(2500)]
-        place.fill(names)
-        assert storage.list("checkpoint-1") == [ObjectInfo(name, 1) for name in names]
-        assert len(storage.list("")) == 2500
-
-    def test_of_nothing_is_empty(self, storage: Storage) -> None:
-        assert storage.list("") == []
-        assert storage.list("checkpoint-1") == []
-        storage.write("checkpoint-10/a", b"x")
-        assert storage.list("checkpoint-1") == []
-
-    def test_is_of_a_folder_not_of_a_beginning(self, storage: Storage) -> None:
-        for name in ("checkpoint-1/a", "checkpoint-10/a", "checkpoint-1.a2/a", "checkpoint-1-x"):
-            storage.write(name, b"x")
-        assert storage.list("checkpoint-1") == [ObjectInfo("checkpoint-1/a", 1)]
-        assert storage.list("checkpoint-1/") == [ObjectInfo("checkpoint-1/a", 1)]
-
-    def test_is_recursive_sorted_and_relative_to_the_run(self, storage: Storage) -> None:
-        names = ["b/2", "b/10", "b/1/deep/er", "a", ".cloudtrain/run.json"]
-        for name in names:
-            storage.write(name, name.encode())
-        assert storage.list("") == [ObjectInfo(name, len(name)) for name in sorted(names)]
-        assert [info.path for info in storage.list("b")] == ["b/1/deep/er", "b/10", "b/2"]
-
-    def test_sees_what_another_wrote_meanwhile(self, place: Place, storage: Storage) -> None:
-        other = place.open()
-        assert storage.list("checkpoints") == []
-        other.write("checkpoints/1", b"x")
-        assert len(storage.list("checkpoints")) == 1
-        other.write("checkpoints/2", b"x")
-        assert len(storage.list("checkpoints")) == 2
-        other.delete(["checkpoints/1"])
-        assert storage.list("checkpoints") == [ObjectInfo("checkpoints/2", 1)]
-
-    def test_other_runs_beside_are_not_seen(self, place: Place, storage: Storage) -> None:
-        place.open("-2").write("a", b"x")
-        place.open("/nested").write("b", b"x")
-        assert storage.list("") == [ObjectInfo("nested/b", 1)]
-
-
 class TestRunUrl:
     @pytest.mark.parametrize("suffix", ["/a run", "/läuft-模型", "/#1", "/a?b", "/%41+"])
     def test_is_taken_literally(self, place: Place, tmp_path: Path, suffix: str) -> None:
@@ -380,7 +199,7 @@ class TestRunUrl:
         assert storage.download("checkpoint-1/model.bin", str(tmp_path / "back"), 7) == digest(b"content")
 
 
-def adder(total: list[int]) -> object:
+def adder(total: list[int]) -> Callable[[int], None]:
     def add(count: int) -> None:
         total[0] += count
 

@@ -256,7 +256,9 @@ def test_what_was_whole_and_lacked_only_its_name_when_its_process_died_is_an_ent
 def test_what_a_dead_process_of_the_same_number_left_half_made_is_swept(outbox: Outbox) -> None:
     """In a container every life of a training has the same process number."""
     entry = accepted(outbox)
-    os.rename(entry.home, outbox.folder / f".000001-0000000005-{os.getpid()}-deadbeef")
+    left = outbox.folder / f".000001-0000000005-{os.getpid()}-deadbeef"
+    os.rename(entry.home, left)
+    (left / "entry.json").unlink()
     assert outbox.entries() == []
     assert list(outbox.folder.iterdir()) == []
 
