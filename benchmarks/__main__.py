@@ -29,7 +29,9 @@ def main() -> None:
     for name in options.names or NAMES:
         start = time.monotonic()
         sections[name] = run_apart(name, Scale(options.quick))
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name}, measured in {time.monotonic() - start:.0f} s", flush=True)
+        for row in sections[name]:
+            print("  " + " | ".join(row.cells()), flush=True)
     where = machine(load)
     print_table(sections)
     print(where)

@@ -333,7 +333,7 @@ def has_records(run_url: str) -> bool:
     """Whether the newest attempt has stored what it logged; only one that tracks steps ever does."""
     catalog = Catalog(Storage(run_url, env.storage_options(None)))
     attempt = catalog.attempt_numbers()[-1]
-    return catalog.read_progress(attempt) is None or bool(catalog.read_steps(attempt))
+    return catalog.read_progress(attempt) is None or bool(catalog.read_steps().get(attempt))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

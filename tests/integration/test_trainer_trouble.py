@@ -112,7 +112,7 @@ class TestCallbacks:
         assert value["urls"] == [f"{lab.run_url}/final", f"{lab.run_url}/final.2"]
         manifest = lab.catalog.read_folder(lab.catalog.folders()[0])
         assert {entry.path for entry in manifest.files} >= {"config.json", "model.safetensors"}
-        assert lab.steps() == [4, 8, 12]
+        assert lab.steps()[-1] == 12
 
 
 class TestStartsAgain:
