@@ -268,8 +268,10 @@ def _s3_store(bucket: str, options: dict[str, Any]) -> Any:
         config["request_payer"] = True
     # TLS or loopback keeps the payload whole, and our own digest checks it: signing would double the CPU.
     config["unsigned_payload"] = endpoint.startswith("https://") or _is_loopback(endpoint)
-    provider = _s3_credentials(session, options, config)
-    if provider is None and not {"skip_signature", "access_key_id"} & set(config):
+    if options.get("anon"):
+        config["skip_signature"] = True
+    provider = None if options.get("anon") else _s3_credentials(session, options)
+    if provider is None and not options.get("anon"):
         return None
     verify = (options.get("client_kwargs") or {}).get("verify", session.get_config_variable("ca_bundle"))
     return S3Store(
@@ -304,18 +306,17 @@ def _resolved_s3_client(session: Any, options: dict[str, Any]) -> Any:
     )
 
 
-def _s3_credentials(session: Any, options: dict[str, Any], config: dict[str, Any]) -> Any:
-    """Put fixed credentials into `config`, or answer with a provider of those that botocore finds."""
+def _s3_credentials(session: Any, options: dict[str, Any]) -> Any:
+    """A provider of what the options name, else of what botocore finds.
+
+    A provider for fixed keys too: obstore would add the session token of the environment to them.
+    """
+    import botocore.credentials
+
     key, secret, token = _static_s3_credentials(options)
-    if options.get("anon"):
-        config["skip_signature"] = True
-        return None
-    if key and secret:
-        config.update(access_key_id=key, secret_access_key=secret)
-        if token:
-            config["session_token"] = token
-        return None
-    found = session.get_credentials()
+    found = (
+        botocore.credentials.Credentials(key, secret, token) if key and secret else session.get_credentials()
+    )
     return None if found is None else _S3Credentials(found)
 
 

@@ -220,7 +220,10 @@ class Storage:
     def _translate(self, error: Exception, what: str) -> CloudTrainError:
         if isinstance(error, CloudTrainError):
             return error
-        reason = self._redact(f"{type(error).__name__}: {error}".strip())[:500]
+        said = (
+            str(error).partition("\n\nDebug source:")[0].strip()
+        )  # obstore appends a dump of its own objects
+        reason = self._redact(f"{type(error).__name__}: {said}")[:500]
         names = {kind.__name__ for kind in type(error).__mro__}
         if _elsewhere(reason):
             return StorageError(
@@ -231,7 +234,7 @@ class Storage:
             return StorageError(
                 error.errno, f"Could not {what}: no space is left on the disk. Free some and go on."
             )
-        if isinstance(error, FileNotFoundError) or "NotFoundError" in names:
+        if isinstance(error, FileNotFoundError) or names & {"NotFoundError", "ResourceNotFoundError"}:
             return ObjectNotFoundError(
                 f"Could not {what}: it does not exist ({reason}). {_bucket_hint(reason)}"
             )
@@ -243,9 +246,11 @@ class Storage:
             )
         if isinstance(error, ImportError):
             return missing_extra(self._protocol, reason)
-        if isinstance(
-            error, (TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
-        ) or getattr(error, "errno", None) in (errno.EROFS, errno.ENAMETOOLONG):
+        if (
+            isinstance(error, (TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError))
+            or getattr(error, "errno", None) in (errno.EROFS, errno.ENAMETOOLONG)
+            or names & {"ProfileNotFound", "ConfigParseError", "PartialCredentialsError"}
+        ):
             return StorageError(f"Could not {what} ({reason}).")
         return StorageUnavailableError(f"Could not {what} ({reason}). Check the network and the endpoint.")
 
@@ -274,7 +279,8 @@ _REFUSED = {
     "ClientAuthenticationError",
 }
 _BEYOND_END = re.compile(
-    r"\b416\b|InvalidRange|RangeNotSatisfiable|range (?:started|starting) at|EOFError", re.IGNORECASE
+    r"\b416\b|InvalidRange|RangeNotSatisfiable|not satisfiable|range (?:started|starting) at|EOFError",
+    re.IGNORECASE,
 )
 _REFUSED_TEXT = re.compile(
     r"\b(?:403|401|Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|"
@@ -334,10 +340,13 @@ class _Count:
 
 def _elsewhere(reason: str) -> bool:
     return (
-        re.search(r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|\b301\b", reason)
+        re.search(
+            r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|\b301\b|configured region",
+            reason,
+        )
         is not None
     )
 
 
 def _bucket_hint(reason: str) -> str:
-    return "Create the bucket, or correct the URL." if "ucket" in reason else ""
+    return "Create the bucket, or correct the URL." if re.search("ucket|ontainer", reason) else ""

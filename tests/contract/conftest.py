@@ -49,6 +49,10 @@ PLACES = ("file", "memory", "moto", "moto-fsspec", "rclone", "azurite", "azurite
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    yield from new_place(request, tmp_path)
+
+
+def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     kind, _, fsspec_only = request.param.partition("-")
     run = f"runs/{secrets.token_hex(4)}"
     if kind == "file":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import pytest
 
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
 from hf_cloudtrain.storage import ObjectInfo, Storage
-from tests.contract.conftest import EVERY_KIND, EXCLUSIVE, Place, content
+from tests.contract.conftest import EVERY_KIND, EXCLUSIVE, Place, content, new_place
+
+
+@pytest.fixture(params=EVERY_KIND)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Records go through fsspec everywhere, so the two ways that files take are one here."""
+    yield from new_place(request, tmp_path)
 
 
 class TestRecords:
@@ -130,7 +137,6 @@ class TestExclusiveCreate:
 
 
 class TestList:
-    @pytest.mark.parametrize("place", EVERY_KIND, indirect=True)
     def test_all_pages_of_2500_keys_in_order(self, place: Place, storage: Storage) -> None:
         names = [f"checkpoint-1/{number:04d}.bin" for number in range(2500)]
         place.fill(names)

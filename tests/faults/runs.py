@@ -146,11 +146,11 @@ def entry_of(url: str, attempt: int, step: int, **options: Any) -> OutboxEntry:
 
 
 def left_overs(output_dir: Path) -> list[str]:
-    """What a machine keeps of work that is over: half-made folders, trash."""
+    """What a machine keeps of work that is over: half-made folders, trash, entries."""
     meta = output_dir / META
     return sorted(
         path.relative_to(meta).as_posix()
-        for pattern in ("restore-*", ".meet-*", "outbox/.*")
+        for pattern in ("restore-*", ".meet-*", "outbox/*")
         for path in meta.glob(pattern)
     )
 

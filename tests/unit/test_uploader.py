@@ -87,6 +87,27 @@ def test_the_newest_goes_first_when_the_one_under_way_is_done(disk: Disk) -> Non
     assert disk.commits() == ["000001-0000000001", "000001-0000000003", "000001-0000000002"]
 
 
+def steps_waiting(uploader: Uploader) -> list[tuple[int, int]]:
+    return [(entry.key.attempt, entry.key.step) for entry in uploader.pending()]
+
+
+def test_at_most_two_wait_and_the_older_of_three_is_dropped(disk: Disk) -> None:
+    uploader = Uploader(disk.catalog, disk.outbox)  # not started: nothing is under way
+    seen = []
+    for step in (1, 2, 3):
+        uploader.submit(disk.entry(step))
+        seen.append(steps_waiting(uploader))
+    assert seen == [[(1, 1)], [(1, 2), (1, 1)], [(1, 3), (1, 2)]]
+    assert [entry.key.step for entry in disk.outbox.entries()] == [3, 2]
+
+
+def test_what_an_earlier_attempt_left_waits_on_whatever_comes_after_it(disk: Disk) -> None:
+    uploader = Uploader(disk.catalog, disk.outbox)
+    for attempt, step in ((1, 5), (2, 1), (2, 2), (2, 3)):
+        uploader.submit(disk.entry(step, attempt))
+    assert steps_waiting(uploader) == [(2, 3), (2, 2), (1, 5)]
+
+
 def test_an_uploader_knows_the_newest_that_it_has_committed(disk: Disk) -> None:
     uploader = disk.uploader()
     assert uploader.last_committed is None
