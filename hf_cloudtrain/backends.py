@@ -236,9 +236,13 @@ def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, 
         quiet = {
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
+            # Storage tries again itself; three layers of retries would sit out five minutes of a lasting error.
+            "retries": {"max_attempts": 1},
         }
         arguments["config_kwargs"] = {**quiet, **(options.get("config_kwargs") or {})}
     fs = kind(**arguments)
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
     root = str(fs._strip_protocol(url))
     return FsspecBackend(fs, root), root.strip("/")
 
