@@ -19,7 +19,7 @@ ROWS = (
     ("manifest", "native", "backends", "storage"),
     ("catalog", "outbox", "uploader", "downloader"),
     ("position", "history", "preemption", "step_tracker", "checkpointer"),
-    ("trainer_state", "callbacks", "loop", "functional"),
+    ("trainer_state", "session", "callbacks", "loop", "functional"),
     ("datasets", "job", "engines"),
     ("cli", "testing", "__init__"),
 )

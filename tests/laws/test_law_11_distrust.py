@@ -281,6 +281,16 @@ def test_law_11_a_damaged_record_that_nothing_depends_on_stops_no_commit(
     assert machines.restored("elsewhere") == bytes_of(5)
 
 
+def test_law_11_an_attempt_number_too_large_to_be_ours_is_passed_over(machines: Machines) -> None:
+    """The next one would be larger still, and no key could hold it: nothing could ever be committed again."""
+    machines.storage.write(".cloudtrain/attempts/9999999999999.json", b"{}")
+    machine = machines.new()
+    machine.start()
+    machine.save(5)
+    machine.wait()
+    assert machines.restored("elsewhere") == bytes_of(5)
+
+
 SECRETS = ["AKIAVERYSECRET", "s3cr3t/K3y+with=", "t0k3n-of-the-session", "hunter2hunter2", "hf_SECRETTOKEN"]
 OPTIONS = {
     "key": SECRETS[0],

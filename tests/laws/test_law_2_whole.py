@@ -60,6 +60,11 @@ DAMAGES = {
     "a manifest cut short": (MANIFEST, change(lambda data: data[: len(data) // 2])),
     "an empty manifest": (MANIFEST, change(lambda data: b"")),
     "a manifest that is no JSON": (MANIFEST, change(lambda data: b"<Error>SlowDown</Error>")),
+    "a manifest that is an object without a format": (MANIFEST, change(lambda data: b"{}")),
+    "a manifest whose format is damaged": (
+        MANIFEST,
+        change(lambda data: data.replace(b"hf_cloudtrain.manifest/1", b"hf_cloudtrain.manifesu/1")),
+    ),
     "a manifest of another checkpoint": (
         MANIFEST,
         change(lambda data: data.replace(NEWEST.encode(), b"000001-0000000011")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,52 @@ def test_a_checkpoint_that_one_host_cannot_read_is_taken_by_none(
     (machines.run / "checkpoint-5/rng_1.pth").write_bytes(b"x")
     answers = on_hosts(machines, monkeypatch, 2, save_together)
     assert [type(answer).__name__ for answer in answers] == ["CorruptCheckpointError"] * 2
+
+
+def save_twice(
+    machines: Machines, checkpointer: Checkpointer, world: World, second_upload: threading.Event
+) -> None:
+    """The second save of a step comes when one host has uploaded its part of the first, and the other has not."""
+    checkpointer.begin(0)
+    if world.is_main:
+        machines.storage.hold("upload", machines.gate, path="*/model-1")
+        machines.storage.hold("upload", second_upload, path="*/model-0", call=2)
+    world.barrier()
+    for salt in (b"first", b"second"):
+        folder = checkpointer.output_dir / salt.decode()
+        write_files(folder, {f"model-{world.rank}": salt})
+        checkpointer.save(folder, Position(global_step=5))
+        if world.is_main and salt == b"first":
+            wait_until(lambda: machines.catalog.storage.list(".cloudtrain/parts"), "the part of one host")
+        world.barrier()
+    machines.gate.set()
+    if world.rank == 1:
+        checkpointer._uploader.wait(20.0)  # its part is on storage
+        second_upload.set()
+    checkpointer.wait(20.0)
+
+
+@pytest.mark.parametrize("slow", ["the second save of one host", "nothing"])
+def test_a_step_saved_twice_by_hosts_is_committed_from_one_of_the_saves(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    second_upload = threading.Event()
+    if slow == "nothing":
+        second_upload.set()
+    try:
+        done = on_hosts(
+            machines,
+            monkeypatch,
+            2,
+            lambda checkpointer, world: save_twice(machines, checkpointer, world, second_upload),
+        )
+    finally:
+        second_upload.set()
+    assert done == [None, None]
+    assert machines.committed() == [(1, 5)]
+    assert machines.restored("elsewhere") in [
+        {"model-0": salt, "model-1": salt} for salt in (b"first", b"second")
+    ]
 
 
 def test_hosts_commit_where_the_storage_has_no_exclusive_create_too(
