@@ -123,7 +123,7 @@ class Catalog:
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending."""
         names = (
-            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(\d+)\.json", info.path)
+            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(\d{{6,9}})\.json", info.path)
             for info in self.storage.list(_ATTEMPTS)
         )
         return sorted(int(name[1]) for name in names if name)

@@ -29,11 +29,12 @@ from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
     ManifestError,
+    NewerFormatError,
     NoCheckpointError,
     NotCommittedError,
     RunHasCheckpointsError,
 )
-from hf_cloudtrain.manifest import FORMAT, META, Manifest, Position, folder_name
+from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
@@ -300,9 +301,9 @@ class Checkpointer:
             return self.catalog.read(key)
         except NoCheckpointError as error:
             return str(error)  # retired since the listing
+        except NewerFormatError:
+            raise  # the one before would silently lose work
         except ManifestError as error:
-            if FORMAT in str(error):
-                raise  # newer than this version: the one before would silently lose work
             return str(error)
 
     def _say_restored(self, manifest: Manifest) -> None:

@@ -9,6 +9,7 @@ CloudTrainError
 │   ├── StoragePermissionError (PermissionError)
 │   └── StorageUnavailableError            still failing after all retries: later may work
 ├── ManifestError (ValueError)             a record on storage or on disk that does not read as one
+│   └── NewerFormatError                   written by a newer version of this package
 ├── CorruptCheckpointError                 files differ from what the manifest promises
 ├── NoCheckpointError                      asked for a checkpoint that does not exist
 ├── RunHasCheckpointsError                 starting at step 0 on a run that already has checkpoints
@@ -56,6 +57,10 @@ class StorageUnavailableError(StorageError):
 
 class ManifestError(CloudTrainError, ValueError):
     """A record on storage or on disk that does not read as one."""
+
+
+class NewerFormatError(ManifestError):
+    """A record that a newer version of this package has written."""
 
 
 class CorruptCheckpointError(CloudTrainError):

@@ -11,9 +11,9 @@ import difflib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-from hf_cloudtrain.errors import ConfigurationError, ManifestError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
 
 META = ".cloudtrain"
 """Folder of our own records, below a run URL and below an output folder."""
@@ -132,10 +132,7 @@ class Manifest:
         record = decode_record(data, what)
         version = record.pop("format", None)
         if version != FORMAT:
-            raise ManifestError(
-                f"The {what} has format {version!r}, and this version reads {FORMAT!r}. Upgrade hf_cloudtrain, or "
-                "choose another checkpoint."
-            )
+            _refuse_format(version, what)
         _only_known_keys(record, cls, what)
         files = record.get("files")
         if not isinstance(files, list):
@@ -237,6 +234,17 @@ def decode_record(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ManifestError(f"The {what} is damaged: it is not a JSON object.")
     return record
+
+
+def _refuse_format(version: Any, what: str) -> NoReturn:
+    name, _, ours = FORMAT.rpartition("/")
+    match = re.fullmatch(re.escape(name) + r"/(\d{1,9})", version) if isinstance(version, str) else None
+    if match and int(match[1]) > int(ours):
+        raise NewerFormatError(
+            f"The {what} has the format {version!r}, and this version reads {FORMAT!r}. Upgrade hf_cloudtrain, or "
+            "choose another checkpoint."
+        )
+    raise ManifestError(f"The {what} is damaged: its format is {str(version)[:50]!r}, not {FORMAT!r}.")
 
 
 def _only_known_keys(record: dict[str, Any], kind: type[Any], what: str) -> None:

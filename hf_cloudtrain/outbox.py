@@ -167,8 +167,12 @@ class Outbox:
                 found.append(entry)
         return sorted(found, key=lambda entry: entry.key, reverse=True)
 
-    def remove(self, entry: OutboxEntry) -> None:
-        """Forget an entry: it is committed, or overtaken. One saved anew under its name stays."""
+    def remove(self, entry: OutboxEntry, *, in_background: bool = False) -> None:
+        """Forget an entry: it is committed, or overtaken. One saved anew under its name stays.
+
+        Args:
+            in_background: give the space back in a thread: gigabytes take the disk longer than a save may.
+        """
         with self._moving:
             if self._saved_anew(entry):
                 return
@@ -176,7 +180,12 @@ class Outbox:
             trash = self.folder / f".gone-{half_made_by()}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(entry.home, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        if in_background:
+            threading.Thread(
+                target=shutil.rmtree, args=(trash, True), name="cloudtrain-rm", daemon=True
+            ).start()
+        else:
+            shutil.rmtree(trash, ignore_errors=True)
 
     def current(self, entry: OutboxEntry) -> OutboxEntry | None:
         """The entry as it is on the disk now: saved anew under its name, perhaps; None where it is gone."""

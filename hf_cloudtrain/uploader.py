@@ -114,6 +114,7 @@ class Uploader:
                 with self._changed:
                     self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
                 shown.update()
+        self._hurry = False
         pending = self.pending()
         if pending:
             self._gave_up = True
@@ -161,7 +162,7 @@ class Uploader:
                     "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
                     entry.title,
                 )
-                self._outbox.remove(entry)
+                self._outbox.remove(entry, in_background=True)
             else:
                 kept.append(entry)
             count += 1
@@ -257,6 +258,7 @@ class _Sender:
         if entry.name is None and self._catalog.holds(entry.key):
             # Sending it again would write over a committed checkpoint.
             logger.info("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
+            self._move_pointers(entry)
             return True
         if entry.name is None:
             manifest_key = str(entry.key)
@@ -298,15 +300,18 @@ class _Sender:
             manifest = dataclasses.replace(manifest, files=tuple(files))
         if not catalog.commit(manifest):
             logger.warning("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
-        # An overtaken attempt may commit what it had saved, under its own number, but moves no pointer (law 6).
-        if catalog.overtaken_by(entry.key.attempt) is None:
-            metric = entry.metrics.get("best_metric")
-            if entry.best:
-                catalog.point("best", entry.key, metric)
-            newest = catalog.pointer("last")
-            if newest is None or newest < entry.key:
-                catalog.point("last", entry.key)
+        self._move_pointers(entry)
         return True
+
+    def _move_pointers(self, entry: OutboxEntry) -> None:
+        # An overtaken attempt may commit what it had saved, under its own number, but moves no pointer (law 6).
+        if self._catalog.overtaken_by(entry.key.attempt) is not None:
+            return
+        if entry.best:
+            self._catalog.point("best", entry.key, entry.metrics.get("best_metric"))
+        newest = self._catalog.pointer("last")
+        if newest is None or newest < entry.key:
+            self._catalog.point("last", entry.key)
 
     def _send_files(
         self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]
