@@ -196,12 +196,20 @@ class Catalog:
     def put_part(
         self, key: CheckpointKey, host: int, hosts: int, files: Iterable[FileEntry]
     ) -> list[FileEntry] | None:
-        """Record what one host uploaded; all hosts' files once the set is complete, else None."""
+        """Record what one host uploaded, and answer as `parts`. After that the host writes nothing more of it."""
         record = {"files": [dataclasses.asdict(entry) for entry in files]}
-        self.storage.write(f"{_PARTS}/{key}/{host}-of-{hosts}.json", encode_record(record))
-        parts = [info.path for info in self.storage.list(f"{_PARTS}/{key}")]
-        wanted = [f"{_PARTS}/{key}/{number}-of-{hosts}.json" for number in range(hosts)]
-        if not set(wanted) <= set(parts):
+        self.storage.write(_part_path(key, host, hosts), encode_record(record))
+        return self.parts(key, hosts)
+
+    def has_part(self, key: CheckpointKey, host: int, hosts: int) -> bool:
+        """Whether a host's part is recorded."""
+        return self._exists(_part_path(key, host, hosts))
+
+    def parts(self, key: CheckpointKey, hosts: int) -> list[FileEntry] | None:
+        """All hosts' files, sorted by path; None while a part is missing."""
+        there = {info.path for info in self.storage.list(f"{_PARTS}/{key}")}
+        wanted = [_part_path(key, host, hosts) for host in range(hosts)]
+        if not set(wanted) <= there:
             return None
         found: list[FileEntry] = []
         for path in wanted:
@@ -381,6 +389,10 @@ def _attempt_path(number: int) -> str:
 
 def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
+
+
+def _part_path(key: CheckpointKey, host: int, hosts: int) -> str:
+    return f"{_PARTS}/{key}/{host}-of-{hosts}.json"
 
 
 def _folder_path(key: str) -> str:

@@ -11,7 +11,6 @@ long as one entry. No collective ever runs here.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -267,10 +266,9 @@ class _Sender:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
             if self._catalog.holds_folder(manifest_key):
                 return True
-        entry.check_unchanged()
-        files = self._send_files(entry, folder, on_bytes)
-        self._check_arrival(folder, files)
-        entry.check_unchanged()
+        files = self._send_part(entry, folder, on_bytes)
+        if files is None:
+            return False
         manifest = Manifest(
             key=manifest_key,
             folder=folder,
@@ -289,16 +287,26 @@ class _Sender:
         self._arrived.clear()
         return committed
 
+    def _send_part(
+        self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]
+    ) -> list[FileEntry] | None:
+        """Send this host's files; the files of all hosts, or None where other hosts are not there yet."""
+        part = (entry.key, entry.host, entry.hosts)
+        # What a part names may be committed by another host at any moment, and is not written again.
+        if entry.hosts > 1 and self._catalog.has_part(*part):
+            return self._catalog.parts(entry.key, entry.hosts)
+        entry.check_unchanged()
+        files = self._send_files(entry, folder, on_bytes)
+        self._check_arrival(folder, files)
+        entry.check_unchanged()
+        if entry.hosts == 1:
+            return files
+        return self._catalog.put_part(*part, files)
+
     def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
-        catalog = self._catalog
         if entry.name is not None:
-            return catalog.commit_folder(manifest)
-        if entry.hosts > 1:
-            files = catalog.put_part(entry.key, entry.host, entry.hosts, manifest.files)
-            if files is None:
-                return False
-            manifest = dataclasses.replace(manifest, files=tuple(files))
-        if not catalog.commit(manifest):
+            return self._catalog.commit_folder(manifest)
+        if not self._catalog.commit(manifest):
             logger.warning("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
         self._move_pointers(entry)
         return True

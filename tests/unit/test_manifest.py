@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cloudtrain import manifest as module
-from hf_cloudtrain.errors import ConfigurationError, ManifestError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
 from hf_cloudtrain.manifest import (
     FileEntry,
     Manifest,
@@ -83,12 +83,17 @@ def test_whole_numbers_of_a_position_stay_whole() -> None:
         assert type(value) is (float if item.name in ("epoch", "num_train_epochs") else int)
 
 
-@pytest.mark.parametrize("version", [None, 1, "hf_cloudtrain.manifest/2", "other"])
+@pytest.mark.parametrize("version", [None, 1, "hf_cloudtrain.manifest/0", "other"])
 def test_another_format_is_refused_with_both_names(version: object) -> None:
     record = json.loads(MANIFEST.encode()) | {"format": version}
-    with pytest.raises(
-        ManifestError, match=r"has format .* and this version reads 'hf_cloudtrain.manifest/1'"
-    ):
+    with pytest.raises(ManifestError, match=rf"'{version}', not 'hf_cloudtrain.manifest/1'") as refused:
+        Manifest.parse(json.dumps(record).encode(), MANIFEST.key)
+    assert not isinstance(refused.value, NewerFormatError)
+
+
+def test_a_newer_format_is_told_from_a_damaged_one_and_says_to_upgrade() -> None:
+    record = json.loads(MANIFEST.encode()) | {"format": "hf_cloudtrain.manifest/2"}
+    with pytest.raises(NewerFormatError, match="Upgrade hf_cloudtrain"):
         Manifest.parse(json.dumps(record).encode(), MANIFEST.key)
 
 
