@@ -133,7 +133,7 @@ def save_twice(
 
 @pytest.mark.skip(reason="which of two saves of one step counts is not agreed between hosts yet")
 @pytest.mark.parametrize("slow", ["the second save of one host", "nothing"])
-def test_a_step_saved_twice_by_hosts_is_committed_from_one_of_the_saves(
+def test_a_step_saved_twice_by_hosts_is_committed_whole_and_exact_only_from_one_of_the_saves(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     second_upload = threading.Event()
@@ -150,9 +150,11 @@ def test_a_step_saved_twice_by_hosts_is_committed_from_one_of_the_saves(
         second_upload.set()
     assert done == [None, None]
     assert machines.committed() == [(1, 5)]
-    assert machines.restored("elsewhere") in [
-        {"model-0": salt, "model-1": salt} for salt in (b"first", b"second")
-    ]
+    found = machines.restored("elsewhere")
+    assert found is not None
+    assert set(found) == {"model-0", "model-1"}
+    mixed = len(set(found.values())) > 1
+    assert not (mixed and machines.catalog.read(CheckpointKey(1, 5)).exact), "two moments are no exact place"
 
 
 def test_hosts_commit_where_the_storage_has_no_exclusive_create_too(

@@ -151,3 +151,11 @@ def test_the_digest_of_a_file_is_the_one_that_xxhsum_prints(tmp_path: Path) -> N
     write_files(tmp_path, {"empty": b"", "text": b"hf_cloudtrain"})
     assert file_digest(tmp_path / "empty") == "xxh3-128:99aa06d3014798d86001c324468d497f"
     assert file_digest(tmp_path / "text") != file_digest(tmp_path / "empty")
+
+
+def test_bytes_that_were_damaged_on_the_way_are_fetched_once_more(
+    machines: Machines, manifest: Manifest, target: Path
+) -> None:
+    machines.storage.corrupt("download", path="*/model.safetensors")
+    download(machines.catalog, manifest, target)
+    assert contents(target) == bytes_of(5)
