@@ -1,12 +1,14 @@
 """Upload: our bytes a second over the best raw client's, and over s3fs.
 
 A checkpoint folder of 1.3 GB. Ours is from `save` to the committed manifest, digests included; the clients send files.
+Four times s3fs is asked for without a limit: with one, the link itself is too close to what s3fs reaches. `rclone
+serve s3` reads whole files for the ETags of a LIST, and ours lists what arrived.
 """
 
 from __future__ import annotations
 
 from benchmarks.clients import Ours, Place, raw_uploads, s3fs_upload
-from benchmarks.measure import GB, LINKS, Checkpoint, Scale, Timing, Workplace, fastest, side_by_side
+from benchmarks.measure import GB, LIMITED, LINKS, Checkpoint, Scale, Timing, Workplace, fastest, side_by_side
 from benchmarks.report import Row, at_least
 from benchmarks.sink import Sink
 from tests.servers import RcloneServer
@@ -38,9 +40,12 @@ def _on_sink(link: str, place: Place, checkpoint: Checkpoint, work: Workplace, s
     mine, s3fs = timings.pop("ours"), timings.pop("s3fs")
     what, shown = f"upload, {link}", speed(checkpoint, mine)
     best = timings[fastest(timings)].median / mine.median
+    over_s3fs, slow = s3fs.median / mine.median, f"s3fs {speed(checkpoint, s3fs)}"
     return [
         at_least(what, shown, speeds(checkpoint, timings), best, TARGETS[link]),
-        at_least(what, shown, f"s3fs {speed(checkpoint, s3fs)}", s3fs.median / mine.median, S3FS_TARGET),
+        Row(f"{what}, over s3fs", shown, slow, f"{over_s3fs:.2f}")
+        if link in LIMITED
+        else at_least(f"{what}, over s3fs", shown, slow, over_s3fs, S3FS_TARGET),
     ]
 
 
