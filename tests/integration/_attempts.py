@@ -31,11 +31,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import hf_cloudtrain.callbacks  # noqa: F401 - paid for before the fork
+
 from hf_cloudtrain import (
     CheckpointUploadCallback,
     CloudTrainCallback,
     StepTrackerCallback,
     env,
+    uploader,
 )
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.storage import Storage
@@ -201,6 +203,7 @@ def train(
     lora: bool = False,
     stream: bool = False,
     masks: bool = False,
+    waiting: int = 1_000,
     callbacks: list[TrainerCallback] | None = None,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
     **arguments: Any,
@@ -214,9 +217,11 @@ def train(
         kill_at: step of a SIGKILL, once step `committed` is on storage.
         before, after: callbacks of the user in front of ours and behind it, as [name, {argument: value}].
         seen: file that hears of each batch before it is used; `{rank}` in its name is replaced.
+        waiting: checkpoints that may wait for their upload; many, because steps of milliseconds outrun any.
         masks: leave words out by chance, as a collator for masked language models does.
         arguments: for TrainingArguments.
     """
+    uploader.MAX_WAITING = waiting
     args = TrainingArguments(output_dir=output_dir, **{**ARGUMENTS, **arguments})
     set_seed(args.seed)
     ours = make_ours(parts if run_url else "none", run_url, fresh=fresh)

@@ -229,7 +229,7 @@ class TestInexact:
 
 class TestSlowAndBrokenStorage:
     def test_law_4_rotation_while_an_upload_is_slow_loses_nothing(self, lab: Lab) -> None:
-        arguments = {"save_steps": 2, "save_total_limit": 1}
+        arguments = {"save_steps": 2, "save_total_limit": 1, "waiting": 2}
         child = lab.train("first", "slow_upload", module=MISHAPS, until=11, **arguments)
         assert [path.name for path in lab.machine("first").glob("checkpoint-*")] == ["checkpoint-12"]
         # The first was under way, the newest counts; what waited between them was overtaken, and that is said.
