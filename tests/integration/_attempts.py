@@ -31,7 +31,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import hf_cloudtrain.callbacks  # noqa: F401 - paid for before the fork
-
 from hf_cloudtrain import (
     CheckpointUploadCallback,
     CloudTrainCallback,

@@ -11,22 +11,27 @@ from transformers import Trainer, TrainingArguments
 
 from hf_cloudtrain import CloudTrainCallback, storage, uploader
 from hf_cloudtrain.testing import FaultyStorage
+from hf_cloudtrain.uploader import Uploader
 from tests.integration._attempts import ARGUMENTS, CallAt, train
 
 
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
-    """No file of a checkpoint arrives before a step, or before Trainer has returned or failed, or ever (-1)."""
+    """No file of a checkpoint arrives before a step, or before somebody waits for it, or ever (-1)."""
     gate = threading.Event()
+    plain_wait = Uploader.wait
+
+    def wait(self: Uploader, *arguments: Any, **options: Any) -> None:
+        if until != -1:
+            gate.set()
+        plain_wait(self, *arguments, **options)
+
+    Uploader.wait = wait  # type: ignore[method-assign]
     script = FaultyStorage(run_url)
     script.hold("upload", gate, path="checkpoint-*")
     callbacks = [CallAt(until, gate.set)] if until else []
     with script.everywhere():
-        try:
-            return train(run_url=run_url, callbacks=callbacks, **arguments)
-        finally:
-            # Only `everywhere` ends here: the uploads under way wait for the gate.
-            if until != -1:
-                gate.set()
+        # Only `everywhere` ends here: the uploads under way wait for the gate.
+        return train(run_url=run_url, callbacks=callbacks, **arguments)
 
 
 def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
