@@ -179,6 +179,9 @@ class Checkpointer:
             RunHasCheckpointsError: training starts at step 0 on a run that has checkpoints.
         """
         self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
+        if global_step == 0 and not self._fresh and not started_over:
+            # What was saved here and is still on its way counts as a checkpoint of the run, too.
+            self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")

@@ -146,7 +146,9 @@ def _fetch(
             digest = catalog.storage.download(
                 manifest.object_path(entry), str(target), entry.size, on_bytes=on_bytes
             )
-            if digest != entry.digest:  # once more: a step back costs hours, and the way here may have done it
+            if (
+                digest != entry.digest
+            ):  # once more: a step back costs hours, and the way here may have done it
                 digest = catalog.storage.download(manifest.object_path(entry), str(target), entry.size)
         except ObjectNotFoundError:
             raise CorruptCheckpointError(
