@@ -68,6 +68,8 @@ class Position:
     """Length of the schedule in steps."""
     dataset_length: int | None = None
     """Samples in one epoch."""
+    fingerprint: str | None = None
+    """Of the sampler's indices that this epoch has handed out so far, 16 hexadecimal digits."""
 
     @classmethod
     def parse(cls, record: Any, what: str) -> Position:
@@ -78,8 +80,7 @@ class Position:
         values: dict[str, Any] = {"global_step": _count(record, "global_step", what)}
         for key, value in record.items():
             if value is not None and key != "global_step":
-                of_epochs = key in ("epoch", "num_train_epochs")
-                values[key] = _number(value, key, what) if of_epochs else _count(record, key, what)
+                values[key] = _PARSERS.get(key, _count)(record, key, what)
         return cls(**values)
 
 
@@ -281,6 +282,17 @@ def _count(record: dict[str, Any], key: str, what: str) -> int:
     return value
 
 
+def _fingerprint(record: dict[str, Any], key: str, what: str) -> str:
+    value = _text(record, key, what)
+    if not re.fullmatch(r"[0-9a-f]{16}", value):
+        raise ManifestError(f"The {what} is damaged: {key!r} is {value[:50]!r}.")
+    return value
+
+
+def _epochs(record: dict[str, Any], key: str, what: str) -> float:
+    return _number(record[key], key, what)
+
+
 def _number(value: Any, key: str, what: str) -> float:
     if type(value) not in (int, float) or not -1e300 < value < 1e300:  # also no NaN
         raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a number.")
@@ -297,3 +309,7 @@ def _texts(value: Any, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ManifestError(f"The {what} is damaged: 'origin' is not an object.")
     return {str(key)[:200]: str(item)[:2000] for key, item in value.items()}
+
+
+_PARSERS = {"epoch": _epochs, "num_train_epochs": _epochs, "fingerprint": _fingerprint}
+"""Fields of a position that are no counts."""

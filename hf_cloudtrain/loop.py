@@ -1,0 +1,475 @@
+"""The Accelerate loop: the Trainer callback's safety for people who write their own loop.
+
+    epochs()    resume, take an attempt, and hand out the epochs that are left; at the end wait until all is committed
+    steps()     hand out the batches that are left, count optimizer steps, save where a save is due
+    end_epoch() best, log.json, and a checkpoint of the finished epoch
+
+A save is Accelerate's own `save_state`, into a folder beside that is renamed when every rank has written
+(`loop_folder.py`); the Checkpointer freezes it and uploads in the background. Every rank calls everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpointer import Advice, Checkpointer
+from hf_cloudtrain.data_position import DataPosition
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.loader_facts import batch_size_of, length
+from hf_cloudtrain.loop_folder import LoopFolder, Resumed
+from hf_cloudtrain.loop_log import number, train_bar
+from hf_cloudtrain.loop_position import position, samples_per_step, topology, total_steps
+from hf_cloudtrain.loop_report import LoopReport, as_eval
+from hf_cloudtrain.loop_state import LoopState, storable_args
+from hf_cloudtrain.manifest import Manifest, Position
+from hf_cloudtrain.position import refuse_other_topology
+from hf_cloudtrain.storage import shown_url
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+_END = object()
+_ADVICE = Advice(
+    resume="TrainLoop continues a run by itself; TrainLoop(accelerator, url, fresh=True) begins anew.",
+    save="Iterate over loop.epochs() and loop.steps(dataloader): every epoch ends with a checkpoint.",
+)
+
+
+class TrainLoop:
+    """A training loop on Accelerate that outlives its machine.
+
+    Args:
+        accelerator: after `prepare`: its models, optimizers and schedulers are what is saved.
+        run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        num_epochs: epochs in all, those of earlier attempts included.
+        save_steps: optimizer steps between two checkpoints; besides, every epoch ends with one.
+        output_dir: local folder of `last/`, `best/`, `log.json` and the newest checkpoint. Default: the accelerator's
+            `project_dir`, else `output/<name of the run>`.
+        processing_class: tokenizer, image processor or the like, saved beside the model.
+        metric_for_best_model: key of the metrics given to `end_epoch` that decides which checkpoint is the best.
+        greater_is_better: None: False where the metric's name ends in `loss`, else True.
+        script_args: the script's arguments, as in `vars(args)`, noted in `training_state.json` without secrets.
+        logging_steps: optimizer steps between two reports of what was logged.
+        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
+        fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
+
+    Raises:
+        ConfigurationError: no run URL, or arguments that cannot work.
+
+    Example:
+        >>> loop = TrainLoop(accelerator, "s3://bucket/runs/mrpc", num_epochs=3, save_steps=100)
+        >>> for epoch in loop.epochs():                       # begins where the last attempt stopped
+        ...     for batch in loop.steps(train_dataloader):    # skips what was seen
+        ...         with accelerator.accumulate(model):
+        ...             loss = model(**batch).loss
+        ...             accelerator.backward(loss)
+        ...             optimizer.step(); lr_scheduler.step(); optimizer.zero_grad()
+        ...         loop.log(loss=loss)
+        ...     loop.end_epoch(evaluate(model, eval_dataloader))
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_url: str | None = None,
+        *,
+        num_epochs: int,
+        save_steps: int | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        processing_class: Any = None,
+        metric_for_best_model: str | None = None,
+        greater_is_better: bool | None = None,
+        script_args: dict[str, Any] | None = None,
+        logging_steps: int = 10,
+        storage_options: dict[str, Any] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        _refuse_impossible(num_epochs, save_steps, logging_steps)
+        url = env.run_url(run_url)
+        self.accelerator: Any = accelerator
+        self.num_epochs = num_epochs
+        self.save_steps = save_steps
+        self.logging_steps = logging_steps
+        self.output_dir = Path(output_dir or accelerator.project_dir or _folder_of(url)).absolute()
+        self._metric_for_best_model = metric_for_best_model
+        self._greater_is_better = (
+            not (metric_for_best_model or "").endswith("loss")
+            if greater_is_better is None
+            else greater_is_better
+        )
+        self._state = LoopState(script_args=storable_args(script_args))
+        self._checkpointer = _checkpointer_of(url, self.output_dir, storage_options, fresh)
+        self._world = self._checkpointer.world
+        self._folder = LoopFolder(accelerator, self._checkpointer, processing_class)
+        self._report = LoopReport(accelerator, self._checkpointer, logging_steps)
+        _take_over(self._checkpointer, self._report)
+        self._place: DataPosition | None = None
+        self._resumed: Resumed | None = None
+        self._looked_for_checkpoint = False
+        self._training = False
+        self._stopping = False
+        self._save_asked = False
+        self._reset_epoch()
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far, those of earlier attempts included."""
+        return self._state.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way, or comes next; the first is 0."""
+        return self._state.epoch
+
+    @property
+    def best_metric(self) -> float | None:
+        """The best value of `metric_for_best_model` so far, on any machine."""
+        return self._state.best_metric
+
+    def resume(self) -> Path | None:
+        """Set models, optimizers, schedulers and random states as the newest checkpoint of the run has them.
+
+        `epochs` does it by itself; call it to know the position before.
+
+        Returns:
+            The local folder of the checkpoint; None on the first start.
+
+        Raises:
+            PositionError: it was saved with another number of processes or another accumulation.
+            ManifestError: it was not saved by a TrainLoop.
+            CorruptCheckpointError: not one checkpoint of the run is whole.
+        """
+        if not self.accelerator._models:
+            raise ConfigurationError(
+                "Nothing is prepared yet: call accelerator.prepare(model, …) before the loop."
+            )
+        self._looked_for_checkpoint = True
+        self._resumed = self._folder.load(self._refuse_other_topology)
+        if self._resumed is None:
+            return None
+        script_args, self._state = self._state.script_args, self._resumed.state
+        self._state.script_args = script_args
+        self._report.log.load_state_dict(self._state.sums)
+        return self._checkpointer.local_folder(self._resumed.manifest)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, each as its number.
+
+        Raises:
+            NotCommittedError: at the end, where the storage did not take the last checkpoint in time.
+        """
+        if not self._looked_for_checkpoint:
+            self.resume()
+        if self.epoch >= self.num_epochs:
+            self._warn(
+                "The run is complete: %d of %d epochs. Nothing is trained.", self.epoch, self.num_epochs
+            )
+            return
+        self._checkpointer.begin(self.global_step)
+        self._training = True
+        while self.epoch < self.num_epochs and not self._stopping:
+            self._reset_epoch()
+            if self._resumed is not None and self._resumed.place is None:
+                self._resumed.now.restore()  # saved between two epochs: goes on from there
+            yield self.epoch
+            if not self._epoch_saved:
+                self._end_epoch({}, better=False)
+            self._state.epoch += int(self._epoch_over)
+        self._finish()
+
+    def steps(self, dataloader: Any) -> Iterator[Any]:
+        """The batches of this epoch that are left. One call an epoch, inside `epochs`.
+
+        Args:
+            dataloader: the training loader, as `accelerator.prepare` made it.
+
+        Raises:
+            PositionError: the sampler's order or the batch size is not that of the checkpoint.
+        """
+        self._refuse_misplaced_steps()
+        self._place = place = DataPosition(dataloader)
+        resumed, self._resumed = self._resumed, None
+        self._begin_place(place, resumed)
+        self._report.start(
+            self.global_step,
+            total_steps(self.accelerator, dataloader, self.num_epochs),
+            samples_per_step(self.accelerator, dataloader),
+        )
+        batches = iter(dataloader)
+        with self._bar("TRAIN", length(dataloader), place.batches) as bar:
+            self._read_away(place, batches)
+            while True:
+                if self._save_asked or self._is_save_step(self.global_step + 1):
+                    place.foresee_save()
+                batch = next(batches, _END)
+                if resumed is not None:
+                    place.settle()
+                    self._world.each(place.refuse_other_order, "find its place in the data")
+                    resumed = None
+                if batch is _END:
+                    self._epoch_over = True
+                    return
+                self._report.begin_step()
+                self._inside_batch = True
+                yield batch
+                self._inside_batch = False
+                place.batches += 1
+                bar.update()
+                if self.accelerator.sync_gradients:
+                    self._end_step(place, bar)
+                if self._stopping:
+                    _leave(dataloader)
+                    return
+
+    def eval_batches(self, dataloader: Any) -> Iterator[Any]:
+        """The batches of an evaluation, with a bar. Its time is no step time."""
+        self._report.pause()
+        with self._bar("VALID", length(dataloader), 0) as bar:
+            for batch in dataloader:
+                yield batch
+                bar.update()
+
+    def log(self, **values: Any) -> None:
+        """Note numbers or tensors of this step. Tensors stay on their device until the next report.
+
+        Reports are means over `logging_steps`, of the main process: on the bar, in the run's records, and in the
+        accelerator's trackers under the step that they belong to; those of an epoch are in `log.json`.
+
+        Example:
+            >>> loop.log(loss=loss)
+        """
+        self._report.log.add(values)
+
+    def save(self) -> None:
+        """Ask for a checkpoint, on all ranks: at the end of this step, or of the next where only that is exact."""
+        self._save_asked = True
+
+    def stop(self) -> None:
+        """End training after this step, or after this epoch where no step is under way. On all ranks."""
+        self._stopping = True
+
+    def end_epoch(self, metrics: dict[str, Any] | None = None) -> None:
+        """Save a checkpoint of the epoch that was just trained, with its metrics.
+
+        Args:
+            metrics: what the evaluation found; those of rank 0 count.
+
+        Raises:
+            ConfigurationError: `metric_for_best_model` is not among them.
+
+        Example:
+            >>> loop.end_epoch({"loss": 0.41, "accuracy": 0.86})
+        """
+        if not self._training:
+            raise ConfigurationError("end_epoch() belongs inside `for epoch in loop.epochs()`.")
+        found = {name: number(value) for name, value in (metrics or {}).items()}
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
+        self._end_epoch(*self._world.agree(lambda: (found, self._is_better(found)), "find the best metric"))
+
+    # One step
+
+    def _end_step(self, place: DataPosition, bar: Any) -> None:
+        self._state.step += 1
+        self._report.end_step(self.global_step, bar)
+        planned = self._is_save_step(self.global_step)
+        if not (planned or self._save_asked) or _is_last(place):
+            return  # after the last batch comes the checkpoint of the epoch, which is exact after an evaluation, too
+        # A save that nobody foresaw may lack numpy's state before the next fetch; then it comes a step later.
+        if planned or all(self._world.each(place.can_be_saved, "look at its random states")):
+            self._save({}, best=False)
+
+    def _is_save_step(self, step: int) -> bool:
+        return self.save_steps is not None and step % self.save_steps == 0
+
+    # The end of an epoch
+
+    def _end_epoch(self, metrics: dict[str, float], better: bool) -> None:
+        self._leave_steps()
+        if better:
+            self._state.best_metric = self._value_of_best(metrics)
+            self._state.best_step = self.global_step
+        self._report.evaluated(self.global_step, metrics)
+        if self._epoch_over:  # else it was stopped within the epoch, and another attempt may finish it
+            self._report.close_epoch(self._state, metrics, self.output_dir)
+        self._save(metrics, best=better)
+        self._epoch_saved = True
+
+    def _leave_steps(self) -> None:
+        """Count a batch that was left with `break`: whoever leaves the steps early ends the epoch there."""
+        place = self._place
+        if place is None:
+            raise ConfigurationError(
+                f"Epoch {self.epoch} took no step. Iterate over loop.steps(train_dataloader) inside the epoch."
+            )
+        if self._inside_batch:
+            self._inside_batch = False
+            self._epoch_over = True
+            self._state.step += int(self.accelerator.sync_gradients)
+            _leave(place.dataloader)
+        self._report.pause()
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
+        if self._metric_for_best_model is None:
+            return False
+        value, best = self._value_of_best(metrics), self._state.best_metric
+        return best is None or (value > best if self._greater_is_better else value < best)
+
+    def _value_of_best(self, metrics: dict[str, float]) -> float:
+        wanted = str(self._metric_for_best_model)
+        for name in (wanted, f"eval_{wanted}", wanted.removeprefix("eval_")):
+            if name in metrics:
+                return metrics[name]
+        near = difflib.get_close_matches(wanted, metrics, n=1, cutoff=0.0)
+        raise ConfigurationError(
+            f"metric_for_best_model={wanted!r} is not among the finite metrics given to end_epoch"
+            + (f"; the nearest is {near[0]!r}." if near else ", which are none.")
+        )
+
+    def _reset_epoch(self) -> None:
+        self._place = None
+        self._epoch_over = False
+        """Whether all batches are trained on: what is saved now stands between two epochs."""
+        self._inside_batch = False
+        self._epoch_saved = False
+
+    def _save(self, metrics: dict[str, float], *, best: bool) -> None:
+        import torch
+
+        place = self._place
+        assert place is not None
+        self._report.pause()
+        self._save_asked = False
+        state = dataclasses.replace(
+            self._state,
+            epoch=self.epoch + int(self._epoch_over),
+            batches=0 if self._epoch_over else place.batches,
+            seed=torch.initial_seed(),
+            sums=self._report.log.state_dict() if self._world.is_main else {},
+        )
+        self._folder.save(
+            state,
+            place,
+            position(self.accelerator, state, place, self.num_epochs),
+            between_epochs=self._epoch_over,
+            metrics=as_eval(metrics),
+            best=best,
+        )
+        self._report.saved()
+
+    def _finish(self) -> None:
+        try:
+            self._checkpointer.wait()
+            self._world.agree(
+                lambda: self._folder.bring_best(self._state.best_step), "bring the best checkpoint"
+            )
+        except CloudTrainError:
+            self._report.close("failed")
+            raise
+        self._training = False
+        self._report.close("finished")
+
+    # Position
+
+    def _begin_place(self, place: DataPosition, resumed: Resumed | None) -> None:
+        if resumed is None:
+            place.begin(self.epoch)
+            return
+        now = Position(global_step=0, per_device_train_batch_size=batch_size_of(place.dataloader))
+        refuse_other_topology(resumed.manifest.position, now, resumed.manifest.folder)
+        if resumed.place is None:
+            place.restore_generators(resumed.now)
+            place.begin(self.epoch)
+        else:
+            place.begin(self.epoch, resumed.place, resumed.now)
+
+    def _read_away(self, place: DataPosition, batches: Iterator[Any]) -> None:
+        """Go to the place in a stream that cannot go there by itself."""
+        if not place.to_read:
+            return
+        with self._bar("SKIP", place.to_read, 0) as bar:
+            for _ in range(place.to_read):
+                next(batches, None)
+                bar.update()
+
+    def _refuse_other_topology(self, manifest: Manifest) -> None:
+        refuse_other_topology(manifest.position, topology(self.accelerator), manifest.folder)
+
+    def _refuse_misplaced_steps(self) -> None:
+        if not self._training:
+            raise ConfigurationError("steps() belongs inside `for epoch in loop.epochs()`.")
+        if self._place is not None:
+            raise ConfigurationError(
+                f"steps() was called twice in epoch {self.epoch}. Put both parts into one loader, or use two epochs."
+            )
+
+    def _bar(self, phase: str, total: int | None, done: int) -> Any:
+        return train_bar(self.epoch, phase, total, done, hidden=not self._world.is_main)
+
+    def _warn(self, text: str, *values: Any) -> None:
+        if self._world.is_main:
+            logger.warning(text, *values)
+
+
+_checkpointers: dict[tuple[Any, ...], Checkpointer] = {}
+
+
+def _checkpointer_of(
+    url: str, output_dir: Path, storage_options: dict[str, Any] | None, fresh: bool
+) -> Checkpointer:
+    """One Checkpointer a run and process: in a notebook, a second loop finds the uploads of the first one."""
+    key = (shown_url(url), output_dir, fresh, os.getpid())
+    if key not in _checkpointers:
+        _checkpointers[key] = Checkpointer(
+            url, output_dir, storage_options=storage_options, fresh=fresh, advice=_ADVICE
+        )
+    return _checkpointers[key]
+
+
+_reports: dict[Checkpointer, LoopReport] = {}
+
+
+def _take_over(checkpointer: Checkpointer, report: LoopReport) -> None:
+    """The cell of a notebook was interrupted and is run again: the attempt before is over, and its heartbeat, too."""
+    earlier = _reports.get(checkpointer)
+    if earlier is not None:
+        earlier.close("stopped")
+    _reports[checkpointer] = report
+
+
+def _folder_of(url: str) -> str:
+    name = re.sub(r"[^\w.-]", "_", shown_url(url).rstrip("/").rpartition("/")[2]) or "run"
+    return os.path.join("output", name)
+
+
+def _refuse_impossible(num_epochs: int, save_steps: int | None, logging_steps: int) -> None:
+    for name, value in (
+        ("num_epochs", num_epochs),
+        ("save_steps", save_steps),
+        ("logging_steps", logging_steps),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigurationError(f"{name}={value!r} is not a whole number above 0.")
+
+
+def _is_last(place: DataPosition) -> bool:
+    """Whether the batch that was just trained on is the epoch's last, as far as the loader knows."""
+    if getattr(place.dataloader, "end_of_dataloader", False):
+        return True
+    return place.batches == length(place.dataloader)
+
+
+def _leave(dataloader: Any) -> None:
+    """Tell Accelerate that this loader is not iterated any more: it only notices an end that it reaches itself."""
+    if hasattr(dataloader, "gradient_state") and hasattr(dataloader, "end"):
+        dataloader.end()

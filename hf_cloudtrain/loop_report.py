@@ -1,0 +1,109 @@
+"""What a loop tells: on its bar, in the records of the run, in the accelerator's trackers, and in log.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.loop_log import LoopLog, shown
+from hf_cloudtrain.loop_state import LoopState, write_beside
+from hf_cloudtrain.step_tracker import StepTracker
+
+
+class LoopReport:
+    """Tells what happens, on the main process; on the others it only forgets.
+
+    Args:
+        logging_steps: optimizer steps between two reports.
+    """
+
+    def __init__(self, accelerator: Any, checkpointer: Checkpointer, logging_steps: int) -> None:
+        self.log = LoopLog()
+        self._accelerator = accelerator
+        self._checkpointer = checkpointer
+        self._logging_steps = logging_steps
+        self._tracker: StepTracker | None = None
+
+    def start(self, first_step: int, total_steps: int | None, samples_per_step: int | None) -> None:
+        """Begin the heartbeat of the attempt, once."""
+        checkpointer = self._checkpointer
+        if self._tracker is not None or checkpointer.attempt is None or not checkpointer.world.is_main:
+            return
+        self._tracker = StepTracker(
+            checkpointer.catalog,
+            checkpointer.attempt.number,
+            first_step=first_step,
+            total_steps=total_steps,
+            samples_per_step=samples_per_step,
+            committed=lambda: checkpointer.last_committed,
+        )
+        self._tracker.start()
+
+    def begin_step(self) -> None:
+        """A batch is there, and training on it begins."""
+        if self._tracker is not None:
+            self._tracker.begin_step()
+
+    def end_step(self, step: int, bar: Any) -> None:
+        """An optimizer step is over; every `logging_steps` of them, what was logged is read and told."""
+        if self._tracker is not None:
+            self._tracker.end_step(step)
+        if step % self._logging_steps:
+            return
+        if not self._checkpointer.world.is_main:
+            self.log.forget()
+            return
+        rate = self._learning_rate()
+        means = self.log.interval()
+        bar.set_postfix(shown({**means, **({} if rate is None else {"lr": rate})}), refresh=False)
+        self._tell(step, {**means, **({} if rate is None else {"learning_rate": rate})})
+
+    def pause(self) -> None:
+        """What comes now is no step time."""
+        if self._tracker is not None:
+            self._tracker.pause()
+
+    def saved(self) -> None:
+        """Store the records soon: what leads to a checkpoint should not be lost."""
+        if self._tracker is not None:
+            self._tracker.flush_soon()
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell what an evaluation found."""
+        if metrics and self._checkpointer.world.is_main:
+            self._tell(step, as_eval(metrics))
+
+    def close_epoch(self, state: LoopState, metrics: dict[str, float], output_dir: Path) -> None:
+        """Add the record of a finished epoch to the state and to `log.json`."""
+        if not self._checkpointer.world.is_main:
+            self.log.forget()
+            return
+        state.log.append(
+            {"epoch": state.epoch, "step": state.step, "train": self.log.epoch(), "valid": metrics}
+        )
+        text = json.dumps(state.log, indent=2, ensure_ascii=False) + "\n"
+        write_beside(output_dir / "log.json", text)
+
+    def close(self, state: str) -> None:
+        """Write the last heartbeat. `state` is `finished`, `failed` or `stopped`."""
+        if self._tracker is not None:
+            self._tracker.close(state)
+            self._tracker = None
+
+    def _tell(self, step: int, record: dict[str, float]) -> None:
+        if self._tracker is not None:
+            self._tracker.log(step, record)
+        self._accelerator.log(record, step=step)
+
+    def _learning_rate(self) -> float | None:
+        schedulers, optimizers = self._accelerator._schedulers, self._accelerator._optimizers
+        if schedulers:
+            return float(schedulers[0].get_last_lr()[0])
+        return float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
+
+
+def as_eval(metrics: dict[str, float]) -> dict[str, float]:
+    """Named as Trainer names what an evaluation found, so that it is not taken for the training's loss."""
+    return {name if name.startswith("eval_") else f"eval_{name}": value for name, value in metrics.items()}
