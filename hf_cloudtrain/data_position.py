@@ -76,6 +76,8 @@ class DataPosition:
         """What is wrong with the order that was skipped, once the first batch is here."""
         self.to_read = 0
         """Batches that whoever iterates has to read and throw away first."""
+        self.save_foreseen = False
+        """Whether a save will come at the end of the next step: then numpy's state is noted before its fetches, too."""
         self._base = getattr(dataloader, "base_dataloader", dataloader)
         self._fetches_per_batch = fetches_per_batch(dataloader)
         self._epoch = 0
@@ -85,7 +87,7 @@ class DataPosition:
         """Before its order was drawn: between the two, torch draws the seed of the workers."""
         self._drawn_as_begun = False
         self._numpy: Any = None
-        """numpy's state when it was last looked at; None asks for a look before the next fetch."""
+        """The state of numpy when it was last looked at; None asks for a look before the next fetch."""
         self._resumed: dict[str, Any] | None = None
         self._now: RandomState | None = None
         self._fetched = 0
@@ -157,10 +159,6 @@ class DataPosition:
         if fetch is None or fetch.random is None or fetch.random.numpy is not None:
             return True
         return same_numpy_state(numpy_state(), self._numpy)
-
-    def foresee_save(self) -> None:
-        """A save will come at the end of the step that begins: note numpy's state before its fetch, too."""
-        self._numpy = None
 
     def state_dict(self) -> dict[str, Any]:
         """The position after `batches`, as numbers, texts and tensors."""
@@ -258,8 +256,8 @@ class DataPosition:
             self._restore_random(self._resumed, skipped)
         random = state = None
         if self._base.num_workers == 0:
-            random = RandomState.capture(numpy=self._numpy is None)
-            self._numpy = random.numpy if self._numpy is None else self._numpy
+            random = RandomState.capture(numpy=self.save_foreseen or self._numpy is None)
+            self._numpy = self._numpy if random.numpy is None else random.numpy
             stream = self._watched_stream()
             state = stream.state_dict() if stream is not None else None
         self._recent.append(_Fetch(self._fetched, self._fingerprint, random, state))

@@ -88,3 +88,9 @@ def shuffles_in_a_buffer(dataset: Any) -> bool:
         if one is not None:
             waiting += [getattr(one, "ex_iterable", None), *getattr(one, "ex_iterables", ())]
     return False
+
+
+def leave(dataloader: Any) -> None:
+    """Tell Accelerate that this loader is not iterated any more: it only notices an end that it reaches itself."""
+    if hasattr(dataloader, "gradient_state") and hasattr(dataloader, "end"):
+        dataloader.end()

@@ -24,8 +24,8 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Advice, Checkpointer
 from hf_cloudtrain.data_position import DataPosition
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
-from hf_cloudtrain.loader_facts import batch_size_of, length
-from hf_cloudtrain.loop_folder import LoopFolder, Resumed
+from hf_cloudtrain.loader_facts import batch_size_of, leave, length
+from hf_cloudtrain.loop_folder import Here, LoopFolder, Resumed
 from hf_cloudtrain.loop_log import number, train_bar
 from hf_cloudtrain.loop_position import position, samples_per_step, topology, total_steps
 from hf_cloudtrain.loop_report import LoopReport, as_eval
@@ -116,6 +116,8 @@ class TrainLoop:
         _take_over(self._checkpointer, self._report)
         self._place: DataPosition | None = None
         self._resumed: Resumed | None = None
+        self._here: Here | None = None
+        """Where a resume goes on, if that is not where the save is made."""
         self._looked_for_checkpoint = False
         self._training = False
         self._stopping = False
@@ -124,7 +126,7 @@ class TrainLoop:
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps so far, those of earlier attempts included."""
+        """Optimizer steps that are complete, those of earlier attempts included; within the body, the one before."""
         return self._state.step
 
     @property
@@ -175,13 +177,14 @@ class TrainLoop:
             self._warn(
                 "The run is complete: %d of %d epochs. Nothing is trained.", self.epoch, self.num_epochs
             )
+            self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
             return
         self._checkpointer.begin(self.global_step)
         self._training = True
         while self.epoch < self.num_epochs and not self._stopping:
             self._reset_epoch()
-            if self._resumed is not None and self._resumed.place is None:
-                self._resumed.now.restore()  # saved between two epochs: goes on from there
+            if self._resumed is not None and self._resumed.here.place is None:
+                self._resumed.here.now.restore()  # saved between two epochs: goes on from there
             yield self.epoch
             if not self._epoch_saved:
                 self._end_epoch({}, better=False)
@@ -210,8 +213,8 @@ class TrainLoop:
         with self._bar("TRAIN", length(dataloader), place.batches) as bar:
             self._read_away(place, batches)
             while True:
-                if self._save_asked or self._is_save_step(self.global_step + 1):
-                    place.foresee_save()
+                asked = self._save_asked or self._stopping
+                place.save_foreseen = asked or self._is_save_step(self.global_step + 1)
                 batch = next(batches, _END)
                 if resumed is not None:
                     place.settle()
@@ -222,14 +225,19 @@ class TrainLoop:
                     return
                 self._report.begin_step()
                 self._inside_batch = True
-                yield batch
+                try:
+                    yield batch
+                except GeneratorExit:  # `break`, or an error in the body
+                    leave(dataloader)
+                    raise
                 self._inside_batch = False
                 place.batches += 1
                 bar.update()
-                if self.accelerator.sync_gradients:
-                    self._end_step(place, bar)
-                if self._stopping:
-                    _leave(dataloader)
+                if not self.accelerator.sync_gradients:
+                    continue
+                self._end_step(place, bar)
+                if self._stopping and (_is_last(place) or self._can_be_saved(place)):
+                    self._stop_here(place)
                     return
 
     def eval_batches(self, dataloader: Any) -> Iterator[Any]:
@@ -256,7 +264,10 @@ class TrainLoop:
         self._save_asked = True
 
     def stop(self) -> None:
-        """End training after this step, or after this epoch where no step is under way. On all ranks."""
+        """End training after this step, or the next where only that is exact; between steps, after this epoch.
+
+        Call it on all ranks. Another attempt goes on from there.
+        """
         self._stopping = True
 
     def end_epoch(self, metrics: dict[str, Any] | None = None) -> None:
@@ -285,12 +296,22 @@ class TrainLoop:
         planned = self._is_save_step(self.global_step)
         if not (planned or self._save_asked) or _is_last(place):
             return  # after the last batch comes the checkpoint of the epoch, which is exact after an evaluation, too
-        # A save that nobody foresaw may lack numpy's state before the next fetch; then it comes a step later.
-        if planned or all(self._world.each(place.can_be_saved, "look at its random states")):
+        if planned or self._can_be_saved(place):
             self._save({}, best=False)
+
+    def _can_be_saved(self, place: DataPosition) -> bool:
+        """A save that nobody foresaw may lack numpy's state before the next fetch; then it comes a step later."""
+        return all(self._world.each(place.can_be_saved, "look at its random states"))
 
     def _is_save_step(self, step: int) -> bool:
         return self.save_steps is not None and step % self.save_steps == 0
+
+    def _stop_here(self, place: DataPosition) -> None:
+        """Within an epoch a resume goes on from right here, not from after the evaluation that may follow."""
+        self._epoch_over = _is_last(place)
+        if not self._epoch_over:
+            self._here = Here.of(place, between_epochs=False)
+        leave(place.dataloader)
 
     # The end of an epoch
 
@@ -316,7 +337,6 @@ class TrainLoop:
             self._inside_batch = False
             self._epoch_over = True
             self._state.step += int(self.accelerator.sync_gradients)
-            _leave(place.dataloader)
         self._report.pause()
 
     def _is_better(self, metrics: dict[str, float]) -> bool:
@@ -342,6 +362,7 @@ class TrainLoop:
         """Whether all batches are trained on: what is saved now stands between two epochs."""
         self._inside_batch = False
         self._epoch_saved = False
+        self._here = None
 
     def _save(self, metrics: dict[str, float], *, best: bool) -> None:
         import torch
@@ -359,9 +380,8 @@ class TrainLoop:
         )
         self._folder.save(
             state,
-            place,
+            self._here or Here.of(place, between_epochs=self._epoch_over),
             position(self.accelerator, state, place, self.num_epochs),
-            between_epochs=self._epoch_over,
             metrics=as_eval(metrics),
             best=best,
         )
@@ -370,14 +390,12 @@ class TrainLoop:
     def _finish(self) -> None:
         try:
             self._checkpointer.wait()
-            self._world.agree(
-                lambda: self._folder.bring_best(self._state.best_step), "bring the best checkpoint"
-            )
+            self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
         except CloudTrainError:
             self._report.close("failed")
             raise
         self._training = False
-        self._report.close("finished")
+        self._report.close("finished" if self.epoch >= self.num_epochs else "stopped")
 
     # Position
 
@@ -387,11 +405,11 @@ class TrainLoop:
             return
         now = Position(global_step=0, per_device_train_batch_size=batch_size_of(place.dataloader))
         refuse_other_topology(resumed.manifest.position, now, resumed.manifest.folder)
-        if resumed.place is None:
-            place.restore_generators(resumed.now)
+        if resumed.here.place is None:
+            place.restore_generators(resumed.here.now)
             place.begin(self.epoch)
         else:
-            place.begin(self.epoch, resumed.place, resumed.now)
+            place.begin(self.epoch, resumed.here.place, resumed.here.now)
 
     def _read_away(self, place: DataPosition, batches: Iterator[Any]) -> None:
         """Go to the place in a stream that cannot go there by itself."""
@@ -467,9 +485,3 @@ def _is_last(place: DataPosition) -> bool:
     if getattr(place.dataloader, "end_of_dataloader", False):
         return True
     return place.batches == length(place.dataloader)
-
-
-def _leave(dataloader: Any) -> None:
-    """Tell Accelerate that this loader is not iterated any more: it only notices an end that it reaches itself."""
-    if hasattr(dataloader, "gradient_state") and hasattr(dataloader, "end"):
-        dataloader.end()

@@ -39,14 +39,28 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Here:
+    """Where this process stands in the data and in its random numbers."""
+
+    place: dict[str, Any] | None
+    """Position in the epoch's data; None between two epochs."""
+    now: RandomState
+    inexact_reason: str | None = None
+
+    @classmethod
+    def of(cls, place: DataPosition, *, between_epochs: bool) -> Here:
+        """The present; an epoch that is over needs no place in its data."""
+        if between_epochs:
+            return cls(None, place.random_state())
+        return cls(place.state_dict(), place.random_state(), place.inexact_reason)
+
+
+@dataclass(frozen=True)
 class Resumed:
     """What a checkpoint says of this process."""
 
     state: LoopState
-    place: dict[str, Any] | None
-    """Position in the epoch's data; None between two epochs."""
-    now: RandomState
-    """The random states when it was saved."""
+    here: Here
     manifest: Manifest
 
 
@@ -77,29 +91,23 @@ class LoopFolder:
     def save(
         self,
         state: LoopState,
-        place: DataPosition,
+        here: Here,
         position: Position,
         *,
-        between_epochs: bool,
         metrics: dict[str, float],
         best: bool,
     ) -> None:
-        """Save everything as `checkpoint-<step>`.
-
-        Args:
-            between_epochs: the epoch is over, so the place in its data is of no use any more.
-        """
+        """Save everything as `checkpoint-<step>`. `here` is where a resume goes on."""
         attempt = self._checkpointer.attempt
         assert attempt is not None, "begin() first"
         folder = self._output_dir / f"checkpoint-{state.step}"
         beside = self._output_dir / META / f"saving-{attempt.number}-{state.step}"
-        own = None if between_epochs else place
-        self._on_this_rank(lambda: self._write(beside, state, own, place), f"write {folder.name}")
+        self._on_this_rank(lambda: self._write(beside, state, here), f"write {folder.name}")
         self._world.each_leader(lambda: self._move_in(beside, folder), f"put {folder.name} into its place")
         self._checkpointer.save(
             folder,
             position,
-            inexact_reason=None if own is None else own.inexact_reason,
+            inexact_reason=here.inexact_reason,
             metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
             best=best,
         )
@@ -108,8 +116,15 @@ class LoopFolder:
             if best:
                 publish(folder, self._output_dir / "best")
 
-    def bring_best(self, best_step: int | None) -> None:
-        """The best may have been reached on another machine: then its model comes from storage. On one rank."""
+    def complete(self, state: LoopState) -> None:
+        """What was reached on another machine is brought here: `last/`, `best/`, and `log.json`. On one rank."""
+        if self._newest is not None and _step_in(self._output_dir / "last") != state.step:
+            publish(self._newest, self._output_dir / "last")
+        if not (self._output_dir / "log.json").exists() and state.log:
+            state.write_log(self._output_dir)
+        self._bring_best(state.best_step)
+
+    def _bring_best(self, best_step: int | None) -> None:
         here = self._output_dir / "best"
         if best_step is None or _step_in(here) == best_step:
             return
@@ -135,18 +150,15 @@ class LoopFolder:
         own = restored.path / f"loop_state_{self._world.rank}.pt"
         record = torch.load(own, map_location="cpu", weights_only=True)
         self._newest = restored.path
-        return Resumed(state, record["place"], RandomState.from_record(record["now"]), restored.manifest)
+        here = Here(record["place"], RandomState.from_record(record["now"]))
+        return Resumed(state, here, restored.manifest)
 
-    def _write(self, folder: Path, state: LoopState, own: DataPosition | None, place: DataPosition) -> None:
+    def _write(self, folder: Path, state: LoopState, here: Here) -> None:
         import torch
 
-        # First: whatever writing draws must not be what a resume goes on from.
-        record = {
-            "place": None if own is None else own.state_dict(),
-            "now": place.random_state().to_record(),
-        }
         folder.mkdir(parents=True, exist_ok=True)
         write_state(self._accelerator, folder, self._processing_class)
+        record = {"place": here.place, "now": here.now.to_record()}
         torch.save(record, folder / f"loop_state_{self._world.rank}.pt")
         if self._world.is_main:
             (folder / TRAINING_STATE).write_text(state.encode())

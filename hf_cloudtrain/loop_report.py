@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.loop_log import LoopLog, shown
-from hf_cloudtrain.loop_state import LoopState, write_beside
+from hf_cloudtrain.loop_state import LoopState
 from hf_cloudtrain.step_tracker import StepTracker
 
 
@@ -83,8 +82,7 @@ class LoopReport:
         state.log.append(
             {"epoch": state.epoch, "step": state.step, "train": self.log.epoch(), "valid": metrics}
         )
-        text = json.dumps(state.log, indent=2, ensure_ascii=False) + "\n"
-        write_beside(output_dir / "log.json", text)
+        state.write_log(output_dir)
 
     def close(self, state: str) -> None:
         """Write the last heartbeat. `state` is `finished`, `failed` or `stopped`."""

@@ -61,6 +61,13 @@ class LoopState:
             json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False, default=str) + "\n"
         )
 
+    def write_log(self, output_dir: Path) -> None:
+        """Write `log.json`, so that a reader sees the old one or the new one."""
+        path = output_dir / "log.json"
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text(json.dumps(self.log, indent=2, ensure_ascii=False) + "\n")
+        os.replace(beside, path)
+
     @classmethod
     def read(cls, folder: Path) -> LoopState:
         """The state in a checkpoint folder.
@@ -184,13 +191,6 @@ def storable_args(script_args: dict[str, Any] | None) -> dict[str, Any]:
         else:
             kept[str(name)] = redact(str(value))[:2000]
     return kept
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a text so that a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 @contextlib.contextmanager

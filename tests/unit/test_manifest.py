@@ -42,6 +42,7 @@ MANIFEST = Manifest(
         num_train_epochs=3.0,
         max_steps=1_000,
         dataset_length=10_666,
+        fingerprint="00ff00ff00ff00ff",
     ),
     exact=False,
     inexact_reason="no grace left",
@@ -80,7 +81,16 @@ def test_whole_numbers_of_a_position_stay_whole() -> None:
     position = Manifest.parse(MANIFEST.encode(), MANIFEST.key).position
     for item in dataclasses.fields(position):
         value = getattr(position, item.name)
-        assert type(value) is (float if item.name in ("epoch", "num_train_epochs") else int)
+        kinds = {"epoch": float, "num_train_epochs": float, "fingerprint": str}
+        assert type(value) is kinds.get(item.name, int)
+
+
+@pytest.mark.parametrize("value", ["00ff", 5, "00FF00FF00FF00FF", ["00ff00ff00ff00ff"]])
+def test_a_fingerprint_that_is_none_is_refused(value: object) -> None:
+    record = json.loads(MANIFEST.encode())
+    record["position"]["fingerprint"] = value
+    with pytest.raises(ManifestError, match="fingerprint"):
+        Manifest.parse(json.dumps(record).encode(), MANIFEST.key)
 
 
 @pytest.mark.parametrize("version", [None, 1, "hf_cloudtrain.manifest/0", "other"])

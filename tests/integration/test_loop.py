@@ -1,0 +1,403 @@
+"""TrainLoop: law 7 over every kind of loader, and what people find on their disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, PositionError
+from hf_cloudtrain.history import read_history
+from hf_cloudtrain.loop import TrainLoop
+from hf_cloudtrain.storage import Storage
+from tests.integration import _loops
+from tests.integration._loops import CASES, OF_TWO, KilledError, Rows, through_kills, train
+from tests.integration._torchrun import torchrun
+from tests.integration._zygote import PATIENCE
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:'set_vital' is deprecated:UserWarning"  # torchdata asks torch for what it no longer has
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Any:
+    _loops.forget_accelerate()
+    yield
+    _loops.forget_accelerate()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_law_7_a_loop_killed_in_both_epochs_equals_uninterrupted_with(tmp_path: Path, name: str) -> None:
+    dataset, arguments = CASES[name]
+    found = through_kills(tmp_path, dataset, **arguments)
+    assert found["difference"] == 0.0
+    assert found["batches"] == found["uninterrupted"]
+    assert found["attempts"] == [1, 2, 3]
+    assert 0 < found["resumed_at"] < found["steps"]
+
+
+@pytest.mark.parametrize(
+    "name", ["shuffling", "lasting loader processes", "a generator", "a stream with a state"]
+)
+def test_law_7_a_checkpoint_between_two_epochs_is_exact_with(tmp_path: Path, name: str) -> None:
+    dataset, arguments = CASES[name]
+    found = through_kills(
+        tmp_path, dataset, **{**arguments, "save_steps": None, "kills": (6, 11), "epochs": 3}
+    )
+    assert found["difference"] == 0.0
+    assert found["batches"] == found["uninterrupted"]
+    assert found["resumed_at"] == 10
+
+
+def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with torchrun("-m", "tests.integration._loops", str(tmp_path), log=log) as launcher:
+        assert launcher.wait(PATIENCE * 4) == 0, log.read_text()
+    for rank in range(2):
+        results = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        assert set(results) == set(OF_TWO)
+        for name, found in results.items():
+            assert found["difference"] == 0.0, name
+            assert found["batches"] == found["uninterrupted"], name
+            assert found["attempts"] == [1, 2, 3], name
+
+
+class TestSave:
+    def test_a_save_that_nobody_foresaw_is_exact(self, tmp_path: Path) -> None:
+        def ask(loop: TrainLoop) -> None:
+            if loop.global_step in (1, 6):
+                loop.save()
+
+        found = through_kills(
+            tmp_path, lambda: Rows(20, noise=True), save_steps=None, inside=ask, kills=(4, 9)
+        )
+        assert found["difference"] == 0.0
+        assert found["resumed_at"] == 8, "numpy drew in between, so it came a step later"
+
+    def test_a_save_that_nobody_foresaw_comes_at_once_where_numpy_is_at_rest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_loops.np.random, "rand", lambda: 0.5)
+        asked: list[int] = []
+
+        def ask(loop: TrainLoop) -> None:
+            if loop.global_step == 1 and not asked:
+                asked.append(1)
+                loop.save()
+
+        train(tmp_path / "run", tmp_path / "out", Rows(20), save_steps=None, inside=ask)
+        assert [key.step for key in Catalog(Storage(str(tmp_path / "run"))).checkpoints()] == [2, 5, 10]
+
+    def test_only_steps_whose_gradients_are_in_sync_are_counted_and_saved(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", Rows(20), accumulation=2, save_steps=1)
+        manifests = _manifests(tmp_path / "run")
+        # Five batches an epoch are three steps: the last one is of a single batch.
+        assert {item.step: item.position.samples_seen for item in manifests} == {
+            step: seen
+            for step, seen in {1: 8, 2: 16, 3: 20, 4: 28, 5: 36, 6: 40}.items()
+            if step in {item.step for item in manifests}
+        }
+        assert {3, 6} <= {item.step for item in manifests}
+
+    def test_an_epoch_that_the_script_does_not_end_is_saved_nevertheless(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(TrainLoop, "end_epoch", lambda self, metrics: None)
+        train(tmp_path / "run", tmp_path / "out", Rows(20), save_steps=None)
+        assert [item.step for item in _manifests(tmp_path / "run")] == [5, 10]
+
+    def test_a_failing_save_leaves_the_one_before_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = Accelerator.save_state
+
+        def fail(self: Accelerator, output_dir: str, **options: Any) -> Any:
+            if output_dir.endswith("-4"):
+                raise OSError(28, "No space left on device")
+            return real(self, output_dir, **options)
+
+        monkeypatch.setattr(Accelerator, "save_state", fail)
+        with pytest.raises(OSError, match="No space left"):
+            train(tmp_path / "run", tmp_path / "out", Rows(20))
+        folder = tmp_path / "out" / "checkpoint-2"
+        assert json.loads((folder / "training_state.json").read_text())["step"] == 2
+        assert torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+        assert (tmp_path / "out" / "last" / "training_state.json").is_file()
+
+    def test_automatic_naming_of_accelerate_does_not_move_our_checkpoints(self, tmp_path: Path) -> None:
+        def name_them(accelerator: Accelerator) -> None:
+            accelerator.project_configuration.automatic_checkpoint_naming = True
+            accelerator.project_configuration.total_limit = 1
+
+        found = through_kills(tmp_path, lambda: Rows(20), prepared=name_them)
+        assert found["difference"] == 0.0
+
+    def test_locally_the_newest_checkpoint_alone_is_kept(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", Rows(20))
+        assert [item.name for item in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+class TestResume:
+    def test_what_was_registered_for_checkpointing_comes_back(self, tmp_path: Path) -> None:
+        counters: list[_Counter] = []
+
+        def register(accelerator: Accelerator) -> None:
+            counters.append(_Counter())
+            accelerator.register_for_checkpointing(counters[-1])
+
+        def count(loop: TrainLoop) -> None:
+            counters[-1].count += 1
+
+        through_kills(tmp_path, lambda: Rows(20), prepared=register, inside=count)
+        assert counters[0].count == counters[-1].count == 10
+
+    def test_trackers_keep_their_step(self, tmp_path: Path) -> None:
+        tracker = _Tracker()
+
+        def init(accelerator: Accelerator) -> None:
+            accelerator.init_trackers("run")
+
+        arguments: dict[str, Any] = {"log_with": tracker, "prepared": init}
+        with pytest.raises(KilledError):
+            train(tmp_path / "run", tmp_path / "one", Rows(20), kill=7, **arguments)
+        before = len(tracker.steps)
+        train(tmp_path / "run", tmp_path / "two", Rows(20), **arguments)
+        assert tracker.steps[:before] == [(2, "loss"), (4, "loss"), (5, "eval_loss"), (6, "loss")]
+        assert tracker.steps[before:] == [(8, "loss"), (10, "loss"), (10, "eval_loss")]
+
+    def test_the_logs_of_all_attempts_are_one_line(self, tmp_path: Path) -> None:
+        train(tmp_path / "plain", tmp_path / "whole", Rows(20))
+        with pytest.raises(KilledError):
+            train(
+                tmp_path / "run",
+                tmp_path / "one",
+                Rows(20),
+                kill=7,
+                # A real process would have had its two seconds to store them.
+                inside=lambda loop: loop._report.close("failed") if loop.global_step == 7 else None,
+            )
+        train(tmp_path / "run", tmp_path / "two", Rows(20))
+        whole, resumed = (
+            [(log["step"], log.get("loss"), log.get("eval_loss")) for log in read_history(str(run)).logs]
+            for run in (tmp_path / "plain", tmp_path / "run")
+        )
+        assert resumed == whole
+        logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("whole", "two")]
+        assert logs[0] == logs[1]
+        assert [
+            (item["epoch"], item["step"], set(item["train"]), set(item["valid"])) for item in logs[1]
+        ] == [
+            (0, 5, {"loss"}, {"loss"}),
+            (1, 10, {"loss"}, {"loss"}),
+        ]
+
+    def test_another_order_is_refused_before_a_step(self, tmp_path: Path) -> None:
+        _killed(tmp_path, 3)
+        steps: list[int] = []
+        with pytest.raises(PositionError, match=r"order is another one.*or start a run of its own"):
+            train(
+                tmp_path / "run",
+                tmp_path / "two",
+                Rows(20),
+                loader=lambda: {"shuffle": False},
+                inside=lambda loop: steps.append(loop.global_step),
+            )
+        assert steps == []
+
+    def test_fewer_data_are_refused_before_a_step(self, tmp_path: Path) -> None:
+        _killed(tmp_path, 5, size=32)
+        with pytest.raises(PositionError, match="cannot be found again"):
+            train(tmp_path / "run", tmp_path / "two", Rows(12))
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [({"batch_size": 2}, "4 samples a batch"), ({"accumulation": 2}, "1 batches an optimizer step")],
+    )
+    def test_another_meaning_of_a_step_is_refused(
+        self, tmp_path: Path, arguments: dict[str, Any], words: str
+    ) -> None:
+        _killed(tmp_path, 3)
+        with pytest.raises(PositionError, match=words):
+            train(tmp_path / "run", tmp_path / "two", Rows(20), **arguments)
+
+    def test_another_kind_of_data_is_refused(self, tmp_path: Path) -> None:
+        _killed(tmp_path, 3)
+        with pytest.raises(PositionError, match="another kind of data"):
+            train(tmp_path / "run", tmp_path / "two", _loops.Stream(20))
+
+    def test_a_checkpoint_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        from hf_cloudtrain.checkpointer import Checkpointer
+        from hf_cloudtrain.manifest import Position
+
+        folder = tmp_path / "other" / "checkpoint-3"
+        checkpointer = Checkpointer(str(tmp_path / "run"), folder.parent)
+        checkpointer.begin(0)
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+        checkpointer.save(folder, Position(global_step=3))
+        checkpointer.wait()
+        with pytest.raises(ManifestError, match="was not saved by a TrainLoop"):
+            train(tmp_path / "run", tmp_path / "out", Rows(20))
+
+    def test_a_complete_run_trains_nothing_and_takes_no_attempt(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        train(tmp_path / "run", tmp_path / "one", Rows(20))
+        _, seen, loop = train(tmp_path / "run", tmp_path / "two", Rows(20))
+        assert (seen, loop.global_step, loop.epoch) == ([], 10, 2)
+        assert "The run is complete: 2 of 2 epochs" in caplog.text
+        assert Catalog(Storage(str(tmp_path / "run"))).attempt_numbers() == [1]
+
+    def test_a_complete_run_goes_on_when_it_gets_more_epochs(self, tmp_path: Path) -> None:
+        whole, _, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), epochs=3)
+        _, _, before = train(tmp_path / "run", tmp_path / "one", Rows(20), epochs=2)
+        more, seen, loop = train(tmp_path / "run", tmp_path / "two", Rows(20), epochs=3)
+        assert {item[1] for item in seen} == {2}
+        assert _loops.difference(whole, more) == 0.0
+        assert loop.best_metric <= before.best_metric
+
+    def test_fresh_begins_anew(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "one", Rows(20))
+        _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20), fresh=True)
+        assert len(seen) == 10
+
+
+class TestEnd:
+    # Asked for in the second step: numpy draws there, so it comes a step later, unless another batch of it is to come.
+    @pytest.mark.parametrize(("accumulation", "stopped_at"), [(1, 3), (2, 2)])
+    def test_stop_within_an_epoch_is_exact_though_an_evaluation_follows(
+        self, tmp_path: Path, accumulation: int, stopped_at: int
+    ) -> None:
+        arguments: dict[str, Any] = {"epochs": 2, "save_steps": None, "accumulation": accumulation}
+        whole, batches, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(28, noise=True), **arguments)
+
+        def stop(loop: TrainLoop) -> None:
+            if loop.global_step == 1:
+                loop.stop()
+
+        _, seen, loop = train(
+            tmp_path / "run", tmp_path / "one", Rows(28, noise=True), inside=stop, **arguments
+        )
+        assert loop.global_step == stopped_at
+        assert [item.step for item in _manifests(tmp_path / "run")] == [stopped_at]
+        assert not (tmp_path / "one" / "log.json").exists()
+        assert read_history(str(tmp_path / "run")).attempts[0].state == "stopped"
+        resumed, rest, _ = train(tmp_path / "run", tmp_path / "two", Rows(28, noise=True), **arguments)
+        assert seen + rest == batches
+        assert _loops.difference(whole, resumed) == 0.0
+
+    def test_a_complete_run_brings_its_results_to_an_empty_machine(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "one", Rows(20))
+        train(tmp_path / "run", tmp_path / "two", Rows(20))
+        for name in ("log.json", "last/training_state.json", "best/training_state.json"):
+            assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+    def test_steps_that_are_left_with_break_end_the_epoch(self, tmp_path: Path) -> None:
+        accelerator = _loops.Accelerator(cpu=True)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = torch.utils.data.DataLoader(Rows(20), batch_size=4)
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+        loop = TrainLoop(accelerator, str(tmp_path / "run"), num_epochs=2, output_dir=tmp_path / "out")
+        steps = []
+        for _ in loop.epochs():
+            for number, _batch in enumerate(loop.steps(batches)):
+                optimizer.step()
+                if number == 1:
+                    break
+            steps.append(loop.global_step)
+            assert not accelerator.gradient_state.in_dataloader
+        assert [item.step for item in _manifests(tmp_path / "run")] == [2, 4]
+        assert [item.position.epoch for item in _manifests(tmp_path / "run")] == [1.0, 2.0]
+
+    def test_a_second_loop_in_one_process_ends_the_heartbeat_of_the_first(self, tmp_path: Path) -> None:
+        with pytest.raises(KilledError):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), kill=3)
+        train(tmp_path / "run", tmp_path / "out", Rows(20))
+        assert [info.state for info in read_history(str(tmp_path / "run")).attempts] == [
+            "stopped",
+            "finished",
+        ]
+
+    @pytest.mark.parametrize(
+        ("misuse", "words"),
+        [
+            (lambda loop: next(loop.steps([])), "steps.. belongs inside"),
+            (lambda loop: loop.end_epoch(), "end_epoch.. belongs inside"),
+            (lambda loop: list(loop.epochs()), "took no step"),
+            (lambda loop: loop.log(loss="low"), "neither a number nor a tensor"),
+        ],
+    )
+    def test_misuse_says_what_to_do(self, tmp_path: Path, misuse: Any, words: str) -> None:
+        accelerator = _loops.Accelerator(cpu=True)
+        accelerator.prepare(torch.nn.Linear(1, 1))
+        loop = TrainLoop(accelerator, str(tmp_path / "run"), num_epochs=1, output_dir=tmp_path / "out")
+        with pytest.raises(ConfigurationError, match=words):
+            misuse(loop)
+
+    def test_a_loop_before_prepare_is_refused(self, tmp_path: Path) -> None:
+        loop = TrainLoop(
+            _loops.Accelerator(cpu=True), str(tmp_path / "run"), num_epochs=1, output_dir=tmp_path
+        )
+        with pytest.raises(ConfigurationError, match=r"call accelerator\.prepare"):
+            next(loop.epochs())
+
+    @pytest.mark.parametrize("name", ["num_epochs", "save_steps", "logging_steps"])
+    def test_numbers_that_cannot_work_are_refused(self, tmp_path: Path, name: str) -> None:
+        arguments: dict[str, Any] = {"num_epochs": 1, name: 0}
+        with pytest.raises(ConfigurationError, match=f"{name}=0"):
+            TrainLoop(_loops.Accelerator(cpu=True), str(tmp_path / "run"), **arguments)
+
+    def test_a_metric_that_is_not_there_is_named_with_the_nearest(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"'los' is not among.*nearest is 'loss'"):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), metric_for_best_model="los")
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+class _Tracker(GeneralTracker):
+    name = "in memory"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__(_blank=True)
+        self.steps: list[tuple[int | None, str]] = []
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.steps
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Nothing to store."""
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.steps.append((step, next(iter(values))))
+
+
+def _killed(folder: Path, step: int, size: int = 20) -> None:
+    with pytest.raises(KilledError):
+        train(folder / "run", folder / "one", Rows(size), kill=step)
+
+
+def _manifests(run: Path) -> list[Any]:
+    catalog = Catalog(Storage(str(run)))
+    return [catalog.read(key) for key in catalog.checkpoints()]

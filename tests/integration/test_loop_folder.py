@@ -1,0 +1,269 @@
+"""What a TrainLoop leaves on the disk and on storage: models that `from_pretrained` loads, here and elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizer,
+    set_seed,
+)
+from typer.testing import CliRunner
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.loop import TrainLoop
+from hf_cloudtrain.loop_state import LoopState, publish, put_right
+from hf_cloudtrain.storage import Storage
+from tests.integration import _loops
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Any:
+    _loops.forget_accelerate()
+    yield
+    _loops.forget_accelerate()
+
+
+def config(**changes: Any) -> BertConfig:
+    return BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        **changes,
+    )
+
+
+def train(
+    run: Path,
+    out: Path,
+    *,
+    losses: tuple[float, ...],
+    model: Any = None,
+    rate: float = 0.1,
+    resume_only: bool = False,
+    **arguments: Any,
+) -> tuple[Any, TrainLoop]:
+    """Two steps an epoch, whose evaluations find these losses; starts where the run stands."""
+    _loops.forget_accelerate()
+    set_seed(0)
+    tokenizer = BertTokenizer(vocab={word: at for at, word in enumerate(WORDS)})
+    accelerator = Accelerator(cpu=True)
+    rows = [
+        {"input_ids": torch.tensor([2, 5 + at % 3, 3]), "labels": torch.tensor(at % 2)} for at in range(4)
+    ]
+    model = BertForSequenceClassification(config()) if model is None else model
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=rate)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=2))
+    loop = TrainLoop(
+        accelerator,
+        str(run),
+        num_epochs=len(losses) or 1,
+        output_dir=out,
+        processing_class=tokenizer,
+        **{"metric_for_best_model": "loss", **arguments},
+    )
+    if resume_only:
+        assert loop.resume() is not None
+        return accelerator.unwrap_model(model), loop
+    for epoch in loop.epochs():
+        for batch in loop.steps(batches):
+            labels = batch["labels"] if model.config.architectures is None else batch["input_ids"]
+            loss = model(input_ids=batch["input_ids"], labels=labels).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            loop.log(loss=loss)
+        loop.end_epoch({"loss": losses[epoch], "accuracy": 1 - losses[epoch]})
+    return accelerator.unwrap_model(model), loop
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def state_in(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "training_state.json").read_text())
+    return record
+
+
+class TestBestAndLast:
+    def test_both_load_with_their_tokenizer_and_tell_where_they_stand(self, tmp_path: Path) -> None:
+        secret = {"learning_rate": 0.1, "hub_token": "hf_abcdef", "data_dir": Path("data")}
+        model, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4), script_args=secret)
+        last = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "last")
+        best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "best")
+        assert same_weights(last, model)
+        assert not same_weights(best, model)
+        for name, step, epoch in (("best", 4, 2), ("last", 6, 3)):
+            folder = tmp_path / "out" / name
+            assert AutoTokenizer.from_pretrained(folder).tokenize("good film") == ["good", "film"]
+            state = state_in(folder)
+            assert (state["step"], state["epoch"], state["best_metric"], state["seed"]) == (
+                step,
+                epoch,
+                0.3,
+                0,
+            )
+            assert state["script_args"] == {"learning_rate": 0.1, "hub_token": "***", "data_dir": "data"}
+            assert not list(folder.glob("optimizer*"))
+        assert loop.best_metric == 0.3
+
+    def test_the_best_of_storage_is_the_folder_that_the_command_brings(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4))
+        for flags, name in ((["--best"], "best"), ([], "last")):
+            target = tmp_path / f"here-{name}"
+            words = ["checkpoint", "download", str(tmp_path / "run"), str(target), *flags]
+            answer = CliRunner().invoke(app, words)
+            assert answer.exit_code == 0, answer.output
+            folder = Path(answer.stdout.strip())
+            brought = AutoModelForSequenceClassification.from_pretrained(folder)
+            mine = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name)
+            assert same_weights(brought, mine)
+            assert AutoTokenizer.from_pretrained(folder).tokenize("bad") == ["bad"]
+
+    def test_another_machine_remembers_the_best_and_brings_it_at_the_end(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "one", losses=(0.5, 0.3))
+        _, loop = train(tmp_path / "run", tmp_path / "two", losses=(0.5, 0.3, 0.4, 0.6))
+        assert loop.best_metric == 0.3
+        assert state_in(tmp_path / "two" / "best")["step"] == 4
+        here, there = (
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "best")
+            for name in ("one", "two")
+        )
+        assert same_weights(here, there)
+        log = json.loads((tmp_path / "two" / "log.json").read_text())
+        assert [item["valid"]["loss"] for item in log] == [0.5, 0.3, 0.4, 0.6]
+
+    def test_greater_is_better_for_what_is_no_loss(self, tmp_path: Path) -> None:
+        arguments: dict[str, Any] = {"metric_for_best_model": "accuracy"}
+        _, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4), **arguments)
+        assert loop.best_metric == 0.7
+        arguments["greater_is_better"] = False
+        _, loop = train(tmp_path / "other", tmp_path / "other-out", losses=(0.5, 0.3, 0.4), **arguments)
+        assert loop.best_metric == 0.5
+
+    def test_an_equal_metric_and_none_at_all_do_not_replace_the_best(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", losses=(0.3, 0.3))
+        assert state_in(tmp_path / "out" / "best")["step"] == 2
+        arguments: dict[str, Any] = {"metric_for_best_model": None}
+        train(tmp_path / "other", tmp_path / "other-out", losses=(0.3,), **arguments)
+        assert not (tmp_path / "other-out" / "best").exists()
+
+    def test_a_hand_edited_copy_does_not_harm_the_checkpoint(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", losses=(0.3,))
+        committed = (tmp_path / "out" / "checkpoint-2" / "config.json").read_text()
+        (tmp_path / "out" / "last" / "config.json").write_text("{}")
+        assert (tmp_path / "out" / "checkpoint-2" / "config.json").read_text() == committed
+
+
+class TestModels:
+    def test_weights_that_are_one_tensor_load_again(self, tmp_path: Path) -> None:
+        tied = config()
+        tied.architectures = ["BertForMaskedLM"]
+        model, _ = train(
+            tmp_path / "run", tmp_path / "out", losses=(0.3,), model=BertForMaskedLM(tied), rate=0.5
+        )
+        loaded = BertForMaskedLM.from_pretrained(tmp_path / "out" / "last")
+        assert same_weights(model, loaded)
+        again, loop = train(
+            tmp_path / "run", tmp_path / "two", losses=(), model=BertForMaskedLM(tied), resume_only=True
+        )
+        assert loop.global_step == 2
+        assert same_weights(model, again)
+
+    def test_an_adapter_is_saved_alone_and_goes_on(self, tmp_path: Path) -> None:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        def adapted() -> Any:
+            set_seed(7)
+            base = BertForSequenceClassification(config())
+            return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+
+        model, _ = train(tmp_path / "run", tmp_path / "out", losses=(0.3,), model=adapted())
+        folder = tmp_path / "out" / "last"
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert not (folder / "model.safetensors").exists()
+        set_seed(7)
+        loaded = PeftModel.from_pretrained(BertForSequenceClassification(config()), folder)
+        assert same_weights(model, loaded)
+        again, loop = train(tmp_path / "run", tmp_path / "two", losses=(), model=adapted(), resume_only=True)
+        assert loop.global_step == 2
+        assert same_weights(model, again)
+
+
+class TestPublish:
+    @pytest.fixture
+    def folders(self, tmp_path: Path) -> tuple[Path, Path]:
+        for step in (1, 2):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(bytes([step]) * 2**20)
+            (folder / "training_state.json").write_text(LoopState(step=step).encode())
+        publish(tmp_path / "checkpoint-1", tmp_path / "best")
+        return tmp_path / "checkpoint-2", tmp_path / "best"
+
+    @pytest.mark.parametrize("killed_at", range(1, 5))
+    def test_one_whole_folder_is_there_after_a_kill_at_any_moment(
+        self, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, killed_at: int
+    ) -> None:
+        new, best = folders
+        calls = 0
+
+        def killable(real: Any) -> Any:
+            def call(*words: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == killed_at:
+                    raise KeyboardInterrupt
+                return real(*words, **options)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", killable(os.link))
+            patched.setattr("shutil.copyfile", killable(__import__("shutil").copyfile))
+            patched.setattr(os, "rename", killable(os.rename))
+            try:
+                publish(new, best)
+            except KeyboardInterrupt:
+                pass
+            else:
+                pytest.fail(f"there are only {calls} changes")
+        monkeypatch.setattr("hf_cloudtrain.process._making", set())  # the process that made them is no more
+        put_right(best.parent)
+        step = LoopState.read(best).step
+        assert (best / "model.safetensors").read_bytes() == bytes([step]) * 2**20
+        assert not list((best.parent / ".cloudtrain").glob("best-*"))
+
+    def test_a_large_file_is_linked(self, folders: tuple[Path, Path]) -> None:
+        publish(*folders)
+        one, other = (folder / "model.safetensors" for folder in folders)
+        assert one.stat().st_ino == other.stat().st_ino
+
+    def test_pointers_on_storage_name_both(self, tmp_path: Path) -> None:
+        train(tmp_path / "run", tmp_path / "out", losses=(0.3, 0.5))
+        catalog = Catalog(Storage(str(tmp_path / "run")))
+        best, last = catalog.pointer("best"), catalog.pointer("last")
+        assert best is not None
+        assert last is not None
+        assert (best.step, last.step) == (2, 4)
+        assert catalog.read(best).metrics == {"eval_loss": 0.3, "eval_accuracy": 0.7, "best_metric": 0.3}
