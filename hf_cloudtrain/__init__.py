@@ -12,8 +12,21 @@ if TYPE_CHECKING:
     from hf_cloudtrain.callbacks import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
     from hf_cloudtrain.checkpointer import Checkpointer
     from hf_cloudtrain.errors import CloudTrainError
+    from hf_cloudtrain.functional import (
+        end_step,
+        init,
+        is_emergency_save,
+        metric,
+        processed_steps,
+        restore,
+        start_step,
+        train_step,
+        upload_checkpoint,
+    )
     from hf_cloudtrain.history import History, read_history
+    from hf_cloudtrain.loop import TrainLoop
     from hf_cloudtrain.manifest import Manifest, Position
+    from hf_cloudtrain.sampler import ResumableSampler
 
 _HOMES = {
     "CheckpointUploadCallback": "callbacks",
@@ -23,8 +36,19 @@ _HOMES = {
     "History": "history",
     "Manifest": "manifest",
     "Position": "manifest",
+    "ResumableSampler": "sampler",
     "StepTrackerCallback": "callbacks",
+    "TrainLoop": "loop",
+    "end_step": "functional",
+    "init": "functional",
+    "is_emergency_save": "functional",
+    "metric": "functional",
+    "processed_steps": "functional",
     "read_history": "history",
+    "restore": "functional",
+    "start_step": "functional",
+    "train_step": "functional",
+    "upload_checkpoint": "functional",
 }
 
 __all__ = [
@@ -35,8 +59,19 @@ __all__ = [
     "History",
     "Manifest",
     "Position",
+    "ResumableSampler",
     "StepTrackerCallback",
+    "TrainLoop",
+    "end_step",
+    "init",
+    "is_emergency_save",
+    "metric",
+    "processed_steps",
     "read_history",
+    "restore",
+    "start_step",
+    "train_step",
+    "upload_checkpoint",
 ]
 
 

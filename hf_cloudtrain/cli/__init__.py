@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import checkpoint as checkpoint
+from hf_cloudtrain.cli import new as new
 from hf_cloudtrain.cli import run as run
 from hf_cloudtrain.cli._arguments import examples
 from hf_cloudtrain.cli._output import fail, say, warnings_shown
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(run.app, name="run")
+app.command(epilog=examples("cloudtrain new my-project"))(new.new)
 
 
 def _show_version(wanted: bool) -> None:

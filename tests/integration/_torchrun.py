@@ -1,4 +1,4 @@
-"""Two processes under torchrun, and a SIGKILL for all of it at once."""
+"""Processes under a launcher, and a SIGKILL for all of them at once."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from tests.integration._zygote import PATIENCE, REPOSITORY
 @contextmanager
 def torchrun(*words: str, log: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
     """The launcher of two workers; what is left of it at the end gets SIGKILL. `words` name the script."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-    with open(log, "w") as output:
-        launcher = psutil.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=output,
-        )
-    try:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with _started(*command, *words, log=log, env=env) as launcher:
         yield launcher
-    finally:
-        kill_family(launcher)
+
+
+@contextmanager
+def accelerate_launch(
+    *words: str, processes: int, log: Path, env: dict[str, str] | None = None
+) -> Iterator[psutil.Popen]:
+    """The same by `accelerate launch`, which starts no second process on a CPU unless it is told that it is multi-GPU."""
+    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *several]
+    with _started(*command, *words, log=log, env=env) as launcher:
+        yield launcher
 
 
 def kill_family(launcher: psutil.Popen) -> None:
@@ -41,3 +42,19 @@ def kill_family(launcher: psutil.Popen) -> None:
         process.kill()
     launcher.wait(PATIENCE)
     psutil.wait_procs(family, PATIENCE)
+
+
+@contextmanager
+def _started(*words: str, log: Path, env: dict[str, str] | None) -> Iterator[psutil.Popen]:
+    with open(log, "w") as output:
+        launcher = psutil.Popen(
+            [sys.executable, *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield launcher
+    finally:
+        kill_family(launcher)

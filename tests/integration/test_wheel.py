@@ -25,7 +25,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_cloudtrain")
+SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_cloudtrain", "examples")
+TEMPLATE = ROOT / "examples" / "template"
+LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "output", "runs")
+"""What Python and a training in an example leave there."""
 
 TRAIN = """
 import sys
@@ -78,7 +81,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, ignore=LEFT_BEHIND)
         else:
             shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
@@ -140,7 +143,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"{metadata(wheel)['Version']}.dist-info"
     }
     sources = {path.relative_to(ROOT) for path in (ROOT / "hf_cloudtrain").rglob("*.py")}
-    assert package == {PurePath("hf_cloudtrain/py.typed"), *sources}
+    template = {PurePath("hf_cloudtrain/template") / name for name in template_files()}
+    assert package == {PurePath("hf_cloudtrain/py.typed"), *sources, *template}
 
 
 def test_the_fresh_environment_holds_only_what_is_declared(fresh: Environment) -> None:
@@ -165,6 +169,13 @@ def test_the_command_line_shows_its_help(fresh: Environment) -> None:
     assert "run" in shown
 
 
+def test_a_new_project_is_the_template_of_the_repository(fresh: Environment, tmp_path: Path) -> None:
+    made = json.loads(fresh.output("cloudtrain", "new", str(tmp_path / "project"), "--json"))
+    assert set(made["files"]) == template_files()
+    for name in made["files"]:
+        assert (tmp_path / "project" / name).read_bytes() == (TEMPLATE / name).read_bytes()
+
+
 def test_a_missing_extra_is_named(fresh: Environment) -> None:
     refused = fresh.run("cloudtrain", "checkpoint", "list", "s3://bucket/run")
     assert refused.returncode != 0
@@ -177,6 +188,12 @@ def test_training_and_the_command_line_work_on_a_folder(fresh: Environment, tmp_
     fresh.output("python", "-c", TRAIN, str(tmp_path / "out"), run_url)
     listed = json.loads(fresh.output("cloudtrain", "checkpoint", "list", run_url, "--json"))
     assert [checkpoint["folder"] for checkpoint in listed["checkpoints"]] == ["checkpoint-2"]
+
+
+def template_files() -> set[str]:
+    """The files of `examples/template`, without what Python and a training leave there."""
+    found = (path.relative_to(TEMPLATE) for path in TEMPLATE.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not {"__pycache__", "output", "runs"} & set(path.parts)}
 
 
 def setup_cfg() -> configparser.ConfigParser:

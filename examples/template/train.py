@@ -1,0 +1,99 @@
+"""Train the model in `model/`, in a run that any machine continues when it is given the same line again.
+
+python train.py                                     # checkpoints in the folder runs/first
+python train.py --run_url s3://bucket/runs/first    # checkpoints on storage
+torchrun --nproc_per_node 2 train.py                # two processes; or: accelerate launch train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from model.configuration import ClassifierConfig
+from model.dataset import MajorityDataset
+from model.modeling import Classifier
+from torch.utils.data import DataLoader
+
+from hf_cloudtrain import TrainLoop
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    set_seed(args.seed)
+    # Without `cpu`, processes that torchrun starts on a machine with no accelerator each train alone.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+
+    train_dataset, eval_dataset = MajorityDataset(2000, seed=1), MajorityDataset(400, seed=2)
+    model = Classifier(ClassifierConfig(num_labels=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    model, optimizer, train_dataloader, eval_dataloader = accelerator.prepare(
+        model,
+        optimizer,
+        DataLoader(train_dataset, batch_size=args.batch_size, shuffle=True),
+        DataLoader(eval_dataset, batch_size=args.batch_size),
+    )
+
+    loop = TrainLoop(
+        accelerator,
+        args.run_url,
+        num_epochs=args.num_epochs,
+        save_steps=args.save_steps,
+        output_dir=args.output_dir,
+        metric_for_best_model="accuracy",
+        script_args=vars(args),
+    )
+    for _epoch in loop.epochs():
+        model.train()
+        for batch in loop.steps(train_dataloader):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            loop.log(loss=loss)
+        loop.end_epoch(evaluate(accelerator, loop, model, eval_dataloader))
+    accelerator.print(
+        f"Best accuracy: {loop.best_metric:.3f}. The models are in {loop.output_dir}/best and last."
+    )
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, loop: TrainLoop, model: torch.nn.Module, dataloader: DataLoader
+) -> dict[str, float]:
+    """Loss and accuracy over all rows, the same on every process."""
+    model.eval()
+    losses, hits = [], []
+    for batch in loop.eval_batches(dataloader):
+        logits = model(input_ids=batch["input_ids"]).logits
+        # gather_for_metrics drops what was added to make the last batch as long as the others.
+        logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+        hits.append(logits.argmax(dim=-1) == labels)
+    return {"loss": torch.cat(losses).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run_url",
+        default=os.getenv("HF_CLOUDTRAIN_RUN_URL", "runs/first"),
+        help="where the run lives: s3://, gs://, az:// or a folder (default: %(default)s)",
+    )
+    parser.add_argument("--output_dir", help="local folder (default: output/ and the name of the run)")
+    parser.add_argument("--num_epochs", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=16, help="of each process (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--save_steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
