@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import xxhash
 from torch.utils.data import BatchSampler, IterableDataset
 
-from hf_cloudtrain.errors import ManifestError, PositionError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, PositionError
 from hf_cloudtrain.loader_facts import (
     fetches_per_batch,
     fills_up,
@@ -298,7 +298,7 @@ class DataPosition:
         if type(dataset).__name__ == "IterableDatasetShard":
             if not dataset.drop_last:
                 return (
-                    None  # it fills its last batch up with its first one, which a resume would not have read
+                    None  # its last batch is filled up with its first one, which a resume would not have read
                 )
             dataset = dataset.dataset
         if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
@@ -368,7 +368,7 @@ def _chained(before: int, indices: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """The same of numbers, texts, tensors and what holds them; raises TypeError for anything else."""
+    """The same of numbers, texts, tensors and what holds them; raises ConfigurationError for anything else."""
     import numpy
     import torch
 
@@ -382,7 +382,7 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, numpy.ndarray):
         return torch.from_numpy(value.copy())
-    raise TypeError(
+    raise ConfigurationError(
         f"The position of a stream holds {type(value).__name__!r}, which cannot be stored. Let its state_dict return "
         "numbers, texts, lists, dicts and tensors."
     )

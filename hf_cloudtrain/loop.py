@@ -113,7 +113,6 @@ class TrainLoop:
         self._world = self._checkpointer.world
         self._folder = LoopFolder(accelerator, self._checkpointer, processing_class)
         self._report = LoopReport(accelerator, self._checkpointer, logging_steps)
-        _take_over(self._checkpointer, self._report)
         self._place: DataPosition | None = None
         self._resumed: Resumed | None = None
         self._here: Here | None = None
@@ -159,6 +158,11 @@ class TrainLoop:
         self._looked_for_checkpoint = True
         self._resumed = self._folder.load(self._refuse_other_topology)
         if self._resumed is None:
+            if self.global_step:
+                raise ConfigurationError(
+                    f"Training was interrupted at step {self.global_step}, before the first checkpoint. Make the model, "
+                    "the accelerator and the loop anew."
+                )
             return None
         script_args, self._state = self._state.script_args, self._resumed.state
         self._state.script_args = script_args
@@ -173,6 +177,8 @@ class TrainLoop:
         """
         if not self._looked_for_checkpoint:
             self.resume()
+        # Whoever iterates again, after stop() or Ctrl-C in a notebook, goes on from a checkpoint: the middle of a step is none.
+        self._looked_for_checkpoint = self._stopping = False
         if self.epoch >= self.num_epochs:
             self._warn(
                 "The run is complete: %d of %d epochs. Nothing is trained.", self.epoch, self.num_epochs
@@ -209,6 +215,7 @@ class TrainLoop:
             total_steps(self.accelerator, dataloader, self.num_epochs),
             samples_per_step(self.accelerator, dataloader),
         )
+        leave(dataloader)  # left in the middle, in a cell of a notebook
         batches = iter(dataloader)
         with self._bar("TRAIN", length(dataloader), place.batches) as bar:
             self._read_away(place, batches)
@@ -284,6 +291,8 @@ class TrainLoop:
         """
         if not self._training:
             raise ConfigurationError("end_epoch() belongs inside `for epoch in loop.epochs()`.")
+        if self._epoch_saved:
+            raise ConfigurationError(f"end_epoch() was called twice in epoch {self.epoch}.")
         found = {name: number(value) for name, value in (metrics or {}).items()}
         found = {name: value for name, value in found.items() if math.isfinite(value)}
         self._end_epoch(*self._world.agree(lambda: (found, self._is_better(found)), "find the best metric"))
@@ -452,17 +461,6 @@ def _checkpointer_of(
             url, output_dir, storage_options=storage_options, fresh=fresh, advice=_ADVICE
         )
     return _checkpointers[key]
-
-
-_reports: dict[Checkpointer, LoopReport] = {}
-
-
-def _take_over(checkpointer: Checkpointer, report: LoopReport) -> None:
-    """The cell of a notebook was interrupted and is run again: the attempt before is over, and its heartbeat, too."""
-    earlier = _reports.get(checkpointer)
-    if earlier is not None:
-        earlier.close("stopped")
-    _reports[checkpointer] = report
 
 
 def _folder_of(url: str) -> str:

@@ -38,6 +38,10 @@ class LoopReport:
             samples_per_step=samples_per_step,
             committed=lambda: checkpointer.last_committed,
         )
+        earlier = _running.get(checkpointer)
+        if earlier is not None:
+            earlier.close("stopped")  # the cell of a notebook was interrupted, and is run again
+        _running[checkpointer] = self._tracker
         self._tracker.start()
 
     def begin_step(self) -> None:
@@ -100,6 +104,10 @@ class LoopReport:
         if schedulers:
             return float(schedulers[0].get_last_lr()[0])
         return float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
+
+
+_running: dict[Checkpointer, StepTracker] = {}
+"""The tracker of the last attempt at each run in this process."""
 
 
 def as_eval(metrics: dict[str, float]) -> dict[str, float]:

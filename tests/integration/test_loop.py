@@ -317,6 +317,49 @@ class TestEnd:
         assert [item.step for item in _manifests(tmp_path / "run")] == [2, 4]
         assert [item.position.epoch for item in _manifests(tmp_path / "run")] == [1.0, 2.0]
 
+    def test_a_loop_that_was_interrupted_goes_on_from_its_checkpoint_when_it_is_iterated_again(
+        self, tmp_path: Path
+    ) -> None:
+        accelerator = _loops.Accelerator(cpu=True)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = torch.utils.data.DataLoader(Rows(20), batch_size=4)
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+        arguments: dict[str, Any] = {"num_epochs": 1, "save_steps": 2, "output_dir": tmp_path / "out"}
+        loop = TrainLoop(accelerator, str(tmp_path / "run"), **arguments)
+
+        def cell(interrupt_at: int | None) -> list[int]:
+            seen = []
+            for _ in loop.epochs():
+                for batch in loop.steps(batches):
+                    if loop.global_step == interrupt_at:
+                        raise KeyboardInterrupt
+                    seen += batch["id"].tolist()
+                    optimizer.step()
+            return seen
+
+        with pytest.raises(KeyboardInterrupt):
+            cell(1)
+        with pytest.raises(ConfigurationError, match="before the first checkpoint"):
+            cell(None)
+        loop = TrainLoop(accelerator, str(tmp_path / "run"), **arguments)
+        with pytest.raises(KeyboardInterrupt):
+            cell(3)
+        assert cell(None) == list(range(8, 20))
+
+    def test_an_epoch_that_is_ended_twice_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        once = TrainLoop.end_epoch
+
+        def twice(loop: TrainLoop, metrics: dict[str, Any]) -> None:
+            once(loop, metrics)
+            once(loop, metrics)
+
+        monkeypatch.setattr(TrainLoop, "end_epoch", twice)
+        with pytest.raises(ConfigurationError, match="called twice in epoch 0"):
+            train(tmp_path / "run", tmp_path / "out", Rows(20))
+
     def test_a_second_loop_in_one_process_ends_the_heartbeat_of_the_first(self, tmp_path: Path) -> None:
         with pytest.raises(KilledError):
             train(tmp_path / "run", tmp_path / "out", Rows(20), kill=3)
@@ -332,6 +375,7 @@ class TestEnd:
             (lambda loop: next(loop.steps([])), "steps.. belongs inside"),
             (lambda loop: loop.end_epoch(), "end_epoch.. belongs inside"),
             (lambda loop: list(loop.epochs()), "took no step"),
+            (lambda loop: [loop.end_epoch() for _ in loop.epochs()], "took no step"),
             (lambda loop: loop.log(loss="low"), "neither a number nor a tensor"),
         ],
     )
