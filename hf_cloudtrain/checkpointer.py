@@ -52,6 +52,17 @@ class Restored:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to do next, in the words of the API that its reader uses."""
+
+    resume: str = (
+        "Continue it with `trainer.train(resume_from_checkpoint=cloud.restore(args))`, or begin anew with "
+        "`CloudTrainCallback(url, fresh=True)` or another URL."
+    )
+    save: str = "Set save_strategy and save_steps so that it saves."
+
+
 class Checkpointer:
     """The checkpoints of one run, seen from one process of it.
 
@@ -60,6 +71,7 @@ class Checkpointer:
         output_dir: local folder that holds `checkpoint-<step>` folders.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run may have checkpoints.
+        advice: what errors tell to do.
 
     Example:
         >>> checkpointer = Checkpointer("s3://bucket/runs/mrpc", "out")
@@ -76,18 +88,20 @@ class Checkpointer:
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        advice: Advice = Advice(),
     ) -> None:
         self.storage = Storage(env.run_url(run_url), env.storage_options(storage_options))
         self.catalog = Catalog(self.storage)
         self.output_dir = Path(output_dir).absolute()
         self.outbox = Outbox(self.output_dir)
-        self.world = World.current()
+        self.world = self._find_world()
         self.attempt: Attempt | None = None
         self.last_saved: CheckpointKey | None = None
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
         self._save_error: Exception | None = None
+        self._advice = advice
         self.world.meet_disks(self.output_dir / META)
 
     @property
@@ -154,7 +168,7 @@ class Checkpointer:
             try:
                 with Bar(progress, hidden=not self.world.is_main):
                     progress.begin(f"Downloading {manifest.folder}", manifest.size)
-                    download(self.catalog, manifest, target, wanted=wanted, on_bytes=progress.add)
+                    self._fetch(manifest, wanted, progress.add)
             except CorruptCheckpointError as error:
                 return str(error)
             return None
@@ -168,6 +182,10 @@ class Checkpointer:
     def originals(self, manifest: Manifest) -> Path:
         """Where files are kept as they were, when a restored one had to be made true on this machine."""
         return self.output_dir / META / "originals" / f"{manifest.key}-{manifest.nonce[:8]}"
+
+    def restored_before(self, key: CheckpointKey) -> None:
+        """A launcher put this checkpoint here before the process began."""
+        self._restored = key
 
     def begin(self, global_step: int, *, started_over: bool = False) -> Attempt:
         """Start an attempt at `global_step`, once for all ranks, and the uploads of this process.
@@ -211,12 +229,7 @@ class Checkpointer:
         """
         assert self.attempt is not None, "begin() first"
         self.world.barrier()  # every rank has written its files
-        key = CheckpointKey(self.attempt.number, position.global_step)
-        if key == self.last_committed:
-            return
-        self.last_saved = key
-        if self._uploader is None:
-            return
+        self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
         entry = OutboxEntry(
             run_url=self.storage.url,
             key=key,
@@ -228,16 +241,11 @@ class Checkpointer:
             created=time.time(),
             metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
             best=best,
-            host=self.world.leaders.index(self.world.rank),
+            host=self.world.leaders.index(self.world.rank) if self.world.is_leader else 0,
             hosts=len(self.world.leaders),
             origin=origin(),
         )
-        try:
-            self._uploader.submit(self.outbox.accept(folder, entry, since_ns=since_ns))
-        except (OSError, ConfigurationError, ManifestError) as error:
-            # One lost checkpoint must not end the training; `wait` tells if it was the last.
-            self._save_error = error
-            logger.error("checkpoint-%d could not be kept for upload: %s", position.global_step, error)
+        self._hand_over(folder, entry, since_ns)
 
     def mark_save_begin(self) -> int:
         """Now, in ns, as the file system of `output_dir` has it: its clock and ours need not agree."""
@@ -271,6 +279,11 @@ class Checkpointer:
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+
+    def drain(self) -> None:
+        """Before this process ends: finish what is pending; never raises, and says what is left and what to do."""
+        if self._uploader is not None:
+            self._uploader.drain()
 
     def close(self) -> None:
         """Stop the background thread after the upload under way; what is left stays in the outbox."""
@@ -309,6 +322,28 @@ class Checkpointer:
         except ManifestError as error:
             return str(error)
 
+    def _find_world(self) -> World:
+        return World.current()
+
+    def _fetch(
+        self, manifest: Manifest, wanted: Callable[[str], bool], on_bytes: Callable[[int], None]
+    ) -> None:
+        download(self.catalog, manifest, self.local_folder(manifest), wanted=wanted, on_bytes=on_bytes)
+
+    def _hand_over(self, folder: Path, entry: OutboxEntry, since_ns: int) -> None:
+        self._keep(entry, partial(self.outbox.accept, folder, since_ns=since_ns))
+
+    def _keep(self, entry: OutboxEntry, accept: Callable[[OutboxEntry], OutboxEntry]) -> None:
+        """Hand over what `accept` freezes, on the rank that moves bytes."""
+        if self._uploader is None or entry.key == self.last_committed:
+            return
+        try:
+            self._uploader.submit(accept(entry))
+        except (OSError, ConfigurationError, ManifestError) as error:
+            # One lost checkpoint must not end the training; `wait` tells if it was the last.
+            self._save_error = error
+            logger.error("checkpoint-%d could not be kept for upload: %s", entry.key.step, error)
+
     def _say_restored(self, manifest: Manifest) -> None:
         if not self.world.is_main:
             return
@@ -337,8 +372,7 @@ class Checkpointer:
         if global_step == 0 and keys and not self._fresh and not started_over:
             raise RunHasCheckpointsError(
                 f"The run {self.storage.url!r} has {len(keys)} checkpoints, the newest at step {keys[-1].step}, but "
-                "training starts at step 0. Continue it with `trainer.train(resume_from_checkpoint=cloud.restore(args))`, "
-                "or begin anew with `CloudTrainCallback(url, fresh=True)` or another URL."
+                f"training starts at step 0. {self._advice.resume}"
             )
         at_step = [key for key in keys if key.step == global_step]
         if global_step and keys and (not at_step or at_step[-1] != keys[-1]):
@@ -406,8 +440,8 @@ class Checkpointer:
         wanted = self.last_saved or self._restored
         if wanted is None:
             raise NotCommittedError(
-                f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. Set "
-                "save_strategy and save_steps so that it saves."
+                f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. "
+                f"{self._advice.save}"
             )
         if wanted not in self.catalog.checkpoints():
             reason = f" {self._save_error}" if self._save_error else ""

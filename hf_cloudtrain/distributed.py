@@ -2,8 +2,9 @@
 
 A decision is taken once and broadcast, and an error anywhere is an error everywhere. Work that may wait for the
 network or the disk never runs inside a collective (those die at `ddp_timeout`): it runs in a thread, and the ranks
-meet in short turns until it is over. The group is our own gloo group; the user's is never touched. Without torch,
-or before `init_process_group` in a single process, the world has one rank.
+meet in short turns until it is over. The group is our own gloo group; the user's is never touched. Where there is no
+process group yet, ranks may meet elsewhere (`meeting.py`). Without torch, or before `init_process_group` in a single
+process, the world has one rank.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PeerError
+from hf_cloudtrain.meeting import FolderStore, LauncherStore, Meeting, Store
 
 T = TypeVar("T")
 
@@ -46,21 +48,33 @@ class World:
         """The ranks that share this one's disk, itself included."""
 
     @classmethod
-    def current(cls) -> World:
-        """The world as torch.distributed has it now; one rank where there is no process group."""
+    def current(cls, folder: Path | None = None) -> World:
+        """The world as torch.distributed has it now; one rank where there is no process group.
+
+        Args:
+            folder: where ranks of one host that have no process group yet may meet; None: they must have one.
+
+        Raises:
+            ConfigurationError: several processes that cannot meet.
+        """
         dist = _torch_distributed()
         if dist is not None:
-            # A gloo group works beside nccl, and a failed member cannot poison the user's own group.
-            return cls(
-                dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-            )
+            return cls(dist.get_rank(), dist.get_world_size(), _GlooGroup(dist))
         size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 and folder is not None:
+            return cls(rank := _rank(size), size, Meeting(_meeting_place(folder, size), rank, size))
         if size > 1 and "torch" in sys.modules:
             raise ConfigurationError(
                 f"WORLD_SIZE is {size}, but no process group exists yet. Make TrainingArguments (or Accelerator, or "
                 "torch.distributed.init_process_group) before restore()."
             )
         return cls()
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of the process group, where one has appeared since; else of this world."""
+        dist = _torch_distributed()
+        return self.size if dist is None else int(dist.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -97,9 +111,7 @@ class World:
     def barrier(self) -> None:
         """Wait until all ranks are here. Takes well under a millisecond on one host."""
         if self.size > 1:
-            dist = _torch_distributed()
-            assert dist is not None
-            dist.barrier(group=self._group)
+            self._group.barrier()
 
     def agree(self, work: Callable[[], T], what: str) -> T:
         """Run `work` on rank 0 and give every rank its answer, or raise its error on every rank.
@@ -118,6 +130,21 @@ class World:
         """Run `work` once a disk; every rank gets the leaders' answers, or the first error."""
         answers = self._turns(work if self.is_leader else None, what)
         return [answers[rank] for rank in self.leaders]  # type: ignore[misc]
+
+    def here(self, work: Callable[[], T], what: str) -> T:
+        """Run `work` on every rank in this thread, where frameworks expect their calls; an error of one is one of all."""
+        error: Exception | None = None
+        try:
+            answer = work()
+        except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
+            error = caught
+
+        def tell() -> None:
+            if error is not None:
+                raise error
+
+        self.each(tell, what)
+        return answer
 
     def _turns(self, work: Callable[[], T] | None, what: str) -> list[T | None]:
         """Meet in short turns until every rank's work is over; the core of all three above."""
@@ -140,17 +167,41 @@ class World:
         return [answer for _, answer, _ in states]
 
     def _gather(self, value: Any) -> list[Any]:
-        dist = _torch_distributed()
-        assert dist is not None
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        found: list[Any] = self._group.gather(value)
+        return found
 
     def _broadcast(self, value: T) -> T:
-        dist = _torch_distributed()
-        assert dist is not None
+        answer: T = self._group.broadcast(value)
+        return answer
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process among its like: as the process group says, else as the launcher does; (0, 1) where it is alone."""
+    dist = _torch_distributed()
+    if dist is not None:
+        return int(dist.get_rank()), int(dist.get_world_size())
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (_rank(size), size) if size > 1 else (0, 1)
+
+
+class _GlooGroup:
+    """A group of our own: gloo works beside nccl, and a failed member cannot poison the user's."""
+
+    def __init__(self, dist: Any) -> None:
+        self._dist = dist
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+
+    def barrier(self) -> None:
+        self._dist.barrier(group=self._group)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self._dist.get_world_size()
+        self._dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        self._dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
 
@@ -189,6 +240,28 @@ def _torch_distributed() -> Any:
     if dist is not None and dist.is_available() and dist.is_initialized():
         return dist
     return None
+
+
+def _rank(size: int) -> int:
+    text = os.environ.get("RANK", "")
+    if not text.isdecimal() or int(text) >= size:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {size}, and RANK={text!r} is none of its ranks. Start the script with torchrun, or call "
+            "torch.distributed.init_process_group first."
+        )
+    return int(text)
+
+
+def _meeting_place(folder: Path, size: int) -> Store:
+    """Where the ranks of this launch meet while they have no process group."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return LauncherStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {size}, on several hosts, and there is no process group yet by which they could agree. Call "
+            "torch.distributed.init_process_group first."
+        )
+    return FolderStore(folder)
 
 
 def _picklable(error: BaseException | None) -> BaseException | None:

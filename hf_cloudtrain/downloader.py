@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import xxhash
 
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.errors import (
+    ConfigurationError,
     CorruptCheckpointError,
     ObjectNotFoundError,
     ObjectTruncatedError,
     StorageError,
 )
+from hf_cloudtrain.freeze import own_files
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META, FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.process import half_made_by, in_threads
@@ -26,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 LARGE_AT_ONCE = 2
 SMALL_AT_ONCE = 8
+RESTORED_AGE_NS = 10 * 10**9
+"""How much older restored files are made: more than clocks of disks and processes differ, or tick."""
 SPARE_SPACE = 64 * 2**20
 """Bytes that must stay free on the disk after a download."""
 
@@ -121,6 +127,42 @@ def file_digest(path: Path) -> str:
         while block := file.read(PART_SIZE):
             hasher.update(block)
     return f"{DIGEST_ALGORITHM}:{hasher.hexdigest()}"
+
+
+def put_in_place(verified: Path, folder: Path, manifest: Manifest) -> list[str]:
+    """Move verified files into a folder that its owner writes again and again; returns what else lies there.
+
+    Each file is there in one piece, before and after, and looks older than whatever is written from now on. What is
+    not in the manifest stays.
+    """
+    ours = {entry.path for entry in manifest.files}
+    before = time.time_ns() - RESTORED_AGE_NS
+    for path in sorted(ours):
+        if not (verified / path).exists():
+            continue  # another disk's
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.utime(verified / path, ns=(before, before))
+            _replace(verified / path, target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise ConfigurationError(
+                f"{str(target)!r} cannot be restored ({error.strerror}). Move what is in its way, or choose another "
+                "checkpoint_dir."
+            ) from error
+    return sorted(set(own_files(folder)) - ours)
+
+
+def _replace(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # A folder of it is on another disk.
+        beside = target.with_name(f".tmp-{half_made_by()}")
+        shutil.copy2(source, beside)
+        os.replace(beside, target)
 
 
 def move_aside(folder: Path) -> Path:

@@ -14,6 +14,12 @@ RUN_URL = "HF_CLOUDTRAIN_RUN_URL"
 STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
 """JSON object of fsspec `storage_options`, used when the code passes none. Default `{}`."""
 
+CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
+"""Folder that the function API uploads and restores, used when `init` names none. No default."""
+
+RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
+"""Set by a launcher that restored a checkpoint before the script began: its key, such as 000003-0000000500. No default."""
+
 DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 """Seconds that the end of training waits for uploads. Default 1800: 225 GB at 1 Gbit/s."""
 
@@ -48,6 +54,26 @@ def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:
             f'{STORAGE_OPTIONS} is not a JSON object, such as {{"profile": "training"}}.'
         )
     return value
+
+
+def run_url_or_none(argument: str | None) -> str | None:
+    """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`, else None."""
+    return argument or os.environ.get(RUN_URL) or None
+
+
+def checkpoint_dir(argument: str | os.PathLike[str] | None) -> str | None:
+    """The checkpoint folder from the argument, else from `HF_CLOUDTRAIN_CHECKPOINT_DIR`, else None."""
+    return os.fspath(argument) if argument else os.environ.get(CHECKPOINT_DIR) or None
+
+
+def restored_checkpoint() -> str | None:
+    """The key of the checkpoint that a launcher says it restored.
+
+    None after torchrun restarted its workers: what the launcher put there has been written over since.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return None
+    return os.environ.get(RESTORED_CHECKPOINT) or None
 
 
 def drain_timeout() -> float:

@@ -412,13 +412,16 @@ class TrainLoop:
         if resumed is None:
             place.begin(self.epoch)
             return
+        here, saved = resumed.here, resumed.manifest
         now = Position(global_step=0, per_device_train_batch_size=batch_size_of(place.dataloader))
-        refuse_other_topology(resumed.manifest.position, now, resumed.manifest.folder)
-        if resumed.here.place is None:
-            place.restore_generators(resumed.here.now)
+        refuse_other_topology(saved.position, now, saved.folder)
+        if here.place is None:
+            place.restore_generators(here.now)
             place.begin(self.epoch)
         else:
-            place.begin(self.epoch, resumed.here.place, resumed.here.now)
+            self._world.here(
+                lambda: place.begin(self.epoch, here.place, here.now), "find its place in the data"
+            )
 
     def _read_away(self, place: DataPosition, batches: Iterator[Any]) -> None:
         """Go to the place in a stream that cannot go there by itself."""

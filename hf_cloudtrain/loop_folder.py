@@ -85,8 +85,7 @@ class LoopFolder:
         restored = self._checkpointer.restore(wanted=wanted_by(self._world.neighbours), accept=accept)
         if restored is None:
             return None
-        resumed: Resumed = self._on_this_rank(lambda: self._set(restored), f"load {restored.path.name}")
-        return resumed
+        return self._world.here(lambda: self._set(restored), f"load {restored.path.name}")
 
     def save(
         self,
@@ -102,7 +101,7 @@ class LoopFolder:
         assert attempt is not None, "begin() first"
         folder = self._output_dir / f"checkpoint-{state.step}"
         beside = self._output_dir / META / f"saving-{attempt.number}-{state.step}"
-        self._on_this_rank(lambda: self._write(beside, state, here), f"write {folder.name}")
+        self._world.here(lambda: self._write(beside, state, here), f"write {folder.name}")
         self._world.each_leader(lambda: self._move_in(beside, folder), f"put {folder.name} into its place")
         self._checkpointer.save(
             folder,
@@ -170,21 +169,6 @@ class LoopFolder:
         if self._newest is not None and self._newest != folder:
             _remove_later(self._newest)
         self._newest = folder
-
-    def _on_this_rank(self, work: Callable[[], Any], what: str) -> Any:
-        """Do work in this thread, where the framework expects it; an error of one rank is one of all."""
-        answer, error = None, None
-        try:
-            answer = work()
-        except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
-            error = caught
-
-        def tell() -> None:
-            if error is not None:
-                raise error
-
-        self._world.each(tell, what)
-        return answer
 
 
 def _step_in(folder: Path) -> int | None:

@@ -6,7 +6,7 @@
 
 A hard link costs nothing and keeps the data when the framework rotates the folder away, but it shares its inode:
 `torch.save` to the same path rewrites the file in place. So small files are copied, and inode, size and time are
-looked at again before the commit.
+looked at again before the commit. Who writes one path again and again gets copies of all files.
 """
 
 from __future__ import annotations
@@ -22,32 +22,18 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
+from hf_cloudtrain.freeze import AcceptedFile, copy_out, freeze
 from hf_cloudtrain.manifest import META, Position, check_paths, clean_path, decode_record, encode_record
 from hf_cloudtrain.process import half_made_by, is_left_over
 
 logger = logging.getLogger(__name__)
-
-SMALL_FILE = 2**20
-"""Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
-SMALL_TOTAL = 16 * 2**20
-"""Bytes that all copies of one save may have: 10 ms. The rest is linked."""
-
-
-@dataclass(frozen=True)
-class AcceptedFile:
-    """One file as it looked when it was accepted."""
-
-    path: str
-    size: int
-    inode: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -124,11 +110,22 @@ class Outbox:
         # The uploader must not take away what a save puts under the same name at the same moment.
         self._moving = threading.Lock()
 
-    def accept(self, source: Path, entry: OutboxEntry, *, since_ns: int = 0) -> OutboxEntry:
+    def accept(
+        self,
+        source: Path,
+        entry: OutboxEntry,
+        *,
+        since_ns: int = 0,
+        link: bool = True,
+        wanted: Callable[[str], bool] = lambda path: True,
+    ) -> OutboxEntry:
         """Freeze a folder that was just written. Afterwards its files may be rotated away.
 
         Args:
             since_ns: modification time in ns; files last written before it are left-overs and do not belong.
+            link: False where the folder will be written again: every wanted file is copied (its blocks are shared where
+                the file system can), but neither temporary files nor what links to folders lead to.
+            wanted: with link=False, which files belong, by path.
 
         Raises:
             OSError: the disk is full, or the folder is not there.
@@ -138,7 +135,7 @@ class Outbox:
         files = beside / "files"
         files.mkdir(parents=True)
         try:
-            accepted = _freeze(source, files, since_ns)
+            accepted = freeze(source, files, since_ns) if link else copy_out(source, files, wanted)
             if not accepted:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
             check_paths([file.path for file in accepted], f"folder {str(source)!r}")
@@ -306,63 +303,3 @@ def _to_record(entry: OutboxEntry) -> dict[str, Any]:
     record = dataclasses.asdict(entry)
     del record["home"], record["key"]
     return {"attempt": entry.key.attempt, "step": entry.key.step, **record}
-
-
-def _freeze(source: Path, target: Path, since_ns: int) -> tuple[AcceptedFile, ...]:
-    accepted = []
-    copied = 0
-    link_failed: OSError | None = None
-    for path in _files_below(source):
-        found = os.stat(source / path)
-        if found.st_mtime_ns < since_ns:
-            continue
-        clean_path(path)
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        small = found.st_size < SMALL_FILE and copied + found.st_size <= SMALL_TOTAL
-        if not small:
-            link_failed = _link(source / path, target / path)
-        if small or link_failed:
-            _copy(source / path, target / path, found.st_size)
-            copied += found.st_size
-        kept = os.stat(target / path)
-        accepted.append(AcceptedFile(path, kept.st_size, kept.st_ino, kept.st_mtime_ns))
-    if link_failed is not None:
-        logger.warning(
-            "Files of %r were copied, because the disk cannot link them (%s): saving takes longer.",
-            str(source),
-            link_failed.strerror,
-        )
-    return tuple(accepted)
-
-
-def _files_below(source: Path) -> Iterator[str]:
-    """Relative paths of all files, without our own folder."""
-    stack = [""]
-    while stack:
-        below = stack.pop()
-        with os.scandir(source / below) as items:
-            for item in items:
-                path = f"{below}/{item.name}" if below else item.name
-                if path == META:
-                    continue
-                if item.is_dir():
-                    stack.append(path)
-                elif item.is_file():
-                    yield path
-
-
-def _link(source: Path, target: Path) -> OSError | None:
-    try:
-        # A link to what a symbolic link names: the checkpoint holds files, not links.
-        os.link(os.path.realpath(source), target)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
-            return error
-        raise
-    return None
-
-
-def _copy(source: Path, target: Path, size: int) -> None:
-    if size >= SMALL_FILE and shutil.disk_usage(target.parent).free < size + SMALL_TOTAL:
-        raise OSError(errno.ENOSPC, f"No space is left to copy {str(source)!r} ({size} bytes)")
-    shutil.copyfile(source, target)

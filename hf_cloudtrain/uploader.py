@@ -24,9 +24,10 @@ from hf_cloudtrain.errors import (
     NotCommittedError,
     StorageUnavailableError,
 )
+from hf_cloudtrain.freeze import AcceptedFile
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
-from hf_cloudtrain.outbox import AcceptedFile, Outbox, OutboxEntry
+from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 

@@ -57,7 +57,7 @@ def on_ranks(size: int, work: Callable[[World], T], monkeypatch: pytest.MonkeyPa
             answers[rank] = error
 
     with monkeypatch.context() as patched:
-        patched.setattr(World, "current", classmethod(lambda kind: here.world))
+        patched.setattr(World, "current", classmethod(lambda kind, folder=None: here.world))
         ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
         for rank in ranks:
             rank.start()

@@ -12,8 +12,9 @@ from typing import Any
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.downloader import verify
+from hf_cloudtrain.freeze import SMALL_FILE
 from hf_cloudtrain.manifest import META, Position
-from hf_cloudtrain.outbox import SMALL_FILE, OutboxEntry
+from hf_cloudtrain.outbox import OutboxEntry
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import FaultyStorage
 

@@ -6,9 +6,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from hf_cloudtrain import outbox
+from hf_cloudtrain import freeze
 from hf_cloudtrain.manifest import Position
-from hf_cloudtrain.outbox import SMALL_FILE
 from hf_cloudtrain.testing import CrashPoint
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until, write_checkpoint, write_files
 
@@ -92,7 +91,7 @@ def test_law_3_a_save_is_links_small_copies_and_one_rename(machines: Machines) -
 def test_law_3_all_copies_of_a_save_together_are_bounded(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "SMALL_TOTAL", 3_000)
+    monkeypatch.setattr(freeze, "SMALL_TOTAL", 3_000)
     machine = machines.new()
     machine.start()
     machines.storage.hold("upload", machines.gate)
@@ -106,7 +105,7 @@ def test_law_3_all_copies_of_a_save_together_are_bounded(
     ]
     assert sum(copied) <= 3_000
     assert len(entry.files) == 9 + len(bytes_of(5))
-    assert SMALL_FILE == 2**20, "the bound that the law names"
+    assert freeze.SMALL_FILE == 2**20, "the bound that the law names"
 
 
 def test_law_3_files_that_were_there_before_this_save_do_not_belong_to_it(machines: Machines) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hf_cloudtrain.distributed import World
+from hf_cloudtrain.distributed import World, rank_and_size
 from hf_cloudtrain.errors import ConfigurationError, PeerError, StorageError
 from tests.faults.ranks import on_ranks
 
@@ -185,3 +186,42 @@ def test_a_full_disk_of_another_rank_is_told_with_its_number(monkeypatch: pytest
     answers = on_ranks(2, fail, monkeypatch)
     assert all(isinstance(answer, StorageError) for answer in answers)
     assert all("no space is left on the disk" in str(answer) for answer in answers)
+
+
+def test_who_a_process_is_comes_from_the_process_group_then_the_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert rank_and_size() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert rank_and_size() == (3, 4)
+    group = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2
+    )
+    monkeypatch.setitem(sys.modules, "torch.distributed", group)
+    assert rank_and_size() == (1, 2)
+    assert World().group_size == 2
+
+
+def test_a_world_without_a_group_knows_no_other_size() -> None:
+    assert World(0, 3).group_size == 3
+
+
+def test_work_in_this_thread_runs_there_and_its_error_is_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+
+    def work(world: World) -> int:
+        def own() -> int:
+            threads.append(threading.current_thread() is mine)
+            if world.rank == 1:
+                raise OSError(28, "No space left on device")
+            return world.rank
+
+        mine = threading.current_thread()
+        return world.here(own, "write it")
+
+    answers = on_ranks(2, work, monkeypatch)
+    assert threads == [True, True]
+    assert isinstance(answers[0], PeerError)
+    assert "Rank 1 could not write it" in str(answers[0])
+    assert isinstance(answers[1], OSError)

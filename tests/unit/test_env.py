@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hf_cloudtrain import env
@@ -67,3 +69,34 @@ def test_seconds_have_a_default_and_must_be_above_zero(
         monkeypatch.setenv(name, wrong)
         with pytest.raises(ConfigurationError, match=f"{name}='{wrong}' is not a number of seconds above 0"):
             ask()
+
+
+def test_a_run_url_that_nobody_gave_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.RUN_URL, "")
+    assert env.run_url_or_none(None) is None
+    monkeypatch.setenv(env.RUN_URL, "s3://bucket/from-env")
+    assert env.run_url_or_none(None) == "s3://bucket/from-env"
+    assert env.run_url_or_none("s3://bucket/argument") == "s3://bucket/argument"
+
+
+def test_a_checkpoint_folder_comes_from_the_argument_then_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(env.CHECKPOINT_DIR, "")
+    assert env.checkpoint_dir(None) is None
+    monkeypatch.setenv(env.CHECKPOINT_DIR, "from-env")
+    assert env.checkpoint_dir(None) == "from-env"
+    assert env.checkpoint_dir(Path("argument")) == "argument"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "key"), [(None, "000003-0000000500"), ("0", "000003-0000000500"), ("1", None)]
+)
+def test_what_a_launcher_restored_counts_until_torchrun_restarts_its_workers(
+    monkeypatch: pytest.MonkeyPatch, restarts: str | None, key: str | None
+) -> None:
+    assert env.restored_checkpoint() is None
+    monkeypatch.setenv(env.RESTORED_CHECKPOINT, "000003-0000000500")
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    assert env.restored_checkpoint() == key

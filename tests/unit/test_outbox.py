@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hf_cloudtrain import freeze
 from hf_cloudtrain import outbox as module
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError, ManifestError
 from hf_cloudtrain.outbox import Outbox, OutboxEntry, read_entry
@@ -302,3 +303,142 @@ def test_an_entry_can_be_changed_only_by_making_another(outbox: Outbox) -> None:
     entry = accepted(outbox)
     with pytest.raises(dataclasses.FrozenInstanceError):
         entry.best = True  # type: ignore[misc]
+
+
+class TestCopies:
+    """link=False: the folder will be written again, in place, as soon as it is accepted."""
+
+    @staticmethod
+    def copied(outbox: Outbox, folder: Path, step: int = 5, **options: object) -> OutboxEntry:
+        return outbox.accept(folder, entry_of(URL, 1, step), link=False, **options)
+
+    def test_no_file_shares_its_inode_whatever_its_size(self, outbox: Outbox) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        entries = [self.copied(outbox, folder, step) for step in (5, 6)]
+        for path in bytes_of(5):
+            inodes = {
+                os.stat(folder / path).st_ino,
+                *(os.stat(e.home / "files" / path).st_ino for e in entries),
+            }
+            assert len(inodes) == 3
+        write_files(folder, dict.fromkeys(bytes_of(5), b"again"))
+        for entry in entries:
+            entry.check_unchanged()
+            assert contents(entry.home / "files") == bytes_of(5)
+
+    @pytest.mark.parametrize(
+        "name",
+        "a.tmp a.part a.partial a.incomplete a~ .tmp12ab .nfs0001 tmpab12_3xy dir/a.tmp .cloudtrain/x".split(),
+    )
+    def test_what_is_being_written_and_what_is_ours_stays_out(self, outbox: Outbox, name: str) -> None:
+        folder = outbox.output_dir / "ckpt"
+        write_files(folder, {"model": b"1", name: b"2"})
+        assert [file.path for file in self.copied(outbox, folder).files] == ["model"]
+
+    @pytest.mark.parametrize(
+        "name", ["tmp.bin", "tmpl_model.bin", "a.tmpl", "part", ".hidden", "dir/.cloudtrain/x"]
+    )
+    def test_other_names_are_part_of_it(self, outbox: Outbox, name: str) -> None:
+        folder = outbox.output_dir / "ckpt"
+        write_files(folder, {name: b"2"})
+        assert [file.path for file in self.copied(outbox, folder).files] == [name]
+
+    def test_old_files_are_part_of_it(self, outbox: Outbox) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        for path in bytes_of(5):
+            os.utime(folder / path, (1, 1))
+        assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
+
+    def test_links_to_folders_are_not_followed_and_links_to_files_are(self, outbox: Outbox) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        (folder / "latest").symlink_to(folder)
+        (folder / "best").symlink_to(folder / "model.safetensors")
+        entry = self.copied(outbox, folder)
+        assert contents(entry.home / "files") == bytes_of(5) | {"best": bytes_of(5)["model.safetensors"]}
+        assert not (entry.home / "files/best").is_symlink()
+
+    def test_only_what_is_wanted_is_copied(self, outbox: Outbox) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        entry = self.copied(outbox, folder, wanted=lambda path: path == "empty")
+        assert contents(entry.home / "files") == {"empty": b""}
+
+    def test_a_disk_that_cannot_take_all_of_it_takes_nothing(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = outbox.output_dir / "ckpt"
+        write_files(folder, {name: bytes(2**20) for name in "abcd"})
+        free = 4 * 2**20 + freeze.SMALL_TOTAL - 1
+        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        copied: list[object] = []
+        monkeypatch.setattr(freeze.shutil, "copyfile", lambda *paths: copied.append(paths))
+        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
+        with pytest.raises(OSError, match="No space is left") as told:
+            self.copied(outbox, folder)
+        assert told.value.errno == errno.ENOSPC
+        assert copied == []
+        assert outbox.entries() == []
+
+    def test_what_is_copied_needs_no_more_space(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = outbox.output_dir / "ckpt"
+        write_files(folder, {name: bytes(2**20) for name in "abcd"})
+        free = 4 * 2**20 + freeze.SMALL_TOTAL
+        copyfile = freeze.shutil.copyfile
+
+        def copy(source: Path, target: Path) -> None:
+            nonlocal free
+            copyfile(source, target)
+            free -= 2**20
+
+        monkeypatch.setattr(freeze.shutil, "copyfile", copy)
+        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
+        assert len(self.copied(outbox, folder).files) == 4
+
+    def test_where_blocks_are_shared_no_space_is_asked_for(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        asked = []
+
+        def clone(descriptor: int, request: int, source: int) -> None:
+            asked.append(request)
+            os.sendfile(descriptor, source, 0, 2**30)
+
+        monkeypatch.setattr(freeze.fcntl, "ioctl", clone)
+        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
+        assert set(asked) == {0x40049409}
+        assert len(asked) == len(bytes_of(5))
+
+    def test_where_they_cannot_be_shared_it_is_tried_once_a_save(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        asked = []
+
+        def refuse(descriptor: int, request: int, source: int) -> None:
+            asked.append(request)
+            raise OSError(errno.EOPNOTSUPP, "not here")
+
+        monkeypatch.setattr(freeze.fcntl, "ioctl", refuse)
+        assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
+        assert len(asked) == 1
+
+    def test_a_file_that_is_written_meanwhile_is_no_whole_save(
+        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = write_checkpoint(outbox.output_dir, 5)
+        copyfile = freeze.shutil.copyfile
+
+        def while_written(source: Path, target: Path) -> None:
+            copyfile(source, target)
+            with open(source, "ab") as file:
+                file.write(b"more")
+
+        monkeypatch.setattr(freeze.shutil, "copyfile", while_written)
+        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
+        with pytest.raises(OSError, match="written while it was copied"):
+            self.copied(outbox, folder)
+        assert outbox.entries() == []
