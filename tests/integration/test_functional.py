@@ -1,0 +1,239 @@
+"""Plain PyTorch scripts on the function API, in real processes: killed, restored elsewhere, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.downloader import download
+from hf_cloudtrain.storage import Storage
+from tests.integration._lab import Lab, max_difference, problems
+from tests.integration._torchrun import kill_family, torchrun
+from tests.integration._zygote import PATIENCE, REPOSITORY, Child
+from tests.servers import MotoServer, free_port
+
+SCRIPT = "tests.integration._periflow_script"
+TOTAL, HELD = 14, 10
+"""Twelve steps are an epoch of two ranks; it saves every fourth, so HELD is two steps after a save."""
+
+
+class Runs:
+    """Attempts of one run by the script."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.folder = lab.folder
+        self.catalog = lab.catalog
+
+    def start(
+        self,
+        machine: str,
+        *,
+        size: int = 2,
+        function: str = "main",
+        env: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> list[Child]:
+        """One process for each rank; `machine` is its checkpoint folder."""
+        shared = {
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "HF_CLOUDTRAIN_RUN_URL": self.lab.run_url,
+            "HF_CLOUDTRAIN_CHECKPOINT_DIR": str(self.folder / machine),
+            **(env or {}),
+        }
+        (self.folder / machine).mkdir(exist_ok=True)
+        given = {"save": str(self.folder / machine), "total_steps": TOTAL, **arguments}
+        return [
+            self.lab._zygote.start(
+                SCRIPT, function, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **given
+            )
+            for rank in range(size)
+        ]
+
+    def train(self, machine: str, **arguments: Any) -> list[Child]:
+        given = {"result": self.result(machine), "seen": f"{self.folder}/{machine}-{{rank}}.seen"}
+        ranks = self.start(machine, **given, **arguments)
+        finish(ranks)
+        return ranks
+
+    def plain(self, **arguments: Any) -> None:
+        """The same training, uninterrupted, without a run."""
+        self.train(
+            "plain", env={"HF_CLOUDTRAIN_RUN_URL": ""}, log=str(self.folder / "plain.jsonl"), **arguments
+        )
+
+    def killed(self, machine: str, committed: int, **arguments: Any) -> None:
+        """SIGKILL to all ranks, once the checkpoint of a step is on storage."""
+        seen = f"{self.folder}/{machine}-{{rank}}.seen"
+        ranks = self.start(machine, seen=seen, **arguments)
+        self.lab.wait_until(
+            lambda: committed in self.lab.steps() or any(rank.poll() is not None for rank in ranks)
+        )
+        assert [rank.poll() for rank in ranks] == [None] * len(ranks), "\n".join(rank.log for rank in ranks)
+        for rank in ranks:
+            rank.kill()
+
+    def result(self, machine: str) -> Path:
+        return self.folder / f"{machine}.safetensors"
+
+    def samples(self, machine: str, rank: int = 0, *, after: int = 0, until: int = 10**9) -> list[int]:
+        lines = (self.folder / f"{machine}-{rank}.seen").read_text().splitlines()
+        return [n for step, numbers in map(json.loads, lines) if after < step <= until for n in numbers]
+
+
+@pytest.fixture
+def runs(lab: Lab) -> Runs:
+    return Runs(lab)
+
+
+def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrupted(
+    moto: MotoServer, tmp_path: Path, runs: Runs
+) -> None:
+    """The second start restores before it has a process group: its ranks agree over torchrun's own store."""
+    runs.plain()
+    run_url = f"s3://{moto.make_bucket()}/runs/cifar"
+    catalog = Catalog(Storage(run_url, moto.storage_options))
+
+    def words(machine: str, **arguments: Any) -> list[str]:
+        (tmp_path / machine).mkdir()
+        return [
+            "-m",
+            SCRIPT,
+            json.dumps({"save": str(tmp_path / machine), "total_steps": TOTAL, **arguments}),
+        ]
+
+    def env(machine: str) -> dict[str, str]:
+        return {
+            **moto.env,
+            "HF_CLOUDTRAIN_RUN_URL": run_url,
+            "HF_CLOUDTRAIN_CHECKPOINT_DIR": str(tmp_path / machine),
+        }
+
+    log = tmp_path / "log"
+    with torchrun(*words("first", hold_at=HELD), log=log, env=env("first")) as launcher:
+        deadline = time.monotonic() + PATIENCE
+        while not any(key.step == 8 for key in catalog.checkpoints()) and time.monotonic() < deadline:
+            assert launcher.poll() is None, log.read_text()
+            time.sleep(0.05)
+        kill_family(launcher)
+    second = words("second", restore=True, group="after", result=str(tmp_path / "second.safetensors"))
+    with torchrun(*second, log=log, env=env("second")) as launcher:
+        assert launcher.wait(PATIENCE) == 0, log.read_text()
+    assert "Resuming from checkpoint-8 (attempt 1)" in log.read_text()
+    assert max_difference(tmp_path / "second.safetensors", runs.result("plain")) == 0.0
+    assert catalog.newest() == CheckpointKey(2, TOTAL)
+    assert [attempt.resumed_from for attempt in catalog.attempts()] == [None, CheckpointKey(1, 8)]
+    assert problems(catalog) == []
+
+
+def test_a_script_that_loads_before_init_goes_on_where_its_platform_says(runs: Runs) -> None:
+    """PeriFlow's way: the platform puts the files there, says so by environment, and the script is as it was."""
+    runs.plain()
+    runs.killed("first", committed=8, hold_at=HELD)
+    key = runs.catalog.newest()
+    download(runs.catalog, runs.catalog.read(key), runs.folder / "second")
+    runs.train("second", env={"HF_CLOUDTRAIN_RESTORED_CHECKPOINT": str(key)})
+    assert max_difference(runs.result("second"), runs.result("plain")) == 0.0
+    for rank in range(2):
+        seen = runs.samples("first", rank, until=8) + runs.samples("second", rank)
+        assert seen == runs.samples("plain", rank)
+    assert [attempt.global_step for attempt in runs.catalog.attempts()] == [0, 8]
+    alone = [json.loads(line) for line in (runs.folder / "plain.jsonl").read_text().splitlines()]
+    of_rank_0 = [line["loss"] for line in alone if line["rank"] == 0]
+    assert len(alone) == 2 * TOTAL, "both ranks share the file"
+    assert of_rank_0[8:] == [line["loss"] for line in metrics(runs, attempt=2)]
+    assert runs.lab.steps()[-1] == TOTAL
+    assert runs.lab.problems() == []
+
+
+def test_a_kill_while_files_are_newer_than_their_commit_puts_the_committed_ones_back(runs: Runs) -> None:
+    """On the same disk: what the killed process wrote and did not hand over is not what the run goes on from."""
+    runs.plain()
+    runs.killed("first", committed=8, hold_at=HELD)
+    (runs.folder / "first/checkpoint.pt").write_bytes(b"half written")
+    runs.train("first", restore=True, group="after")
+    assert max_difference(runs.result("first"), runs.result("plain")) == 0.0
+
+
+def test_on_another_number_of_processes_each_sample_is_seen_once(runs: Runs) -> None:
+    runs.killed("first", committed=4, hold_at=6)
+    runs.train("second", size=1, restore=True, total_steps=4 + 16)
+    seen = [n for rank in range(2) for n in runs.samples("first", rank, until=4)]
+    assert sorted(seen + runs.samples("second")) == list(range(96))
+
+
+def test_ranks_that_never_make_a_process_group_are_one_attempt(runs: Runs) -> None:
+    first = runs.start("first", function="shards", total_steps=3)
+    finish(first)
+    assert [rank.value for rank in first] == [[0, None]] * 2
+    assert runs.catalog.attempt_numbers() == [1]
+    manifest = runs.catalog.read(CheckpointKey(1, 3))
+    assert {file.path for file in manifest.files} == {"shard-0", "shard-1"}
+    second = runs.start("second", function="shards", total_steps=4)
+    finish(second)
+    assert [rank.value for rank in second] == [[3, f"shard-{rank} at step 3"] for rank in range(2)]
+    assert runs.catalog.attempt_numbers() == [1, 2]
+    assert runs.lab.problems() == []
+
+
+def test_law_9_is_said_on_all_ranks(runs: Runs) -> None:
+    finish(runs.start("first", function="shards", total_steps=1))
+    ranks = runs.start("second")
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    for rank in ranks:
+        assert "RunHasCheckpointsError" in rank.log
+        assert "Call hf_cloudtrain.restore() after init()" in rank.log
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "state"),
+    [("", 0, "finished"), ("raise ValueError('of the script')", 1, "failed"), ("sys.exit(3)", 3, "finished")],
+)
+def test_law_5_a_script_that_just_ends_has_its_last_upload_on_storage(
+    tmp_path: Path, ending: str, code: int, state: str
+) -> None:
+    script = f"""
+import sys, hf_cloudtrain as ct
+ct.init(None, "run", "ckpt")
+for step in range(3):
+    with ct.train_step():
+        open("ckpt/model", "w").write("x" * 3_000_000) if step else None
+    ct.metric({{"loss": step}})
+ct.upload_checkpoint()
+{ending}
+"""
+    (tmp_path / "ckpt").mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ended.returncode == code, ended.stderr
+    catalog = Catalog(Storage(str(tmp_path / "run")))
+    assert catalog.checkpoints() == [CheckpointKey(1, 3)]
+    (progress,) = (tmp_path / "run/.cloudtrain/progress").iterdir()
+    found = json.loads(progress.read_text())
+    assert (found["state"], found["step"], found["last_committed"]) == (state, 3, "000001-0000000003")
+
+
+def metrics(runs: Runs, attempt: int) -> list[dict[str, Any]]:
+    text = (runs.folder / f"run/.cloudtrain/steps/{attempt:06d}-0001.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == "log"]
+
+
+def finish(ranks: list[Child]) -> None:
+    assert [rank.wait() for rank in ranks] == [0] * len(ranks), "\n".join(rank.log for rank in ranks)
