@@ -127,6 +127,18 @@ def test_a_file_is_taken_from_the_host_that_wrote_it_last(
         assert (machines.run / f"checkpoint-{step}/model").read_bytes() == f"of step {written}".encode()
 
 
+def test_a_host_that_gives_nothing_is_not_waited_for(
+    hosts: Callable[..., list[Any]], machines: Machines
+) -> None:
+    def work(host: Host) -> None:
+        host.checkpointer.begin(0)
+        host.save(1, {} if host.rank == 1 else {f"shard-{host.rank}": b"1"})
+        host.checkpointer.wait(DEADLINE)
+
+    hosts(3, work)
+    assert files_of(machines, 1, 1) == {"shard-0", "shard-2"}
+
+
 def test_a_host_whose_folder_was_removed_goes_on(hosts: Callable[..., list[Any]], machines: Machines) -> None:
     def work(host: Host) -> None:
         host.checkpointer.begin(0)
