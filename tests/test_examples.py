@@ -1,10 +1,14 @@
-"""The GLUE example: what it knows about the tasks, that its metrics are the official ones, and that it runs."""
+"""All examples have what a reader needs; and the GLUE example: its tasks, its metrics, and that it runs.
+
+The others are run in `test_examples_*.py`.
+"""
 
 import ast
 import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +61,28 @@ def run_glue() -> ModuleType:
 @pytest.fixture
 def glue_tasks() -> ModuleType:
     return importlib.import_module("glue_tasks")
+
+
+EXAMPLES = sorted(path for path in EXAMPLE.parent.iterdir() if path.is_dir())
+
+
+class TestEveryExample:
+    @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+    def test_has_a_page_with_the_launch_line_of_each_script(self, folder):
+        page = (folder / "README.md").read_text()
+        scripts = [path.name for path in folder.glob("*.py") if "__main__" in path.read_text()]
+        assert scripts
+        for name in scripts:
+            launched = re.search(
+                rf"(?:python|torchrun|accelerate launch|make)\b[^\n]*\b{re.escape(name)}", page
+            )
+            assert launched or name == "demo.py", f"{folder.name}/README.md does not say how to start {name}"
+
+    @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+    def test_is_named_on_the_first_page_and_run_by_a_test(self, folder):
+        assert f"(examples/{folder.name})" in (ROOT / "README.md").read_text()
+        tests = [path for path in Path(__file__).parent.glob("test_examples*.py") if folder.name in path.name]
+        assert tests or folder.name == "glue", f"no test file of the example {folder.name}"
 
 
 class TestTasks:
