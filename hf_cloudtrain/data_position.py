@@ -13,6 +13,7 @@ skips, and another order is an error, not a quiet repetition of half the data.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from hf_cloudtrain.loader_facts import (
     is_dispatcher,
     keeps_state,
     reads_here,
+    samplers,
     set_epoch,
     shuffles_in_a_buffer,
 )
@@ -61,9 +63,10 @@ class DataPosition:
     Example:
         >>> place = DataPosition(dataloader)
         >>> place.begin(epoch=0)
-        >>> for batch in dataloader:
-        ...     train(batch)
-        ...     place.batches += 1
+        >>> with place.watching():
+        ...     for batch in dataloader:
+        ...         train(batch)
+        ...         place.batches += 1
         >>> record = place.state_dict()                # with torch.save, in a file of this process
         >>> place.begin(epoch=0, record=record)        # in another process; then iterate as usual
     """
@@ -92,9 +95,32 @@ class DataPosition:
         self._now: RandomState | None = None
         self._fetched = 0
         self._fingerprint = 0
-        ahead = 2 + self._base.num_workers * (self._base.prefetch_factor or 0)
+        self._fetched_before: tuple[int, str] | None = None
+        """How far a resumed epoch had been fetched, and the fingerprint of all that."""
+        ahead = 3 + self._base.num_workers * (self._base.prefetch_factor or 0)
         self._recent: deque[_Fetch] = deque(maxlen=self._fetches_per_batch * ahead + 1)
-        self._watch()
+        self._started = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look on while the loader is iterated, once: another iteration meanwhile is none of our business."""
+        watched = self._watch()
+        try:
+            yield
+        finally:
+            # Else loader and position hold each other, and worker processes outlive both until somebody collects.
+            watched.position = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of Accelerate's seedable sampler, which draws each epoch's order from it; None for all others."""
+        found: int | None = getattr(innermost_sampler(self._base), "initial_seed", None)
+        return found
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        if seed is not None and self.seed is not None:
+            innermost_sampler(self._base).initial_seed = seed
 
     @property
     def way(self) -> str:
@@ -131,6 +157,8 @@ class DataPosition:
         """
         set_epoch(self.dataloader, epoch)
         self._epoch, self._fetched, self._fingerprint, self.batches = epoch, 0, 0, 0
+        self._started = False
+        self._fetched_before = None if record is None else (record["fetched"], record["fingerprint_fetched"])
         self._recent.clear()
         self._resumed, self._now, self.mismatch, self.to_read = record, now, None, 0
         if record is not None:
@@ -174,10 +202,10 @@ class DataPosition:
             "batches": self.batches,
             "fetched": self._fetched,
             "fingerprint": self.fingerprint,
+            "fingerprint_fetched": f"{self._fingerprint:016x}",
             "begun": self._begun.to_record(),
             "drawn": (self._drawn or self._begun).to_record(),
             "before_fetch": before.to_record() if before else None,
-            "seed": getattr(innermost_sampler(self._base), "initial_seed", None),
             "state": self._own_state(fetch) if way == BY_STATE else None,
         }
 
@@ -196,10 +224,6 @@ class DataPosition:
                 f"The position in the data was kept by {record['way']!r}, and this loader goes by {self.way!r}: "
                 "it is another kind of data or of loader. Use the same, or start a run of its own from that model."
             )
-        seed = record["seed"]
-        sampler = innermost_sampler(self._base)
-        if seed is not None and hasattr(sampler, "initial_seed"):
-            sampler.initial_seed = seed
         self.batches = record["batches"]
         if self.way == BY_READING:
             self.to_read = self.batches
@@ -213,19 +237,25 @@ class DataPosition:
 
     # The look on the batch sampler
 
-    def _watch(self) -> None:
+    def _watch(self) -> _Watched:
         name = "batch_sampler" if self._base.batch_sampler is not None else "sampler"
-        inner = getattr(self._base, name)
-        if isinstance(inner, _Watched):
-            inner.position = self
-        else:
+        watched = getattr(self._base, name)
+        if not isinstance(watched, _Watched):
+            watched = _Watched(watched)
             # Set past DataLoader.__setattr__, which guards against exchanging the order in the middle of an epoch.
-            self._base.__dict__[name] = _Watched(inner, self)
+            self._base.__dict__[name] = watched
             if getattr(self._base, "_initial_iter_for_state_dict", False):
                 # A StatefulDataLoader that was asked for its state has made its first iterator, with the old order.
                 self._base._iterator, self._base._initial_iter_for_state_dict = None, False
+        watched.position = self
+        return watched
 
-    def _iterate(self, inner: Any) -> Iterator[Any]:
+    def iterate(self, inner: Any) -> Iterator[Any]:
+        """What a batch sampler gives, with everything noted and set that belongs between its batches."""
+        if self._started:
+            yield from inner
+            return
+        self._started = True
         self._order_is_drawn_now()
         skipped = self._fetches_to_skip()
         if self._watched_stream() is not None:
@@ -236,6 +266,7 @@ class DataPosition:
                 continue
             self._before_fetch(skipped)
             self._count(indices)
+            self._compare_fetched()
             yield indices
         if self._resumed is not None and self._fetched < skipped:
             self.mismatch = self._other_order(f"the epoch has only {self._fetched} batches")
@@ -284,6 +315,14 @@ class DataPosition:
         if self.way == BY_STATE:
             self._fingerprint = int(resumed["fingerprint"], 16)
 
+    def _compare_fetched(self) -> None:
+        """A sampler that draws as it goes may give the same batches again, and then others than were in the look-ahead."""
+        if self._fetched_before is None or self._fetched != self._fetched_before[0]:
+            return
+        if self.way != BY_STATE and self._fetched_before[1] != f"{self._fingerprint:016x}":
+            self.mismatch = self.mismatch or self._other_order("the batch after them is another one")
+        self._fetched_before = None
+
     def _other_order(self, how: str) -> str:
         return (
             f"The {self.batches} batches that were trained on in epoch {self._epoch} cannot be found again: {how}. "
@@ -329,9 +368,8 @@ class DataPosition:
 
     def _generators(self) -> list[Any]:
         """Generators that the order is drawn from, each once."""
-        owners = (self._base, innermost_sampler(self._base), self._base.dataset)
         found: list[Any] = []
-        for owner in owners:
+        for owner in (self._base, *samplers(self._base), self._base.dataset):
             generator = getattr(owner, "generator", None)
             if hasattr(generator, "get_state") and not any(generator is other for other in found):
                 found.append(generator)
@@ -341,13 +379,12 @@ class DataPosition:
 class _Watched(BatchSampler):
     """Stands in a batch sampler's place and lets a DataPosition look on. In all else it is the one it stands for."""
 
-    def __init__(self, inner: Any, position: DataPosition) -> None:
-        self.inner = inner
-        self.position: DataPosition | None = position
+    def __init__(self, inner: Any) -> None:
+        self.__dict__.update(inner=inner, position=None)
 
     def __iter__(self) -> Iterator[Any]:
         position = self.position
-        return iter(self.inner) if position is None else position._iterate(self.inner)
+        return iter(self.inner) if position is None else position.iterate(self.inner)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -356,6 +393,12 @@ class _Watched(BatchSampler):
         if name in ("inner", "position"):
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "position":
+            self.__dict__[name] = value
+        else:
+            setattr(self.inner, name, value)
 
 
 def _chained(before: int, indices: Any) -> int:

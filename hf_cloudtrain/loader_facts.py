@@ -26,13 +26,18 @@ def batch_size_of(dataloader: Any) -> int | None:
 
 
 def innermost_sampler(base: Any) -> Any:
-    """The innermost sampler, which draws the order."""
-    sampler = base.batch_sampler if base.batch_sampler is not None else base.sampler
+    """The sampler that draws the order."""
+    return samplers(base)[-1]
+
+
+def samplers(base: Any) -> list[Any]:
+    """A loader's samplers, from the one that torch asks to the one that draws the order."""
+    found = [base.batch_sampler if base.batch_sampler is not None else base.sampler]
     while True:
-        inside = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-        if inside is None or inside is sampler:
-            return sampler
-        sampler = inside
+        inside = getattr(found[-1], "batch_sampler", None) or getattr(found[-1], "sampler", None)
+        if inside is None or any(inside is other for other in found):
+            return found
+        found.append(inside)
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:

@@ -191,7 +191,11 @@ class TrainLoop:
             self._reset_epoch()
             if self._resumed is not None and self._resumed.here.place is None:
                 self._resumed.here.now.restore()  # saved between two epochs: goes on from there
-            yield self.epoch
+            try:
+                yield self.epoch
+            except GeneratorExit:  # `break`, or an error in the body
+                self._report.close("stopped")
+                raise
             if not self._epoch_saved:
                 self._end_epoch({}, better=False)
             self._state.epoch += int(self._epoch_over)
@@ -216,36 +220,8 @@ class TrainLoop:
             samples_per_step(self.accelerator, dataloader),
         )
         leave(dataloader)  # left in the middle, in a cell of a notebook
-        batches = iter(dataloader)
-        with self._bar("TRAIN", length(dataloader), place.batches) as bar:
-            self._read_away(place, batches)
-            while True:
-                asked = self._save_asked or self._stopping
-                place.save_foreseen = asked or self._is_save_step(self.global_step + 1)
-                batch = next(batches, _END)
-                if resumed is not None:
-                    place.settle()
-                    self._world.each(place.refuse_other_order, "find its place in the data")
-                    resumed = None
-                if batch is _END:
-                    self._epoch_over = True
-                    return
-                self._report.begin_step()
-                self._inside_batch = True
-                try:
-                    yield batch
-                except GeneratorExit:  # `break`, or an error in the body
-                    leave(dataloader)
-                    raise
-                self._inside_batch = False
-                place.batches += 1
-                bar.update()
-                if not self.accelerator.sync_gradients:
-                    continue
-                self._end_step(place, bar)
-                if self._stopping and (_is_last(place) or self._can_be_saved(place)):
-                    self._stop_here(place)
-                    return
+        with place.watching(), self._bar("TRAIN", length(dataloader), place.batches) as bar:
+            yield from self._batches(place, resumed is not None, bar)
 
     def eval_batches(self, dataloader: Any) -> Iterator[Any]:
         """The batches of an evaluation, with a bar. Its time is no step time."""
@@ -294,19 +270,54 @@ class TrainLoop:
         if self._epoch_saved:
             raise ConfigurationError(f"end_epoch() was called twice in epoch {self.epoch}.")
         found = {name: number(value) for name, value in (metrics or {}).items()}
-        found = {name: value for name, value in found.items() if math.isfinite(value)}
-        self._end_epoch(*self._world.agree(lambda: (found, self._is_better(found)), "find the best metric"))
+        found, better, problem = self._world.agree(lambda: self._judge(found), "find the best metric")
+        self._end_epoch({name: value for name, value in found.items() if math.isfinite(value)}, better)
+        if problem is not None:  # now that the epoch is saved
+            raise ConfigurationError(problem)
 
     # One step
+
+    def _batches(self, place: DataPosition, resumed: bool, bar: Any) -> Iterator[Any]:
+        batches = iter(place.dataloader)
+        self._read_away(place, batches)
+        while True:
+            asked = self._save_asked or self._stopping
+            place.save_foreseen = asked or self._is_save_step(self.global_step + 1)
+            batch = next(batches, _END)
+            if resumed:
+                place.settle()
+                self._world.each(place.refuse_other_order, "find its place in the data")
+                resumed = False
+            place.refuse_other_order()
+            if batch is _END:
+                self._refuse_empty(place)
+                self._epoch_over = True
+                return
+            # Not before it is known that the epoch goes on: else its own checkpoint would be a second one of this step.
+            if self._here is not None:
+                self._save({}, best=False)
+            self._report.begin_step()
+            self._inside_batch = True
+            try:
+                yield batch
+            except GeneratorExit:  # `break`, or an error in the body
+                leave(place.dataloader)
+                raise
+            self._inside_batch = False
+            place.batches += 1
+            bar.update()
+            if self.accelerator.sync_gradients:
+                self._end_step(place, bar)
+                if self._stopping and (_is_last(place) or self._can_be_saved(place)):
+                    self._stop_here(place)
+                    return
 
     def _end_step(self, place: DataPosition, bar: Any) -> None:
         self._state.step += 1
         self._report.end_step(self.global_step, bar)
         planned = self._is_save_step(self.global_step)
-        if not (planned or self._save_asked) or _is_last(place):
-            return  # after the last batch comes the checkpoint of the epoch, which is exact after an evaluation, too
-        if planned or self._can_be_saved(place):
-            self._save({}, best=False)
+        if planned or (self._save_asked and self._can_be_saved(place)):
+            self._here = self._look(place)
 
     def _can_be_saved(self, place: DataPosition) -> bool:
         """A save that nobody foresaw may lack numpy's state before the next fetch; then it comes a step later."""
@@ -318,20 +329,37 @@ class TrainLoop:
     def _stop_here(self, place: DataPosition) -> None:
         """Within an epoch a resume goes on from right here, not from after the evaluation that may follow."""
         self._epoch_over = _is_last(place)
-        if not self._epoch_over:
-            self._here = Here.of(place, between_epochs=False)
+        self._here = None if self._epoch_over else self._look(place)
         leave(place.dataloader)
+
+    def _look(self, place: DataPosition) -> Here:
+        """Where a resume goes on: right here."""
+        here = self._world.here(
+            lambda: Here.of(place, between_epochs=self._epoch_over), "tell its place in the data"
+        )
+        if self.accelerator.sync_gradients:
+            return here
+        reason = "the epoch ended within an accumulation, and its gradients are in no checkpoint"
+        return dataclasses.replace(here, inexact_reason=reason)
+
+    def _refuse_empty(self, place: DataPosition) -> None:
+        if place.batches == 0:
+            raise ConfigurationError(
+                f"The loader gave no batch in epoch {self.epoch}. Look at its data set, and at drop_last."
+            )
 
     # The end of an epoch
 
     def _end_epoch(self, metrics: dict[str, float], better: bool) -> None:
         self._leave_steps()
         if better:
-            self._state.best_metric = self._value_of_best(metrics)
-            self._state.best_step = self.global_step
+            name = self._best_name(metrics)
+            assert name is not None
+            self._state.best_metric, self._state.best_step = metrics[name], self.global_step
         self._report.evaluated(self.global_step, metrics)
         if self._epoch_over:  # else it was stopped within the epoch, and another attempt may finish it
-            self._report.close_epoch(self._state, metrics, self.output_dir)
+            self._here = None
+            self._report.close_epoch(self._state, metrics)
         self._save(metrics, best=better)
         self._epoch_saved = True
 
@@ -345,25 +373,36 @@ class TrainLoop:
         if self._inside_batch:
             self._inside_batch = False
             self._epoch_over = True
-            self._state.step += int(self.accelerator.sync_gradients)
+            saved = self._checkpointer.last_saved
+            again = saved is not None and saved.step == self.global_step  # one step cannot be saved as two
+            self._state.step += int(self.accelerator.sync_gradients or again)
         self._report.pause()
 
-    def _is_better(self, metrics: dict[str, float]) -> bool:
-        if self._metric_for_best_model is None:
-            return False
-        value, best = self._value_of_best(metrics), self._state.best_metric
-        return best is None or (value > best if self._greater_is_better else value < best)
+    def _judge(self, metrics: dict[str, float]) -> tuple[dict[str, float], bool, str | None]:
+        """The metrics, whether they are the best so far, and what is wrong with them."""
+        wanted = self._metric_for_best_model
+        if wanted is None:
+            return metrics, False, None
+        name = self._best_name(metrics)
+        if name is None:
+            near = difflib.get_close_matches(wanted, metrics, n=1, cutoff=0.0)
+            hint = f"; the nearest is {near[0]!r}." if near else ", which are none."
+            return (
+                metrics,
+                False,
+                f"metric_for_best_model={wanted!r} is not among the metrics given to end_epoch{hint}",
+            )
+        value, best = metrics[name], self._state.best_metric
+        if not math.isfinite(value):
+            logger.warning("%s is %s in epoch %d, which is never the best.", name, value, self.epoch)
+            return metrics, False, None
+        better = best is None or (value > best if self._greater_is_better else value < best)
+        return metrics, better, None
 
-    def _value_of_best(self, metrics: dict[str, float]) -> float:
+    def _best_name(self, metrics: dict[str, float]) -> str | None:
         wanted = str(self._metric_for_best_model)
-        for name in (wanted, f"eval_{wanted}", wanted.removeprefix("eval_")):
-            if name in metrics:
-                return metrics[name]
-        near = difflib.get_close_matches(wanted, metrics, n=1, cutoff=0.0)
-        raise ConfigurationError(
-            f"metric_for_best_model={wanted!r} is not among the finite metrics given to end_epoch"
-            + (f"; the nearest is {near[0]!r}." if near else ", which are none.")
-        )
+        names = (wanted, f"eval_{wanted}", wanted.removeprefix("eval_"))
+        return next((name for name in names if name in metrics), None)
 
     def _reset_epoch(self) -> None:
         self._place = None
@@ -380,6 +419,12 @@ class TrainLoop:
         assert place is not None
         self._report.pause()
         self._save_asked = False
+        here, self._here = self._here or self._look(place), None
+        attempt = self._checkpointer.attempt
+        assert attempt is not None
+        self._state.nonce = f"{attempt.nonce}-{self.global_step}"
+        if best:
+            self._state.best_nonce = self._state.nonce
         state = dataclasses.replace(
             self._state,
             epoch=self.epoch + int(self._epoch_over),
@@ -389,7 +434,7 @@ class TrainLoop:
         )
         self._folder.save(
             state,
-            self._here or Here.of(place, between_epochs=self._epoch_over),
+            here,
             position(self.accelerator, state, place, self.num_epochs),
             metrics=as_eval(metrics),
             best=best,
@@ -415,6 +460,7 @@ class TrainLoop:
         here, saved = resumed.here, resumed.manifest
         now = Position(global_step=0, per_device_train_batch_size=batch_size_of(place.dataloader))
         refuse_other_topology(saved.position, now, saved.folder)
+        place.seed = here.seed
         if here.place is None:
             place.restore_generators(here.now)
             place.begin(self.epoch)

@@ -27,6 +27,7 @@ from hf_cloudtrain.loop_state import (
     is_for_people,
     publish,
     put_right,
+    put_right_state,
     read_state,
     wanted_by,
     write_state,
@@ -45,14 +46,16 @@ class Here:
     place: dict[str, Any] | None
     """Position in the epoch's data; None between two epochs."""
     now: RandomState
+    seed: int | None = None
+    """That of Accelerate's seedable sampler."""
     inexact_reason: str | None = None
 
     @classmethod
     def of(cls, place: DataPosition, *, between_epochs: bool) -> Here:
         """The present; an epoch that is over needs no place in its data."""
         if between_epochs:
-            return cls(None, place.random_state())
-        return cls(place.state_dict(), place.random_state(), place.inexact_reason)
+            return cls(None, place.random_state(), place.seed)
+        return cls(place.state_dict(), place.random_state(), place.seed, place.inexact_reason)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class LoopFolder:
         self._output_dir = checkpointer.output_dir
         self._processing_class = processing_class
         self._newest: Path | None = None
+        self._token = ""
 
     def load(self, accept: Callable[[Manifest], None]) -> Resumed | None:
         """Bring the newest checkpoint here and set it on the live objects; None where the run has none."""
@@ -97,12 +101,19 @@ class LoopFolder:
         best: bool,
     ) -> None:
         """Save everything as `checkpoint-<step>`. `here` is where a resume goes on."""
-        attempt = self._checkpointer.attempt
-        assert attempt is not None, "begin() first"
+        # Named after rank 0's process, so that what it leaves behind is known as such, and one that is alive is spared.
+        self._token = self._token or self._world.agree(half_made_by, "name a folder")
         folder = self._output_dir / f"checkpoint-{state.step}"
-        beside = self._output_dir / META / f"saving-{attempt.number}-{state.step}"
-        self._world.here(lambda: self._write(beside, state, here), f"write {folder.name}")
-        self._world.each_leader(lambda: self._move_in(beside, folder), f"put {folder.name} into its place")
+        beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
+        try:
+            self._world.here(lambda: self._write(beside, here), f"write {folder.name}")
+            self._world.agree(lambda: self._complete_state(beside, state), f"write {folder.name}")
+            self._world.each_leader(
+                lambda: self._move_in(beside, folder), f"put {folder.name} into its place"
+            )
+        except Exception:
+            shutil.rmtree(beside, ignore_errors=True)  # the disk may be full
+            raise
         self._checkpointer.save(
             folder,
             position,
@@ -111,33 +122,45 @@ class LoopFolder:
             best=best,
         )
         if self._world.is_main:
-            publish(folder, self._output_dir / "last")
+            self._publish(folder, "last")
             if best:
-                publish(folder, self._output_dir / "best")
+                self._publish(folder, "best")
+            self._write_log(state)
 
     def complete(self, state: LoopState) -> None:
         """What was reached on another machine is brought here: `last/`, `best/`, and `log.json`. On one rank."""
-        if self._newest is not None and _step_in(self._output_dir / "last") != state.step:
-            publish(self._newest, self._output_dir / "last")
-        if not (self._output_dir / "log.json").exists() and state.log:
-            state.write_log(self._output_dir)
-        self._bring_best(state.best_step)
+        if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
+            self._publish(self._newest, "last")
+        self._write_log(state)
+        if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
+            self._bring_best(state.best_step, state.best_nonce)
 
-    def _bring_best(self, best_step: int | None) -> None:
-        here = self._output_dir / "best"
-        if best_step is None or _step_in(here) == best_step:
-            return
+    def _bring_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
-        keys = [key for key in catalog.checkpoints() if key.step == best_step]
-        if not keys:
-            logger.warning(
-                "The best checkpoint (step %d) is not on storage, so there is no %r.", best_step, here.name
-            )
+        manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
+        best = next((manifest for manifest in manifests if manifest.nonce == nonce), None)
+        if best is None:
+            logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
             return
         work = self._output_dir / META / f"best-{half_made_by()}"
-        download(catalog, catalog.read(keys[-1]), work / "files", wanted=is_for_people)
-        publish(work / "files", here)
+        download(catalog, best, work / "files", wanted=is_for_people)
+        self._publish(work / "files", "best")
         shutil.rmtree(work, ignore_errors=True)
+
+    def _publish(self, folder: Path, name: str) -> None:
+        try:
+            publish(folder, self._output_dir / name)
+        except OSError as error:
+            logger.error(
+                "%r could not be written, and training goes on: %s", str(self._output_dir / name), error
+            )
+
+    def _write_log(self, state: LoopState) -> None:
+        try:
+            if state.log:
+                state.write_log(self._output_dir)
+        except OSError as error:
+            logger.error("'log.json' could not be written, and training goes on: %s", error)
 
     def _set(self, restored: Restored) -> Resumed:
         import torch
@@ -149,18 +172,20 @@ class LoopFolder:
         own = restored.path / f"loop_state_{self._world.rank}.pt"
         record = torch.load(own, map_location="cpu", weights_only=True)
         self._newest = restored.path
-        here = Here(record["place"], RandomState.from_record(record["now"]))
+        here = Here(record["place"], RandomState.from_record(record["now"]), record["seed"])
         return Resumed(state, here, restored.manifest)
 
-    def _write(self, folder: Path, state: LoopState, here: Here) -> None:
+    def _write(self, folder: Path, here: Here) -> None:
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
-        write_state(self._accelerator, folder, self._processing_class)
-        record = {"place": here.place, "now": here.now.to_record()}
+        write_state(self._accelerator, folder)
+        record = {"place": here.place, "now": here.now.to_record(), "seed": here.seed}
         torch.save(record, folder / f"loop_state_{self._world.rank}.pt")
-        if self._world.is_main:
-            (folder / TRAINING_STATE).write_text(state.encode())
+
+    def _complete_state(self, folder: Path, state: LoopState) -> None:
+        put_right_state(self._accelerator, folder, self._processing_class)
+        (folder / TRAINING_STATE).write_text(state.encode())
 
     def _move_in(self, beside: Path, folder: Path) -> None:
         if folder.exists():
@@ -171,10 +196,10 @@ class LoopFolder:
         self._newest = folder
 
 
-def _step_in(folder: Path) -> int | None:
-    """The step of a published folder; None where there is none."""
+def _nonce_in(folder: Path) -> str | None:
+    """Which save a published folder is of; None where there is none."""
     try:
-        return LoopState.read(folder).step
+        return LoopState.read(folder).nonce
     except (OSError, ManifestError):
         return None
 

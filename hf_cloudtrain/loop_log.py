@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 from hf_cloudtrain.errors import ConfigurationError
@@ -26,7 +27,7 @@ class LoopLog:
     def add(self, values: dict[str, Any]) -> None:
         """Note values of one step."""
         for name, value in values.items():
-            if not hasattr(value, "detach") and not isinstance(value, (int, float)):
+            if not hasattr(value, "detach") and not isinstance(value, numbers.Real):
                 raise ConfigurationError(
                     f"log({name}={value!r}) is neither a number nor a tensor; log numbers only."
                 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
 from typing import Any
 
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.loop_log import LoopLog, shown
 from hf_cloudtrain.loop_state import LoopState
 from hf_cloudtrain.step_tracker import StepTracker
+
+logger = logging.getLogger(__name__)
 
 
 class LoopReport:
@@ -24,6 +26,7 @@ class LoopReport:
         self._checkpointer = checkpointer
         self._logging_steps = logging_steps
         self._tracker: StepTracker | None = None
+        self._warned = False
 
     def start(self, first_step: int, total_steps: int | None, samples_per_step: int | None) -> None:
         """Begin the heartbeat of the attempt, once."""
@@ -78,15 +81,14 @@ class LoopReport:
         if metrics and self._checkpointer.world.is_main:
             self._tell(step, as_eval(metrics))
 
-    def close_epoch(self, state: LoopState, metrics: dict[str, float], output_dir: Path) -> None:
-        """Add the record of a finished epoch to the state and to `log.json`."""
+    def close_epoch(self, state: LoopState, metrics: dict[str, float]) -> None:
+        """Add the record of a finished epoch to the state."""
         if not self._checkpointer.world.is_main:
             self.log.forget()
             return
         state.log.append(
             {"epoch": state.epoch, "step": state.step, "train": self.log.epoch(), "valid": metrics}
         )
-        state.write_log(output_dir)
 
     def close(self, state: str) -> None:
         """Write the last heartbeat. `state` is `finished`, `failed` or `stopped`."""
@@ -97,7 +99,16 @@ class LoopReport:
     def _tell(self, step: int, record: dict[str, float]) -> None:
         if self._tracker is not None:
             self._tracker.log(step, record)
-        self._accelerator.log(record, step=step)
+        try:
+            self._accelerator.log(record, step=step)
+        except Exception as error:  # noqa: BLE001 - a tracker that is down must not end a training
+            say = logger.debug if self._warned else logger.warning
+            say(
+                "A tracker of the accelerator failed, and training goes on: %s: %s",
+                type(error).__name__,
+                error,
+            )
+            self._warned = True
 
     def _learning_rate(self) -> float | None:
         schedulers, optimizers = self._accelerator._schedulers, self._accelerator._optimizers

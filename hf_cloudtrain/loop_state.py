@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.manifest import META, decode_record
-from hf_cloudtrain.process import half_made_by
+from hf_cloudtrain.process import half_made_by, is_left_over
 from hf_cloudtrain.redaction import SECRET_NAME, redact
 
 TRAINING_STATE = "training_state.json"
@@ -45,8 +46,11 @@ class LoopState:
     """Optimizer steps so far."""
     batches: int = 0
     """Batches of this epoch that each process has trained on; 0 between epochs."""
+    nonce: str = ""
+    """Of this save; its manifest has the same."""
     best_metric: float | None = None
     best_step: int | None = None
+    best_nonce: str = ""
     seed: int = 0
     """What torch was seeded with."""
     script_args: dict[str, Any] = field(default_factory=dict)
@@ -95,25 +99,28 @@ class LoopState:
             **counts,  # type: ignore[arg-type]
             best_metric=float(best) if isinstance(best, (int, float)) and math.isfinite(best) else None,
             best_step=best_step if type(best_step) is int else None,
+            nonce=str(record.get("nonce"))[:200],
+            best_nonce=str(record.get("best_nonce"))[:200],
             log=[item for item in log if isinstance(item, dict)] if isinstance(log, list) else [],
             sums=record.get("sums") or {},
         )
 
 
-def write_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
-    """Write everything that Accelerate knows, on every rank. What all ranks write to one name is put right afterwards."""
-    import torch
-
+def write_state(accelerator: Any, folder: Path) -> None:
+    """Write everything that Accelerate knows, on every rank."""
     with (
         _plain_naming(accelerator),
         _hooked(accelerator.register_save_state_pre_hook(_unwrap_weights(accelerator))),
     ):
         accelerator.save_state(str(folder))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
+
+
+def put_right_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
+    """What all ranks have written to one name, and what `from_pretrained` needs; on one rank, when all have written."""
+    import torch
+
     for path in folder.glob("dl_state_dict*.bin"):
-        path.unlink()  # every rank wrote its own over it; ours are in loop_state_<rank>.pt
+        path.unlink()  # the last writer's; ours are in loop_state_<rank>.pt
     if accelerator.scaler is not None:
         torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
     model = accelerator.unwrap_model(accelerator._models[0])
@@ -140,7 +147,7 @@ def wanted_by(ranks: list[int]) -> Any:
 
 def is_for_people(path: str) -> bool:
     """Whether a file of a checkpoint belongs into `best/` and `last/`: the model, not what only a resume needs."""
-    return "/" not in path and _RESUME_ONLY.fullmatch(path) is None
+    return _RESUME_ONLY.fullmatch(path) is None and not path.startswith("optimizer")
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -150,10 +157,12 @@ def publish(folder: Path, target: Path) -> None:
     """
     beside = target.parent / META / f"{target.name}-{half_made_by()}"
     beside.mkdir(parents=True)
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     # The state last: a folder that holds it is whole.
-    for item in sorted(folder.iterdir(), key=lambda item: item.name == TRAINING_STATE):
-        if item.is_file() and is_for_people(item.name):
-            _link_or_copy(item, beside / item.name)
+    for path in sorted(paths, key=lambda path: path.name == TRAINING_STATE):
+        if is_for_people(path.as_posix()):
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(folder / path, beside / path)
     gone = target.parent / META / f"{target.name}-{half_made_by()}"
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, gone)
@@ -163,8 +172,6 @@ def publish(folder: Path, target: Path) -> None:
 
 def put_right(output_dir: Path) -> None:
     """Give `best` and `last` back what a killed process had moved away, and remove what it left half-made."""
-    from hf_cloudtrain.process import is_left_over
-
     for name in ("best", "last"):
         left = [path for path in (output_dir / META).glob(f"{name}-*") if is_left_over(path.name)]
         whole = [path for path in left if (path / TRAINING_STATE).is_file()]
@@ -173,7 +180,8 @@ def put_right(output_dir: Path) -> None:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
     for path in (*(output_dir / META).glob("saving-*"), *(output_dir / META).glob("gone-*")):
-        shutil.rmtree(path, ignore_errors=True)
+        if is_left_over(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def storable_args(script_args: dict[str, Any] | None) -> dict[str, Any]:
@@ -227,10 +235,11 @@ def _unwrap_weights(accelerator: Any) -> Any:
                 return
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             state = model.state_dict()
-            # Of weights that are one tensor, the name that from_pretrained ties the others to.
-            weights[index] = {
-                name: value for name, value in state.items() if name not in tied or tied[name] not in state
-            }
+            # Of weights that are one tensor, the name that from_pretrained ties the others to. Accelerate takes care of
+            # other shared and of non-contiguous tensors, in an OrderedDict only.
+            weights[index] = OrderedDict(
+                (name, value) for name, value in state.items() if name not in tied or tied[name] not in state
+            )
 
     return hook
 

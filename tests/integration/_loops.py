@@ -163,6 +163,7 @@ def train(
     inside: Callable[[TrainLoop], None] = lambda loop: None,
     prepared: Callable[[Accelerator], None] = lambda accelerator: None,
     log_with: Any = None,
+    plugin: Any = None,
     **arguments: Any,
 ) -> tuple[dict[str, torch.Tensor], list[Any], TrainLoop]:
     """One attempt: (weights at its end, [step it belongs to, epoch, sample ids] of each batch, the loop).
@@ -176,7 +177,11 @@ def train(
     set_seed(seed)
     accelerator = Accelerator(
         cpu=True,
-        gradient_accumulation_steps=accumulation,
+        **(
+            {"gradient_accumulation_plugin": plugin}
+            if plugin
+            else {"gradient_accumulation_steps": accumulation}
+        ),
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(**(config or {})),
         log_with=log_with,
@@ -187,6 +192,8 @@ def train(
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.05)
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10))
     options = {"shuffle": not isinstance(dataset, IterableDataset), **loader()}
+    if "batch_sampler" in options:
+        options.pop("shuffle")
     batches: Any = DataLoader(dataset, batch_size=batch_size, num_workers=workers, **options)
     if prepare:
         batches = accelerator.prepare(batches)
@@ -244,17 +251,18 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 def through_kills(
     folder: Path, dataset: Callable[[], Any], *, kills: tuple[int, ...] = (3, 7), **arguments: Any
 ) -> dict[str, Any]:
-    """Train without a stop, and the same through kills, each followed by an empty machine; compare."""
+    """Train without a stop, and the same through kills, each followed by an empty machine with another seed; compare."""
     weights, whole, _ = train(folder / "plain", folder / "uninterrupted", dataset(), **arguments)
     run = folder / "run"
     seen: list[Any] = []
     for number, kill in enumerate(kills):
         try:
-            train(run, folder / f"machine-{number}", dataset(), kill=kill, **arguments)
+            own = {"seed": 1 + number, **arguments}
+            train(run, folder / f"machine-{number}", dataset(), kill=kill, **own)
         except KilledError as killed:
             newest = Catalog(Storage(str(run))).newest()
             seen += [item for item in killed.args[0] if newest is not None and item[0] <= newest.step]
-    resumed, rest, loop = train(run, folder / "last-machine", dataset(), **arguments)
+    resumed, rest, loop = train(run, folder / "last-machine", dataset(), **{"seed": 9, **arguments})
     return {
         "difference": difference(weights, resumed),
         "batches": [item[1:] for item in seen + rest],
@@ -265,9 +273,30 @@ def through_kills(
     }
 
 
+def failing_save(folder: Path, failing_rank: int) -> str:
+    """What this rank hears when the disk of one of them is full."""
+    real = Accelerator.save_state
+
+    def fail(self: Accelerator, output_dir: str, **options: Any) -> Any:
+        if self.process_index == failing_rank:
+            raise OSError(28, "No space left on device")
+        return real(self, output_dir, **options)
+
+    Accelerator.save_state = fail
+    try:
+        train(folder / "run", folder / "out", Rows(27))
+    except Exception as error:  # noqa: BLE001 - the parent looks at it
+        return f"{type(error).__name__}: {error}"
+    finally:
+        Accelerator.save_state = real
+    return "nothing"
+
+
 def main(folder: str) -> None:
     """Every case of two processes, each written as JSON by its rank."""
-    results = {}
+    results: dict[str, Any] = {}
+    for rank in range(2):
+        results[f"rank {rank} cannot save"] = failing_save(Path(folder) / f"full-{rank}", rank)
     for number, (name, (dataset, arguments)) in enumerate(OF_TWO.items()):
         results[name] = through_kills(Path(folder) / str(number), dataset, **arguments)
         PartialState().wait_for_everyone()

@@ -62,6 +62,8 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
         assert launcher.wait(PATIENCE * 4) == 0, log.read_text()
     for rank in range(2):
         results = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        for failing in range(2):
+            assert "No space left on device" in results.pop(f"rank {failing} cannot save")
         assert set(results) == set(OF_TWO)
         for name, found in results.items():
             assert found["difference"] == 0.0, name
@@ -119,7 +121,7 @@ class TestSave:
         real = Accelerator.save_state
 
         def fail(self: Accelerator, output_dir: str, **options: Any) -> Any:
-            if output_dir.endswith("-4"):
+            if "saving-4-" in output_dir:
                 raise OSError(28, "No space left on device")
             return real(self, output_dir, **options)
 
@@ -130,6 +132,7 @@ class TestSave:
         assert json.loads((folder / "training_state.json").read_text())["step"] == 2
         assert torch.load(folder / "optimizer.bin", weights_only=True)["state"]
         assert (tmp_path / "out" / "last" / "training_state.json").is_file()
+        assert not list((tmp_path / "out" / ".cloudtrain").glob("saving-*"))
 
     def test_automatic_naming_of_accelerate_does_not_move_our_checkpoints(self, tmp_path: Path) -> None:
         def name_them(accelerator: Accelerator) -> None:
@@ -142,6 +145,64 @@ class TestSave:
     def test_locally_the_newest_checkpoint_alone_is_kept(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "out", Rows(20))
         assert [item.name for item in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-10"]
+
+    def test_the_end_of_an_epoch_is_no_second_save_of_a_step_where_the_loader_cannot_tell_its_end(
+        self, tmp_path: Path
+    ) -> None:
+        train(tmp_path / "run", tmp_path / "out", _loops.Stream(20), prepare=False, save_steps=1)
+        catalog = Catalog(Storage(str(tmp_path / "run")))
+        ends = [item for item in _manifests(tmp_path / "run") if item.step in (5, 10)]
+        assert [item.position.epoch for item in ends] == [1.0, 2.0]
+        assert all("eval_loss" in item.metrics for item in ends)
+        assert catalog.pointer("best") is not None
+
+    def test_the_middle_of_an_accumulation_between_epochs_is_not_called_exact(self, tmp_path: Path) -> None:
+        from accelerate.utils import GradientAccumulationPlugin
+
+        plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+        train(tmp_path / "run", tmp_path / "out", Rows(20), accumulation=1, save_steps=None, plugin=plugin)
+        first = _manifests(tmp_path / "run")[0]
+        assert not first.exact
+        assert "within an accumulation" in str(first.inexact_reason)
+
+    def test_what_a_living_process_is_writing_is_spared(self, tmp_path: Path) -> None:
+        from hf_cloudtrain.loop_state import put_right
+        from hf_cloudtrain.process import half_made_by
+
+        living, dead = f"saving-4-{half_made_by()}", f"saving-4-{2**22 + 1}-0123abcd"
+        for name in (living, dead):
+            (tmp_path / ".cloudtrain" / name).mkdir(parents=True)
+        put_right(tmp_path)
+        assert [path.name for path in (tmp_path / ".cloudtrain").iterdir()] == [living]
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high"])
+    def test_a_metric_that_is_no_number_is_never_the_best_and_ends_no_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+    ) -> None:
+        answers = iter([value, 0.5])
+        monkeypatch.setattr(_loops, "evaluate", lambda model, loop: next(answers))
+        _, _, loop = train(tmp_path / "run", tmp_path / "out", Rows(20))
+        assert loop.best_metric == 0.5
+        assert [item.step for item in _manifests(tmp_path / "run") if "best_metric" in item.metrics] == [10]
+
+    def test_a_metric_that_is_not_there_costs_no_epoch(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"'los' is not among.*nearest is 'loss'"):
+            train(tmp_path / "run", tmp_path / "one", Rows(20), metric_for_best_model="los")
+        _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20))
+        assert {item[1] for item in seen} == {1}
+
+    def test_a_tracker_that_is_down_ends_no_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(self: Accelerator, values: Any, step: int | None = None) -> None:
+            raise ConnectionError("no answer")
+
+        monkeypatch.setattr(Accelerator, "log", fail)
+        _, _, loop = train(tmp_path / "run", tmp_path / "out", Rows(20))
+        assert loop.global_step == 10
+        assert caplog.text.count("no answer") == 1
 
 
 class TestResume:
@@ -210,6 +271,39 @@ class TestResume:
                 inside=lambda loop: steps.append(loop.global_step),
             )
         assert steps == []
+
+    def test_a_sampler_that_goes_on_otherwise_is_refused(self, tmp_path: Path) -> None:
+        """It gives the same batches again, for its first numbers are restored, and then others."""
+        _killed(tmp_path, 3, loader=lambda: {"shuffle": False, "sampler": _Lazy(20)})
+        with pytest.raises(PositionError, match="the batch after them is another one"):
+            train(
+                tmp_path / "run",
+                tmp_path / "two",
+                Rows(20),
+                loader=lambda: {"shuffle": False, "sampler": _Lazy(20)},
+            )
+
+    def test_a_batch_sampler_with_a_generator_of_its_own_finds_its_place(self, tmp_path: Path) -> None:
+        found = through_kills(
+            tmp_path, lambda: Rows(20), loader=lambda: {"batch_sampler": _Shuffled(20)}, batch_size=1
+        )
+        assert found["difference"] == 0.0
+        assert found["batches"] == found["uninterrupted"]
+
+    def test_another_iteration_of_the_loader_meanwhile_does_not_count(self, tmp_path: Path) -> None:
+        loaders: list[Any] = []
+
+        def keep(accelerator: Accelerator) -> None:
+            loaders[:] = accelerator._dataloaders
+
+        def look(loop: TrainLoop) -> None:
+            next(iter(loaders[0].base_dataloader))
+
+        found = through_kills(
+            tmp_path, lambda: Rows(20), prepared=keep, inside=look, config={"use_seedable_sampler": True}
+        )
+        assert found["difference"] == 0.0
+        assert found["batches"] == found["uninterrupted"]
 
     def test_fewer_data_are_refused_before_a_step(self, tmp_path: Path) -> None:
         _killed(tmp_path, 5, size=32)
@@ -369,6 +463,21 @@ class TestEnd:
             "finished",
         ]
 
+    def test_epochs_that_are_left_with_break_are_a_stop(self, tmp_path: Path) -> None:
+        accelerator = _loops.Accelerator(cpu=True)
+        batches = accelerator.prepare(torch.utils.data.DataLoader(Rows(20), batch_size=4))
+        accelerator.prepare(torch.nn.Linear(1, 1))
+        loop = TrainLoop(accelerator, str(tmp_path / "run"), num_epochs=2, output_dir=tmp_path / "out")
+        for _ in loop.epochs():
+            list(loop.steps(batches))
+            loop.end_epoch()
+            break
+        assert [info.state for info in read_history(str(tmp_path / "run")).attempts] == ["stopped"]
+
+    def test_a_loader_without_a_batch_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="gave no batch in epoch 0"):
+            train(tmp_path / "run", tmp_path / "out", Rows(3), loader=lambda: {"drop_last": True})
+
     @pytest.mark.parametrize(
         ("misuse", "words"),
         [
@@ -399,10 +508,6 @@ class TestEnd:
         with pytest.raises(ConfigurationError, match=f"{name}=0"):
             TrainLoop(_loops.Accelerator(cpu=True), str(tmp_path / "run"), **arguments)
 
-    def test_a_metric_that_is_not_there_is_named_with_the_nearest(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigurationError, match=r"'los' is not among.*nearest is 'loss'"):
-            train(tmp_path / "run", tmp_path / "out", Rows(20), metric_for_best_model="los")
-
 
 class _Counter:
     def __init__(self) -> None:
@@ -413,6 +518,33 @@ class _Counter:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.count = state["count"]
+
+
+class _Lazy(torch.utils.data.Sampler):
+    """Draws each index when it is asked for, from the state that the model draws from, too."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        for _ in range(self.size):
+            yield int(torch.randint(self.size, ()))
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class _Shuffled(torch.utils.data.BatchSampler):
+    """Shuffles batches of neighbours by a generator of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(torch.utils.data.SequentialSampler(range(size)), 4, drop_last=False)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def __iter__(self) -> Any:
+        batches = list(super().__iter__())
+        for at in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield batches[at]
 
 
 class _Tracker(GeneralTracker):
@@ -437,9 +569,9 @@ class _Tracker(GeneralTracker):
         self.steps.append((step, next(iter(values))))
 
 
-def _killed(folder: Path, step: int, size: int = 20) -> None:
+def _killed(folder: Path, step: int, size: int = 20, **arguments: Any) -> None:
     with pytest.raises(KilledError):
-        train(folder / "run", folder / "one", Rows(size), kill=step)
+        train(folder / "run", folder / "one", Rows(size), kill=step, **arguments)
 
 
 def _manifests(run: Path) -> list[Any]:

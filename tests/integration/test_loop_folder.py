@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def train(
     model: Any = None,
     rate: float = 0.1,
     resume_only: bool = False,
+    prepared: Callable[[Accelerator], None] = lambda accelerator: None,
     **arguments: Any,
 ) -> tuple[Any, TrainLoop]:
     """Two steps an epoch, whose evaluations find these losses; starts where the run stands."""
@@ -72,6 +74,7 @@ def train(
     model = BertForSequenceClassification(config()) if model is None else model
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=rate)
     model, optimizer, batches = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=2))
+    prepared(accelerator)
     loop = TrainLoop(
         accelerator,
         str(run),
@@ -174,8 +177,80 @@ class TestBestAndLast:
         (tmp_path / "out" / "last" / "config.json").write_text("{}")
         assert (tmp_path / "out" / "checkpoint-2" / "config.json").read_text() == committed
 
+    def test_what_another_run_left_in_the_folder_is_replaced(self, tmp_path: Path) -> None:
+        train(tmp_path / "other", tmp_path / "out", losses=(0.1, 0.2), rate=0.5)
+        train(tmp_path / "run", tmp_path / "elsewhere", losses=(0.3, 0.4))
+        train(tmp_path / "run", tmp_path / "out", losses=(0.3, 0.4))  # complete: nothing is trained
+        for name in ("last", "best"):
+            mine, theirs = (
+                AutoModelForSequenceClassification.from_pretrained(tmp_path / folder / name)
+                for folder in ("out", "elsewhere")
+            )
+            assert same_weights(mine, theirs)
+        logs = [(tmp_path / folder / "log.json").read_text() for folder in ("out", "elsewhere")]
+        assert logs[0] == logs[1]
+
+    def test_a_disk_that_is_full_for_copies_ends_no_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(*words: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("hf_cloudtrain.loop_folder.publish", fail)
+        monkeypatch.setattr(LoopState, "write_log", fail)
+        _, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.3,))
+        assert loop.global_step == 2
+        assert "'log.json' could not be written" in caplog.text
+
 
 class TestModels:
+    @pytest.mark.parametrize("kind", ["tied", "channels last"])
+    def test_weights_that_share_memory_or_lie_in_another_order_are_saved(
+        self, tmp_path: Path, kind: str
+    ) -> None:
+        def make() -> Any:
+            set_seed(3)
+            model: Any = torch.nn.Sequential(
+                torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+            )
+            if kind == "tied":
+                model[1].weight = model[0].weight
+            else:
+                model.append(torch.nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last))
+            return model
+
+        results = []
+        for out in ("one", "two"):
+            _loops.forget_accelerate()
+            accelerator = Accelerator(cpu=True)
+            model = make()
+            if out == "two":
+                with torch.no_grad():
+                    model[0].weight.zero_()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, batches = accelerator.prepare(model, DataLoader(torch.ones(4, 4), batch_size=2))
+            optimizer = accelerator.prepare(optimizer)
+            loop = TrainLoop(accelerator, str(tmp_path / "run"), num_epochs=1, output_dir=tmp_path / out)
+            for _ in loop.epochs():
+                for batch in loop.steps(batches):
+                    accelerator.backward(model[1](model[0](batch)).mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            results.append(model)
+        assert same_weights(*results)
+
+    def test_weights_that_a_hook_of_the_user_writes_are_published(self, tmp_path: Path) -> None:
+        def into_a_folder(models: list[Any], weights: list[Any], folder: str) -> None:
+            for model in models:
+                model.save_pretrained(os.path.join(folder, "unet"))
+                weights.pop()
+
+        def prepared(accelerator: Accelerator) -> None:
+            accelerator.register_save_state_pre_hook(into_a_folder)
+
+        train(tmp_path / "run", tmp_path / "out", losses=(0.3,), prepared=prepared)
+        assert (tmp_path / "out" / "best" / "unet" / "model.safetensors").is_file()
+
     def test_weights_that_are_one_tensor_load_again(self, tmp_path: Path) -> None:
         tied = config()
         tied.architectures = ["BertForMaskedLM"]
