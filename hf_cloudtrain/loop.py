@@ -204,6 +204,9 @@ class TrainLoop:
     def steps(self, dataloader: Any) -> Iterator[Any]:
         """The batches of this epoch that are left. One call an epoch, inside `epochs`.
 
+        Random numbers that a data set draws in loader processes begin anew after a resume within an epoch; the order of the
+        samples does not. Let augmentation depend on the sample's index and the epoch.
+
         Args:
             dataloader: the training loader, as `accelerator.prepare` made it.
 
