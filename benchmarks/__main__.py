@@ -14,7 +14,10 @@ from benchmarks.apart import run_apart
 from benchmarks.measure import Scale
 from benchmarks.report import PAGE, Row, machine, print_table, write_page
 
-NAMES = ("stall", "step", "upload", "cpu", "restore", "training", "memory", "finding", "seam")
+NAMES = (
+    *("stall", "step", "loop", "functions"),
+    *("upload", "cpu", "restore", "training", "memory", "finding", "seam"),
+)
 
 
 def main() -> None:

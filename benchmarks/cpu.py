@@ -9,7 +9,7 @@ from __future__ import annotations
 import xxhash
 
 from benchmarks.clients import Ours, Place, raw_uploads
-from benchmarks.measure import GB, Checkpoint, Contestant, Scale, Timing, Workplace, side_by_side
+from benchmarks.measure import GB, ROUNDS, Checkpoint, Contestant, Scale, Timing, Workplace, side_by_side
 from benchmarks.report import Row, at_most
 from benchmarks.sink import Sink
 
@@ -23,7 +23,7 @@ def run(scale: Scale) -> list[Row]:
         place = Place.of(sink)
         with Ours(place, checkpoint, work) as ours:
             contestants = [ours.upload(), *raw_uploads(place, checkpoint), _digest_pass(checkpoint.size)]
-            timings = side_by_side(contestants, scale.pick(9, 1))
+            timings = side_by_side(contestants, scale.pick(ROUNDS, 1))
 
     def a_gb(timing: Timing) -> float:
         return timing.median_cpu / checkpoint.size * GB

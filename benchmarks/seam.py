@@ -63,7 +63,7 @@ def run(scale: Scale) -> list[Row]:
                 contestants += [
                     _download(name, transfer, checkpoint, work) for name, transfer in transfers.items()
                 ]
-                timings = side_by_side(contestants, scale.pick(5, 1))
+                timings = side_by_side(contestants, scale.pick(3, 1))
             rows += [
                 _row(f"seam, {what}, {link}", checkpoint, timings, what) for what in ("upload", "download")
             ]

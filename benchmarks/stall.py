@@ -37,30 +37,24 @@ MEDIAN_TARGET, P99_TARGET = 10.0, 50.0
 SHARE_TARGET = 2.0
 """Percent of Trainer's own save."""
 RANKS = 2
+SAVES = 30
 
 
 def run(scale: Scale) -> list[Row]:
     with Workplace() as work:
         with Sink(SLOW_LINK) as sink:
             stalls, saves, busy = _train(Place.of(sink), work, scale)
-        own = statistics.median(saves)
         rows = [
-            *_rows("stall of a save, in Trainer", stalls, f"{busy} of {len(stalls)} beside an upload"),
-            at_most(
-                "stall beside Trainer's own save",
-                f"{statistics.median(stalls) * 1e3:.1f} ms",
-                f"Trainer {own * 1e3:.0f} ms",
-                statistics.median(stalls) / own * 100,
-                SHARE_TARGET,
-                " %",
-            ),
+            *stall_rows("stall of a save, in Trainer", stalls, f"{busy} of {len(stalls)} beside an upload"),
+            share_row("stall beside Trainer's own save", stalls, "Trainer", saves),
         ]
         with Sink(SLOW_LINK) as sink:
             stalls = _two_ranks(Place.of(sink), work, scale)
-        return rows + _rows(f"stall of a save, {RANKS} ranks", stalls, f"{len(stalls)} saves")
+        return rows + stall_rows(f"stall of a save, {RANKS} ranks", stalls, f"{len(stalls)} saves")
 
 
-def _rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
+def stall_rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
+    """Median and 99th percentile of seconds that training waited for us."""
     median, slowest = statistics.median(stalls) * 1e3, percentile(stalls, 99) * 1e3
     shown = f"median {median:.1f} ms, p99 {slowest:.1f} ms"
     return [
@@ -69,17 +63,38 @@ def _rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
     ]
 
 
-def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float], int]:
-    """(seconds of each on_save, seconds of each of Trainer's own saves, how many found an upload running)."""
+def share_row(what: str, stalls: Sequence[float], framework: str, saves: Sequence[float]) -> Row:
+    """Our part of a save beside the framework's own; seconds."""
+    stall, own = statistics.median(stalls), statistics.median(saves)
+    shown, beside = f"{stall * 1e3:.1f} ms", f"{framework} {own * 1e3:.0f} ms"
+    return at_most(what, shown, beside, stall / own * 100, SHARE_TARGET, " %")
+
+
+def bert(scale: Scale) -> BertForSequenceClassification:
+    """BERT of base size: 1.3 GB with AdamW's state."""
     torch.manual_seed(0)
-    config = (
+    return BertForSequenceClassification(
         BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
         if scale.quick
         else BertConfig()
     )
+
+
+def sentences(count: int) -> list[dict[str, torch.Tensor]]:
+    """Short ones: what counts here is how often is saved."""
+    return [{"input_ids": torch.arange(8), "labels": torch.tensor(number % 2)} for number in range(count)]
+
+
+def is_uploading(output_dir: str | Path) -> bool:
+    """Whether an earlier save is still on its way."""
+    return any(Path(output_dir, META, "outbox").glob("[0-9]*"))
+
+
+def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float], int]:
+    """(seconds of each on_save, seconds of each of Trainer's own saves, how many found an upload running)."""
     args = TrainingArguments(
         output_dir=str(work.folder / "out"),
-        max_steps=scale.pick(36, 3),
+        max_steps=scale.pick(SAVES, 3),
         save_steps=1,
         save_total_limit=2,
         per_device_train_batch_size=1,
@@ -90,11 +105,9 @@ def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], li
     )
     cloud = _TimedCloud("s3://bench/stall", storage_options=place.storage_options)
     trainer = _TimedTrainer(
-        model=BertForSequenceClassification(config),
+        model=bert(scale),
         args=args,
-        train_dataset=[
-            {"input_ids": torch.arange(8), "labels": torch.tensor(number % 2)} for number in range(64)
-        ],
+        train_dataset=sentences(64),
         callbacks=[cloud],
     )
     trainer.remove_callback(PrinterCallback)
@@ -124,7 +137,7 @@ class _TimedCloud(CloudTrainCallback):
         super().__init__(run_url, **kwargs)
 
     def on_save(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        self.busy += any(Path(args.output_dir, META, "outbox").glob("[0-9]*"))
+        self.busy += is_uploading(args.output_dir)
         start = time.perf_counter()
         super().on_save(args, *rest, **kwargs)
         self.seconds.append(time.perf_counter() - start)

@@ -28,8 +28,8 @@ TARGET = 1.05
 def run(scale: Scale) -> list[Row]:
     with Workplace() as work, Sink(SLOW_LINK) as sink:
         pin(sink.pid, (os.cpu_count() or 1) - 1)
-        # 600 MB: 5 seconds of the link.
-        checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(200_000_000, 20_000_000))
+        # 450 MB: 3.6 seconds of the link.
+        checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(150_000_000, 20_000_000))
         place = Place.of(sink)
         with Ours(place, checkpoint, work) as ours:
             uploads = {contestant.name: contestant.run for contestant in raw_uploads(place, checkpoint)}

@@ -8,7 +8,18 @@ serve s3` reads whole files for the ETags of a LIST, and ours lists what arrived
 from __future__ import annotations
 
 from benchmarks.clients import Ours, Place, raw_uploads, s3fs_upload
-from benchmarks.measure import GB, LIMITED, LINKS, Checkpoint, Scale, Timing, Workplace, fastest, side_by_side
+from benchmarks.measure import (
+    GB,
+    LIMITED,
+    LINKS,
+    ROUNDS,
+    Checkpoint,
+    Scale,
+    Timing,
+    Workplace,
+    fastest,
+    side_by_side,
+)
 from benchmarks.report import Row, at_least
 from benchmarks.sink import Sink
 from tests.servers import RcloneServer
@@ -36,7 +47,7 @@ def _on_sink(link: str, place: Place, checkpoint: Checkpoint, work: Workplace, s
             *(ours.upload(), *raw_uploads(place, checkpoint)),
             s3fs_upload(place, checkpoint, scale.pick(S3FS_ROUNDS, 1)),
         ]
-        timings = side_by_side(contestants, scale.pick(9, 1))
+        timings = side_by_side(contestants, scale.pick(ROUNDS, 1))
     mine, s3fs = timings.pop("ours"), timings.pop("s3fs")
     what, shown = f"upload, {link}", speed(checkpoint, mine)
     best = timings[fastest(timings)].median / mine.median

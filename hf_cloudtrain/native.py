@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import errno
 import ipaddress
+import mmap
 import os
 import re
 import stat
@@ -106,27 +107,23 @@ class NativeTransfer:
         return hasher.hexdigest()
 
     def _download_ranges(self, key: str, target: FileIO, size: int, on_bytes: Callable[[int], None]) -> str:
-        """Ranges are written where they belong, in parallel, and read back in order while the page cache has them."""
+        """Ranges are written where they belong, in parallel, and hashed in order while the page cache has them."""
         hasher = xxhash.xxh3_128()
-        view = memoryview(bytearray(BLOCK_SIZE))
         starts = iter(range(0, size, PART_SIZE))
         waiting: deque[Future[int]] = deque()
         position = 0
         with ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="cloudtrain-range") as pool:
             while True:
-                while len(waiting) < PARTS_IN_FLIGHT and (start := next(starts, None)) is not None:
+                # One more than there are threads, so that none waits for the digest.
+                while len(waiting) <= PARTS_IN_FLIGHT and (start := next(starts, None)) is not None:
                     stop = min(start + PART_SIZE, size)
                     waiting.append(pool.submit(self._fetch_range, key, target, start, stop))
                 if not waiting:
                     return hasher.hexdigest()
                 stop = waiting.popleft().result()
                 on_bytes(stop - position)
-                while position < stop:
-                    got = target.readinto(view[: stop - position])
-                    if not got:
-                        raise OSError(errno.EIO, f"{target.name!r} lost what was written to it")
-                    hasher.update(view[:got])
-                    position += got
+                _hash_span(target, position, stop, hasher)
+                position = stop
 
     def _fetch_range(self, key: str, target: FileIO, start: int, stop: int) -> int:
         position = start
@@ -179,6 +176,30 @@ def _write_at(target: FileIO, block: bytes, position: int) -> int:
         written = os.pwrite(target.fileno(), view, position)
         view, position = view[written:], position + written
     return position
+
+
+def _hash_span(file: FileIO, start: int, stop: int, hasher: Any) -> None:
+    """Hash what was written between two positions; `start` is a multiple of the page size.
+
+    Mapped, because copying it out of the page cache again costs as much as the digest does.
+    """
+    try:
+        span = mmap.mmap(file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start)
+    except (OSError, ValueError):  # nothing is mapped here, or the file was cut: reading tells which
+        _hash_read(file, start, stop, hasher)
+        return
+    with span:
+        hasher.update(span)
+
+
+def _hash_read(file: FileIO, start: int, stop: int, hasher: Any) -> None:
+    view = memoryview(bytearray(BLOCK_SIZE))
+    while start < stop:
+        got = os.preadv(file.fileno(), [view[: stop - start]], start)
+        if not got:
+            raise OSError(errno.EIO, f"{file.name!r} lost what was written to it")
+        hasher.update(view[:got])
+        start += got
 
 
 def _hashed_blocks(

@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import finding, report
+from benchmarks.clients import Place
 from benchmarks.measure import Checkpoint, Contestant, Scale, Workplace, percentile, side_by_side
 from benchmarks.report import Row
+from benchmarks.sink import Sink
 
 QUICK = Scale(quick=True)
 
@@ -101,3 +103,33 @@ def test_law_12_our_events_of_a_step_run_no_torch_operation() -> None:
 
     _, operations = step.run(QUICK)
     assert operations.ours == "0"
+
+
+def test_law_12_a_step_of_the_loop_runs_no_torch_operation() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    from benchmarks import loop
+
+    try:
+        with Workplace() as work, Sink() as sink:
+            _, operations = loop.step_rows(Place.of(sink), work, stretch=10)
+    finally:  # they are one for all of a process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert operations.ours == "0"
+
+
+def test_law_12_a_step_of_the_functions_runs_no_torch_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import functions
+
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORAGE_OPTIONS", "{}")  # it sets its own; gone after this test
+    _, operations, _ = functions.run(QUICK)
+    assert operations.ours == "0"
+
+
+def test_waiting_for_accelerate_on_another_rank_is_no_stall_of_ours() -> None:
+    from benchmarks.loop import _Save, _stall
+
+    first = _Save(before=0.001, own=3.0, ended=103.0, done=103.5, beside_upload=True)
+    second = _Save(before=0.002, own=0.1, ended=100.1, done=103.25, beside_upload=True)
+    assert _stall([first, second]) == pytest.approx(0.502)
