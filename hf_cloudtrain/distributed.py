@@ -23,6 +23,8 @@ from hf_cloudtrain.meeting import FolderStore, LauncherStore, Meeting, Store
 
 T = TypeVar("T")
 
+QUICK_SECONDS = 0.02
+"""Work that is over by then needs one meeting of the ranks."""
 TURN_SECONDS = 0.25
 """Longest time between two meetings of the ranks while one of them works: what they may answer late."""
 
@@ -151,6 +153,7 @@ class World:
         if self.size == 1:
             return [work() if work else None]
         task = _Task(work)
+        task.settle(QUICK_SECONDS)
         pause = 0.001
         while True:
             states = self._gather(task.state())
@@ -221,7 +224,13 @@ class _Task:
             return False, None, None
         return True, self._answer, _picklable(self.error)
 
+    def settle(self, seconds: float) -> None:
+        """Wait for the work, where there is any."""
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
     def wait(self, seconds: float) -> None:
+        """Wait for the work, or as long for that of other ranks."""
         if self._thread.is_alive():
             self._thread.join(seconds)
         else:

@@ -121,7 +121,7 @@ class TrainLoop:
         self._training = False
         self._stopping = False
         self._save_asked = False
-        self._reset_epoch()
+        self._epoch_over = self._inside_batch = self._epoch_saved = False
 
     @property
     def global_step(self) -> int:
@@ -272,6 +272,8 @@ class TrainLoop:
             raise ConfigurationError("end_epoch() belongs inside `for epoch in loop.epochs()`.")
         if self._epoch_saved:
             raise ConfigurationError(f"end_epoch() was called twice in epoch {self.epoch}.")
+        if self._here is not None and self._place is not None and _is_last(self._place):
+            self._epoch_over = True  # stopped at its last step, and evaluated
         found = {name: number(value) for name, value in (metrics or {}).items()}
         found, better, problem = self._world.agree(lambda: self._judge(found), "find the best metric")
         self._end_epoch({name: value for name, value in found.items() if math.isfinite(value)}, better)
@@ -286,7 +288,12 @@ class TrainLoop:
         while True:
             asked = self._save_asked or self._stopping
             place.save_foreseen = asked or self._is_save_step(self.global_step + 1)
-            batch = next(batches, _END)
+            try:
+                batch = next(batches, _END)
+            except Exception:
+                if self._here is not None:
+                    self._save({}, best=False)
+                raise
             if resumed:
                 place.settle()
                 self._world.each(place.refuse_other_order, "find its place in the data")
@@ -330,9 +337,8 @@ class TrainLoop:
         return self.save_steps is not None and step % self.save_steps == 0
 
     def _stop_here(self, place: DataPosition) -> None:
-        """Within an epoch a resume goes on from right here, not from after the evaluation that may follow."""
-        self._epoch_over = _is_last(place)
-        self._here = None if self._epoch_over else self._look(place)
+        """A resume goes on from right here, not from after the evaluation that may follow."""
+        self._here = self._look(place)
         leave(place.dataloader)
 
     def _look(self, place: DataPosition) -> Here:

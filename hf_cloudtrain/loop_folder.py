@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_cloudtrain.loop_state import (
     put_right,
     put_right_state,
     read_state,
+    remove_later,
     wanted_by,
     write_state,
 )
@@ -107,9 +107,8 @@ class LoopFolder:
         beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
         try:
             self._world.here(lambda: self._write(beside, here), f"write {folder.name}")
-            self._world.agree(lambda: self._complete_state(beside, state), f"write {folder.name}")
             self._world.each_leader(
-                lambda: self._move_in(beside, folder), f"put {folder.name} into its place"
+                lambda: self._move_in(beside, folder, state), f"put {folder.name} into its place"
             )
         except Exception:
             shutil.rmtree(beside, ignore_errors=True)  # the disk may be full
@@ -183,16 +182,15 @@ class LoopFolder:
         record = {"place": here.place, "now": here.now.to_record(), "seed": here.seed}
         torch.save(record, folder / f"loop_state_{self._world.rank}.pt")
 
-    def _complete_state(self, folder: Path, state: LoopState) -> None:
-        put_right_state(self._accelerator, folder, self._processing_class)
-        (folder / TRAINING_STATE).write_text(state.encode())
-
-    def _move_in(self, beside: Path, folder: Path) -> None:
+    def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
+        if self._world.is_main:
+            put_right_state(self._accelerator, beside, self._processing_class)
+            (beside / TRAINING_STATE).write_text(state.encode())
         if folder.exists():
-            _remove_later(folder)
+            _move_away(folder)
         os.rename(beside, folder)
         if self._newest is not None and self._newest != folder:
-            _remove_later(self._newest)
+            _move_away(self._newest)
         self._newest = folder
 
 
@@ -204,9 +202,8 @@ def _nonce_in(folder: Path) -> str | None:
         return None
 
 
-def _remove_later(folder: Path) -> None:
-    """Give the space back in a thread: gigabytes take the disk longer than a save may."""
+def _move_away(folder: Path) -> None:
     gone = folder.parent / META / f"gone-{half_made_by()}"
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, gone)
-    threading.Thread(target=shutil.rmtree, args=(gone, True), name="cloudtrain-rm", daemon=True).start()
+    remove_later(gone)

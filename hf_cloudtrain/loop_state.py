@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -167,7 +168,12 @@ def publish(folder: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, gone)
     os.rename(beside, target)
-    shutil.rmtree(gone, ignore_errors=True)
+    remove_later(gone)
+
+
+def remove_later(folder: Path) -> None:
+    """Give the space back in a thread: gigabytes take the disk longer than a save may."""
+    threading.Thread(target=shutil.rmtree, args=(folder, True), name="cloudtrain-rm", daemon=True).start()
 
 
 def put_right(output_dir: Path) -> None:

@@ -44,7 +44,8 @@ def test_law_7_a_loop_killed_in_both_epochs_equals_uninterrupted_with(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "name", ["shuffling", "lasting loader processes", "a generator", "a stream with a state"]
+    "name",
+    ["shuffling", "a seedable sampler", "lasting loader processes", "a generator", "a stream with a state"],
 )
 def test_law_7_a_checkpoint_between_two_epochs_is_exact_with(tmp_path: Path, name: str) -> None:
     dataset, arguments = CASES[name]
@@ -385,6 +386,27 @@ class TestEnd:
         assert read_history(str(tmp_path / "run")).attempts[0].state == "stopped"
         resumed, rest, _ = train(tmp_path / "run", tmp_path / "two", Rows(28, noise=True), **arguments)
         assert seen + rest == batches
+        assert _loops.difference(whole, resumed) == 0.0
+
+    @pytest.mark.parametrize("evaluated", [True, False])
+    def test_stop_at_the_last_step_of_an_epoch_is_exact(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
+    ) -> None:
+        """Where the script leaves the evaluation out when it was stopped, the next attempt makes up for it."""
+        whole, _, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), save_steps=None)
+
+        def stop(loop: TrainLoop) -> None:
+            if loop.global_step == 4:
+                loop.stop()
+
+        with monkeypatch.context() as patched:
+            if not evaluated:
+                patched.setattr(_loops, "evaluate", lambda model, loop: 0.0)
+                patched.setattr(TrainLoop, "end_epoch", lambda loop, metrics: None)
+            train(tmp_path / "run", tmp_path / "one", Rows(20), save_steps=None, inside=stop)
+        assert [item.position.epoch for item in _manifests(tmp_path / "run")] == [1.0]
+        resumed, rest, _ = train(tmp_path / "run", tmp_path / "two", Rows(20), save_steps=None)
+        assert [item[1] for item in rest] == [1] * 5
         assert _loops.difference(whole, resumed) == 0.0
 
     def test_a_complete_run_brings_its_results_to_an_empty_machine(self, tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""TrainLoop: what a checkpoint says of itself, and corners that a fault could hide in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.storage import Storage
+from tests.integration import _loops
+from tests.integration._loops import KilledError, Rows, StatefulStream, difference, train
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Any:
+    _loops.forget_accelerate()
+    yield
+    _loops.forget_accelerate()
+
+
+def manifests(run: Path) -> list[Any]:
+    catalog = Catalog(Storage(str(run)))
+    return [catalog.read(key) for key in catalog.checkpoints()]
+
+
+def killed(folder: Path, step: int, dataset: Any, **arguments: Any) -> None:
+    with pytest.raises(KilledError):
+        train(folder / "run", folder / "one", dataset, kill=step, **arguments)
+
+
+def test_a_manifest_tells_the_position(tmp_path: Path) -> None:
+    killed(tmp_path, 3, Rows(20), accumulation=2, epochs=3)
+    position = manifests(tmp_path / "run")[0].position
+    assert (position.global_step, position.samples_seen, position.epoch) == (2, 16, 0.8)
+    assert position.max_steps == 9, "five batches an epoch are three steps"
+    assert position.fingerprint is not None
+    train(tmp_path / "run", tmp_path / "two", Rows(20), accumulation=2, epochs=3)
+    assert manifests(tmp_path / "run")[-1].position.fingerprint is None, "between epochs there is no order"
+
+
+def test_what_cannot_be_exact_is_recorded_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_cloudtrain.data_position.fills_up", lambda loader: True)
+    train(tmp_path / "run", tmp_path / "out", StatefulStream(20))
+    found = {item.step: (item.exact, item.inexact_reason) for item in manifests(tmp_path / "run")}
+    assert found[10] == (True, None)
+    within = [reason for step, (exact, reason) in found.items() if step not in (5, 10) and not exact]
+    assert within
+    assert all("filled up with its first one" in reason for reason in within)
+
+
+def test_the_seed_that_was_set_is_told(tmp_path: Path) -> None:
+    train(tmp_path / "run", tmp_path / "out", Rows(20), seed=7)
+    assert json.loads((tmp_path / "out" / "last" / "training_state.json").read_text())["seed"] == 7
+
+
+def test_the_seed_of_a_seedable_sampler_is_that_of_the_first_attempt(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"config": {"use_seedable_sampler": True}}
+    whole, batches, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), seed=1, **arguments)
+    killed(tmp_path, 3, Rows(20), seed=1, **arguments)
+    resumed, rest, _ = train(tmp_path / "run", tmp_path / "two", Rows(20), seed=2, **arguments)
+    assert rest == batches[2:]
+    assert difference(whole, resumed) == 0.0
+
+
+def test_what_a_killed_process_left_half_made_goes_at_the_start(tmp_path: Path) -> None:
+    killed(tmp_path, 3, Rows(20))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    half = tmp_path / "one" / ".cloudtrain" / f"saving-4-{gone.pid}-{0:08x}"
+    half.mkdir()
+    train(tmp_path / "run", tmp_path / "one", Rows(20))
+    assert not half.exists()
+
+
+def test_the_best_of_the_newest_attempt_is_brought_without_what_only_a_resume_needs(tmp_path: Path) -> None:
+    train(tmp_path / "run", tmp_path / "one", Rows(20), seed=1)
+    train(tmp_path / "run", tmp_path / "two", Rows(20), seed=2, fresh=True)  # the same steps, other weights
+    train(tmp_path / "run", tmp_path / "three", Rows(20))
+    state = json.loads((tmp_path / "three" / "best" / "training_state.json").read_text())
+    assert state["seed"] == 2
+    assert {path.name for path in (tmp_path / "three" / "best").iterdir()} == {
+        "model.safetensors",
+        "training_state.json",
+    }
+
+
+def test_a_checkpoint_whose_state_is_of_another_step_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_cloudtrain.loop_state import LoopState
+
+    encode = LoopState.encode
+    monkeypatch.setattr(LoopState, "encode", lambda self: encode(self).replace('"step": 2', '"step": 3'))
+    killed(tmp_path, 3, Rows(20))
+    with pytest.raises(ManifestError, match=r"is of step 3"):
+        train(tmp_path / "run", tmp_path / "two", Rows(20))
+
+
+def test_automatic_naming_is_as_the_user_set_it_after_a_save(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    accelerators: list[Accelerator] = []
+
+    def name_them(accelerator: Accelerator) -> None:
+        accelerator.project_configuration.automatic_checkpoint_naming = True
+        accelerators.append(accelerator)
+
+    train(
+        tmp_path / "run",
+        tmp_path / "out",
+        Rows(20),
+        prepared=name_them,
+        inside=lambda loop: seen.append(accelerators[0].project_configuration.automatic_checkpoint_naming),
+    )
+    assert seen == [True] * 10
+
+
+def test_weights_that_a_hook_of_the_user_writes_are_left_to_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_model, save_model
+
+    def register(accelerator: Accelerator) -> None:
+        def save(models: list[Any], weights: list[Any], folder: str) -> None:
+            for model in models:
+                os.makedirs(f"{folder}/unet")
+                save_model(accelerator.unwrap_model(model), f"{folder}/unet/weights.safetensors")
+                weights.pop()
+
+        def load(models: list[Any], folder: str) -> None:
+            while models:
+                load_model(accelerator.unwrap_model(models.pop()), f"{folder}/unet/weights.safetensors")
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+    found = _loops.through_kills(tmp_path, lambda: Rows(20), prepared=register)
+    assert found["difference"] == 0.0
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    assert "unet" in names
+    assert "model.safetensors" not in names
+
+
+def test_an_epoch_left_with_break_within_an_accumulation_is_no_second_save_of_its_last_step(
+    tmp_path: Path,
+) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.utils.data.DataLoader(Rows(40), batch_size=4)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    loop = _loops.TrainLoop(
+        accelerator, str(tmp_path / "run"), num_epochs=1, save_steps=2, output_dir=tmp_path / "out"
+    )
+    for _ in loop.epochs():
+        for number, batch in enumerate(loop.steps(batches)):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch["x"]).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            if number == 4:  # the first of two batches, right after the save of step 2
+                loop._checkpointer._uploader.wait(60)
+                break
+        loop.end_epoch({"loss": 1.0})
+    assert [(item.step, item.position.epoch) for item in manifests(tmp_path / "run")] == [(2, 0.4), (3, 1.0)]
+    assert manifests(tmp_path / "run")[-1].metrics == {"eval_loss": 1.0}
+
+
+def test_a_save_is_made_though_the_next_batch_cannot_be_read(tmp_path: Path) -> None:
+    class Damaged(Rows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if index == 12:
+                raise ValueError("a damaged sample")
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match="a damaged sample"):
+        train(
+            tmp_path / "run",
+            tmp_path / "out",
+            Damaged(20),
+            save_steps=3,
+            prepare=False,
+            loader=lambda: {"shuffle": False},
+        )
+    assert (tmp_path / "out" / "checkpoint-3" / "training_state.json").is_file()
