@@ -13,14 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import weakref
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.checkpointer import last_committed_of
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.session import Session
@@ -268,7 +266,7 @@ class StepTrackerCallback(TrainerCallback):
                 first_step=state.global_step,
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
-                committed=_last_committed(weakref.ref(checkpointer)),
+                committed=last_committed_of(checkpointer),
             )
             self._tracker.start()
 
@@ -342,14 +340,6 @@ def _refuse_search(state: TrainerState) -> None:
             "A hyperparameter search trains many runs, and a run URL names one. Give each trial its own Trainer and "
             "URL, for example f'{url}/{trial.number}', or search without the callback."
         )
-
-
-def _last_committed(checkpointer: weakref.ref[Checkpointer]) -> Any:
-    def ask() -> CheckpointKey | None:
-        found = checkpointer()
-        return found.last_committed if found is not None else None
-
-    return ask
 
 
 def _epoch_ends(state: TrainerState, control: TrainerControl) -> bool:

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -446,3 +447,14 @@ class Checkpointer:
         if wanted not in self.catalog.checkpoints():
             reason = f" {self._save_error}" if self._save_error else ""
             raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")
+
+
+def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey | None]:
+    """Asks for the newest checkpoint that this process committed, without keeping the Checkpointer alive."""
+    reference = weakref.ref(checkpointer)
+
+    def ask() -> CheckpointKey | None:
+        found = reference()
+        return found.last_committed if found is not None else None
+
+    return ask

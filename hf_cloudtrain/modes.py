@@ -7,14 +7,13 @@ import logging
 import math
 import os
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Advice
+from hf_cloudtrain.checkpointer import Advice, last_committed_of
 from hf_cloudtrain.distributed import rank_and_size
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.in_place import InPlaceCheckpointer
@@ -147,7 +146,7 @@ class CloudMode:
                 attempt,
                 first_step=step,
                 total_steps=self._total,
-                committed=_last_committed(weakref.ref(checkpointer)),
+                committed=last_committed_of(checkpointer),
             )
             self._tracker.start()
 
@@ -296,14 +295,6 @@ def _number(value: Any) -> Any:
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _last_committed(checkpointer: weakref.ref[InPlaceCheckpointer]) -> Callable[[], CheckpointKey | None]:
-    def ask() -> CheckpointKey | None:
-        found = checkpointer()
-        return found.last_committed if found is not None else None
-
-    return ask
 
 
 def _is_committed(checkpointer: InPlaceCheckpointer, key: CheckpointKey) -> bool:

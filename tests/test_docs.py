@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -154,3 +155,13 @@ def test_a_link_leads_somewhere(page: Path, target: str) -> None:
     if anchor:
         headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_first_page_shows_three_ways_of_at_most_14_lines_that_parse() -> None:
+    section = (ROOT / "README.md").read_text().split("## Three ways")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["diff", "python", "python"]
+    for kind, text in blocks:
+        assert len(text.splitlines()) <= 14
+        lines = [line for line in text.splitlines() if not line.startswith("-")]
+        ast.parse("\n".join(line.removeprefix("+") for line in lines) if kind == "diff" else text)
