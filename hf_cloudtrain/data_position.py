@@ -171,6 +171,8 @@ class DataPosition:
 
     def settle(self) -> None:
         """The first batch of a resumed epoch is here: from now on the random states are those of the save."""
+        if self._resumed is not None and not self._started and reads_here(self.dataloader):
+            self.mismatch = self._other_order("the loader does not ask its sampler")
         if self._now is not None:
             self._now.restore()
             self._now = None
@@ -244,9 +246,11 @@ class DataPosition:
             watched = _Watched(watched)
             # Set past DataLoader.__setattr__, which guards against exchanging the order in the middle of an epoch.
             self._base.__dict__[name] = watched
+            # A pool of lasting workers keeps the sampler that it was made with, and so does the first iterator of a
+            # StatefulDataLoader that was asked for its state.
+            self._base._iterator = None
             if getattr(self._base, "_initial_iter_for_state_dict", False):
-                # A StatefulDataLoader that was asked for its state has made its first iterator, with the old order.
-                self._base._iterator, self._base._initial_iter_for_state_dict = None, False
+                self._base._initial_iter_for_state_dict = False
         watched.position = self
         return watched
 

@@ -222,7 +222,6 @@ class TrainLoop:
             total_steps(self.accelerator, dataloader, self.num_epochs),
             samples_per_step(self.accelerator, dataloader),
         )
-        leave(dataloader)  # left in the middle, in a cell of a notebook
         with place.watching(), self._bar("TRAIN", length(dataloader), place.batches) as bar:
             yield from self._batches(place, resumed is not None, bar)
 

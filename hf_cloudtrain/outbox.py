@@ -130,7 +130,7 @@ class Outbox:
         Raises:
             OSError: the disk is full, or the folder is not there.
         """
-        name = str(entry.key) if entry.name is None else f"{entry.name}-{entry.nonce[:16]}"
+        name = self._name(entry)
         beside = self.folder / f".{name}-{half_made_by()}"
         files = beside / "files"
         files.mkdir(parents=True)
@@ -223,6 +223,14 @@ class Outbox:
             finally:
                 # Said aloud, because a forked child (a loader worker) holds the same lock open.
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _name(self, entry: OutboxEntry) -> str:
+        if entry.name is not None:
+            return f"{entry.name}-{entry.nonce[:16]}"
+        with contextlib.suppress(OSError, ManifestError):
+            if read_entry(self.folder / str(entry.key)).run_url != entry.run_url:
+                return f"{entry.key}-{entry.nonce[:8]}"  # another run has left its own here
+        return str(entry.key)
 
     def _put_right(self) -> None:
         """Remove what killed processes left half-made; an entry that was whole and lacked its name gets it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -268,9 +269,17 @@ def through_kills(
         "batches": [item[1:] for item in seen + rest],
         "uninterrupted": [item[1:] for item in whole],
         "attempts": Catalog(Storage(str(run))).attempt_numbers(),
+        "position": _newest_position(run),
         "resumed_at": rest[0][0] - 1,
         "steps": loop.global_step,
     }
+
+
+def _newest_position(run: Path) -> dict[str, Any]:
+    catalog = Catalog(Storage(str(run)))
+    newest = catalog.newest()
+    assert newest is not None
+    return dataclasses.asdict(catalog.read(newest).position)
 
 
 def failing_save(folder: Path, failing_rank: int) -> str:

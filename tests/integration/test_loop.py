@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, PositionError
 from hf_cloudtrain.history import read_history
 from hf_cloudtrain.loop import TrainLoop
 from hf_cloudtrain.storage import Storage
+from tests.faults.runs import wait_until
 from tests.integration import _loops
 from tests.integration._loops import CASES, OF_TWO, KilledError, Rows, through_kills, train
 from tests.integration._torchrun import torchrun
@@ -66,6 +67,9 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
         for failing in range(2):
             assert "No space left on device" in results.pop(f"rank {failing} cannot save")
         assert set(results) == set(OF_TWO)
+        position = results["data that draws random numbers"]["position"]
+        assert (position["samples_seen"], position["per_device_train_batch_size"]) == (54, 4)
+        assert position["world_size"] == 2
         for name, found in results.items():
             assert found["difference"] == 0.0, name
             assert found["batches"] == found["uninterrupted"], name
@@ -191,6 +195,8 @@ class TestMetrics:
     def test_a_metric_that_is_not_there_costs_no_epoch(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"'los' is not among.*nearest is 'loss'"):
             train(tmp_path / "run", tmp_path / "one", Rows(20), metric_for_best_model="los")
+        catalog = Catalog(Storage(str(tmp_path / "run")))
+        wait_until(lambda: catalog.newest() == CheckpointKey(1, 5), "the epoch is on storage")
         _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20))
         assert {item[1] for item in seen} == {1}
 

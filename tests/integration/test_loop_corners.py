@@ -191,3 +191,21 @@ def test_a_save_is_made_though_the_next_batch_cannot_be_read(tmp_path: Path) -> 
             loader=lambda: {"shuffle": False},
         )
     assert (tmp_path / "out" / "checkpoint-3" / "training_state.json").is_file()
+
+
+def test_a_look_into_a_loader_with_lasting_processes_before_the_loop_changes_nothing(tmp_path: Path) -> None:
+    """A pool of lasting processes keeps the sampler that it was made with."""
+
+    def look(accelerator: Accelerator) -> None:
+        next(iter(accelerator._dataloaders[0]))
+
+    found = _loops.through_kills(
+        tmp_path,
+        lambda: Rows(20),
+        workers=1,
+        loader=lambda: {"persistent_workers": True},
+        prepared=look,
+    )
+    assert found["difference"] == 0.0
+    assert found["batches"] == found["uninterrupted"]
+    assert found["steps"] == 10

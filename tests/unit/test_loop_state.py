@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,10 @@ class TestPublish:
         }
         publish(second, tmp_path / "last")
         assert {path.name for path in (tmp_path / "last").iterdir()} == {TRAINING_STATE}
-        assert not list((tmp_path / ".cloudtrain").iterdir())
+        deadline = time.monotonic() + 30
+        while list((tmp_path / ".cloudtrain").iterdir()):  # removed in a thread
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def test_folders_within_come_along(self, tmp_path: Path) -> None:
         folder = written(tmp_path / "checkpoint-1")

@@ -67,6 +67,18 @@ def test_the_same_step_saved_again_takes_the_place_of_the_first(outbox: Outbox) 
     assert contents(entry.home / "files") == bytes_of(5, "again")
 
 
+def test_another_run_in_the_same_folder_takes_the_place_of_nothing(outbox: Outbox) -> None:
+    """Attempt 1 of each has a step 5, and neither is on storage yet."""
+    accepted(outbox)
+    for salt in ("other", "other again"):
+        other = write_checkpoint(outbox.output_dir / salt, 5, salt=salt)
+        outbox.accept(other, dataclasses.replace(entry_of("file:///other", 1, 5), nonce="0123456789-5"))
+    [own] = outbox.entries(URL)
+    [others] = outbox.entries("file:///other")
+    assert contents(own.home / "files") == bytes_of(5)
+    assert contents(others.home / "files") == bytes_of(5, "other again")
+
+
 def test_forgetting_a_committed_save_does_not_forget_a_newer_one_of_the_same_step(outbox: Outbox) -> None:
     """The second save came in while the first was being committed."""
     first = accepted(outbox)
