@@ -128,7 +128,7 @@ class Checkpointer:
         """
         self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
         self.world.agree(self.storage.check, f"reach {self.storage.url!r}")
-        self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
+        self.finish_uploads()
         if self._fresh:
             return None
         keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
@@ -200,7 +200,7 @@ class Checkpointer:
         self.world.each_leader(self._refuse_unwritable, f"write to {str(self.output_dir)!r}")
         if global_step == 0 and not self._fresh and not started_over:
             # What was saved here and is still on its way counts as a checkpoint of the run, too.
-            self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
+            self.finish_uploads()
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
@@ -280,6 +280,14 @@ class Checkpointer:
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+
+    def finish_uploads(self) -> None:
+        """Wait, on all ranks, for what was saved here before: whoever goes on in another folder must find it.
+
+        Raises:
+            NotCommittedError: the storage did not take it in time.
+        """
+        self.world.each_leader(self._finish_left_overs, "finish earlier uploads")
 
     def drain(self) -> None:
         """Before this process ends: finish what is pending; never raises, and says what is left and what to do."""

@@ -511,9 +511,13 @@ _checkpointers: dict[tuple[Any, ...], Checkpointer] = {}
 def _checkpointer_of(
     url: str, output_dir: Path, storage_options: dict[str, Any] | None, fresh: bool
 ) -> Checkpointer:
-    """One Checkpointer a run and process: in a notebook, a second loop finds the uploads of the first one."""
-    key = (shown_url(url), output_dir, fresh, os.getpid())
+    """One Checkpointer a run and process: in a notebook, a second loop finds what the first one has saved."""
+    run = (shown_url(url), os.getpid())
+    key = (*run, output_dir, fresh)
     if key not in _checkpointers:
+        for other, checkpointer in _checkpointers.items():
+            if other[:2] == run:
+                checkpointer.finish_uploads()
         _checkpointers[key] = Checkpointer(
             url, output_dir, storage_options=storage_options, fresh=fresh, advice=_ADVICE
         )

@@ -63,6 +63,8 @@ class Session:
         output_dir = Path(str(args.output_dir)).absolute()
         made = self._checkpointer
         if made is None or made.output_dir != output_dir:
+            if made is not None:
+                made.finish_uploads()
             made = Checkpointer(
                 self._run_url, output_dir, storage_options=self._storage_options, fresh=self._fresh
             )

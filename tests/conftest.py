@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def no_run_of_the_functions_is_left() -> Iterator[None]:
+    """They have one run a process, and the next test is in this one."""
+    yield
+    functional = sys.modules.get("hf_cloudtrain.functional")
+    if functional is not None and functional._Current.run is not None:
+        functional._Current.run.close()
+        functional._Current.run = None
 
 
 def missing(reason: str) -> None:

@@ -26,7 +26,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_cloudtrain import functional
 from hf_cloudtrain.history import read_history
 from tests.cifar_files import CLASSES, names_of, python2, write_set
 
@@ -80,13 +79,6 @@ class TestMain:
     """200 images in batches of 40: five steps an epoch."""
 
     TINY = ("--use-cpu", "--data-path", "data", "--batch-size", "40", "--num-dataloader-workers", "0")
-
-    @pytest.fixture(autouse=True)
-    def run_is_closed(self) -> Iterator[None]:
-        yield
-        if functional._Current.run is not None:
-            functional._Current.run.close()
-            functional._Current.run = None
 
     @pytest.fixture
     def train(self, data) -> Callable[..., None]:

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +31,8 @@ LARGE = 3 * 2**20
 
 
 @pytest.fixture(autouse=True)
-def afterwards_no_run_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    yield
-    if functional._Current.run is not None:
-        functional._Current.run.close()
-        functional._Current.run = None
 
 
 @pytest.fixture
