@@ -342,9 +342,7 @@ class TrainLoop:
 
     def _look(self, place: DataPosition) -> Here:
         """Where a resume goes on: right here."""
-        here = self._world.here(
-            lambda: Here.of(place, between_epochs=self._epoch_over), "tell its place in the data"
-        )
+        here = Here.of(place, between_epochs=self._epoch_over)
         if self.accelerator.sync_gradients:
             return here
         reason = "the epoch ended within an accumulation, and its gradients are in no checkpoint"
