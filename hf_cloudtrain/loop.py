@@ -214,6 +214,7 @@ class TrainLoop:
             PositionError: the sampler's order or the batch size is not that of the checkpoint.
         """
         self._refuse_misplaced_steps()
+        self._refuse_empty(length(dataloader))
         self._place = place = DataPosition(dataloader)
         resumed, self._resumed = self._resumed, None
         self._begin_place(place, resumed)
@@ -298,8 +299,9 @@ class TrainLoop:
                 self._world.each(place.refuse_other_order, "find its place in the data")
                 resumed = False
             place.refuse_other_order()
-            if batch is _END:
-                self._refuse_empty(place)
+            # Accelerate 1.7 hands out one None where nothing is left.
+            if batch is _END or (batch is None and place.batches == length(place.dataloader)):
+                self._refuse_empty(place.batches)
                 self._epoch_over = True
                 return
             # Not before it is known that the epoch goes on: else its own checkpoint would be a second one of this step.
@@ -348,10 +350,10 @@ class TrainLoop:
         reason = "the epoch ended within an accumulation, and its gradients are in no checkpoint"
         return dataclasses.replace(here, inexact_reason=reason)
 
-    def _refuse_empty(self, place: DataPosition) -> None:
-        if place.batches == 0:
+    def _refuse_empty(self, batches: int | None) -> None:
+        if batches == 0:
             raise ConfigurationError(
-                f"The loader gave no batch in epoch {self.epoch}. Look at its data set, and at drop_last."
+                f"The loader gives no batch in epoch {self.epoch}. Look at its data set, and at drop_last."
             )
 
     # The end of an epoch
