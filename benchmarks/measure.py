@@ -73,6 +73,7 @@ def side_by_side(contestants: Sequence[Contestant], rounds: int) -> dict[str, Ti
             if contestant.rounds is None or number < contestant.rounds:
                 contestant.prepare()
                 gc.collect()
+                os.sync()  # what the one before has written is on the disk, and not this one's burden
                 cpu, start = time.process_time(), time.perf_counter()
                 contestant.run()
                 timings[contestant.name].seconds.append(time.perf_counter() - start)
