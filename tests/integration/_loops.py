@@ -163,6 +163,7 @@ def train(
     seed: int = 1,
     inside: Callable[[TrainLoop], None] = lambda loop: None,
     prepared: Callable[[Accelerator], None] = lambda accelerator: None,
+    before: Callable[[TrainLoop], object] = lambda loop: None,
     log_with: Any = None,
     plugin: Any = None,
     **arguments: Any,
@@ -173,6 +174,7 @@ def train(
         kill: ends within the step after this one, when all that was saved is committed.
         inside: called in the body of each batch.
         prepared: called when everything is prepared.
+        before: called before the first epoch.
     """
     forget_accelerate()
     set_seed(seed)
@@ -209,6 +211,7 @@ def train(
         output_dir=output_dir,
         **arguments,
     )
+    before(loop)
     seen: list[Any] = []
     for epoch in loop.epochs():
         model.train()

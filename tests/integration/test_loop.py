@@ -226,6 +226,20 @@ class TestResume:
         through_kills(tmp_path, lambda: Rows(20), prepared=register, inside=count)
         assert counters[0].count == counters[-1].count == 10
 
+    @pytest.mark.parametrize(("save_steps", "kills"), [(None, (6,)), (2, (3, 7))])
+    def test_random_numbers_that_a_script_draws_after_resume_do_not_matter(
+        self, tmp_path: Path, save_steps: int | None, kills: tuple[int, ...]
+    ) -> None:
+        def draw(loop: TrainLoop) -> None:
+            if loop.resume() is not None:
+                torch.rand(3), _loops.random.random(), _loops.np.random.rand()
+
+        found = through_kills(
+            tmp_path, lambda: Rows(20, noise=True), before=draw, save_steps=save_steps, kills=kills
+        )
+        assert found["difference"] == 0.0
+        assert found["batches"] == found["uninterrupted"]
+
     def test_trackers_keep_their_step(self, tmp_path: Path) -> None:
         tracker = _Tracker()
 
