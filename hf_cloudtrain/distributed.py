@@ -10,6 +10,7 @@ process, the world has one rank.
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PeerError
 from hf_cloudtrain.meeting import FolderStore, LauncherStore, Meeting, Store
+from hf_cloudtrain.process import at_exit
 
 T = TypeVar("T")
 
@@ -27,6 +29,9 @@ QUICK_SECONDS = 0.02
 """Work that is over by then needs one meeting of the ranks."""
 TURN_SECONDS = 0.25
 """Longest time between two meetings of the ranks while one of them works: what they may answer late."""
+
+SETTLE_SECONDS = 0.1
+"""What the threads of gloo get at the end of a process, see `_let_gloo_settle`."""
 
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 """A rank that does not come to a meeting for this long is dead. Turns are short, so no upload is ever in it."""
@@ -193,6 +198,7 @@ class _GlooGroup:
     def __init__(self, dist: Any) -> None:
         self._dist = dist
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        _settle_at_exit()
 
     def barrier(self) -> None:
         self._dist.barrier(group=self._group)
@@ -249,6 +255,22 @@ def _torch_distributed() -> Any:
     if dist is not None and dist.is_available() and dist.is_initialized():
         return dist
     return None
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """Register `_let_gloo_settle`, once."""
+    at_exit(_let_gloo_settle)
+
+
+def _let_gloo_settle() -> None:
+    """Let gloo's threads drop what the last collectives have left, while the interpreter still runs.
+
+    They do it some time after the collective is over, and need the interpreter's lock for it. One that asks for the
+    lock when the interpreter is ending aborts the process: "terminate called without an active exception" (PyTorch
+    2.13, `ProcessGroupGloo::runLoop`). Sleeping gives the lock, and the core, away.
+    """
+    time.sleep(SETTLE_SECONDS)
 
 
 def _rank(size: int) -> int:

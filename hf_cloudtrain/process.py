@@ -19,15 +19,25 @@ def before_exit(method: Callable[[], None]) -> None:
     The object is not kept alive, and a forked child does not inherit the duty.
     """
     reference: Any = weakref.WeakMethod(method)
-    pid = os.getpid()
 
     def call() -> None:
         found = reference()
-        if found is not None and os.getpid() == pid:
+        if found is not None:
             found()
 
+    at_exit(call)
+
+
+def at_exit(call: Callable[[], None]) -> None:
+    """As `before_exit`, for a function that needs no object."""
+    pid = os.getpid()
+
+    def call_here() -> None:
+        if os.getpid() == pid:
+            call()
+
     register = getattr(threading, "_register_atexit", atexit.register)
-    register(call)
+    register(call_here)
 
 
 _making: set[str] = set()

@@ -12,6 +12,10 @@ import psutil
 
 from tests.integration._zygote import PATIENCE, REPOSITORY
 
+PATHS = os.pathsep.join([str(Path(__file__).parent / "_site"), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)
+
 
 @contextmanager
 def torchrun(*words: str, log: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
@@ -49,7 +53,7 @@ def _started(*words: str, log: Path, env: dict[str, str] | None) -> Iterator[psu
     with open(log, "w") as output:
         launcher = psutil.Popen(
             [sys.executable, *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, **(env or {})},
             cwd=REPOSITORY,
             stdout=output,
             stderr=output,

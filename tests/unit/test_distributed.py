@@ -225,3 +225,18 @@ def test_work_in_this_thread_runs_there_and_its_error_is_one_of_all(monkeypatch:
     assert isinstance(answers[0], PeerError)
     assert "Rank 1 could not write it" in str(answers[0])
     assert isinstance(answers[1], OSError)
+
+
+def test_a_process_with_a_gloo_group_rests_before_it_ends() -> None:
+    code = """
+import time
+import torch.distributed as dist
+from hf_cloudtrain.distributed import World
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(2):
+    World.current()
+time.sleep = lambda seconds: print("rests for", seconds)
+print("the script is over")
+"""
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert asked.stdout.splitlines() == ["the script is over", "rests for 0.1"]
