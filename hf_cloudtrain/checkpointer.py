@@ -106,6 +106,16 @@ class Checkpointer:
         self.world.meet_disks(self.output_dir / META)
 
     @property
+    def overtaken_by(self) -> int | None:
+        """The number of a newer attempt, as soon as this process knows of one."""
+        return None
+
+    @property
+    def upload_pace(self) -> tuple[int, float] | None:
+        """Bytes of the checkpoint that was uploaded last, and bytes per second; None before the first."""
+        return self._uploader.pace if self._uploader else None
+
+    @property
     def last_committed(self) -> CheckpointKey | None:
         """The newest checkpoint that this process committed."""
         return self._uploader.last_committed if self._uploader else None

@@ -26,6 +26,15 @@ DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
 """Seconds between two heartbeats in `progress/`. Default 15."""
 
+GRACE = "HF_CLOUDTRAIN_GRACE"
+"""Seconds that a machine has after a notice that names none, such as a signal. Default 30, as launchers have it."""
+
+EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
+"""File that says how an attempt ended, for whoever started the process. No default."""
+
+STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
+"""File whose appearance asks the training to save and stop. No default."""
+
 
 def run_url(argument: str | None) -> str:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
@@ -84,6 +93,27 @@ def drain_timeout() -> float:
 def heartbeat() -> float:
     """Seconds between two heartbeats."""
     return _seconds(HEARTBEAT, 15.0)
+
+
+def grace(argument: float | None) -> float:
+    """Seconds that a machine has after a notice that names none."""
+    if argument is None:
+        return _seconds(GRACE, 30.0)
+    if not 0 < argument < 1e9:
+        raise ConfigurationError(f"grace_seconds={argument!r} is not a number of seconds above 0.")
+    return float(argument)
+
+
+def shutdown_timeout() -> float | None:
+    """Seconds that torchrun gives its workers after a signal (`--shutdown-timeout`, 30 unless set); None without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return _seconds("PET_SHUTDOWN_TIMEOUT", 30.0)
+
+
+def exit_file() -> str | None:
+    """The file that says how an attempt ended."""
+    return os.environ.get(EXIT_FILE) or None
 
 
 def _seconds(name: str, default: float) -> float:

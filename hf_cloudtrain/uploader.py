@@ -65,6 +65,9 @@ class Uploader:
         self.progress = Progress()
         self.last_committed: CheckpointKey | None = None
         self.last_error: CloudTrainError | None = None
+        self.pace: tuple[int, float] | None = None
+        """Bytes of the last checkpoint that went through, and bytes per second."""
+        self._deadline: float | None = None
         self._catalog = catalog
         self._outbox = outbox
         self._protected = protected
@@ -108,13 +111,14 @@ class Uploader:
         deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
         with self._changed:
             self._hurry = True
+            self._deadline = deadline
             self._changed.notify_all()
         with Bar(self.progress, hidden=not bar) as shown:
             while self.pending() and self._thread.is_alive() and time.monotonic() < deadline:
                 with self._changed:
                     self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
                 shown.update()
-        self._hurry = False
+        self._hurry, self._deadline = False, None
         pending = self.pending()
         if pending:
             self._gave_up = True
@@ -178,7 +182,9 @@ class Uploader:
             try:
                 self.progress.begin(f"Uploading {entry.title}", entry.size)
                 with self._outbox.lock():
+                    began = time.monotonic()
                     committed = sender.send(entry, self.progress.add)
+                    self.pace = (entry.size, entry.size / max(1e-3, time.monotonic() - began))
                     self._done(entry, committed)
                 failures = 0
             except BlockingIOError:
@@ -193,9 +199,18 @@ class Uploader:
                 self._changed.wait()
             if self._stopping:
                 return None
-            self._current = max(self._waiting, key=lambda entry: entry.key)
+            self._current = self._choose()
             self._waiting.remove(self._current)
             return self._current
+
+    def _choose(self) -> OutboxEntry:
+        """The newest; where time is short, the newest that can be done in it, or else the smallest."""
+        newest_first = sorted(self._waiting, key=lambda entry: entry.key, reverse=True)
+        if self._deadline is None or self.pace is None:
+            return newest_first[0]
+        bytes_left = self.pace[1] * (self._deadline - time.monotonic())
+        fitting = [entry for entry in newest_first if entry.size <= bytes_left]
+        return fitting[0] if fitting else min(newest_first, key=lambda entry: entry.size)
 
     def _done(self, entry: OutboxEntry, committed: bool) -> None:
         self._outbox.remove(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from typing import Any
@@ -42,8 +43,13 @@ def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
     callbacks = [CallAt(first, lambda: script.fail("any", times=10**9))]
     if last is not None:
         callbacks.append(CallAt(last, lambda: (script.heal(), None)))
-    with script.everywhere():
-        value = train(run_url=run_url, callbacks=callbacks, **arguments)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(script.everywhere())
+        try:
+            value = train(run_url=run_url, callbacks=callbacks, **arguments)
+        except SystemExit:
+            stack.pop_all()  # the outage lasts to the end of the process
+            raise
     assert any(call.path.startswith("checkpoint-") for call in script.calls)
     return value
 
