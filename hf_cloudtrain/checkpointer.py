@@ -230,6 +230,7 @@ class Checkpointer:
         inexact_reason: str | None = None,
         metrics: dict[str, float] | None = None,
         best: bool = False,
+        all_written: bool = False,
     ) -> None:
         """Take over a folder that all ranks have just written. Returns in milliseconds; the upload is in the background.
 
@@ -237,9 +238,11 @@ class Checkpointer:
             since_ns: files last written before this time (ns) are left-overs of another save.
             inexact_reason: why a resume from here cannot equal an uninterrupted run, if so.
             best: whether this is the best checkpoint so far.
+            all_written: whether the ranks know already that every one of them has written its files.
         """
         assert self.attempt is not None, "begin() first"
-        self.world.barrier()  # every rank has written its files
+        if not all_written:
+            self.world.barrier()
         self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
         entry = OutboxEntry(
             run_url=self.storage.url,
