@@ -32,6 +32,8 @@ ROWS = (
     (
         "position",
         "history",
+        "clouds",
+        "notices",
         "preemption",
         "step_tracker",
         "sampler",
