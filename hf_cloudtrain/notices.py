@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 PENDING_SECONDS = 5.0
 """How long `pending` waits for all sources together; a metadata service answers within milliseconds."""
-CLOSE_SECONDS = 5.0
-"""How long `close` waits for looks under way."""
+CLOSE_SECONDS = 1.0
+"""How long `close` waits for looks under way: a storage that hangs must not eat the time that a notice leaves."""
 
 
 class Source(Protocol):
