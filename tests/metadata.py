@@ -27,8 +27,8 @@ class MetadataServer:
     """Answers as EC2, GCE and Azure do. `asked` has every question: method, path, status."""
 
     def __init__(self) -> None:
-        self.clock = timedelta()
-        """How far the service's clock is ahead of this machine's."""
+        self.now = datetime.now(timezone.utc).replace(microsecond=0)
+        """By the service's clock, which stands still."""
         self.dated = True
         """Whether an answer says when it was given."""
         self.tokens: set[str] = set()
@@ -45,11 +45,6 @@ class MetadataServer:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @property
-    def now(self) -> datetime:
-        """By the service's clock."""
-        return datetime.now(timezone.utc) + self.clock
 
     def reclaim(self, action: str, left: float) -> None:
         """EC2 takes its instance back in `left` seconds."""
