@@ -158,7 +158,7 @@ def pending(sources: Iterable[Source], seconds: float = PENDING_SECONDS) -> Noti
 
 
 def default_sources(catalog: Catalog | None = None, attempt: int | None = None) -> list[Source]:
-    """Everybody who may give notice here.
+    """Everybody who may give notice here. One process a host is enough to listen to its cloud, and one a run to its storage.
 
     Args:
         catalog: of the run; None where another process of the job listens to its storage.
