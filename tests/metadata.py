@@ -84,7 +84,7 @@ class MetadataServer:
             if method != "PUT" or not headers.get("X-aws-ec2-metadata-token-ttl-seconds", "").isdecimal():
                 return Reply(400)
             token = f"token-{len(self.asked)}"
-            self.tokens = {token}
+            self.tokens.add(token)  # those before stay good
             return Reply(200, token)
         if headers.get("X-aws-ec2-metadata-token") not in self.tokens:
             return Reply(401)
