@@ -12,6 +12,7 @@ committed checkpoint is ever overwritten; the manifest is created exclusively, l
         checkpoints/000003-0000000500.json    the commit
         folders/final-000001.json             the commit of any other folder
         best.json, last.json                  pointers
+        stop.json                             which attempt is asked to stop
         progress/000003.json                  heartbeat
         steps/000003-0001.jsonl               step and metric records
 """
@@ -50,6 +51,7 @@ READS_AT_ONCE = 8
 """Small records fetched at once: they wait for answers, not for bandwidth."""
 
 _RUN = f"{META}/run.json"
+_STOP = f"{META}/stop.json"
 _ATTEMPTS = f"{META}/attempts"
 _CLAIMS = f"{META}/claims"
 _PARTS = f"{META}/parts"
@@ -137,6 +139,31 @@ class Catalog:
         """The number of a newer attempt, if one has started (law 6)."""
         newest = max(self.attempt_numbers(), default=0)
         return newest if newest > attempt else None
+
+    def request_stop(self, asked: float, facts: dict[str, str]) -> int | None:
+        """Ask the newest attempt to save and stop; its number, or None where none has ever started.
+
+        An attempt that begins later is not meant: a person who starts the run again wants it to train.
+
+        Args:
+            asked: seconds since 1970, for people.
+            facts: who asks, for people.
+        """
+        newest = max(self.attempt_numbers(), default=None)
+        if newest is not None:
+            self.storage.write(_STOP, encode_record({**facts, "attempt": newest, "time": asked}))
+        return newest
+
+    def stop_requested(self, attempt: int) -> bool:
+        """Whether this attempt, or a newer one, was asked to stop; one small request."""
+        try:
+            number = decode_record(self.storage.read(_STOP), "stop request").get("attempt")
+        except ObjectNotFoundError:
+            return False
+        except ManifestError as error:
+            logger.debug("%s", error)  # asked at every heartbeat: a warning would be one, too
+            return False
+        return type(number) is int and number >= attempt
 
     # Checkpoints
 

@@ -33,7 +33,19 @@ EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
 """File that says how an attempt ended, for whoever started the process. No default."""
 
 STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
-"""File whose appearance asks the training to save and stop. No default."""
+"""A path: when a file appears there, the run saves and stops. No default."""
+
+CLOUD_NOTICES = "HF_CLOUDTRAIN_CLOUD_NOTICES"
+"""Which cloud's metadata service is asked for notices: `ec2`, `gce`, `azure`, `off`. Default `auto`: what the machine is."""
+
+EC2_DISABLED = "AWS_EC2_METADATA_DISABLED"
+"""AWS's own: `true` forbids any question to EC2's metadata service. Default `false`."""
+
+EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+"""AWS's own: URL of EC2's metadata service. Default `http://169.254.169.254`."""
+
+GCE_HOST = "GCE_METADATA_HOST"
+"""Google's own: host, or host:port, of its metadata service. Default `169.254.169.254`."""
 
 
 def run_url(argument: str | None) -> str:
@@ -80,9 +92,12 @@ def restored_checkpoint() -> str | None:
 
     None after torchrun restarted its workers: what the launcher put there has been written over since.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return None
-    return os.environ.get(RESTORED_CHECKPOINT) or None
+    return None if is_restart() else os.environ.get(RESTORED_CHECKPOINT) or None
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these workers again, rather than a person."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def drain_timeout() -> float:
@@ -114,6 +129,31 @@ def shutdown_timeout() -> float | None:
 def exit_file() -> str | None:
     """The file that says how an attempt ended."""
     return os.environ.get(EXIT_FILE) or None
+
+
+def stop_file() -> str | None:
+    """The file whose appearance stops the run, else None."""
+    return os.environ.get(STOP_FILE) or None
+
+
+def cloud_notices() -> str:
+    """Which cloud to ask for notices: `auto`, `off`, `ec2`, `gce` or `azure`."""
+    value = os.environ.get(CLOUD_NOTICES, "").strip().lower() or "auto"
+    if value not in ("auto", "off", "ec2", "gce", "azure"):
+        raise ConfigurationError(f"{CLOUD_NOTICES}={value!r} is none of auto, off, ec2, gce and azure.")
+    return value
+
+
+def ec2_endpoint() -> str | None:
+    """URL of EC2's metadata service; None where AWS's own variable forbids to ask it."""
+    if os.environ.get(EC2_DISABLED, "").strip().lower() == "true":
+        return None
+    return os.environ.get(EC2_ENDPOINT) or "http://169.254.169.254"
+
+
+def gce_endpoint() -> str:
+    """URL of Google's metadata service. By its address: looking up its name has no time limit."""
+    return f"http://{os.environ.get(GCE_HOST) or '169.254.169.254'}"
 
 
 def _seconds(name: str, default: float) -> float:

@@ -39,6 +39,7 @@ ROWS = (
         "checkpointer",
         "in_place",
         "outcome",
+        "clouds",
         "notices",
         "preemption",
     ),
