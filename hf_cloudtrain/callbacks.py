@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cloudtrain.checkpointer import last_committed_of
+from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.session import Session
@@ -267,6 +267,7 @@ class StepTrackerCallback(TrainerCallback):
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
                 committed=last_committed_of(checkpointer),
+                overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
 

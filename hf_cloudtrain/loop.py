@@ -451,7 +451,7 @@ class TrainLoop:
 
     def _finish(self) -> None:
         try:
-            self._checkpointer.wait()
+            self._checkpointer.finish()
             self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
         except CloudTrainError:
             self._report.close("failed")

@@ -108,4 +108,4 @@ class Session:
         if not self._ended:
             self._ended = True
             if self.uploads:
-                self.opened().wait()
+                self.opened().finish()
