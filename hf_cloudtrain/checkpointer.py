@@ -212,17 +212,14 @@ class Checkpointer:
         self._end_attempt()
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
-        self._fence = Fence(self.catalog, self.attempt)
+        self._guard(self.attempt)
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
         if self.world.is_leader and self._uploader is None:
             self._uploader = Uploader(self.catalog, self.outbox)
-            self._uploader.start()
-        if self._uploader is not None:
             self._uploader.follow(self._fence)
-        if self.world.is_main:
-            self._fence.start()
+            self._uploader.start()
         return self.attempt
 
     def save(
@@ -243,6 +240,8 @@ class Checkpointer:
             best: whether this is the best checkpoint so far.
         """
         assert self.attempt is not None, "begin() first"
+        if self._fence is None:
+            self._guard(self.attempt)  # it goes on after its end
         self.world.barrier()  # every rank has written its files
         self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
         entry = OutboxEntry(
@@ -328,6 +327,13 @@ class Checkpointer:
             self._fence.close()
         if self._uploader is not None:
             self._uploader.close()
+
+    def _guard(self, attempt: Attempt) -> None:
+        self._fence = Fence(self.catalog, attempt)
+        if self._uploader is not None:
+            self._uploader.follow(self._fence)
+        if self.world.is_main:
+            self._fence.start()
 
     def _end_attempt(self) -> None:
         """What was saved so far is now of an attempt that is over, and is uploaded whoever has begun since."""
