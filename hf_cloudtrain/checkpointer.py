@@ -306,7 +306,9 @@ class Checkpointer:
 
     def refuse_overtaken(self) -> None:
         """Raise OvertakenError on all ranks, if one of them knows of a newer attempt. All ranks call it."""
-        self.world.each_leader(self._refuse_overtaken, "go on: a newer attempt has begun")
+        known = [number for number in self.world.each_leader(lambda: self.overtaken_by, "look") if number]
+        if known:
+            self.world.each_leader(lambda: self._stop(known[0]), "go on: a newer attempt has begun")
 
     def finish_uploads(self) -> None:
         """Wait, on all ranks, for what was saved here before: whoever goes on in another folder must find it.
@@ -343,8 +345,9 @@ class Checkpointer:
         if self._uploader is not None:
             self._uploader.follow(None)
 
-    def _refuse_overtaken(self) -> None:
-        if self._uploader is not None and self.overtaken_by is not None:
+    def _stop(self, newer: int) -> None:
+        if self._fence is not None and self._uploader is not None:
+            self._fence.note(newer)
             raise self._uploader.overtaken_error()
 
     def _finish_left_overs(self) -> None:
@@ -500,12 +503,14 @@ class Checkpointer:
 
     def _wait_for_uploads(self, seconds: float) -> None:
         if self._uploader is not None:
+            if self._fence is not None:
+                self._fence.start()  # whoever is not rank 0 does not look while it trains
             self._uploader.wait(seconds, bar=self.world.is_main)
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""
-        if self._fence is not None and self._fence.look() is not None:
-            self._refuse_overtaken()
+        if self._fence is not None and (newer := self._fence.look()) is not None:
+            self._stop(newer)
         wanted = self.last_saved or self._restored
         if wanted is None:
             raise NotCommittedError(
@@ -529,11 +534,6 @@ def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey 
 
 
 def overtaken_by_of(checkpointer: Checkpointer) -> Callable[[], int | None]:
-    """Asks for the newer attempt that has overtaken this process's, without keeping the Checkpointer alive."""
-    reference = weakref.ref(checkpointer)
-
-    def ask() -> int | None:
-        found = reference()
-        return found.overtaken_by if found is not None else None
-
-    return ask
+    """Asks for the newer attempt that has overtaken the present one, without keeping the Checkpointer alive."""
+    fence = checkpointer._fence
+    return lambda: fence.overtaken_by if fence is not None else None

@@ -46,8 +46,9 @@ class Fence:
         self._thread = threading.Thread(target=self._watch, name="cloudtrain-fence", daemon=True)
 
     def start(self) -> None:
-        """Look every heartbeat interval from now on."""
-        self._thread.start()
+        """Look every heartbeat interval from now on, if that has not begun."""
+        if not self._thread.is_alive() and not self._closed.is_set() and self.overtaken_by is None:
+            self._thread.start()
 
     def look(self) -> int | None:
         """Ask the storage now. Raises a StorageError where it does not answer: nobody may go on unseen."""
@@ -56,8 +57,24 @@ class Fence:
             if newer is None and not self._catalog.is_holder(self.attempt):
                 newer = self.attempt.number
             if newer is not None:
-                self._note(newer)
+                self.note(newer)
         return self.overtaken_by
+
+    def note(self, newer: int) -> None:
+        """Hear of a newer attempt, from the storage or from another rank."""
+        if self.overtaken_by is not None:
+            return
+        record = None
+        try:
+            record = self._catalog.attempt(newer)
+        except CloudTrainError as error:
+            logger.debug("The newer attempt's record: %s", error)
+        with self._lock:
+            if self._ended or self.overtaken_by is not None:
+                return
+            self._newer = record
+            self.overtaken_by = newer
+        logger.warning("%s This one stops.", self._story())
 
     def refuse(self) -> None:
         """Look, and raise OvertakenError where a newer attempt has begun."""
@@ -92,19 +109,6 @@ class Fence:
             except CloudTrainError as error:
                 logger.debug("Nobody knows whether a newer attempt has begun: %s", error)
 
-    def _note(self, newer: int) -> None:
-        record = None
-        try:
-            record = self._catalog.attempt(newer)
-        except CloudTrainError as error:
-            logger.debug("The newer attempt's record: %s", error)
-        with self._lock:
-            if self._ended or self.overtaken_by is not None:
-                return
-            self._newer = record
-            self.overtaken_by = newer
-        logger.warning("%s This one stops.", self._story())
-
     def _story(self) -> str:
         own = self.attempt.number
         url = self._catalog.storage.url
@@ -121,7 +125,7 @@ class Fence:
             return ""
         host = self._newer.facts.get("host", "")[:100]
         where = f" on host {host!r}" if host else ""
-        return f", which began{where} at {_time_text(self._newer.started)} by its clock"
+        return f", which began{where}{_when(self._newer.started)}"
 
     def _advice(self) -> str:
         other = (
@@ -130,8 +134,9 @@ class Fence:
         return f"Let {other} go on, or end it before you start the run again."
 
 
-def _time_text(seconds: float) -> str:
+def _when(started: float) -> str:
     try:
-        return f"{datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+        time = datetime.datetime.fromtimestamp(started, datetime.timezone.utc)
     except (OverflowError, OSError, ValueError):  # what storage says is not trusted
-        return "an unknown time"
+        return ""
+    return f" at {time:%Y-%m-%d %H:%M:%S} UTC by its clock" if started else ""
