@@ -147,6 +147,20 @@ class TestTheOvertakenOne:
         assert "not on storage: checkpoint-5" in told
         assert f"cloudtrain checkpoint flush {old.output_dir}" in told
 
+    def test_law_6_rests_once_it_has_stopped(self, machines: Machines) -> None:
+        """What waits in its outbox is not looked at again and again."""
+        old, new = machines.new("old"), machines.new("new")
+        old.start()
+        new.start()
+        tries: list[str] = []
+        old.checkpointer._uploader.progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
+        old.save(5)
+        overtaken(old)
+        for step in (6, 7, 8):
+            new.save(step)
+            new.wait()
+        assert tries == ["Uploading checkpoint-5"]
+
     def test_law_6_looks_right_before_the_commit(self, machines: Machines) -> None:
         """It was overtaken while it sent the files, and no heart has beaten since."""
         old = machines.new("old")
