@@ -142,6 +142,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
         Raises:
             NotCommittedError: what is not committed, and how to finish it.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         self._session.opened().wait(timeout)
 

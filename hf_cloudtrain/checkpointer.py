@@ -272,6 +272,7 @@ class Checkpointer:
 
         Raises:
             NotCommittedError: the storage did not take it in time; the outbox keeps it.
+            OvertakenError: a newer attempt has begun.
         """
         folder_name(name)
         self.world.barrier()

@@ -174,6 +174,7 @@ class TrainLoop:
 
         Raises:
             NotCommittedError: at the end, where the storage did not take the last checkpoint in time.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         if not self._looked_for_checkpoint:
             self.resume()

@@ -248,7 +248,17 @@ class TestTheOvertakenOne:
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/*")
         old.save(5)
         machines.new("new").start()
-        assert "checkpoint-5" in overtaken(old)  # the gate opens after the test
+        told: list[str] = []
+
+        def wait() -> None:
+            with pytest.raises(OvertakenError) as error:
+                old.checkpointer.wait(timeout=1e6)  # the gate opens after the test
+            told.append(str(error.value))
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        waiting.join(DEADLINE)
+        assert "not on storage: checkpoint-5" in "".join(told)
 
     def test_law_6_waits_at_its_end_for_nothing_and_does_not_pass_for_finished(
         self, machines: Machines
