@@ -125,7 +125,8 @@ class Fence:
             return ""
         host = self._newer.facts.get("host", "")[:100]
         where = f" on host {host!r}" if host else ""
-        return f", which began{where}{_when(self._newer.started)}"
+        when = _when(self._newer.started)
+        return f", which began{where}{when}" if where or when else ""
 
     def _advice(self) -> str:
         other = (

@@ -294,6 +294,7 @@ class TestTheOvertakenOne:
         with pytest.raises(OvertakenError):
             old.checkpointer.save_folder(folder, "final")
         assert machines.catalog.folders() == []
+        assert old.waiting() == [], "and a flush finds none"
 
     def test_law_6_moves_no_local_folder_that_a_newer_one_may_have_saved(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch
