@@ -285,6 +285,7 @@ class TestTheOvertakenOne:
         said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert len(said) == 1
         assert f"not on storage: checkpoint-5. `cloudtrain checkpoint flush {old.output_dir}`" in said[0]
+        assert "Finishing the upload" not in caplog.text
 
     def test_law_6_saves_no_folder_by_name(self, machines: Machines) -> None:
         old = machines.new("old")
