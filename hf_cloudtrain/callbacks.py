@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cloudtrain.checkpointer import last_committed_of
+from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of
 from hf_cloudtrain.emergency import EmergencySaveCallback
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.position import refuse_other_topology
@@ -157,6 +157,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
         Raises:
             NotCommittedError: what is not committed, and how to finish it.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         self._session.opened().wait(timeout)
 
@@ -295,6 +296,7 @@ class StepTrackerCallback(TrainerCallback):
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
                 committed=last_committed_of(checkpointer),
+                overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
             self._session.close_tracker = self._tracker.close

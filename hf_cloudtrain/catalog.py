@@ -23,6 +23,7 @@ import dataclasses
 import logging
 import re
 import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 READS_AT_ONCE = 8
 """Small records fetched at once: they wait for answers, not for bandwidth."""
+SETTLE_SECONDS = 1.0
+"""Where exclusive create is not honoured: time after which two that took one number at once see which of them has it."""
 
 _RUN = f"{META}/run.json"
 _STOP = f"{META}/stop.json"
@@ -104,7 +107,10 @@ class Catalog:
     def begin_attempt(
         self, started: float, global_step: int, resumed_from: CheckpointKey | None, facts: dict[str, str]
     ) -> Attempt:
-        """Take the next attempt number by an exclusive create; losing a race takes the one after."""
+        """Take the next attempt number by an exclusive create; losing a race takes the one after.
+
+        Where the storage does not honour it, the last of those who write one number at the same moment has it.
+        """
         number = max(self.attempt_numbers(), default=0) + 1
         while True:
             attempt = Attempt(
@@ -116,7 +122,9 @@ class Catalog:
                 exclusive=self.storage.exclusive is not False,
                 facts=facts,
             )
-            if self.storage.create(_attempt_path(number), encode_record(dataclasses.asdict(attempt))):
+            if self.storage.create(_attempt_path(number), encode_record(dataclasses.asdict(attempt))) and (
+                self._still_has(attempt)
+            ):
                 # Tried by every attempt: the first may have died between the two.
                 self.storage.create(_RUN, encode_record({"created": started, **facts}))
                 return attempt
@@ -134,6 +142,10 @@ class Catalog:
         """All attempts or the `last` few, ascending. Unreadable ones are left out with a warning."""
         (found,) = in_threads(self._attempt_or_none, (self.attempt_numbers()[-last:], READS_AT_ONCE))
         return [attempt for attempt in found if attempt is not None]
+
+    def attempt(self, number: int) -> Attempt:
+        """One attempt. Raises ObjectNotFoundError, ManifestError."""
+        return _parse_attempt(self.storage.read(_attempt_path(number)), number)
 
     def overtaken_by(self, attempt: int) -> int | None:
         """The number of a newer attempt, if one has started (law 6)."""
@@ -164,6 +176,15 @@ class Catalog:
             logger.debug("%s", error)  # asked at every heartbeat: a warning would be one, too
             return False
         return type(number) is int and number >= attempt
+
+    def is_holder(self, attempt: Attempt) -> bool:
+        """Whether nobody else has taken the same number, which only storage without exclusive create allows."""
+        if attempt.exclusive:
+            return True
+        try:
+            return self.attempt(attempt.number).nonce == attempt.nonce
+        except (ObjectNotFoundError, ManifestError):
+            return True  # it names nobody else
 
     # Checkpoints
 
@@ -214,11 +235,13 @@ class Catalog:
         if self.storage.create(path, record):
             return plain
         try:
-            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+            owner = decode_record(self.storage.read(path), f"claim {path!r}")
         except ManifestError:
-            owner = None  # damaged: whoever it was, it was not us
-        # The same attempt again: an upload that was cut off goes on in its own folder.
-        return plain if owner == key.attempt else suffixed
+            owner = {}  # damaged: whoever it was, it was not us
+        # The same attempt again: an upload that was cut off goes on in its own folder. The nonce tells two apart that
+        # have one number.
+        same = owner.get("attempt") == key.attempt and _of_attempt(owner.get("nonce")) == _of_attempt(nonce)
+        return plain if same else suffixed
 
     def put_part(
         self, key: CheckpointKey, host: int, hosts: int, files: Iterable[FileEntry]
@@ -392,10 +415,16 @@ class Catalog:
 
     def _attempt_or_none(self, number: int) -> Attempt | None:
         try:
-            return _parse_attempt(self.storage.read(_attempt_path(number)), number)
+            return self.attempt(number)
         except (ManifestError, ObjectNotFoundError) as error:
             logger.warning("%s", error)
             return None
+
+    def _still_has(self, attempt: Attempt) -> bool:
+        if attempt.exclusive:
+            return True
+        time.sleep(SETTLE_SECONDS)  # whoever saw the number free at the same moment has written by then
+        return self.is_holder(attempt)
 
     def _holds(self, path: str, nonce: str) -> bool:
         try:
@@ -433,6 +462,11 @@ def _versioned_folder(name: str, version: int) -> str:
 def _name_and_version(key: str) -> tuple[str, int]:
     name, _, version = key.rpartition("-")
     return name, int(version) if version.isdecimal() else 0
+
+
+def _of_attempt(nonce: object) -> str:
+    """What the nonces of all saves of one attempt have in common."""
+    return str(nonce).partition("-")[0]
 
 
 def _checkpoint_of(name: str) -> CheckpointKey | None:

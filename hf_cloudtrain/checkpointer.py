@@ -3,6 +3,7 @@
     save      barrier -> the outbox freezes the folder (links, milliseconds) -> the uploader commits it in the background
     restore   what the outbox still holds is committed -> newest manifest -> verified folder -> its path
     begin     one attempt number for all ranks; a start at step 0 on a run that has checkpoints is refused (law 9)
+    overtaken set when a newer attempt has begun elsewhere: this one uploads, moves and deletes nothing more (law 6)
     wait      all ranks together, until everything is committed, or an error on all of them (law 5)
 
 Every rank calls everything. One rank a disk (a leader) moves bytes, and rank 0 decides.
@@ -35,6 +36,7 @@ from hf_cloudtrain.errors import (
     NotCommittedError,
     RunHasCheckpointsError,
 )
+from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
@@ -101,14 +103,10 @@ class Checkpointer:
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
+        self._fence: Fence | None = None
         self._save_error: Exception | None = None
         self._advice = advice
         self.world.meet_disks(self.output_dir / META)
-
-    @property
-    def overtaken_by(self) -> int | None:
-        """The number of a newer attempt, as soon as this process knows of one."""
-        return None
 
     @property
     def upload_pace(self) -> tuple[int, float] | None:
@@ -119,6 +117,11 @@ class Checkpointer:
     def last_committed(self) -> CheckpointKey | None:
         """The newest checkpoint that this process committed."""
         return self._uploader.last_committed if self._uploader else None
+
+    @property
+    def overtaken_by(self) -> int | None:
+        """The newer attempt that has begun (law 6), as soon as this rank knows: rank 0 within a heartbeat. Costs nothing."""
+        return self._fence.overtaken_by if self._fence is not None else None
 
     def restore(
         self,
@@ -211,13 +214,16 @@ class Checkpointer:
         if global_step == 0 and not self._fresh and not started_over:
             # What was saved here and is still on its way counts as a checkpoint of the run, too.
             self.finish_uploads()
+        self._end_attempt()
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
+        self._guard(self.attempt)
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
         if self.world.is_leader and self._uploader is None:
             self._uploader = Uploader(self.catalog, self.outbox)
+            self._uploader.follow(self._fence)
             self._uploader.start()
         return self.attempt
 
@@ -241,6 +247,8 @@ class Checkpointer:
             all_written: whether the ranks know already that every one of them has written its files.
         """
         assert self.attempt is not None, "begin() first"
+        if self._fence is None:
+            self._guard(self.attempt)  # it goes on after its end
         if not all_written:
             self.world.barrier()
         self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
@@ -272,6 +280,7 @@ class Checkpointer:
 
         Raises:
             NotCommittedError: the storage did not take it in time; the outbox keeps it.
+            OvertakenError: a newer attempt has begun.
         """
         folder_name(name)
         self.world.barrier()
@@ -289,10 +298,26 @@ class Checkpointer:
 
         Raises:
             NotCommittedError: on all ranks, with what is missing and how to finish it.
+            OvertakenError: on all ranks: a newer attempt has begun.
         """
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+
+    def finish(self, timeout: float | None = None) -> None:
+        """The end of training: `wait`; after that, whoever begins a newer attempt does not overtake this one.
+
+        Raises:
+            NotCommittedError, OvertakenError: as `wait`.
+        """
+        self.wait(timeout)
+        self._end_attempt()
+
+    def refuse_overtaken(self) -> None:
+        """Raise OvertakenError on all ranks, if one of them knows of a newer attempt. All ranks call it."""
+        known = [number for number in self.world.each_leader(lambda: self.overtaken_by, "look") if number]
+        if known:
+            self.world.each_leader(lambda: self._stop(known[0]), "go on: a newer attempt has begun")
 
     def finish_uploads(self) -> None:
         """Wait, on all ranks, for what was saved here before: whoever goes on in another folder must find it.
@@ -309,11 +334,34 @@ class Checkpointer:
 
     def close(self) -> None:
         """Stop the background thread after the upload under way; what is left stays in the outbox."""
+        if self._fence is not None:
+            self._fence.close()
         if self._uploader is not None:
             self._uploader.close()
 
+    def _guard(self, attempt: Attempt) -> None:
+        self._fence = Fence(self.catalog, attempt)
+        if self._uploader is not None:
+            self._uploader.follow(self._fence)
+        if self.world.is_main:
+            self._fence.start()
+
+    def _end_attempt(self) -> None:
+        """What was saved so far is now of an attempt that is over, and is uploaded whoever has begun since."""
+        if self._fence is not None:
+            self._fence.end()
+            self._fence = None
+        if self._uploader is not None:
+            self._uploader.follow(None)
+
+    def _stop(self, newer: int) -> None:
+        if self._fence is not None and self._uploader is not None:
+            self._fence.note(newer)
+            raise self._uploader.overtaken_error()
+
     def _finish_left_overs(self) -> None:
         if self._uploader is not None:  # trained in this process before
+            self._end_attempt()
             self._uploader.wait(env.drain_timeout(), bar=self.world.is_main)
             return
         left = self.outbox.entries(self.storage.url)
@@ -358,6 +406,11 @@ class Checkpointer:
     def _keep(self, entry: OutboxEntry, accept: Callable[[OutboxEntry], OutboxEntry]) -> None:
         """Hand over what `accept` freezes, on the rank that moves bytes."""
         if self._uploader is None or entry.key == self.last_committed:
+            return
+        if self.overtaken_by is not None:
+            logger.warning(
+                "checkpoint-%d is not uploaded: attempt %d has begun.", entry.key.step, self.overtaken_by
+            )
             return
         try:
             self._uploader.submit(accept(entry))
@@ -420,6 +473,8 @@ class Checkpointer:
         for folder in self.output_dir.glob("checkpoint-*"):
             match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
             if match and int(match[1]) > global_step and folder.is_dir():
+                if self._fence is not None:
+                    self._fence.refuse()  # on a shared disk it may be what a newer attempt has just saved
                 logger.warning(
                     "%s is ahead of step %d where this attempt begins: moved to %s.",
                     folder,
@@ -428,6 +483,8 @@ class Checkpointer:
                 )
 
     def _save_folder(self, folder: Path, name: str) -> str:
+        if self._fence is not None:
+            self._fence.refuse()
         number = self.attempt.number if self.attempt else 0
         step = self.last_saved.step if self.last_saved else 0
         entry = OutboxEntry(
@@ -455,10 +512,14 @@ class Checkpointer:
 
     def _wait_for_uploads(self, seconds: float) -> None:
         if self._uploader is not None:
+            if self._fence is not None:
+                self._fence.start()  # whoever is not rank 0 does not look while it trains
             self._uploader.wait(seconds, bar=self.world.is_main)
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""
+        if self._fence is not None and (newer := self._fence.look()) is not None:
+            self._stop(newer)
         wanted = self.last_saved or self._restored
         if wanted is None:
             raise NotCommittedError(
@@ -479,3 +540,9 @@ def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey 
         return found.last_committed if found is not None else None
 
     return ask
+
+
+def overtaken_by_of(checkpointer: Checkpointer) -> Callable[[], int | None]:
+    """Asks for the newer attempt that has overtaken the present one, without keeping the Checkpointer alive."""
+    fence = checkpointer._fence
+    return lambda: fence.overtaken_by if fence is not None else None

@@ -24,7 +24,7 @@ DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 """Seconds that the end of training waits for uploads. Default 1800: 225 GB at 1 Gbit/s."""
 
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
-"""Seconds between two heartbeats in `progress/`. Default 15."""
+"""Seconds between two heartbeats in `progress/`, and between two looks for a newer attempt. Default 15."""
 
 GRACE = "HF_CLOUDTRAIN_GRACE"
 """Seconds that a machine has after a notice that names none, such as a signal. Default 30, as launchers have it."""

@@ -91,7 +91,7 @@ class NotCommittedError(CloudTrainError):
 
 
 class OvertakenError(CloudTrainError):
-    """A newer attempt of the same run has started, so this one must not write any more."""
+    """A newer attempt of the same run has started, so this one ends and writes nothing more."""
 
 
 class PreemptedError(CloudTrainError):

@@ -137,6 +137,7 @@ def upload_checkpoint() -> None:
 
     Raises:
         NotCommittedError: after the last step: the storage did not take it in time; it is kept here.
+        OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         ConfigurationError: nobody said which folder.
     """
     _opened("upload_checkpoint").upload_checkpoint()

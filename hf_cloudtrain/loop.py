@@ -32,7 +32,7 @@ from hf_cloudtrain.loop_position import position, samples_per_step, topology, to
 from hf_cloudtrain.loop_report import LoopReport, as_eval
 from hf_cloudtrain.loop_state import LoopState, storable_args
 from hf_cloudtrain.manifest import Manifest, Position
-from hf_cloudtrain.outcome import Outcome, forget_end, record_end
+from hf_cloudtrain.outcome import Outcome, forget_end, outcome_of, record_end
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
 from hf_cloudtrain.storage import shown_url
@@ -186,6 +186,7 @@ class TrainLoop:
             NotCommittedError: at the end, where the storage did not take the last checkpoint in time.
             PreemptedExit: from `steps` or `end_epoch`, after an emergency save: nothing after the training runs. It is a
                 SystemExit with the code 75; in a notebook it is a PreemptedError.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         if not self._looked_for_checkpoint:
             self.resume()
@@ -493,11 +494,11 @@ class TrainLoop:
     def _finish(self) -> None:
         self._listen_no_more()
         try:
-            self._checkpointer.wait()
+            self._checkpointer.finish()
             self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
         except CloudTrainError as error:
             self._report.close("failed")
-            record_end(self._checkpointer, "failed", str(error))
+            record_end(self._checkpointer, outcome_of(error), str(error))
             raise
         self._training = False
         state: Outcome = "finished" if self.epoch >= self.num_epochs else "stopped"

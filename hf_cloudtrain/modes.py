@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Advice, last_committed_of
+from hf_cloudtrain.checkpointer import Advice, last_committed_of, overtaken_by_of
 from hf_cloudtrain.distributed import rank_and_size
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.in_place import InPlaceCheckpointer
@@ -159,6 +159,7 @@ class CloudMode:
                 first_step=step,
                 total_steps=self._total,
                 committed=last_committed_of(checkpointer),
+                overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
 
@@ -175,6 +176,7 @@ class CloudMode:
     def upload(self, step: int, *, last: bool) -> None:
         self._refuse_without_folder("upload_checkpoint()")
         checkpointer = self._open()
+        checkpointer.refuse_overtaken()
         self._metrics.flush()
         checkpointer.save(
             checkpointer.output_dir,
@@ -231,7 +233,7 @@ class CloudMode:
             self._preemption.close()
         state: Outcome = "failed"
         try:
-            checkpointer.wait()
+            checkpointer.finish()
             state = "finished"
         finally:
             self._finished = True
@@ -244,6 +246,8 @@ class CloudMode:
 
     def _honest(self, checkpointer: InPlaceCheckpointer, step: int, state: Outcome) -> Outcome:
         """What the run says of its end, given what is on storage; warns of steps that are in no checkpoint."""
+        if checkpointer.overtaken_by is not None:
+            return "overtaken"
         saved = checkpointer.last_saved
         if self._checkpoint_dir is None or state == "failed":
             return state

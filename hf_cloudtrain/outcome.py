@@ -19,6 +19,7 @@ from typing import Literal
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.errors import CloudTrainError, OvertakenError
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,11 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
         os.replace(beside, name)
     except OSError as error:
         logger.error("The exit file %r could not be written: %s", name, error)
+
+
+def outcome_of(error: CloudTrainError) -> Outcome:
+    """What an error at the end of training says."""
+    return "overtaken" if isinstance(error, OvertakenError) else "failed"
 
 
 def forget_end() -> None:

@@ -172,11 +172,8 @@ class Preemption:
         close("overtaken")
         record_end(self._checkpointer, "overtaken", "a newer attempt has started")
         self.close()
-        number = self._checkpointer.overtaken_by
-        raise OvertakenError(
-            f"{'A newer attempt' if number is None else f'Attempt {number}'} of this run has started elsewhere, so this "
-            "one ends. What it saved since is not uploaded; the newer attempt goes on alone."
-        )
+        self._checkpointer.refuse_overtaken()
+        raise OvertakenError("A newer attempt of this run has started, so this one ends.")
 
     def _decide(self, heard: _Heard | None) -> Order:
         if heard is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
-from hf_cloudtrain.outcome import forget_end, record_end
+from hf_cloudtrain.outcome import forget_end, outcome_of, record_end
 from hf_cloudtrain.preemption import refuse_to_begin
 from hf_cloudtrain.storage import shown_url
 
@@ -125,9 +125,9 @@ class Session:
         checkpointer = self.opened()
         try:
             if self.uploads:
-                checkpointer.wait()
+                checkpointer.finish()
         except CloudTrainError as error:
-            record_end(checkpointer, "failed", str(error))
+            record_end(checkpointer, outcome_of(error), str(error))
             raise
         record_end(checkpointer, "finished")
 

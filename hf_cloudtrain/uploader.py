@@ -5,6 +5,9 @@ once, hashed as they are sent), look at what arrived, look again at what was sen
 the entry. Trouble with the storage is warned about once and tried again for as long as the process lives; an entry
 leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started.
 
+Before the first byte and right before the commit it looks whether a newer attempt has begun elsewhere (law 6). Then it
+stops, and the outbox keeps what is left.
+
 Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-send` threads move bytes and live as
 long as one entry. No collective ever runs here.
 """
@@ -22,8 +25,10 @@ from hf_cloudtrain.errors import (
     CloudTrainError,
     CorruptCheckpointError,
     NotCommittedError,
+    OvertakenError,
     StorageUnavailableError,
 )
+from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.freeze import AcceptedFile
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
@@ -74,6 +79,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
         self._current: OutboxEntry | None = None
+        self._fence: Fence | None = None
         self._stopping = False
         self._hurry = False
         self._gave_up = False
@@ -84,6 +90,13 @@ class Uploader:
         self._waiting = self._outbox.entries(self._catalog.storage.url)
         self._thread.start()
         before_exit(self.drain)
+
+    def follow(self, fence: Fence | None) -> None:
+        """Upload for this attempt until it is overtaken; None: for attempts that are over, whoever has begun since."""
+        with self._changed:
+            self._fence = fence
+            self._gave_up = False
+            self._changed.notify_all()
 
     def submit(self, entry: OutboxEntry) -> None:
         """Hand over an accepted entry; returns at once."""
@@ -107,6 +120,7 @@ class Uploader:
 
         Raises:
             NotCommittedError: after `timeout` seconds, with what to do.
+            OvertakenError: a newer attempt has begun, and something was not committed before.
         """
         deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
         with self._changed:
@@ -114,7 +128,12 @@ class Uploader:
             self._deadline = deadline
             self._changed.notify_all()
         with Bar(self.progress, hidden=not bar) as shown:
-            while self.pending() and self._thread.is_alive() and time.monotonic() < deadline:
+            while (
+                self.pending()
+                and self._thread.is_alive()
+                and time.monotonic() < deadline
+                and not self._is_overtaken()
+            ):
                 with self._changed:
                     self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
                 shown.update()
@@ -122,16 +141,32 @@ class Uploader:
         pending = self.pending()
         if pending:
             self._gave_up = True
+            if self._is_overtaken():
+                raise self.overtaken_error()
             raise NotCommittedError(self._not_committed(pending))
+
+    def overtaken_error(self) -> OvertakenError:
+        """What to raise where a newer attempt has begun: names what is kept here."""
+        assert self._fence is not None
+        names = ", ".join(entry.title for entry in self.pending())
+        kept = (
+            f"Kept on this machine, and not on storage: {names}. `cloudtrain checkpoint flush {self._outbox.output_dir}` "
+            f"stores it as of attempt {self._fence.attempt.number}, below the newer one. "
+        )
+        return self._fence.error(kept if names else "")
 
     def drain(self) -> None:
         """Finish what is pending before the process ends; never raises, and says what is left and what to do."""
         if self._gave_up or self._stopping or not self.pending():
             return
+        if self._is_overtaken():
+            self._gave_up = True
+            logger.error("%s", self.overtaken_error())
+            return
         logger.warning("Training ended early. Finishing the upload; Ctrl-C leaves it for later.")
         try:
             self.wait(env.drain_timeout())
-        except NotCommittedError as error:
+        except (NotCommittedError, OvertakenError) as error:
             logger.error("%s", error)
         except KeyboardInterrupt:
             logger.error("%s", self._not_committed(self.pending()))
@@ -141,6 +176,10 @@ class Uploader:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+
+    def _is_overtaken(self) -> bool:
+        fence = self._fence
+        return fence is not None and fence.overtaken_by is not None
 
     def _not_committed(self, pending: list[OutboxEntry]) -> str:
         names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
@@ -183,10 +222,12 @@ class Uploader:
                 self.progress.begin(f"Uploading {entry.title}", entry.size)
                 with self._outbox.lock():
                     began = time.monotonic()
-                    committed = sender.send(entry, self.progress.add)
+                    committed = sender.send(entry, self._moved, self._fence)
                     self.pace = (entry.size, entry.size / max(1e-3, time.monotonic() - began))
                     self._done(entry, committed)
                 failures = 0
+            except OvertakenError:
+                self._put_back(entry, 0.0)  # the fence has said it; `_take` hands out nothing more
             except BlockingIOError:
                 self._put_back(entry, 1.0)  # another process on this disk is at it
             except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
@@ -195,7 +236,7 @@ class Uploader:
 
     def _take(self) -> OutboxEntry | None:
         with self._changed:
-            while not self._waiting and not self._stopping:
+            while (not self._waiting or self._is_overtaken()) and not self._stopping:
                 self._changed.wait()
             if self._stopping:
                 return None
@@ -211,6 +252,12 @@ class Uploader:
         bytes_left = self.pace[1] * (self._deadline - time.monotonic())
         fitting = [entry for entry in newest_first if entry.size <= bytes_left]
         return fitting[0] if fitting else min(newest_first, key=lambda entry: entry.size)
+
+    def _moved(self, count: int) -> None:
+        self.progress.add(count)
+        fence = self._fence
+        if count > 0 and fence is not None and fence.overtaken_by is not None:
+            raise fence.error()  # in the middle of a file: the rest of a large one may take an hour
 
     def _done(self, entry: OutboxEntry, committed: bool) -> None:
         self._outbox.remove(entry)
@@ -267,9 +314,22 @@ class _Sender:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._arrived: dict[tuple[str, str, int, int], str] = {}
+        self._fence: Fence | None = None
+        self._best: OutboxEntry | None = None
+        """The best one that was committed here."""
 
-    def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None]) -> bool:
-        """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing."""
+    def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None], fence: Fence | None = None) -> bool:
+        """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing.
+
+        Args:
+            fence: of the attempt that this is done for; None where it is for one that is over.
+
+        Raises:
+            OvertakenError: a newer attempt has begun.
+        """
+        self._fence = fence
+        if fence is not None:
+            fence.refuse()
         if entry.name is None and self._catalog.holds(entry.key):
             # Sending it again would write over a committed checkpoint.
             logger.info("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
@@ -320,6 +380,8 @@ class _Sender:
         return self._catalog.put_part(*part, files)
 
     def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
+        if self._fence is not None:
+            self._fence.refuse()
         if entry.name is not None:
             return self._catalog.commit_folder(manifest)
         if not self._catalog.commit(manifest):
@@ -332,10 +394,17 @@ class _Sender:
         if self._catalog.overtaken_by(entry.key.attempt) is not None:
             return
         if entry.best:
-            self._catalog.point("best", entry.key, entry.metrics.get("best_metric"))
+            self._best = entry
+        if self._best is not None and (entry.best or self._was_moved_back(self._best)):
+            self._catalog.point("best", self._best.key, self._best.metrics.get("best_metric"))
         newest = self._catalog.pointer("last")
         if newest is None or newest < entry.key:
             self._catalog.point("last", entry.key)
+
+    def _was_moved_back(self, best: OutboxEntry) -> bool:
+        """By an older attempt that was overtaken after it had looked: the one thing it can do in that moment."""
+        there = self._catalog.pointer("best")
+        return there is not None and there.attempt < best.key.attempt
 
     def _send_files(
         self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]

@@ -29,7 +29,7 @@ ROWS = (
         "signals",
     ),
     ("manifest", "native", "backends", "storage"),
-    ("catalog", "freeze", "outbox", "uploader", "downloader"),
+    ("catalog", "fence", "freeze", "outbox", "uploader", "downloader"),
     (
         "position",
         "history",

@@ -170,12 +170,12 @@ def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _state(recorded: str, last_seen: float, next_started: float | None = None) -> str:
-    """What an attempt is doing: a killed one cannot record that it was."""
+def _state(recorded: str, last_seen: float, *, newest: bool = True) -> str:
+    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
     if recorded not in ALIVE:
         return recorded
-    if next_started is not None:
-        return "overtaken" if last_seen > next_started else "killed"
+    if not newest:
+        return "killed"
     return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
 
 
@@ -207,11 +207,10 @@ def _status_record(history: History) -> dict[str, Any]:
 
 
 def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
-    starts = [*(info.started for info in attempts[1:]), None]
     return [
         {
             "number": info.number,
-            "state": _state(info.state, info.last_seen, next_started),
+            "state": _state(info.state, info.last_seen, newest=info is attempts[-1]),
             "started": info.started,
             "last_seen": info.last_seen,
             "first_step": info.first_step,
@@ -222,7 +221,7 @@ def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
             "superseded_steps": info.redone_steps,
             "facts": info.facts,
         }
-        for info, next_started in zip(attempts, starts, strict=True)
+        for info in attempts
     ]
 
 

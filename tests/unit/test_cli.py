@@ -536,10 +536,12 @@ class TestRunStatus:
         assert answer("run", "status", empty.url)["state"] == "started"
         assert answer("run", "list", str(empty.folder.parent))["runs"][0]["state"] == "started"
 
-    def test_a_heartbeat_after_the_next_attempt_began_means_overtaken(self, empty: Run) -> None:
+    def test_overtaken_is_what_an_attempt_says_of_itself_and_no_clock(self, empty: Run) -> None:
         empty.begin(ago=500)
         empty.begin(ago=400)
-        empty.beat(1, ago=10, step=5)
+        empty.beat(1, ago=-3600, step=5)  # its clock is an hour ahead, and it was killed
+        assert answer("run", "status", empty.url)["attempts"][0]["state"] == "killed"
+        empty.beat(1, ago=450, step=5, state="overtaken")
         assert answer("run", "status", empty.url)["attempts"][0]["state"] == "overtaken"
 
     def test_counts_what_was_done_again(self, run: Run) -> None:
