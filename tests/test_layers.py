@@ -28,7 +28,7 @@ ROWS = (
         "distributed",
     ),
     ("manifest", "native", "backends", "storage"),
-    ("catalog", "freeze", "outbox", "uploader", "downloader"),
+    ("catalog", "parts", "freeze", "outbox", "uploader", "watch", "downloader"),
     (
         "position",
         "history",
@@ -36,6 +36,7 @@ ROWS = (
         "step_tracker",
         "sampler",
         "data_position",
+        "shares",
         "checkpointer",
         "in_place",
     ),
