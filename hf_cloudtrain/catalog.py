@@ -8,7 +8,7 @@ committed checkpoint is ever overwritten; the manifest is created exclusively, l
         run.json                              name, created, versions, command line
         attempts/000003.json                  exclusive create: who, where, resumed from what
         claims/checkpoint-500.json            exclusive create: which attempt may write that folder
-        parts/000003-0000000500/0-of-2.json   what one host uploaded
+        parts/000003-0000000500/0-of-2.json   what one host uploaded, see parts.py
         checkpoints/000003-0000000500.json    the commit
         folders/final-000001.json             the commit of any other folder
         best.json, last.json                  pointers
@@ -24,7 +24,6 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,6 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import (
     META,
-    FileEntry,
     Manifest,
     checkpoint_key,
     decode_record,
@@ -71,6 +69,11 @@ class CheckpointKey:
 
     def __str__(self) -> str:
         return checkpoint_key(self.attempt, self.step)
+
+    def may_be_in(self, folder: str) -> bool:
+        """Whether a folder's name is one of this checkpoint: the plain one, or with `.a<attempt>`, or its n-th save's."""
+        plain = f"checkpoint-{self.step}"
+        return folder == plain or re.fullmatch(rf"{plain}\.a{self.attempt}(\.\d+)?", folder) is not None
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Catalog:
             raise ManifestError(
                 f"The manifest {str(key)!r} is of attempt {manifest.attempt}, step {manifest.step}."
             )
-        if manifest.folder not in (f"checkpoint-{key.step}", f"checkpoint-{key.step}.a{key.attempt}"):
+        if not key.may_be_in(manifest.folder):
             raise ManifestError(
                 f"The manifest {str(key)!r} names the folder {manifest.folder!r} of another one."
             )
@@ -242,30 +245,6 @@ class Catalog:
         # have one number.
         same = owner.get("attempt") == key.attempt and _of_attempt(owner.get("nonce")) == _of_attempt(nonce)
         return plain if same else suffixed
-
-    def put_part(
-        self, key: CheckpointKey, host: int, hosts: int, files: Iterable[FileEntry]
-    ) -> list[FileEntry] | None:
-        """Record what one host uploaded, and answer as `parts`. After that the host writes nothing more of it."""
-        record = {"files": [dataclasses.asdict(entry) for entry in files]}
-        self.storage.write(_part_path(key, host, hosts), encode_record(record))
-        return self.parts(key, hosts)
-
-    def has_part(self, key: CheckpointKey, host: int, hosts: int) -> bool:
-        """Whether a host's part is recorded."""
-        return self._exists(_part_path(key, host, hosts))
-
-    def parts(self, key: CheckpointKey, hosts: int) -> list[FileEntry] | None:
-        """All hosts' files, sorted by path; None while a part is missing."""
-        there = {info.path for info in self.storage.list(f"{_PARTS}/{key}")}
-        wanted = [_part_path(key, host, hosts) for host in range(hosts)]
-        if not set(wanted) <= there:
-            return None
-        found: list[FileEntry] = []
-        for path in wanted:
-            items = decode_record(self.storage.read(path), f"part {path!r}").get("files")
-            found += [FileEntry.parse(item, f"part {path!r}") for item in items or []]
-        return sorted(found, key=lambda entry: entry.path)
 
     def commit(self, manifest: Manifest) -> bool:
         """Make a checkpoint exist. False where it exists already from another save of the same (attempt, step)."""
@@ -445,10 +424,6 @@ def _attempt_path(number: int) -> str:
 
 def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
-
-
-def _part_path(key: CheckpointKey, host: int, hosts: int) -> str:
-    return f"{_PARTS}/{key}/{host}-of-{hosts}.json"
 
 
 def _folder_path(key: str) -> str:

@@ -18,7 +18,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,24 @@ from hf_cloudtrain.errors import (
     NewerFormatError,
     NoCheckpointError,
     NotCommittedError,
+    PeerError,
     RunHasCheckpointsError,
 )
 from hf_cloudtrain.fence import Fence
+from hf_cloudtrain.freeze import fresh_files
 from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.shares import Look, Share, Shares
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
+from hf_cloudtrain.watch import CommitWatch
 
 logger = logging.getLogger(__name__)
+
+LAST_LOOK = 60.0
+"""Seconds that a process which ends early waits for the parts of other hosts: they may be gone."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,12 @@ class Checkpointer:
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
         self._fence: Fence | None = None
+        self._watch: CommitWatch | None = None
+        self._saves = 0
         self._save_error: Exception | None = None
         self._advice = advice
         self.world.meet_disks(self.output_dir / META)
+        self._shares = Shares(self.world)
 
     @property
     def upload_pace(self) -> tuple[int, float] | None:
@@ -115,8 +125,9 @@ class Checkpointer:
 
     @property
     def last_committed(self) -> CheckpointKey | None:
-        """The newest checkpoint that this process committed."""
-        return self._uploader.last_committed if self._uploader else None
+        """The newest checkpoint that this process committed, or on rank 0 saw committed."""
+        found = [who.last_committed for who in (self._uploader, self._watch) if who is not None]
+        return max((key for key in found if key is not None), default=None)
 
     @property
     def overtaken_by(self) -> int | None:
@@ -225,6 +236,8 @@ class Checkpointer:
             self._uploader = Uploader(self.catalog, self.outbox)
             self._uploader.follow(self._fence)
             self._uploader.start()
+        if self.world.is_main and len(self.world.leaders) > 1 and self._watch is None:
+            self._watch = CommitWatch(self.catalog)
         return self.attempt
 
     def save(
@@ -251,11 +264,15 @@ class Checkpointer:
             self._guard(self.attempt)  # it goes on after its end
         if not all_written:
             self.world.barrier()
-        self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
+        key = CheckpointKey(self.attempt.number, position.global_step)
+        self._saves = self._saves + 1 if key == self.last_saved else 1
+        self.last_saved = key
+        # On one disk, a second save of a step takes the place of the first.
+        save = self._saves if len(self.world.leaders) > 1 else 1
         entry = OutboxEntry(
             run_url=self.storage.url,
             key=key,
-            nonce=f"{self.attempt.nonce}-{position.global_step}",
+            nonce=f"{self.attempt.nonce}-{position.global_step}" + (f"-{save}" if save > 1 else ""),
             position=position,
             exclusive=self.attempt.exclusive,
             exact=inexact_reason is None,
@@ -263,8 +280,7 @@ class Checkpointer:
             created=time.time(),
             metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
             best=best,
-            host=self.world.leaders.index(self.world.rank) if self.world.is_leader else 0,
-            hosts=len(self.world.leaders),
+            save=save,
             origin=origin(),
         )
         self._hand_over(folder, entry, since_ns)
@@ -331,13 +347,20 @@ class Checkpointer:
         """Before this process ends: finish what is pending; never raises, and says what is left and what to do."""
         if self._uploader is not None:
             self._uploader.drain()
+        if self._watch is not None:
+            try:
+                self._watch.wait(min(LAST_LOOK, env.drain_timeout()))
+            except NotCommittedError as error:
+                logger.error("%s", error)
 
     def close(self) -> None:
-        """Stop the background thread after the upload under way; what is left stays in the outbox."""
+        """Stop the background threads after the upload under way; what is left stays in the outbox."""
         if self._fence is not None:
             self._fence.close()
         if self._uploader is not None:
             self._uploader.close()
+        if self._watch is not None:
+            self._watch.close()
 
     def _guard(self, attempt: Attempt) -> None:
         self._fence = Fence(self.catalog, attempt)
@@ -401,11 +424,35 @@ class Checkpointer:
         download(self.catalog, manifest, self.local_folder(manifest), wanted=wanted, on_bytes=on_bytes)
 
     def _hand_over(self, folder: Path, entry: OutboxEntry, since_ns: int) -> None:
-        self._keep(entry, partial(self.outbox.accept, folder, since_ns=since_ns))
+        def look() -> tuple[list[str], list[str]]:
+            names = list(fresh_files(folder, since_ns))
+            return names, names
 
-    def _keep(self, entry: OutboxEntry, accept: Callable[[OutboxEntry], OutboxEntry]) -> None:
+        share = self._share(entry, look, entry.key.step)
+        if share is not None:
+            self._keep(entry, share, partial(self.outbox.accept, folder, since_ns=since_ns))
+
+    def _share(self, entry: OutboxEntry, look: Look, step: int | None = None) -> Share | None:
+        """What this disk gives; None where the save is lost."""
+        try:
+            return self._shares.agree(
+                look, lambda: self._uploader is not None and self._uploader.is_busy(), step
+            )
+        except PeerError as error:
+            self._lose(entry, error)
+            return None
+
+    def _keep(self, entry: OutboxEntry, share: Share, accept: Callable[..., OutboxEntry]) -> None:
         """Hand over what `accept` freezes, on the rank that moves bytes."""
-        if self._uploader is None or entry.key == self.last_committed:
+        if entry.key == self.last_committed:
+            return
+        entry = replace(entry, host=share.host, hosts=len(share.givers))
+        if self._watch is not None:
+            self._watch.expect(entry, share.givers)
+        if self._uploader is None:
+            return
+        if share.wanted is None:
+            self._uploader.skip()
             return
         if self.overtaken_by is not None:
             logger.warning(
@@ -413,11 +460,15 @@ class Checkpointer:
             )
             return
         try:
-            self._uploader.submit(accept(entry))
+            hold = share.hold and entry.hosts > 1 and not entry.best
+            self._uploader.submit(accept(entry, wanted=share.wanted), hold=hold)
         except (OSError, ConfigurationError, ManifestError) as error:
-            # One lost checkpoint must not end the training; `wait` tells if it was the last.
-            self._save_error = error
-            logger.error("checkpoint-%d could not be kept for upload: %s", entry.key.step, error)
+            self._lose(entry, error)
+
+    def _lose(self, entry: OutboxEntry, error: Exception) -> None:
+        # One lost checkpoint must not end the training; `wait` tells if it was the last.
+        self._save_error = error
+        logger.error("checkpoint-%d could not be kept for upload: %s", entry.key.step, error)
 
     def _say_restored(self, manifest: Manifest) -> None:
         if not self.world.is_main:
@@ -511,10 +562,14 @@ class Checkpointer:
         raise NotCommittedError(f"{name!r} was not committed to {self.storage.url!r}.")
 
     def _wait_for_uploads(self, seconds: float) -> None:
+        began = time.monotonic()
         if self._uploader is not None:
             if self._fence is not None:
                 self._fence.start()  # whoever is not rank 0 does not look while it trains
             self._uploader.wait(seconds, bar=self.world.is_main)
+        if self._watch is not None:
+            left = max(0.0, began + seconds - time.monotonic())
+            self._watch.wait(left, lambda: self.overtaken_by is not None)
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""

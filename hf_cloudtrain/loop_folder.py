@@ -152,7 +152,8 @@ class LoopFolder:
     def _bring_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
         manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
-        best = next((manifest for manifest in manifests if manifest.nonce == nonce), None)
+        # Where hosts saved the step again, a number stands behind it.
+        best = next((found for found in manifests if f"{found.nonce}-".startswith(f"{nonce}-")), None)
         if best is None:
             logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
             return

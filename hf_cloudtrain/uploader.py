@@ -33,6 +33,7 @@ from hf_cloudtrain.freeze import AcceptedFile
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 
@@ -78,6 +79,7 @@ class Uploader:
         self._protected = protected
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
+        self._held: OutboxEntry | None = None
         self._current: OutboxEntry | None = None
         self._fence: Fence | None = None
         self._stopping = False
@@ -98,14 +100,30 @@ class Uploader:
             self._gave_up = False
             self._changed.notify_all()
 
-    def submit(self, entry: OutboxEntry) -> None:
-        """Hand over an accepted entry; returns at once."""
+    def submit(self, entry: OutboxEntry, *, hold: bool = False) -> None:
+        """Hand over an accepted entry; returns at once.
+
+        Args:
+            hold: begin with it only when somebody waits for the end; the next one takes its place until then.
+        """
         with self._changed:
             self._gave_up = False
             self._waiting = [other for other in self._waiting if other.home != entry.home]
+            self._drop_held()
             self._waiting.append(entry)
+            self._held = entry if hold else None
             self._drop_overtaken(entry)
             self._changed.notify_all()
+
+    def skip(self) -> None:
+        """A newer checkpoint was saved, of which this host holds nothing."""
+        with self._changed:
+            self._drop_held()
+
+    def is_busy(self) -> bool:
+        """Whether something is under way or next, other than what is held."""
+        with self._changed:
+            return self._current is not None or any(entry is not self._held for entry in self._waiting)
 
     def pending(self) -> list[OutboxEntry]:
         """What is not committed yet, newest first."""
@@ -198,18 +216,28 @@ class Uploader:
                 entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
+                and entry.hosts == 1  # other hosts may have begun with it
                 and not self._protected(entry)
             )
             if droppable and count >= MAX_WAITING:
-                logger.warning(
-                    "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
-                    entry.title,
-                )
-                self._outbox.remove(entry, in_background=True)
+                self._drop(entry)
             else:
                 kept.append(entry)
             count += 1
         self._waiting = kept
+
+    def _drop_held(self) -> None:
+        if self._held is not None and self._held in self._waiting:
+            self._waiting.remove(self._held)
+            self._drop(self._held)
+        self._held = None
+
+    def _drop(self, entry: OutboxEntry) -> None:
+        logger.warning(
+            "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
+            entry.title,
+        )
+        self._outbox.remove(entry, in_background=True)
 
     def _work(self) -> None:
         failures = 0
@@ -236,17 +264,20 @@ class Uploader:
 
     def _take(self) -> OutboxEntry | None:
         with self._changed:
-            while (not self._waiting or self._is_overtaken()) and not self._stopping:
+            while (not (ready := self._ready()) or self._is_overtaken()) and not self._stopping:
                 self._changed.wait()
             if self._stopping:
                 return None
-            self._current = self._choose()
+            self._current = self._choose(ready)
             self._waiting.remove(self._current)
             return self._current
 
-    def _choose(self) -> OutboxEntry:
+    def _ready(self) -> list[OutboxEntry]:
+        return [entry for entry in self._waiting if entry is not self._held or self._hurry]
+
+    def _choose(self, ready: list[OutboxEntry]) -> OutboxEntry:
         """The newest; where time is short, the newest that can be done in it, or else the smallest."""
-        newest_first = sorted(self._waiting, key=lambda entry: entry.key, reverse=True)
+        newest_first = sorted(ready, key=lambda entry: entry.key, reverse=True)
         if self._deadline is None or self.pace is None:
             return newest_first[0]
         bytes_left = self.pace[1] * (self._deadline - time.monotonic())
@@ -319,7 +350,7 @@ class _Sender:
         """The best one that was committed here."""
 
     def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None], fence: Fence | None = None) -> bool:
-        """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing.
+        """Upload and commit; True where the folder exists afterwards, False where the commit is another host's.
 
         Args:
             fence: of the attempt that this is done for; None where it is for one that is over.
@@ -337,7 +368,7 @@ class _Sender:
             return True
         if entry.name is None:
             manifest_key = str(entry.key)
-            folder = self._catalog.claim(entry.key, entry.nonce, exclusive=entry.exclusive)
+            folder = self._parts(entry).folder(exclusive=entry.exclusive)
         else:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
             if self._catalog.holds_folder(manifest_key):
@@ -366,18 +397,21 @@ class _Sender:
     def _send_part(
         self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]
     ) -> list[FileEntry] | None:
-        """Send this host's files; the files of all hosts, or None where other hosts are not there yet."""
-        part = (entry.key, entry.host, entry.hosts)
+        """Send this host's files; the files of all hosts, or None where another one commits them."""
+        parts = self._parts(entry)
         # What a part names may be committed by another host at any moment, and is not written again.
-        if entry.hosts > 1 and self._catalog.has_part(*part):
-            return self._catalog.parts(entry.key, entry.hosts)
-        entry.check_unchanged()
-        files = self._send_files(entry, folder, on_bytes)
-        self._check_arrival(folder, files)
-        entry.check_unchanged()
-        if entry.hosts == 1:
-            return files
-        return self._catalog.put_part(*part, files)
+        if entry.hosts == 1 or not parts.has(entry.host):
+            entry.check_unchanged()
+            files = self._send_files(entry, folder, on_bytes)
+            self._check_arrival(folder, files)
+            entry.check_unchanged()
+            if entry.hosts == 1:
+                return files
+            parts.put(entry.host, files)
+        return parts.files() if not parts.missing() and parts.elect(entry.host) else None
+
+    def _parts(self, entry: OutboxEntry) -> Parts:
+        return Parts(self._catalog, entry.key, entry.nonce, save=entry.save, hosts=entry.hosts)
 
     def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
         if self._fence is not None:
