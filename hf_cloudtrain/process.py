@@ -9,7 +9,12 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TURN = 0.2
+"""Seconds of one wait for another thread, so that Ctrl-C is heard between them."""
 
 
 def before_exit(method: Callable[[], None]) -> None:
@@ -66,6 +71,35 @@ def is_left_over(name: str) -> bool:
     return False
 
 
+def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
+    """What `work` gives or raises, done in a thread of its own; TimeoutError once `is_late` says so.
+
+    The thread cannot be ended: it stays behind, a daemon, and whatever `work` touches must be its own from then on.
+    """
+    over = threading.Event()
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            answers.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            errors.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=call, name="cloudtrain-call", daemon=True).start()
+    while not over.wait(TURN):
+        if is_late() and not over.is_set():
+            raise TimeoutError("no answer")
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # an error that refers to its own frame is freed late, with all that it saw
+    return answers[0]
+
+
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:
     """Do `work` on every item of every group, each group with threads of its own; answers in order, or the first error.
 
@@ -96,7 +130,7 @@ def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -
             threads.append(thread)
     for thread in threads:
         while thread.is_alive():
-            thread.join(0.2)  # short turns, so that Ctrl-C is heard
+            thread.join(TURN)
     if errors:
         raise errors[0]
     return answers
