@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import re
 import secrets
@@ -43,6 +44,19 @@ def at_exit(call: Callable[[], None]) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call_here)
+
+
+@functools.cache
+def boot_id() -> str:
+    """Which life of the machine this is: another one after a power cut; empty where the system does not tell.
+
+    https://man7.org/linux/man-pages/man5/proc_sys_kernel.5.html (random)
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 _making: set[str] = set()
