@@ -143,8 +143,8 @@ class Outbox:
         name = self._name(entry)
         beside = self.folder / f".{name}-{half_made_by()}"
         files = beside / "files"
-        files.mkdir(parents=True)
         try:
+            files.mkdir(parents=True)
             accepted = freeze(source, files, since_ns) if link else copy_out(source, files, wanted)
             if not accepted:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
