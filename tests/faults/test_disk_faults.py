@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from hf_cloudtrain import process
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.aftermath import is_one, what_goes_wrong_next
-from tests.faults.runs import Machine, Machines, bytes_of
+from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of
+from tests.faults.small_disk import why_impossible
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = 0.1
 """Seconds of a wait that may be meant to fail."""
 ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
@@ -90,3 +94,12 @@ def test_a_restore_to_a_disk_that_takes_nothing_shows_nothing_partial_and_says_w
             assert all(is_one(path) for path in (tmp_path / elsewhere).glob("checkpoint-*"))
             assert machines.restored(elsewhere) == bytes_of(5), f"when there is room again: change {number}"
         assert number > 8, "the sweep saw the whole restore"
+
+
+def test_a_disk_that_is_really_full_or_read_only_loses_nothing_and_says_so(tmp_path: Path) -> None:
+    """During the framework's save, the snapshot, the copy of the function API, and a restore."""
+    if reason := why_impossible():
+        pytest.skip(f"no small disk can be mounted here: {reason}")  # the sweeps above need none
+    command = [sys.executable, "-m", "tests.faults.tight_run", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert ended.returncode == 0, ended.stderr
