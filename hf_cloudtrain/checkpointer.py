@@ -155,7 +155,7 @@ class Checkpointer:
         self.finish_uploads()
         if self._fresh:
             return None
-        keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
+        keys = self.world.agree(self.catalog.known_checkpoints, "list the checkpoints")
         for key in reversed(keys):
             manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
             if isinstance(manifest, str):
@@ -406,14 +406,17 @@ class Checkpointer:
             flush(self.catalog, self.outbox, progress)
 
     def _read_or_reason(self, key: CheckpointKey) -> Manifest | str:
-        try:
-            return self.catalog.read(key)
-        except NoCheckpointError as error:
-            return str(error)  # retired since the listing
-        except NewerFormatError:
-            raise  # the one before would silently lose work
-        except ManifestError as error:
-            return str(error)
+        reason = ""
+        for _ in range(2):  # a step back costs hours, so one wrong answer is not enough for it
+            try:
+                return self.catalog.read(key)
+            except NoCheckpointError as error:
+                reason = str(error)  # retired since the listing
+            except NewerFormatError:
+                raise  # the one before would silently lose work
+            except ManifestError as error:
+                reason = str(error)
+        return reason
 
     def _find_world(self) -> World:
         return World.current()
@@ -494,7 +497,7 @@ class Checkpointer:
         return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
 
     def _checked_start(self, global_step: int, started_over: bool) -> CheckpointKey | None:
-        keys = self.catalog.checkpoints()
+        keys = self.catalog.known_checkpoints()
         if global_step == 0 and keys and not self._fresh and not started_over:
             raise RunHasCheckpointsError(
                 f"The run {self.storage.url!r} has {len(keys)} checkpoints, the newest at step {keys[-1].step}, but "
@@ -581,7 +584,7 @@ class Checkpointer:
                 f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. "
                 f"{self._advice.save}"
             )
-        if wanted not in self.catalog.checkpoints():
+        if wanted not in self.catalog.checkpoints() and not self.catalog.holds(wanted):
             reason = f" {self._save_error}" if self._save_error else ""
             raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")
 

@@ -59,7 +59,7 @@ ROWS = (
         "functional",
     ),
     ("datasets", "job", "engines"),
-    ("cli", "testing", "__init__"),
+    ("cli", "faulty_disk", "testing", "__init__"),
 )
 """From the ground up. Within a row, a module may import those to its left."""
 
