@@ -31,6 +31,7 @@ ROWS = (
     ("catalog", "freeze", "outbox", "uploader", "downloader"),
     (
         "position",
+        "schedule",
         "history",
         "preemption",
         "step_tracker",
@@ -41,6 +42,7 @@ ROWS = (
     ),
     (
         "trainer_state",
+        "trainer_place",
         "session",
         "callbacks",
         "loop_log",
