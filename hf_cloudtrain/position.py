@@ -87,6 +87,20 @@ class Conversion:
         """What is different, in words."""
         return "; ".join(_changes(self.saved, self.now))
 
+    def story(self, what: str, *, derived: bool) -> str:
+        """What was converted and what is no longer exact, for the log.
+
+        Args:
+            what: the checkpoint.
+            derived: whether random states of processes that did not exist were derived.
+        """
+        begin = ", and processes that did not exist begin with numbers of their own" if derived else ""
+        return (
+            f"{what}: {self.changes}. Step {self.saved.global_step} of then is step {self.global_step} here, after the same "
+            f"{self.saved.samples_seen} samples. The resumed run will not equal an uninterrupted one: random numbers are "
+            f"drawn for other batches{begin}."
+        )
+
     def step_of(self, step: int) -> int:
         """A step of then as one of today: the one that ends there, or the last one before."""
         return self.today.step_by(self.then.samples_at(step))
@@ -131,6 +145,13 @@ def convert(saved: Position, now: Position, today: Epoch | None, what: str) -> C
     then = _epoch_of(saved)
     if then is None:
         raise refusal(saved, now, what, "It does not say how many samples a step had.")
+    if then.step_at(saved.samples_seen) != saved.global_step:
+        raise refusal(
+            saved,
+            now,
+            what,
+            "Not every epoch was trained to its end, so its steps are not those of its data.",
+        )
     if step is None:
         raise refusal(
             saved,

@@ -9,7 +9,6 @@ go_on        the learning rate's schedule, on the live objects: no file of it is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from pathlib import Path
@@ -28,6 +27,7 @@ from hf_cloudtrain.position import (
     refuse_other_length,
     same_topology,
 )
+from hf_cloudtrain.random_state import RandomState, derived_seed
 from hf_cloudtrain.schedule import is_movable, move_to, refuse_other_schedule
 from hf_cloudtrain.trainer_state import EpochLength, make_true_here, topology
 
@@ -179,22 +179,8 @@ def _epoch_of(args: TrainingArguments, saved: Position) -> Epoch | None:
 
 
 def _say(conversion: Conversion, what: str, args: TrainingArguments) -> None:
-    """Tell what was converted, and what is no longer exact."""
-    logger.warning(
-        "%s: %s. Step %d of then is step %d here, after the same %d samples. The resumed run will not equal an "
-        "uninterrupted one: %s.",
-        what,
-        conversion.changes,
-        conversion.saved.global_step,
-        conversion.global_step,
-        conversion.saved.samples_seen,
-        "random numbers are drawn for other batches"
-        + (
-            ", and processes that did not exist begin with numbers of their own"
-            if conversion.saved.world_size != conversion.now.world_size
-            else ""
-        ),
-    )
+    other_ranks = conversion.saved.world_size != conversion.now.world_size
+    logger.warning("%s", conversion.story(what, derived=other_ranks))
     if args.warmup_steps >= 1 and conversion.is_renumbered:
         logger.warning("warmup_steps=%d counts steps of today, which are of another size.", args.warmup_steps)
 
@@ -240,17 +226,11 @@ def _renumbered(entry: Any, conversion: Conversion) -> Any:
 
 def _states(args: TrainingArguments, rank: int, step: int) -> dict[str, Any]:
     """Random states as Trainer._save_rng_state keeps them."""
-    import random
-
-    import numpy
     import torch
 
-    seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{rank}/{step}".encode()).digest()[:4], "big")
-    states: dict[str, Any] = {
-        "python": random.Random(seed).getstate(),
-        "numpy": numpy.random.RandomState(seed).get_state(),
-        "cpu": torch.Generator().manual_seed(seed).get_state(),
-    }
+    seed = derived_seed(args.seed, rank, step)
+    state = RandomState.derived(seed)
+    states: dict[str, Any] = {"python": state.python, "numpy": state.numpy, "cpu": state.torch}
     if torch.cuda.is_available():
         cuda = [
             torch.Generator(device=f"cuda:{index}").manual_seed(seed).get_state()

@@ -49,6 +49,7 @@ ROWS = (
         "loop_state",
         "loop_report",
         "loop_position",
+        "loop_place",
         "loop_folder",
         "loop",
         "modes",
