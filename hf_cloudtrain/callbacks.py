@@ -234,13 +234,16 @@ class CheckpointUploadCallback(TrainerCallback):
 
     def _go_on_from(self, args: TrainingArguments, state: TrainerState, live: dict[str, Any]) -> None:
         """Compare the place that was restored with the live data, and set the live schedule to it."""
-        if self._session.restored is None:
+        manifest, conversion = self._session.restored or (None, None)
+        if manifest is None or state.global_step != (conversion or manifest.position).global_step:
+            # Resumed from a path of the user's own choice, if at all.
+            found = self._session.opened().saved_at(state.global_step) if state.global_step else None
+            if found is not None:
+                trainer_place.refuse_unconverted(found, args)
             return
-        manifest, conversion = self._session.restored
-        if state.global_step == (conversion.global_step if conversion else manifest.step):
-            trainer_place.check(manifest, args, state, self._epoch)
-            if conversion is not None:
-                trainer_place.go_on(conversion, manifest.folder, state, live)
+        trainer_place.check(manifest, args, state, self._epoch)
+        if conversion is not None:
+            trainer_place.go_on(conversion, manifest.folder, state, live)
 
     def _mark_save_begin(self) -> None:
         """The time of the file system, so that its clock and ours need not agree."""

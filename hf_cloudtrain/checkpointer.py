@@ -279,6 +279,16 @@ class Checkpointer:
         self.world.barrier()
         return self.world.agree(lambda: self._save_folder(Path(folder), name), f"commit {name!r}")
 
+    def saved_at(self, step: int) -> Manifest | None:
+        """The newest committed checkpoint of that step, on all ranks; None where there is none, or it is damaged."""
+
+        def find() -> Manifest | None:
+            keys = [key for key in self.catalog.checkpoints() if key.step == step]
+            manifest = self._read_or_reason(keys[-1]) if keys else None
+            return manifest if isinstance(manifest, Manifest) else None
+
+        return self.world.agree(find, f"find the checkpoint of step {step}")
+
     def newest(self) -> CheckpointKey | None:
         """The newest committed checkpoint of the run, on all ranks."""
         return self.world.agree(self.catalog.newest, "find the newest checkpoint")

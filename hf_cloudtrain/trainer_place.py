@@ -142,6 +142,18 @@ def check(saved: Manifest, args: TrainingArguments, state: TrainerState, epoch: 
         )
 
 
+def refuse_unconverted(saved: Manifest, args: TrainingArguments) -> None:
+    """Stop where a checkpoint of another topology was handed to Trainer as it is.
+
+    Raises:
+        PositionError: names every difference.
+    """
+    now = topology(args)
+    if not same_topology(saved.position, now):
+        why = "The same step means another place in the data; cloud.restore(args) converts it."
+        raise refusal(saved.position, now, saved.folder, why)
+
+
 def go_on(conversion: Conversion, what: str, state: TrainerState, live: dict[str, Any]) -> None:
     """Set the live schedule and learning rate to where they are after the converted steps.
 
