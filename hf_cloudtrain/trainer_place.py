@@ -51,8 +51,9 @@ def plan(args: TrainingArguments, manifest: Manifest) -> Conversion | None:
     saved, now, what = manifest.position, topology(args), manifest.folder
     if same_topology(saved, now):
         return None
-    if args.train_sampling_strategy in _BY_LENGTH:
-        why = f"train_sampling_strategy={args.train_sampling_strategy!r} orders the data by the size of a batch."
+    strategy = getattr(args, "train_sampling_strategy", None)
+    if strategy in _BY_LENGTH:
+        why = f"train_sampling_strategy={strategy!r} orders the data by the size of a batch."
         raise refusal(saved, now, what, why)
     conversion = convert(saved, now, _epoch_of(args, saved), what)
     refuse_other_schedule(saved.lr_scheduler, what, conversion.changes)

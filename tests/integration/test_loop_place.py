@@ -21,6 +21,8 @@ from tests.integration._loop_attempts import attempt
 from tests.integration._loops import Rows, forget_accelerate
 
 EPOCHS, SAMPLES = 3, 24
+HALF = 32
+"""Samples of which every topology below makes two equal halves."""
 
 Topology = tuple[int, dict[str, Any]]
 """Processes, and what else decides the meaning of a step."""
@@ -29,14 +31,14 @@ TWO: Topology = (2, {})
 SEEDED = {"config": {"use_seedable_sampler": True}}
 STATEFUL = {"config": {"use_stateful_dataloader": True}}
 CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
-    # then, today, the step of then (epoch 1.5 or near it), the same place in steps of today
-    "doubled accumulation": ((1, {"batch_size": 2}), (1, {"batch_size": 2, "accumulation": 2}), 18, 9),
-    "1 process instead of 2": (TWO, ONE, 4, 8),
-    "2 processes instead of 1": (ONE, TWO, 8, 4),
-    "a larger batch and augmentation": (
-        (1, {"batch_size": 3, "noise": True}),
-        (1, {"batch_size": 6, "noise": True, "workers": 1}),
-        12,
+    # then, today, the step of then at epoch 1.5 of 3, the same place in steps of today
+    "doubled accumulation": ((1, {"batch_size": 2}), (1, {"batch_size": 2, "accumulation": 2}), 24, 12),
+    "1 process instead of 2": (TWO, ONE, 6, 12),
+    "2 processes instead of 1": (ONE, TWO, 12, 6),
+    "other batches, accumulation and augmentation": (
+        (1, {"batch_size": 16, "noise": True}),
+        (1, {"batch_size": 4, "accumulation": 2, "noise": True, "workers": 1}),
+        3,
         6,
     ),
 }
@@ -47,18 +49,19 @@ def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_wi
     lab: Lab, change: str
 ) -> None:
     then, today, step, place = CHANGES[change]
-    first = ran(lab, "first", then, save_steps=2, kill=step)
+    first = ran(lab, "first", then, save_steps=3, kill=step)
     second = ran(lab, "second", today, save_steps=1, kill=place + 1)  # converted, and then resumed as usual
     last = ran(lab, "last", today)
     seen = counted(first, until=step) + counted(second, until=place + 1) + counted(last)
-    assert seen == {(epoch, number): 1 for epoch in range(EPOCHS) for number in range(SAMPLES)}
+    assert seen == {(epoch, number): 1 for epoch in range(EPOCHS) for number in range(HALF)}
     size, rest = today
-    steps = EPOCHS * SAMPLES // (size * rest.get("batch_size", 4) * rest.get("accumulation", 1))
+    steps = EPOCHS * HALF // (size * rest.get("batch_size", 4) * rest.get("accumulation", 1))
     for rank in [*second, *last]:
         for at, rate in dict(zip((batch[0] for batch in rank["seen"]), rank["rates"], strict=True)).items():
             if rank in last or at <= place + 1:  # the killed one was within a step
                 assert rate == pytest.approx(rate_at(size * at)), "Accelerate's schedules move once a process"
     assert [(rank["step"], rank["schedule"]) for rank in last] == [(steps, size * steps)] * size
+    assert lab.manifest(1, step).position.epoch == 1.5
     attempts = lab.catalog.attempts()
     assert [one.global_step for one in attempts] == [0, place, place + 1]
     assert str(attempts[1].resumed_from) == f"000001-{step:010d}"
@@ -176,7 +179,7 @@ def ran(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[di
     given = {
         "module": "tests.integration._loop_attempts",
         "epochs": EPOCHS,
-        "samples": SAMPLES,
+        "samples": HALF,
         **rest,
         **arguments,
     }

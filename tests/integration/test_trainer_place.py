@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import Counter
 from itertools import chain
@@ -15,6 +16,8 @@ from tests.integration._lab import Lab
 from tests.integration._zygote import Child
 
 EPOCHS, SAMPLES = 3, 24
+HALF = 32
+"""Samples of which every topology below makes two equal halves."""
 COMMON: dict[str, Any] = {"num_train_epochs": EPOCHS, "samples": SAMPLES, "save_steps": 1}
 
 Topology = tuple[int, dict[str, Any]]
@@ -22,30 +25,31 @@ Topology = tuple[int, dict[str, Any]]
 ONE: Topology = (1, {"per_device_train_batch_size": 4})
 TWO: Topology = (2, {"per_device_train_batch_size": 4})
 CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
-    # then, today, the step of then (epoch 1.5 or near it), the same place in steps of today
+    # then, today, the step of then at epoch 1.5 of 3, the same place in steps of today
     "doubled accumulation": (
         (1, {"per_device_train_batch_size": 2}),
         (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-        18,
-        9,
+        24,
+        12,
     ),
-    "1 process instead of 2": (TWO, ONE, 4, 8),
-    "2 processes instead of 1": (ONE, TWO, 8, 4),
-    "1 process with as much in a step": (TWO, (1, {"per_device_train_batch_size": 8}), 4, 4),
+    "1 process instead of 2": (TWO, ONE, 6, 12),
+    "2 processes instead of 1": (ONE, TWO, 12, 6),
+    "1 process with as much in a step": (TWO, (1, {"per_device_train_batch_size": 8}), 6, 6),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(lab: Lab, change: str) -> None:
     then, today, step, same_place = CHANGES[change]
-    killed(lab, "first", then, kill_at=step + 1, committed=step)
-    plain = trained(lab, "plain", today, run_url=None)
-    resumed = trained(lab, "second", today)
+    killed(lab, "first", then, kill_at=step + 1, committed=step, samples=HALF)
+    plain = trained(lab, "plain", today, samples=HALF, run_url=None)
+    resumed = trained(lab, "second", today, samples=HALF)
+    assert lab.manifest(1, step).position.epoch == 1.5
     seen = samples_of(lab, "first", then[0], until=step) + samples_of(
         lab, "second", today[0], after=same_place
     )
     assert seen == samples_of(lab, "plain", today[0])
-    assert Counter(seen) == dict.fromkeys(range(SAMPLES), EPOCHS)
+    assert Counter(seen) == dict.fromkeys(range(HALF), EPOCHS)
     assert resumed["step"] == plain["step"]
     rates = [record["learning_rate"] for record in plain["log"]]
     assert [record["learning_rate"] for record in resumed["log"] if record["step"] > same_place] == rates[
@@ -82,6 +86,8 @@ def test_law_8_a_place_is_converted_once_however_often_it_is_restored(lab: Lab) 
         killed(lab, "first", doubled, kill_at=5, save_steps=100)
     folders = {path.name for path in lab.machine("first").glob("checkpoint-*")}
     assert folders == {f"checkpoint-{step}" for step in range(1, 5)} | {"checkpoint-4.a1-8"}
+    state = json.loads((lab.machine("first") / "checkpoint-4.a1-8/trainer_state.json").read_text())
+    assert [record["step"] for record in state["log_history"]] == [0, 1, 1, 2, 2, 3, 3, 4]
     Path(f"{lab.folder}/first-0.seen").unlink()
     back = trained(lab, "first", ONE)
     assert back["restored"] == str(lab.machine("first") / "checkpoint-8")
