@@ -109,6 +109,7 @@ class Checkpointer:
         self.last_saved: CheckpointKey | None = None
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
+        self._numbers_here: dict[str, int] = {}
         self._uploader: Uploader | None = None
         self._fence: Fence | None = None
         self._watch: CommitWatch | None = None
@@ -187,6 +188,7 @@ class Checkpointer:
         def bring() -> str | None:
             target = self.local_folder(manifest)
             originals = self.originals(manifest)
+            self._reuse_plain(manifest, target, wanted)
             if target.is_dir() and is_whole(target, manifest, wanted=wanted, originals=originals):
                 return None
             progress = Progress()
@@ -201,8 +203,21 @@ class Checkpointer:
         return bring
 
     def local_folder(self, manifest: Manifest) -> Path:
-        """Where a checkpoint is on this machine: always under its plain name."""
-        return self.output_dir / f"checkpoint-{manifest.step}"
+        """Where a checkpoint is on this machine: under its plain name, or the one that `renumber` gave it."""
+        number = self._numbers_here.get(manifest.key)
+        if number is None:
+            return self.output_dir / f"checkpoint-{manifest.step}"
+        return self.output_dir / f"checkpoint-{number}.a{manifest.attempt}-{manifest.step}"
+
+    def renumber(self, key: str, number: int | None) -> None:
+        """Number a checkpoint as steps are counted today, where they are of another size; None takes its own number.
+
+        Its local folder is `checkpoint-<number>.a<attempt>-<step>` then: what this attempt saves cannot collide with it, and
+        Trainer's rotation, which reads the number in front, finds it in its place.
+        """
+        self._numbers_here.pop(key, None)
+        if number is not None:
+            self._numbers_here[key] = number
 
     def originals(self, manifest: Manifest) -> Path:
         """Where files are kept as they were, when a restored one had to be made true on this machine."""
@@ -301,6 +316,16 @@ class Checkpointer:
         folder_name(name)
         self.world.barrier()
         return self.world.agree(lambda: self._save_folder(Path(folder), name), f"commit {name!r}")
+
+    def saved_at(self, step: int) -> Manifest | None:
+        """The newest committed checkpoint of that step, on all ranks; None where there is none, or it is damaged."""
+
+        def find() -> Manifest | None:
+            keys = [key for key in self.catalog.checkpoints() if key.step == step]
+            manifest = self._read_or_reason(keys[-1]) if keys else None
+            return manifest if isinstance(manifest, Manifest) else None
+
+        return self.world.agree(find, f"find the checkpoint of step {step}")
 
     def newest(self) -> CheckpointKey | None:
         """The newest committed checkpoint of the run, on all ranks."""
@@ -405,6 +430,17 @@ class Checkpointer:
         with Bar(progress, hidden=not self.world.is_main):
             flush(self.catalog, self.outbox, progress)
 
+    def _number_here(self, key: CheckpointKey) -> int:
+        return self._numbers_here.get(str(key), key.step)
+
+    def _reuse_plain(self, manifest: Manifest, target: Path, wanted: Callable[[str], bool]) -> None:
+        """Take what lies here under the plain name, rather than download it for the sake of another number."""
+        plain = self.output_dir / f"checkpoint-{manifest.step}"
+        if target == plain or target.exists() or not plain.is_dir():
+            return
+        if is_whole(plain, manifest, wanted=wanted, originals=self.originals(manifest)):
+            os.rename(plain, target)
+
     def _read_or_reason(self, key: CheckpointKey) -> Manifest | str:
         reason = ""
         for _ in range(2):  # a step back costs hours, so one wrong answer is not enough for it
@@ -492,7 +528,7 @@ class Checkpointer:
                 self.storage.url,
             )
         resumed_from = self._restored
-        if resumed_from is None or resumed_from.step != global_step:
+        if resumed_from is None or self._number_here(resumed_from) != global_step:
             resumed_from = self._checked_start(global_step, started_over)
         return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
 
@@ -587,6 +623,12 @@ class Checkpointer:
         if wanted not in self.catalog.checkpoints() and not self.catalog.holds(wanted):
             reason = f" {self._save_error}" if self._save_error else ""
             raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")
+
+
+def parse_renumbered(name: str) -> tuple[int, CheckpointKey] | None:
+    """Number of today and checkpoint of a folder that `renumber` named; None for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d{1,15})\.a(\d{1,12})-(\d{1,15})", name)
+    return (int(match[1]), CheckpointKey(int(match[2]), int(match[3]))) if match else None
 
 
 def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey | None]:

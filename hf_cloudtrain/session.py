@@ -19,6 +19,8 @@ from hf_cloudtrain.storage import shown_url
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
+    from hf_cloudtrain.manifest import Manifest
+    from hf_cloudtrain.position import Conversion
     from hf_cloudtrain.trainer_state import EpochLength
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class Session:
     def __init__(self, run_url: str, storage_options: dict[str, Any] | None, *, fresh: bool) -> None:
         self.uploads = False
         """Whether a callback of this session uploads checkpoints."""
+        self.restored: tuple[Manifest, Conversion | None] | None = None
+        """What `restore` put here for Trainer, and how its place is converted to steps of today."""
         self.listens = False
         """Whether a callback of this session listens for notices."""
         self.stops_here = False

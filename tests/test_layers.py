@@ -32,6 +32,7 @@ ROWS = (
     ("catalog", "fence", "parts", "freeze", "outbox", "uploader", "watch", "downloader"),
     (
         "position",
+        "schedule",
         "history",
         "step_tracker",
         "sampler",
@@ -46,6 +47,7 @@ ROWS = (
     ),
     (
         "trainer_state",
+        "trainer_place",
         "session",
         "emergency",
         "callbacks",
@@ -53,6 +55,7 @@ ROWS = (
         "loop_state",
         "loop_report",
         "loop_position",
+        "loop_place",
         "loop_folder",
         "loop",
         "modes",
