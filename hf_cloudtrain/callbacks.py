@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_cloudtrain.checkpointer import last_committed_of
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.position import refuse_other_topology
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.session import Session
 from hf_cloudtrain.step_tracker import StepTracker
 from hf_cloudtrain.trainer_state import EpochLength, make_true_here, metrics, position, step_samples, topology
@@ -49,6 +50,9 @@ class CloudTrainCallback(TrainerCallback):
         run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+            best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
+        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
 
     Raises:
         ConfigurationError: no run URL, or a configuration that would never save.
@@ -65,8 +69,16 @@ class CloudTrainCallback(TrainerCallback):
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        save_total_limit: int | None = None,
+        keep_every_n_steps: int | None = None,
     ) -> None:
-        self._uploads = CheckpointUploadCallback(run_url, storage_options=storage_options, fresh=fresh)
+        self._uploads = CheckpointUploadCallback(
+            run_url,
+            storage_options=storage_options,
+            fresh=fresh,
+            save_total_limit=save_total_limit,
+            keep_every_n_steps=keep_every_n_steps,
+        )
         self._steps = StepTrackerCallback(run_url, storage_options=storage_options, fresh=fresh)
         self._parts: tuple[TrainerCallback, ...] = (self._uploads, self._steps)
 
@@ -101,8 +113,12 @@ class CheckpointUploadCallback(TrainerCallback):
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        save_total_limit: int | None = None,
+        keep_every_n_steps: int | None = None,
     ) -> None:
+        policy = Policy(save_total_limit, keep_every_n_steps)
         self._session = Session.of(run_url, storage_options, fresh=fresh)
+        self._session.policy = policy
         self._held_back = False
         self._before_evaluation = False
         self._save_began_ns = 0
@@ -238,7 +254,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
 
 class StepTrackerCallback(TrainerCallback):
-    """Tracks steps: time, rate, eta and what is logged, on storage. Arguments as `CloudTrainCallback`."""
+    """Tracks steps: time, rate, eta and what is logged, on storage. The first three arguments are those of `CloudTrainCallback`."""
 
     def __init__(
         self,

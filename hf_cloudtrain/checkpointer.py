@@ -39,10 +39,14 @@ from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
 
 logger = logging.getLogger(__name__)
+
+RETIRE_PATIENCE = 5.0
+"""Seconds that the end of training gives the deletion of old checkpoints; what is left is finished another time."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,12 @@ class Checkpointer:
         self.world = self._find_world()
         self.attempt: Attempt | None = None
         self.last_saved: CheckpointKey | None = None
+        self.policy = Policy()
+        """What stays on storage; heeded from the next `begin` on."""
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
+        self._retention = Retention(self.catalog, self.policy, None)
         self._save_error: Exception | None = None
         self._advice = advice
         self.world.meet_disks(self.output_dir / META)
@@ -131,8 +138,14 @@ class Checkpointer:
         self.finish_uploads()
         if self._fresh:
             return None
-        keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
-        for key in reversed(keys):
+        tried: set[CheckpointKey] = set()
+        while True:
+            # Listed anew after one that is damaged: it may be gone because a newer one was committed meanwhile.
+            keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
+            key = max((key for key in keys if key not in tried), default=None)
+            if key is None:
+                break
+            tried.add(key)
             manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
             if isinstance(manifest, str):
                 problems = [manifest]
@@ -148,9 +161,9 @@ class Checkpointer:
                     return Restored(self.local_folder(manifest), manifest)
             if self.world.is_main:
                 logger.warning("%s is damaged, so the one before is taken. %s", key, problems[0])
-        if keys:
+        if tried:
             raise CorruptCheckpointError(
-                f"All {len(keys)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
+                f"All {len(tried)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
                 "how; fresh=True starts at step 0."
             )
         return None
@@ -206,8 +219,10 @@ class Checkpointer:
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
+        self._retention.policy = self.policy
+        self._retention.attempt = self.attempt.number if self.world.is_main else None
         if self.world.is_leader and self._uploader is None:
-            self._uploader = Uploader(self.catalog, self.outbox)
+            self._uploader = Uploader(self.catalog, self.outbox, retention=self._retention)
             self._uploader.start()
         return self.attempt
 
@@ -443,6 +458,7 @@ class Checkpointer:
     def _wait_for_uploads(self, seconds: float) -> None:
         if self._uploader is not None:
             self._uploader.wait(seconds, bar=self.world.is_main)
+            self._uploader.settle(min(seconds, RETIRE_PATIENCE))
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.storage import shown_url
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Session:
     def __init__(self, run_url: str, storage_options: dict[str, Any] | None, *, fresh: bool) -> None:
         self.uploads = False
         """Whether a callback of this session uploads checkpoints."""
+        self.policy = Policy()
+        """What stays on storage."""
         self._run_url = run_url
         self._storage_options = storage_options
         self._fresh = fresh
@@ -69,6 +72,7 @@ class Session:
                 self._run_url, output_dir, storage_options=self._storage_options, fresh=self._fresh
             )
             self._checkpointer = made
+        made.policy = self.policy
         return made
 
     def refuse_running_on(self, state: TrainerState, epoch: EpochLength, accumulation: int) -> None:

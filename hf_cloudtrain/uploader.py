@@ -3,7 +3,8 @@
 One entry at a time, the newest first: claim its folder, send its files (two large ones and several small ones at
 once, hashed as they are sent), look at what arrived, look again at what was sent, commit, move the pointers, remove
 the entry. Trouble with the storage is warned about once and tried again for as long as the process lives; an entry
-leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started.
+leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started. After a commit,
+and while nothing waits, old checkpoints are retired.
 
 Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-send` threads move bytes and live as
 long as one entry. No collective ever runs here.
@@ -30,6 +31,7 @@ from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
+from hf_cloudtrain.retention import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +62,15 @@ class Uploader:
         catalog: Catalog,
         outbox: Outbox,
         *,
-        protected: Callable[[OutboxEntry], bool] = lambda entry: entry.best,
+        retention: Retention | None = None,
     ) -> None:
         self.progress = Progress()
         self.last_committed: CheckpointKey | None = None
         self.last_error: CloudTrainError | None = None
         self._catalog = catalog
         self._outbox = outbox
-        self._protected = protected
+        self._retention = retention
+        self._retiring = False
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
         self._current: OutboxEntry | None = None
@@ -88,6 +91,8 @@ class Uploader:
             self._gave_up = False
             self._waiting = [other for other in self._waiting if other.home != entry.home]
             self._waiting.append(entry)
+            if entry.best and self._retention is not None:
+                self._retention.hear_of_best(entry.key)
             self._drop_overtaken(entry)
             self._changed.notify_all()
 
@@ -120,6 +125,15 @@ class Uploader:
             self._gave_up = True
             raise NotCommittedError(self._not_committed(pending))
 
+    def settle(self, timeout: float) -> None:
+        """Give the deletion of old checkpoints a little time; what is left is for the next one to finish.
+
+        Args:
+            timeout: seconds.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._retiring, timeout)
+
     def drain(self) -> None:
         """Finish what is pending before the process ends; never raises, and says what is left and what to do."""
         if self._gave_up or self._stopping or not self.pending():
@@ -150,12 +164,14 @@ class Uploader:
         """Keep the outbox small: an entry that waited while newer ones came is not worth its upload any more."""
         kept: list[OutboxEntry] = []
         count = 1 if self._current is not None else 0
+        best = max((entry.key for entry in self._waiting if entry.best), default=None)
         for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
             droppable = (
                 entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
-                and not self._protected(entry)
+                and entry.key != best
+                and not (self._retention and self._retention.policy.is_milestone(entry.key.step))
             )
             if droppable and count >= MAX_WAITING:
                 logger.warning(
@@ -181,6 +197,7 @@ class Uploader:
                     committed = sender.send(entry, self.progress.add)
                     self._done(entry, committed)
                 failures = 0
+                self._retire()
             except BlockingIOError:
                 self._put_back(entry, 1.0)  # another process on this disk is at it
             except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
@@ -201,9 +218,19 @@ class Uploader:
         self._outbox.remove(entry)
         with self._changed:
             self._current = None
+            self._retiring = self._retention is not None and not self._waiting
             self.last_error = None
             if committed and entry.name is None:
                 self.last_committed = max(entry.key, self.last_committed or entry.key)
+            self._changed.notify_all()
+
+    def _retire(self) -> None:
+        """Delete old checkpoints, until there is something to upload or this process ends."""
+        if self._retention is None:
+            return
+        self._retention.run(lambda: not (self._waiting or self._stopping))
+        with self._changed:
+            self._retiring = False
             self._changed.notify_all()
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
