@@ -192,6 +192,7 @@ class TestList:
             "metrics": {"eval_loss": 0.25},
             "newest": False,
             "best": True,
+            "pinned": False,
             "protected": "it is the best one",
             "damaged": None,
         }
@@ -846,6 +847,8 @@ def test_every_key_of_the_json_is_in_the_documentation(run: Run, tmp_path: Path)
         ("checkpoint", "view", run.url),
         ("checkpoint", "download", run.url, str(tmp_path / "here")),
         ("checkpoint", "verify", run.url),
+        ("checkpoint", "pin", run.url),
+        ("checkpoint", "prune", run.url, "--keep-last", "9"),
         ("checkpoint", "delete", run.url, "-c", "100", "--yes"),
         ("checkpoint", "flush", str(run.work)),
         ("run", "list", str(run.folder.parent)),
