@@ -19,7 +19,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,7 @@ from unittest import mock
 
 import xxhash
 
-from hf_cloudtrain.backends import ObjectInfo
+from hf_cloudtrain.backends import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
 Kind = Literal["any", "read", "write", "create", "list", "delete", "upload", "download"]
@@ -276,6 +276,15 @@ class _FaultyBackend:
     def delete(self, path: str) -> None:
         with self._script._request("delete", path):
             self._backend.delete(path)
+
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        with self._script._request("list", ""):
+            found: Sequence[IncompleteUpload] = self._backend.incomplete()
+            return found
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        with self._script._request("delete", upload.path):
+            self._backend.abort(upload)
 
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         with self._script._request("upload", path) as change:
