@@ -188,6 +188,15 @@ class Catalog:
         # The same attempt again: an upload that was cut off goes on in its own folder.
         return plain if owner == key.attempt else suffixed
 
+    def claimed_by(self, folder: str) -> int | None:
+        """The attempt that claimed a folder; None where nobody knows."""
+        try:
+            path = f"{_CLAIMS}/{folder}.json"
+            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+        except (ObjectNotFoundError, ManifestError):
+            return None
+        return owner if type(owner) is int and owner > 0 else None
+
     def put_part(
         self, key: CheckpointKey, host: int, hosts: int, files: Iterable[FileEntry]
     ) -> list[FileEntry] | None:
@@ -318,12 +327,17 @@ class Catalog:
 
     # Other folders
 
-    def begin_folder(self, name: str, nonce: str) -> tuple[str, str]:
-        """(key, folder) for a new version of a named folder, claimed before its first byte."""
+    def begin_folder(self, name: str, nonce: str, attempt: int = 0) -> tuple[str, str]:
+        """(key, folder) for a new version of a named folder, claimed before its first byte.
+
+        Args:
+            attempt: who saves it; 0: a process that has begun none.
+        """
         version = 1
+        record = encode_record({"attempt": attempt, "nonce": nonce})
         while True:
             folder = _versioned_folder(name, version)
-            if self.storage.create(f"{_CLAIMS}/{folder}.json", encode_record({"nonce": nonce})):
+            if self.storage.create(f"{_CLAIMS}/{folder}.json", record):
                 return f"{name}-{version:06d}", folder
             version += 1
 
@@ -334,6 +348,10 @@ class Catalog:
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
         return self._names(_FOLDERS)
+
+    def named_folders(self) -> set[str]:
+        """Where the named folders that are committed have their files."""
+        return {_versioned_folder(*_name_and_version(key)) for key in self.folders()}
 
     def read_folder(self, key: str) -> Manifest:
         """The manifest of a named folder."""

@@ -155,6 +155,7 @@ class StepTracker:
             "attempt": self._attempt,
             "state": self._state,
             "time": time.time(),
+            "interval_seconds": self._interval,
             "step": step,
             "total_steps": self._total_steps,
             "step_seconds": typical,

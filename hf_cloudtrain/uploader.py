@@ -291,7 +291,7 @@ class _Sender:
             manifest_key = str(entry.key)
             folder = self._catalog.claim(entry.key, entry.nonce, exclusive=entry.exclusive)
         else:
-            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
+            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
             if self._catalog.holds_folder(manifest_key):
                 return True
         files = self._send_part(entry, folder, on_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_cloudtrain.cli._arguments import (
 )
 from hf_cloudtrain.cli._output import (
     clean,
+    confirm,
     fail,
     print_json,
     say,
@@ -237,7 +237,7 @@ def delete(
         fail(f"{what} is protected. {' '.join(losses)} Pass --force to delete it nevertheless.")
     if losses:
         say(f"Warning: {' '.join(losses)}")
-    _confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
+    confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
     catalog.retire(key)
     say(f"Deleted {what}.")
     if as_json:
@@ -300,7 +300,7 @@ def prune(
         plan.show()
     if plan.going and not dry_run:
         what = f"{len(plan.going)} checkpoint{'' if len(plan.going) == 1 else 's'}"
-        _confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
+        confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
     plan.tell(dry_run=dry_run)
     gone = [] if dry_run else plan.carry_out()
     if as_json:
@@ -400,12 +400,3 @@ def _verdict_row(record: dict[str, Any]) -> tuple[object, ...]:
     size = None if record["size"] is None else size_text(record["size"])
     verdict = "whole" if record["whole"] else "damaged"
     return record["folder"] or record["key"], record["file_count"], size, verdict
-
-
-def _confirm(question: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        fail("Nothing was deleted: there is no terminal to ask on. Pass --yes to delete without a question.")
-    if not typer.confirm(clean(question), err=True):
-        fail("Nothing was deleted.")

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.backends import IncompleteUpload
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.leftovers import find, remove
+from hf_cloudtrain.manifest import Manifest, Position
 from hf_cloudtrain.storage import Storage
 from tests.contract.conftest import Place
 
@@ -100,3 +103,28 @@ def test_temporary_files_of_a_local_disk_are_found_and_removed(place: Place, sto
 def test_where_nobody_tells_there_is_nothing_to_find(storage: Storage) -> None:
     storage.write("checkpoint-1/config.json", b"{}")
     assert not storage.incomplete()
+
+
+@pytest.mark.parametrize("place", ["moto"], indirect=True)
+def test_run_clean_gives_up_the_uploads_of_a_killed_attempt_and_of_whole_folders(
+    place: Place, storage: Storage
+) -> None:
+    catalog = Catalog(storage)
+    for attempt, step in ((1, 5), (1, 10), (2, 7)):
+        if attempt not in catalog.attempt_numbers():
+            catalog.begin_attempt(0.0, 0, None, {})
+        key = CheckpointKey(attempt, step)
+        folder = catalog.claim(key, f"nonce-{key}", exclusive=True)
+        begin(place, f"{folder}/model", parts=1)
+        if step != 10:
+            catalog.commit(Manifest(str(key), folder, attempt, step, "nonce", (), Position(step)))
+    begin(place, "somebody/elses")
+    found = find(catalog)
+    assert [(left.what, left.name, left.size, left.free) for left in found] == [
+        ("upload", "checkpoint-10", PART, True),
+        ("file", "checkpoint-5", PART, True),
+        ("file", "checkpoint-7", PART, True),
+    ]
+    assert all(remove(catalog, left) for left in found)
+    assert [upload.path for upload in storage.incomplete()] == ["somebody/elses"]
+    assert len(catalog.checkpoints()) == 2

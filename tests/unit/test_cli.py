@@ -397,7 +397,7 @@ class TestDelete:
         self, run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, code: int
     ) -> None:
         terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-        monkeypatch.setattr("hf_cloudtrain.cli.checkpoint.sys", terminal)
+        monkeypatch.setattr("hf_cloudtrain.cli._output.sys", terminal)
         result = cloudtrain("checkpoint", "delete", run.url, "-c", "100", typed=typed, code=code)
         assert "Delete checkpoint-100 (attempt 1" in result.stderr
         assert ("000001-0000000100" in run.committed()) == (code != 0)
@@ -853,6 +853,7 @@ def test_every_key_of_the_json_is_in_the_documentation(run: Run, tmp_path: Path)
         ("checkpoint", "flush", str(run.work)),
         ("run", "list", str(run.folder.parent)),
         ("run", "status", run.url),
+        ("run", "clean", run.url, "--dry-run"),
     ):
         section = documented.split(f"## cloudtrain {words[0]} {words[1]}\n")[1].split("\n## ")[0]
         missing = {key for key in keys_of(answer(*words)) if f"`{key}`" not in section}

@@ -1,17 +1,15 @@
-"""`cloudtrain checkpoint pin` and `prune`, and what `list`, `view` and `delete` say of pins."""
+"""`cloudtrain checkpoint pin` and `prune`, `run clean`, and what `list`, `view` and `delete` say of pins."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain import env, leftovers
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.cli import checkpoint
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.testing import FaultyStorage
 from tests.unit.test_cli import Run, answer, cloudtrain, empty, run, sentence
-
-if TYPE_CHECKING:
-    import pytest
 
 __all__ = ["empty", "run"]  # fixtures
 
@@ -110,7 +108,7 @@ class TestPrune:
         def another_machine_begins(question: str, yes: bool) -> None:
             run.begin(resumed_from=CheckpointKey(1, 100))
 
-        monkeypatch.setattr(checkpoint, "_confirm", another_machine_begins)
+        monkeypatch.setattr(checkpoint, "confirm", another_machine_begins)
         result = cloudtrain("checkpoint", "prune", run.url, "--keep-last", "1", code=1)
         assert "checkpoint-100 stays: attempt 3 resumed from it, since a moment ago." in result.stderr
         assert "Only 2 of 3 checkpoints were deleted." in result.stderr
@@ -124,3 +122,65 @@ class TestPrune:
         assert (run.folder / "checkpoint-100").exists()
         cloudtrain("checkpoint", "prune", run.url, "--keep-last", "9", "--yes")
         assert not (run.folder / "checkpoint-100").exists()
+
+
+class TestClean:
+    @pytest.fixture
+    def left(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+        """An upload of attempt 1 was cut off, one of attempt 2, a deletion, and a start."""
+        monkeypatch.setattr(leftovers, "WATCH_SECONDS", 0.0)
+        monkeypatch.setenv(env.HEARTBEAT, "0.0001")
+        run.beat(2)
+        for attempt, step in ((1, 310), (2, 500)):
+            folder = run.catalog.claim(CheckpointKey(attempt, step), "nonce", exclusive=True)
+            run.catalog.storage.write(f"{folder}/config.json", b"{}")
+        run.catalog.retire(CheckpointKey(1, 100), go_on=lambda: False)
+        run.catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
+        return run
+
+    def test_deletes_what_nobody_owns_and_no_checkpoint(self, left: Run) -> None:
+        result = cloudtrain("run", "clean", left.url, "--yes")
+        assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [
+            ".cloudtrain/probe-0123456789abcdef",
+            *("checkpoint-100", "checkpoint-310", "checkpoint-500"),
+        ]
+        assert "Watching for" in result.stderr
+        assert result.stderr.count("Deleted ") == 4
+        assert left.committed() == ALL[1:]
+        assert "Nothing is left over." in cloudtrain("run", "clean", left.url).stderr
+        assert cloudtrain("checkpoint", "verify", left.url, "--all").exit_code == 0
+
+    def test_a_dry_run_deletes_nothing_and_says_what_would_go(self, left: Run) -> None:
+        before = left.catalog.storage.list("")
+        result = cloudtrain("run", "clean", left.url, "--dry-run")
+        assert left.catalog.storage.list("") == before
+        lines = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+        assert lines["checkpoint-100"].endswith("  goes")
+        assert lines["checkpoint-310"].endswith("  goes")
+        assert lines["checkpoint-500"].endswith("  goes, unless it moves")
+        record = answer("run", "clean", left.url, "--dry-run")
+        assert record["dry_run"] is True
+        assert {item["state"] for item in record["left_over"]} == {"found"}
+        assert left.catalog.storage.list("") == before
+
+    def test_an_upload_of_a_training_that_lives_stays_with_the_reason(
+        self, left: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        beats = iter(range(1_000))
+        read = Catalog.read_progress
+        monkeypatch.setattr(
+            Catalog, "read_progress", lambda *a: {**(read(*a) or {}), "time": float(next(beats))}
+        )
+        record = answer("run", "clean", left.url, "--yes")
+        states = {item["name"]: (item["state"], item["reason"]) for item in record["left_over"]}
+        assert states["checkpoint-310"] == ("deleted", None)
+        assert states["checkpoint-500"] == ("kept", "attempt 2 is alive")
+        assert (left.folder / "checkpoint-500").exists()
+
+    def test_needs_yes_where_nobody_can_be_asked(self, left: Run) -> None:
+        before = left.catalog.storage.list("")
+        assert "--yes" in cloudtrain("run", "clean", left.url, code=1).stderr
+        assert left.catalog.storage.list("") == before
+
+    def test_of_no_run_is_an_error(self, empty: Run) -> None:
+        assert "There is no run at" in sentence("run", "clean", empty.url)
