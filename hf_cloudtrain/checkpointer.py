@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import time
 import weakref
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
 from hf_cloudtrain.distributed import World
-from hf_cloudtrain.downloader import download, is_whole, move_aside
+from hf_cloudtrain.downloader import download, is_whole
 from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
@@ -40,6 +39,7 @@ from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
 from hf_cloudtrain.retention import Policy, Retention
+from hf_cloudtrain.stale import move_stale
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
 
@@ -418,16 +418,7 @@ class Checkpointer:
             ) from error
 
     def _move_stale(self, global_step: int) -> None:
-        """Move local checkpoints of another lineage away: they would be written into, or be taken for new ones."""
-        for folder in self.output_dir.glob("checkpoint-*"):
-            match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-            if match and int(match[1]) > global_step and folder.is_dir():
-                logger.warning(
-                    "%s is ahead of step %d where this attempt begins: moved to %s.",
-                    folder,
-                    global_step,
-                    move_aside(folder),
-                )
+        move_stale(self.output_dir, self.storage.url, global_step)
 
     def _save_folder(self, folder: Path, name: str) -> str:
         number = self.attempt.number if self.attempt else 0

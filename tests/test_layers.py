@@ -28,7 +28,7 @@ ROWS = (
         "distributed",
     ),
     ("manifest", "native", "backends", "storage"),
-    ("catalog", "retention", "leftovers", "freeze", "outbox", "uploader", "downloader"),
+    ("catalog", "retention", "leftovers", "freeze", "outbox", "uploader", "downloader", "stale"),
     (
         "position",
         "history",
