@@ -3,8 +3,8 @@
     policy      the newest few, every n-th step; nothing without a limit
     protected   whatever the policy: the newest, the best, the pinned, and the one that the newest attempt resumed from
                 until it has committed one of its own
-    pass        after a commit, in the thread that uploads, on rank 0's host: one checkpoint after the other, and before
-                each a look whether a newer attempt has begun (law 6) and whether it was pinned
+    pass        after a commit, beside the thread that uploads, on rank 0's host: one checkpoint after the other, and
+                before each a look whether a newer attempt has begun (law 6) and whether it was pinned
 
 A pass is left as soon as there is something to upload or the process ends; the next one finishes it, one checkpoint
 that was cut in half included.
@@ -73,7 +73,7 @@ def to_retire(
 
 
 class Retention:
-    """Retires, for one attempt, what a policy lets go.
+    """Retires, for one attempt, what a policy lets go. One pass at a time.
 
     Args:
         attempt: its number: nothing is deleted once a newer one has begun. None: another process of the attempt does it.
@@ -93,6 +93,11 @@ class Retention:
         self._unreadable: set[CheckpointKey] = set()
         self._warned = False
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anything can ever go, and this process is the one that deletes it."""
+        return self.policy.save_total_limit is not None and self.attempt is not None
+
     def hear_of_best(self, key: CheckpointKey) -> None:
         """A best checkpoint was saved: it stays from now on, and not only from when its pointer has moved."""
         self._best = max(key, self._best or key)
@@ -103,7 +108,7 @@ class Retention:
         Args:
             go_on: asked between requests; at the first no the rest is left to the next pass.
         """
-        if self.policy.save_total_limit is None or self.attempt is None:
+        if not self.is_active:
             return
         try:
             self._finish_others(go_on)

@@ -6,12 +6,13 @@ the entry. Trouble with the storage is warned about once and tried again for as 
 leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started. After a commit,
 and while nothing waits, old checkpoints are retired.
 
-Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-send` threads move bytes and live as
-long as one entry. No collective ever runs here.
+Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as
+long as one entry; `cloudtrain-retire` lives as long as one pass of deletes. No collective ever runs here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -70,7 +71,10 @@ class Uploader:
         self._catalog = catalog
         self._outbox = outbox
         self._retention = retention
+        self._due = False
+        """Whether there was a commit since the last pass began."""
         self._retiring = False
+        """Whether a pass is under way."""
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
         self._current: OutboxEntry | None = None
@@ -197,7 +201,6 @@ class Uploader:
                     committed = sender.send(entry, self.progress.add)
                     self._done(entry, committed)
                 failures = 0
-                self._retire()
             except BlockingIOError:
                 self._put_back(entry, 1.0)  # another process on this disk is at it
             except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
@@ -218,20 +221,30 @@ class Uploader:
         self._outbox.remove(entry)
         with self._changed:
             self._current = None
-            self._retiring = self._retention is not None and not self._waiting
             self.last_error = None
             if committed and entry.name is None:
                 self.last_committed = max(entry.key, self.last_committed or entry.key)
+            self._retire()  # before anybody hears that nothing is pending any more
             self._changed.notify_all()
 
     def _retire(self) -> None:
-        """Delete old checkpoints, until there is something to upload or this process ends."""
-        if self._retention is None:
-            return
-        self._retention.run(lambda: not (self._waiting or self._stopping))
-        with self._changed:
-            self._retiring = False
-            self._changed.notify_all()
+        """Delete old checkpoints, beside the uploads: a delete that hangs or is slowed down holds none of them up."""
+        self._due = self._retention is not None and self._retention.is_active
+        if self._due and not self._retiring:
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending: another attempt does it
+                threading.Thread(target=self._retire_old, name="cloudtrain-retire", daemon=True).start()
+                self._retiring = True
+
+    def _retire_old(self) -> None:
+        assert self._retention is not None
+        while True:
+            with self._changed:
+                if not self._due:
+                    self._retiring = False
+                    self._changed.notify_all()
+                    return
+                self._due = False
+            self._retention.run(lambda: not (self._waiting or self._current or self._stopping))
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
         ours = (
