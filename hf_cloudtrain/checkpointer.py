@@ -295,6 +295,9 @@ class Checkpointer:
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+        if self._uploader is not None and self.world.is_main:
+            # Another host may have committed the last one after this host's last look.
+            self._uploader.settle(min(seconds, RETIRE_PATIENCE), again=len(self.world.leaders) > 1)
 
     def finish_uploads(self) -> None:
         """Wait, on all ranks, for what was saved here before: whoever goes on in another folder must find it.
@@ -449,7 +452,6 @@ class Checkpointer:
     def _wait_for_uploads(self, seconds: float) -> None:
         if self._uploader is not None:
             self._uploader.wait(seconds, bar=self.world.is_main)
-            self._uploader.settle(min(seconds, RETIRE_PATIENCE))
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""

@@ -129,13 +129,16 @@ class Uploader:
             self._gave_up = True
             raise NotCommittedError(self._not_committed(pending))
 
-    def settle(self, timeout: float) -> None:
+    def settle(self, timeout: float, *, again: bool = False) -> None:
         """Give the deletion of old checkpoints a little time; what is left is for the next one to finish.
 
         Args:
             timeout: seconds.
+            again: look once more for what may go.
         """
         with self._changed:
+            if again:
+                self._retire()
             self._changed.wait_for(lambda: not self._retiring, timeout)
 
     def drain(self) -> None:

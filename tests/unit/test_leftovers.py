@@ -13,7 +13,7 @@ from hf_cloudtrain.backends import IncompleteUpload, LocalBackend, ObjectInfo
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.leftovers import LeftOver, Watch, find, remove
-from hf_cloudtrain.manifest import FileEntry
+from hf_cloudtrain.manifest import FileEntry, Manifest, Position
 from hf_cloudtrain.outbox import Outbox
 from hf_cloudtrain.progress import Progress
 from hf_cloudtrain.testing import FaultyStorage
@@ -70,7 +70,10 @@ class TestFind:
         save(catalog, CheckpointKey(2, 5))
         save(catalog, CheckpointKey(2, 10))
         catalog.claim(CheckpointKey(2, 15), "nonce", exclusive=True)
-        catalog.begin_folder("final", "nonce", 2)
+        catalog.begin_folder("claimed-only", "nonce", 2)
+        key, folder = catalog.begin_folder("final", "nonce", 2)
+        catalog.storage.write(f"{folder}/model", b"x")
+        catalog.commit_folder(Manifest(key, folder, 2, 10, "nonce", (FILE,), Position(10)))
         assert find(catalog) == []
 
     def test_an_upload_that_was_cut_off_is_its_attempts(self, catalog: Catalog) -> None:
@@ -216,6 +219,7 @@ class TestRemove:
         saving.start()
         wait_until(lambda: machines.storage.count("create", "*/folders/*"), "its commit")
         (left,) = [left for left in find(machines.catalog) if left.name == "final"]
+        assert left.attempt == 1
         machines.gate.set()
         saving.join(DEADLINE)
         assert not remove(machines.catalog, left)
