@@ -203,6 +203,7 @@ def train(
     stream: bool = False,
     masks: bool = False,
     waiting: int = 1_000,
+    on_storage: int | None = None,
     callbacks: list[TrainerCallback] | None = None,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
     **arguments: Any,
@@ -217,6 +218,7 @@ def train(
         before, after: callbacks of the user in front of ours and behind it, as [name, {argument: value}].
         seen: file that hears of each batch before it is used; `{rank}` in its name is replaced.
         waiting: checkpoints that may wait for their upload; many, because steps of milliseconds outrun any.
+        on_storage: how many checkpoints stay there.
         masks: leave words out by chance, as a collator for masked language models does.
         arguments: for TrainingArguments.
     """
@@ -224,6 +226,8 @@ def train(
     args = TrainingArguments(output_dir=output_dir, **{**ARGUMENTS, **arguments})
     set_seed(args.seed)
     ours = make_ours(parts if run_url else "none", run_url, fresh=fresh)
+    if on_storage is not None:
+        ours = [CloudTrainCallback(run_url, save_total_limit=on_storage)]
     extra = list(callbacks or [])
     if kill_at is not None:
         extra.append(KillAt(kill_at, run_url or "", committed))

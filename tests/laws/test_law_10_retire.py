@@ -194,7 +194,10 @@ def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
     machine.wait()
     machines.storage.hold("delete", machines.gate)
     machine.save(10)
-    machine.wait()
+    ending = threading.Thread(target=machine.checkpointer.wait, args=(10_000.0,), daemon=True)
+    ending.start()
+    ending.join(DEADLINE)
+    assert not ending.is_alive()
     machine.checkpointer.drain()
     uploader = machine.checkpointer._uploader
     assert uploader is not None
@@ -214,6 +217,34 @@ def test_law_10_the_end_of_training_gives_the_last_deletes_a_moment(machines: Ma
     assert machines.catalog.retiring() == []
     assert machines.committed() == [(1, 10)]
     opening.join()
+
+
+def test_law_10_deleting_stops_while_there_is_something_to_upload(machines: Machines) -> None:
+    first = machines.new()
+    first.start()
+    for step in (5, 10, 15):
+        first.save(step)
+        first.wait()
+    first.stop()
+    machine = limited(machines, limit=1)
+    deleting = threading.Event()
+    machines.storage.hold("delete", deleting, path="*/checkpoints/*", times=1)
+    machines.storage.hold("upload", machines.gate, path="checkpoint-25/*")
+    machine.save(20)
+    wait_until(lambda: machines.storage.count("delete", "*/checkpoints/*"), "the first delete")
+    machine.save(25)
+    wait_until(lambda: machines.storage.count("upload", "checkpoint-25/*"), "the upload")
+    deleting.set()
+    uploader = machine.checkpointer._uploader
+    assert uploader is not None
+    wait_until(lambda: not uploader._retiring, "the pass is over")
+    assert machines.storage.count("delete", "*/checkpoints/*") == 1
+    assert machines.catalog.retiring() == [CheckpointKey(1, 5)], "cut off in the middle"
+    machines.gate.set()
+    machine.wait()
+    settled(machine)
+    assert machines.committed() == [(2, 25)]
+    assert machines.catalog.retiring() == []
 
 
 def test_law_10_a_new_checkpoint_does_not_wait_for_a_delete_that_hangs(

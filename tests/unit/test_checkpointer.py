@@ -98,6 +98,17 @@ def test_hosts_commit_one_checkpoint_of_all_their_files(
 def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The other host commits the last one, after the first one's own look."""
+
+    def others_part_is_late(checkpointer: Checkpointer) -> None:
+        uploader, part = checkpointer._uploader, (CheckpointKey(1, 15), 0, 2)
+        assert uploader is not None
+        wait_until(lambda: checkpointer.catalog.has_part(*part), "the first one's part")
+        wait_until(lambda: not (uploader.pending() or uploader._retiring), "the first one's look")
+        machines.gate.set()
+
+    machines.storage.hold("upload", machines.gate, path="checkpoint-15/rng_1.pth")
+
     def train(checkpointer: Checkpointer, world: World) -> tuple[bool, bool]:
         checkpointer.policy = Policy(1, keep_every_n_steps=10)
         checkpointer.begin(0)
@@ -105,8 +116,13 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
             folder = checkpointer.output_dir / f"checkpoint-{step}"
             write_files(folder, {f"rng_{world.rank}.pth": b"x"})
             checkpointer.save(folder, Position(global_step=step))
+            if step == 15 and world.is_main:
+                others_part_is_late(checkpointer)
             checkpointer.wait(DEADLINE)
-        return checkpointer._retention.is_active, checkpointer._retention.policy.is_milestone(10)
+        assert checkpointer._uploader is not None
+        retention = checkpointer._uploader._retention
+        assert retention is not None
+        return retention.is_active, retention.policy.is_milestone(10)
 
     assert on_hosts(machines, monkeypatch, 2, train) == [(True, True), (False, True)]
     assert machines.committed() == [(1, 10), (1, 15)]
