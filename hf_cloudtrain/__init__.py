@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_cloudtrain.callbacks import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
     from hf_cloudtrain.checkpointer import Checkpointer
+    from hf_cloudtrain.emergency import EmergencySaveCallback
     from hf_cloudtrain.errors import CloudTrainError
     from hf_cloudtrain.functional import (
         end_step,
@@ -33,6 +34,7 @@ _HOMES = {
     "Checkpointer": "checkpointer",
     "CloudTrainCallback": "callbacks",
     "CloudTrainError": "errors",
+    "EmergencySaveCallback": "emergency",
     "History": "history",
     "Manifest": "manifest",
     "Position": "manifest",
@@ -56,6 +58,7 @@ __all__ = [
     "Checkpointer",
     "CloudTrainCallback",
     "CloudTrainError",
+    "EmergencySaveCallback",
     "History",
     "Manifest",
     "Position",

@@ -18,13 +18,22 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cloudtrain.checkpointer import last_committed_of
+from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of
+from hf_cloudtrain.emergency import EmergencySaveCallback
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.session import Session
 from hf_cloudtrain.step_tracker import StepTracker
-from hf_cloudtrain.trainer_state import EpochLength, make_true_here, metrics, position, step_samples, topology
+from hf_cloudtrain.trainer_state import (
+    EpochLength,
+    epoch_ends,
+    make_true_here,
+    metrics,
+    position,
+    step_samples,
+    topology,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +46,21 @@ def _to_parts(event: str) -> Any:
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        for part in self._parts:
+        # What begins first ends last: an emergency decides before others look at what Trainer is about to do.
+        for part in self._parts if event == "on_train_begin" else reversed(self._parts):
             getattr(part, event)(args, state, control, **kwargs)
 
     return forward
 
 
 class CloudTrainCallback(TrainerCallback):
-    """Everything in one line: steps tracked, checkpoints uploaded, and `restore` for the next machine.
+    """Everything in one line: steps tracked, checkpoints uploaded, saves on SIGTERM, and `restore` for the next machine.
 
     Args:
         run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
+        grace_seconds: see `EmergencySaveCallback`.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
             best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
@@ -69,6 +80,7 @@ class CloudTrainCallback(TrainerCallback):
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        grace_seconds: float | None = None,
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
     ) -> None:
@@ -80,7 +92,10 @@ class CloudTrainCallback(TrainerCallback):
             keep_every_n_steps=keep_every_n_steps,
         )
         self._steps = StepTrackerCallback(run_url, storage_options=storage_options, fresh=fresh)
-        self._parts: tuple[TrainerCallback, ...] = (self._uploads, self._steps)
+        self._emergency = EmergencySaveCallback(
+            run_url, storage_options=storage_options, fresh=fresh, grace_seconds=grace_seconds
+        )
+        self._parts: tuple[TrainerCallback, ...] = (self._uploads, self._steps, self._emergency)
 
     def restore(self, args: TrainingArguments) -> str | None:
         """See `CheckpointUploadCallback.restore`."""
@@ -158,6 +173,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
         Raises:
             NotCommittedError: what is not committed, and how to finish it.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         self._session.opened().wait(timeout)
 
@@ -189,7 +205,11 @@ class CheckpointUploadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hold a save back that would come before the epoch's evaluation, and note when a save begins."""
-        self._before_evaluation = args.eval_strategy == IntervalStrategy.EPOCH and _epoch_ends(state, control)
+        self._before_evaluation = (
+            args.eval_strategy == IntervalStrategy.EPOCH
+            and epoch_ends(state, control)
+            and not self._session.stops_here
+        )
         if control.should_save:
             if self._before_evaluation:
                 # Resume skips the evaluation and the random numbers it draws; saved after it, resume is exact.
@@ -207,6 +227,13 @@ class CheckpointUploadCallback(TrainerCallback):
             self._held_back = False
             control.should_save = True
         if control.should_save or control.should_evaluate:
+            self._mark_save_begin()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when a save begins that came up during the evaluation."""
+        if control.should_save and self._session.uploads:
             self._mark_save_begin()
 
     def on_save(
@@ -237,6 +264,8 @@ class CheckpointUploadCallback(TrainerCallback):
             self._save_began_ns = checkpointer.mark_save_begin()
 
     def _inexact_reason(self, args: TrainingArguments, state: TrainerState) -> str | None:
+        if self._session.inexact_reason is not None:
+            return self._session.inexact_reason
         if args.save_only_model:
             return "save_only_model=True leaves out the optimizer, the scheduler and the random states"
         if args.ignore_data_skip:
@@ -283,8 +312,10 @@ class StepTrackerCallback(TrainerCallback):
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
                 committed=last_committed_of(checkpointer),
+                overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
+            self._session.close_tracker = self._tracker.close
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -356,14 +387,6 @@ def _refuse_search(state: TrainerState) -> None:
             "A hyperparameter search trains many runs, and a run URL names one. Give each trial its own Trainer and "
             "URL, for example f'{url}/{trial.number}', or search without the callback."
         )
-
-
-def _epoch_ends(state: TrainerState, control: TrainerControl) -> bool:
-    return (
-        control.should_training_stop
-        or control.should_epoch_stop
-        or (state.epoch is not None and float(state.epoch).is_integer())
-    )
 
 
 def _wanted_here(ranks: list[int]) -> Any:

@@ -8,12 +8,13 @@ committed checkpoint is ever overwritten; the manifest is created exclusively, l
         run.json                              name, created, versions, command line
         attempts/000003.json                  exclusive create: who, where, resumed from what
         claims/checkpoint-500.json            exclusive create: which attempt may write that folder
-        parts/000003-0000000500/0-of-2.json   what one host uploaded
+        parts/000003-0000000500/0-of-2.json   what one host uploaded, see parts.py
         checkpoints/000003-0000000500.json    the commit
         folders/final-000001.json             the commit of any other folder
         pins/000003-0000000500.json           a person wants this one kept
         retiring/000003-0000000500.json       the manifest of one whose deletion has begun, until it is over
         best.json, last.json                  pointers
+        stop.json                             which attempt is asked to stop
         progress/000003.json                  heartbeat
         steps/000003-0001.jsonl               step and metric records
 """
@@ -24,7 +25,8 @@ import dataclasses
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,6 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import (
     META,
-    FileEntry,
     Manifest,
     checkpoint_key,
     decode_record,
@@ -50,8 +51,11 @@ logger = logging.getLogger(__name__)
 
 READS_AT_ONCE = 8
 """Small records fetched at once: they wait for answers, not for bandwidth."""
+SETTLE_SECONDS = 1.0
+"""Where exclusive create is not honoured: time after which two that took one number at once see which of them has it."""
 
 _RUN = f"{META}/run.json"
+_STOP = f"{META}/stop.json"
 _ATTEMPTS = f"{META}/attempts"
 _CLAIMS = f"{META}/claims"
 _PARTS = f"{META}/parts"
@@ -70,6 +74,11 @@ class CheckpointKey:
 
     def __str__(self) -> str:
         return checkpoint_key(self.attempt, self.step)
+
+    def may_be_in(self, folder: str) -> bool:
+        """Whether a folder's name is one of this checkpoint: the plain one, or with `.a<attempt>`, or its n-th save's."""
+        plain = f"checkpoint-{self.step}"
+        return folder == plain or re.fullmatch(rf"{plain}\.a{self.attempt}(\.\d+)?", folder) is not None
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,10 @@ class Catalog:
     def begin_attempt(
         self, started: float, global_step: int, resumed_from: CheckpointKey | None, facts: dict[str, str]
     ) -> Attempt:
-        """Take the next attempt number by an exclusive create; losing a race takes the one after."""
+        """Take the next attempt number by an exclusive create; losing a race takes the one after.
+
+        Where the storage does not honour it, the last of those who write one number at the same moment has it.
+        """
         number = max(self.attempt_numbers(), default=0) + 1
         while True:
             attempt = Attempt(
@@ -118,7 +130,9 @@ class Catalog:
                 exclusive=self.storage.exclusive is not False,
                 facts=facts,
             )
-            if self.storage.create(_attempt_path(number), encode_record(dataclasses.asdict(attempt))):
+            if self.storage.create(_attempt_path(number), encode_record(dataclasses.asdict(attempt))) and (
+                self._still_has(attempt)
+            ):
                 # Tried by every attempt: the first may have died between the two.
                 self.storage.create(_RUN, encode_record({"created": started, **facts}))
                 return attempt
@@ -137,10 +151,48 @@ class Catalog:
         (found,) = in_threads(self._attempt_or_none, (self.attempt_numbers()[-last:], READS_AT_ONCE))
         return [attempt for attempt in found if attempt is not None]
 
+    def attempt(self, number: int) -> Attempt:
+        """One attempt. Raises ObjectNotFoundError, ManifestError."""
+        return _parse_attempt(self.storage.read(_attempt_path(number)), number)
+
     def overtaken_by(self, attempt: int) -> int | None:
         """The number of a newer attempt, if one has started (law 6)."""
         newest = max(self.attempt_numbers(), default=0)
         return newest if newest > attempt else None
+
+    def request_stop(self, asked: float, facts: dict[str, str]) -> int | None:
+        """Ask the newest attempt to save and stop; its number, or None where none has ever started.
+
+        An attempt that begins later is not meant: a person who starts the run again wants it to train.
+
+        Args:
+            asked: seconds since 1970, for people.
+            facts: who asks, for people.
+        """
+        newest = max(self.attempt_numbers(), default=None)
+        if newest is not None:
+            self.storage.write(_STOP, encode_record({**facts, "attempt": newest, "time": asked}))
+        return newest
+
+    def stop_requested(self, attempt: int) -> bool:
+        """Whether this attempt, or a newer one, was asked to stop; one small request."""
+        try:
+            number = decode_record(self.storage.read(_STOP), "stop request").get("attempt")
+        except ObjectNotFoundError:
+            return False
+        except ManifestError as error:
+            logger.debug("%s", error)  # asked at every heartbeat: a warning would be one, too
+            return False
+        return type(number) is int and number >= attempt
+
+    def is_holder(self, attempt: Attempt) -> bool:
+        """Whether nobody else has taken the same number, which only storage without exclusive create allows."""
+        if attempt.exclusive:
+            return True
+        try:
+            return self.attempt(attempt.number).nonce == attempt.nonce
+        except (ObjectNotFoundError, ManifestError):
+            return True  # it names nobody else
 
     # Checkpoints
 
@@ -182,11 +234,13 @@ class Catalog:
         if self.storage.create(path, record):
             return plain
         try:
-            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+            owner = decode_record(self.storage.read(path), f"claim {path!r}")
         except ManifestError:
-            owner = None  # damaged: whoever it was, it was not us
-        # The same attempt again: an upload that was cut off goes on in its own folder.
-        return plain if owner == key.attempt else suffixed
+            owner = {}  # damaged: whoever it was, it was not us
+        # The same attempt again: an upload that was cut off goes on in its own folder. The nonce tells two apart that
+        # have one number.
+        same = owner.get("attempt") == key.attempt and _of_attempt(owner.get("nonce")) == _of_attempt(nonce)
+        return plain if same else suffixed
 
     def claimed_by(self, folder: str) -> int | None:
         """The attempt that claimed a folder; None where nobody knows."""
@@ -196,30 +250,6 @@ class Catalog:
         except (ObjectNotFoundError, ManifestError):
             return None
         return owner if type(owner) is int and owner > 0 else None
-
-    def put_part(
-        self, key: CheckpointKey, host: int, hosts: int, files: Iterable[FileEntry]
-    ) -> list[FileEntry] | None:
-        """Record what one host uploaded, and answer as `parts`. After that the host writes nothing more of it."""
-        record = {"files": [dataclasses.asdict(entry) for entry in files]}
-        self.storage.write(_part_path(key, host, hosts), encode_record(record))
-        return self.parts(key, hosts)
-
-    def has_part(self, key: CheckpointKey, host: int, hosts: int) -> bool:
-        """Whether a host's part is recorded."""
-        return self._exists(_part_path(key, host, hosts))
-
-    def parts(self, key: CheckpointKey, hosts: int) -> list[FileEntry] | None:
-        """All hosts' files, sorted by path; None while a part is missing."""
-        there = {info.path for info in self.storage.list(f"{_PARTS}/{key}")}
-        wanted = [_part_path(key, host, hosts) for host in range(hosts)]
-        if not set(wanted) <= there:
-            return None
-        found: list[FileEntry] = []
-        for path in wanted:
-            items = decode_record(self.storage.read(path), f"part {path!r}").get("files")
-            found += [FileEntry.parse(item, f"part {path!r}") for item in items or []]
-        return sorted(found, key=lambda entry: entry.path)
 
     def commit(self, manifest: Manifest) -> bool:
         """Make a checkpoint exist. False where it exists already from another save of the same (attempt, step)."""
@@ -432,7 +462,7 @@ class Catalog:
             raise ManifestError(
                 f"The manifest {str(key)!r} is of attempt {manifest.attempt}, step {manifest.step}."
             )
-        if manifest.folder not in (f"checkpoint-{key.step}", f"checkpoint-{key.step}.a{key.attempt}"):
+        if not key.may_be_in(manifest.folder):
             raise ManifestError(
                 f"The manifest {str(key)!r} names the folder {manifest.folder!r} of another one."
             )
@@ -454,10 +484,16 @@ class Catalog:
 
     def _attempt_or_none(self, number: int) -> Attempt | None:
         try:
-            return _parse_attempt(self.storage.read(_attempt_path(number)), number)
+            return self.attempt(number)
         except (ManifestError, ObjectNotFoundError) as error:
             logger.warning("%s", error)
             return None
+
+    def _still_has(self, attempt: Attempt) -> bool:
+        if attempt.exclusive:
+            return True
+        time.sleep(SETTLE_SECONDS)  # whoever saw the number free at the same moment has written by then
+        return self.is_holder(attempt)
 
     def _holds(self, path: str, nonce: str) -> bool:
         try:
@@ -480,10 +516,6 @@ def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
 
 
-def _part_path(key: CheckpointKey, host: int, hosts: int) -> str:
-    return f"{_PARTS}/{key}/{host}-of-{hosts}.json"
-
-
 def _pin_path(key: CheckpointKey) -> str:
     return f"{_PINS}/{key}.json"
 
@@ -503,6 +535,11 @@ def _versioned_folder(name: str, version: int) -> str:
 def _name_and_version(key: str) -> tuple[str, int]:
     name, _, version = key.rpartition("-")
     return name, int(version) if version.isdecimal() else 0
+
+
+def _of_attempt(nonce: object) -> str:
+    """What the nonces of all saves of one attempt have in common."""
+    return str(nonce).partition("-")[0]
 
 
 def _checkpoint_of(name: str) -> CheckpointKey | None:

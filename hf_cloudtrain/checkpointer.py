@@ -3,6 +3,7 @@
     save      barrier -> the outbox freezes the folder (links, milliseconds) -> the uploader commits it in the background
     restore   what the outbox still holds is committed -> newest manifest -> verified folder -> its path
     begin     one attempt number for all ranks; a start at step 0 on a run that has checkpoints is refused (law 9)
+    overtaken set when a newer attempt has begun elsewhere: this one uploads, moves and deletes nothing more (law 6)
     wait      all ranks together, until everything is committed, or an error on all of them (law 5)
 
 Every rank calls everything. One rank a disk (a leader) moves bytes, and rank 0 decides.
@@ -16,7 +17,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,28 @@ from hf_cloudtrain.errors import (
     NewerFormatError,
     NoCheckpointError,
     NotCommittedError,
+    PeerError,
     RunHasCheckpointsError,
 )
+from hf_cloudtrain.fence import Fence
+from hf_cloudtrain.freeze import fresh_files
 from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
 from hf_cloudtrain.retention import Policy, Retention
+from hf_cloudtrain.shares import Look, Share, Shares
 from hf_cloudtrain.stale import move_stale
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
+from hf_cloudtrain.watch import CommitWatch
 
 logger = logging.getLogger(__name__)
 
 RETIRE_PATIENCE = 5.0
 """Seconds that the end of training gives the deletion of old checkpoints; what is left is finished another time."""
+LAST_LOOK = 60.0
+"""Seconds that a process which ends early waits for the parts of other hosts: they may be gone."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +116,29 @@ class Checkpointer:
         self._restored: CheckpointKey | None = None
         self._uploader: Uploader | None = None
         self._retention = Retention(self.catalog, self.policy, None)
+        self._fence: Fence | None = None
+        self._watch: CommitWatch | None = None
+        self._saves = 0
         self._save_error: Exception | None = None
         self._advice = advice
         self.world.meet_disks(self.output_dir / META)
+        self._shares = Shares(self.world)
+
+    @property
+    def upload_pace(self) -> tuple[int, float] | None:
+        """Bytes of the checkpoint that was uploaded last, and bytes per second; None before the first."""
+        return self._uploader.pace if self._uploader else None
 
     @property
     def last_committed(self) -> CheckpointKey | None:
-        """The newest checkpoint that this process committed."""
-        return self._uploader.last_committed if self._uploader else None
+        """The newest checkpoint that this process committed, or on rank 0 saw committed."""
+        found = [who.last_committed for who in (self._uploader, self._watch) if who is not None]
+        return max((key for key in found if key is not None), default=None)
+
+    @property
+    def overtaken_by(self) -> int | None:
+        """The newer attempt that has begun (law 6), as soon as this rank knows: rank 0 within a heartbeat. Costs nothing."""
+        return self._fence.overtaken_by if self._fence is not None else None
 
     def restore(
         self,
@@ -214,16 +237,21 @@ class Checkpointer:
         if global_step == 0 and not self._fresh and not started_over:
             # What was saved here and is still on its way counts as a checkpoint of the run, too.
             self.finish_uploads()
+        self._end_attempt()
         self.attempt = self.world.agree(lambda: self._begin(global_step, started_over), "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
+        self._guard(self.attempt)
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
         self._retention.policy = self.policy
-        self._retention.attempt = self.attempt.number if self.world.is_main else None
+        self._retention.attempt = self.attempt if self.world.is_main else None
         if self.world.is_leader and self._uploader is None:
             self._uploader = Uploader(self.catalog, self.outbox, retention=self._retention)
+            self._uploader.follow(self._fence)
             self._uploader.start()
+        if self.world.is_main and len(self.world.leaders) > 1 and self._watch is None:
+            self._watch = CommitWatch(self.catalog)
         return self.attempt
 
     def save(
@@ -235,6 +263,7 @@ class Checkpointer:
         inexact_reason: str | None = None,
         metrics: dict[str, float] | None = None,
         best: bool = False,
+        all_written: bool = False,
     ) -> None:
         """Take over a folder that all ranks have just written. Returns in milliseconds; the upload is in the background.
 
@@ -242,14 +271,22 @@ class Checkpointer:
             since_ns: files last written before this time (ns) are left-overs of another save.
             inexact_reason: why a resume from here cannot equal an uninterrupted run, if so.
             best: whether this is the best checkpoint so far.
+            all_written: whether the ranks know already that every one of them has written its files.
         """
         assert self.attempt is not None, "begin() first"
-        self.world.barrier()  # every rank has written its files
-        self.last_saved = key = CheckpointKey(self.attempt.number, position.global_step)
+        if self._fence is None:
+            self._guard(self.attempt)  # it goes on after its end
+        if not all_written:
+            self.world.barrier()
+        key = CheckpointKey(self.attempt.number, position.global_step)
+        self._saves = self._saves + 1 if key == self.last_saved else 1
+        self.last_saved = key
+        # On one disk, a second save of a step takes the place of the first.
+        save = self._saves if len(self.world.leaders) > 1 else 1
         entry = OutboxEntry(
             run_url=self.storage.url,
             key=key,
-            nonce=f"{self.attempt.nonce}-{position.global_step}",
+            nonce=f"{self.attempt.nonce}-{position.global_step}" + (f"-{save}" if save > 1 else ""),
             position=position,
             exclusive=self.attempt.exclusive,
             exact=inexact_reason is None,
@@ -257,8 +294,7 @@ class Checkpointer:
             created=time.time(),
             metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
             best=best,
-            host=self.world.leaders.index(self.world.rank) if self.world.is_leader else 0,
-            hosts=len(self.world.leaders),
+            save=save,
             origin=origin(),
         )
         self._hand_over(folder, entry, since_ns)
@@ -274,6 +310,7 @@ class Checkpointer:
 
         Raises:
             NotCommittedError: the storage did not take it in time; the outbox keeps it.
+            OvertakenError: a newer attempt has begun.
         """
         folder_name(name)
         self.world.barrier()
@@ -291,13 +328,29 @@ class Checkpointer:
 
         Raises:
             NotCommittedError: on all ranks, with what is missing and how to finish it.
+            OvertakenError: on all ranks: a newer attempt has begun.
         """
         seconds = env.drain_timeout() if timeout is None else timeout
         self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
         self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+
+    def finish(self, timeout: float | None = None) -> None:
+        """The end of training: `wait`; after that, whoever begins a newer attempt does not overtake this one.
+
+        Raises:
+            NotCommittedError, OvertakenError: as `wait`.
+        """
+        self.wait(timeout)
         if self._uploader is not None and self.world.is_main:
             # Another host may have committed the last one after this host's last look.
-            self._uploader.settle(min(seconds, RETIRE_PATIENCE), again=len(self.world.leaders) > 1)
+            self._uploader.settle(RETIRE_PATIENCE, again=len(self.world.leaders) > 1)
+        self._end_attempt()
+
+    def refuse_overtaken(self) -> None:
+        """Raise OvertakenError on all ranks, if one of them knows of a newer attempt. All ranks call it."""
+        known = [number for number in self.world.each_leader(lambda: self.overtaken_by, "look") if number]
+        if known:
+            self.world.each_leader(lambda: self._stop(known[0]), "go on: a newer attempt has begun")
 
     def finish_uploads(self) -> None:
         """Wait, on all ranks, for what was saved here before: whoever goes on in another folder must find it.
@@ -311,14 +364,44 @@ class Checkpointer:
         """Before this process ends: finish what is pending; never raises, and says what is left and what to do."""
         if self._uploader is not None:
             self._uploader.drain()
+        if self._watch is not None:
+            try:
+                self._watch.wait(min(LAST_LOOK, env.drain_timeout()))
+            except NotCommittedError as error:
+                logger.error("%s", error)
 
     def close(self) -> None:
-        """Stop the background thread after the upload under way; what is left stays in the outbox."""
+        """Stop the background threads after the upload under way; what is left stays in the outbox."""
+        if self._fence is not None:
+            self._fence.close()
         if self._uploader is not None:
             self._uploader.close()
+        if self._watch is not None:
+            self._watch.close()
+
+    def _guard(self, attempt: Attempt) -> None:
+        self._fence = Fence(self.catalog, attempt)
+        if self._uploader is not None:
+            self._uploader.follow(self._fence)
+        if self.world.is_main:
+            self._fence.start()
+
+    def _end_attempt(self) -> None:
+        """What was saved so far is now of an attempt that is over, and is uploaded whoever has begun since."""
+        if self._fence is not None:
+            self._fence.end()
+            self._fence = None
+        if self._uploader is not None:
+            self._uploader.follow(None)
+
+    def _stop(self, newer: int) -> None:
+        if self._fence is not None and self._uploader is not None:
+            self._fence.note(newer)
+            raise self._uploader.overtaken_error()
 
     def _finish_left_overs(self) -> None:
         if self._uploader is not None:  # trained in this process before
+            self._end_attempt()
             self._uploader.wait(env.drain_timeout(), bar=self.world.is_main)
             return
         left = self.outbox.entries(self.storage.url)
@@ -358,18 +441,52 @@ class Checkpointer:
         download(self.catalog, manifest, self.local_folder(manifest), wanted=wanted, on_bytes=on_bytes)
 
     def _hand_over(self, folder: Path, entry: OutboxEntry, since_ns: int) -> None:
-        self._keep(entry, partial(self.outbox.accept, folder, since_ns=since_ns))
+        def look() -> tuple[list[str], list[str]]:
+            names = list(fresh_files(folder, since_ns))
+            return names, names
 
-    def _keep(self, entry: OutboxEntry, accept: Callable[[OutboxEntry], OutboxEntry]) -> None:
+        share = self._share(entry, look, entry.key.step)
+        if share is not None:
+            self._keep(entry, share, partial(self.outbox.accept, folder, since_ns=since_ns))
+
+    def _share(self, entry: OutboxEntry, look: Look, step: int | None = None) -> Share | None:
+        """What this disk gives; None where the save is lost."""
+        try:
+            return self._shares.agree(
+                look, lambda: self._uploader is not None and self._uploader.is_busy(), step
+            )
+        except PeerError as error:
+            self._lose(entry, error)
+            return None
+
+    def _keep(self, entry: OutboxEntry, share: Share, accept: Callable[..., OutboxEntry]) -> None:
         """Hand over what `accept` freezes, on the rank that moves bytes."""
-        if self._uploader is None or entry.key == self.last_committed:
+        if entry.key == self.last_committed:
+            return
+        entry = replace(entry, host=share.host, hosts=len(share.givers))
+        if self._watch is not None:
+            self._watch.expect(entry, share.givers)
+        if self._uploader is None:
+            return
+        if share.wanted is None:
+            self._uploader.skip()
+            return
+        if self.overtaken_by is not None:
+            logger.warning(
+                "checkpoint-%d is not uploaded: attempt %d has begun.", entry.key.step, self.overtaken_by
+            )
             return
         try:
-            self._uploader.submit(accept(entry))
+            wanted = entry.best or self.policy.is_milestone(entry.key.step)
+            hold = share.hold and entry.hosts > 1 and not wanted
+            self._uploader.submit(accept(entry, wanted=share.wanted), hold=hold)
         except (OSError, ConfigurationError, ManifestError) as error:
-            # One lost checkpoint must not end the training; `wait` tells if it was the last.
-            self._save_error = error
-            logger.error("checkpoint-%d could not be kept for upload: %s", entry.key.step, error)
+            self._lose(entry, error)
+
+    def _lose(self, entry: OutboxEntry, error: Exception) -> None:
+        # One lost checkpoint must not end the training; `wait` tells if it was the last.
+        self._save_error = error
+        logger.error("checkpoint-%d could not be kept for upload: %s", entry.key.step, error)
 
     def _say_restored(self, manifest: Manifest) -> None:
         if not self.world.is_main:
@@ -421,9 +538,12 @@ class Checkpointer:
             ) from error
 
     def _move_stale(self, global_step: int) -> None:
-        move_stale(self.output_dir, self.storage.url, global_step)
+        refuse = self._fence.refuse if self._fence is not None else lambda: None
+        move_stale(self.output_dir, self.storage.url, global_step, refuse)
 
     def _save_folder(self, folder: Path, name: str) -> str:
+        if self._fence is not None:
+            self._fence.refuse()
         number = self.attempt.number if self.attempt else 0
         step = self.last_saved.step if self.last_saved else 0
         entry = OutboxEntry(
@@ -450,11 +570,19 @@ class Checkpointer:
         raise NotCommittedError(f"{name!r} was not committed to {self.storage.url!r}.")
 
     def _wait_for_uploads(self, seconds: float) -> None:
+        began = time.monotonic()
         if self._uploader is not None:
+            if self._fence is not None:
+                self._fence.start()  # whoever is not rank 0 does not look while it trains
             self._uploader.wait(seconds, bar=self.world.is_main)
+        if self._watch is not None:
+            left = max(0.0, began + seconds - time.monotonic())
+            self._watch.wait(left, lambda: self.overtaken_by is not None)
 
     def _refuse_nothing_on_storage(self) -> None:
         """A green run with nothing on storage cannot happen."""
+        if self._fence is not None and (newer := self._fence.look()) is not None:
+            self._stop(newer)
         wanted = self.last_saved or self._restored
         if wanted is None:
             raise NotCommittedError(
@@ -475,3 +603,9 @@ def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey 
         return found.last_committed if found is not None else None
 
     return ask
+
+
+def overtaken_by_of(checkpointer: Checkpointer) -> Callable[[], int | None]:
+    """Asks for the newer attempt that has overtaken the present one, without keeping the Checkpointer alive."""
+    fence = checkpointer._fence
+    return lambda: fence.overtaken_by if fence is not None else None

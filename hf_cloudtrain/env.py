@@ -24,7 +24,28 @@ DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 """Seconds that the end of training waits for uploads. Default 1800: 225 GB at 1 Gbit/s."""
 
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
-"""Seconds between two heartbeats in `progress/`. Default 15."""
+"""Seconds between two heartbeats in `progress/`, and between two looks for a newer attempt. Default 15."""
+
+GRACE = "HF_CLOUDTRAIN_GRACE"
+"""Seconds that a machine has after a notice that names none, such as a signal. Default 30, as launchers have it."""
+
+EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
+"""File that says how an attempt ended, for whoever started the process. No default."""
+
+STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
+"""A path: when a file appears there, the run saves and stops. No default."""
+
+CLOUD_NOTICES = "HF_CLOUDTRAIN_CLOUD_NOTICES"
+"""Which cloud's metadata service is asked for notices: `ec2`, `gce`, `azure`, `off`. Default `auto`: what the machine is."""
+
+EC2_DISABLED = "AWS_EC2_METADATA_DISABLED"
+"""AWS's own: `true` forbids any question to EC2's metadata service. Default `false`."""
+
+EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+"""AWS's own: URL of EC2's metadata service. Default `http://169.254.169.254`."""
+
+GCE_HOST = "GCE_METADATA_HOST"
+"""Google's own: host, or host:port, of its metadata service. Default `169.254.169.254`."""
 
 
 def run_url(argument: str | None) -> str:
@@ -71,9 +92,12 @@ def restored_checkpoint() -> str | None:
 
     None after torchrun restarted its workers: what the launcher put there has been written over since.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        return None
-    return os.environ.get(RESTORED_CHECKPOINT) or None
+    return None if is_restart() else os.environ.get(RESTORED_CHECKPOINT) or None
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these workers again, rather than a person."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def drain_timeout() -> float:
@@ -84,6 +108,52 @@ def drain_timeout() -> float:
 def heartbeat() -> float:
     """Seconds between two heartbeats."""
     return _seconds(HEARTBEAT, 15.0)
+
+
+def grace(argument: float | None) -> float:
+    """Seconds that a machine has after a notice that names none."""
+    if argument is None:
+        return _seconds(GRACE, 30.0)
+    if not 0 < argument < 1e9:
+        raise ConfigurationError(f"grace_seconds={argument!r} is not a number of seconds above 0.")
+    return float(argument)
+
+
+def shutdown_timeout() -> float | None:
+    """Seconds that torchrun gives its workers after a signal (`--shutdown-timeout`, 30 unless set); None without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return _seconds("PET_SHUTDOWN_TIMEOUT", 30.0)
+
+
+def exit_file() -> str | None:
+    """The file that says how an attempt ended."""
+    return os.environ.get(EXIT_FILE) or None
+
+
+def stop_file() -> str | None:
+    """The file whose appearance stops the run, else None."""
+    return os.environ.get(STOP_FILE) or None
+
+
+def cloud_notices() -> str:
+    """Which cloud to ask for notices: `auto`, `off`, `ec2`, `gce` or `azure`."""
+    value = os.environ.get(CLOUD_NOTICES, "").strip().lower() or "auto"
+    if value not in ("auto", "off", "ec2", "gce", "azure"):
+        raise ConfigurationError(f"{CLOUD_NOTICES}={value!r} is none of auto, off, ec2, gce and azure.")
+    return value
+
+
+def ec2_endpoint() -> str | None:
+    """URL of EC2's metadata service; None where AWS's own variable forbids to ask it."""
+    if os.environ.get(EC2_DISABLED, "").strip().lower() == "true":
+        return None
+    return os.environ.get(EC2_ENDPOINT) or "http://169.254.169.254"
+
+
+def gce_endpoint() -> str:
+    """URL of Google's metadata service. By its address: looking up its name has no time limit."""
+    return f"http://{os.environ.get(GCE_HOST) or '169.254.169.254'}"
 
 
 def _seconds(name: str, default: float) -> float:

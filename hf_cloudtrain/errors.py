@@ -17,7 +17,10 @@ CloudTrainError
 ├── PositionError (ValueError)             the checkpoint's position does not fit this configuration
 ├── NotCommittedError                      training ended and a checkpoint is not on storage yet
 ├── OvertakenError                         a newer attempt of this run has started
+├── PreemptedError                         training was stopped because the machine goes; in notebooks
 └── PeerError                              another process of this job failed; its message is carried
+
+Besides there is PreemptedExit, a SystemExit: PreemptedError for scripts, of which nothing runs after the training.
 """
 
 from __future__ import annotations
@@ -88,7 +91,20 @@ class NotCommittedError(CloudTrainError):
 
 
 class OvertakenError(CloudTrainError):
-    """A newer attempt of the same run has started, so this one must not write any more."""
+    """A newer attempt of the same run has started, so this one ends and writes nothing more."""
+
+
+class PreemptedError(CloudTrainError):
+    """Training was saved and stopped in a notebook, because the machine goes or somebody asked for it."""
+
+
+class PreemptedExit(SystemExit):
+    """Ends a script whose training was saved and stopped. The exit code is 75: try again later (sysexits.h)."""
+
+    CODE = 75
+
+    def __init__(self) -> None:
+        super().__init__(self.CODE)
 
 
 class PeerError(CloudTrainError):

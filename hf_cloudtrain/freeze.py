@@ -36,14 +36,16 @@ class AcceptedFile:
     mtime_ns: int
 
 
-def freeze(source: Path, target: Path, since_ns: int) -> tuple[AcceptedFile, ...]:
-    """Links to a folder's files, and copies of small ones; files last written before `since_ns` (ns) are left out."""
+def freeze(
+    source: Path, target: Path, since_ns: int, wanted: Callable[[str], bool] = lambda path: True
+) -> tuple[AcceptedFile, ...]:
+    """Links to a folder's files that are wanted by path, and copies of small ones; not those that `fresh_files` omits."""
     accepted = []
     copied = 0
     link_failed: OSError | None = None
     for path in _files_below(source):
         found = os.stat(source / path)
-        if found.st_mtime_ns < since_ns:
+        if found.st_mtime_ns < since_ns or not wanted(path):
             continue
         clean_path(path)
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +91,11 @@ def copy_out(
         kept = os.stat(target / path)
         accepted.append(AcceptedFile(path, kept.st_size, kept.st_ino, kept.st_mtime_ns))
     return tuple(accepted)
+
+
+def fresh_files(source: Path, since_ns: int) -> Iterator[str]:
+    """Relative paths in a folder that was just saved, without what was last written before `since_ns` (ns)."""
+    return (path for path in _files_below(source) if os.stat(source / path).st_mtime_ns >= since_ns)
 
 
 def own_files(source: Path, since_ns: int = 0) -> Iterator[str]:

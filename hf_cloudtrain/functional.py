@@ -31,6 +31,7 @@ from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
 from hf_cloudtrain.manifest import parse_checkpoint_key
 from hf_cloudtrain.modes import CloudMode, LocalMode, Mode
+from hf_cloudtrain.outcome import Outcome
 from hf_cloudtrain.process import before_exit
 from hf_cloudtrain.retention import Policy
 
@@ -144,6 +145,7 @@ def upload_checkpoint() -> None:
 
     Raises:
         NotCommittedError: after the last step: the storage did not take it in time; it is kept here.
+        OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         ConfigurationError: nobody said which folder.
     """
     _opened("upload_checkpoint").upload_checkpoint()
@@ -161,7 +163,20 @@ def metric(msg: dict[str, Any]) -> None:
 
 
 def is_emergency_save() -> bool:
-    """Whether this step should be saved at once, because the machine is about to go. No notice is listened to yet."""
+    """Whether this step should be saved at once, because the machine is about to go: the same answer on all ranks.
+
+    The first call begins to listen: to SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and the notices of the cloud. Call it once a
+    step, on all ranks; the `upload_checkpoint` that follows waits until the checkpoint is committed or the time is up,
+    and ends the process. Local mode listens to nothing.
+
+    Raises:
+        PreemptedExit: from `upload_checkpoint`; a SystemExit with the code 75, in a notebook a PreemptedError.
+
+    Example:
+        >>> if step % 100 == 0 or is_emergency_save():
+        ...     torch.save(state, "ckpt/checkpoint.pt")
+        ...     upload_checkpoint()
+    """
     return _opened("is_emergency_save").is_emergency_save()
 
 
@@ -232,12 +247,14 @@ class _Run:
         self._place.metric(self.step, msg)
 
     def is_emergency_save(self) -> bool:
-        return False
+        self._begin()
+        return self._place.is_emergency(self.step)
 
     def close(self) -> None:
         """The end of this run in this process, by a second `init` or by the end of the process."""
         complete = self._total is not None and self.done >= self._total
         error = getattr(sys, "last_value", None)  # set where an exception ends the process
+        state: Outcome
         if error is not None and not isinstance(error, KeyboardInterrupt):
             state = "failed"
         else:

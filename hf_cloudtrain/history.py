@@ -23,7 +23,7 @@ class AttemptInfo:
     last_seen: float
     """Last heartbeat."""
     state: str
-    """`training`, `finished`, `failed`, `stopped`; `training` with an old heartbeat was killed."""
+    """`training`, `finished`, `failed`, `stopped`, `overtaken`; `training` with an old heartbeat was killed."""
     first_step: int
     """The step it began after."""
     last_step: int

@@ -7,12 +7,9 @@ of it.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,8 +43,6 @@ class InPlaceCheckpointer(Checkpointer):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._copied_ns = 0
         """When the last copy was made, on the clock of the disk."""
-        self._writers: dict[str, int] = {}
-        """Which of several disks wrote a file last, by path."""
         super().__init__(*arguments, **options)
 
     def local_folder(self, manifest: Manifest) -> Path:
@@ -90,46 +85,16 @@ class InPlaceCheckpointer(Checkpointer):
         """Nothing: every folder in it is the user's."""
 
     def _hand_over(self, folder: Path, entry: OutboxEntry, since_ns: int) -> None:
-        share = self._share(folder, entry)
+        # The files that a disk wrote last, and the first one those of nobody, too.
+        share = self._share(
+            entry, lambda: (list(own_files(folder)), list(own_files(folder, self._copied_ns)))
+        )
 
         def copy() -> None:
             if share is not None:
-                self._keep(share.entry, partial(self.outbox.accept, folder, link=False, wanted=share.wanted))
+                self._keep(entry, share, partial(self.outbox.accept, folder, link=False))
             self._refuse_unwritable()  # makes our folder anew, where the user has removed everything
             self._copied_ns = self.mark_save_begin()
 
         # After this the folder may be written again, so every rank waits for the copy.
         self.world.each_leader(copy, "copy the checkpoint")
-
-    def _share(self, folder: Path, entry: OutboxEntry) -> _Share | None:
-        """What this disk gives to a checkpoint: the files last written there; the first one those of nobody, too."""
-        if entry.hosts == 1:
-            return _Share(entry)
-
-        def look() -> tuple[set[str], set[str]]:
-            with contextlib.suppress(OSError):  # the copy says why
-                return set(own_files(folder)), set(own_files(folder, self._copied_ns))
-            return set(), set()
-
-        found = self.world.each_leader(look, "look at the checkpoint")
-        for host, (_, written) in reversed(list(enumerate(found))):
-            # A name that several disks have written is the first one's: all ranks wrote the same file.
-            self._writers.update(dict.fromkeys(written, host))
-        given = [
-            {path for path in there if self._writers.get(path, 0) == host}
-            for host, (there, _) in enumerate(found)
-        ]
-        # Where nobody has anything, the first one says so.
-        holders = [host for host, paths in enumerate(given) if paths] or [0]
-        if entry.host not in holders:
-            return None
-        part = dataclasses.replace(entry, host=holders.index(entry.host), hosts=len(holders))
-        return _Share(part, given[entry.host].__contains__)
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One disk's part of a checkpoint."""
-
-    entry: OutboxEntry
-    wanted: Callable[[str], bool] = lambda path: True

@@ -2,6 +2,7 @@
 
     deletion    a checkpoint whose manifest is gone and whose data is not: anybody may finish it
     upload      a folder, or parts of hosts, without a manifest; files of it that were begun and never finished
+    save        the folder of a save that another save of the same step has replaced
     file        one that was begun and never finished, beside whole ones or among our records
     probe       the small object of a start that was killed while it tried the storage
 
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 from hf_cloudtrain import env
 from hf_cloudtrain.backends import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.errors import StorageError, StorageUnavailableError
+from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageError, StorageUnavailableError
 from hf_cloudtrain.manifest import META, parse_checkpoint_key
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class LeftOver:
     """One thing that somebody has left."""
 
     what: str
-    """`deletion`, `upload`, `file` or `probe`."""
+    """`deletion`, `upload`, `save`, `file` or `probe`."""
     name: str
     """Its folder or path, below the run URL."""
     attempt: int | None = None
@@ -143,7 +144,7 @@ class Watch:
     def _stays(self, item: LeftOver, moved: set[int]) -> str | None:
         if item.what not in ("upload", "deletion"):
             return None  # nobody works on it for so long
-        if item.parts:
+        if any(re.search(r"/\d+-of-\d+\.json$", path) for path in item.parts):
             return "another host may still have the rest: `cloudtrain checkpoint flush` there finishes it"
         for number in filter(None, (item.attempt, *self._attempts[-1:])):
             if number in moved:
@@ -166,6 +167,8 @@ class _Finder:
         self._parts = self._parts_without_manifest()
         self._objects = _by_folder(objects)
         self._uploads = _by_folder(uploads)
+        self._homes = {folder: key for folder in {*self._objects, *self._uploads} if (key := _key_in(folder))}
+        self._suffixed = set(self._homes.values())
 
     def left_overs(self) -> Iterator[LeftOver]:
         homeless = {*self._parts, *self._retiring}
@@ -188,6 +191,8 @@ class _Finder:
         key = self._key_of(folder)
         if key is not None and key not in self._keys:
             return self._of_checkpoint(key, folder)
+        if key is not None and self._is_replaced(key, folder):
+            return LeftOver("save", folder, key.attempt, **self._contents(folder), free=True)
         if key is not None or folder in self._named:
             # All of it has arrived, so nobody sends any more.
             uploads = tuple(self._uploads.get(folder, ()))
@@ -212,18 +217,28 @@ class _Finder:
 
     def _key_of(self, folder: str) -> CheckpointKey | None:
         """Whose folder it is, by its name, else by its claim."""
-        match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})(?:\.a([1-9]\d{0,8}))?", folder)
+        match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})", folder)
         if match is None:
-            return None
-        step = int(match[1])
-        if match[2]:
-            return CheckpointKey(int(match[2]), step)
+            return self._homes.get(folder)
         for key in self._keys:
             # Most plain folders are of a checkpoint that exists, and need no look at their claim.
-            if key.step == step and f"{folder}.a{key.attempt}" not in self._objects:
+            if key.step == int(match[1]) and key not in self._suffixed:
                 return key
         attempt = self._catalog.claimed_by(folder)
-        return None if attempt is None else CheckpointKey(attempt, step)
+        return None if attempt is None else CheckpointKey(attempt, int(match[1]))
+
+    def _is_replaced(self, key: CheckpointKey, folder: str) -> bool:
+        """Whether a checkpoint that exists has its files in another folder, and will never have them in this one."""
+        plain = f"checkpoint-{key.step}"
+        rivals = {other for other, owner in self._homes.items() if owner == key} | {plain} & set(
+            self._objects
+        )
+        if rivals <= {folder}:
+            return False
+        try:
+            return self._catalog.read(key).folder != folder
+        except (ManifestError, NoCheckpointError):
+            return False
 
     def _parts_without_manifest(self) -> dict[CheckpointKey, tuple[str, ...]]:
         found: dict[CheckpointKey, tuple[str, ...]] = {}
@@ -244,6 +259,12 @@ class _Finder:
     def _is_below(self, attempt: int | None) -> bool:
         """Whether a newer attempt has committed since."""
         return attempt is not None and bool(self._keys) and self._keys[-1].attempt > attempt
+
+
+def _key_in(folder: str) -> CheckpointKey | None:
+    """The checkpoint that a folder with an attempt in its name is of."""
+    match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})\.a([1-9]\d{0,8})(?:\.[1-9]\d{0,8})?", folder)
+    return CheckpointKey(int(match[2]), int(match[1])) if match else None
 
 
 def _incomplete(catalog: Catalog) -> Sequence[IncompleteUpload]:

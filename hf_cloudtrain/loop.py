@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ from hf_cloudtrain.loop_position import position, samples_per_step, topology, to
 from hf_cloudtrain.loop_report import LoopReport, as_eval
 from hf_cloudtrain.loop_state import LoopState, storable_args
 from hf_cloudtrain.manifest import Manifest, Position
+from hf_cloudtrain.outcome import Outcome, forget_end, outcome_of, record_end
 from hf_cloudtrain.position import refuse_other_topology
+from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.storage import shown_url
 
@@ -62,6 +65,8 @@ class TrainLoop:
         greater_is_better: None: False where the metric's name ends in `loss`, else True.
         script_args: the script's arguments, as in `vars(args)`, noted in `training_state.json` without secrets.
         logging_steps: optimizer steps between two reports of what was logged.
+        grace_seconds: time that this machine has after a notice that names none, such as SIGTERM; None takes
+            `HF_CLOUDTRAIN_GRACE`, else 30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
@@ -96,6 +101,7 @@ class TrainLoop:
         greater_is_better: bool | None = None,
         script_args: dict[str, Any] | None = None,
         logging_steps: int = 10,
+        grace_seconds: float | None = None,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
         save_total_limit: int | None = None,
@@ -121,6 +127,10 @@ class TrainLoop:
         self._world = self._checkpointer.world
         self._folder = LoopFolder(accelerator, self._checkpointer, processing_class)
         self._report = LoopReport(accelerator, self._checkpointer, logging_steps)
+        self._grace_seconds = grace_seconds
+        self._preemption: Preemption | None = None
+        self._leaving = False
+        """Whether the save to come is the last thing that happens, because the machine goes."""
         self._place: DataPosition | None = None
         self._resumed: Resumed | None = None
         self._here: Here | None = None
@@ -182,6 +192,9 @@ class TrainLoop:
 
         Raises:
             NotCommittedError: at the end, where the storage did not take the last checkpoint in time.
+            PreemptedExit: from `steps` or `end_epoch`, after an emergency save: nothing after the training runs. It is a
+                SystemExit with the code 75; in a notebook it is a PreemptedError.
+            OvertakenError: a newer attempt of the run has begun, and it alone goes on.
         """
         if not self._looked_for_checkpoint:
             self.resume()
@@ -193,8 +206,7 @@ class TrainLoop:
             )
             self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
             return
-        self._checkpointer.begin(self.global_step)
-        self._training = True
+        self._begin_attempt()
         while self.epoch < self.num_epochs and not self._stopping:
             self._reset_epoch()
             if self._resumed is not None and self._resumed.here.place is None:
@@ -202,6 +214,7 @@ class TrainLoop:
             try:
                 yield self.epoch
             except GeneratorExit:  # `break`, or an error in the body
+                self._listen_no_more()
                 self._report.close("stopped")
                 raise
             if not self._epoch_saved:
@@ -287,6 +300,10 @@ class TrainLoop:
         self._end_epoch({name: value for name, value in found.items() if math.isfinite(value)}, better)
         if problem is not None:  # now that the epoch is saved
             raise ConfigurationError(problem)
+        if self._preemption is not None and self.epoch + 1 < self.num_epochs:
+            self._obey(self._preemption.ask_now())
+            if self._leaving:
+                self._leave()
 
     # One step
 
@@ -327,16 +344,33 @@ class TrainLoop:
             bar.update()
             if self.accelerator.sync_gradients:
                 self._end_step(place, bar)
-                if self._stopping and (_is_last(place) or self._can_be_saved(place)):
-                    self._stop_here(place)
+                if self._stops_here(place):
                     return
 
     def _end_step(self, place: DataPosition, bar: Any) -> None:
         self._state.step += 1
         self._report.end_step(self.global_step, bar)
+        if self._preemption is not None and not self._leaving:
+            # After an epoch's last step comes an evaluation of unknown length, so here the ranks wait for each other.
+            ask = self._preemption.ask_now if _is_last(place) else self._preemption.step_ended
+            self._obey(ask())
         planned = self._is_save_step(self.global_step)
         if planned or (self._save_asked and self._can_be_saved(place)):
             self._here = self._look(place)
+
+    def _obey(self, order: Order) -> None:
+        """Save and leave as soon as that is exact, or quit at once."""
+        preemption = self._preemption
+        assert preemption is not None
+        if order is Order.QUIT:
+            preemption.quit(self._report.close)
+        if order is Order.SAVE:
+            preemption.announce(self.global_step)
+            self._stopping = self._leaving = True
+
+    def _leave(self) -> None:
+        assert self._preemption is not None
+        self._preemption.leave(self.global_step, self._report.close)
 
     def _can_be_saved(self, place: DataPosition) -> bool:
         """A save that nobody foresaw may lack numpy's state before the next fetch; then it comes a step later."""
@@ -345,10 +379,16 @@ class TrainLoop:
     def _is_save_step(self, step: int) -> bool:
         return self.save_steps is not None and step % self.save_steps == 0
 
-    def _stop_here(self, place: DataPosition) -> None:
-        """A resume goes on from right here, not from after the evaluation that may follow."""
+    def _stops_here(self, place: DataPosition) -> bool:
+        """Whether this was the last step for now. A resume goes on from right here, not from after what may follow."""
+        if not self._stopping or not (_is_last(place) or self._can_be_saved(place)):
+            return False
         self._here = self._look(place)
         leave(place.dataloader)
+        if self._leaving:
+            self._save({}, best=False)
+            self._leave()
+        return True
 
     def _look(self, place: DataPosition) -> Here:
         """Where a resume goes on: right here."""
@@ -431,7 +471,7 @@ class TrainLoop:
     def _save(self, metrics: dict[str, float], *, best: bool) -> None:
         import torch
 
-        place = self._place
+        place, began = self._place, time.monotonic()
         assert place is not None
         self._report.pause()
         self._save_asked = False
@@ -456,16 +496,38 @@ class TrainLoop:
             best=best,
         )
         self._report.saved()
+        if self._preemption is not None:
+            self._preemption.save_seconds = time.monotonic() - began
 
     def _finish(self) -> None:
+        self._listen_no_more()
         try:
-            self._checkpointer.wait()
+            self._checkpointer.finish()
             self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
-        except CloudTrainError:
+        except CloudTrainError as error:
             self._report.close("failed")
+            record_end(self._checkpointer, outcome_of(error), str(error))
             raise
         self._training = False
-        self._report.close("finished" if self.epoch >= self.num_epochs else "stopped")
+        state: Outcome = "finished" if self.epoch >= self.num_epochs else "stopped"
+        self._report.close(state)
+        record_end(self._checkpointer, state)
+
+    # The attempt
+
+    def _begin_attempt(self) -> None:
+        refuse_to_begin(self._checkpointer)
+        self._checkpointer.begin(self.global_step)
+        forget_end()
+        self._training = True
+        self._leaving = False
+        self._preemption = Preemption(self._checkpointer, grace=self._grace_seconds)
+        self._preemption.start()
+
+    def _listen_no_more(self) -> None:
+        if self._preemption is not None:
+            self._preemption.close()
+            self._preemption = None
 
     # Position
 

@@ -8,9 +8,11 @@ load    what the Checkpointer restored and verified is set on the live objects, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +84,7 @@ class LoopFolder:
         self._processing_class = processing_class
         self._newest: Path | None = None
         self._token = ""
+        self._shown = _InOrder(None)
 
     def load(self, accept: Callable[[Manifest], None]) -> Resumed | None:
         """Bring the newest checkpoint here and set it on the live objects; None where the run has none."""
@@ -107,7 +110,7 @@ class LoopFolder:
         beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
         try:
             self._world.here(lambda: self._write(beside, here), f"write {folder.name}")
-            self._world.each_leader(
+            self._world.here(
                 lambda: self._move_in(beside, folder, state), f"put {folder.name} into its place"
             )
         except Exception:
@@ -119,25 +122,38 @@ class LoopFolder:
             inexact_reason=here.inexact_reason,
             metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
             best=best,
+            all_written=True,
         )
         if self._world.is_main:
-            self._publish(folder, "last")
-            if best:
-                self._publish(folder, "best")
-            self._write_log(state)
+            self._show(state, folder, ("last", "best") if best else ("last",))
 
     def complete(self, state: LoopState) -> None:
         """What was reached on another machine is brought here: `last/`, `best/`, and `log.json`. On one rank."""
+        self._shown.join()
         if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
             self._publish(self._newest, "last")
         self._write_log(state)
         if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
             self._bring_best(state.best_step, state.best_nonce)
 
+    def _show(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
+        """Write what people look at: within an epoch while training goes on, at its end before the script does."""
+
+        def show() -> None:
+            for name in names:
+                self._publish(folder, name)
+            self._write_log(log)
+
+        log = dataclasses.replace(state, log=list(state.log))
+        self._shown = _InOrder(show)
+        if state.batches == 0:
+            self._shown.join()
+
     def _bring_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
         manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
-        best = next((manifest for manifest in manifests if manifest.nonce == nonce), None)
+        # Where hosts saved the step again, a number stands behind it.
+        best = next((found for found in manifests if f"{found.nonce}-".startswith(f"{nonce}-")), None)
         if best is None:
             logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
             return
@@ -183,6 +199,9 @@ class LoopFolder:
         torch.save(record, folder / f"loop_state_{self._world.rank}.pt")
 
     def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
+        if not self._world.is_leader:
+            return
+        self._shown.join()  # it reads the folder that goes now
         if self._world.is_main:
             put_right_state(self._accelerator, beside, self._processing_class)
             (beside / TRAINING_STATE).write_text(state.encode())
@@ -192,6 +211,20 @@ class LoopFolder:
         if self._newest is not None and self._newest != folder:
             _move_away(self._newest)
         self._newest = folder
+
+
+class _InOrder:
+    """Work in a thread of its own, which the end of the process waits for."""
+
+    def __init__(self, work: Callable[[], None] | None) -> None:
+        self._thread = threading.Thread(target=work, name="cloudtrain-show")
+        if work is not None:
+            self._thread.start()
+
+    def join(self) -> None:
+        """Wait until it is done."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 def _nonce_in(folder: Path) -> str | None:

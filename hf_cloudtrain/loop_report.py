@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_cloudtrain.checkpointer import Checkpointer, last_committed_of
+from hf_cloudtrain.checkpointer import Checkpointer, last_committed_of, overtaken_by_of
 from hf_cloudtrain.loop_log import LoopLog, shown
 from hf_cloudtrain.loop_state import LoopState
 from hf_cloudtrain.step_tracker import StepTracker
@@ -40,6 +40,7 @@ class LoopReport:
             total_steps=total_steps,
             samples_per_step=samples_per_step,
             committed=last_committed_of(checkpointer),
+            overtaken_by=overtaken_by_of(checkpointer),
         )
         earlier = _running.get(checkpointer)
         if earlier is not None:

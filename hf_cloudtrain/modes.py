@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Advice, last_committed_of
+from hf_cloudtrain.checkpointer import Advice, last_committed_of, overtaken_by_of
 from hf_cloudtrain.distributed import rank_and_size
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.in_place import InPlaceCheckpointer
 from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.outcome import Outcome, forget_end, record_end
+from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.step_tracker import StepTracker
 
@@ -57,7 +59,10 @@ class Mode(Protocol):
     def metric(self, step: int, msg: dict[str, Any]) -> None:
         """Record metrics of a step."""
 
-    def close(self, step: int, state: str) -> None:
+    def is_emergency(self, step: int) -> bool:
+        """Whether to save at this step because the machine goes."""
+
+    def close(self, step: int, state: Outcome) -> None:
         """It ended at `step`; `state` is `finished`, `failed` or `stopped` as far as the steps say."""
 
 
@@ -85,7 +90,10 @@ class LocalMode:
     def metric(self, step: int, msg: dict[str, Any]) -> None:
         self._metrics.add(step, msg)
 
-    def close(self, step: int, state: str) -> None:
+    def is_emergency(self, step: int) -> bool:
+        return False
+
+    def close(self, step: int, state: Outcome) -> None:
         self._metrics.flush()
 
     def _announce(self) -> None:
@@ -124,6 +132,8 @@ class CloudMode:
         self._policy = policy
         self._checkpointer: InPlaceCheckpointer | None = None
         self._tracker: StepTracker | None = None
+        self._preemption: Preemption | None = None
+        self._leaving = self._finished = False
         self._metrics = _Metrics(self._log)
         self._closed = False
 
@@ -146,7 +156,9 @@ class CloudMode:
             )
         if self._restored is not None:
             checkpointer.world.agree(self._check_restored, f"find {self._restored}")
+        refuse_to_begin(checkpointer)
         attempt = checkpointer.begin(step).number
+        forget_end()
         if checkpointer.world.is_main:
             self._tracker = StepTracker(
                 checkpointer.catalog,
@@ -154,6 +166,7 @@ class CloudMode:
                 first_step=step,
                 total_steps=self._total,
                 committed=last_committed_of(checkpointer),
+                overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
 
@@ -170,6 +183,7 @@ class CloudMode:
     def upload(self, step: int, *, last: bool) -> None:
         self._refuse_without_folder("upload_checkpoint()")
         checkpointer = self._open()
+        checkpointer.refuse_overtaken()
         self._metrics.flush()
         checkpointer.save(
             checkpointer.output_dir,
@@ -179,12 +193,33 @@ class CloudMode:
             self._tracker.flush_soon()
         if last:
             self._finish(checkpointer)
+        elif self._leaving:
+            assert self._preemption is not None
+            self._closed = True
+            self._preemption.leave(step, self._close_tracker)
 
     def metric(self, step: int, msg: dict[str, Any]) -> None:
         if rank_and_size()[0] == 0:
             self._metrics.add(step, msg, hold=self._tracker is None)
 
-    def close(self, step: int, state: str) -> None:
+    def is_emergency(self, step: int) -> bool:
+        if self._closed or self._leaving:
+            return self._leaving
+        checkpointer = self._open()
+        if self._preemption is None:
+            self._preemption = Preemption(checkpointer)
+            self._preemption.start()
+        order = self._preemption.step_ended()
+        if order is Order.QUIT:
+            self._preemption.quit(self._close_tracker)
+        if order is Order.SAVE:
+            self._preemption.announce(step)
+            self._leaving = True
+        return self._leaving
+
+    def close(self, step: int, state: Outcome) -> None:
+        if self._preemption is not None:
+            self._preemption.close()
         if self._closed:
             return
         self._closed = True
@@ -193,21 +228,33 @@ class CloudMode:
             return
         self._metrics.flush()
         checkpointer.drain()
-        if self._tracker is not None:
-            self._tracker.close(self._honest(checkpointer, step, state))
+        outcome = self._honest(checkpointer, step, state)
+        self._close_tracker(outcome)
+        if not self._finished:
+            record_end(checkpointer, outcome)
         checkpointer.close()
 
     def _finish(self, checkpointer: InPlaceCheckpointer) -> None:
-        state = "failed"
+        """The last step is saved: what comes now needs no machine of its own."""
+        if self._preemption is not None:
+            self._preemption.close()
+        state: Outcome = "failed"
         try:
-            checkpointer.wait()
+            checkpointer.finish()
             state = "finished"
         finally:
-            if self._tracker is not None:
-                self._tracker.close(state)
+            self._finished = True
+            self._close_tracker(state)
+            record_end(checkpointer, state)
 
-    def _honest(self, checkpointer: InPlaceCheckpointer, step: int, state: str) -> str:
+    def _close_tracker(self, state: str) -> None:
+        if self._tracker is not None:
+            self._tracker.close(state)
+
+    def _honest(self, checkpointer: InPlaceCheckpointer, step: int, state: Outcome) -> Outcome:
         """What the run says of its end, given what is on storage; warns of steps that are in no checkpoint."""
+        if checkpointer.overtaken_by is not None:
+            return "overtaken"
         saved = checkpointer.last_saved
         if self._checkpoint_dir is None or state == "failed":
             return state

@@ -57,6 +57,8 @@ class OutboxEntry:
     host: int = 0
     hosts: int = 1
     """This host's part of a checkpoint that several hosts hold."""
+    save: int = 1
+    """Where hosts have disks of their own: how often this attempt had saved the step by then, this one included."""
     origin: dict[str, str] = field(default_factory=dict)
     files: tuple[AcceptedFile, ...] = ()
     home: Path = Path()
@@ -125,7 +127,7 @@ class Outbox:
             since_ns: modification time in ns; files last written before it are left-overs and do not belong.
             link: False where the folder will be written again: every wanted file is copied (its blocks are shared where
                 the file system can), but neither temporary files nor what links to folders lead to.
-            wanted: with link=False, which files belong, by path.
+            wanted: which files belong, by path.
 
         Raises:
             OSError: the disk is full, or the folder is not there.
@@ -135,7 +137,7 @@ class Outbox:
         files = beside / "files"
         files.mkdir(parents=True)
         try:
-            accepted = freeze(source, files, since_ns) if link else copy_out(source, files, wanted)
+            accepted = freeze(source, files, since_ns, wanted) if link else copy_out(source, files, wanted)
             if not accepted:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
             check_paths([file.path for file in accepted], f"folder {str(source)!r}")
@@ -297,6 +299,7 @@ def read_entry(home: Path) -> OutboxEntry:
             name=record["name"],
             host=int(record["host"]),
             hosts=int(record["hosts"]),
+            save=int(record.get("save", 1)),
             origin=dict(record["origin"]),
             files=files,
             home=home,

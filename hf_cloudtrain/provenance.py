@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 import platform
 import re
@@ -28,6 +29,15 @@ def facts() -> dict[str, str]:
         "command": shown_command(sys.argv),
         **({"git_commit": commit} if commit else {}),
     }
+
+
+def person() -> dict[str, str]:
+    """Who types a command, and where, as a request to a run carries it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container whose user has no name
+        user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+    return {"user": user, "host": platform.node()}
 
 
 def shown_command(argv: list[str]) -> str:

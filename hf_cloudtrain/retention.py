@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NoCheckpointError
 
 logger = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ class Retention:
     """Retires, for one attempt, what a policy lets go. One pass at a time.
 
     Args:
-        attempt: its number: nothing is deleted once a newer one has begun. None: another process of the attempt does it.
+        attempt: nothing is deleted once a newer one has begun. None: another process of the attempt does it.
 
     Example:
-        >>> retention = Retention(catalog, Policy(save_total_limit=3), attempt=2)
+        >>> retention = Retention(catalog, Policy(save_total_limit=3), attempt)
         >>> retention.run(lambda: not hurry)
     """
 
-    def __init__(self, catalog: Catalog, policy: Policy, attempt: int | None) -> None:
+    def __init__(self, catalog: Catalog, policy: Policy, attempt: Attempt | None) -> None:
         self.policy = policy
         self.attempt = attempt
         self._catalog = catalog
@@ -161,7 +161,8 @@ class Retention:
     def _may_delete(self, go_on: Callable[[], bool]) -> bool:
         if self.attempt is None or not go_on():
             return False
-        newer = self._catalog.overtaken_by(self.attempt)
-        if newer is not None:
-            logger.info("Attempt %d deletes nothing any more: attempt %d has begun.", self.attempt, newer)
-        return newer is None
+        # Not by the attempt's fence: that one rests once the attempt is over, and a pass may still be under way.
+        if self._catalog.overtaken_by(self.attempt.number) is None and self._catalog.is_holder(self.attempt):
+            return True
+        logger.info("Attempt %d deletes nothing any more: it was overtaken.", self.attempt.number)
+        return False

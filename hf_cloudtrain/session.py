@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
+from hf_cloudtrain.outcome import forget_end, outcome_of, record_end
+from hf_cloudtrain.preemption import refuse_to_begin
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.storage import shown_url
 
@@ -36,6 +39,13 @@ class Session:
         """Whether a callback of this session uploads checkpoints."""
         self.policy = Policy()
         """What stays on storage."""
+        self.listens = False
+        """Whether a callback of this session listens for notices."""
+        self.stops_here = False
+        """Whether the save at this step is the last thing that the training does."""
+        self.inexact_reason: str | None = None
+        """Why a resume from that save cannot equal an uninterrupted run, if so."""
+        self.close_tracker: Callable[[str], None] = _no_tracker
         self._run_url = run_url
         self._storage_options = storage_options
         self._fresh = fresh
@@ -101,15 +111,34 @@ class Session:
         """The attempt's number. Each TrainerState is one start: `auto_find_batch_size` makes a new one."""
         if self._begun is not state:
             checkpointer = self.open(args)
+            if self.listens:
+                refuse_to_begin(checkpointer)
             started_over = self._begun is not None and not self._ended and args.auto_find_batch_size
             self._attempt = checkpointer.begin(state.global_step, started_over=started_over).number
             self._begun = state
-            self._ended = False
+            self._ended = self.stops_here = False
+            self.inexact_reason = None
+            forget_end()
         return self._attempt
 
     def end(self) -> None:
         """Wait for the uploads, once. Where steps alone are tracked there are none."""
-        if not self._ended:
-            self._ended = True
+        if self._ended:
+            return
+        self._ended = True
+        checkpointer = self.opened()
+        try:
             if self.uploads:
-                self.opened().wait()
+                checkpointer.finish()
+        except CloudTrainError as error:
+            record_end(checkpointer, outcome_of(error), str(error))
+            raise
+        record_end(checkpointer, "finished")
+
+    def leave(self) -> None:
+        """The training was cut short, and somebody else waits for the uploads."""
+        self._ended = True
+
+
+def _no_tracker(state: str) -> None:
+    """Nobody tracks steps here."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_cloudtrain.downloader import move_aside
@@ -21,14 +22,21 @@ from hf_cloudtrain.manifest import META, decode_record, encode_record
 logger = logging.getLogger(__name__)
 
 
-def move_stale(output_dir: Path, run_url: str, global_step: int) -> None:
-    """Move what is ahead of `global_step` out of the way of an attempt that begins after it."""
+def move_stale(
+    output_dir: Path, run_url: str, global_step: int, refuse: Callable[[], None] = lambda: None
+) -> None:
+    """Move what is ahead of `global_step` out of the way of an attempt that begins after it.
+
+    Args:
+        refuse: asked before each; raises where a newer attempt has begun, which on a shared disk may have saved it.
+    """
     before = _record(output_dir)
     ours = before.get("run_url") == run_url
     moved = []
     for folder in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         if match and int(match[1]) > global_step and folder.is_dir():
+            refuse()
             logger.warning(
                 "%s is ahead of step %d where this attempt begins: moved to %s.",
                 folder,
@@ -37,6 +45,7 @@ def move_stale(output_dir: Path, run_url: str, global_step: int) -> None:
             )
             moved.append(folder.name)
     if moved and ours:
+        refuse()
         for name in _names(before) - {*moved}:
             shutil.rmtree(output_dir / META / "stale" / name, ignore_errors=True)
     if moved or not ours:

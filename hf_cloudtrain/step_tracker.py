@@ -41,6 +41,7 @@ class StepTracker:
     Args:
         samples_per_step: samples of all processes in one optimizer step; None where that is not known.
         committed: asked for the last committed checkpoint at each heartbeat.
+        overtaken_by: asked for a newer attempt at each heartbeat; where there is one, the state is `overtaken`.
 
     Example:
         >>> tracker = StepTracker(catalog, attempt=3, first_step=500, total_steps=1_000)
@@ -59,6 +60,7 @@ class StepTracker:
         total_steps: int | None,
         samples_per_step: int | None = None,
         committed: Callable[[], CheckpointKey | None] = lambda: None,
+        overtaken_by: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.step = first_step
         self.productive_seconds = 0.0
@@ -67,6 +69,7 @@ class StepTracker:
         self._total_steps = total_steps
         self._samples_per_step = samples_per_step
         self._committed = committed
+        self._overtaken_by = overtaken_by
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
@@ -153,7 +156,7 @@ class StepTracker:
         committed = self._committed()
         return {
             "attempt": self._attempt,
-            "state": self._state,
+            "state": self._state if self._overtaken_by() is None else "overtaken",
             "time": time.time(),
             "interval_seconds": self._interval,
             "step": step,

@@ -304,13 +304,17 @@ _REFUSED = {
     "NoCredentialsError",
     "ClientAuthenticationError",
 }
+# A status code, and not the number in a name such as checkpoint-403 or 301-of-1000.json.
+_CODE = r"(?<![\w./-])(?:{})(?![\w/-]|\.\w)"
 _BEYOND_END = re.compile(
-    r"\b416\b|InvalidRange|RangeNotSatisfiable|not satisfiable|range (?:started|starting) at|EOFError",
+    _CODE.format("416")
+    + r"|InvalidRange|RangeNotSatisfiable|not satisfiable|range (?:started|starting) at|EOFError",
     re.IGNORECASE,
 )
 _REFUSED_TEXT = re.compile(
-    r"\b(?:403|401|Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|"
-    r"Unable to locate credentials)\b"
+    _CODE.format("403|401")
+    + r"|\b(?:Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|"
+    r"ExpiredToken|InvalidToken|Unable to locate credentials)\b"
 )
 
 
@@ -367,7 +371,8 @@ class _Count:
 def _elsewhere(reason: str) -> bool:
     return (
         re.search(
-            r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|\b301\b|configured region",
+            r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|configured region|"
+            + _CODE.format("301"),
             reason,
         )
         is not None

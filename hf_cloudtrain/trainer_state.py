@@ -17,7 +17,7 @@ from hf_cloudtrain.checkpointer import Checkpointer, Restored
 from hf_cloudtrain.manifest import Manifest, Position
 
 if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,15 @@ def step_samples(args: TrainingArguments, state: TrainerState) -> int:
     """Samples of all processes in one optimizer step."""
     batch: int = state.train_batch_size or args.train_batch_size
     return batch * int(args.gradient_accumulation_steps) * int(args.world_size)
+
+
+def epoch_ends(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether the step that is over is the last one of its epoch, or of the training."""
+    return (
+        control.should_training_stop
+        or control.should_epoch_stop
+        or (state.epoch is not None and float(state.epoch).is_integer())
+    )
 
 
 def position(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> Position:

@@ -6,6 +6,9 @@ the entry. Trouble with the storage is warned about once and tried again for as 
 leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started. After a commit,
 and while nothing waits, old checkpoints are retired.
 
+Before the first byte and right before the commit it looks whether a newer attempt has begun elsewhere (law 6). Then it
+stops, and the outbox keeps what is left.
+
 Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as
 long as one entry; `cloudtrain-retire` lives as long as one pass of deletes. No collective ever runs here.
 """
@@ -24,12 +27,15 @@ from hf_cloudtrain.errors import (
     CloudTrainError,
     CorruptCheckpointError,
     NotCommittedError,
+    OvertakenError,
     StorageUnavailableError,
 )
+from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.freeze import AcceptedFile
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.retention import Retention
@@ -68,6 +74,9 @@ class Uploader:
         self.progress = Progress()
         self.last_committed: CheckpointKey | None = None
         self.last_error: CloudTrainError | None = None
+        self.pace: tuple[int, float] | None = None
+        """Bytes of the last checkpoint that went through, and bytes per second."""
+        self._deadline: float | None = None
         self._catalog = catalog
         self._outbox = outbox
         self._retention = retention
@@ -77,7 +86,9 @@ class Uploader:
         """Whether a pass is under way."""
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
+        self._held: OutboxEntry | None = None
         self._current: OutboxEntry | None = None
+        self._fence: Fence | None = None
         self._stopping = False
         self._hurry = False
         self._gave_up = False
@@ -89,16 +100,40 @@ class Uploader:
         self._thread.start()
         before_exit(self.drain)
 
-    def submit(self, entry: OutboxEntry) -> None:
-        """Hand over an accepted entry; returns at once."""
+    def follow(self, fence: Fence | None) -> None:
+        """Upload for this attempt until it is overtaken; None: for attempts that are over, whoever has begun since."""
+        with self._changed:
+            self._fence = fence
+            self._gave_up = False
+            self._changed.notify_all()
+
+    def submit(self, entry: OutboxEntry, *, hold: bool = False) -> None:
+        """Hand over an accepted entry; returns at once.
+
+        Args:
+            hold: begin with it only when somebody waits for the end; the next one takes its place until then.
+        """
         with self._changed:
             self._gave_up = False
             self._waiting = [other for other in self._waiting if other.home != entry.home]
+            self._drop_held()
             self._waiting.append(entry)
             if entry.best and self._retention is not None:
                 self._retention.hear_of_best(entry.key)
+            self._held = entry if hold else None
             self._drop_overtaken(entry)
             self._changed.notify_all()
+
+    def skip(self) -> None:
+        """A newer checkpoint was saved, of which this host holds nothing."""
+        with self._changed:
+            self._drop_held()
+            self._retire()  # nothing of its own would ever be the occasion
+
+    def is_busy(self) -> bool:
+        """Whether something is under way or next, other than what is held."""
+        with self._changed:
+            return self._current is not None or any(entry is not self._held for entry in self._waiting)
 
     def pending(self) -> list[OutboxEntry]:
         """What is not committed yet, newest first."""
@@ -113,20 +148,29 @@ class Uploader:
 
         Raises:
             NotCommittedError: after `timeout` seconds, with what to do.
+            OvertakenError: a newer attempt has begun, and something was not committed before.
         """
         deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
         with self._changed:
             self._hurry = True
+            self._deadline = deadline
             self._changed.notify_all()
         with Bar(self.progress, hidden=not bar) as shown:
-            while self.pending() and self._thread.is_alive() and time.monotonic() < deadline:
+            while (
+                self.pending()
+                and self._thread.is_alive()
+                and time.monotonic() < deadline
+                and not self._is_overtaken()
+            ):
                 with self._changed:
                     self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
                 shown.update()
-        self._hurry = False
+        self._hurry, self._deadline = False, None
         pending = self.pending()
         if pending:
             self._gave_up = True
+            if self._is_overtaken():
+                raise self.overtaken_error()
             raise NotCommittedError(self._not_committed(pending))
 
     def settle(self, timeout: float, *, again: bool = False) -> None:
@@ -141,14 +185,28 @@ class Uploader:
                 self._retire()
             self._changed.wait_for(lambda: not self._retiring, timeout)
 
+    def overtaken_error(self) -> OvertakenError:
+        """What to raise where a newer attempt has begun: names what is kept here."""
+        assert self._fence is not None
+        names = ", ".join(entry.title for entry in self.pending())
+        kept = (
+            f"Kept on this machine, and not on storage: {names}. `cloudtrain checkpoint flush {self._outbox.output_dir}` "
+            f"stores it as of attempt {self._fence.attempt.number}, below the newer one. "
+        )
+        return self._fence.error(kept if names else "")
+
     def drain(self) -> None:
         """Finish what is pending before the process ends; never raises, and says what is left and what to do."""
         if self._gave_up or self._stopping or not self.pending():
             return
+        if self._is_overtaken():
+            self._gave_up = True
+            logger.error("%s", self.overtaken_error())
+            return
         logger.warning("Training ended early. Finishing the upload; Ctrl-C leaves it for later.")
         try:
             self.wait(env.drain_timeout())
-        except NotCommittedError as error:
+        except (NotCommittedError, OvertakenError) as error:
             logger.error("%s", error)
         except KeyboardInterrupt:
             logger.error("%s", self._not_committed(self.pending()))
@@ -158,6 +216,10 @@ class Uploader:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+
+    def _is_overtaken(self) -> bool:
+        fence = self._fence
+        return fence is not None and fence.overtaken_by is not None
 
     def _not_committed(self, pending: list[OutboxEntry]) -> str:
         names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
@@ -177,19 +239,29 @@ class Uploader:
                 entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
+                and entry.hosts == 1  # other hosts may have begun with it
                 and entry.key != best
                 and not (self._retention and self._retention.policy.is_milestone(entry.key.step))
             )
             if droppable and count >= MAX_WAITING:
-                logger.warning(
-                    "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
-                    entry.title,
-                )
-                self._outbox.remove(entry, in_background=True)
+                self._drop(entry)
             else:
                 kept.append(entry)
             count += 1
         self._waiting = kept
+
+    def _drop_held(self) -> None:
+        if self._held is not None and self._held in self._waiting:
+            self._waiting.remove(self._held)
+            self._drop(self._held)
+        self._held = None
+
+    def _drop(self, entry: OutboxEntry) -> None:
+        logger.warning(
+            "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
+            entry.title,
+        )
+        self._outbox.remove(entry, in_background=True)
 
     def _work(self) -> None:
         failures = 0
@@ -201,9 +273,13 @@ class Uploader:
             try:
                 self.progress.begin(f"Uploading {entry.title}", entry.size)
                 with self._outbox.lock():
-                    committed = sender.send(entry, self.progress.add)
+                    began = time.monotonic()
+                    committed = sender.send(entry, self._moved, self._fence)
+                    self.pace = (entry.size, entry.size / max(1e-3, time.monotonic() - began))
                     self._done(entry, committed)
                 failures = 0
+            except OvertakenError:
+                self._put_back(entry, 0.0)  # the fence has said it; `_take` hands out nothing more
             except BlockingIOError:
                 self._put_back(entry, 1.0)  # another process on this disk is at it
             except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
@@ -212,13 +288,31 @@ class Uploader:
 
     def _take(self) -> OutboxEntry | None:
         with self._changed:
-            while not self._waiting and not self._stopping:
+            while (not (ready := self._ready()) or self._is_overtaken()) and not self._stopping:
                 self._changed.wait()
             if self._stopping:
                 return None
-            self._current = max(self._waiting, key=lambda entry: entry.key)
+            self._current = self._choose(ready)
             self._waiting.remove(self._current)
             return self._current
+
+    def _ready(self) -> list[OutboxEntry]:
+        return [entry for entry in self._waiting if entry is not self._held or self._hurry]
+
+    def _choose(self, ready: list[OutboxEntry]) -> OutboxEntry:
+        """The newest; where time is short, the newest that can be done in it, or else the smallest."""
+        newest_first = sorted(ready, key=lambda entry: entry.key, reverse=True)
+        if self._deadline is None or self.pace is None:
+            return newest_first[0]
+        bytes_left = self.pace[1] * (self._deadline - time.monotonic())
+        fitting = [entry for entry in newest_first if entry.size <= bytes_left]
+        return fitting[0] if fitting else min(newest_first, key=lambda entry: entry.size)
+
+    def _moved(self, count: int) -> None:
+        self.progress.add(count)
+        fence = self._fence
+        if count > 0 and fence is not None and fence.overtaken_by is not None:
+            raise fence.error()  # in the middle of a file: the rest of a large one may take an hour
 
     def _done(self, entry: OutboxEntry, committed: bool) -> None:
         self._outbox.remove(entry)
@@ -247,7 +341,7 @@ class Uploader:
                     self._changed.notify_all()
                     return
                 self._due = False
-            self._retention.run(lambda: not (self._waiting or self._current or self._stopping))
+            self._retention.run(lambda: not (self._stopping or self.is_busy()))
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
         ours = (
@@ -295,9 +389,22 @@ class _Sender:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._arrived: dict[tuple[str, str, int, int], str] = {}
+        self._fence: Fence | None = None
+        self._best: OutboxEntry | None = None
+        """The best one that was committed here."""
 
-    def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None]) -> bool:
-        """Upload and commit; True where the folder exists afterwards, False where other hosts' parts are missing."""
+    def send(self, entry: OutboxEntry, on_bytes: Callable[[int], None], fence: Fence | None = None) -> bool:
+        """Upload and commit; True where the folder exists afterwards, False where the commit is another host's.
+
+        Args:
+            fence: of the attempt that this is done for; None where it is for one that is over.
+
+        Raises:
+            OvertakenError: a newer attempt has begun.
+        """
+        self._fence = fence
+        if fence is not None:
+            fence.refuse()
         if entry.name is None and self._catalog.holds(entry.key):
             # Sending it again would write over a committed checkpoint.
             logger.info("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
@@ -305,7 +412,7 @@ class _Sender:
             return True
         if entry.name is None:
             manifest_key = str(entry.key)
-            folder = self._catalog.claim(entry.key, entry.nonce, exclusive=entry.exclusive)
+            folder = self._parts(entry).folder(exclusive=entry.exclusive)
         else:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
             if self._catalog.holds_folder(manifest_key):
@@ -334,20 +441,25 @@ class _Sender:
     def _send_part(
         self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]
     ) -> list[FileEntry] | None:
-        """Send this host's files; the files of all hosts, or None where other hosts are not there yet."""
-        part = (entry.key, entry.host, entry.hosts)
+        """Send this host's files; the files of all hosts, or None where another one commits them."""
+        parts = self._parts(entry)
         # What a part names may be committed by another host at any moment, and is not written again.
-        if entry.hosts > 1 and self._catalog.has_part(*part):
-            return self._catalog.parts(entry.key, entry.hosts)
-        entry.check_unchanged()
-        files = self._send_files(entry, folder, on_bytes)
-        self._check_arrival(folder, files)
-        entry.check_unchanged()
-        if entry.hosts == 1:
-            return files
-        return self._catalog.put_part(*part, files)
+        if entry.hosts == 1 or not parts.has(entry.host):
+            entry.check_unchanged()
+            files = self._send_files(entry, folder, on_bytes)
+            self._check_arrival(folder, files)
+            entry.check_unchanged()
+            if entry.hosts == 1:
+                return files
+            parts.put(entry.host, files)
+        return parts.files() if not parts.missing() and parts.elect(entry.host) else None
+
+    def _parts(self, entry: OutboxEntry) -> Parts:
+        return Parts(self._catalog, entry.key, entry.nonce, save=entry.save, hosts=entry.hosts)
 
     def _commit(self, entry: OutboxEntry, manifest: Manifest) -> bool:
+        if self._fence is not None:
+            self._fence.refuse()
         if entry.name is not None:
             return self._catalog.commit_folder(manifest)
         if not self._catalog.commit(manifest):
@@ -360,10 +472,17 @@ class _Sender:
         if self._catalog.overtaken_by(entry.key.attempt) is not None:
             return
         if entry.best:
-            self._catalog.point("best", entry.key, entry.metrics.get("best_metric"))
+            self._best = entry
+        if self._best is not None and (entry.best or self._was_moved_back(self._best)):
+            self._catalog.point("best", self._best.key, self._best.metrics.get("best_metric"))
         newest = self._catalog.pointer("last")
         if newest is None or newest < entry.key:
             self._catalog.point("last", entry.key)
+
+    def _was_moved_back(self, best: OutboxEntry) -> bool:
+        """By an older attempt that was overtaken after it had looked: the one thing it can do in that moment."""
+        there = self._catalog.pointer("best")
+        return there is not None and there.attempt < best.key.attempt
 
     def _send_files(
         self, entry: OutboxEntry, folder: str, on_bytes: Callable[[int], None]

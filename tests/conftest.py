@@ -68,6 +68,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "AWS_EC2_METADATA_DISABLED": "true",
         "AZURE_CONFIG_DIR": nowhere,
         "CLOUDSDK_CONFIG": nowhere,
+        # CI's own machines are in a cloud, too.
+        "HF_CLOUDTRAIN_CLOUD_NOTICES": "off",
     }
     for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
         monkeypatch.setenv(name, value)

@@ -102,7 +102,7 @@ def refuse_no_run(catalog: Catalog) -> None:
     if catalog.attempt_numbers():
         return
     url = catalog.storage.url
-    folder = re.fullmatch(r"(.+)/(checkpoint-\d+(?:\.a\d+)?)", url)
+    folder = re.fullmatch(r"(.+)/(checkpoint-\d+(?:\.a\d+(?:\.\d+)?)?)", url)
     if folder:
         raise NoCheckpointError(
             f"There is no run at {url!r}, which looks like a folder of one. Name the run and its checkpoint: "

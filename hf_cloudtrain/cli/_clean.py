@@ -12,6 +12,7 @@ from hf_cloudtrain.leftovers import LeftOver, Watch, find, remove
 WORDS = {
     "deletion": "half deleted",
     "upload": "never committed",
+    "save": "replaced save",
     "file": "unfinished file",
     "probe": "probe of a start",
 }

@@ -1,4 +1,4 @@
-"""`cloudtrain run`: which runs there are, how one is doing, and what it left over."""
+"""`cloudtrain run`: which runs there are, how one is doing, how it is stopped, and what it left over."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hf_cloudtrain.cli._arguments import Json, RunUrl, examples, open_catalog, r
 from hf_cloudtrain.cli._output import (
     confirm,
     duration_text,
+    fail,
     print_json,
     say,
     show_facts,
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from hf_cloudtrain.history import AttemptInfo, History
 
 app = typer.Typer(
-    help="Runs: which there are, how one is doing, and what it left over.",
+    help="Runs: which there are, how one is doing, how it is stopped, and what it left over.",
     epilog=examples("cloudtrain run status s3://bucket/runs/mrpc"),
     no_args_is_help=True,
 )
 
+ALIVE = ("started", "training")
+"""States of an attempt that has not said how it ended."""
 RUNS_AT_ONCE = 16
 """Runs looked at at once: they wait for answers."""
 
@@ -84,6 +87,29 @@ def status(run_url: RunUrl, as_json: Json = False) -> None:
     columns = ("attempt", "state", "started", "ran", "steps", "done again", "resumed from", "host")
     rows = map(_attempt_row, record["attempts"])
     show_table(columns, rows, numbers=("attempt", "done again"))
+
+
+@app.command(
+    epilog=examples(
+        "cloudtrain run stop s3://bucket/runs/mrpc", "cloudtrain run stop s3://bucket/runs/mrpc --wait"
+    )
+)
+def stop(
+    run_url: RunUrl,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run until it has stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a run to save and stop. Its newest attempt does; one that a person starts later trains."""
+    from hf_cloudtrain.cli import _stop
+
+    catalog = open_catalog(run_url)
+    standing, trouble = _stop.ask(catalog), None
+    if wait:
+        standing, trouble = _stop.follow(catalog, standing)
+    if as_json:
+        print_json(standing.record())
+    if trouble is not None:
+        fail(trouble)
 
 
 @app.command(
@@ -186,12 +212,12 @@ def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _state(recorded: str, last_seen: float, next_started: float | None = None) -> str:
-    """What an attempt is doing: a killed one cannot record that it was."""
-    if recorded not in ("started", "training"):
+def _state(recorded: str, last_seen: float, *, newest: bool = True) -> str:
+    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
+    if recorded not in ALIVE:
         return recorded
-    if next_started is not None:
-        return "overtaken" if last_seen > next_started else "killed"
+    if not newest:
+        return "killed"
     return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
 
 
@@ -223,11 +249,10 @@ def _status_record(history: History) -> dict[str, Any]:
 
 
 def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
-    starts = [*(info.started for info in attempts[1:]), None]
     return [
         {
             "number": info.number,
-            "state": _state(info.state, info.last_seen, next_started),
+            "state": _state(info.state, info.last_seen, newest=info is attempts[-1]),
             "started": info.started,
             "last_seen": info.last_seen,
             "first_step": info.first_step,
@@ -238,7 +263,7 @@ def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
             "superseded_steps": info.redone_steps,
             "facts": info.facts,
         }
-        for info, next_started in zip(attempts, starts, strict=True)
+        for info in attempts
     ]
 
 

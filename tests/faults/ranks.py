@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_cloudtrain.distributed import World
+from hf_cloudtrain.meeting import Met
 from tests.faults.runs import DEADLINE
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class ThreadWorld(World):
 
     def barrier(self) -> None:
         self._meeting.barrier.wait()
+
+    def begin_largest(self, values: list[float]) -> Met:
+        return Met([max(column) for column in zip(*self._gather(values), strict=True)])
 
     def _gather(self, value: Any) -> list[Any]:
         self._meeting.values[self.rank] = value

@@ -12,11 +12,14 @@ from typing import Any
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.downloader import verify
+from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.freeze import SMALL_FILE
 from hf_cloudtrain.manifest import META, Position
 from hf_cloudtrain.outbox import OutboxEntry
+from hf_cloudtrain.progress import Progress
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import FaultyStorage
+from hf_cloudtrain.uploader import flush
 
 DEADLINE = 30.0
 """Seconds after which what should have happened never will."""
@@ -47,6 +50,14 @@ class Machine:
 
     def wait(self) -> None:
         self.checkpointer.wait(DEADLINE)
+
+    def land(self) -> None:
+        """Wait for the commits; where a newer attempt has begun, a person makes them by hand."""
+        try:
+            self.wait()
+        except OvertakenError:
+            self.stop()
+            flush(self.checkpointer.catalog, self.checkpointer.outbox, Progress())
 
     def waiting(self) -> list[CheckpointKey]:
         return [entry.key for entry in self.checkpointer.outbox.entries()]

@@ -39,6 +39,7 @@ from hf_cloudtrain import (
     uploader,
 )
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.preemption import Preemption
 from hf_cloudtrain.storage import Storage
 
 torch.set_num_threads(1)  # sums in one order
@@ -135,15 +136,55 @@ class FailAt(TrainerCallback):
             raise ZeroDivisionError("a bug of the user")
 
 
-class InterruptAt(TrainerCallback):
+class SignalAt(TrainerCallback):
+    """A signal to this process, where it is rank `rank`, at an event of a step; `times` how often."""
+
+    def __init__(
+        self,
+        step: int,
+        *,
+        signal: int = signal.SIGTERM,
+        rank: int = 0,
+        times: int = 1,
+        event: str = "on_step_end",
+    ) -> None:
+        self.step, self.signal, self.rank, self.times = step, signal, rank, times
+        setattr(self, event, self._send)
+
+    def _send(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == self.rank:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.signal)
+
+
+class InterruptAt(SignalAt):
     """Ctrl-C, as the terminal sends it."""
+
+    def __init__(self, step: int, *, times: int = 1) -> None:
+        super().__init__(step, signal=signal.SIGINT, times=times)
+
+
+class SignalLauncherAt(TrainerCallback):
+    """SIGTERM from rank 0 to the launcher, and on each rank a wait until it has come from there."""
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.came = threading.Event()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hear = Preemption.hear
+
+        def note(preemption: Preemption, notice: Any) -> None:
+            hear(preemption, notice)
+            self.came.set()
+
+        Preemption.hear = note
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            if args.process_index == 0:
+                os.kill(os.getppid(), signal.SIGTERM)
+            wait_until(self.came.is_set)
 
 
 class HoldAt(TrainerCallback):
@@ -182,7 +223,18 @@ class Litter(TrainerCallback):
 
 
 EXTRA = {
-    kind.__name__: kind for kind in (SaveAt, Jolt, FailAt, InterruptAt, HoldAt, Litter, EarlyStoppingCallback)
+    kind.__name__: kind
+    for kind in (
+        SaveAt,
+        Jolt,
+        FailAt,
+        InterruptAt,
+        SignalAt,
+        SignalLauncherAt,
+        HoldAt,
+        Litter,
+        EarlyStoppingCallback,
+    )
 }
 
 

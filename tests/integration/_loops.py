@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,6 +153,8 @@ def train(
     dataset: Any,
     *,
     kill: int | None = None,
+    told: int | None = None,
+    seen: list[Any] | None = None,
     epochs: int = EPOCHS,
     save_steps: int | None = 2,
     accumulation: int = 1,
@@ -172,6 +176,8 @@ def train(
 
     Args:
         kill: ends within the step after this one, when all that was saved is committed.
+        told: SIGTERM to the last rank within the step after this one.
+        seen: takes the batches as they come.
         inside: called in the body of each batch.
         prepared: called when everything is prepared.
         before: called before the first epoch.
@@ -212,7 +218,7 @@ def train(
         **arguments,
     )
     before(loop)
-    seen: list[Any] = []
+    seen = [] if seen is None else seen
     for epoch in loop.epochs():
         model.train()
         for batch in loop.steps(batches):
@@ -229,6 +235,8 @@ def train(
             loop.log(loss=loss)
             seen.append([loop.global_step + 1, epoch, batch["id"].tolist()])
             inside(loop)
+            if loop.global_step == told and accelerator.is_last_process:
+                os.kill(os.getpid(), signal.SIGTERM)
             if kill is not None and loop.global_step == kill:
                 loop._checkpointer.wait()
                 raise KilledError(seen)
@@ -278,6 +286,29 @@ def through_kills(
     }
 
 
+def through_a_signal(
+    folder: Path, dataset: Callable[[], Any], *, told: int, seed: int = 1, **arguments: Any
+) -> dict[str, Any]:
+    """The same through SIGTERM to one rank: where was it saved, and does an empty machine go on as if nothing were."""
+    weights, whole, _ = train(folder / "plain", folder / "uninterrupted", dataset(), seed=seed, **arguments)
+    run = folder / "run"
+    seen: list[Any] = []
+    exit_code = None
+    try:
+        train(run, folder / "machine", dataset(), told=told, seen=seen, seed=seed, **arguments)
+    except SystemExit as left:
+        exit_code = left.code
+    newest = Catalog(Storage(str(run))).newest()
+    resumed, rest, _ = train(run, folder / "last-machine", dataset(), **{**arguments, "seed": 9})
+    return {
+        "exit_code": exit_code,
+        "saved": None if newest is None else newest.step,
+        "difference": difference(weights, resumed),
+        "batches": [item[1:] for item in seen + rest],
+        "uninterrupted": [item[1:] for item in whole],
+    }
+
+
 def _newest_position(run: Path) -> dict[str, Any]:
     catalog = Catalog(Storage(str(run)))
     newest = catalog.newest()
@@ -312,8 +343,9 @@ def main(folder: str) -> None:
     for number, (name, (dataset, arguments)) in enumerate(OF_TWO.items()):
         results[name] = through_kills(Path(folder) / str(number), dataset, **arguments)
         PartialState().wait_for_everyone()
+    told = through_a_signal(Path(folder) / "told", lambda: Rows(67, noise=True), told=2, accumulation=2)
     rank = torch.distributed.get_rank()
-    Path(folder, f"results-{rank}.json").write_text(json.dumps(results))
+    Path(folder, f"results-{rank}.json").write_text(json.dumps({"cases": results, "told": told}))
     torch.distributed.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from typing import Any
@@ -10,9 +11,11 @@ from unittest import mock
 from transformers import Trainer, TrainingArguments
 
 from hf_cloudtrain import CloudTrainCallback, storage, uploader
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import FaultyStorage
 from hf_cloudtrain.uploader import Uploader
-from tests.integration._attempts import ARGUMENTS, CallAt, train
+from tests.integration._attempts import ARGUMENTS, CallAt, train, wait_until
 
 
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
@@ -42,10 +45,22 @@ def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
     callbacks = [CallAt(first, lambda: script.fail("any", times=10**9))]
     if last is not None:
         callbacks.append(CallAt(last, lambda: (script.heal(), None)))
-    with script.everywhere():
-        value = train(run_url=run_url, callbacks=callbacks, **arguments)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(script.everywhere())
+        try:
+            value = train(run_url=run_url, callbacks=callbacks, **arguments)
+        except SystemExit:
+            stack.pop_all()  # the outage lasts to the end of the process
+            raise
     assert any(call.path.startswith("checkpoint-") for call in script.calls)
     return value
+
+
+def zombie(at: int, run_url: str, **arguments: Any) -> Any:
+    """Sleeps after a step until a newer attempt has begun."""
+    catalog = Catalog(Storage(run_url))
+    callbacks = [CallAt(at, lambda: wait_until(lambda: catalog.overtaken_by(1) is not None))]
+    return train(run_url=run_url, callbacks=callbacks, **arguments)
 
 
 def out_of_memory(at: int, **arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def train(
     save_interval: int = 4,
     seen: str | None = None,
     hold_at: int | None = None,
+    told: int | None = None,
 ) -> None:
     """Train to the last step.
 
@@ -100,6 +102,7 @@ def train(
         path: the file to save.
         seen: file for (step, samples); `{rank}` in it is replaced.
         hold_at: step after which it waits to be killed.
+        told: step within which the last rank gets SIGTERM.
     """
     loader = DataLoader(data(), batch_size=BATCH, sampler=sampler)
     while step < total_steps:
@@ -109,6 +112,8 @@ def train(
                 loss = nn.functional.mse_loss(model(inputs), targets)
                 loss.backward()
                 optimizer.step()
+                if step + 1 == told and dist.get_rank() == dist.get_world_size() - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
             step += 1
             sampler.advance(len(numbers))
             note(seen, step, numbers.tolist())

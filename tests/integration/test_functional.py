@@ -14,6 +14,7 @@ import pytest
 
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.downloader import download
+from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.storage import Storage
 from tests.integration._lab import Lab, max_difference, problems
 from tests.integration._torchrun import kill_family, torchrun
@@ -163,6 +164,27 @@ def test_a_kill_while_files_are_newer_than_their_commit_puts_the_committed_ones_
     (runs.folder / "first/checkpoint.pt").write_bytes(b"half written")
     runs.train("first", restore=True, group="after")
     assert max_difference(runs.result("first"), runs.result("plain")) == 0.0
+
+
+@pytest.mark.parametrize("group", ["before", "after"])
+def test_law_7_one_rank_is_told_to_go_and_all_save_the_same_step_and_leave(runs: Runs, group: str) -> None:
+    runs.plain()
+    seen = f"{runs.folder}/first-{{rank}}.seen"
+    exit_file = runs.folder / "exit.json"
+    env = {"HF_CLOUDTRAIN_EXIT_FILE": str(exit_file)}
+    ranks = runs.start("first", told=5, seen=seen, restore=True, group=group, env=env)
+    assert [rank.wait() for rank in ranks] == [PreemptedExit.CODE] * 2, "\n".join(rank.log for rank in ranks)
+    assert runs.lab.steps() == [4, 6]
+    said = json.loads(exit_file.read_text())
+    assert (said["outcome"], said["reason"]) == ("preempted", "SIGTERM")
+    progress = runs.catalog.read_progress(1)
+    assert progress is not None
+    assert progress["state"] == "preempted"
+    runs.train("second", restore=True, env=env)
+    assert max_difference(runs.result("second"), runs.result("plain")) == 0.0
+    for rank in range(2):
+        assert runs.samples("first", rank) + runs.samples("second", rank) == runs.samples("plain", rank)
+    assert json.loads(exit_file.read_text())["outcome"] == "finished"
 
 
 def test_on_another_number_of_processes_each_sample_is_seen_once(runs: Runs) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +16,29 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.errors import ConfigurationError, ManifestError, PositionError
+from hf_cloudtrain.errors import (
+    ConfigurationError,
+    ManifestError,
+    PositionError,
+    PreemptedError,
+    PreemptedExit,
+)
 from hf_cloudtrain.history import read_history
 from hf_cloudtrain.loop import TrainLoop
+from hf_cloudtrain.signals import STOPPING
 from hf_cloudtrain.storage import Storage
 from tests.faults.runs import wait_until
 from tests.integration import _loops
-from tests.integration._loops import CASES, OF_TWO, KilledError, Rows, through_kills, train
+from tests.integration._loops import (
+    CASES,
+    OF_TWO,
+    KilledError,
+    Rows,
+    difference,
+    through_a_signal,
+    through_kills,
+    train,
+)
 from tests.integration._torchrun import torchrun
 from tests.integration._zygote import PATIENCE
 
@@ -63,7 +83,8 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
     with torchrun("-m", "tests.integration._loops", str(tmp_path), log=log) as launcher:
         assert launcher.wait(PATIENCE * 4) == 0, log.read_text()
     for rank in range(2):
-        results = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        answer = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        results, told = answer["cases"], answer["told"]
         for failing in range(2):
             assert "No space left on device" in results.pop(f"rank {failing} cannot save")
         assert set(results) == set(OF_TWO)
@@ -74,6 +95,69 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
             assert found["difference"] == 0.0, name
             assert found["batches"] == found["uninterrupted"], name
             assert found["attempts"] == [1, 2, 3], name
+        # Rank 1 alone was told in step 3, and all heard it at the end of step 4.
+        assert (told["exit_code"], told["saved"]) == (PreemptedExit.CODE, 4)
+        assert told["difference"] == 0.0
+        assert told["batches"] == told["uninterrupted"]
+
+
+class TestToldToGo:
+    @pytest.mark.parametrize(
+        ("told", "arguments", "saved"),
+        [
+            (5, {}, 6),  # a step that is saved anyway
+            (6, {}, 8),  # numpy drew in between
+            (0, {}, 2),
+            (3, {"save_steps": None}, 5),
+            (4, {"save_steps": None}, 5),  # the last step of an epoch
+            (5, {"accumulation": 2}, 6),
+        ],
+    )
+    def test_law_7_saved_at_a_step_without_the_evaluation_and_exact(
+        self, tmp_path: Path, told: int, arguments: dict[str, Any], saved: int
+    ) -> None:
+        found = through_a_signal(tmp_path, lambda: Rows(20, noise=True), told=told, **arguments)
+        assert found["exit_code"] == PreemptedExit.CODE
+        assert found["saved"] == saved
+        assert found["difference"] == 0.0
+        assert found["batches"] == found["uninterrupted"]
+
+    def test_during_an_evaluation_it_leaves_when_the_epoch_is_saved(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        evaluate, seen = _loops.evaluate, []
+
+        def told_meanwhile(model: Any, loop: TrainLoop) -> float:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(model, loop)
+
+        whole, batches, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))
+        monkeypatch.setattr(_loops, "evaluate", told_meanwhile)
+        with pytest.raises(PreemptedExit):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), save_steps=None, seen=seen)
+        monkeypatch.setattr(_loops, "evaluate", evaluate)
+        assert [item.step for item in _manifests(tmp_path / "run")] == [5]
+        weights, rest, _ = train(tmp_path / "run", tmp_path / "elsewhere", Rows(20), seed=9)
+        assert difference(whole, weights) == 0.0
+        assert [item[1:] for item in seen + rest] == [item[1:] for item in batches]
+
+    def test_signals_are_given_back(self, tmp_path: Path) -> None:
+        before = [signal.getsignal(number) for number in STOPPING]
+        with pytest.raises(PreemptedExit):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), told=3)
+        assert [signal.getsignal(number) for number in STOPPING] == before
+        with pytest.raises(KilledError):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), kill=7)
+        assert [signal.getsignal(number) for number in STOPPING] == before
+        train(tmp_path / "run", tmp_path / "out", Rows(20))
+        assert [signal.getsignal(number) for number in STOPPING] == before
+
+    def test_in_a_notebook_it_is_an_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object))
+        with pytest.raises(
+            PreemptedError, match=r"stopped at step \d \(SIGTERM\). checkpoint-\d is on storage."
+        ):
+            train(tmp_path / "run", tmp_path / "out", Rows(20), told=3)
 
 
 class TestSave:

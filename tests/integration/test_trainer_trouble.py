@@ -286,8 +286,8 @@ class TestLaw5EndsEarly:
         assert lab.steps() == [4]
         assert lab.problems() == []
 
-    def test_ctrl_c_drains_what_was_saved(self, lab: Lab) -> None:
-        interrupted = {"after": [["InterruptAt", {"step": 6}]]}
+    def test_ctrl_c_twice_drains_what_was_saved(self, lab: Lab) -> None:
+        interrupted = {"after": [["InterruptAt", {"step": 6, "times": 2}]]}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=None, **interrupted)
         assert child.wait() == -signal.SIGINT
         assert "KeyboardInterrupt" in child.log
@@ -295,8 +295,8 @@ class TestLaw5EndsEarly:
         assert lab.steps() == [4]
 
     @pytest.mark.slow  # once in some ten runs on a busy machine the first Ctrl-C is not heard in time
-    def test_a_second_ctrl_c_names_the_command_that_finishes_it(self, lab: Lab) -> None:
-        interrupted = {"after": [["InterruptAt", {"step": 6}]]}
+    def test_a_third_ctrl_c_names_the_command_that_finishes_it(self, lab: Lab) -> None:
+        interrupted = {"after": [["InterruptAt", {"step": 6, "times": 2}]]}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, **interrupted)
         lab.wait_until(lambda: "Training ended early" in child.log)
         child.interrupt()

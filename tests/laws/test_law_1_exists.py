@@ -71,7 +71,7 @@ def test_law_1_attempts_that_save_the_same_step_write_two_folders(machines: Mach
     order = (old, new) if first == 1 else (new, old)
     for machine in order:
         machine.save(5, salt=machine.output_dir.name)
-        machine.wait()
+        machine.land()
 
     assert machines.committed() == [(1, 5), (2, 5)]
     folders = {key.attempt: machines.catalog.read(key).folder for key in machines.catalog.checkpoints()}
@@ -130,7 +130,7 @@ def test_law_1_without_exclusive_create_attempts_above_1_use_their_suffix(
     second.start()
     for machine in (second, first):
         machine.save(5, salt=machine.output_dir.name)
-        machine.wait()
+        machine.land()
 
     folders = {key.attempt: machines.catalog.read(key).folder for key in machines.catalog.checkpoints()}
     assert folders == {1: "checkpoint-5", 2: "checkpoint-5.a2"}

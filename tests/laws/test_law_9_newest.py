@@ -17,7 +17,7 @@ def test_law_9_a_stale_higher_step_of_an_older_attempt_never_wins(machines: Mach
     first.wait()
     assert second.start() == 5
     first.save(900)  # the old attempt lives on for a while
-    first.wait()
+    first.land()
     second.save(6)
     second.wait()
 
@@ -34,7 +34,7 @@ def test_law_9_a_late_commit_of_an_older_attempt_does_not_move_the_pointers_back
     second.save(5, best=True)
     second.wait()
     first.save(7, best=True)
-    first.wait()
+    first.land()
     assert machines.catalog.pointer("last") == CheckpointKey(2, 5)
     assert machines.catalog.pointer("best") == CheckpointKey(2, 5)
 

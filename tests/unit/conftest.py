@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain import catalog as catalog_module
 from hf_cloudtrain import storage, uploader
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.storage import Storage
@@ -17,6 +18,7 @@ from tests.faults.runs import Machines
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_PAUSES", (0.0,) * len(storage.RETRY_PAUSES))
     monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+    monkeypatch.setattr(catalog_module, "SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_what_stays_on_storage_is_said_once_and_reaches_the_checkpointer(
     cloud.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 2))
     checkpointer = cloud._uploads._session.opened()
     assert checkpointer.policy == checkpointer._retention.policy == Policy(3, 100)
-    assert checkpointer._retention.attempt == 1
+    assert checkpointer._retention.attempt == checkpointer.attempt
 
 
 def test_a_limit_that_cannot_be_is_refused_before_training(url: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hf_cloudtrain.catalog import Catalog, CheckpointKey, run_urls
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageUnavailableError
 from hf_cloudtrain.manifest import FileEntry, Manifest, Position
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.storage import Storage
 from tests.faults.runs import Machines
 
@@ -129,27 +130,15 @@ def test_without_exclusive_create_only_attempt_1_may_take_the_plain_name(catalog
     assert claim(catalog, 1, exclusive=False) == "checkpoint-5"
 
 
-def test_the_parts_of_all_hosts_together_are_the_checkpoint(catalog: Catalog) -> None:
-    entries = [FileEntry(f"rank-{rank}", rank, DIGEST) for rank in range(3)]
-    assert catalog.put_part(KEY, 1, 3, entries[1:2]) is None
-    assert catalog.put_part(KEY, 2, 3, entries[2:]) is None
-    assert catalog.put_part(KEY, 2, 3, entries[2:]) is None, "a repeated part is one part"
-    assert catalog.put_part(KEY, 0, 3, entries[:1]) == entries
-    assert catalog.put_part(CheckpointKey(2, 5), 0, 3, entries[:1]) is None, "each attempt has its own"
-
-
-def test_a_damaged_part_is_refused(catalog: Catalog) -> None:
-    catalog.storage.write(f".cloudtrain/parts/{KEY}/1-of-2.json", b'{"files": [{"path": "../x"}]}')
-    with pytest.raises(ManifestError, match="1-of-2"):
-        catalog.put_part(KEY, 0, 2, [])
-
-
 def test_a_retired_checkpoint_leaves_nothing_but_its_claim(catalog: Catalog) -> None:
     """Whoever still deletes in that folder, or wakes up and writes into it, must meet nobody there."""
     claim(catalog, 1)
     before = {info.path for info in catalog.storage.list("")}
     catalog.storage.write("checkpoint-5/model", b"x")
-    catalog.put_part(KEY, 0, 1, manifest_of(KEY).files)
+    for save in (1, 2):
+        parts = Parts(catalog, KEY, "nonce", save=save, hosts=2)
+        parts.put(0, [])
+        parts.elect(0)
     catalog.commit(manifest_of(KEY))
     catalog.pin(KEY)
     catalog.storage.write("checkpoint-5/from a try that failed", b"x")

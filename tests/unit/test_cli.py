@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hf_cloudtrain import env, storage, uploader
 from hf_cloudtrain.backends import LocalBackend
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.cli import _output, app
+from hf_cloudtrain.cli import _output, _stop, app
 from hf_cloudtrain.manifest import Position
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Progress
@@ -537,10 +537,12 @@ class TestRunStatus:
         assert answer("run", "status", empty.url)["state"] == "started"
         assert answer("run", "list", str(empty.folder.parent))["runs"][0]["state"] == "started"
 
-    def test_a_heartbeat_after_the_next_attempt_began_means_overtaken(self, empty: Run) -> None:
+    def test_overtaken_is_what_an_attempt_says_of_itself_and_no_clock(self, empty: Run) -> None:
         empty.begin(ago=500)
         empty.begin(ago=400)
-        empty.beat(1, ago=10, step=5)
+        empty.beat(1, ago=-3600, step=5)  # its clock is an hour ahead, and it was killed
+        assert answer("run", "status", empty.url)["attempts"][0]["state"] == "killed"
+        empty.beat(1, ago=450, step=5, state="overtaken")
         assert answer("run", "status", empty.url)["attempts"][0]["state"] == "overtaken"
 
     def test_counts_what_was_done_again(self, run: Run) -> None:
@@ -607,6 +609,126 @@ class TestRunList:
             ["cola", "started"],
             ["mrpc", "killed"],
         ]
+
+
+class Meanwhile:
+    """What a run does while the command waits: one thing between two looks, which are 10 s apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *deeds: Callable[[], object]) -> None:
+        self.left = list(deeds)
+        self.seconds = 0.0
+        clock = SimpleNamespace(time=time.time, sleep=self._sleep, monotonic=lambda: self.seconds)
+        monkeypatch.setattr(_stop, "time", clock)
+
+    def _sleep(self, _: float) -> None:
+        self.seconds += 10.0
+        self.left.pop(0)()
+
+
+class TestRunStop:
+    def test_asks_the_newest_attempt_and_says_so(self, run: Run) -> None:
+        run.beat(2, step=420)
+        result = cloudtrain("run", "stop", run.url)
+        assert result.stdout == ""
+        assert result.stderr.startswith(f"Asked attempt 2 of {run.url!r} to stop.")
+        assert result.stderr.count("\n") == 1
+        assert run.catalog.stop_requested(2)
+        assert not run.catalog.stop_requested(3)
+        record = json.loads((run.folder / ".cloudtrain/stop.json").read_text())
+        assert record["user"]
+        assert record["host"]
+        assert abs(record["time"] - time.time()) < 3600
+
+    def test_a_person_without_a_name_may_ask_too(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def nameless() -> str:
+            raise KeyError("getpwuid(): uid not found: 12345")  # as in a container; OSError since Python 3.13
+
+        monkeypatch.setattr("getpass.getuser", nameless)
+        cloudtrain("run", "stop", run.url)
+        assert run.catalog.stop_requested(2)
+
+    def test_gives_how_it_stands_as_json(self, run: Run) -> None:
+        run.beat(2, step=420, last_committed="000002-0000000400")
+        assert answer("run", "stop", run.url) | {"last_seen": None} == {
+            "run_url": run.url,
+            "attempt": 2,
+            "state": "training",
+            "step": 420,
+            "last_committed": "000002-0000000400",
+            "last_seen": None,
+        }
+
+    def test_asks_an_attempt_that_has_no_heartbeat_yet(self, empty: Run) -> None:
+        empty.begin()
+        assert answer("run", "stop", empty.url)["state"] == "started"
+        assert empty.catalog.stop_requested(1)
+
+    @pytest.mark.parametrize("state", ["finished", "failed", "stopped", f"{ESC}training"])
+    def test_of_an_attempt_that_has_ended_is_refused(self, empty: Run, state: str) -> None:
+        empty.begin()
+        empty.beat(1, step=7, state=state)
+        text = sentence("run", "stop", empty.url)
+        assert "Nothing was asked" in text
+        assert "at step 7" in text
+        assert ESC not in text
+        assert not empty.catalog.stop_requested(1)
+
+    def test_of_no_run_is_an_error(self, empty: Run) -> None:
+        assert "There is no run at" in sentence("run", "stop", empty.url)
+        assert not empty.folder.exists()
+
+    def test_of_one_that_looks_dead_is_asked_with_a_warning(self, empty: Run) -> None:
+        """Its clock may be wrong, or ours, so a request to a living one must not depend on them."""
+        empty.begin()
+        empty.beat(1, ago=7 * 3600, step=7)
+        asked = cloudtrain("run", "stop", empty.url)
+        assert "Warning: by this machine's clock its last heartbeat is 7 h old" in asked.stderr
+        assert empty.catalog.stop_requested(1)
+
+    @pytest.mark.parametrize("ago", [0, 7 * 3600, -7 * 3600])
+    def test_waits_until_it_has_stopped_whatever_the_clocks_say(
+        self, empty: Run, monkeypatch: pytest.MonkeyPatch, ago: float
+    ) -> None:
+        empty.begin()
+        empty.beat(1, ago=ago, step=100)
+        beats = [lambda step=step: empty.beat(1, ago=ago, step=step) for step in range(101, 120)]
+        meanwhile = Meanwhile(
+            monkeypatch,
+            lambda: empty.catalog.stop_requested(1) or pytest.fail("it waits and has not asked"),
+            *beats,
+            lambda: empty.beat(1, ago=ago, state="stopped", step=119, last_committed="000001-0000000119"),
+        )
+        result = cloudtrain("run", "stop", empty.url, "--wait", "--json")
+        assert meanwhile.left == []
+        assert "'stopped' at step 119, last committed: 000001-0000000119" in result.stderr
+        assert json.loads(result.stdout)["state"] == "stopped"
+
+    def test_one_that_fails_instead_is_an_error(self, empty: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        empty.begin()
+        empty.beat(1, step=100)
+        Meanwhile(monkeypatch, lambda: empty.beat(1, step=101, state="failed"))
+        result = cloudtrain("run", "stop", empty.url, "--wait", code=1)
+        assert "Error: It did not stop well: attempt 1 is 'failed'" in result.stderr
+
+    def test_one_whose_heart_no_longer_beats_is_given_up(
+        self, empty: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        empty.begin()
+        empty.beat(1, step=100)
+        meanwhile = Meanwhile(monkeypatch, *[lambda: None] * 8)
+        result = cloudtrain("run", "stop", empty.url, "--wait", "--json", code=1)
+        assert "No heartbeat for 1 min, so it seems dead" in result.stderr
+        assert len(meanwhile.left) == 1
+        assert json.loads(result.stdout)["state"] == "training"
+
+    def test_another_attempt_that_begins_meanwhile_is_told(
+        self, empty: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        empty.begin()
+        empty.beat(1, step=100)
+        Meanwhile(monkeypatch, empty.begin)
+        result = cloudtrain("run", "stop", empty.url, "--wait", code=1)
+        assert "Attempt 2 has begun meanwhile, and was not asked to stop" in result.stderr
 
 
 class TestHostileRecords:
@@ -801,6 +923,7 @@ commands = [
     ["checkpoint", "flush", {work!r}],
     ["run", "status", {url!r}],
     ["run", "list", {url!r}],
+    ["run", "stop", {url!r}],
 ]
 for command in commands:
     app(command, standalone_mode=False)
@@ -854,6 +977,7 @@ def test_every_key_of_the_json_is_in_the_documentation(run: Run, tmp_path: Path)
         ("run", "list", str(run.folder.parent)),
         ("run", "status", run.url),
         ("run", "clean", run.url, "--dry-run"),
+        ("run", "stop", run.url),
     ):
         section = documented.split(f"## cloudtrain {words[0]} {words[1]}\n")[1].split("\n## ")[0]
         missing = {key for key in keys_of(answer(*words)) if f"`{key}`" not in section}

@@ -11,7 +11,7 @@ import pytest
 from hf_cloudtrain import errors
 from hf_cloudtrain.errors import CloudTrainError
 
-KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CloudTrainError)]
 
 
 def drawn() -> dict[str, tuple[str, str | None]]:

@@ -20,6 +20,7 @@ from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import (
     ConfigurationError,
     NotCommittedError,
+    OvertakenError,
     RunCompleteError,
     RunHasCheckpointsError,
 )
@@ -695,6 +696,50 @@ class TestTheRun:
         end_of_process()
         assert states(machines) == ["failed"]
         assert "ended without uploading a checkpoint. Call hf_cloudtrain.upload_checkpoint()" in caplog.text
+
+    def test_law_6_an_upload_of_an_overtaken_attempt_raises_and_the_run_says_so(
+        self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
+        folder = begin()
+        steps()
+        machines.catalog.begin_attempt(0.0, 0, None, {})
+        wait_until(
+            lambda: (machines.catalog.read_progress(1) or {}).get("state") == "overtaken", "a heartbeat"
+        )
+        save(folder)
+        with pytest.raises(OvertakenError, match=r"Attempt 1 of .* was overtaken by attempt 2"):
+            ct.upload_checkpoint()
+        end_of_process()
+        assert states(machines)[0] == "overtaken"
+        assert machines.committed() == []
+
+    def test_law_6_the_last_upload_of_an_overtaken_attempt_is_no_good_end(
+        self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = begin(1)
+        steps()
+        machines.catalog.begin_attempt(0.0, 0, None, {})
+        save(folder)
+        with pytest.raises(OvertakenError, match=r"not on storage: checkpoint-1"):
+            ct.upload_checkpoint()
+        end_of_process()
+        assert states(machines)[0] == "overtaken"
+        assert machines.committed() == []
+
+    def test_law_6_beyond_its_end_an_attempt_can_still_be_overtaken(
+        self, begin: Callable[..., Path], machines: Machines
+    ) -> None:
+        folder = begin(1)
+        steps()
+        save(folder)
+        ct.upload_checkpoint()
+        machines.catalog.begin_attempt(0.0, 0, None, {})
+        steps()
+        save(folder)
+        with pytest.raises(OvertakenError):
+            ct.upload_checkpoint()
+        assert machines.committed() == [(1, 1)]
 
     def test_training_beyond_the_end_is_warned_of_once_and_still_safe(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture

@@ -127,6 +127,37 @@ def test_a_file_is_taken_from_the_host_that_wrote_it_last(
         assert (machines.run / f"checkpoint-{step}/model").read_bytes() == f"of step {written}".encode()
 
 
+def test_names_of_sharded_frameworks_are_carried_as_they_are(
+    hosts: Callable[..., list[Any]], machines: Machines
+) -> None:
+    """DCP's index is a hidden file, written beside and renamed; DeepSpeed has a pointer and a folder a step."""
+    on_first = {
+        ".metadata": b"index",
+        "latest": b"global_step1",
+        "global_step1/mp_rank_00_model_states.pt": b"m",
+    }
+
+    def first(host: Host) -> None:
+        host.checkpointer.begin(0)
+        own = {
+            f"__{host.rank}_0.distcp": b"s",
+            f"global_step1/zero_pp_rank_{host.rank}_optim_states.pt": b"o",
+        }
+        host.save(1, {**own, **(on_first | {".metadata.tmp": b"half"} if host.rank == 0 else {})})
+        host.checkpointer.wait(DEADLINE)
+
+    def second(host: Host) -> Files:
+        assert host.checkpointer.restore() is not None
+        return contents(host.folder)
+
+    hosts(2, first)
+    wanted = on_first.keys() | {f"__{rank}_0.distcp" for rank in range(2)}
+    wanted |= {f"global_step1/zero_pp_rank_{rank}_optim_states.pt" for rank in range(2)}
+    assert files_of(machines, 1, 1) == wanted
+    for found in hosts(2, second, name="elsewhere-{}"):
+        assert {name for name in found if not name.startswith(".cloudtrain")} == wanted
+
+
 def test_a_host_that_gives_nothing_is_not_waited_for(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:

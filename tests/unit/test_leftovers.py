@@ -15,6 +15,7 @@ from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.leftovers import LeftOver, Watch, find, remove
 from hf_cloudtrain.manifest import FileEntry, Manifest, Position
 from hf_cloudtrain.outbox import Outbox
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.progress import Progress
 from hf_cloudtrain.testing import FaultyStorage
 from hf_cloudtrain.uploader import Uploader, flush
@@ -48,6 +49,10 @@ def cut_off(catalog: Catalog, attempt: int, step: int) -> str:
     root = Path(catalog.storage.url.removeprefix("file://"))
     (root / folder / ".cloudtrain-tmp-0123456789abcdef").write_bytes(b"half")
     return folder
+
+
+def send_part(catalog: Catalog, key: CheckpointKey, host: int) -> None:
+    Parts(catalog, key, f"nonce-{key}", save=1, hosts=2).put(host, [FILE])
 
 
 def watched(
@@ -108,11 +113,41 @@ class TestFind:
             catalog.storage.write(path, b"a person put it here")
         assert find(catalog) == []
 
+    def test_of_a_step_that_was_saved_twice_the_folder_that_counts_stays(self, catalog: Catalog) -> None:
+        """Where several hosts save, each save has a folder of its own."""
+        for folder in ("checkpoint-5.a1.2", "checkpoint-10", "checkpoint-10.a2.3", "checkpoint-10.a2.2"):
+            catalog.storage.write(f"{folder}/model", b"x")
+        key = CheckpointKey(2, 10)
+        assert catalog.claim(key, "nonce-2", exclusive=True) == "checkpoint-10"
+        catalog.commit(Manifest(str(key), "checkpoint-10.a2.3", 2, 10, "nonce", (FILE,), Position(10)))
+        found = find(catalog)
+        assert [(left.what, left.name, left.free) for left in found] == [
+            ("save", "checkpoint-10", True),
+            ("save", "checkpoint-10.a2.2", True),
+            ("save", "checkpoint-5.a1.2", True),
+        ]
+        assert all(remove(catalog, left) for left in found)
+        assert [info.path for info in catalog.storage.list("checkpoint-10.a2.3")] == [
+            "checkpoint-10.a2.3/model"
+        ]
+        assert len(catalog.storage.list("checkpoint-5")) == 2
+
+    def test_a_plain_folder_beside_the_second_save_of_another_attempt_is_its_owners(
+        self, catalog: Catalog
+    ) -> None:
+        """The newest attempt may be sending it at this moment."""
+        assert cut_off(catalog, 2, 10) == "checkpoint-10"
+        key = CheckpointKey(1, 10)
+        catalog.storage.write("checkpoint-10.a1.2/model", b"x")
+        catalog.commit(Manifest(str(key), "checkpoint-10.a1.2", 1, 10, "nonce", (FILE,), Position(10)))
+        (left,) = find(catalog)
+        assert (left.what, left.name, left.attempt, left.free) == ("upload", "checkpoint-10", 2, False)
+
     def test_parts_without_a_commit_belong_to_their_upload(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
-        catalog.put_part(CheckpointKey(2, 10), 0, 2, [FILE])
-        catalog.put_part(CheckpointKey(1, 9), 1, 2, [FILE])
-        catalog.put_part(CheckpointKey(1, 5), 0, 1, [FILE])  # that one is committed
+        send_part(catalog, CheckpointKey(2, 10), 0)
+        send_part(catalog, CheckpointKey(1, 9), 1)
+        send_part(catalog, CheckpointKey(1, 5), 0)  # that one is committed
         alone, upload = find(catalog)
         assert (alone.name, alone.key, alone.count) == (
             *(".cloudtrain/parts/000001-0000000009", CheckpointKey(1, 9), 1),
@@ -184,7 +219,7 @@ class TestRemove:
     def test_leaves_the_claim_and_everything_else(self, catalog: Catalog) -> None:
         before = [info.path for info in catalog.storage.list("")]
         cut_off(catalog, 2, 10)
-        catalog.put_part(CheckpointKey(2, 10), 0, 2, [FILE])
+        send_part(catalog, CheckpointKey(2, 10), 0)
         (left,) = find(catalog)
         assert remove(catalog, left)
         after = [info.path for info in catalog.storage.list("")]
@@ -194,7 +229,7 @@ class TestRemove:
     def test_takes_the_parts_before_the_files(self, catalog: Catalog, storage: FaultyStorage) -> None:
         """A host that trusts its part while its files go would commit what is not there."""
         cut_off(catalog, 2, 10)
-        catalog.put_part(CheckpointKey(2, 10), 0, 2, [FILE])
+        send_part(catalog, CheckpointKey(2, 10), 0)
         (left,) = find(catalog)
         storage.calls.clear()
         remove(catalog, left)
@@ -273,7 +308,7 @@ class TestWatch:
     ) -> None:
         """The hosts that sent them have emptied their outboxes: this is the only copy."""
         cut_off(catalog, 2, 10)
-        catalog.put_part(CheckpointKey(2, 10), 0, 2, [FILE])
+        send_part(catalog, CheckpointKey(2, 10), 0)
         (reason,) = watched(catalog, find(catalog)).values()
         assert reason is not None
         assert "cloudtrain checkpoint flush" in reason
@@ -320,12 +355,14 @@ class TestWhoeverSendsAfterwards:
         saved()
         flush(catalog, outbox, Progress())
         (left,) = find(catalog)
-        assert len(left.parts) == 1
+        assert len(left.parts) == 2
         assert remove(catalog, left)
         saved()  # as if the process had died before it emptied the outbox
         flush(catalog, outbox, Progress())
         assert len(catalog.storage.list("checkpoint-5")) == len(bytes_of(5))
-        assert catalog.has_part(CheckpointKey(1, 5), 1, 2)
+        assert len(catalog.storage.list(".cloudtrain/parts/000001-0000000005")) == 2, (
+            "the part, and the folder"
+        )
 
     def test_an_uploader_that_remembers_what_arrived_sends_it_again(
         self, machines: Machines, tmp_path: Path

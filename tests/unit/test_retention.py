@@ -80,7 +80,7 @@ class TestPass:
         return catalog
 
     def test_a_pass_leaves_what_the_policy_says_and_no_data_of_others(self, catalog: Catalog) -> None:
-        Retention(catalog, Policy(2), 1).run()
+        Retention(catalog, Policy(2), catalog.attempt(1)).run()
         assert catalog.checkpoints() == keys("1/4", "1/5")
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")}
         assert folders == {".cloudtrain", "checkpoint-4", "checkpoint-5"}
@@ -88,7 +88,7 @@ class TestPass:
     def test_a_pass_that_has_nothing_to_do_costs_one_request(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
-        retention = Retention(catalog, Policy(2), 1)
+        retention = Retention(catalog, Policy(2), catalog.attempt(1))
         retention.run()
         storage.calls.clear()
         retention.run()
@@ -97,14 +97,15 @@ class TestPass:
     def test_without_a_limit_or_on_another_host_nothing_is_asked(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
+        idle = Retention(catalog, Policy(), catalog.attempt(1)), Retention(catalog, Policy(1), None)
         storage.calls.clear()
-        Retention(catalog, Policy(), 1).run()
-        Retention(catalog, Policy(1), None).run()
+        for retention in idle:
+            retention.run()
         assert storage.calls == []
 
     def test_an_overtaken_attempt_deletes_nothing(self, catalog: Catalog) -> None:
         catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
-        Retention(catalog, Policy(1), 1).run()
+        Retention(catalog, Policy(1), catalog.attempt(1)).run()
         assert len(catalog.checkpoints()) == 5
 
     def test_it_looks_before_each_delete_whether_it_was_overtaken(self, catalog: Catalog) -> None:
@@ -117,7 +118,7 @@ class TestPass:
                 catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
             return True
 
-        Retention(catalog, Policy(1), 1).run(overtaken_at_the_third_request)
+        Retention(catalog, Policy(1), catalog.attempt(1)).run(overtaken_at_the_third_request)
         assert catalog.checkpoints() == keys("1/2", "1/3", "1/4", "1/5")
 
     def test_one_that_is_pinned_during_the_pass_stays(self, catalog: Catalog, storage: FaultyStorage) -> None:
@@ -130,14 +131,14 @@ class TestPass:
                 catalog.pin(CheckpointKey(1, 3))
             return True
 
-        Retention(catalog, Policy(1), 1).run(pin_one)
+        Retention(catalog, Policy(1), catalog.attempt(1)).run(pin_one)
         assert catalog.checkpoints() == keys("1/3", "1/5")
 
     def test_one_that_was_saved_as_the_best_stays_before_its_pointer_has_moved(
         self, catalog: Catalog
     ) -> None:
         catalog.point("best", CheckpointKey(1, 1))
-        retention = Retention(catalog, Policy(1), 1)
+        retention = Retention(catalog, Policy(1), catalog.attempt(1))
         retention.hear_of_best(CheckpointKey(1, 3))
         retention.run()
         assert catalog.checkpoints() == keys("1/1", "1/3", "1/5")
@@ -147,9 +148,9 @@ class TestPass:
     ) -> None:
         for stop_at in range(1, 6):
             answers = iter([True] * stop_at)
-            Retention(catalog, Policy(1), 1).run(lambda: next(answers, False))  # noqa: B023
+            Retention(catalog, Policy(1), catalog.attempt(1)).run(lambda: next(answers, False))  # noqa: B023
         assert catalog.checkpoints()[-1:] == keys("1/5")
-        Retention(catalog, Policy(1), 1).run()
+        Retention(catalog, Policy(1), catalog.attempt(1)).run()
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")}
         assert folders == {".cloudtrain", "checkpoint-5"}
         assert catalog.retiring() == []
@@ -157,7 +158,7 @@ class TestPass:
     def test_trouble_is_warned_about_once_and_the_next_pass_tries_again(
         self, catalog: Catalog, storage: FaultyStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        retention = Retention(catalog, Policy(1), 1)
+        retention = Retention(catalog, Policy(1), catalog.attempt(1))
         storage.fail("delete", StorageError("not allowed"), path="checkpoint-1/*", times=100)
         retention.run()
         retention.run()
@@ -173,7 +174,7 @@ class TestPass:
         self, catalog: Catalog, caplog: pytest.LogCaptureFixture
     ) -> None:
         catalog.storage.write(".cloudtrain/checkpoints/000001-0000000002.json", b"{")
-        retention = Retention(catalog, Policy(1), 1)
+        retention = Retention(catalog, Policy(1), catalog.attempt(1))
         retention.run()
         retention.run()
         assert catalog.checkpoints() == keys("1/2", "1/5")
@@ -232,7 +233,7 @@ class History:
         before, needed = self.catalog.checkpoints(), self.needed(policy)
         answers = iter([True] * (choice % 7))
         go_on = (lambda: True) if choice % 2 else (lambda: next(answers, False))
-        Retention(self.catalog, policy, attempt).run(go_on)
+        Retention(self.catalog, policy, self.catalog.attempt(attempt)).run(go_on)
         after = self.catalog.checkpoints()
         assert needed <= set(after), "one that somebody needs is gone"
         if self.catalog.overtaken_by(attempt) is not None:
@@ -277,7 +278,7 @@ def test_law_10_whatever_a_run_has_been_through_the_protected_ones_survive(
             getattr(history, what)(choice)
         catalog = history.catalog
         newest = max(history.steps)
-        Retention(catalog, Policy(1), newest).run()
+        Retention(catalog, Policy(1), catalog.attempt(newest)).run()
         for key in catalog.checkpoints():
             manifest = catalog.read(key)
             there = {info.path for info in catalog.storage.list(manifest.folder)}

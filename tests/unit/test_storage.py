@@ -284,6 +284,7 @@ class TestErrors:
                 "Check the credentials",
             ),
             (OSError("PermanentRedirect"), errors.StorageError, OSError, "AWS_REGION"),
+            (OSError("An error occurred (301) when calling"), errors.StorageError, OSError, "AWS_REGION"),
             (OSError("AuthorizationHeaderMalformed"), errors.StorageError, OSError, "AWS_REGION"),
             (OSError(errno.ENOSPC, "full"), errors.StorageError, OSError, "no space is left"),
             (OSError("416 InvalidRange"), errors.ObjectTruncatedError, OSError, "shorter"),
@@ -312,6 +313,19 @@ class TestErrors:
         assert isinstance(raised.value, (errors.CloudTrainError, standard))
         assert type(raised.value) is kind
         assert issubclass(kind, standard)
+
+    @pytest.mark.parametrize("code", [301, 401, 403, 416])
+    @pytest.mark.parametrize("name", ["checkpoint-{}/model", "x/{}-of-1000.json", "global_step{}", "{}.pt"])
+    def test_number_in_a_name_is_no_status(
+        self, monkeypatch: pytest.MonkeyPatch, pauses: list[float], name: str, code: int
+    ) -> None:
+        path = name.format(code)
+        backend = FakeBackend(FileNotFoundError(f"bucket/run/{path}"))
+        with pytest.raises(errors.ObjectNotFoundError):
+            connected_to(monkeypatch, backend).read(path)
+        backend = FakeBackend(*[ConnectionResetError(f"PUT https://host/bucket/run/{path}: reset")] * 20)
+        with pytest.raises(errors.StorageUnavailableError):
+            connected_to(monkeypatch, backend).read(path)
 
     def test_names_what_was_done_to_what(self, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = FakeBackend(PermissionError("no"))

@@ -13,6 +13,7 @@ from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.manifest import Manifest
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.progress import Progress
 from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.testing import FaultyStorage
@@ -300,15 +301,14 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
 
 
 def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointer(disk: Disk) -> None:
-    disk.catalog.begin_attempt(0.0, 0, None, {})
-    uploader = Uploader(disk.catalog, disk.outbox, retention=Retention(disk.catalog, Policy(1), 1))
+    first = disk.catalog.begin_attempt(0.0, 0, None, {})
+    uploader = Uploader(disk.catalog, disk.outbox, retention=Retention(disk.catalog, Policy(1), first))
     disk.uploaders.append(uploader)
     uploader.start()
     best = disk.entry(5, host=0, hosts=2, best=True)
     uploader.submit(best)
     uploader.wait(DEADLINE)
-    files = disk.catalog.put_part(best.key, 1, 2, [])
-    assert files is not None
+    files = Parts(disk.catalog, best.key, best.nonce, save=1, hosts=2)._files(0)
     manifest = Manifest(str(best.key), "checkpoint-5", 1, 5, best.nonce, tuple(files), best.position)
     disk.catalog.commit(manifest)
     for step in (10, 15):
