@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
@@ -42,6 +42,18 @@ class ObjectInfo:
     """Bytes."""
 
 
+@dataclass(frozen=True)
+class IncompleteUpload:
+    """An upload that was begun and is not over: in no listing, and paid for."""
+
+    path: str
+    """The object that it would make, relative to the run URL; on a local disk the temporary file itself."""
+    token: str
+    """What the store calls it."""
+    size: int
+    """Bytes that are there already."""
+
+
 class Backend(Protocol):
     """The few questions we ask of a place; each raises what its client raises."""
 
@@ -63,6 +75,14 @@ class Backend(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete an object; FileNotFoundError is allowed where there is none."""
+        ...
+
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        """Uploads that are not over, as far as the store tells."""
+        ...
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        """Give an upload up; FileNotFoundError is allowed where it is over."""
         ...
 
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
@@ -126,6 +146,20 @@ class LocalBackend:
                 break
             parent = os.path.dirname(parent)
 
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        found = []
+        for folder, _, names in os.walk(self._root, onerror=_raise_unless_missing):
+            for name in names:
+                if name.startswith(_TEMPORARY):
+                    full = os.path.join(folder, name)
+                    with contextlib.suppress(FileNotFoundError):
+                        path = os.path.relpath(full, self._root)
+                        found.append(IncompleteUpload(path, name, os.stat(full).st_size))
+        return found
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        self.delete(upload.path)
+
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         temporary = self._beside(path)
         try:
@@ -184,6 +218,12 @@ class FsspecBackend:
     def delete(self, path: str) -> None:
         self._fs.rm_file(self._full(path))
 
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        return []  # Azure drops blocks that were never committed after a week, GCS a resumable upload
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        raise NotImplementedError
+
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         with self._fs.open(self._full(path), "wb", block_size=PART_SIZE) as target:
             return _copy(source, target, on_bytes)
@@ -203,6 +243,44 @@ class FsspecBackend:
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+
+class S3Backend(FsspecBackend):
+    """S3 keeps the parts of a multipart upload, and charges for them, until it is completed or aborted.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html
+    """
+
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        bucket, prefix = self._bucket_and_key("")
+        found = []
+        pages = self._pages(
+            "list_multipart_uploads", "KeyMarker", "UploadIdMarker", Bucket=bucket, Prefix=prefix
+        )
+        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+            key, token = upload["Key"], upload["UploadId"]
+            with contextlib.suppress(FileNotFoundError):  # it is over since the listing
+                parts = self._pages("list_parts", "PartNumberMarker", Bucket=bucket, Key=key, UploadId=token)
+                size = sum(int(part["Size"]) for page in parts for part in page.get("Parts", []))
+                found.append(IncompleteUpload(key[len(prefix) :], token, size))
+        return found
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        bucket, key = self._bucket_and_key(upload.path)
+        self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.token)
+
+    def _pages(self, method: str, *markers: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """All pages of an answer; `markers` name where the next one begins."""
+        while True:
+            page = self._fs.call_s3(method, **arguments)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            arguments.update({name: page[f"Next{name}"] for name in markers})
+
+    def _bucket_and_key(self, path: str) -> tuple[str, str]:
+        bucket, _, key = self._full(path).partition("/")
+        return bucket, key
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -244,7 +322,8 @@ def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, 
     if protocol in ("s3", "s3a"):
         fs.retries = 1
     root = str(fs._strip_protocol(url))
-    return FsspecBackend(fs, root), root.strip("/")
+    kind_of_backend = S3Backend if protocol in ("s3", "s3a") else FsspecBackend
+    return kind_of_backend(fs, root), root.strip("/")
 
 
 def local_path(url: str) -> str:

@@ -24,6 +24,7 @@ from hf_cloudtrain.emergency import EmergencySaveCallback
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.manifest import Manifest
 from hf_cloudtrain.position import Conversion
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.session import Session
 from hf_cloudtrain.step_tracker import StepTracker
 from hf_cloudtrain.trainer_state import (
@@ -62,6 +63,9 @@ class CloudTrainCallback(TrainerCallback):
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
         grace_seconds: see `EmergencySaveCallback`.
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+            best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
+        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
 
     Raises:
         ConfigurationError: no run URL, or a configuration that would never save.
@@ -79,8 +83,16 @@ class CloudTrainCallback(TrainerCallback):
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
         grace_seconds: float | None = None,
+        save_total_limit: int | None = None,
+        keep_every_n_steps: int | None = None,
     ) -> None:
-        self._uploads = CheckpointUploadCallback(run_url, storage_options=storage_options, fresh=fresh)
+        self._uploads = CheckpointUploadCallback(
+            run_url,
+            storage_options=storage_options,
+            fresh=fresh,
+            save_total_limit=save_total_limit,
+            keep_every_n_steps=keep_every_n_steps,
+        )
         self._steps = StepTrackerCallback(run_url, storage_options=storage_options, fresh=fresh)
         self._emergency = EmergencySaveCallback(
             run_url, storage_options=storage_options, fresh=fresh, grace_seconds=grace_seconds
@@ -118,8 +130,12 @@ class CheckpointUploadCallback(TrainerCallback):
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        save_total_limit: int | None = None,
+        keep_every_n_steps: int | None = None,
     ) -> None:
+        policy = Policy(save_total_limit, keep_every_n_steps)
         self._session = Session.of(run_url, storage_options, fresh=fresh)
+        self._session.policy = policy
         self._held_back = False
         self._before_evaluation = False
         self._save_began_ns = 0
@@ -291,7 +307,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
 
 class StepTrackerCallback(TrainerCallback):
-    """Tracks steps: time, rate, eta and what is logged, on storage. Arguments as `CloudTrainCallback`."""
+    """Tracks steps: time, rate, eta and what is logged, on storage. The first three arguments are those of `CloudTrainCallback`."""
 
     def __init__(
         self,

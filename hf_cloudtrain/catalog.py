@@ -11,6 +11,8 @@ committed checkpoint is ever overwritten; the manifest is created exclusively, l
         parts/000003-0000000500/0-of-2.json   what one host uploaded, see parts.py
         checkpoints/000003-0000000500.json    the commit
         folders/final-000001.json             the commit of any other folder
+        pins/000003-0000000500.json           a person wants this one kept
+        retiring/000003-0000000500.json       the manifest of one whose deletion has begun, until it is over
         best.json, last.json                  pointers
         stop.json                             which attempt is asked to stop
         progress/000003.json                  heartbeat
@@ -24,6 +26,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +45,7 @@ from hf_cloudtrain.manifest import (
     parse_checkpoint_key,
 )
 from hf_cloudtrain.process import in_threads
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage import DELETES_AT_ONCE, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ _CLAIMS = f"{META}/claims"
 _PARTS = f"{META}/parts"
 _CHECKPOINTS = f"{META}/checkpoints"
 _FOLDERS = f"{META}/folders"
+_PINS = f"{META}/pins"
+_RETIRING = f"{META}/retiring"
 
 
 @dataclass(frozen=True, order=True)
@@ -220,16 +225,7 @@ class Catalog:
                 f"There is no checkpoint {str(key)!r} in {self.storage.url!r}. `cloudtrain checkpoint list "
                 f"{self.storage.url}` shows those that exist."
             ) from None
-        manifest = Manifest.parse(data, str(key))
-        if (manifest.attempt, manifest.step) != (key.attempt, key.step):
-            raise ManifestError(
-                f"The manifest {str(key)!r} is of attempt {manifest.attempt}, step {manifest.step}."
-            )
-        if not key.may_be_in(manifest.folder):
-            raise ManifestError(
-                f"The manifest {str(key)!r} names the folder {manifest.folder!r} of another one."
-            )
-        return manifest
+        return self._parse(key, data)
 
     def holds(self, key: CheckpointKey) -> bool:
         """Whether a checkpoint is committed; one small request, however many there are."""
@@ -258,6 +254,15 @@ class Catalog:
         same = owner.get("attempt") == key.attempt and _of_attempt(owner.get("nonce")) == _of_attempt(nonce)
         return plain if same else suffixed
 
+    def claimed_by(self, folder: str) -> int | None:
+        """The attempt that claimed a folder; None where nobody knows."""
+        try:
+            path = f"{_CLAIMS}/{folder}.json"
+            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
+        except (ObjectNotFoundError, ManifestError):
+            return None
+        return owner if type(owner) is int and owner > 0 else None
+
     def commit(self, manifest: Manifest) -> bool:
         """Make a checkpoint exist. False where it exists already from another save of the same (attempt, step)."""
         data = manifest.encode()
@@ -274,40 +279,109 @@ class Catalog:
             self._refuse_damaged(path, data)
         return created or self._holds(path, manifest.nonce)
 
-    def retire(self, key: CheckpointKey) -> None:
-        """Delete a checkpoint: the manifest first, so that a half-deleted one is none, then the data, then its claim.
+    # Retiring
 
-        Which one may go is the caller's question; see `protected`.
+    def retire(self, key: CheckpointKey, *, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Delete a checkpoint: the manifest first, so that a half-deleted one is none, then the data.
+
+        Before that the manifest is written down as retiring, so that a deletion that is cut off can be finished. The
+        claim stays: no other attempt ever gets the folder, so whoever still deletes there, or wakes up and deletes on,
+        deletes nothing that counts. Which one may go is the caller's question; see `protected`.
+
+        Args:
+            go_on: asked between requests; at the first no it is left to `finish_retiring`.
+
+        Returns:
+            Whether everything is gone.
+
+        Raises:
+            NoCheckpointError, ManifestError, StorageError
         """
         manifest = self.read(key)
+        self.storage.write(_retiring_path(key), manifest.encode())
         self.storage.delete([_checkpoint_path(key)])
-        self.storage.delete(manifest.object_path(entry) for entry in manifest.files)
-        self.storage.delete(info.path for info in self.storage.list(f"{_PARTS}/{key}"))
-        if manifest.folder == f"checkpoint-{key.step}":
-            self.storage.delete([f"{_CLAIMS}/{manifest.folder}.json"])
+        return self._delete_files(key, manifest, go_on)
+
+    def retiring(self) -> list[CheckpointKey]:
+        """Checkpoints whose deletion has begun and is not over, oldest first, by one LIST."""
+        return sorted(key for key in map(_checkpoint_of, self._names(_RETIRING)) if key)
+
+    def finish_retiring(self, key: CheckpointKey, *, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Delete what a deletion that was cut off has left; whether everything is gone.
+
+        One that was cut off before its manifest went still exists, and stays: `retire` begins anew.
+        """
+        if self.holds(key):
+            return False
+        try:
+            manifest = self._parse(key, self.storage.read(_retiring_path(key)))
+        except ObjectNotFoundError:
+            return True  # somebody else has finished it
+        return self._delete_files(key, manifest, go_on)
 
     def protected(self) -> dict[CheckpointKey, str]:
         """Checkpoints that no automatic deletion touches, each with the reason in words (law 10)."""
+        keys = self.checkpoints()
         reasons: dict[CheckpointKey, str] = {}
         for attempt in self.attempts(last=1):
-            if attempt.resumed_from is not None:
+            # Once it has committed one of its own, the run goes on from that.
+            if attempt.resumed_from is not None and not any(key.attempt >= attempt.number for key in keys):
                 reasons[attempt.resumed_from] = f"attempt {attempt.number} resumed from it"
+        reasons |= dict.fromkeys(self.pins(), "it is pinned")
         best = self.pointer("best")
         if best is not None:
             reasons[best] = "it is the best one"
-        newest = self.newest()
-        if newest is not None:
-            reasons[newest] = "it is the newest one"
+        if keys:
+            reasons[keys[-1]] = "it is the newest one"
         return reasons
+
+    def pins(self) -> list[CheckpointKey]:
+        """Checkpoints that a person wants kept, oldest first."""
+        return sorted(key for key in map(_checkpoint_of, self._names(_PINS)) if key)
+
+    def pin(self, key: CheckpointKey) -> None:
+        """Keep a checkpoint from every automatic deletion. Raises NoCheckpointError where it does not exist."""
+        self.storage.write(_pin_path(key), encode_record({"attempt": key.attempt, "step": key.step}))
+        try:
+            self.read(key)  # looked at after the pin: whoever retires looks for pins before
+        except NoCheckpointError:
+            self.unpin(key)
+            raise
+
+    def unpin(self, key: CheckpointKey) -> None:
+        """Take a pin away; none is fine."""
+        self.storage.delete([_pin_path(key)])
+
+    def is_pinned(self, key: CheckpointKey) -> bool:
+        """Whether a checkpoint is pinned; one small request."""
+        return self._exists(_pin_path(key))
+
+    def _delete_files(self, key: CheckpointKey, manifest: Manifest, go_on: Callable[[], bool]) -> bool:
+        files = [manifest.object_path(entry) for entry in manifest.files]
+        # Also what the manifest does not name: of a try that failed, or of a save that was replaced before its commit.
+        there = [*self.storage.list(manifest.folder), *self.storage.list(f"{_PARTS}/{key}")]
+        paths = list(dict.fromkeys([*files, *(info.path for info in there)]))
+        for start in range(0, len(paths), DELETES_AT_ONCE):
+            if not go_on():
+                return False
+            self.storage.delete(paths[start : start + DELETES_AT_ONCE])
+        self.storage.delete([_pin_path(key)])
+        self.storage.delete([_retiring_path(key)])  # last: until then it can be finished
+        return True
 
     # Other folders
 
-    def begin_folder(self, name: str, nonce: str) -> tuple[str, str]:
-        """(key, folder) for a new version of a named folder, claimed before its first byte."""
+    def begin_folder(self, name: str, nonce: str, attempt: int = 0) -> tuple[str, str]:
+        """(key, folder) for a new version of a named folder, claimed before its first byte.
+
+        Args:
+            attempt: who saves it; 0: a process that has begun none.
+        """
         version = 1
+        record = encode_record({"attempt": attempt, "nonce": nonce})
         while True:
             folder = _versioned_folder(name, version)
-            if self.storage.create(f"{_CLAIMS}/{folder}.json", encode_record({"nonce": nonce})):
+            if self.storage.create(f"{_CLAIMS}/{folder}.json", record):
                 return f"{name}-{version:06d}", folder
             version += 1
 
@@ -318,6 +392,10 @@ class Catalog:
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
         return self._names(_FOLDERS)
+
+    def named_folders(self) -> set[str]:
+        """Where the named folders that are committed have their files."""
+        return {_versioned_folder(*_name_and_version(key)) for key in self.folders()}
 
     def read_folder(self, key: str) -> Manifest:
         """The manifest of a named folder."""
@@ -392,6 +470,18 @@ class Catalog:
             by_attempt.setdefault(attempt, []).append(batch)
         return by_attempt
 
+    def _parse(self, key: CheckpointKey, data: bytes) -> Manifest:
+        manifest = Manifest.parse(data, str(key))
+        if (manifest.attempt, manifest.step) != (key.attempt, key.step):
+            raise ManifestError(
+                f"The manifest {str(key)!r} is of attempt {manifest.attempt}, step {manifest.step}."
+            )
+        if not key.may_be_in(manifest.folder):
+            raise ManifestError(
+                f"The manifest {str(key)!r} names the folder {manifest.folder!r} of another one."
+            )
+        return manifest
+
     def _names(self, folder: str) -> list[str]:
         return [
             info.path[len(folder) + 1 : -len(".json")]
@@ -456,6 +546,14 @@ def _attempt_path(number: int) -> str:
 
 def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
+
+
+def _pin_path(key: CheckpointKey) -> str:
+    return f"{_PINS}/{key}.json"
+
+
+def _retiring_path(key: CheckpointKey) -> str:
+    return f"{_RETIRING}/{key}.json"
 
 
 def _folder_path(key: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
 from hf_cloudtrain.distributed import World
-from hf_cloudtrain.downloader import download, is_whole, move_aside
+from hf_cloudtrain.downloader import download, is_whole
 from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
@@ -43,13 +43,17 @@ from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.shares import Look, Share, Shares
+from hf_cloudtrain.stale import move_stale
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
 from hf_cloudtrain.watch import CommitWatch
 
 logger = logging.getLogger(__name__)
 
+RETIRE_PATIENCE = 5.0
+"""Seconds that the end of training gives the deletion of old checkpoints; what is left is finished another time."""
 LAST_LOOK = 60.0
 """Seconds that a process which ends early waits for the parts of other hosts: they may be gone."""
 
@@ -107,10 +111,13 @@ class Checkpointer:
         self.world = self._find_world()
         self.attempt: Attempt | None = None
         self.last_saved: CheckpointKey | None = None
+        self.policy = Policy()
+        """What stays on storage; heeded from the next `begin` on."""
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
         self._numbers_here: dict[str, int] = {}
         self._uploader: Uploader | None = None
+        self._retention = Retention(self.catalog, self.policy, None)
         self._fence: Fence | None = None
         self._watch: CommitWatch | None = None
         self._saves = 0
@@ -156,8 +163,14 @@ class Checkpointer:
         self.finish_uploads()
         if self._fresh:
             return None
-        keys = self.world.agree(self.catalog.known_checkpoints, "list the checkpoints")
-        for key in reversed(keys):
+        tried: set[CheckpointKey] = set()
+        while True:
+            # Listed anew after one that is damaged: it may be gone because a newer one was committed meanwhile.
+            keys = self.world.agree(self.catalog.known_checkpoints, "list the checkpoints")
+            key = max((key for key in keys if key not in tried), default=None)
+            if key is None:
+                break
+            tried.add(key)
             manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
             if isinstance(manifest, str):
                 problems = [manifest]
@@ -173,9 +186,9 @@ class Checkpointer:
                     return Restored(self.local_folder(manifest), manifest)
             if self.world.is_main:
                 logger.warning("%s is damaged, so the one before is taken. %s", key, problems[0])
-        if keys:
+        if tried:
             raise CorruptCheckpointError(
-                f"All {len(keys)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
+                f"All {len(tried)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
                 "how; fresh=True starts at step 0."
             )
         return None
@@ -247,8 +260,10 @@ class Checkpointer:
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
         self.last_saved = None
         self._save_error = None
+        self._retention.policy = self.policy
+        self._retention.attempt = self.attempt if self.world.is_main else None
         if self.world.is_leader and self._uploader is None:
-            self._uploader = Uploader(self.catalog, self.outbox)
+            self._uploader = Uploader(self.catalog, self.outbox, retention=self._retention)
             self._uploader.follow(self._fence)
             self._uploader.start()
         if self.world.is_main and len(self.world.leaders) > 1 and self._watch is None:
@@ -352,6 +367,9 @@ class Checkpointer:
             NotCommittedError, OvertakenError: as `wait`.
         """
         self.wait(timeout)
+        if self._uploader is not None and self.world.is_main:
+            # Another host may have committed the last one after this host's last look.
+            self._uploader.settle(RETIRE_PATIENCE, again=len(self.world.leaders) > 1)
         self._end_attempt()
 
     def refuse_overtaken(self) -> None:
@@ -499,7 +517,8 @@ class Checkpointer:
             )
             return
         try:
-            hold = share.hold and entry.hosts > 1 and not entry.best
+            wanted = entry.best or self.policy.is_milestone(entry.key.step)
+            hold = share.hold and entry.hosts > 1 and not wanted
             self._uploader.submit(accept(entry, wanted=share.wanted), hold=hold)
         except (OSError, ConfigurationError, ManifestError) as error:
             self._lose(entry, error)
@@ -559,18 +578,8 @@ class Checkpointer:
             ) from error
 
     def _move_stale(self, global_step: int) -> None:
-        """Move local checkpoints of another lineage away: they would be written into, or be taken for new ones."""
-        for folder in self.output_dir.glob("checkpoint-*"):
-            match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-            if match and int(match[1]) > global_step and folder.is_dir():
-                if self._fence is not None:
-                    self._fence.refuse()  # on a shared disk it may be what a newer attempt has just saved
-                logger.warning(
-                    "%s is ahead of step %d where this attempt begins: moved to %s.",
-                    folder,
-                    global_step,
-                    move_aside(folder),
-                )
+        refuse = self._fence.refuse if self._fence is not None else lambda: None
+        move_stale(self.output_dir, self.storage.url, global_step, refuse)
 
     def _save_folder(self, folder: Path, name: str) -> str:
         if self._fence is not None:

@@ -33,6 +33,7 @@ from hf_cloudtrain.manifest import parse_checkpoint_key
 from hf_cloudtrain.modes import CloudMode, LocalMode, Mode
 from hf_cloudtrain.outcome import Outcome
 from hf_cloudtrain.process import before_exit
+from hf_cloudtrain.retention import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ def init(
     run_url: str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     local_log_name: str | os.PathLike[str] | None = None,
+    *,
+    save_total_limit: int | None = None,
+    keep_every_n_steps: int | None = None,
 ) -> None:
     """Begin; the first of these functions. It may come before or without a process group.
 
@@ -52,6 +56,9 @@ def init(
         run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
         checkpoint_dir: the folder that the script saves into; None takes `HF_CLOUDTRAIN_CHECKPOINT_DIR`.
         local_log_name: file for the metrics of local mode; None: `hf_cloudtrain_<time>[_<rank>].log`.
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+            pinned and the one that was resumed from stay.
+        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
 
     Raises:
         RunCompleteError: the steps that are done already are all.
@@ -61,6 +68,7 @@ def init(
         >>> init(total_train_steps=1_000, run_url="s3://bucket/runs/cifar", checkpoint_dir="ckpt")
     """
     total = _checked_total(total_train_steps)
+    policy = Policy(save_total_limit, keep_every_n_steps)
     if _Current.run is not None:
         _Current.run.close()
         _Current.run = None
@@ -69,7 +77,7 @@ def init(
         _Current.run = _Run(total, LocalMode(local_log_name), 0)
         return
     restored = _restored_by_launcher()
-    place = CloudMode(url, env.checkpoint_dir(checkpoint_dir), total, restored)
+    place = CloudMode(url, env.checkpoint_dir(checkpoint_dir), total, restored, policy)
     _Current.run = _Run(total, place, restored.step if restored else 0)
 
 

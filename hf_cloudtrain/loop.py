@@ -35,6 +35,7 @@ from hf_cloudtrain.manifest import Position
 from hf_cloudtrain.outcome import Outcome, forget_end, outcome_of, record_end
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.storage import shown_url
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class TrainLoop:
             `HF_CLOUDTRAIN_GRACE`, else 30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+            best, the pinned, and the one that was resumed from stay.
+        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
 
     Raises:
         ConfigurationError: no run URL, or arguments that cannot work.
@@ -100,8 +104,11 @@ class TrainLoop:
         grace_seconds: float | None = None,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        save_total_limit: int | None = None,
+        keep_every_n_steps: int | None = None,
     ) -> None:
         _refuse_impossible(num_epochs, save_steps, logging_steps)
+        policy = Policy(save_total_limit, keep_every_n_steps)
         url = env.run_url(run_url)
         self.accelerator: Any = accelerator
         self.num_epochs = num_epochs
@@ -116,6 +123,7 @@ class TrainLoop:
         )
         self._state = LoopState(script_args=storable_args(script_args))
         self._checkpointer = _checkpointer_of(url, self.output_dir, storage_options, fresh)
+        self._checkpointer.policy = policy
         self._world = self._checkpointer.world
         self._folder = LoopFolder(accelerator, self._checkpointer, processing_class)
         self._report = LoopReport(accelerator, self._checkpointer, logging_steps)

@@ -20,6 +20,7 @@ from hf_cloudtrain.in_place import InPlaceCheckpointer
 from hf_cloudtrain.manifest import Position
 from hf_cloudtrain.outcome import Outcome, forget_end, record_end
 from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.step_tracker import StepTracker
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,18 @@ class CloudMode:
     """With a run URL: an attempt of the run, its steps and its checkpoints."""
 
     def __init__(
-        self, run_url: str, checkpoint_dir: str | None, total: int | None, restored: CheckpointKey | None
+        self,
+        run_url: str,
+        checkpoint_dir: str | None,
+        total: int | None,
+        restored: CheckpointKey | None,
+        policy: Policy,
     ) -> None:
         self._run_url = run_url
         self._checkpoint_dir = checkpoint_dir
         self._total = total
         self._restored = restored
+        self._policy = policy
         self._checkpointer: InPlaceCheckpointer | None = None
         self._tracker: StepTracker | None = None
         self._preemption: Preemption | None = None
@@ -268,6 +275,7 @@ class CloudMode:
         if self._checkpointer is None:
             # Without a folder nothing is saved; what an attempt needs of a disk goes to the working folder.
             made = InPlaceCheckpointer(self._run_url, self._checkpoint_dir or Path.cwd(), advice=ADVICE)
+            made.policy = self._policy
             if self._restored is not None:
                 made.restored_before(self._restored)
             self._checkpointer = made

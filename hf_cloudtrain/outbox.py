@@ -203,13 +203,19 @@ class Outbox:
         return None
 
     def set_aside(self, entry: OutboxEntry) -> Path:
-        """Keep what cannot be committed, where nothing tries it again; returns the folder, for a person to look at."""
+        """Keep what cannot be committed, where nothing tries it again; returns the folder, for a person to look at.
+
+        Only the last one is kept: they are whole checkpoints, and nobody tidies there.
+        """
         aside = self.folder.parent / "unusable" / f"{entry.home.name}-{secrets.token_hex(4)}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         with self._moving:
             if self._saved_anew(entry):
                 raise FileNotFoundError(errno.ENOENT, "It was saved anew", str(entry.home))
             os.rename(entry.home, aside)
+        for other in aside.parent.iterdir():
+            if other != aside:
+                shutil.rmtree(other, ignore_errors=True)
         return aside
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
 from hf_cloudtrain.outcome import forget_end, outcome_of, record_end
 from hf_cloudtrain.preemption import refuse_to_begin
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.storage import shown_url
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Session:
         """Whether a callback of this session uploads checkpoints."""
         self.restored: tuple[Manifest, Conversion | None] | None = None
         """What `restore` put here for Trainer, and how its place is converted to steps of today."""
+        self.policy = Policy()
+        """What stays on storage."""
         self.listens = False
         """Whether a callback of this session listens for notices."""
         self.stops_here = False
@@ -83,6 +86,7 @@ class Session:
                 self._run_url, output_dir, storage_options=self._storage_options, fresh=self._fresh
             )
             self._checkpointer = made
+        made.policy = self.policy
         return made
 
     def refuse_running_on(self, state: TrainerState, epoch: EpochLength, accumulation: int) -> None:

@@ -158,6 +158,7 @@ class StepTracker:
             "attempt": self._attempt,
             "state": self._state if self._overtaken_by() is None else "overtaken",
             "time": time.time(),
+            "interval_seconds": self._interval,
             "step": step,
             "total_steps": self._total_steps,
             "step_seconds": typical,

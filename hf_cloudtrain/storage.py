@@ -15,10 +15,18 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from hf_cloudtrain.backends import EXTRAS, Backend, ObjectInfo, connect, local_path, missing_extra
+from hf_cloudtrain.backends import (
+    EXTRAS,
+    Backend,
+    IncompleteUpload,
+    ObjectInfo,
+    connect,
+    local_path,
+    missing_extra,
+)
 from hf_cloudtrain.errors import (
     CloudTrainError,
     ConfigurationError,
@@ -162,6 +170,18 @@ class Storage:
         """Delete objects; one that is not there is fine."""
         in_threads(self._delete_one, (list(paths), DELETES_AT_ONCE))
 
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        """Uploads below the URL that were begun and are not over, sorted by path; of S3 and local disks only.
+
+        Others tell nobody, and forget them by themselves after a week (Azure, and GCS where gcsfs sent it).
+        """
+        found = self._call(f"list incomplete uploads of {self.url!r}", lambda backend: backend.incomplete())
+        return sorted(found, key=lambda upload: upload.path)
+
+    def abort(self, uploads: Iterable[IncompleteUpload]) -> None:
+        """Give uploads up and free what they take; one that is over is fine."""
+        in_threads(self._abort_one, (list(uploads), DELETES_AT_ONCE))
+
     def upload(self, file: str, path: str, *, on_bytes: Callable[[int], None] | None = None) -> str:
         """Send a local file; returns the digest (`xxh3-128:…`) of the bytes that were sent.
 
@@ -222,6 +242,12 @@ class Storage:
     def _delete_one(self, path: str) -> None:
         with contextlib.suppress(ObjectNotFoundError):
             self._call(f"delete {self._name(path)}", lambda backend: backend.delete(path))
+
+    def _abort_one(self, upload: IncompleteUpload) -> None:
+        with contextlib.suppress(ObjectNotFoundError):
+            self._call(
+                f"give up the upload of {self._name(upload.path)}", lambda backend: backend.abort(upload)
+            )
 
     def _connected(self) -> Backend:
         backend = self._backend

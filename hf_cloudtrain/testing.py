@@ -24,7 +24,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, NamedTuple, NoReturn, get_args
@@ -32,7 +32,7 @@ from unittest import mock
 
 import xxhash
 
-from hf_cloudtrain.backends import ObjectInfo
+from hf_cloudtrain.backends import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.faulty_disk import CRASH_STATUS, DISK_POINTS, CrashPoint, FaultyDisk, crash_now
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
@@ -315,6 +315,15 @@ class _FaultyBackend:
     def delete(self, path: str) -> None:
         with self._script._request("delete", path):
             self._backend.delete(path)
+
+    def incomplete(self) -> Sequence[IncompleteUpload]:
+        with self._script._request("list", ""):
+            found: Sequence[IncompleteUpload] = self._backend.incomplete()
+            return found
+
+    def abort(self, upload: IncompleteUpload) -> None:
+        with self._script._request("delete", upload.path):
+            self._backend.abort(upload)
 
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         with self._script._request("upload", path) as change:

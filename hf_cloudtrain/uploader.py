@@ -3,17 +3,19 @@
 One entry at a time, the newest first: claim its folder, send its files (two large ones and several small ones at
 once, hashed as they are sent), look at what arrived, look again at what was sent, commit, move the pointers, remove
 the entry. Trouble with the storage is warned about once and tried again for as long as the process lives; an entry
-leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started.
+leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started. After a commit,
+and while nothing waits, old checkpoints are retired.
 
 Before the first byte and right before the commit it looks whether a newer attempt has begun elsewhere (law 6). Then it
 stops, and the outbox keeps what is left.
 
-Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-send` threads move bytes and live as
-long as one entry. No collective ever runs here.
+Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as
+long as one entry; `cloudtrain-retire` lives as long as one pass of deletes. No collective ever runs here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -36,6 +38,7 @@ from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
+from hf_cloudtrain.retention import Retention
 from hf_cloudtrain.storage import jittered
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class Uploader:
         catalog: Catalog,
         outbox: Outbox,
         *,
-        protected: Callable[[OutboxEntry], bool] = lambda entry: entry.best,
+        retention: Retention | None = None,
     ) -> None:
         self.progress = Progress()
         self.last_committed: CheckpointKey | None = None
@@ -77,7 +80,11 @@ class Uploader:
         self._deadline: float | None = None
         self._catalog = catalog
         self._outbox = outbox
-        self._protected = protected
+        self._retention = retention
+        self._due = False
+        """Whether there was a commit since the last pass began."""
+        self._retiring = False
+        """Whether a pass is under way."""
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
         self._held: OutboxEntry | None = None
@@ -112,6 +119,8 @@ class Uploader:
             self._waiting = [other for other in self._waiting if other.home != entry.home]
             self._drop_held()
             self._waiting.append(entry)
+            if entry.best and self._retention is not None:
+                self._retention.hear_of_best(entry.key)
             self._held = entry if hold else None
             self._drop_overtaken(entry)
             self._changed.notify_all()
@@ -120,6 +129,7 @@ class Uploader:
         """A newer checkpoint was saved, of which this host holds nothing."""
         with self._changed:
             self._drop_held()
+            self._retire()  # nothing of its own would ever be the occasion
 
     def is_busy(self) -> bool:
         """Whether something is under way or next, other than what is held."""
@@ -163,6 +173,18 @@ class Uploader:
             if self._is_overtaken():
                 raise self.overtaken_error()
             raise NotCommittedError(self._not_committed(pending))
+
+    def settle(self, timeout: float, *, again: bool = False) -> None:
+        """Give the deletion of old checkpoints a little time; what is left is for the next one to finish.
+
+        Args:
+            timeout: seconds.
+            again: look once more for what may go.
+        """
+        with self._changed:
+            if again:
+                self._retire()
+            self._changed.wait_for(lambda: not self._retiring, timeout)
 
     def overtaken_error(self) -> OvertakenError:
         """What to raise where a newer attempt has begun: names what is kept here."""
@@ -212,13 +234,15 @@ class Uploader:
         """Keep the outbox small: an entry that waited while newer ones came is not worth its upload any more."""
         kept: list[OutboxEntry] = []
         count = 1 if self._current is not None else 0
+        best = max((entry.key for entry in self._waiting if entry.best), default=None)
         for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
             droppable = (
                 entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
                 and entry.hosts == 1  # other hosts may have begun with it
-                and not self._protected(entry)
+                and entry.key != best
+                and not (self._retention and self._retention.policy.is_milestone(entry.key.step))
             )
             if droppable and count >= MAX_WAITING:
                 self._drop(entry)
@@ -298,7 +322,27 @@ class Uploader:
             self.last_error = None
             if committed and entry.name is None:
                 self.last_committed = max(entry.key, self.last_committed or entry.key)
+            self._retire()  # before anybody hears that nothing is pending any more
             self._changed.notify_all()
+
+    def _retire(self) -> None:
+        """Delete old checkpoints, beside the uploads: a delete that hangs or is slowed down holds none of them up."""
+        self._due = self._retention is not None and self._retention.is_active
+        if self._due and not self._retiring:
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending: another attempt does it
+                threading.Thread(target=self._retire_old, name="cloudtrain-retire", daemon=True).start()
+                self._retiring = True
+
+    def _retire_old(self) -> None:
+        assert self._retention is not None
+        while True:
+            with self._changed:
+                if not self._due:
+                    self._retiring = False
+                    self._changed.notify_all()
+                    return
+                self._due = False
+            self._retention.run(lambda: not (self._stopping or self.is_busy()))
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
         ours = (
@@ -371,7 +415,7 @@ class _Sender:
             manifest_key = str(entry.key)
             folder = self._parts(entry).folder(exclusive=entry.exclusive)
         else:
-            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce)
+            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
             if self._catalog.holds_folder(manifest_key):
                 return True
         files = self._send_part(entry, folder, on_bytes)

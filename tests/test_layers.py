@@ -29,7 +29,10 @@ ROWS = (
         "signals",
     ),
     ("manifest", "native", "backends", "storage"),
-    ("catalog", "fence", "parts", "freeze", "outbox", "uploader", "watch", "downloader"),
+    (
+        *("catalog", "retention", "leftovers", "fence", "parts", "freeze", "outbox", "uploader", "watch"),
+        *("downloader", "stale"),
+    ),
     (
         "position",
         "schedule",

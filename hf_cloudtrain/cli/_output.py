@@ -47,6 +47,16 @@ def fail(text: object) -> NoReturn:
     raise typer.Exit(1)
 
 
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something is deleted; ends the command unless the answer is yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        fail("Nothing was deleted: there is no terminal to ask on. Pass --yes to delete without a question.")
+    if not typer.confirm(clean(question), err=True):
+        fail("Nothing was deleted.")
+
+
 def print_json(record: dict[str, Any]) -> None:
     """One JSON object on stdout, in ASCII; a number that JSON has no word for becomes null."""
     typer.echo(json.dumps(_finite(record), indent=2, allow_nan=False))

@@ -19,11 +19,14 @@ class Standing:
     """All that exist, the newest last."""
     best: CheckpointKey | None
     protected: dict[CheckpointKey, str]
+    pinned: frozenset[CheckpointKey] = frozenset()
 
     @classmethod
     def of(cls, catalog: Catalog) -> Standing:
         """As the run is now."""
-        return cls(catalog.checkpoints(), catalog.pointer("best"), catalog.protected())
+        return cls(
+            catalog.checkpoints(), catalog.pointer("best"), catalog.protected(), frozenset(catalog.pins())
+        )
 
     def losses(self, key: CheckpointKey) -> list[str]:
         """What goes with a checkpoint beside its files, a sentence each; empty where nothing does."""
@@ -34,6 +37,8 @@ class Standing:
             losses.append(f"It is the newest one, so the run would resume {where}.")
         if key == self.best:
             losses.append("It is the best one, and no other is recorded as such.")
+        if key in self.pinned:
+            losses.append("It is pinned.")
         if key in self.protected and not losses:
             losses.append(f"{self.protected[key][:1].upper()}{self.protected[key][1:]}.")
         return losses
@@ -83,6 +88,7 @@ class Found:
             "metrics": manifest.metrics if manifest else {},
             "newest": key is not None and standing.keys[-1:] == [key],
             "best": key is not None and key == standing.best,
+            "pinned": key in standing.pinned,
             "protected": standing.protected.get(key) if key else None,
             "damaged": self.damaged,
         }
@@ -114,6 +120,7 @@ class Found:
         words = [
             *(["newest"] if standing.keys[-1:] == [key] else []),
             *(["best"] if key == standing.best else []),
+            *(["pinned"] if key in standing.pinned else []),
         ]
         return words or [reason for other, reason in standing.protected.items() if other == key]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_cloudtrain.cli._arguments import (
 )
 from hf_cloudtrain.cli._output import (
     clean,
+    confirm,
     fail,
     print_json,
     say,
@@ -42,6 +42,7 @@ from hf_cloudtrain.cli._output import (
 from hf_cloudtrain.cli._summary import Found, Standing, files_text, look_at
 from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
 from hf_cloudtrain.manifest import META, Manifest, folder_name, parse_checkpoint_key
+from hf_cloudtrain.retention import Policy
 
 if TYPE_CHECKING:
     from hf_cloudtrain.catalog import CheckpointKey
@@ -216,7 +217,10 @@ def delete(
     run_url: RunUrl,
     checkpoint: Annotated[str, typer.Option(*BY_NAME, metavar="WHICH", show_default=False, help=f"{WHICH}.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Also the newest, the best, or the one that was resumed from.")
+        bool,
+        typer.Option(
+            "--force", help="Also the newest, the best, a pinned one, or the one that was resumed from."
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
@@ -224,23 +228,85 @@ def delete(
     """Delete one checkpoint from storage. Refuses, without --force, where the run would miss it."""
     catalog = open_catalog(run_url)
     manifest = find(catalog, checkpoint)
-    found = Found(manifest.key, manifest)
+    found = _of_a_checkpoint(manifest, "is deleted by this command")
     key = found.checkpoint_key
-    if key is None:
-        raise ConfigurationError(
-            f"{checkpoint!r} is a folder that was saved by name; this command deletes checkpoints only."
-        )
+    assert key is not None
     losses = Standing.of(catalog).losses(key)
     what = f"{manifest.folder} (attempt {key.attempt}, step {key.step}, {files_text(manifest)})"
     if losses and not force:
         fail(f"{what} is protected. {' '.join(losses)} Pass --force to delete it nevertheless.")
     if losses:
         say(f"Warning: {' '.join(losses)}")
-    _confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
+    confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
     catalog.retire(key)
     say(f"Deleted {what}.")
     if as_json:
         print_json({"run_url": catalog.storage.url, **found.record(), "losses": losses})
+
+
+@app.command(
+    epilog=examples(
+        "cloudtrain checkpoint pin s3://bucket/runs/mrpc --checkpoint 500",
+        "cloudtrain checkpoint pin s3://bucket/runs/mrpc --checkpoint 500 --unpin",
+    )
+)
+def pin(
+    run_url: RunUrl,
+    checkpoint: Which = None,
+    unpin: Annotated[bool, typer.Option("--unpin", help="Take the pin away instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep one checkpoint. No limit, no `prune` and no `delete` without --force removes a pinned one."""
+    catalog = open_catalog(run_url)
+    found = _of_a_checkpoint(find(catalog, checkpoint), "is pinned")
+    key = found.checkpoint_key
+    assert key is not None
+    (catalog.unpin if unpin else catalog.pin)(key)
+    say(f"{found.title} (attempt {key.attempt}) is {'not pinned any more' if unpin else 'pinned'}.")
+    if as_json:
+        print_json({"run_url": catalog.storage.url, **found.record(), "pinned": not unpin})
+
+
+@app.command(
+    epilog=examples(
+        "cloudtrain checkpoint prune s3://bucket/runs/mrpc --keep-last 3 --dry-run",
+        "cloudtrain checkpoint prune s3://bucket/runs/mrpc --keep-last 3 --keep-every 10000 --yes",
+    )
+)
+def prune(
+    run_url: RunUrl,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=1, metavar="N", show_default=False, help="How many stay.")
+    ],
+    keep_every: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-every", min=1, metavar="STEPS", show_default=False, help="Multiples of this stay too."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go, and delete nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete old checkpoints from storage, all but the newest few. Those that the run needs stay anyway."""
+    from hf_cloudtrain.cli import _prune
+
+    catalog = open_catalog(run_url)
+    refuse_no_run(catalog)
+    plan = _prune.plan(catalog, Policy(keep_last, keep_every))
+    if not as_json:
+        plan.show()
+    if plan.going and not dry_run:
+        what = f"{len(plan.going)} checkpoint{'' if len(plan.going) == 1 else 's'}"
+        confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
+    plan.tell(dry_run=dry_run)
+    gone = [] if dry_run else plan.carry_out()
+    if as_json:
+        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, **plan.record(gone)})
+    if not dry_run and len(gone) < len(plan.going):
+        fail(f"Only {len(gone)} of {len(plan.going)} checkpoints were deleted.")
 
 
 @app.command(epilog=examples("cloudtrain checkpoint flush out"))
@@ -262,6 +328,15 @@ def flush(
         columns = ("checkpoint", "attempt", "size", "state", "run")
         show_table(columns, report.rows(), numbers=("attempt", "size"))
     report.tell(directory)
+
+
+def _of_a_checkpoint(manifest: Manifest, what: str) -> Found:
+    found = Found(manifest.key, manifest)
+    if found.checkpoint_key is None:
+        raise ConfigurationError(
+            f"{manifest.folder!r} is a folder that was saved by name; only a checkpoint {what}."
+        )
+    return found
 
 
 def _show_section(title: str, facts: dict[str, Any]) -> None:
@@ -325,12 +400,3 @@ def _verdict_row(record: dict[str, Any]) -> tuple[object, ...]:
     size = None if record["size"] is None else size_text(record["size"])
     verdict = "whole" if record["whole"] else "damaged"
     return record["folder"] or record["key"], record["file_count"], size, verdict
-
-
-def _confirm(question: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        fail("Nothing was deleted: there is no terminal to ask on. Pass --yes to delete without a question.")
-    if not typer.confirm(clean(question), err=True):
-        fail("Nothing was deleted.")

@@ -1,4 +1,4 @@
-"""`cloudtrain run`: which runs there are, how one is doing, and how it is stopped."""
+"""`cloudtrain run`: which runs there are, how one is doing, how it is stopped, and what it left over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from hf_cloudtrain import env
 from hf_cloudtrain.backends import ObjectInfo
 from hf_cloudtrain.catalog import Catalog, run_urls
 from hf_cloudtrain.cli._arguments import Json, RunUrl, examples, open_catalog, refuse_no_run
-from hf_cloudtrain.cli._output import duration_text, fail, print_json, say, show_facts, show_table, time_text
+from hf_cloudtrain.cli._output import (
+    confirm,
+    duration_text,
+    fail,
+    print_json,
+    say,
+    show_facts,
+    show_table,
+    time_text,
+)
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.history import AttemptInfo, History
 
 app = typer.Typer(
-    help="Runs: which there are, how one is doing, and how it is stopped.",
+    help="Runs: which there are, how one is doing, how it is stopped, and what it left over.",
     epilog=examples("cloudtrain run status s3://bucket/runs/mrpc"),
     no_args_is_help=True,
 )
@@ -101,6 +110,39 @@ def stop(
         print_json(standing.record())
     if trouble is not None:
         fail(trouble)
+
+
+@app.command(
+    epilog=examples(
+        "cloudtrain run clean s3://bucket/runs/mrpc --dry-run",
+        "cloudtrain run clean s3://bucket/runs/mrpc --yes",
+    )
+)
+def clean(
+    run_url: RunUrl,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is left over, and delete nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what killed processes left on storage. Never a checkpoint, nor what somebody may still be uploading."""
+    from hf_cloudtrain.cli import _clean
+
+    catalog = open_catalog(run_url)
+    refuse_no_run(catalog)
+    cleaning = _clean.Cleaning(catalog)
+    if not as_json:
+        cleaning.show()
+    if not cleaning.found:
+        say("Nothing is left over.")
+    elif dry_run:
+        say("Nothing was deleted.")
+    else:
+        confirm(f"Delete what is left over from {catalog.storage.url!r}?", yes)
+        cleaning.carry_out()
+    if as_json:
+        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": cleaning.records()})
 
 
 class _Below(Storage):

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_cloudtrain.leftovers import find
+from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import CRASH_STATUS
 from tests.faults.aftermath import is_one, what_goes_wrong_next
@@ -79,4 +81,9 @@ def what_is_wrong(folder: Path, *, over: bool) -> str:
         ]
         if partial:
             return f"a partial folder is in sight: {partial}"
-        return what_goes_wrong_next(machines, saved[-1] if saved else 0)
+        if problem := what_goes_wrong_next(machines, saved[-1] if saved else 0):
+            return problem
+        newest = machines.catalog.attempts()[-1]
+        Retention(machines.catalog, Policy(1), newest).run()
+        half = [left.name for left in find(machines.catalog) if left.what == "deletion"]
+        return f"half deleted for ever: {half}" if half else ""

@@ -256,6 +256,7 @@ def train(
     masks: bool = False,
     waiting: int = 1_000,
     samples: int = SAMPLES,
+    on_storage: int | None = None,
     callbacks: list[TrainerCallback] | None = None,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
     **arguments: Any,
@@ -271,6 +272,7 @@ def train(
         seen: file that hears of each batch before it is used; `{rank}` in its name is replaced.
         waiting: checkpoints that may wait for their upload; many, because steps of milliseconds outrun any.
         samples: length of the training data.
+        on_storage: how many checkpoints stay there.
         masks: leave words out by chance, as a collator for masked language models does.
         arguments: for TrainingArguments.
     """
@@ -278,6 +280,8 @@ def train(
     args = TrainingArguments(output_dir=output_dir, **{**ARGUMENTS, **arguments})
     set_seed(args.seed)
     ours = make_ours(parts if run_url else "none", run_url, fresh=fresh)
+    if on_storage is not None:
+        ours = [CloudTrainCallback(run_url, save_total_limit=on_storage)]
     extra = list(callbacks or [])
     if kill_at is not None:
         extra.append(KillAt(kill_at, run_url or "", committed))

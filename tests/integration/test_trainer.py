@@ -101,9 +101,11 @@ class TestSaveBeforeAnEvaluation:
 
 class TestBestModelOnAFreshMachine:
     def test_it_is_brought_along_survives_rotation_and_is_loaded_at_the_end(self, lab: Lab) -> None:
-        arguments = {**LOAD_BEST, "save_total_limit": 1}
+        """Of both: the one on this disk, and the one on storage."""
+        arguments = {**LOAD_BEST, "save_total_limit": 1, "on_storage": 1}
         lab.killed("first", kill_at=10, committed=8, **arguments)
         resumed = lab.train("second", **arguments)
+        assert lab.steps() == [6, 12]
         best = lab.machine("second") / "checkpoint-6"
         assert resumed.value["best"] == str(best)
         assert (best / "model.safetensors").is_file()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.errors import NoCheckpointError, StorageError
-from tests.faults.runs import Machine, Machines, bytes_of
+from hf_cloudtrain import checkpointer
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.errors import NoCheckpointError, OvertakenError, StorageError
+from hf_cloudtrain.retention import Policy, Retention
+from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, contents, wait_until
 
 OLD, NEW = CheckpointKey(1, 5), CheckpointKey(1, 10)
 
@@ -27,10 +33,11 @@ def test_law_10_the_manifest_goes_before_any_data(machines: Machines, machine: M
     machines.catalog.retire(OLD)
     deleted = [call.path for call in machines.storage.calls if call.kind == "delete"]
     assert deleted[0] == ".cloudtrain/checkpoints/000001-0000000005.json"
+    assert deleted[-1] == ".cloudtrain/retiring/000001-0000000005.json", "until then it can be finished"
     assert set(deleted) == {
-        deleted[0],
+        *(deleted[0], deleted[-1]),
         *(f"checkpoint-5/{path}" for path in bytes_of(5)),
-        ".cloudtrain/claims/checkpoint-5.json",
+        ".cloudtrain/pins/000001-0000000005.json",
     }
     assert machines.committed() == [(1, 10)]
     assert not (machines.run / "checkpoint-5").exists()
@@ -85,20 +92,38 @@ def test_law_10_the_newest_the_best_and_the_one_resumed_from_are_protected_with_
     resumed.wait()
     assert machines.catalog.protected() == {
         CheckpointKey(1, 15): "it is the best one",
-        CheckpointKey(1, 20): "attempt 2 resumed from it",
         CheckpointKey(2, 25): "it is the newest one",
     }
 
 
-def test_law_10_the_one_resumed_from_is_protected_before_a_newer_is_committed(
+def test_law_10_the_one_resumed_from_is_protected_until_a_newer_is_committed(
     machines: Machines, machine: Machine
 ) -> None:
     """The newer attempt has saved nothing yet: without what it began from, its work so far is lost."""
-    machines.new("resumed").checkpointer.begin(5)
+    resumed = machines.new("resumed")
+    resumed.checkpointer.begin(5)
     assert machines.catalog.protected() == {
         OLD: "attempt 2 resumed from it",
         NEW: "it is the newest one",
     }
+    # What the one before had saved is committed later: that is not what the newest attempt goes on from.
+    late = CheckpointKey(1, 15)
+    changes = {"key": str(late), "step": 15, "folder": "checkpoint-15", "nonce": "late"}
+    machines.catalog.commit(replace(machines.catalog.read(NEW), **changes))
+    assert machines.catalog.protected() == {
+        OLD: "attempt 2 resumed from it",
+        late: "it is the newest one",
+    }
+    resumed.save(6)
+    resumed.checkpointer.wait()
+    assert machines.catalog.protected() == {CheckpointKey(2, 6): "it is the newest one"}
+
+
+def test_law_10_a_pinned_one_is_protected_until_it_is_unpinned(machines: Machines, machine: Machine) -> None:
+    machines.catalog.pin(OLD)
+    assert machines.catalog.protected()[OLD] == "it is pinned"
+    machines.catalog.unpin(OLD)
+    assert list(machines.catalog.protected()) == [NEW]
 
 
 def test_law_10_a_checkpoint_that_is_gone_cannot_be_retired_twice(
@@ -115,5 +140,192 @@ def test_law_10_a_step_that_was_retired_can_be_saved_again(machines: Machines, m
     again.start()
     again.save(5, salt="again")
     again.wait()
-    assert machines.catalog.read(CheckpointKey(2, 5)).folder == "checkpoint-5"
+    assert machines.catalog.read(CheckpointKey(2, 5)).folder == "checkpoint-5.a2"
     assert machines.restored("elsewhere") == bytes_of(5, "again")
+
+
+def settled(machine: Machine) -> None:
+    """Until the pass after the last commit is over."""
+    uploader = machine.checkpointer._uploader
+    assert uploader is not None
+    wait_until(lambda: not uploader._retiring, "the pass is over")
+
+
+def limited(machines: Machines, name: str = "out", limit: int = 2, n: int | None = None) -> Machine:
+    machine = machines.new(name)
+    machine.checkpointer.policy = Policy(limit, n)
+    machine.start()
+    return machine
+
+
+def test_law_10_a_training_with_a_limit_keeps_the_newest_the_best_the_pinned_and_every_nth(
+    machines: Machines,
+) -> None:
+    machine = limited(machines, limit=2, n=20)
+    for step in (5, 10, 15, 20, 25, 30, 35):
+        machine.save(step, best=step == 10)
+        machine.wait()
+        settled(machine)
+        if step == 15:
+            machines.catalog.pin(CheckpointKey(1, 15))
+    assert machines.committed() == [(1, 10), (1, 15), (1, 20), (1, 30), (1, 35)]
+    assert not (machines.run / "checkpoint-5").exists()
+
+
+def test_law_10_the_next_attempt_on_another_machine_goes_on_with_the_limit(machines: Machines) -> None:
+    machine = limited(machines)
+    for step in (5, 10, 15):
+        machine.save(step)
+        machine.wait()
+        settled(machine)
+    second = limited(machines, "elsewhere", limit=1)
+    assert machines.committed() == [(1, 10), (1, 15)], "nothing goes before the first commit"
+    second.save(20)
+    second.wait()
+    settled(second)
+    assert machines.committed() == [(2, 20)]
+    machine.save(20)
+    with pytest.raises(OvertakenError):
+        machine.wait()
+    settled(machine)
+    assert machines.committed() == [(2, 20)], "the first one, overtaken, deletes nothing"
+
+
+def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointer, "RETIRE_PATIENCE", 0.01)
+    machine = limited(machines, limit=1)
+    machine.save(5)
+    machine.wait()
+    machines.storage.hold("delete", machines.gate)
+    machine.save(10)
+    ending = threading.Thread(target=machine.checkpointer.finish, daemon=True)
+    ending.start()
+    ending.join(DEADLINE)
+    assert not ending.is_alive()
+    machine.checkpointer.drain()
+    uploader = machine.checkpointer._uploader
+    assert uploader is not None
+    assert uploader._retiring, "it hangs, and nobody waits for it"
+    assert (1, 10) in machines.committed()
+
+
+def test_law_10_the_end_of_training_gives_the_last_deletes_a_moment(machines: Machines) -> None:
+    machine = limited(machines, limit=1)
+    machine.save(5)
+    machine.wait()
+    machines.storage.hold("delete", machines.gate)
+    machine.save(10)
+    opening = threading.Timer(0.3, machines.gate.set)
+    opening.start()
+    machine.checkpointer.finish()
+    assert machines.catalog.retiring() == []
+    assert machines.committed() == [(1, 10)]
+    opening.join()
+
+
+def test_law_10_deleting_stops_while_there_is_something_to_upload(machines: Machines) -> None:
+    first = machines.new()
+    first.start()
+    for step in (5, 10, 15):
+        first.save(step)
+        first.wait()
+    first.stop()
+    machine = limited(machines, limit=1)
+    deleting = threading.Event()
+    machines.storage.hold("delete", deleting, path="*/checkpoints/*", times=1)
+    machines.storage.hold("upload", machines.gate, path="checkpoint-25/*")
+    machine.save(20)
+    wait_until(lambda: machines.storage.count("delete", "*/checkpoints/*"), "the first delete")
+    machine.save(25)
+    wait_until(lambda: machines.storage.count("upload", "checkpoint-25/*"), "the upload")
+    deleting.set()
+    uploader = machine.checkpointer._uploader
+    assert uploader is not None
+    wait_until(lambda: not uploader._retiring, "the pass is over")
+    assert machines.storage.count("delete", "*/checkpoints/*") == 1
+    assert machines.catalog.retiring() == [CheckpointKey(1, 5)], "cut off in the middle"
+    machines.gate.set()
+    machine.wait()
+    settled(machine)
+    assert machines.committed() == [(2, 25)]
+    assert machines.catalog.retiring() == []
+
+
+def test_law_10_a_new_checkpoint_does_not_wait_for_a_delete_that_hangs(machines: Machines) -> None:
+    first = machines.new()
+    first.start()
+    for step in (5, 10, 15):
+        first.save(step)
+        first.wait()
+    first.stop()
+    machine = limited(machines, limit=1)
+    machines.storage.hold("delete", machines.gate, path="*/checkpoints/*", times=1)
+    machine.save(20)
+    wait_until(lambda: machines.storage.count("delete", "*/checkpoints/*"), "the first delete")
+    machine.save(25)
+    machine.wait()
+    assert machines.catalog.holds(CheckpointKey(2, 25))
+    assert machines.storage.count("delete", "*/checkpoints/*") == 1, "it hangs to this moment"
+    machines.gate.set()
+    settled(machine)
+    assert machines.committed() == [(2, 25)]
+    assert not (machines.run / "checkpoint-5").exists(), "the one that hung too"
+
+
+def test_law_10_an_outbox_that_is_too_slow_keeps_the_best_and_every_nth(machines: Machines) -> None:
+    machine = limited(machines, limit=1, n=10)
+    machines.storage.hold("upload", machines.gate)
+    machine.save(5)
+    wait_until(lambda: machines.storage.count("upload"), "the first upload")
+    for step in (6, 7, 10, 11, 12, 13):
+        machine.save(step, best=step in (6, 7))
+    assert [key.step for key in machine.waiting()] == [13, 10, 7, 5]
+
+
+def test_law_10_one_that_is_retired_while_it_is_restored_gives_way_to_the_newer_one(
+    machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other machine still trains: its limit must not make this one start anew, or fail."""
+    machine = limited(machines, limit=1)
+    machine.save(5)
+    machine.wait()
+    elsewhere = machines.new("elsewhere")
+    machines.storage.hold("download", machines.gate, path="checkpoint-5/*")
+    steps: list[int] = []
+    restoring = threading.Thread(target=lambda: steps.append(elsewhere.start()))
+    restoring.start()
+    wait_until(lambda: machines.storage.count("download", "checkpoint-5/*"), "the restore")
+    machine.save(10)
+    machine.wait()
+    settled(machine)
+    assert machines.committed() == [(1, 10)]
+    machines.gate.set()
+    restoring.join(DEADLINE)
+    assert steps == [10]
+    assert contents(elsewhere.output_dir / "checkpoint-10") == bytes_of(10)
+
+
+def test_law_10_a_retirement_killed_at_any_request_is_finished_by_the_next_pass(tmp_path: Path) -> None:
+    """Between any two requests the process ends; the next attempt's first pass leaves nothing of it."""
+    for number in range(1, 100):
+        with Machines(tmp_path / str(number)) as machines:
+            machine = machines.new()
+            machine.start()
+            for step in (5, 10):
+                machine.save(step)
+                machine.wait()
+            first = machines.catalog.attempt(1)
+            machines.storage.fail("any", StorageError("killed"), call=number, times=10_000)
+            Retention(Catalog(machines.storage), Policy(1), first).run()
+            over = machines.storage.count() and not machines.storage._faults[0].seen >= number
+            machines.storage.heal()
+            assert machines.committed() in ([(1, 5), (1, 10)], [(1, 10)])
+            Retention(machines.catalog, Policy(1), first).run()
+            assert machines.committed() == [(1, 10)]
+            assert not (machines.run / "checkpoint-5").exists(), number
+            assert machines.catalog.retiring() == []
+            if over:
+                break
+    assert number > 10, "the sweep saw the whole pass"

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_cloudtrain import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
 from hf_cloudtrain.errors import ConfigurationError, PositionError, RunCompleteError, RunHasCheckpointsError
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.trainer_state import EpochLength, metrics, position
 
 
@@ -184,3 +185,18 @@ def test_metrics_of_a_checkpoint_are_those_of_its_step_and_the_last_loss() -> No
     ]
     assert metrics(state, best=False) == {"eval_loss": 0.6, "loss": 0.7}
     assert metrics(state, best=True)["best_metric"] == 0.5
+
+
+def test_what_stays_on_storage_is_said_once_and_reaches_the_checkpointer(
+    args: TrainingArguments, url: str
+) -> None:
+    cloud = CloudTrainCallback(url, save_total_limit=3, keep_every_n_steps=100)
+    cloud.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 2))
+    checkpointer = cloud._uploads._session.opened()
+    assert checkpointer.policy == checkpointer._retention.policy == Policy(3, 100)
+    assert checkpointer._retention.attempt == checkpointer.attempt
+
+
+def test_a_limit_that_cannot_be_is_refused_before_training(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="save_total_limit=0"):
+        CloudTrainCallback(url, save_total_limit=0)

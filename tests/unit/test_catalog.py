@@ -130,16 +130,19 @@ def test_without_exclusive_create_only_attempt_1_may_take_the_plain_name(catalog
     assert claim(catalog, 1, exclusive=False) == "checkpoint-5"
 
 
-def test_a_retired_checkpoint_leaves_nothing_of_itself(catalog: Catalog) -> None:
-    before = {info.path for info in catalog.storage.list("")}
+def test_a_retired_checkpoint_leaves_nothing_but_its_claim(catalog: Catalog) -> None:
+    """Whoever still deletes in that folder, or wakes up and writes into it, must meet nobody there."""
     claim(catalog, 1)
+    before = {info.path for info in catalog.storage.list("")}
     catalog.storage.write("checkpoint-5/model", b"x")
     for save in (1, 2):
         parts = Parts(catalog, KEY, "nonce", save=save, hosts=2)
         parts.put(0, [])
         parts.elect(0)
     catalog.commit(manifest_of(KEY))
-    catalog.retire(KEY)
+    catalog.pin(KEY)
+    catalog.storage.write("checkpoint-5/from a try that failed", b"x")
+    assert catalog.retire(KEY)
     assert {info.path for info in catalog.storage.list("")} == before
 
 
@@ -149,6 +152,49 @@ def test_retiring_a_suffixed_folder_leaves_the_claim_of_the_plain_one(catalog: C
     catalog.commit(manifest_of(other, folder=claim(catalog, 2)))
     catalog.retire(other)
     assert claim(catalog, 3) == "checkpoint-5.a3"
+
+
+def test_a_retirement_that_is_told_to_stop_is_finished_later(catalog: Catalog) -> None:
+    files = tuple(FileEntry(f"file-{number}", 1, DIGEST) for number in range(20))
+    for file in files:
+        catalog.storage.write(f"checkpoint-5/{file.path}", b"x")
+    catalog.storage.write("checkpoint-50/model", b"another one's")
+    catalog.commit(manifest_of(KEY, files=files))
+    answers = iter([True, False])
+    assert not catalog.retire(KEY, go_on=lambda: next(answers))
+    assert not catalog.holds(KEY)
+    assert 0 < len(catalog.storage.list("checkpoint-5")) < len(files)
+    assert catalog.retiring() == [KEY]
+    assert catalog.finish_retiring(KEY)
+    assert catalog.retiring() == []
+    assert catalog.finish_retiring(KEY), "twice is fine: another process may do it too"
+    assert [info.path for info in catalog.storage.list("")] == ["checkpoint-50/model"]
+
+
+def test_a_retirement_that_broke_off_before_its_manifest_went_has_not_happened(catalog: Catalog) -> None:
+    catalog.commit(manifest_of(KEY))
+    catalog.storage.write(f".cloudtrain/retiring/{KEY}.json", manifest_of(KEY).encode())
+    assert not catalog.finish_retiring(KEY)
+    assert catalog.holds(KEY)
+
+
+def test_pins_are_set_and_taken_away(catalog: Catalog) -> None:
+    other = CheckpointKey(2, 5)
+    for key in (other, KEY):
+        catalog.commit(manifest_of(key, folder=f"checkpoint-5.a{key.attempt}"))
+        catalog.pin(key)
+        catalog.pin(key)
+    assert catalog.pins() == [KEY, other]
+    catalog.unpin(KEY)
+    catalog.unpin(KEY)
+    assert (catalog.is_pinned(KEY), catalog.is_pinned(other)) == (False, True)
+    assert catalog.pins() == [other]
+
+
+def test_what_does_not_exist_cannot_be_pinned(catalog: Catalog) -> None:
+    with pytest.raises(NoCheckpointError):
+        catalog.pin(KEY)
+    assert catalog.pins() == []
 
 
 def test_nothing_is_protected_in_an_empty_run(catalog: Catalog) -> None:

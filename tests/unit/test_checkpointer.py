@@ -22,8 +22,18 @@ from hf_cloudtrain.errors import (
     StorageError,
 )
 from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.parts import Parts
+from hf_cloudtrain.retention import Policy
 from tests.faults.ranks import on_ranks
-from tests.faults.runs import Machines, bytes_of, contents, wait_until, write_checkpoint, write_files
+from tests.faults.runs import (
+    DEADLINE,
+    Machines,
+    bytes_of,
+    contents,
+    wait_until,
+    write_checkpoint,
+    write_files,
+)
 
 Train = Callable[[Checkpointer, World], object]
 
@@ -84,6 +94,44 @@ def test_hosts_commit_one_checkpoint_of_all_their_files(
     assert machines.committed() == [(1, 5)]
     files = {file.path for file in machines.catalog.read(CheckpointKey(1, 5)).files}
     assert files == {*bytes_of(5), "rng_0.pth", "rng_1.pth"}
+
+
+def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other host commits the last one, after the first one's own look."""
+
+    def others_part_is_late(checkpointer: Checkpointer) -> None:
+        uploader, attempt = checkpointer._uploader, checkpointer.attempt
+        assert uploader is not None
+        assert attempt is not None
+        nonce = f"{attempt.nonce}-15"
+        parts = Parts(checkpointer.catalog, CheckpointKey(1, 15), nonce, save=1, hosts=2)
+        wait_until(lambda: parts.missing() == [1], "the first one's part")
+        wait_until(lambda: not (uploader.pending() or uploader._retiring), "the first one's look")
+        machines.gate.set()
+
+    machines.storage.hold("upload", machines.gate, path="checkpoint-15/rng_1.pth")
+
+    def train(checkpointer: Checkpointer, world: World) -> tuple[bool, bool]:
+        checkpointer.policy = Policy(1, keep_every_n_steps=10)
+        checkpointer.begin(0)
+        for step in (5, 10, 15):
+            folder = checkpointer.output_dir / f"checkpoint-{step}"
+            write_files(folder, {f"rng_{world.rank}.pth": b"x"})
+            checkpointer.save(folder, Position(global_step=step))
+            if step == 15 and world.is_main:
+                others_part_is_late(checkpointer)
+            checkpointer.wait(DEADLINE)
+        checkpointer.finish(DEADLINE)
+        assert checkpointer._uploader is not None
+        retention = checkpointer._uploader._retention
+        assert retention is not None
+        return retention.is_active, retention.policy.is_milestone(10)
+
+    assert on_hosts(machines, monkeypatch, 2, train) == [(True, True), (False, True)]
+    assert machines.committed() == [(1, 10), (1, 15)]
+    assert not machines.catalog.storage.list(".cloudtrain/parts/000001-0000000005")
 
 
 def test_each_host_restores_what_it_wants(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:

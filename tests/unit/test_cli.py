@@ -192,6 +192,7 @@ class TestList:
             "metrics": {"eval_loss": 0.25},
             "newest": False,
             "best": True,
+            "pinned": False,
             "protected": "it is the best one",
             "damaged": None,
         }
@@ -396,7 +397,7 @@ class TestDelete:
         self, run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, code: int
     ) -> None:
         terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-        monkeypatch.setattr("hf_cloudtrain.cli.checkpoint.sys", terminal)
+        monkeypatch.setattr("hf_cloudtrain.cli._output.sys", terminal)
         result = cloudtrain("checkpoint", "delete", run.url, "-c", "100", typed=typed, code=code)
         assert "Delete checkpoint-100 (attempt 1" in result.stderr
         assert ("000001-0000000100" in run.committed()) == (code != 0)
@@ -969,10 +970,13 @@ def test_every_key_of_the_json_is_in_the_documentation(run: Run, tmp_path: Path)
         ("checkpoint", "view", run.url),
         ("checkpoint", "download", run.url, str(tmp_path / "here")),
         ("checkpoint", "verify", run.url),
+        ("checkpoint", "pin", run.url),
+        ("checkpoint", "prune", run.url, "--keep-last", "9"),
         ("checkpoint", "delete", run.url, "-c", "100", "--yes"),
         ("checkpoint", "flush", str(run.work)),
         ("run", "list", str(run.folder.parent)),
         ("run", "status", run.url),
+        ("run", "clean", run.url, "--dry-run"),
         ("run", "stop", run.url),
     ):
         section = documented.split(f"## cloudtrain {words[0]} {words[1]}\n")[1].split("\n## ")[0]

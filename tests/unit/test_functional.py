@@ -795,3 +795,15 @@ def imported_by(code: str) -> set[str]:
         env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     return set(answer.stdout.split())
+
+
+def test_a_limit_leaves_the_newest_checkpoints_on_storage(
+    begin: Callable[..., Path], machines: Machines
+) -> None:
+    folder = begin(6, save_total_limit=1, keep_every_n_steps=3)
+    for _ in range(6):
+        steps()
+        save(folder)
+        ct.upload_checkpoint()  # the last one returns when it is committed
+    left = [step for _, step in machines.committed()]
+    assert (left[0], left[-1]) == (3, 6)

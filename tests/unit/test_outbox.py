@@ -454,3 +454,10 @@ class TestCopies:
         with pytest.raises(OSError, match="written while it was copied"):
             self.copied(outbox, folder)
         assert outbox.entries() == []
+
+
+def test_of_what_cannot_be_committed_only_the_last_is_kept(outbox: Outbox) -> None:
+    for step in (5, 10, 15):
+        aside = outbox.set_aside(accepted(outbox, step))
+    assert list(aside.parent.iterdir()) == [aside]
+    assert contents(aside / "files") == bytes_of(15)

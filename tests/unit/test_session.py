@@ -10,6 +10,7 @@ import pytest
 
 from hf_cloudtrain import loop
 from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.session import Session
 
 
@@ -38,3 +39,21 @@ def test_a_loop_in_another_folder_waits_for_the_uploads_of_the_first(
         found = loop._checkpointer_of(str(tmp_path / run), tmp_path / name, None, False)
         assert found.output_dir == tmp_path / name
     assert waited == ["one"]
+
+
+def test_a_loop_says_what_stays_on_storage(tmp_path: Path) -> None:
+    class NoModels:
+        _models: tuple[Any, ...] = ()
+
+        def __getattr__(self, name: str) -> Any:
+            return None
+
+    made = loop.TrainLoop(
+        NoModels(),  # type: ignore[arg-type]
+        str(tmp_path / "run"),
+        num_epochs=1,
+        output_dir=tmp_path / "out",
+        save_total_limit=2,
+        keep_every_n_steps=5,
+    )
+    assert made._checkpointer.policy == Policy(2, 5)

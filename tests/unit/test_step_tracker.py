@@ -62,6 +62,13 @@ def test_a_heartbeat_before_the_first_step_has_no_rates(tracker: StepTracker) ->
         assert beat[name] is None
 
 
+def test_a_heartbeat_says_how_long_one_is(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants to know whether it still beats has no other way to find out how long to wait."""
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "40")
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    assert tracker.heartbeat()["interval_seconds"] == 40
+
+
 def test_rates_and_eta_are_of_the_last_steps(tracker: StepTracker, clock: Clock) -> None:
     run(tracker, clock, range(501, 521), seconds=8.0)  # slow at first, and long ago
     run(tracker, clock, range(521, 521 + module.RECENT_STEPS), seconds=0.5)

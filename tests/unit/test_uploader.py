@@ -11,8 +11,11 @@ import pytest
 from hf_cloudtrain import uploader as module
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import NotCommittedError
+from hf_cloudtrain.manifest import Manifest
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.progress import Progress
+from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.testing import FaultyStorage
 from hf_cloudtrain.uploader import Uploader, flush
 from tests.faults.runs import (
@@ -295,3 +298,21 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
     uploader.submit(disk.entry(6))
     uploader.wait(DEADLINE)
     assert disk.catalog.checkpoints() == [CheckpointKey(1, 6)]
+
+
+def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointer(disk: Disk) -> None:
+    first = disk.catalog.begin_attempt(0.0, 0, None, {})
+    uploader = Uploader(disk.catalog, disk.outbox, retention=Retention(disk.catalog, Policy(1), first))
+    disk.uploaders.append(uploader)
+    uploader.start()
+    best = disk.entry(5, host=0, hosts=2, best=True)
+    uploader.submit(best)
+    uploader.wait(DEADLINE)
+    files = Parts(disk.catalog, best.key, best.nonce, save=1, hosts=2)._files(0)
+    manifest = Manifest(str(best.key), "checkpoint-5", 1, 5, best.nonce, tuple(files), best.position)
+    disk.catalog.commit(manifest)
+    for step in (10, 15):
+        uploader.submit(disk.entry(step))
+        uploader.wait(DEADLINE)
+        uploader.settle(DEADLINE)
+    assert disk.catalog.checkpoints() == [best.key, CheckpointKey(1, 15)]
