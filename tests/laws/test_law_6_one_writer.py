@@ -487,6 +487,8 @@ class TestWithoutExclusiveCreate:
 
         monkeypatch.setattr(catalog_module.time, "sleep", settle)
         second.start()
+        seen_free.set()  # where nobody settles
+        starting.join(DEADLINE)
         monkeypatch.undo()
         numbers = (first.checkpointer.attempt.number, second.checkpointer.attempt.number)
         assert numbers == (1, 2)
