@@ -337,6 +337,7 @@ class TestTheOvertakenOne:
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch, often: None, how: str
     ) -> None:
         """It does not look while it trains: a thousand hosts would ask as often."""
+        monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "5")
         machines.storage.hold("upload", machines.gate, path="*/of-rank-1")
 
         def train(world: World) -> int | None:
