@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain import env
+from hf_cloudtrain import env, rehearsal
 from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
 from hf_cloudtrain.distributed import World
 from hf_cloudtrain.downloader import download, is_whole, move_aside
@@ -94,6 +94,7 @@ class Checkpointer:
         self.storage = Storage(env.run_url(run_url), env.storage_options(storage_options))
         self.catalog = Catalog(self.storage)
         self.output_dir = Path(output_dir).absolute()
+        rehearsal.refuse_outside(self.output_dir)
         self.outbox = Outbox(self.output_dir)
         self.world = self._find_world()
         self.attempt: Attempt | None = None
@@ -247,6 +248,7 @@ class Checkpointer:
             origin=origin(),
         )
         self._hand_over(folder, entry, since_ns)
+        rehearsal.hold(position.global_step)
 
     def mark_save_begin(self) -> int:
         """Now, in ns, as the file system of `output_dir` has it: its clock and ours need not agree."""
