@@ -33,6 +33,7 @@ from hf_cloudtrain.errors import (
     StorageUnavailableError,
 )
 from hf_cloudtrain.manifest import (
+    MAX_FILES,
     META,
     FileEntry,
     Manifest,
@@ -40,6 +41,8 @@ from hf_cloudtrain.manifest import (
     decode_record,
     encode_record,
     parse_checkpoint_key,
+    parse_folder_key,
+    texts,
 )
 from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.storage import Storage
@@ -48,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 READS_AT_ONCE = 8
 """Small records fetched at once: they wait for answers, not for bandwidth."""
+
+MAX_ATTEMPT = 999_999_999
+"""A number that only a forged record can have: a run that starts every second gets there in 30 years."""
 
 _RUN = f"{META}/run.json"
 _ATTEMPTS = f"{META}/attempts"
@@ -105,6 +111,11 @@ class Catalog:
         """Take the next attempt number by an exclusive create; losing a race takes the one after."""
         number = max(self.attempt_numbers(), default=0) + 1
         while True:
+            if number > MAX_ATTEMPT:
+                raise ManifestError(
+                    f"{self.storage.url!r} holds a record of attempt {number - 1}, which no training has made. Delete "
+                    f"{_attempt_path(number - 1)!r} there, or use another run URL."
+                )
             attempt = Attempt(
                 number=number,
                 nonce=secrets.token_hex(16),
@@ -123,10 +134,10 @@ class Catalog:
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending."""
         names = (
-            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(\d{{6,9}})\.json", info.path)
+            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(0*([0-9]{{1,9}}))\.json", info.path)
             for info in self.storage.list(_ATTEMPTS)
         )
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(int(name[2]) for name in names if name and f"{int(name[2]):06d}" == name[1])
 
     def attempts(self, last: int = 0) -> list[Attempt]:
         """All attempts or the `last` few, ascending. Unreadable ones are left out with a warning."""
@@ -214,7 +225,9 @@ class Catalog:
         found: list[FileEntry] = []
         for path in wanted:
             items = decode_record(self.storage.read(path), f"part {path!r}").get("files")
-            found += [FileEntry.parse(item, f"part {path!r}") for item in items or []]
+            if not isinstance(items, list) or len(items) > MAX_FILES:
+                raise ManifestError(f"The part {path!r} is damaged: 'files' is no list of files.")
+            found += [FileEntry.parse(item, f"part {path!r}") for item in items]
         return sorted(found, key=lambda entry: entry.path)
 
     def commit(self, manifest: Manifest) -> bool:
@@ -274,7 +287,7 @@ class Catalog:
 
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
-        return self._names(_FOLDERS)
+        return [key for key in self._names(_FOLDERS) if parse_folder_key(key)]
 
     def read_folder(self, key: str) -> Manifest:
         """The manifest of a named folder."""
@@ -404,8 +417,7 @@ def _versioned_folder(name: str, version: int) -> str:
 
 
 def _name_and_version(key: str) -> tuple[str, int]:
-    name, _, version = key.rpartition("-")
-    return name, int(version) if version.isdecimal() else 0
+    return parse_folder_key(key) or (key, 0)
 
 
 def _checkpoint_of(name: str) -> CheckpointKey | None:
@@ -420,6 +432,13 @@ def _key_of(record: Any, what: str) -> CheckpointKey:
     return CheckpointKey(*values)  # type: ignore[arg-type]
 
 
+def _step_of(record: dict[str, Any], what: str) -> int:
+    step = record.get("global_step", 0)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ManifestError(f"The {what} is damaged: 'global_step' is {str(step)[:50]!r}, not a count.")
+    return step
+
+
 def _parse_attempt(data: bytes, number: int) -> Attempt:
     what = f"record of attempt {number}"
     record = decode_record(data, what)
@@ -430,10 +449,10 @@ def _parse_attempt(data: bytes, number: int) -> Attempt:
             number=number,
             nonce=str(record.get("nonce")),
             started=float(record.get("started", 0.0)),
-            global_step=int(record.get("global_step", 0)),
+            global_step=_step_of(record, what),
             resumed_from=None if resumed is None else _key_of(resumed, what),
             exclusive=record.get("exclusive") is True,
-            facts={str(k): str(v)[:2000] for k, v in facts.items()} if isinstance(facts, dict) else {},
+            facts=texts(facts) if isinstance(facts, dict) else {},
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise ManifestError(f"The {what} is damaged ({error}).") from None

@@ -39,6 +39,7 @@ from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.redaction import visible
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.uploader import Uploader, flush
 
@@ -362,7 +363,8 @@ class Checkpointer:
             "Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, self.storage.url
         )
         if not manifest.exact:
-            logger.warning("The resumed run will not equal an uninterrupted one: %s", manifest.inexact_reason)
+            reason = visible(manifest.inexact_reason or "no reason is recorded")
+            logger.warning("The resumed run will not equal an uninterrupted one: %s", reason)
 
     def _begin(self, global_step: int, started_over: bool) -> Attempt:
         if self.storage.exclusive is None:

@@ -42,6 +42,8 @@ class Run:
     machine: Path
     left: list[Path] = field(default_factory=list)
     """Machines it moved away from; it may come back."""
+    relieved: Path | None = None
+    """The machine that comes back next: it has much to commit."""
     seen: set[CheckpointKey] = field(default_factory=set)
     stuck: int = 0
 
@@ -60,6 +62,8 @@ class Tally:
     attempts: int = 0
     runs: int = 0
     checkpoints: int = 0
+    overtaken: int = 0
+    """Picks at which an older attempt had a higher step: it was committed late, and is no successor."""
     wrong_picks: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -72,6 +76,7 @@ class Tally:
         rows += ["in which phase (a process may be in several at once):"]
         rows += [f"  {count:5d}  {phase}" for phase, count in self.phases.most_common()]
         rows += [f"checkpoints committed: {self.checkpoints}"]
+        rows += [f"picks while an older attempt had a higher step: {self.overtaken}"]
         rows += [f"wrong picks: {len(self.wrong_picks)}", f"lost commits: {len(self.lost)}"]
         rows += [f"broken checkpoints: {len(self.broken)}", f"attempts that failed: {len(self.stuck)}"]
         rows += [f"max |difference|: {max(self.differences, default=float('nan'))}"]
@@ -133,7 +138,7 @@ class Chaos:
         assert plain.wait() == 0, plain.log
         run = self._new_run()
         began = time.monotonic()
-        child = self._start(run)
+        child = self._start(run, hurry=0.0)
         assert child.wait() == 0, child.log
         self._seconds = time.monotonic() - began
         for name, found in (child.value or {}).items():
@@ -160,6 +165,14 @@ class Chaos:
 
     def _move(self, run: Run) -> None:
         """Stay on the same machine, come back to one it has been on, or go to an empty one."""
+        if run.relieved:  # its relief has committed what it could, and here it is again
+            run.left.append(run.machine)
+            run.machine, run.relieved = run.relieved, None
+            return
+        if len(Outbox(run.machine).entries()) > 1 and self._chance.random() < 0.7:
+            # Late commits of a higher step than those of its relief, which is killed early: they must not be picked.
+            run.relieved, run.machine = run.machine, self._new_machine(run.folder)
+            return
         draw = self._chance.random()
         if draw < 0.5:
             return
@@ -188,7 +201,7 @@ class Chaos:
         state.unlink(missing_ok=True)
         aim = self._draw(run, accepted) if self.tally.kills < self._kills else None
         given = self._aim(aim)
-        child = self._start(run, aim=given)
+        child = self._start(run, aim=given, hurry=0.0 if run.relieved else self._chance.random())
         if aim == "any":
             self._wait_and_kill(child)
         code = child.wait()
@@ -207,7 +220,7 @@ class Chaos:
 
     def _draw(self, run: Run, accepted: set[CheckpointKey]) -> str:
         """A phase to be killed in that can come, or `any` moment."""
-        if run.stuck >= PATIENCE:
+        if run.stuck >= PATIENCE or run.relieved:
             return "commit"  # not in the first: see _aim
         if not self._aims:
             self._aims = ["any"] * 2 + list(self._victim.PHASES) * 2
@@ -221,7 +234,7 @@ class Chaos:
         if aim is None or aim == "any":
             return None
         first = 2 if aim == "commit" else 1
-        visit = max(first, self._chance.randint(1, self._visits.get(aim, 3)))
+        visit = max(first, self._chance.randint(1, min(3, self._visits.get(aim, 3))))
         if aim in self._events:
             event = self._chance.randint(1, int(1.1 * self._events[aim]))
         else:
@@ -259,12 +272,15 @@ class Chaos:
             tally.broken += [f"{key}: {problem}" for problem in verify(catalog, catalog.read(key))]
         progress = max((key.step for key in new), default=0) > max((key.step for key in run.seen), default=0)
         run.stuck = 0 if progress else run.stuck + 1
+        before_this = run.seen | accepted
         run.seen = keys
         if [attempt.number for attempt in attempts] == before:
             return  # it did not get so far
         attempt = attempts[-1]
         tally.lost += [f"{key} was accepted" for key in sorted(accepted - keys) if stays(key)]
         newest = max((key for key in keys if key.attempt < attempt.number), default=None)
+        if newest is not None:
+            tally.overtaken += any(key < newest and key.step > newest.step for key in before_this)
         if attempt.resumed_from != newest:
             tally.wrong_picks.append(
                 f"attempt {attempt.number} took {attempt.resumed_from}, newest {newest}\n{log}"

@@ -39,9 +39,9 @@ def plain(result: str) -> None:
 
 
 def attempt(
-    output_dir: str, run_url: str, state: str, result: str, aim: dict[str, Any] | None = None
+    output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
 ) -> None:
-    """One start of the job."""
+    """One start of the job. Its steps take as long as they take, whatever `hurry` says."""
     launch(
         {"output_dir": output_dir, "run_url": run_url, "result": result},
         state=state,

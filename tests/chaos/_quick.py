@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import time
 from array import array
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ def plain(result: str) -> None:
 
 
 def attempt(
-    output_dir: str, run_url: str, state: str, result: str, aim: dict[str, Any] | None = None
+    output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One start: resume, train, save, retire what is old, wait."""
+    """One start: resume, train, save, retire what is old, wait.
+
+    Args:
+        hurry: share of the saves that come before the upload of the one before is done, and of the slow uploads.
+    """
     os.setpgrp()
     uploader.MAX_WAITING = 1_000  # steps of microseconds outrun any upload
+    hurries = random.Random(hurry)
+    slow_down(hurry)
     watch = Watch(PHASES, state, Aim(**aim) if aim else None)
     watch.begin()
     checkpointer = Checkpointer(run_url, output_dir)
@@ -71,11 +78,25 @@ def attempt(
             checkpointer.save(save(Path(output_dir), at, weights, chance), Position(global_step=at))
             rotate(Path(output_dir), at)
             retire_old(checkpointer.catalog)
+            if hurries.random() > hurry:
+                checkpointer.wait()
     checkpointer.wait()
     retire_old(checkpointer.catalog)
     checkpointer.close()
     Path(result).write_bytes(weights.tobytes())
     return {"events": watch.events, "visits": watch.visits}
+
+
+def slow_down(share: float) -> None:
+    """A link so slow that checkpoints pile up in the outbox."""
+    chance, upload = random.Random(share), Storage.upload
+
+    def slow(*args: Any, **options: Any) -> Any:
+        if chance.random() < share:
+            time.sleep(0.02)
+        return upload(*args, **options)
+
+    Storage.upload = slow  # type: ignore[method-assign]
 
 
 def begin() -> tuple[array[float], random.Random]:
