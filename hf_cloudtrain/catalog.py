@@ -454,5 +454,7 @@ def _parse_attempt(data: bytes, number: int) -> Attempt:
             exclusive=record.get("exclusive") is True,
             facts=texts(facts) if isinstance(facts, dict) else {},
         )
+    except ManifestError:
+        raise
     except (TypeError, ValueError, OverflowError) as error:
         raise ManifestError(f"The {what} is damaged ({error}).") from None
