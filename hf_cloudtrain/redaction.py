@@ -24,7 +24,7 @@ _PARAMETER = re.compile(
 # As clients print their options and headers. Not any 'Key': of S3 that is the name of an object.
 _FIELD = re.compile(
     r"(['\"]?[\w-]*(?:token|secret|passw|credential|access_?key|account_?key|authorization)[\w-]*['\"]?\s*:\s*['\"]?"
-    r"(?:bearer |basic )?)[^'\",\s}]+",
+    r"(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
     re.IGNORECASE,
 )
 # What hubs and clouds hand out, known by its shape wherever it stands.
