@@ -1,14 +1,14 @@
 # Every target does its own set-up, and finds it done the second time.
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
 #   make test    the test suite              make bench   the benchmarks, as one table
-#   make chaos   200 random SIGKILLs         make test-lowest   the suite on the lowest versions of setup.cfg
+#   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help check test chaos test-lowest demo bench clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
-CHAOS_KILLS ?= 200
+CHAOS_KILLS ?= 1000
 WORKERS ?= 2
 PYTEST_ARGS ?=
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
@@ -173,7 +174,8 @@ class LocalBackend:
 
     def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
         with open(self._full(path), "rb", buffering=0) as source:
-            return _copy(source, target, on_bytes)
+            # One byte more tells that it is larger, and a disk is not filled with what nobody promised.
+            return _copy(source, target, on_bytes, size + 1)
 
     def _full(self, path: str) -> str:
         return os.path.join(self._root, path)
@@ -341,9 +343,12 @@ def missing_extra(protocol: str, reason: str) -> MissingExtraError:
     )
 
 
-def _copy(source: IO[bytes], target: IO[bytes], on_bytes: Callable[[int], None]) -> str:
+def _copy(
+    source: IO[bytes], target: IO[bytes], on_bytes: Callable[[int], None], limit: int = sys.maxsize
+) -> str:
     hasher = xxhash.xxh3_128()
-    while block := source.read(PART_SIZE):
+    while block := source.read(min(PART_SIZE, limit)):
+        limit -= len(block)
         hasher.update(block)
         view = memoryview(block)
         while view:

@@ -43,6 +43,8 @@ from hf_cloudtrain.manifest import (
     decode_record,
     encode_record,
     parse_checkpoint_key,
+    parse_folder_key,
+    texts,
 )
 from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.storage import DELETES_AT_ONCE, Storage
@@ -53,6 +55,9 @@ READS_AT_ONCE = 8
 """Small records fetched at once: they wait for answers, not for bandwidth."""
 SETTLE_SECONDS = 1.0
 """Where exclusive create is not honoured: time after which two that took one number at once see which of them has it."""
+
+MAX_ATTEMPT = 999_999_999
+"""A number that only a forged record can have: a run that starts every second gets there in 30 years."""
 
 _RUN = f"{META}/run.json"
 _STOP = f"{META}/stop.json"
@@ -121,6 +126,11 @@ class Catalog:
         """
         number = max(self.attempt_numbers(), default=0) + 1
         while True:
+            if number > MAX_ATTEMPT:
+                raise ManifestError(
+                    f"{self.storage.url!r} holds a record of attempt {number - 1}, which no training has made. Delete "
+                    f"{_attempt_path(number - 1)!r} there, or use another run URL."
+                )
             attempt = Attempt(
                 number=number,
                 nonce=secrets.token_hex(16),
@@ -141,10 +151,10 @@ class Catalog:
     def attempt_numbers(self) -> list[int]:
         """Numbers of all attempts, ascending."""
         names = (
-            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(\d{{6,9}})\.json", info.path)
+            re.fullmatch(rf"{re.escape(_ATTEMPTS)}/(0*([0-9]{{1,9}}))\.json", info.path)
             for info in self.storage.list(_ATTEMPTS)
         )
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(int(name[2]) for name in names if name and f"{int(name[2]):06d}" == name[1])
 
     def attempts(self, last: int = 0) -> list[Attempt]:
         """All attempts or the `last` few, ascending. Unreadable ones are left out with a warning."""
@@ -391,7 +401,7 @@ class Catalog:
 
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
-        return self._names(_FOLDERS)
+        return [key for key in self._names(_FOLDERS) if parse_folder_key(key)]
 
     def named_folders(self) -> set[str]:
         """Where the named folders that are committed have their files."""
@@ -565,8 +575,7 @@ def _versioned_folder(name: str, version: int) -> str:
 
 
 def _name_and_version(key: str) -> tuple[str, int]:
-    name, _, version = key.rpartition("-")
-    return name, int(version) if version.isdecimal() else 0
+    return parse_folder_key(key) or (key, 0)
 
 
 def _of_attempt(nonce: object) -> str:
@@ -586,6 +595,13 @@ def _key_of(record: Any, what: str) -> CheckpointKey:
     return CheckpointKey(*values)  # type: ignore[arg-type]
 
 
+def _step_of(record: dict[str, Any], what: str) -> int:
+    step = record.get("global_step", 0)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ManifestError(f"The {what} is damaged: 'global_step' is {str(step)[:50]!r}, not a count.")
+    return step
+
+
 def _parse_attempt(data: bytes, number: int) -> Attempt:
     what = f"record of attempt {number}"
     record = decode_record(data, what)
@@ -596,10 +612,12 @@ def _parse_attempt(data: bytes, number: int) -> Attempt:
             number=number,
             nonce=str(record.get("nonce")),
             started=float(record.get("started", 0.0)),
-            global_step=int(record.get("global_step", 0)),
+            global_step=_step_of(record, what),
             resumed_from=None if resumed is None else _key_of(resumed, what),
             exclusive=record.get("exclusive") is True,
-            facts={str(k): str(v)[:2000] for k, v in facts.items()} if isinstance(facts, dict) else {},
+            facts=texts(facts) if isinstance(facts, dict) else {},
         )
+    except ManifestError:
+        raise
     except (TypeError, ValueError, OverflowError) as error:
         raise ManifestError(f"The {what} is damaged ({error}).") from None

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain import env
+from hf_cloudtrain import env, rehearsal
 from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
 from hf_cloudtrain.distributed import World
 from hf_cloudtrain.downloader import download, is_whole
@@ -43,6 +43,7 @@ from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
+from hf_cloudtrain.redaction import visible
 from hf_cloudtrain.retention import Policy, Retention
 from hf_cloudtrain.shares import Look, Share, Shares
 from hf_cloudtrain.stale import move_stale
@@ -107,6 +108,7 @@ class Checkpointer:
         self.storage = Storage(env.run_url(run_url), env.storage_options(storage_options))
         self.catalog = Catalog(self.storage)
         self.output_dir = Path(output_dir).absolute()
+        rehearsal.refuse_outside(self.output_dir)
         self.outbox = Outbox(self.output_dir)
         self.world = self._find_world()
         self.attempt: Attempt | None = None
@@ -314,6 +316,7 @@ class Checkpointer:
             origin=origin(),
         )
         self._hand_over(folder, entry, since_ns)
+        rehearsal.hold(position.global_step)
 
     def mark_save_begin(self) -> int:
         """Now, in ns, as the file system of `output_dir` has it: its clock and ours need not agree."""
@@ -535,7 +538,8 @@ class Checkpointer:
             "Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, self.storage.url
         )
         if not manifest.exact:
-            logger.warning("The resumed run will not equal an uninterrupted one: %s", manifest.inexact_reason)
+            reason = visible(manifest.inexact_reason or "no reason is recorded")
+            logger.warning("The resumed run will not equal an uninterrupted one: %s", reason)
 
     def _begin(self, global_step: int, started_over: bool) -> Attempt:
         if self.storage.exclusive is None:

@@ -61,7 +61,7 @@ def download(
     try:
         _refuse_without_space(work, sum(entry.size for entry in entries), target)
         _fetch(catalog, manifest, entries, work, on_bytes)
-        if target.exists():
+        if os.path.lexists(target):
             move_aside(target)
         os.rename(work, target)
     except BaseException:
@@ -168,6 +168,8 @@ def _replace(source: Path, target: Path) -> None:
 def move_aside(folder: Path) -> Path:
     """Move a local folder of another lineage to `.cloudtrain/stale/`; an older one of that name makes room."""
     stale = folder.parent / META / "stale" / folder.name
+    if stale.is_symlink():  # a link that lay in the place of a checkpoint before: only the link goes
+        stale.unlink()
     shutil.rmtree(stale, ignore_errors=True)
     stale.parent.mkdir(parents=True, exist_ok=True)
     os.rename(folder, stale)
@@ -184,6 +186,13 @@ def _fetch(
     def fetch(entry: FileEntry) -> None:
         target = work / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
+            raise StorageError(
+                f"{entry.path!r} of {manifest.folder} has the name of another file of it on this disk, which does not tell "
+                "'a' from 'A'. Restore on a disk that does."
+            ) from None
         try:
             digest = _twice(catalog, manifest, entry, str(target), on_bytes)
         except ObjectNotFoundError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from typing import Any
 
 from hf_cloudtrain.errors import ConfigurationError
@@ -47,6 +49,9 @@ EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 GCE_HOST = "GCE_METADATA_HOST"
 """Google's own: host, or host:port, of its metadata service. Default `169.254.169.254`."""
 
+VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
+"""Set by `cloudtrain verify-resume`: scratch folder that holds the run, whatever URL is named, and the output. No default."""
+
 
 def run_url(argument: str | None) -> str:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
@@ -55,7 +60,7 @@ def run_url(argument: str | None) -> str:
         raise ConfigurationError(
             f"No run URL was given. Pass one, for example CloudTrainCallback('s3://bucket/runs/mrpc'), or set {RUN_URL}."
         )
-    return url
+    return _in_scratch(url)
 
 
 def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:
@@ -79,7 +84,13 @@ def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:
 
 def run_url_or_none(argument: str | None) -> str | None:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`, else None."""
-    return argument or os.environ.get(RUN_URL) or None
+    url = argument or os.environ.get(RUN_URL)
+    return _in_scratch(url) if url else None
+
+
+def verify_folder() -> str | None:
+    """The scratch folder of `cloudtrain verify-resume`, absolute; None outside of it."""
+    return os.environ.get(VERIFY_FOLDER) or None
 
 
 def checkpoint_dir(argument: str | os.PathLike[str] | None) -> str | None:
@@ -154,6 +165,15 @@ def ec2_endpoint() -> str | None:
 def gce_endpoint() -> str:
     """URL of Google's metadata service. By its address: looking up its name has no time limit."""
     return f"http://{os.environ.get(GCE_HOST) or '169.254.169.254'}"
+
+
+def _in_scratch(url: str) -> str:
+    """Under `verify-resume` a folder that stands for the URL: a script that names its own run must not touch it."""
+    folder = verify_folder()
+    if folder is None or url.startswith(f"{folder}/runs/"):
+        return url
+    name = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
+    return f"{folder}/runs/{name}-{zlib.crc32(url.encode('utf-8', 'replace')):08x}"
 
 
 def _seconds(name: str, default: float) -> float:

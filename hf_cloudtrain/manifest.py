@@ -167,7 +167,7 @@ class Manifest:
             origin=_texts(record.get("origin", {}), what),
         )
         if manifest.key != key:
-            raise ManifestError(f"The {what} calls itself {manifest.key!r}: it was moved or forged.")
+            raise ManifestError(f"The {what} calls itself {manifest.key[:100]!r}: it was moved or forged.")
         check_paths([entry.path for entry in manifest.files], what)
         return manifest
 
@@ -179,8 +179,17 @@ def checkpoint_key(attempt: int, step: int) -> str:
 
 def parse_checkpoint_key(key: str) -> tuple[int, int] | None:
     """(attempt, step) of a checkpoint's manifest name; None where it is no such name."""
-    match = re.fullmatch(r"(\d{6,12})-(\d{10,15})", key)
-    return (int(match[1]), int(match[2])) if match else None
+    match = re.fullmatch(r"([0-9]{6,12})-([0-9]{10,15})", key)
+    found = (int(match[1]), int(match[2])) if match else None
+    # Zeros too many name another object than the one that would be read.
+    return found if found and checkpoint_key(*found) == key else None
+
+
+def parse_folder_key(key: str) -> tuple[str, int] | None:
+    """(name, version) of a named folder's manifest name; None where it is no such name."""
+    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})-([0-9]{6,9})", key)
+    found = (match[1], int(match[2])) if match else None
+    return found if found and found[1] and f"{found[0]}-{found[1]:06d}" == key else None
 
 
 def folder_name(name: str) -> str:
@@ -203,7 +212,7 @@ def clean_path(path: str) -> str:
         or "\\" in path
         or any(ord(char) < 32 or 0x7F <= ord(char) < 0xA0 or 0xD800 <= ord(char) <= 0xDFFF for char in path)
         or re.match(r"[A-Za-z]:", path)
-        or parts[0] == META
+        or parts[0].casefold() == META
     ):
         raise ManifestError(f"{path[:200]!r} is not a clean relative path.")
     return path
@@ -245,6 +254,11 @@ def decode_record(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ManifestError(f"The {what} is damaged: it is not a JSON object.")
     return record
+
+
+def texts(record: dict[Any, Any]) -> dict[str, str]:
+    """Names and values for people, from a record that nobody vouches for."""
+    return {str(key)[:200]: str(item)[:2000] for key, item in record.items()}
 
 
 def _refuse_format(version: Any, what: str) -> NoReturn:
@@ -325,13 +339,13 @@ def _number(value: Any, key: str, what: str) -> float:
 def _numbers(value: Any, what: str) -> dict[str, float]:
     if not isinstance(value, dict):
         raise ManifestError(f"The {what} is damaged: 'metrics' is not an object.")
-    return {str(key)[:200]: _number(item, str(key)[:200], what) for key, item in value.items()}
+    return {key[:200]: _number(item, key[:200], what) for key, item in value.items()}
 
 
 def _texts(value: Any, what: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ManifestError(f"The {what} is damaged: 'origin' is not an object.")
-    return {str(key)[:200]: str(item)[:2000] for key, item in value.items()}
+    return texts(value)
 
 
 _PARSERS: dict[str, _Parser] = {

@@ -22,7 +22,7 @@ import logging
 
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import ManifestError, ObjectNotFoundError
-from hf_cloudtrain.manifest import META, FileEntry, clean_path, decode_record, encode_record
+from hf_cloudtrain.manifest import MAX_FILES, META, FileEntry, clean_path, decode_record, encode_record
 from hf_cloudtrain.process import in_threads
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class Parts:
         if record.get("nonce") != self._nonce:
             raise ManifestError(f"The {what} is of another save.")
         items = record.get("files")
-        if not isinstance(items, list):
-            raise ManifestError(f"The {what} is damaged: 'files' is missing.")
+        if not isinstance(items, list) or len(items) > MAX_FILES:
+            raise ManifestError(f"The {what} is damaged: 'files' is no list of files.")
         return [FileEntry.parse(item, what) for item in items]
 
     def _read_folder(self, path: str) -> str | None:

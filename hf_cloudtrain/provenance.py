@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from hf_cloudtrain.redaction import SECRET_NAME, redact
+from hf_cloudtrain.redaction import SECRET_NAME, redact, secrets_of_environment
 
 
 def origin() -> dict[str, str]:
@@ -59,7 +59,7 @@ def shown_command(argv: list[str]) -> str:
         else:
             shown.append(redact(word))
         hide = secret and not equals and name.startswith("-")
-    return " ".join(shown)[:2000]
+    return redact(" ".join(shown), secrets_of_environment())[:2000]
 
 
 @functools.cache

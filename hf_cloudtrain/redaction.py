@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from typing import Any
 
 SECRET_NAME = re.compile(
-    r"token|secret|passw|key|credential|connection.?string|storage.?options|signature|\bsas\b|\bsig\b",
+    r"token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)|bearer|connection.?string|storage.?options|signature|"
+    r"\bsas\b|\bsig\b|\bpat\b|\bpwd\b",
     re.IGNORECASE,
 )
 """Names of options and arguments whose values are not shown."""
 
+MIN_LENGTH = 8
+"""Characters of the shortest value of the environment that counts as a secret: `false` and `1` are in many texts."""
+
 _PARAMETER = re.compile(
-    r"((?:^|[?&;\s])[\w-]*(?:sig|token|secret|passw|key|credential)[\w-]*=)[^&\s'\";]+", re.IGNORECASE
+    r"((?:^|[?&;\s])[\w-]*(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or))[\w-]*=)[^&\s'\";]+",
+    re.IGNORECASE,
+)
+# As clients print their options and headers. Not any 'Key': of S3 that is the name of an object.
+_FIELD = re.compile(
+    r"(['\"]?[\w-]*(?:token|secret|passw|credential|access_?key|account_?key|authorization)[\w-]*['\"]?\s*:\s*['\"]?"
+    r"(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
+    re.IGNORECASE,
+)
+# What hubs and clouds hand out, known by its shape wherever it stands.
+_SHAPE = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
+    r"sk-[\w-]{20,}|xox[abprs]-[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]+(?:\.[\w-]+)?)"
 )
 # Up to the last "@", because a secret key may have a slash; digits alone after the colon are a port.
 _USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S*)@")
 
 
 def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
-    """The text without the user part of URLs, without the values of secret parameters, and without `secrets`.
+    """The text without users in URLs, without values of secret parameters and fields, without tokens and `secrets`.
 
     Example:
         >>> redact("s3://AKIA:abc@bucket/run and https://host/c?sv=1&sig=abc")
@@ -27,7 +45,16 @@ def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
     """
     for secret in secrets:
         text = text.replace(secret, "***")
-    return _PARAMETER.sub(r"\1***", _USER.sub(r"\1***@", text))
+    for pattern, shown in ((_USER, r"\1***@"), (_PARAMETER, r"\1***"), (_FIELD, r"\1***"), (_SHAPE, "***")):
+        text = pattern.sub(shown, text)
+    return text
+
+
+def visible(text: str) -> str:
+    """The text with everything escaped that is no visible character: a name with ESC in it must not move the cursor."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def has_user_part(url: str) -> bool:
@@ -42,6 +69,27 @@ def secrets_in(url: str, options: dict[str, Any]) -> tuple[str, ...]:
     if user is not None:
         found |= {user[2], user[2].partition(":")[2]}
     return tuple(sorted((secret for secret in found if len(secret) > 3), key=len, reverse=True))
+
+
+def secrets_of_environment() -> tuple[str, ...]:
+    """The values of variables whose names say that they are secret, the longest first. Paths and numbers are none."""
+    found = set()
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name):
+            found |= {value, *_secret_values({name: value}), *_secret_values(_object(value))}
+    return tuple(sorted(filter(_may_be_secret, found), key=len, reverse=True))
+
+
+def _may_be_secret(value: str) -> bool:
+    return len(value) >= MIN_LENGTH and value[0] not in "/~." and "://" not in value and not value.isdigit()
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def _secret_values(options: dict[str, Any]) -> list[str]:

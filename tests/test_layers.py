@@ -18,6 +18,7 @@ ROWS = (
     (
         "errors",
         "env",
+        "rehearsal",
         "process",
         "redaction",
         "provenance",

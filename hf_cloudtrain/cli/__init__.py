@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from hf_cloudtrain.cli import checkpoint as checkpoint
 from hf_cloudtrain.cli import new as new
 from hf_cloudtrain.cli import run as run
+from hf_cloudtrain.cli import verify_resume as verify_resume
 from hf_cloudtrain.cli._arguments import examples
 from hf_cloudtrain.cli._output import fail, say, warnings_shown
 from hf_cloudtrain.errors import CloudTrainError
@@ -49,6 +50,9 @@ app = typer.Typer(
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(run.app, name="run")
 app.command(epilog=examples("cloudtrain new my-project"))(new.new)
+app.command("verify-resume", epilog=examples("cloudtrain verify-resume -- python train.py --max_steps 30"))(
+    verify_resume.verify_resume
+)
 
 
 def _show_version(wanted: bool) -> None:

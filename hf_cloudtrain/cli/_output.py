@@ -21,6 +21,7 @@ import typer
 
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.progress import Bar, Progress
+from hf_cloudtrain.redaction import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,10 +31,8 @@ WIDE = 100_000
 
 
 def clean(text: object) -> str:
-    """The text with everything escaped that is no visible character: a name with ESC in it must not move the cursor."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
-    )
+    """The text as a terminal may show it: see `redaction.visible`."""
+    return visible(str(text))
 
 
 def say(text: object) -> None:

@@ -78,6 +78,7 @@ def status(run_url: RunUrl, as_json: Json = False) -> None:
     history = history_of(catalog)
     if not history.attempts:
         refuse_no_run(catalog)
+        raise ManifestError(f"No record of an attempt of {catalog.storage.url!r} can be read.")
     record = _status_record(history)
     if as_json:
         print_json(record)

@@ -1,0 +1,149 @@
+"""A training without torch, so that a thousand of them can be killed in minutes: all that it does is save and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import s3fs  # noqa: F401 - paid for before the fork
+
+from hf_cloudtrain import native, uploader  # noqa: F401 - the same
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.freeze import SMALL_FILE
+from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.provenance import origin
+from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.uploader import _Sender
+from tests.chaos._kill import Aim, Phases, Watch
+
+PHASES: Phases = {
+    "flush": (Checkpointer, "_finish_left_overs"),
+    "restore": (Checkpointer, "restore"),
+    "download": (Storage, "download"),
+    "begin": (Checkpointer, "begin"),
+    "save": (Checkpointer, "save"),
+    "upload": (Storage, "upload"),
+    "commit": (_Sender, "_commit"),
+    "delete": (Catalog, "retire"),
+    "end": (Checkpointer, "wait"),
+}
+STEPS, SAVE_STEPS, KEPT = 12, 2, 2
+NUMBERS = 64
+PADDING = SMALL_FILE // 8 + 1
+"""Numbers that make a file one that is linked, not copied."""
+
+
+def warm_up() -> None:
+    """What each process would find out anew."""
+    origin()
+
+
+def plain(result: str) -> None:
+    """The same without a stop and without a line of ours."""
+    weights, chance = begin()
+    for _ in range(STEPS):
+        step(weights, chance)
+    Path(result).write_bytes(weights.tobytes())
+
+
+def attempt(
+    output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One start: resume, train, save, retire what is old, wait.
+
+    Args:
+        hurry: share of the saves that come before the upload of the one before is done, and of the slow uploads.
+    """
+    os.setpgrp()
+    uploader.MAX_WAITING = 1_000  # steps of microseconds outrun any upload
+    hurries = random.Random(hurry)
+    slow_down(hurry)
+    watch = Watch(PHASES, state, Aim(**aim) if aim else None)
+    watch.begin()
+    checkpointer = Checkpointer(run_url, output_dir)
+    restored = checkpointer.restore()
+    weights, chance = load(restored.path) if restored else begin()
+    done = restored.manifest.step if restored else 0
+    checkpointer.begin(done)
+    for at in range(done + 1, STEPS + 1):
+        step(weights, chance)
+        if at % SAVE_STEPS == 0:
+            checkpointer.save(save(Path(output_dir), at, weights, chance), Position(global_step=at))
+            rotate(Path(output_dir), at)
+            retire_old(checkpointer.catalog)
+            if hurries.random() > hurry:
+                checkpointer.wait()
+    checkpointer.wait()
+    retire_old(checkpointer.catalog)
+    checkpointer.close()
+    Path(result).write_bytes(weights.tobytes())
+    return {"events": watch.events, "visits": watch.visits}
+
+
+def slow_down(share: float) -> None:
+    """A link so slow that checkpoints pile up in the outbox."""
+    chance, upload = random.Random(share), Storage.upload
+
+    def slow(*args: Any, **options: Any) -> Any:
+        if chance.random() < share:
+            time.sleep(0.02)
+        return upload(*args, **options)
+
+    Storage.upload = slow  # type: ignore[method-assign]
+
+
+def begin() -> tuple[array[float], random.Random]:
+    return array("d", [0.0] * NUMBERS), random.Random(7)
+
+
+def step(weights: array[float], chance: random.Random) -> None:
+    """Each number depends on all random numbers so far, so what is done twice or left out is seen at the end."""
+    for at in range(NUMBERS):
+        weights[at] = 0.99 * weights[at] + chance.random()
+
+
+def save(output_dir: Path, at: int, weights: array[float], chance: random.Random) -> Path:
+    """Written again where an earlier attempt had got as far, as frameworks do."""
+    folder = output_dir / f"checkpoint-{at}"
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    (folder / "model.bin").write_bytes((weights + array("d", [float(at)] * PADDING)).tobytes())
+    (folder / "state/random.json").write_text(json.dumps(chance.getstate()))
+    (folder / "empty").write_bytes(b"")
+    return folder
+
+
+def load(folder: Path) -> tuple[array[float], random.Random]:
+    weights, chance = begin()
+    found = array("d", (folder / "model.bin").read_bytes())
+    version, state, rest = json.loads((folder / "state/random.json").read_text())
+    chance.setstate((version, tuple(state), rest))
+    weights[:] = found[:NUMBERS]
+    return weights, chance
+
+
+def rotate(output_dir: Path, at: int) -> None:
+    """What save_total_limit does."""
+    for folder in output_dir.glob("checkpoint-*"):
+        if int(folder.name.rpartition("-")[2]) < at - SAVE_STEPS * (KEPT - 1):
+            shutil.rmtree(folder)
+
+
+def retire_old(catalog: Catalog) -> None:
+    """The same on storage."""
+    protected = catalog.protected()
+    for key in catalog.checkpoints()[:-KEPT]:
+        if key not in protected:
+            catalog.retire(key)
+
+
+def difference(one: Path, other: Path) -> float:
+    """Max |difference| of two results."""
+    ours, theirs = array("d", one.read_bytes()), array("d", other.read_bytes())
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,545 @@
+"""Law 11: somebody else writes into the bucket. Whatever is there, a command ends in words, and nothing runs or leaks out.
+
+Every record of a run is changed at random; names, numbers and texts are those that break programs. `LAW_11_EXAMPLES=2000`
+tries more of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from hf_cloudtrain import uploader
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.downloader import download, file_digest, move_aside, verify
+from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
+from hf_cloudtrain.history import read_history
+from hf_cloudtrain.manifest import META, FileEntry, Manifest, Position, checkpoint_key
+from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.faulty_disk import _changes_disk
+
+T = TypeVar("T")
+EXAMPLES = int(os.environ.get("LAW_11_EXAMPLES", "25"))
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    database=None,
+)
+
+ESC = "\x1b"
+TEXTS = [
+    f"{ESC}[31mred{ESC}[0m",
+    f"{ESC}]0;title\x07",
+    f"{ESC}]52;c;cm0gLXJm\x07",
+    "\x9b31m",
+    "gnp.\u202eexe",
+    "\u2066hidden\u2069",
+    "zero\u200bwidth",
+    "two\nlines\r\x08\x08",
+    "[red]markup[/red] :smile: [link=file:///etc/passwd]x[/link]",
+    "{format} %s %n $(id) `id`",
+    "\ud800",
+    "\0",
+    "x" * 10_000,
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "",
+    "NaN",
+    "\u0663\u0663",
+]
+NUMBERS = [
+    -1,
+    0,
+    1.5,
+    True,
+    2**53,
+    2**63,
+    10**400,
+    -(10**400),
+    1e308,
+    -1e308,
+    float("nan"),
+    float("inf"),
+    1e-320,
+]
+hostile_value = st.recursive(
+    st.sampled_from([*TEXTS, *NUMBERS, None, [], {}]) | st.text(max_size=8) | st.integers() | st.floats(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TEXTS[:12]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+BYTES = [
+    b"",
+    b"null",
+    b"[" * 200_000,
+    b'{"a":' * 100_000,
+    b"1" * 20_000,
+    b'{"step": 1e999, "time": 1e999}',
+    b'{"format": "hf_cloudtrain.manifest/1", "format": "hf_cloudtrain.manifest/2"}',
+    b'{"state": "' + b"x" * 2_000_000 + b'"}',
+    b"\xff\xfe\x00",
+    b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+]
+NAMES = [
+    "checkpoints/{digits}.json",
+    "checkpoints/0000009-0000000005.json",
+    "checkpoints/999999999-000000000000005.json",
+    f"checkpoints/{ESC}[31m.json",
+    "attempts/{digits}.json",
+    "attempts/999999998.json",
+    "attempts/0000007.json",
+    f"folders/{ESC}[31mfinal-000001.json",
+    "folders/\u202efinal-000001.json",
+    "folders/final-0000003.json",
+    "steps/000001-99999999999999999999.jsonl",
+    "progress/x.json",
+    "parts/x",
+]
+ARABIC = {ord("0") + digit: 0x660 + digit for digit in range(10)}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, the best among them, a named folder, heartbeats and steps."""
+    folder = tmp_path_factory.mktemp("honest")
+    checkpointer = Checkpointer(f"file://{folder}/run", folder / "out")
+    checkpointer.begin(0)
+    attempt = checkpointer.attempt
+    assert attempt is not None
+    for step in (5, 10):
+        source = folder / "out" / f"checkpoint-{step}"
+        (source / "state").mkdir(parents=True)
+        (source / "model.safetensors").write_bytes(b"weights" * step)
+        (source / "state/optimizer.pt").write_bytes(b"optimizer" * step)
+        position = Position(global_step=step, epoch=0.5, samples_seen=8 * step, world_size=1)
+        checkpointer.save(source, position, metrics={"loss": 0.5}, best=step == 5, inexact_reason="a test")
+        checkpointer.wait()
+    checkpointer.save_folder(source, "final")
+    beat = {
+        "attempt": 1,
+        "state": "training",
+        "time": 1e9,
+        "step": 10,
+        "total_steps": 20,
+        "loss": 0.5,
+        "step_seconds": 0.1,
+    }
+    checkpointer.catalog.write_progress(1, beat)
+    lines = [
+        {"kind": "steps", "first": 1, "seconds": [0.1] * 10, "samples": 8, "time": 1e9},
+        {"kind": "log", "step": 10, "time": 1e9, "loss": 0.5},
+    ]
+    checkpointer.catalog.write_steps(1, 1, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    checkpointer.close()
+    return folder / "run"
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where hostile runs are restored to: the only place on this machine that may change."""
+    folder = tmp_path / "deep" / "down" / "sandbox"
+    (folder / "tmp").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
+    monkeypatch.setattr("hf_cloudtrain.storage.RETRY_PAUSES", ())
+    monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+    return folder
+
+
+class Guard:
+    """Hears of every change of a disk outside of a folder, of everything unpickled, and of every program started."""
+
+    active: Guard | None = None
+    listening = False
+
+    def __init__(self, folder: Path) -> None:
+        self.heard: list[str] = []
+        self._folder = str(folder)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in (
+            "pickle.find_class",
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "subprocess.Popen",
+            "os.fork",
+        ):
+            self.heard.append(f"{event} {arguments!r}")
+        elif _changes_disk(event, arguments):
+            names = arguments[:1] if event == "open" else arguments[:2]
+            paths = [os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))]
+            self.heard += [
+                f"{event} {path}"
+                for path in paths
+                if path != os.devnull and os.path.isabs(path) and not self._is_below(path)
+            ]
+
+    def _is_below(self, path: str) -> bool:
+        return f"{os.path.realpath(path)}/".startswith(f"{self._folder}/")
+
+
+@contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Fail where anything but `folder` changes meanwhile, or anything runs."""
+    if not Guard.listening:
+
+        def listen(event: str, arguments: tuple[Any, ...]) -> None:
+            if Guard.active is not None:
+                Guard.active.hear(event, arguments)
+
+        sys.addaudithook(listen)  # one for all, because none can be taken away
+        Guard.listening = True
+    guard = Guard.active = Guard(folder)
+    try:
+        yield
+    finally:
+        Guard.active = None
+    assert guard.heard == []
+
+
+@st.composite
+def hostilities(draw: st.DrawFn, records: list[str]) -> list[Callable[[Path], None]]:
+    """What somebody does to a run: to a few of its records, and to the names beside them."""
+    done = []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["value", "value", "value", "bytes", "name", "gone"]))
+        if kind == "name":
+            done.append(plant(draw(st.sampled_from(NAMES)), draw(st.sampled_from(BYTES))))
+        else:
+            record = draw(st.sampled_from(records))
+            if kind == "gone":
+                done.append(removed(record))
+            elif kind == "bytes":
+                done.append(replaced(record, draw(st.sampled_from(BYTES))))
+            else:
+                path = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
+                done.append(changed(record, path, draw(hostile_value)))
+    return done
+
+
+def plant(name: str, data: bytes) -> Callable[[Path], None]:
+    def do(run: Path) -> None:
+        digits = checkpoint_key(7, 5) if name.startswith("checkpoints") else f"{7:06d}"
+        path = run / META / name.format(digits=digits.translate(ARABIC))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest = run / META / "checkpoints/000001-0000000005.json"
+        path.write_bytes(manifest.read_bytes() if "checkpoints" in name and manifest.exists() else data)
+
+    return do
+
+
+def removed(record: str) -> Callable[[Path], None]:
+    return lambda run: (run / record).unlink(missing_ok=True)
+
+
+def replaced(record: str, data: bytes) -> Callable[[Path], None]:
+    def do(run: Path) -> None:
+        (run / record).write_bytes(data)
+
+    return do
+
+
+def changed(record: str, path: list[int], value: Any) -> Callable[[Path], None]:
+    """One value of a record, found by counting its way down, becomes another."""
+
+    def do(run: Path) -> None:
+        lines = []
+        for text in (
+            (run / record).read_text(errors="replace").splitlines() if (run / record).exists() else []
+        ):
+            try:
+                lines.append(json.dumps(with_value(json.loads(text), path, value)))
+            except (ValueError, RecursionError):
+                lines.append(text)
+        (run / record).write_text("\n".join(lines) + "\n", errors="replace")
+
+    return do
+
+
+def with_value(record: Any, path: list[int], value: Any) -> Any:
+    record = copy.copy(record)
+    keys = (
+        list(record)
+        if isinstance(record, dict)
+        else list(range(len(record)))
+        if isinstance(record, list)
+        else []
+    )
+    if not keys:
+        return value
+    key = keys[path[0] % len(keys)]
+    record[key] = with_value(record[key], path[1:], value) if path[1:] else copy.deepcopy(value)
+    return record
+
+
+def records_of(run: Path) -> list[str]:
+    return sorted(path.relative_to(run).as_posix() for path in (run / META).rglob("*") if path.is_file())
+
+
+@contextmanager
+def hostile_run(honest: Path, sandbox: Path, data: st.DataObject) -> Iterator[Path]:
+    run = sandbox / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(sandbox / "out", ignore_errors=True)
+    shutil.copytree(honest, run)
+    for do in data.draw(hostilities(records_of(honest))):
+        do(run)
+    with guarded(sandbox):
+        yield run
+
+
+COMMANDS = [
+    ["checkpoint", "list"],
+    ["checkpoint", "view"],
+    ["checkpoint", "view", "-c", "final"],
+    ["checkpoint", "verify", "--all"],
+    ["checkpoint", "download", "{out}"],
+    ["checkpoint", "delete", "-c", "5", "--yes"],
+    ["run", "status"],
+    ["run", "list"],
+]
+
+
+@given(data=st.data())
+@settings(fuzzed, max_examples=-(-EXAMPLES // 2))  # each is sixteen commands
+def test_law_11_every_command_ends_in_words_and_shows_nothing_that_a_terminal_obeys(
+    honest: Path, sandbox: Path, data: st.DataObject
+) -> None:
+    with hostile_run(honest, sandbox, data) as run:
+        for words in COMMANDS:
+            url = str(run.parent) if words == ["run", "list"] else str(run)
+            for extra in ([], ["--json"]):
+                given = [*words[:2], url, *(word.format(out=sandbox / "out") for word in words[2:]), *extra]
+                result = CliRunner().invoke(app, given)
+                assert isinstance(result.exception, (SystemExit, type(None))), (given, result.exception)
+                assert result.exit_code in (0, 1), (given, result.output)
+                assert "Traceback" not in result.stderr
+                assert len(result.stderr) < 20_000, given
+                shown = result.stderr if extra else result.output
+                assert [char for char in shown if not char.isprintable() and char != "\n"] == []
+                if extra and result.stdout:
+                    json.loads(result.stdout)
+                    assert result.stdout.isascii()
+
+
+@given(data=st.data())
+@fuzzed
+def test_law_11_a_restore_gives_what_was_committed_or_an_error_of_ours(
+    honest: Path, sandbox: Path, data: st.DataObject
+) -> None:
+    with hostile_run(honest, sandbox, data) as run:
+        digests = {
+            path.stat().st_size: file_digest(path)
+            for path in honest.rglob("checkpoint-*/**/*")
+            if path.is_file()
+        }
+        checkpointer = Checkpointer(f"file://{run}", sandbox / "out")
+        restored = short_error(checkpointer.restore)
+        if restored is None:
+            return
+        assert restored.path == sandbox / "out" / f"checkpoint-{restored.manifest.step}"
+        for path in restored.path.rglob("*"):
+            assert not path.is_symlink()
+            if path.is_file():
+                assert file_digest(path) == digests[path.stat().st_size], path
+
+
+@given(data=st.data())
+@fuzzed
+def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_says_why_not(
+    honest: Path, sandbox: Path, data: st.DataObject
+) -> None:
+    """Its threads run, too: none of them may die of surprise, or never end."""
+    died: list[Any] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(threading, "excepthook", died.append)
+        patched.setattr("hf_cloudtrain.provenance._git_commit", lambda: None)  # starts git, as it should
+        with hostile_run(honest, sandbox, data) as run:
+            checkpointer = Checkpointer(f"file://{run}", sandbox / "out", fresh=True)
+
+            def go_on() -> None:
+                checkpointer.begin(0)
+                source = sandbox / "out/checkpoint-15"
+                source.mkdir(parents=True)
+                (source / "model.safetensors").write_bytes(b"new")
+                checkpointer.save(source, Position(global_step=15), best=True)
+                checkpointer.wait(20.0)
+                assert checkpointer.attempt is not None
+                assert CheckpointKey(checkpointer.attempt.number, 15) in checkpointer.catalog.checkpoints()
+                read_history(str(run))
+
+            try:
+                short_error(go_on)
+            finally:
+                checkpointer.close()
+                if checkpointer._uploader is not None:
+                    checkpointer._uploader._thread.join(20.0)
+    assert died == []
+
+
+def short_error(work: Callable[[], T]) -> T | None:
+    """What it gives; None where it raises an error of ours that a person can read."""
+    error = ""
+    try:
+        return work()
+    except CloudTrainError as ours:
+        error = str(ours)
+    assert 10 < len(error) < 5_000
+    return None
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{7:06d}-{5:010d}".translate(ARABIC),
+        "0000007-0000000005",
+        "000007-00000000005",
+        "000007-0000000005\n",
+    ],
+)
+def test_law_11_a_name_that_only_looks_like_a_checkpoint_is_none(
+    honest: Path, sandbox: Path, name: str
+) -> None:
+    """Its digits would be read as a number, and another object's name be made of it."""
+    shutil.copytree(honest, sandbox / "run")
+    catalog = Catalog(Storage(f"file://{sandbox}/run"))
+    before = catalog.newest()
+    (sandbox / "run" / META / "checkpoints" / f"{name}.json").write_bytes(b"{}")
+    assert catalog.newest() == before
+    assert catalog.read(catalog.newest()).step == 10
+
+
+@pytest.mark.parametrize("name", [f"{7:06d}".translate(ARABIC), "0000007", "7", "000007\n"])
+def test_law_11_a_name_that_only_looks_like_an_attempt_is_none(
+    honest: Path, sandbox: Path, name: str
+) -> None:
+    shutil.copytree(honest, sandbox / "run")
+    (sandbox / "run" / META / "attempts" / f"{name}.json").write_bytes(b"{}")
+    assert Catalog(Storage(f"file://{sandbox}/run")).attempt_numbers() == [1]
+
+
+def test_law_11_after_the_last_possible_attempt_comes_an_error_that_names_the_record(
+    honest: Path, sandbox: Path
+) -> None:
+    shutil.copytree(honest, sandbox / "run")
+    (sandbox / "run" / META / "attempts/999999999.json").write_bytes(b"{}")
+    with pytest.raises(
+        ManifestError, match=r"999999999, which no training has made. Delete '.cloudtrain/attempts/999999999"
+    ):
+        Checkpointer(f"file://{sandbox}/run", sandbox / "out", fresh=True).begin(0)
+
+
+@pytest.mark.parametrize("name", [f"{ESC}[31mfinal", "\u202efinal", "a b", "checkpoint 5"])
+def test_law_11_a_folder_of_a_name_that_nobody_could_give_is_none(
+    honest: Path, sandbox: Path, name: str
+) -> None:
+    shutil.copytree(honest, sandbox / "run")
+    (sandbox / "run" / META / f"folders/{name}-000001.json").write_bytes(b"{}")
+    assert Catalog(Storage(f"file://{sandbox}/run")).folders() == ["final-000001"]
+
+
+@pytest.mark.parametrize(
+    "files", ["5", "{}", '"x"', "null", "[5]", '[{"path": "../x", "size": 1, "digest": "x"}]']
+)
+def test_law_11_a_damaged_part_of_another_host_is_an_error_of_ours(sandbox: Path, files: str) -> None:
+    catalog = Catalog(Storage(f"file://{sandbox}/run"))
+    key = CheckpointKey(1, 5)
+    for host in range(2):
+        catalog.storage.write(f"{META}/parts/{key}/{host}-of-2.json", b'{"files": %s}' % files.encode())
+    with pytest.raises(ManifestError):
+        catalog.parts(key, 2)
+
+
+# Sizes and disks
+
+
+def a_manifest(*files: FileEntry) -> Manifest:
+    return Manifest("000001-0000000005", "checkpoint-5", 1, 5, "n", files, Position(global_step=5))
+
+
+def test_law_11_an_object_larger_than_promised_does_not_fill_the_disk(sandbox: Path) -> None:
+    storage = Storage(f"file://{sandbox}/run")
+    storage.write("checkpoint-5/model.safetensors", b"x" * 100_000)
+    (sandbox / "got").touch()
+    storage.download("checkpoint-5/model.safetensors", str(sandbox / "got"), 10)
+    assert (sandbox / "got").stat().st_size == 11
+    entry = FileEntry("model.safetensors", 10, "xxh3-128:" + "0" * 32)
+    with pytest.raises(CorruptCheckpointError, match="differs from the digest"):
+        download(Catalog(storage), a_manifest(entry), sandbox / "out/checkpoint-5")
+    assert verify(Catalog(storage), a_manifest(entry)) == ["'model.safetensors' differs from its digest"]
+
+
+def test_law_11_more_bytes_than_the_disk_has_are_refused_before_the_first(sandbox: Path) -> None:
+    entry = FileEntry("model.safetensors", 2**53 - 1, "xxh3-128:" + "0" * 32)
+    with pytest.raises(StorageError, match="Free some space"):
+        download(Catalog(Storage(f"file://{sandbox}/run")), a_manifest(entry), sandbox / "out/checkpoint-5")
+    assert list((sandbox / "out").rglob("*.safetensors")) == []
+
+
+def test_law_11_two_names_that_are_one_on_this_disk_are_refused(sandbox: Path) -> None:
+    """As 'A' and 'a' on macOS, where each would be verified and one of them be lost."""
+    storage = Storage(f"file://{sandbox}/run")
+    storage.write("checkpoint-5/a", b"first")
+    digest = file_digest(sandbox / "run/checkpoint-5/a")
+    twice = a_manifest(FileEntry("a", 5, digest), FileEntry("a", 5, digest))
+    with pytest.raises(StorageError, match="has the name of another file of it on this disk"):
+        download(Catalog(storage), twice, sandbox / "out/checkpoint-5")
+
+
+def test_law_11_a_folder_of_records_is_none_in_any_case_of_its_letters() -> None:
+    with pytest.raises(ManifestError, match="not a clean relative path"):
+        FileEntry.parse({"path": ".CloudTrain/outbox/x", "size": 1, "digest": "xxh3-128:" + "0" * 32}, "x")
+
+
+def test_law_11_links_where_checkpoints_were_are_moved_away_and_never_followed(
+    honest: Path, sandbox: Path
+) -> None:
+    outside = sandbox / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    target = sandbox / "out/checkpoint-10"
+    target.parent.mkdir()
+    catalog = Catalog(Storage(f"file://{honest}"))
+    manifest = catalog.read(CheckpointKey(1, 10))
+    for there in (outside, sandbox / "nowhere"):  # the second link leads nowhere
+        target.symlink_to(there)
+        download(catalog, manifest, target)
+        assert not target.is_symlink()
+        move_aside(target)  # a real folder after a link, both to the same place
+    assert [path.name for path in outside.iterdir()] == ["precious"]
+
+
+# What is said
+
+
+def test_law_11_a_reason_from_storage_is_logged_without_what_a_terminal_obeys(
+    honest: Path, sandbox: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(honest, sandbox / "run")
+    record = sandbox / "run" / META / "checkpoints/000001-0000000010.json"
+    record.write_text(
+        json.dumps({**json.loads(record.read_text()), "inexact_reason": f"{ESC}]0;title\x07\u202e"})
+    )
+    assert Checkpointer(f"file://{sandbox}/run", sandbox / "out").restore() is not None
+    assert r"will not equal an uninterrupted one: \x1b]0;title\x07\u202e" in caplog.text
