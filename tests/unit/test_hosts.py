@@ -121,6 +121,19 @@ class TestWhoGivesWhat:
         assert hosts(2, work) == [CheckpointKey(1, 5)] * 2, "rank 0 knows of the commit, too"
         assert on_storage(machines, 5) == {"model": b"1"}
 
+    def test_a_save_of_nothing_is_no_checkpoint_and_the_first_host_says_so(
+        self, hosts: Hosts, machines: Machines, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def work(host: Host) -> None:
+            (host.checkpointer.output_dir / "checkpoint-5").mkdir()
+            host.save(5, {})
+            host.wait(0.1)
+
+        answers = hosts(2, work)
+        assert [type(answer) for answer in answers] == [NotCommittedError] * 2
+        assert "host-0/checkpoint-5' holds no file that belongs to this save" in caplog.text
+        assert machines.committed() == []
+
     def test_a_left_over_of_another_save_belongs_to_nobody(self, hosts: Hosts, machines: Machines) -> None:
         def work(host: Host) -> None:
             folder = host.checkpointer.output_dir / "checkpoint-5"
@@ -248,6 +261,7 @@ class TestSlowHosts:
 
         assert hosts(2, work) == [None] * 2
         assert machines.committed() == [(1, 5), (1, 15)]
+        assert machines.storage.count("upload", "checkpoint-10/*") == 0
 
     def test_law_4_what_was_held_when_all_hosts_were_killed_is_committed_at_the_next_start(
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def test_all_hosts_write_into_one_folder_whatever_becomes_of_the_claim(catalog: 
     assert second.folder(exclusive=True) == "checkpoint-5.a2"
     catalog.storage.delete([".cloudtrain/claims/checkpoint-5.json"])
     assert second.folder(exclusive=True) == "checkpoint-5.a2"
+    assert catalog.storage.list(".cloudtrain/claims") == [], "what is not used is not claimed"
 
 
 def test_what_a_part_names_is_not_written_by_the_next_save_of_the_step(catalog: Catalog) -> None:
