@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from tests.integration._lab import Lab
 from tests.integration._zygote import Child
+from tests.integration.test_trainer_hosts import start_hosts
+from tests.integration.test_trainer_ranks import finish
 
 EPOCHS, SAMPLES = 3, 24
 HALF = 32
@@ -62,6 +64,17 @@ def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(la
     attempt = lab.catalog.attempts()[-1]
     assert (attempt.global_step, str(attempt.resumed_from)) == (same_place, f"000001-{step:010d}")
     assert lab.keys()[-1] == f"000002-{plain['step']:010d}"
+    assert lab.problems() == []
+
+
+def test_law_8_hosts_that_did_not_exist_get_the_place_and_random_states_of_their_own(lab: Lab) -> None:
+    killed(lab, "first", ONE, kill_at=9, committed=8)
+    finish(start_hosts(lab, "second", **COMMON, **TWO[1]))
+    seen = samples_of(lab, "first", 1, until=8) + samples_of(lab, "second", 2)
+    assert Counter(seen) == dict.fromkeys(range(SAMPLES), EPOCHS)
+    for rank in range(2):
+        restored = lab.machine(f"second-{rank}") / "checkpoint-4.a1-8"
+        assert [path.name for path in restored.glob("rng_state_*")] == [f"rng_state_{rank}.pth"]
     assert lab.problems() == []
 
 
