@@ -148,7 +148,7 @@ class CheckpointUploadCallback(TrainerCallback):
             The folder for `trainer.train(resume_from_checkpoint=…)`; None on the first start.
 
         Raises:
-            PositionError: the checkpoint was made with another number of processes, batch or accumulation.
+            PositionError: its place cannot be found with the processes, batches and accumulation of today.
             CorruptCheckpointError: not one checkpoint is whole.
             StorageError: the storage does not answer, or the disk is full.
 
@@ -301,6 +301,12 @@ class CheckpointUploadCallback(TrainerCallback):
             state.global_step, args.gradient_accumulation_steps
         ):
             return "batches are masked at random as they are fetched, ahead of the step, so masks differ after a resume"
+        steps = self._epoch.steps(args.gradient_accumulation_steps)
+        if self._epoch.drawn_anew and steps and state.global_step > steps and state.global_step % steps:
+            return (
+                "the order of the data is drawn from the random states at the beginning of each epoch, which are gone, so "
+                "some samples of this epoch come again and others do not"
+            )
         if self._before_evaluation:
             return "it was saved before the evaluation at the end of the epoch, which a resume skips"
         return None

@@ -38,6 +38,12 @@ def seed_of(dataloader: Any) -> int | None:
     return found
 
 
+def sampler_name(dataloader: Any) -> str:
+    """The sampler that draws the order, as package and class, such as `torch.RandomSampler`."""
+    kind = type(innermost_sampler(getattr(dataloader, "base_dataloader", dataloader)))
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
 def samplers(base: Any) -> list[Any]:
     """A loader's samplers, from the one that torch asks to the one that draws the order."""
     found = [base.batch_sampler if base.batch_sampler is not None else base.sampler]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpointer import Checkpointer, Restored
 from hf_cloudtrain.errors import PositionError
-from hf_cloudtrain.loader_facts import innermost_sampler
+from hf_cloudtrain.loader_facts import sampler_name
 from hf_cloudtrain.manifest import Manifest, Position
 from hf_cloudtrain.position import (
     Conversion,
@@ -29,7 +29,7 @@ from hf_cloudtrain.position import (
 )
 from hf_cloudtrain.random_state import RandomState, derived_seed
 from hf_cloudtrain.schedule import is_movable, move_to, refuse_other_schedule
-from hf_cloudtrain.trainer_state import EpochLength, make_true_here, topology
+from hf_cloudtrain.trainer_state import EpochLength, batch_of, make_true_here, topology
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 """Sampling strategies whose order depends on the size of a batch."""
-_SAME_ORDER = ("SeedableRandomSampler", "SequentialSampler")
+_SAME_ORDER = ("accelerate.SeedableRandomSampler", "torch.SequentialSampler")
 """Samplers whose order depends on nothing but a seed and the number of the epoch."""
 
 
@@ -86,15 +86,16 @@ def convert_state(record: dict[str, Any], conversion: Conversion, args: Training
 
     `num_train_epochs` it sets itself; the intervals of saves and the like it would take from the old file.
     """
-    step = conversion.global_step
+    log = record.get("log_history")
+    log = log if isinstance(log, list) else []
     found = {
         **record,
-        "global_step": step,
+        "global_step": conversion.global_step,
         "max_steps": _max_steps(args, conversion),
-        "log_history": [_renumbered(entry, conversion) for entry in record.get("log_history") or []],
+        "log_history": [_renumbered(entry, conversion) for entry in log],
     }
-    if conversion.now.per_device_train_batch_size is not None:
-        found["train_batch_size"] = conversion.now.per_device_train_batch_size
+    if not args.auto_find_batch_size:
+        found["train_batch_size"] = args.train_batch_size
     for name in ("logging_steps", "eval_steps", "save_steps"):
         given = getattr(args, name)
         if given is not None:  # below 1 it is a share of all steps, as TrainerState.compute_steps has it
@@ -127,13 +128,24 @@ def check(saved: Manifest, args: TrainingArguments, state: TrainerState, epoch: 
     if args.ignore_data_skip or position.samples_seen is None:
         return  # who passes that wants other data, or the same again
     refuse_other_length(position.dataset_length, epoch.samples, what)
+    if epoch.dispatched and epoch.samples and position.samples_seen % epoch.samples:
+        # Executed with accelerate 1.15: skip_first_batches counts batches of one process, and begins epoch 0's order.
+        raise PositionError(
+            f"{what} stands within an epoch, and a loader whose first process reads for all cannot go there: Accelerate "
+            "would skip other samples than were seen. Pass accelerator_config={'dispatch_batches': False}: the order of "
+            "the data is the same."
+        )
     if None not in (position.data_seed, epoch.seed) and position.data_seed != epoch.seed:
         raise PositionError(
             f"{what} was saved with the data in the order of seed {position.data_seed}, and now it is that of seed "
             f"{epoch.seed}: samples would be repeated and skipped. Use the same seed and data_seed."
         )
     # Not by the state's batch: where Trainer searches for one itself, the loader's may be smaller by now.
-    size = (epoch.batch or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
+    size = (
+        (epoch.batch or batch_of(args, args.train_batch_size))
+        * args.gradient_accumulation_steps
+        * args.world_size
+    )
     seen = epoch.samples_seen(state.global_step, size, args.gradient_accumulation_steps)
     if seen != position.samples_seen:
         raise PositionError(
@@ -176,7 +188,7 @@ def go_on(conversion: Conversion, what: str, state: TrainerState, live: dict[str
 
 def _epoch_of(args: TrainingArguments, saved: Position) -> Epoch | None:
     """An epoch of today, as far as it is known before there is a loader; `check` compares it with the loader."""
-    batch = saved.per_device_train_batch_size if args.auto_find_batch_size else args.train_batch_size
+    batch = topology(args).per_device_train_batch_size or saved.per_device_train_batch_size
     if not saved.dataset_length or not batch:
         return None
     batches = batches_per_epoch(
@@ -209,7 +221,7 @@ def _refuse_other_end(args: TrainingArguments, conversion: Conversion, what: str
 
 
 def _refuse_other_order(conversion: Conversion, what: str, dataloader: Any) -> None:
-    sampler = type(innermost_sampler(getattr(dataloader, "base_dataloader", dataloader))).__name__
+    sampler = sampler_name(dataloader)
     into = (conversion.saved.samples_seen or 0) % conversion.then.samples
     if into and sampler not in _SAME_ORDER:
         why = f"Its data comes in the order of a {sampler!r}, which may be another with these numbers."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer, Restored, parse_renumbered
-from hf_cloudtrain.loader_facts import batch_size_of, seed_of
+from hf_cloudtrain.loader_facts import batch_size_of, is_dispatcher, sampler_name, seed_of
 from hf_cloudtrain.manifest import Manifest, Position
 from hf_cloudtrain.position import Conversion, Epoch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+_DRAWN_ANEW = ("torch.RandomSampler", "transformers.LengthGroupedSampler")
 
 
 class EpochLength:
@@ -41,10 +42,15 @@ class EpochLength:
         """Samples in one batch of one process."""
         self.seed: int | None = None
         """What each epoch's order is drawn from; None where it is not drawn from a seed."""
+        self.dispatched = dataloader is not None and is_dispatcher(dataloader)
+        """Whether one process reads for all."""
+        self.drawn_anew = False
+        """Whether an epoch's order comes from the random states at its beginning, which no checkpoint within it has."""
         try:
             self.samples, self.batches = len(dataloader.dataset), len(dataloader)
             self.batch = batch_size_of(dataloader)
             self.seed = seed_of(dataloader)
+            self.drawn_anew = sampler_name(dataloader) in _DRAWN_ANEW
         except (AttributeError, TypeError):
             self.samples = self.batches = None
 
@@ -70,14 +76,22 @@ def topology(args: TrainingArguments) -> Position:
         global_step=0,
         world_size=args.world_size,
         # Trainer takes the batch size of the checkpoint where it searches for one itself.
-        per_device_train_batch_size=None if args.auto_find_batch_size else args.train_batch_size,
+        per_device_train_batch_size=None
+        if args.auto_find_batch_size
+        else batch_of(args, args.train_batch_size),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )
 
 
+def batch_of(args: TrainingArguments, batch: int) -> int:
+    """Samples that one process gets of what Trainer calls a batch."""
+    split = getattr(args.accelerator_config, "split_batches", False)
+    return batch // int(args.world_size) if split else batch
+
+
 def step_samples(args: TrainingArguments, state: TrainerState) -> int:
     """Samples of all processes in one optimizer step."""
-    batch: int = state.train_batch_size or args.train_batch_size
+    batch = batch_of(args, state.train_batch_size or args.train_batch_size)
     return batch * int(args.gradient_accumulation_steps) * int(args.world_size)
 
 
@@ -101,7 +115,7 @@ def position(
             state.global_step, step_samples(args, state), args.gradient_accumulation_steps
         ),
         world_size=args.world_size,
-        per_device_train_batch_size=state.train_batch_size or args.train_batch_size,
+        per_device_train_batch_size=batch_of(args, state.train_batch_size or args.train_batch_size),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_train_epochs=float(state.num_train_epochs),
         max_steps=state.max_steps,

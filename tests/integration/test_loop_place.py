@@ -19,6 +19,7 @@ from hf_cloudtrain.storage import Storage
 from tests.integration._lab import Lab
 from tests.integration._loop_attempts import attempt
 from tests.integration._loops import Rows, forget_accelerate
+from tests.integration.test_trainer_hosts import start_hosts
 
 EPOCHS, SAMPLES = 3, 24
 HALF = 32
@@ -62,9 +63,21 @@ def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_wi
                 assert rate == pytest.approx(rate_at(size * at)), "Accelerate's schedules move once a process"
     assert [(rank["step"], rank["schedule"]) for rank in last] == [(steps, size * steps)] * size
     assert lab.manifest(1, step).position.epoch == 1.5
+    assert (lab.machine("last") / "best/model.safetensors").exists()
     attempts = lab.catalog.attempts()
     assert [one.global_step for one in attempts] == [0, place, place + 1]
     assert str(attempts[1].resumed_from) == f"000001-{step:010d}"
+    assert lab.problems() == []
+
+
+def test_law_8_a_host_that_did_not_exist_hears_its_place_from_the_first_one(lab: Lab) -> None:
+    """Two hosts that share no disk: what process 0 has saved is brought to both."""
+    first = ran(lab, "first", ONE, save_steps=12, kill=12)
+    second = ran(lab, "second", TWO, epochs=2, disks=True)
+    seen = counted(first, until=12) + counted(second)
+    assert seen == {(epoch, number): 1 for epoch in range(2) for number in range(HALF)}
+    for rank in range(2):
+        assert (lab.machine(f"second-{rank}") / "last/model.safetensors").exists() is (rank == 0)
     assert lab.problems() == []
 
 
@@ -173,8 +186,14 @@ class TestOneProcess:
             self.go(tmp_path, "second", accumulation=2)
 
 
-def ran(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[dict[str, Any]]:
-    """What each rank has seen."""
+def ran(
+    lab: Lab, machine: str, topology: Topology, *, disks: bool = False, **arguments: Any
+) -> list[dict[str, Any]]:
+    """What each rank has seen.
+
+    Args:
+        disks: each has one of its own.
+    """
     size, rest = topology
     given = {
         "module": "tests.integration._loop_attempts",
@@ -183,11 +202,12 @@ def ran(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[di
         **rest,
         **arguments,
     }
-    ranks = (
-        [lab.start(machine, "attempt", **given)]
-        if size == 1
-        else lab.start_ranks(machine, "attempt", size=size, **given)
-    )
+    if size == 1:
+        ranks = [lab.start(machine, "attempt", **given)]
+    elif disks:
+        ranks = start_hosts(lab, machine, "attempt", **given)
+    else:
+        ranks = lab.start_ranks(machine, "attempt", size=size, **given)
     assert [rank.wait() for rank in ranks] == [0] * size, "\n".join(rank.log for rank in ranks)
     return [rank.value for rank in ranks]
 

@@ -11,16 +11,17 @@ from tests.integration.test_trainer_ranks import finish
 from tests.servers import free_port
 
 
-def start_hosts(lab: Lab, machine: str, **arguments: Any) -> list[Child]:
+def start_hosts(lab: Lab, machine: str, function: str = "train", **arguments: Any) -> list[Child]:
     """A rank a host; the disks are `<machine>-0` and `<machine>-1`."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         lab.start(
             machine,
+            function,
             env={**shared, "RANK": str(rank)},
             output_dir=lab.machine(f"{machine}-{rank}"),
-            save_on_each_node=True,
+            **({"save_on_each_node": True} if function == "train" else {}),
             **arguments,
         )
         for rank in range(2)

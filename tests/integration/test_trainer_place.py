@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from tests.integration._lab import Lab
 from tests.integration._zygote import Child
+from tests.integration.test_trainer_hosts import start_hosts
+from tests.integration.test_trainer_ranks import finish
 
 EPOCHS, SAMPLES = 3, 24
 HALF = 32
@@ -34,6 +36,12 @@ CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
     ),
     "1 process instead of 2": (TWO, ONE, 6, 12),
     "2 processes instead of 1": (ONE, TWO, 12, 6),
+    "1 process instead of 2 that split batches": (
+        (2, {"per_device_train_batch_size": 8, "accelerator_config": {"split_batches": True}}),
+        (1, {"per_device_train_batch_size": 4}),
+        6,
+        12,
+    ),
     "1 process with as much in a step": (TWO, (1, {"per_device_train_batch_size": 8}), 6, 6),
 }
 
@@ -62,6 +70,17 @@ def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(la
     attempt = lab.catalog.attempts()[-1]
     assert (attempt.global_step, str(attempt.resumed_from)) == (same_place, f"000001-{step:010d}")
     assert lab.keys()[-1] == f"000002-{plain['step']:010d}"
+    assert lab.problems() == []
+
+
+def test_law_8_hosts_that_did_not_exist_get_the_place_and_random_states_of_their_own(lab: Lab) -> None:
+    killed(lab, "first", ONE, kill_at=9, committed=8)
+    finish(start_hosts(lab, "second", **COMMON, **TWO[1]))
+    seen = samples_of(lab, "first", 1, until=8) + samples_of(lab, "second", 2)
+    assert Counter(seen) == dict.fromkeys(range(SAMPLES), EPOCHS)
+    for rank in range(2):
+        restored = lab.machine(f"second-{rank}") / "checkpoint-4.a1-8"
+        assert [path.name for path in restored.glob("rng_state_*")] == [f"rng_state_{rank}.pth"]
     assert lab.problems() == []
 
 
@@ -115,6 +134,27 @@ def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_counted_otherwi
         load_file(lab.folder / "run/checkpoint-6/model.safetensors"),
     )
     assert all((loaded[name] == saved[name]).all() for name in saved)
+
+
+def test_law_8_a_dispatched_loader_is_refused_within_an_epoch_and_the_remedy_holds(lab: Lab) -> None:
+    """On the same topology: Accelerate would go on in the order of another epoch, and finish."""
+    dispatched = {"accelerator_config": {"dispatch_batches": True}}
+    killed(lab, "first", ONE, kill_at=9, committed=8, **dispatched)
+    assert "accelerator_config={'dispatch_batches': False}" in failed(lab, "second", ONE, **dispatched)
+    trained(lab, "second", ONE)
+    seen = samples_of(lab, "first", 1, until=8) + samples_of(lab, "second", 1)
+    assert Counter(seen) == dict.fromkeys(range(SAMPLES), EPOCHS)
+
+
+def test_law_8_an_order_that_no_checkpoint_holds_is_said_to_be_lost(lab: Lab) -> None:
+    """In the first epoch it is drawn as it was: the script's seed leads there."""
+    killed(lab, "first", ONE, kill_at=9, committed=8, accelerator_config={"use_seedable_sampler": False})
+    assert [lab.manifest(1, step).exact for step in range(1, 9)] == [True] * 6 + [False] * 2
+    second = start(lab, "second", ONE, accelerator_config={"use_seedable_sampler": False})[0]
+    assert second.wait() == 0, second.log
+    assert "will not equal an uninterrupted one: the order of the data is drawn from the random states" in (
+        second.log
+    )
 
 
 class TestWhatCannotBeConvertedIsRefused:

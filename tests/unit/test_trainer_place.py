@@ -106,6 +106,18 @@ class TestConvertState:
         assert trainer_place.convert_state(self.RECORD, planned(args), args)["train_batch_size"] == 12
 
 
+def test_warmup_in_steps_is_said_to_be_in_steps_of_today(
+    args: TrainingArguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    args.warmup_steps = 5
+    trainer_place._say(planned(args), "checkpoint-9", args)
+    assert "warmup_steps=5 counts steps of today" in caplog.text
+    args.warmup_steps = 0.1  # a share of all steps
+    caplog.clear()
+    trainer_place._say(planned(args), "checkpoint-9", args)
+    assert "warmup" not in caplog.text
+
+
 class TestDerivedRandomStates:
     def derived(self, folder: Path, args: TrainingArguments, **facts: Any) -> list[float]:
         """The first numbers that Trainer draws after it has set the state of a rank."""
@@ -167,7 +179,7 @@ class TestLiveObjects:
             (
                 {"train_dataloader": DataLoader(range(24), sampler=RandomSampler(range(24)), batch_size=4)},
                 6,
-                "order of a 'RandomSampler'",
+                "order of a 'torch.RandomSampler'",
             ),
             ({}, 3, "6 steps were planned, and this Trainer ends at 3"),
         ],
