@@ -134,6 +134,27 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
     assert not machines.catalog.storage.list(".cloudtrain/parts/000001-0000000005")
 
 
+def test_hosts_that_are_too_slow_send_every_nth_all_the_same(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(checkpointer: Checkpointer, world: World) -> None:
+        checkpointer.policy = Policy(1, keep_every_n_steps=10)
+        checkpointer.begin(0)
+        for step in (5, 10, 15, 25):
+            folder = checkpointer.output_dir / f"checkpoint-{step}"
+            write_files(folder, {f"rng_{world.rank}.pth": b"x"})
+            checkpointer.save(folder, Position(global_step=step))
+            if step == 5:
+                wait_until(lambda: machines.storage.count("upload", "checkpoint-5/*"), "the first upload")
+        world.barrier()
+        machines.gate.set()
+        checkpointer.finish(DEADLINE)
+
+    machines.storage.hold("upload", machines.gate, path="checkpoint-*")
+    assert on_hosts(machines, monkeypatch, 2, train) == [None, None]
+    assert machines.committed() == [(1, 10), (1, 25)]
+
+
 def test_each_host_restores_what_it_wants(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hosts(machines, monkeypatch, 2, save_together)
     for machine in machines.made:
