@@ -18,10 +18,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from hf_cloudtrain import trainer_place
 from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of
 from hf_cloudtrain.emergency import EmergencySaveCallback
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
-from hf_cloudtrain.position import refuse_other_topology
+from hf_cloudtrain.manifest import Manifest
+from hf_cloudtrain.position import Conversion
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.session import Session
 from hf_cloudtrain.step_tracker import StepTracker
@@ -30,9 +32,9 @@ from hf_cloudtrain.trainer_state import (
     epoch_ends,
     make_true_here,
     metrics,
+    number_here,
     position,
     step_samples,
-    topology,
 )
 
 logger = logging.getLogger(__name__)
@@ -155,14 +157,22 @@ class CheckpointUploadCallback(TrainerCallback):
         """
         refuse_never_saving(args)
         checkpointer = self._session.open(args)
-        now = topology(args)
-        restored = checkpointer.restore(
-            wanted=_wanted_here(checkpointer.world.neighbours),
-            accept=lambda manifest: refuse_other_topology(manifest.position, now, manifest.folder),
-        )
+        accepted: list[tuple[Manifest, Conversion | None]] = []
+
+        def accept(manifest: Manifest) -> None:
+            conversion = trainer_place.plan(args, manifest)
+            number_here(checkpointer, manifest, conversion)
+            accepted.append((manifest, conversion))
+
+        restored = checkpointer.restore(wanted=_wanted_here(checkpointer.world.neighbours), accept=accept)
+        self._session.restored = None if restored is None else accepted[-1]
         if restored is None:
             return None
-        make_true_here(checkpointer, restored, needs_best=args.load_best_model_at_end)
+        conversion = accepted[-1][1]
+        if conversion is None:
+            make_true_here(checkpointer, restored, needs_best=args.load_best_model_at_end)
+        else:
+            trainer_place.put_right(checkpointer, restored, conversion, args)
         return str(restored.path)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -196,6 +206,7 @@ class CheckpointUploadCallback(TrainerCallback):
         self._session.uploads = True
         self._epoch = EpochLength(kwargs.get("train_dataloader"))
         self._session.open(args)
+        self._go_on_from(args, state, kwargs)
         self._session.refuse_running_on(state, self._epoch, args.gradient_accumulation_steps)
         self._session.begin(args, state)
         self._held_back = self._before_evaluation = False
@@ -244,7 +255,7 @@ class CheckpointUploadCallback(TrainerCallback):
         best = state.best_global_step == state.global_step and state.best_metric is not None
         checkpointer.save(
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
-            position(args, state, self._epoch),
+            position(args, state, self._epoch, kwargs.get("lr_scheduler")),
             since_ns=self._save_began_ns,
             inexact_reason=self._inexact_reason(args, state),
             metrics=metrics(state, best=best),
@@ -256,6 +267,19 @@ class CheckpointUploadCallback(TrainerCallback):
     ) -> None:
         """Wait for the uploads: training ends when its last checkpoint is safe, or fails."""
         self._session.end()
+
+    def _go_on_from(self, args: TrainingArguments, state: TrainerState, live: dict[str, Any]) -> None:
+        """Compare the place that was restored with the live data, and set the live schedule to it."""
+        manifest, conversion = self._session.restored or (None, None)
+        if manifest is None or state.global_step != (conversion or manifest.position).global_step:
+            # Resumed from a path of the user's own choice, if at all.
+            found = self._session.opened().saved_at(state.global_step) if state.global_step else None
+            if found is not None:
+                trainer_place.refuse_unconverted(found, args)
+            return
+        trainer_place.check(manifest, args, state, self._epoch)
+        if conversion is not None:
+            trainer_place.go_on(conversion, manifest.folder, state, live)
 
     def _mark_save_begin(self) -> None:
         """The time of the file system, so that its clock and ours need not agree."""

@@ -200,6 +200,18 @@ class Catalog:
         """All committed checkpoints, oldest first, by one LIST."""
         return sorted(key for key in map(_checkpoint_of, self._names(_CHECKPOINTS)) if key)
 
+    def known_checkpoints(self) -> list[CheckpointKey]:
+        """As `checkpoints`, and not misled by a listing that lags: the pointer `last` may name a newer one.
+
+        For decisions that would lose work. It costs one small request more.
+        """
+        keys = self.checkpoints()
+        last = self.pointer("last")
+        if last is not None and last > max(keys, default=CheckpointKey(0, 0)) and self.holds(last):
+            logger.warning("The listing of %r lacks %s, which exists.", self.storage.url, last)
+            keys.append(last)
+        return keys
+
     def newest(self) -> CheckpointKey | None:
         """The newest committed checkpoint: the highest attempt that has one, and its highest step."""
         return max(self.checkpoints(), default=None)
@@ -263,6 +275,8 @@ class Catalog:
             created = self._holds(path, manifest.nonce)
             if not created:
                 raise
+        if created:
+            self._refuse_damaged(path, data)
         return created or self._holds(path, manifest.nonce)
 
     # Retiring
@@ -494,6 +508,24 @@ class Catalog:
             return True
         time.sleep(SETTLE_SECONDS)  # whoever saw the number free at the same moment has written by then
         return self.is_holder(attempt)
+
+    def _refuse_damaged(self, path: str, data: bytes) -> None:
+        """Look at what we have just created: nothing could be restored by a record that changed on its way."""
+        found = self._read_or_none(path)
+        if found == data or (again := self._read_or_none(path)) == data:
+            return
+        if found is not None and again is not None:
+            # It is ours and of no use to anybody; left there, it would keep the good one out for ever.
+            self.storage.delete([path])
+        raise StorageUnavailableError(
+            f"The storage {self.storage.url!r} does not hold what was written to {path!r}. It is sent again."
+        )
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.storage.read(path)
+        except ObjectNotFoundError:
+            return None
 
     def _holds(self, path: str, nonce: str) -> bool:
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -114,6 +115,7 @@ class Checkpointer:
         """What stays on storage; heeded from the next `begin` on."""
         self._fresh = fresh
         self._restored: CheckpointKey | None = None
+        self._numbers_here: dict[str, int] = {}
         self._uploader: Uploader | None = None
         self._retention = Retention(self.catalog, self.policy, None)
         self._fence: Fence | None = None
@@ -164,7 +166,7 @@ class Checkpointer:
         tried: set[CheckpointKey] = set()
         while True:
             # Listed anew after one that is damaged: it may be gone because a newer one was committed meanwhile.
-            keys = self.world.agree(self.catalog.checkpoints, "list the checkpoints")
+            keys = self.world.agree(self.catalog.known_checkpoints, "list the checkpoints")
             key = max((key for key in keys if key not in tried), default=None)
             if key is None:
                 break
@@ -199,6 +201,7 @@ class Checkpointer:
         def bring() -> str | None:
             target = self.local_folder(manifest)
             originals = self.originals(manifest)
+            self._reuse_plain(manifest, target, wanted)
             if target.is_dir() and is_whole(target, manifest, wanted=wanted, originals=originals):
                 return None
             progress = Progress()
@@ -213,8 +216,21 @@ class Checkpointer:
         return bring
 
     def local_folder(self, manifest: Manifest) -> Path:
-        """Where a checkpoint is on this machine: always under its plain name."""
-        return self.output_dir / f"checkpoint-{manifest.step}"
+        """Where a checkpoint is on this machine: under its plain name, or the one that `renumber` gave it."""
+        number = self._numbers_here.get(manifest.key)
+        if number is None:
+            return self.output_dir / f"checkpoint-{manifest.step}"
+        return self.output_dir / f"checkpoint-{number}.a{manifest.attempt}-{manifest.step}"
+
+    def renumber(self, key: str, number: int | None) -> None:
+        """Number a checkpoint as steps are counted today, where they are of another size; None takes its own number.
+
+        Its local folder is `checkpoint-<number>.a<attempt>-<step>` then: what this attempt saves cannot collide with it, and
+        Trainer's rotation, which reads the number in front, finds it in its place.
+        """
+        self._numbers_here.pop(key, None)
+        if number is not None:
+            self._numbers_here[key] = number
 
     def originals(self, manifest: Manifest) -> Path:
         """Where files are kept as they were, when a restored one had to be made true on this machine."""
@@ -315,6 +331,16 @@ class Checkpointer:
         folder_name(name)
         self.world.barrier()
         return self.world.agree(lambda: self._save_folder(Path(folder), name), f"commit {name!r}")
+
+    def saved_at(self, step: int) -> Manifest | None:
+        """The newest committed checkpoint of that step, on all ranks; None where there is none, or it is damaged."""
+
+        def find() -> Manifest | None:
+            keys = [key for key in self.catalog.checkpoints() if key.step == step]
+            manifest = self._read_or_reason(keys[-1]) if keys else None
+            return manifest if isinstance(manifest, Manifest) else None
+
+        return self.world.agree(find, f"find the checkpoint of step {step}")
 
     def newest(self) -> CheckpointKey | None:
         """The newest committed checkpoint of the run, on all ranks."""
@@ -422,15 +448,29 @@ class Checkpointer:
         with Bar(progress, hidden=not self.world.is_main):
             flush(self.catalog, self.outbox, progress)
 
+    def _number_here(self, key: CheckpointKey) -> int:
+        return self._numbers_here.get(str(key), key.step)
+
+    def _reuse_plain(self, manifest: Manifest, target: Path, wanted: Callable[[str], bool]) -> None:
+        """Take what lies here under the plain name, rather than download it for the sake of another number."""
+        plain = self.output_dir / f"checkpoint-{manifest.step}"
+        if target == plain or target.exists() or not plain.is_dir():
+            return
+        if is_whole(plain, manifest, wanted=wanted, originals=self.originals(manifest)):
+            os.rename(plain, target)
+
     def _read_or_reason(self, key: CheckpointKey) -> Manifest | str:
-        try:
-            return self.catalog.read(key)
-        except NoCheckpointError as error:
-            return str(error)  # retired since the listing
-        except NewerFormatError:
-            raise  # the one before would silently lose work
-        except ManifestError as error:
-            return str(error)
+        reason = ""
+        for _ in range(2):  # a step back costs hours, so one wrong answer is not enough for it
+            try:
+                return self.catalog.read(key)
+            except NoCheckpointError as error:
+                reason = str(error)  # retired since the listing
+            except NewerFormatError:
+                raise  # the one before would silently lose work
+            except ManifestError as error:
+                reason = str(error)
+        return reason
 
     def _find_world(self) -> World:
         return World.current()
@@ -507,12 +547,12 @@ class Checkpointer:
                 self.storage.url,
             )
         resumed_from = self._restored
-        if resumed_from is None or resumed_from.step != global_step:
+        if resumed_from is None or self._number_here(resumed_from) != global_step:
             resumed_from = self._checked_start(global_step, started_over)
         return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
 
     def _checked_start(self, global_step: int, started_over: bool) -> CheckpointKey | None:
-        keys = self.catalog.checkpoints()
+        keys = self.catalog.known_checkpoints()
         if global_step == 0 and keys and not self._fresh and not started_over:
             raise RunHasCheckpointsError(
                 f"The run {self.storage.url!r} has {len(keys)} checkpoints, the newest at step {keys[-1].step}, but "
@@ -589,9 +629,15 @@ class Checkpointer:
                 f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. "
                 f"{self._advice.save}"
             )
-        if wanted not in self.catalog.checkpoints():
+        if wanted not in self.catalog.checkpoints() and not self.catalog.holds(wanted):
             reason = f" {self._save_error}" if self._save_error else ""
             raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")
+
+
+def parse_renumbered(name: str) -> tuple[int, CheckpointKey] | None:
+    """Number of today and checkpoint of a folder that `renumber` named; None for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d{1,15})\.a(\d{1,12})-(\d{1,15})", name)
+    return (int(match[1]), CheckpointKey(int(match[2]), int(match[3]))) if match else None
 
 
 def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey | None]:

@@ -14,11 +14,14 @@ skips, and another order is an error, not a quiet repetition of half the data.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
 import xxhash
 from torch.utils.data import BatchSampler, IterableDataset
 
@@ -163,7 +166,9 @@ class DataPosition:
         self._resumed, self._now, self.mismatch, self.to_read = record, now, None, 0
         if record is not None:
             self._go_to(record)
-            RandomState.from_record(record["begun"]).restore(self._generators())
+            begun = RandomState.from_record(record["begun"])
+            self._adopt(begun)
+            begun.restore(self._generators())
         self._begun = RandomState.capture(self._generators())
         # A persistent worker pool draws its seed once; a pool that is new in a later epoch must not move the others' states.
         self._drawn_as_begun = record is None and epoch > 0 and bool(self._base.persistent_workers)
@@ -217,6 +222,7 @@ class DataPosition:
 
     def restore_generators(self, state: RandomState) -> None:
         """Set the loader's generators as `random_state` found them."""
+        self._adopt(state)
         for generator, one in zip(self._generators(), state.generators, strict=False):
             generator.set_state(one)
 
@@ -277,11 +283,40 @@ class DataPosition:
 
     def _order_is_drawn_now(self) -> None:
         if self._resumed is not None:
-            RandomState.from_record(self._resumed["drawn"]).restore()
+            self._set_order(self._resumed)
         elif self._drawn_as_begun and self._begun is not None:
             self._begun.restore(self._generators())
         self._drawn = RandomState.capture()
         self._numpy = self._drawn.numpy
+
+    def _set_order(self, resumed: dict[str, Any]) -> None:
+        """All random states are those from which the order was drawn."""
+        drawn = RandomState.from_record(resumed["drawn"])
+        drawn.restore()
+        if resumed.get("then") is None:
+            return
+        generators = self._generators()
+        if generators and not resumed["begun"]["generators"]:
+            # One process draws the sampler's seed from torch (RandomSampler.__iter__); several share a generator.
+            generators[0].manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+            if self._begun is not None:  # what a save must say from now on
+                states = tuple(generator.get_state() for generator in generators)
+                self._begun = dataclasses.replace(self._begun, generators=states)
+        states = tuple(generator.get_state() for generator in generators)
+        self._compare_order_of_then(resumed["then"])
+        drawn.restore()
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    def _compare_order_of_then(self, then: dict[str, Any]) -> None:
+        """Cut the order into the batches of then, and compare those that process 0 was handed out."""
+        processes, batch, batches = then["processes"], then["batch"], then["batches"]
+        order = list(islice(innermost_sampler(self._base), processes * batch * batches))
+        fingerprint = 0
+        for first in range(0, len(order), processes * batch):
+            fingerprint = _chained(fingerprint, order[first : first + batch])
+        if then["fingerprint"] != f"{fingerprint:016x}":
+            self.mismatch = self._other_order("their order is another one")
 
     def _fetches_to_skip(self) -> int:
         return 0 if self._resumed is None else self._resumed["batches"] * self._fetches_per_batch
@@ -314,6 +349,8 @@ class DataPosition:
         self._fetched += 1
 
     def _compare_order(self, resumed: dict[str, Any]) -> None:
+        if resumed.get("then") is not None and self.way != BY_STATE:
+            return  # compared when it was drawn
         if self.way != BY_STATE and resumed["fingerprint"] != f"{self._fingerprint:016x}":
             self.mismatch = self._other_order("their order is another one")
         if self.way == BY_STATE:
@@ -370,6 +407,12 @@ class DataPosition:
         else:
             self._stream().load_state_dict(state)
 
+    def _adopt(self, state: RandomState) -> None:
+        """Accelerate gives a sampler that several processes share a generator, which one process has not."""
+        sampler = innermost_sampler(self._base)
+        if state.generators and not self._generators() and getattr(sampler, "generator", state) is None:
+            sampler.generator = torch.Generator()
+
     def _generators(self) -> list[Any]:
         """Generators that the order is drawn from, each once."""
         found: list[Any] = []
@@ -403,6 +446,28 @@ class _Watched(BatchSampler):
             self.__dict__[name] = value
         else:
             setattr(self.inner, name, value)
+
+
+def moved(record: dict[str, Any], *, batches: int, then: tuple[int, int]) -> dict[str, Any]:
+    """The same place for other processes or batches, of what process 0 has saved with `state_dict`.
+
+    Args:
+        batches: of today that each process has trained on.
+        then: processes, and samples in a batch of one, when it was saved.
+    """
+    processes, batch = then
+    return {
+        **record,
+        "batches": batches,
+        "fetched": 0,  # the random states of the save hold from the first fetch on
+        "before_fetch": None,
+        "then": {
+            "processes": processes,
+            "batch": batch,
+            "batches": record["batches"],
+            "fingerprint": record["fingerprint"],
+        },
+    }
 
 
 def _chained(before: int, indices: Any) -> int:

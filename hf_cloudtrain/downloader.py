@@ -185,13 +185,7 @@ def _fetch(
         target = work / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            digest = catalog.storage.download(
-                manifest.object_path(entry), str(target), entry.size, on_bytes=on_bytes
-            )
-            if (
-                digest != entry.digest
-            ):  # once more: a step back costs hours, and the way here may have done it
-                digest = catalog.storage.download(manifest.object_path(entry), str(target), entry.size)
+            digest = _twice(catalog, manifest, entry, str(target), on_bytes)
         except ObjectNotFoundError:
             raise CorruptCheckpointError(
                 f"{entry.path!r} of {manifest.folder} is missing on storage."
@@ -206,6 +200,26 @@ def _fetch(
             )
 
     _on_all(fetch, entries)
+
+
+def _twice(
+    catalog: Catalog,
+    manifest: Manifest,
+    entry: FileEntry,
+    target: str,
+    on_bytes: Callable[[int], None] | None,
+) -> str:
+    """The digest of a downloaded file, fetched once more if it is not the promised one.
+
+    A step back costs hours, and the way here, or a listing that lags behind, may be what is wrong.
+    """
+    try:
+        digest = catalog.storage.download(manifest.object_path(entry), target, entry.size, on_bytes=on_bytes)
+        if digest == entry.digest:
+            return digest
+    except (ObjectNotFoundError, ObjectTruncatedError):
+        pass
+    return catalog.storage.download(manifest.object_path(entry), target, entry.size)
 
 
 def _on_all(work: Callable[[FileEntry], Any], entries: Sequence[FileEntry]) -> list[Any]:

@@ -47,7 +47,10 @@ class History:
     run_url: str
     attempts: list[AttemptInfo]
     logs: list[dict[str, Any]]
-    """Reported metrics that count, by step: each has `step`, `time`, `attempt` and what was reported."""
+    """Reported metrics that count, by step: each has `step`, `time`, `attempt` and what was reported.
+
+    Steps are those of the newest attempt: where one before had steps of another size, its numbers are converted.
+    """
     superseded: list[dict[str, Any]]
     """Reported metrics of steps that were done again."""
     step_seconds: dict[int, float]
@@ -84,7 +87,7 @@ def history_of(catalog: Catalog) -> History:
     """The same, of an open catalog."""
     attempts = catalog.attempts()
     committed = catalog.checkpoints()
-    limits = kept_steps(attempts)
+    limits, scales = kept_steps(attempts), step_scales(attempts)
     numbers = [attempt.number for attempt in attempts]
     (beats,) = in_threads(catalog.read_progress, (numbers, READS_AT_ONCE))
     heartbeats = dict(zip(numbers, beats, strict=True))
@@ -104,7 +107,8 @@ def history_of(catalog: Catalog) -> History:
             facts=attempt.facts,
             progress=progress,
         )
-        _add_records(history, info, limits.get(attempt.number, -1.0), steps.get(attempt.number, []))
+        lines = steps.get(attempt.number, [])
+        _add_records(history, info, limits.get(attempt.number, -1.0), scales.get(attempt.number, 1.0), lines)
         # Records of the last seconds before a SIGKILL are lost; the heartbeat still knows how far it was.
         past = info.last_step - max(limits.get(attempt.number, -1.0), info.first_step)
         info.redone_steps = max(info.redone_steps, int(max(0.0, past)))
@@ -128,7 +132,25 @@ def kept_steps(attempts: list[Attempt]) -> dict[int, float]:
     return kept
 
 
-def _add_records(history: History, info: AttemptInfo, limit: float, batches: list[bytes]) -> None:
+def step_scales(attempts: list[Attempt]) -> dict[int, float]:
+    """For each attempt in that line, how many steps of the newest attempt one of its steps is (law 8)."""
+    by_number = {attempt.number: attempt for attempt in attempts}
+    scales: dict[int, float] = {}
+    current, scale = max(by_number, default=None), 1.0
+    while current is not None and current in by_number and current not in scales:
+        scales[current] = scale
+        parent = by_number[current].resumed_from
+        if parent is None:
+            break
+        if parent.step and by_number[current].global_step:
+            scale *= by_number[current].global_step / parent.step
+        current = parent.attempt
+    return scales
+
+
+def _add_records(
+    history: History, info: AttemptInfo, limit: float, scale: float, batches: list[bytes]
+) -> None:
     for line in (line for batch in batches for line in batch.splitlines()):
         try:
             record = json.loads(line)
@@ -137,14 +159,19 @@ def _add_records(history: History, info: AttemptInfo, limit: float, batches: lis
         if not isinstance(record, dict):
             continue
         if record.get("kind") == "steps":
-            _add_steps(history, info, limit, record)
+            _add_steps(history, info, limit, scale, record)
         elif record.get("kind") == "log" and isinstance(record.get("step"), int):
             kept = {key: value for key, value in record.items() if key != "kind"}
             kept = {**kept, "time": _float(kept.get("time")), "attempt": info.number}
-            (history.logs if record["step"] <= limit else history.superseded).append(kept)
+            if record["step"] <= limit:
+                history.logs.append({**kept, "step": round(record["step"] * scale)})
+            else:
+                history.superseded.append(kept)
 
 
-def _add_steps(history: History, info: AttemptInfo, limit: float, record: dict[str, Any]) -> None:
+def _add_steps(
+    history: History, info: AttemptInfo, limit: float, scale: float, record: dict[str, Any]
+) -> None:
     first, seconds = record.get("first"), record.get("seconds")
     if not isinstance(first, int) or not isinstance(seconds, list):
         return
@@ -152,7 +179,9 @@ def _add_steps(history: History, info: AttemptInfo, limit: float, record: dict[s
         step = first + offset
         info.last_step = max(info.last_step, step)
         if step <= limit:
-            history.step_seconds[step] = duration
+            today = math.ceil(step * scale)  # several of them may make one step of today
+            before = history.step_seconds.get(today, 0.0) if scale < 1 else 0.0
+            history.step_seconds[today] = before + duration
             info.kept_steps += 1
             info.productive_seconds += duration
         else:

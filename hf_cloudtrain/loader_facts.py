@@ -30,6 +30,14 @@ def innermost_sampler(base: Any) -> Any:
     return samplers(base)[-1]
 
 
+def seed_of(dataloader: Any) -> int | None:
+    """What Accelerate's seedable sampler draws each epoch's order from; None for all others."""
+    found: int | None = getattr(
+        innermost_sampler(getattr(dataloader, "base_dataloader", dataloader)), "initial_seed", None
+    )
+    return found
+
+
 def samplers(base: Any) -> list[Any]:
     """A loader's samplers, from the one that torch asks to the one that draws the order."""
     found = [base.batch_sampler if base.batch_sampler is not None else base.sampler]

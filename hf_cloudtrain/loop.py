@@ -28,10 +28,10 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.loader_facts import batch_size_of, leave, length
 from hf_cloudtrain.loop_folder import Here, LoopFolder, Resumed
 from hf_cloudtrain.loop_log import number, train_bar
-from hf_cloudtrain.loop_position import position, samples_per_step, topology, total_steps
+from hf_cloudtrain.loop_position import position, samples_per_step, total_steps
 from hf_cloudtrain.loop_report import LoopReport, as_eval
 from hf_cloudtrain.loop_state import LoopState, storable_args
-from hf_cloudtrain.manifest import Manifest, Position
+from hf_cloudtrain.manifest import Position
 from hf_cloudtrain.outcome import Outcome, forget_end, outcome_of, record_end
 from hf_cloudtrain.position import refuse_other_topology
 from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
@@ -165,7 +165,7 @@ class TrainLoop:
             The local folder of the checkpoint; None on the first start.
 
         Raises:
-            PositionError: it was saved with another number of processes or another accumulation.
+            PositionError: its place cannot be found with the processes, batches and accumulation of today.
             ManifestError: it was not saved by a TrainLoop.
             CorruptCheckpointError: not one checkpoint of the run is whole.
         """
@@ -174,7 +174,7 @@ class TrainLoop:
                 "Nothing is prepared yet: call accelerator.prepare(model, …) before the loop."
             )
         self._looked_for_checkpoint = True
-        self._resumed = self._folder.load(self._refuse_other_topology)
+        self._resumed = self._folder.load()
         if self._resumed is None:
             if self.global_step:
                 raise ConfigurationError(
@@ -537,7 +537,15 @@ class TrainLoop:
             return
         here, saved = resumed.here, resumed.manifest
         now = Position(global_step=0, per_device_train_batch_size=batch_size_of(place.dataloader))
-        refuse_other_topology(saved.position, now, saved.folder)
+        refuse_other_topology(resumed.position, now, saved.folder)
+        before, samples = saved.position.dataset_length, length(place.dataloader.dataset)
+        if before is not None and before != samples:
+            self._warn(
+                "%s was saved when the training data had %s samples, and it has %s now.",
+                saved.folder,
+                before,
+                samples,
+            )
         place.seed = here.seed
         if here.place is None:
             place.restore_generators(here.now)
@@ -555,9 +563,6 @@ class TrainLoop:
             for _ in range(place.to_read):
                 next(batches, None)
                 bar.update()
-
-    def _refuse_other_topology(self, manifest: Manifest) -> None:
-        refuse_other_topology(manifest.position, topology(self.accelerator), manifest.folder)
 
     def _refuse_misplaced_steps(self) -> None:
         if not self._training:

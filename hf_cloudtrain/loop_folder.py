@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_cloudtrain import loop_place
 from hf_cloudtrain.checkpointer import Checkpointer, Restored
 from hf_cloudtrain.data_position import DataPosition
 from hf_cloudtrain.downloader import download
@@ -35,6 +36,7 @@ from hf_cloudtrain.loop_state import (
     write_state,
 )
 from hf_cloudtrain.manifest import META, Manifest, Position
+from hf_cloudtrain.position import Conversion
 from hf_cloudtrain.process import half_made_by
 from hf_cloudtrain.random_state import RandomState
 
@@ -67,6 +69,8 @@ class Resumed:
     state: LoopState
     here: Here
     manifest: Manifest
+    position: Position
+    """What decides the meaning of a step, as it is now."""
 
 
 class LoopFolder:
@@ -86,13 +90,33 @@ class LoopFolder:
         self._token = ""
         self._shown = _InOrder(None)
 
-    def load(self, accept: Callable[[Manifest], None]) -> Resumed | None:
-        """Bring the newest checkpoint here and set it on the live objects; None where the run has none."""
+    def load(self) -> Resumed | None:
+        """Bring the newest checkpoint here and set it on the live objects; None where the run has none.
+
+        Raises:
+            PositionError: its place cannot be found with the processes, batches and accumulation of today.
+        """
         self._world.each_leader(lambda: put_right(self._output_dir), f"tidy {str(self._output_dir)!r}")
-        restored = self._checkpointer.restore(wanted=wanted_by(self._world.neighbours), accept=accept)
+        conversions: dict[str, Conversion | None] = {}
+
+        def accept(manifest: Manifest) -> None:
+            conversion = loop_place.plan(self._accelerator, manifest)
+            conversions[manifest.key] = conversion
+            renumbered = conversion is not None and conversion.is_renumbered
+            self._checkpointer.renumber(
+                manifest.key, conversion.global_step if conversion and renumbered else None
+            )
+
+        # Process 0's files tell the place to processes that did not exist.
+        wanted = wanted_by([0, *self._world.neighbours])
+        restored = self._checkpointer.restore(wanted=wanted, accept=accept)
         if restored is None:
             return None
-        return self._world.here(lambda: self._set(restored), f"load {restored.path.name}")
+        conversion = conversions[restored.manifest.key]
+        if conversion is not None and self._world.is_main:
+            more = (conversion.now.world_size or 1) > (conversion.saved.world_size or 1)
+            logger.warning("%s", conversion.story(restored.manifest.folder, derived=more))
+        return self._world.here(lambda: self._set(restored, conversion), f"load {restored.path.name}")
 
     def save(
         self,
@@ -177,18 +201,29 @@ class LoopFolder:
         except OSError as error:
             logger.error("'log.json' could not be written, and training goes on: %s", error)
 
-    def _set(self, restored: Restored) -> Resumed:
-        import torch
-
+    def _set(self, restored: Restored, conversion: Conversion | None) -> Resumed:
+        manifest = restored.manifest
         state = LoopState.read(restored.path)
-        if state.step != restored.manifest.step:
-            raise ManifestError(f"{TRAINING_STATE!r} of {restored.manifest.key} is of step {state.step}.")
+        if state.step != manifest.step:
+            raise ManifestError(f"{TRAINING_STATE!r} of {manifest.key} is of step {state.step}.")
         read_state(self._accelerator, restored.path)
-        own = restored.path / f"loop_state_{self._world.rank}.pt"
-        record = torch.load(own, map_location="cpu", weights_only=True)
         self._newest = restored.path
-        here = Here(record["place"], RandomState.from_record(record["now"]), record["seed"])
-        return Resumed(state, here, restored.manifest)
+        if conversion is None:
+            record = _record_of(restored.path, self._world.rank)
+            here = Here(record["place"], RandomState.from_record(record["now"]), record["seed"])
+            return Resumed(state, here, manifest, manifest.position)
+        return self._set_converted(restored, state, conversion)
+
+    def _set_converted(self, restored: Restored, state: LoopState, conversion: Conversion) -> Resumed:
+        rank, manifest = self._world.rank, restored.manifest
+        main = _record_of(restored.path, 0)
+        own = _record_of(restored.path, rank) if rank < (conversion.saved.world_size or 1) else None
+        loop_place.move_schedules(self._accelerator, conversion, manifest.folder)
+        place, now = loop_place.convert_here(main, own, conversion, state.seed, rank)
+        state = loop_place.convert_state(state, conversion)
+        # Where an accumulation ends is counted from here, and processes that did not exist have loaded no count.
+        self._accelerator.step = state.batches
+        return Resumed(state, Here(place, now, main["seed"]), manifest, conversion.now)
 
     def _write(self, folder: Path, here: Here) -> None:
         import torch
@@ -225,6 +260,15 @@ class _InOrder:
         """Wait until it is done."""
         if self._thread.ident is not None:
             self._thread.join()
+
+
+def _record_of(folder: Path, rank: int) -> dict[str, Any]:
+    import torch
+
+    record: dict[str, Any] = torch.load(
+        folder / f"loop_state_{rank}.pt", map_location="cpu", weights_only=True
+    )
+    return record
 
 
 def _nonce_in(folder: Path) -> str | None:

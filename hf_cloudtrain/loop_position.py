@@ -39,6 +39,8 @@ def position(accelerator: Any, state: LoopState, place: DataPosition, num_epochs
         max_steps=total_steps(accelerator, dataloader, num_epochs),
         dataset_length=samples,
         fingerprint=place.fingerprint if state.batches else None,
+        epoch_steps=None if not batches else math.ceil(batches / accelerator.gradient_accumulation_steps),
+        data_seed=place.seed,
     )
 
 

@@ -96,12 +96,14 @@ class LoopState:
         if not all(type(count) is int and 0 <= count < 2**53 for count in counts.values()):
             raise ManifestError(f"The {what} is damaged: {counts} are not counts.")
         best, best_step, log = record.get("best_metric"), record.get("best_step"), record.get("log")
+        seed = record.get("seed")
         return cls(
             **counts,  # type: ignore[arg-type]
             best_metric=float(best) if isinstance(best, (int, float)) and math.isfinite(best) else None,
             best_step=best_step if type(best_step) is int else None,
             nonce=str(record.get("nonce"))[:200],
             best_nonce=str(record.get("best_nonce"))[:200],
+            seed=seed if type(seed) is int else 0,
             log=[item for item in log if isinstance(item, dict)] if isinstance(log, list) else [],
             sums=record.get("sums") or {},
         )

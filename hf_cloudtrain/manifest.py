@@ -10,10 +10,13 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
+
+_Parser = Callable[[dict[str, Any], str, str], Any]
 
 META = ".cloudtrain"
 """Folder of our own records, below a run URL and below an output folder."""
@@ -70,6 +73,12 @@ class Position:
     """Samples in one epoch."""
     fingerprint: str | None = None
     """Of the sampler's indices that this epoch has handed out so far, 16 hexadecimal digits."""
+    epoch_steps: int | None = None
+    """Optimizer steps in one epoch."""
+    data_seed: int | None = None
+    """What each epoch's order is drawn from, with the number of the epoch."""
+    lr_scheduler: str | None = None
+    """Class of the learning rate's schedule."""
 
     @classmethod
     def parse(cls, record: Any, what: str) -> Position:
@@ -80,7 +89,8 @@ class Position:
         values: dict[str, Any] = {"global_step": _count(record, "global_step", what)}
         for key, value in record.items():
             if value is not None and key != "global_step":
-                values[key] = _PARSERS.get(key, _count)(record, key, what)
+                parse: _Parser = _PARSERS.get(key, _count)
+                values[key] = parse(record, key, what)
         return cls(**values)
 
 
@@ -289,6 +299,19 @@ def _fingerprint(record: dict[str, Any], key: str, what: str) -> str:
     return value
 
 
+def _seed(record: dict[str, Any], key: str, what: str) -> int:
+    value = record[key]
+    if (
+        type(value) is not int or not -(2**64) < value < 2**64
+    ):  # torch's seeds have 64 bits, with or without a sign
+        raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a seed.")
+    return value
+
+
+def _short_text(record: dict[str, Any], key: str, what: str) -> str:
+    return _text(record, key, what)[:200]
+
+
 def _epochs(record: dict[str, Any], key: str, what: str) -> float:
     return _number(record[key], key, what)
 
@@ -311,5 +334,11 @@ def _texts(value: Any, what: str) -> dict[str, str]:
     return {str(key)[:200]: str(item)[:2000] for key, item in value.items()}
 
 
-_PARSERS = {"epoch": _epochs, "num_train_epochs": _epochs, "fingerprint": _fingerprint}
+_PARSERS: dict[str, _Parser] = {
+    "epoch": _epochs,
+    "num_train_epochs": _epochs,
+    "fingerprint": _fingerprint,
+    "data_seed": _seed,
+    "lr_scheduler": _short_text,
+}
 """Fields of a position that are no counts."""

@@ -31,7 +31,7 @@ from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
 from hf_cloudtrain.freeze import AcceptedFile, copy_out, freeze
 from hf_cloudtrain.manifest import META, Position, check_paths, clean_path, decode_record, encode_record
-from hf_cloudtrain.process import half_made_by, is_left_over
+from hf_cloudtrain.process import boot_id, half_made_by, is_left_over
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class OutboxEntry:
     save: int = 1
     """Where hosts have disks of their own: how often this attempt had saved the step by then, this one included."""
     origin: dict[str, str] = field(default_factory=dict)
+    boot: str = ""
+    """The life of the machine in which it was accepted: what was not on the disk when that ended is lost."""
     files: tuple[AcceptedFile, ...] = ()
     home: Path = Path()
     """The entry's own folder."""
@@ -80,19 +82,27 @@ class OutboxEntry:
 
     def check_unchanged(self) -> None:
         """Raise CorruptCheckpointError where a file is not what was accepted."""
+        restarted = self.boot != boot_id()
         for file in self.files:
+            path = self.local_path(file)
             try:
-                found = os.stat(self.local_path(file))
+                found = os.stat(path)
             except FileNotFoundError:
                 found = None
-            if found is None or (found.st_ino, found.st_size, found.st_mtime_ns) != (
+            changed = found is None or (found.st_ino, found.st_size, found.st_mtime_ns) != (
                 file.inode,
                 file.size,
                 file.mtime_ns,
-            ):
+            )
+            if changed or (restarted and _has_hole(path, file.size)):
+                reason = (
+                    "is not what was saved: it was written again since, or had not reached the disk when this machine went down"
+                    if restarted
+                    else "was written again after it was saved"
+                )
                 raise CorruptCheckpointError(
-                    f"{file.path!r} of {self.title} (attempt {self.key.attempt}) was written again after it was saved, "
-                    f"so {str(self.home)!r} cannot be committed."
+                    f"{file.path!r} of {self.title} (attempt {self.key.attempt}) {reason}, so {str(self.home)!r} cannot be "
+                    "committed."
                 )
 
 
@@ -135,13 +145,13 @@ class Outbox:
         name = self._name(entry)
         beside = self.folder / f".{name}-{half_made_by()}"
         files = beside / "files"
-        files.mkdir(parents=True)
         try:
+            files.mkdir(parents=True)
             accepted = freeze(source, files, since_ns, wanted) if link else copy_out(source, files, wanted)
             if not accepted:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
             check_paths([file.path for file in accepted], f"folder {str(source)!r}")
-            entry = dataclasses.replace(entry, files=accepted, home=self.folder / name)
+            entry = dataclasses.replace(entry, files=accepted, home=self.folder / name, boot=boot_id())
             # Last: a folder in which it can be read is whole.
             (beside / "entry.json").write_bytes(encode_record(_to_record(entry)))
             self._move_in(beside, entry.home)
@@ -301,11 +311,23 @@ def read_entry(home: Path) -> OutboxEntry:
             hosts=int(record["hosts"]),
             save=int(record.get("save", 1)),
             origin=dict(record["origin"]),
+            boot=str(record.get("boot", "")),
             files=files,
             home=home,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"The {what} is damaged ({error!r}).") from None
+
+
+def _has_hole(path: Path, size: int) -> bool:
+    """Whether blocks of a file are missing, which read as zeros.
+
+    safetensors sets a file's size before it writes: a power cut within half a minute of that leaves the right size, and
+    no blocks. Nobody writes a checkpoint with holes on purpose.
+    """
+    with open(path, "rb", buffering=0) as file, contextlib.suppress(OSError):  # unknown to some file systems
+        return size > 0 and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size
+    return False
 
 
 def _readable(home: Path) -> bool:

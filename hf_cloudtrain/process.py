@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import re
 import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TURN = 0.2
+"""Seconds of one wait for another thread, so that Ctrl-C is heard between them."""
 
 
 def before_exit(method: Callable[[], None]) -> None:
@@ -40,6 +46,19 @@ def at_exit(call: Callable[[], None]) -> None:
     register(call_here)
 
 
+@functools.cache
+def boot_id() -> str:
+    """Which life of the machine this is: another one after a power cut; empty where the system does not tell.
+
+    https://man7.org/linux/man-pages/man5/proc_sys_kernel.5.html (random)
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 _making: set[str] = set()
 
 
@@ -64,6 +83,35 @@ def is_left_over(name: str) -> bool:
     except (PermissionError, OverflowError):  # another user's
         return False
     return False
+
+
+def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
+    """What `work` gives or raises, done in a thread of its own; TimeoutError once `is_late` says so.
+
+    The thread cannot be ended: it stays behind, a daemon, and whatever `work` touches must be its own from then on.
+    """
+    over = threading.Event()
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            answers.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+            errors.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=call, name="cloudtrain-call", daemon=True).start()
+    while not over.wait(TURN):
+        if is_late() and not over.is_set():
+            raise TimeoutError("no answer")
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # an error that refers to its own frame is freed late, with all that it saw
+    return answers[0]
 
 
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:
@@ -96,7 +144,7 @@ def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -
             threads.append(thread)
     for thread in threads:
         while thread.is_alive():
-            thread.join(0.2)  # short turns, so that Ctrl-C is heard
+            thread.join(TURN)
     if errors:
         raise errors[0]
     return answers

@@ -6,6 +6,7 @@ others 8, so whoever looks at every batch leaves it out.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +44,28 @@ class RandomState:
             numpy=numpy_state() if numpy else None,
             device=_device_module().get_rng_state() if device and _device_module() else None,
             generators=tuple(generator.get_state() for generator in generators),
+        )
+
+    @classmethod
+    def derived(cls, seed: int, generators: Iterable[Any] = ()) -> RandomState:
+        """States of a process that did not exist: all from one seed of 32 bits.
+
+        Args:
+            generators: states of generators, which all processes share.
+        """
+        import numpy
+        import torch
+
+        device = None
+        if _device_module():
+            on_device = torch.Generator(device=torch.accelerator.current_accelerator())
+            device = on_device.manual_seed(seed).get_state()
+        return cls(
+            python=random.Random(seed).getstate(),
+            torch=torch.Generator().manual_seed(seed).get_state(),
+            numpy=numpy.random.RandomState(seed).get_state(),
+            device=device,
+            generators=tuple(generators),
         )
 
     def restore(self, generators: Iterable[Any] = ()) -> None:
@@ -90,6 +113,12 @@ class RandomState:
             device=record["device"],
             generators=tuple(record["generators"]),
         )
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of 32 bits that follows from numbers, such as seed, rank and step."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def numpy_state() -> Any:

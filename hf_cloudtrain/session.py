@@ -20,6 +20,8 @@ from hf_cloudtrain.storage import shown_url
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
+    from hf_cloudtrain.manifest import Manifest
+    from hf_cloudtrain.position import Conversion
     from hf_cloudtrain.trainer_state import EpochLength
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class Session:
         """Whether a callback of this session uploads checkpoints."""
         self.policy = Policy()
         """What stays on storage."""
+        self.restored: tuple[Manifest, Conversion | None] | None = None
+        """What `restore` put here for Trainer, and how its place is converted to steps of today."""
         self.listens = False
         """Whether a callback of this session listens for notices."""
         self.stops_here = False

@@ -38,7 +38,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.manifest import DIGEST_ALGORITHM, META
 from hf_cloudtrain.native import NativeTransfer, native_transfer
-from hf_cloudtrain.process import in_threads
+from hf_cloudtrain.process import answer_in_time, in_threads
 from hf_cloudtrain.redaction import has_user_part, redact, secrets_in
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,19 @@ _jitter = random.Random()
 
 RETRY_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds before each new try, jittered. The clients retry inside themselves too; this bridges what outlasts them."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds that a storage may ask us to wait (`Retry-After`): a mistaken date must not cost the night."""
+
+SILENCE = 600.0
+"""Seconds without a byte or an answer after which a request is given up: a native client, which has timeouts of its
+own, ends by itself within 8 minutes (5 for a request, and no new try after 3); other clients may wait for ever."""
+
+SILENT_RATE = 1e6
+"""Bytes a second: clients of fsspec may take a whole file before they send it, and say nothing while they do."""
+
+SAY_AFTER = 60.0
+"""Seconds of silence after which it is said that somebody waits."""
 
 DELETES_AT_ONCE = 8
 
@@ -84,6 +97,10 @@ class Storage:
         self._pid = os.getpid()
         self._backend: Backend | None = None
         self._transfer: NativeTransfer | None = None
+        self._answered = False
+        """Whether it ever did: what is refused later is refused because credentials have expired."""
+        self._quiet_until = 0.0
+        """When the storage may be asked again, by `time.monotonic`: one thread is told to slow down, and all do."""
 
     def check(self) -> None:
         """Write, read, create twice and delete a small object, through every way that bytes will take.
@@ -134,7 +151,10 @@ class Storage:
             try:
                 backend.create(path, data)
             except FileExistsError:
-                return backend.read(path, len(data) + 1) == data
+                existing = _read_or_none(backend, path, len(data) + 1)
+                if existing is None:  # deleted since, or one of the two answers is wrong: asked again
+                    raise ConnectionError("it exists, and it does not exist") from None
+                return existing == data
             return True
 
         return self._call(f"create {self._name(path)}", create)
@@ -168,18 +188,20 @@ class Storage:
         Args:
             on_bytes: hears how many bytes are gone, in pieces; a negative number takes back a failed try.
         """
-        # Opened here, not below: a local file that is missing is no object that is missing.
-        with open(file, "rb", buffering=0) as source:
-            size = os.fstat(source.fileno()).st_size
+        # Opened here too: a local file that is missing is no object that is missing.
+        with open(file, "rb", buffering=0) as whole:
+            size = os.fstat(whole.fileno()).st_size
 
-            def send(backend: Backend) -> str:
-                source.seek(0)
-                with _Count(on_bytes) as count:
-                    if self._transfer is not None and NativeTransfer.can_name(path):
-                        return self._transfer.upload(source, size, path, count.add)
+            def send(backend: Backend, count: _Count) -> str:
+                # Anew for each try: one that was given up may still read from its own.
+                with open(file, "rb", buffering=0) as source:
+                    transfer = self._transfer
+                    if transfer is not None and NativeTransfer.can_name(path):
+                        return transfer.upload(source, size, path, count.add)
+                    count.patience += size / SILENT_RATE
                     return backend.upload(source, path, count.add)
 
-            return f"{DIGEST_ALGORITHM}:{self._call(f'upload {self._name(path)}', send)}"
+            return f"{DIGEST_ALGORITHM}:{self._counted(f'upload {self._name(path)}', send, on_bytes)}"
 
     def download(
         self, path: str, file: str, size: int, *, on_bytes: Callable[[int], None] | None = None
@@ -189,20 +211,25 @@ class Storage:
         Raises:
             ObjectNotFoundError: it is not there. ObjectTruncatedError: it is shorter.
         """
-        with open(file, "w+b", buffering=0) as target:
+        # Made here: a local folder that is missing is no object that is missing.
+        with open(file, "wb"):
+            pass
 
-            def fetch(backend: Backend) -> str:
-                target.seek(0)
-                with _Count(on_bytes) as count:
-                    if self._transfer is not None and NativeTransfer.can_name(path):
-                        value = self._transfer.download(path, target, size, count.add)
-                    else:
-                        value = backend.download(path, target, size, count.add)
-                    if count.total != size:
-                        raise ObjectTruncatedError(f"{self._name(path)} has {count.total} bytes, not {size}.")
-                    return value
+        def fetch(backend: Backend, count: _Count) -> str:
+            # A new file for each try: one that was given up may still write into its own.
+            if os.path.isfile(file):
+                os.unlink(file)
+            with open(file, "w+b", buffering=0) as target:
+                transfer = self._transfer
+                if transfer is not None and NativeTransfer.can_name(path):
+                    value = transfer.download(path, target, size, count.add)
+                else:
+                    value = backend.download(path, target, size, count.add)
+            if count.total != size:
+                raise ObjectTruncatedError(f"{self._name(path)} has {count.total} bytes, not {size}.")
+            return value
 
-            return f"{DIGEST_ALGORITHM}:{self._call(f'download {self._name(path)}', fetch)}"
+        return f"{DIGEST_ALGORITHM}:{self._counted(f'download {self._name(path)}', fetch, on_bytes)}"
 
     def close(self) -> None:
         """Forget the connections; the next call makes new ones."""
@@ -223,25 +250,76 @@ class Storage:
             )
 
     def _connected(self) -> Backend:
-        if self._backend is None or self._pid != os.getpid():
+        backend = self._backend
+        if backend is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            self._backend, root = connect(self._given_url, self._protocol, self._options)
+            backend, root = connect(self._given_url, self._protocol, self._options)
             self._transfer = native_transfer(self._protocol, root, self._options)
-        return self._backend
+            self._backend = backend
+        return backend
 
     def _call(self, what: str, call: Callable[[Backend], T]) -> T:
+        return self._counted(what, lambda backend, _: call(backend))
+
+    def _counted(
+        self, what: str, call: Callable[[Backend, _Count], T], on_bytes: Callable[[int], None] | None = None
+    ) -> T:
         """Make one call, again where the failure may pass; every error leaves here as one of ours."""
-        for pause in (*RETRY_PAUSES, None):
+        pauses = iter(RETRY_PAUSES)
+        again = {"silence", "credentials"}  # each is worth one new connection
+        while True:
+            if (quiet := self._quiet_until - time.monotonic()) > 0:
+                time.sleep(quiet)
             try:
-                return call(self._connected())
+                return self._answer(what, call, on_bytes)
             except Exception as error:  # noqa: BLE001 - every client has its own tree of errors
                 ours = self._translate(error, what)
-                if pause is None or not isinstance(ours, StorageUnavailableError):
+                cause = self._cause_to_reconnect(ours)
+                pause: float | None
+                if cause is None:
+                    pause = next(pauses, None) if isinstance(ours, StorageUnavailableError) else None
+                else:
+                    self.close()
+                    pause = 0.0 if cause in again else None
+                    again.discard(cause)
+                if pause is None:
                     # A traceback would show what was taken out of the message.
                     raise ours from (error if str(error) == self._redact(str(error)) else None)
                 logger.debug("%s; trying again in about %s s", ours, pause)
-                time.sleep(pause * _jitter.uniform(0.5, 1.0))
-        raise AssertionError("unreachable")
+                if cause is None:
+                    self._rest(error, pause)
+
+    def _answer(
+        self, what: str, call: Callable[[Backend, _Count], T], on_bytes: Callable[[int], None] | None
+    ) -> T:
+        with _Count(on_bytes) as count:
+            try:
+                answer = answer_in_time(
+                    lambda: call(self._connected(), count), lambda: count.is_late(f"to {what}")
+                )
+            except TimeoutError as error:
+                if not count.late:
+                    raise  # the client's own
+                raise _SilentError(
+                    f"Could not {what}: no answer and no byte for {count.patience:.0f} s. Check the network and the endpoint."
+                ) from error
+        self._answered = True
+        return answer
+
+    def _cause_to_reconnect(self, error: CloudTrainError) -> str | None:
+        """Why a new connection may help where this one does not: it hangs, or it holds the credentials of before."""
+        if isinstance(error, _SilentError):
+            return "silence"
+        return "credentials" if isinstance(error, StoragePermissionError) and self._answered else None
+
+    def _rest(self, error: Exception, pause: float) -> None:
+        """Wait before a new try, as long as the storage asks for; all threads, where it says that it is too much."""
+        asked = min(_retry_after(error), LONGEST_PAUSE)
+        seconds = max(jittered(pause), asked)
+        if asked or _THROTTLED.search(str(error)):
+            self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
+        else:
+            time.sleep(seconds)
 
     def _translate(self, error: Exception, what: str) -> CloudTrainError:
         if isinstance(error, CloudTrainError):
@@ -284,6 +362,11 @@ class Storage:
         return redact(text, self._secrets)
 
 
+def jittered(pause: float) -> float:
+    """A pause (s) between half of it and all: what fails for a thousand hosts at once must not come back at once."""
+    return pause * _jitter.uniform(0.5, 1.0)
+
+
 def shown_url(url: str) -> str:
     """The URL as it may be shown and stored: normalised, without credentials."""
     if not isinstance(url, str) or not url.strip():
@@ -303,9 +386,15 @@ _REFUSED = {
     "UnauthenticatedError",
     "NoCredentialsError",
     "ClientAuthenticationError",
+    "UnauthorizedSSOTokenError",
+    "SSOTokenLoadError",
 }
 # A status code, and not the number in a name such as checkpoint-403 or 301-of-1000.json.
 _CODE = r"(?<![\w./-])(?:{})(?![\w/-]|\.\w)"
+_THROTTLED = re.compile(
+    _CODE.format("503|429")
+    + r"|\b(?:SlowDown|Throttl\w*|TooManyRequests|ServerBusy|rateLimitExceeded|RequestLimitExceeded)\b"
+)
 _BEYOND_END = re.compile(
     _CODE.format("416")
     + r"|InvalidRange|RangeNotSatisfiable|not satisfiable|range (?:started|starting) at|EOFError",
@@ -314,7 +403,7 @@ _BEYOND_END = re.compile(
 _REFUSED_TEXT = re.compile(
     _CODE.format("403|401")
     + r"|\b(?:Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|"
-    r"ExpiredToken|InvalidToken|Unable to locate credentials)\b"
+    r"ExpiredToken(?:Exception)?|TokenRefreshRequired|RequestExpired|InvalidToken|Unable to locate credentials)\b"
 )
 
 
@@ -348,12 +437,22 @@ def _read_or_none(backend: Backend, path: str, limit: int) -> bytes | None:
         return None
 
 
+class _SilentError(StorageUnavailableError):
+    """No answer, and no end of it."""
+
+
 class _Count:
-    """Bytes of one try, so that a failed one can be taken back."""
+    """Bytes of one try, so that a failed one can be taken back, and a silent one noticed."""
 
     def __init__(self, on_bytes: Callable[[int], None] | None) -> None:
         self.total = 0
+        self.patience = SILENCE
+        """Seconds of silence that are borne."""
+        self.late = False
         self._on_bytes = on_bytes
+        self._heard = time.monotonic()
+        self._said = False
+        self._over = False
 
     def __enter__(self) -> _Count:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
@@ -361,11 +460,45 @@ class _Count:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self.add(-self.total)
+        self._over = True
+
+    def is_late(self, purpose: str) -> bool:
+        """Whether nothing was heard for too long."""
+        silent = time.monotonic() - self._heard
+        if silent > SAY_AFTER and not self._said:
+            self._said = True
+            logger.warning("Waiting %s: no answer for %.0f s.", purpose, silent)
+        self.late = silent > self.patience
+        return self.late
 
     def add(self, count: int) -> None:
+        if self._over:
+            return  # a try that was given up, and goes on by itself
+        self._heard = time.monotonic()
         self.total += count
         if self._on_bytes is not None:
             self._on_bytes(count)
+
+
+def _retry_after(error: BaseException | None) -> float:
+    """Seconds that the storage asks to wait, where its client shows the header; 0 where not.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3; a date instead of seconds is left out of account.
+    """
+    for _ in range(8):  # s3fs puts its own error before that of botocore
+        if error is None:
+            break
+        answer = getattr(error, "response", None)
+        found: Any = getattr(answer, "headers", None)
+        if isinstance(answer, dict):
+            found = (answer.get("ResponseMetadata") or {}).get("HTTPHeaders")
+        if found:
+            value = {str(name).lower(): str(value) for name, value in dict(found).items()}.get(
+                "retry-after", ""
+            )
+            return float(value) if re.fullmatch(r"\d{1,9}", value) else 0.0
+        error = error.__cause__ or error.__context__
+    return 0.0
 
 
 def _elsewhere(reason: str) -> bool:

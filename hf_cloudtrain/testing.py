@@ -1,41 +1,84 @@
-"""Storage that fails on purpose, and processes that die on purpose: for tests of training scripts and of this package.
+"""Faults on purpose, for tests of training scripts and of this package: docs/testing.md shows how.
 
     storage = FaultyStorage("file:///tmp/run")
     storage.fail("upload", call=2)                      # the second upload is reset; the client tries again
+    storage.fail("commit")                              # so is the write of a manifest: requests have names, see POINTS
     storage.lose_answer("create")                       # it is done, but the answer never comes
+    storage.slow("upload", seconds=0.5)                 # each takes so much longer
+    storage.hang("read")                                # no answer, ever
     storage.hold("upload", until=event)                 # nothing moves before event.set()
     storage.corrupt("download", path="*.safetensors")   # one bit flips on the way
-    storage.crash("write", call=3)                      # the process ends as if by SIGKILL
+    storage.lie("missing", "read")                      # "not found", though it is there; also: exists, late, size
+    storage.crash("commit", after=True)                 # the process ends as if by SIGKILL
     with storage.everywhere():
         train()
 
-A call is one request as the client makes it, so a retry is another call. To kill a process between any two changes
-of its disk, and not only at a storage call, see `CrashPoint`.
+A call is one request as the client makes it, so a retry is another call. `CrashPoint` kills a process between any two
+changes of its disk, and not only at a storage call; `FaultyDisk` is a disk that fills up or can only be read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import dataclasses
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, NoReturn
+from typing import IO, Any, Literal, NamedTuple, NoReturn, get_args
 from unittest import mock
 
 import xxhash
 
 from hf_cloudtrain.backends import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.faulty_disk import CRASH_STATUS, DISK_POINTS, CrashPoint, FaultyDisk, crash_now
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
+
+__all__ = [
+    "CRASH_STATUS",
+    "DISK_POINTS",
+    "POINTS",
+    "Call",
+    "CrashPoint",
+    "FaultyDisk",
+    "FaultyStorage",
+    "Kind",
+    "Lie",
+    "Point",
+    "flip_bit",
+]
 
 Kind = Literal["any", "read", "write", "create", "list", "delete", "upload", "download"]
 """Which calls a fault is about. `upload` and `download` move files; `read`, `write` and `create` small records."""
 
-CRASH_STATUS = 137
-"""Exit status of a process that was crashed here: what a shell reports for SIGKILL."""
+Point = Literal[
+    "attempt", "claim", "files", "arrival", "part", "commit", "pointer", "heartbeat", "steps",
+    "newest", "manifest", "fetch", "retire",
+]  # fmt: skip
+"""A request by its place in the life of a checkpoint."""
+
+POINTS: dict[str, tuple[Kind, str]] = {
+    "attempt": ("create", ".cloudtrain/attempts/*"),
+    "claim": ("create", ".cloudtrain/claims/*"),
+    "files": ("upload", "checkpoint-*"),
+    "arrival": ("list", "checkpoint-*"),
+    "part": ("write", ".cloudtrain/parts/*"),
+    "commit": ("create", ".cloudtrain/checkpoints/*"),
+    "pointer": ("write", ".cloudtrain/[bl]?st.json"),
+    "heartbeat": ("write", ".cloudtrain/progress/*"),
+    "steps": ("write", ".cloudtrain/steps/*"),
+    "newest": ("list", ".cloudtrain/checkpoints"),
+    "manifest": ("read", ".cloudtrain/checkpoints/*"),
+    "fetch": ("download", "checkpoint-*"),
+    "retire": ("delete", ".cloudtrain/checkpoints/*"),
+}
+"""Where a `Point` is: kind of the request, and glob of its path. Attempt, then save (claim, files, arrival, part of one
+host, commit, pointer), then restore (newest, manifest, fetch), and the delete of a manifest."""
+
+Lie = Literal["missing", "exists", "late", "size"]
+"""What a storage says that is not so."""
 
 _EVER = sys.maxsize
 
@@ -68,11 +111,12 @@ class FaultyStorage(Storage):
         self.calls: list[Call] = []
         """All requests so far, in order."""
         self._faults: list[_Fault] = []
+        self._hung: list[threading.Event] = []
         self._lock = threading.Lock()
 
     def fail(
         self,
-        kind: Kind,
+        kind: Kind | Point,
         error: Exception | None = None,
         *,
         call: int = 1,
@@ -89,13 +133,31 @@ class FaultyStorage(Storage):
         raised = error or ConnectionResetError("connection reset on purpose")
         self._add(_Fault(kind, path, call, times, before=lambda: _raise(raised)))
 
-    def lose_answer(self, kind: Kind, *, call: int = 1, times: int = 1, path: str = "*") -> None:
+    def lose_answer(self, kind: Kind | Point, *, call: int = 1, times: int = 1, path: str = "*") -> None:
         """The request is made and succeeds, and the connection breaks before the answer."""
         error = ConnectionResetError("answer lost on purpose")
         self._add(_Fault(kind, path, call, times, after=lambda: _raise(error)))
 
+    def slow(
+        self, kind: Kind | Point, seconds: float, *, call: int = 1, times: int = _EVER, path: str = "*"
+    ) -> None:
+        """The request waits for so long before it is made."""
+        self._add(_Fault(kind, path, call, times, before=lambda: time.sleep(seconds)))
+
+    def hang(self, kind: Kind | Point, *, call: int = 1, times: int = 1, path: str = "*") -> None:
+        """The request is not made and never answered; `heal` breaks its connection."""
+        until = threading.Event()
+        self._hung.append(until)
+        self._add(_Fault(kind, path, call, times, before=lambda: _hang(until)))
+
     def hold(
-        self, kind: Kind, until: threading.Event, *, call: int = 1, times: int = _EVER, path: str = "*"
+        self,
+        kind: Kind | Point,
+        until: threading.Event,
+        *,
+        call: int = 1,
+        times: int = _EVER,
+        path: str = "*",
     ) -> None:
         """The request waits for the event before it is made."""
         self._add(_Fault(kind, path, call, times, before=lambda: _wait(until)))
@@ -116,20 +178,42 @@ class FaultyStorage(Storage):
         """
         self._add(_Fault(kind, path, call, times, change=change or flip_bit))
 
-    def crash(self, kind: Kind, *, call: int = 1, after: bool = False, path: str = "*") -> None:
+    def lie(
+        self, what: Lie, kind: Kind | Point = "any", *, call: int = 1, times: int = 1, path: str = "*"
+    ) -> None:
+        """The storage answers what is not so.
+
+        Args:
+            what: `missing`: "not found" for what is there, and listings are empty. `exists`: a create is refused although
+                nothing is there. `late`: a listing as it was when this was told. `size`: in a listing, one byte less.
+        """
+        if what == "late":
+            before = {info.path for info in self._connected()._backend.list("")}
+            change: Any = lambda found: [info for info in found if info.path in before]  # noqa: E731
+        elif what == "size":
+            change = lambda found: [dataclasses.replace(info, size=info.size - 1) for info in found]  # noqa: E731
+        else:
+            change = lambda found: []  # noqa: E731
+        self._add(_Fault(kind, path, call, times, lie=what, change_listing=change))
+
+    def crash(self, kind: Kind | Point, *, call: int = 1, after: bool = False, path: str = "*") -> None:
         """This process ends at the request, without clean-up, as by SIGKILL; with `after`, when it is done."""
-        point: dict[str, Any] = {"after" if after else "before": _crash}
+        point: dict[str, Any] = {"after" if after else "before": crash_now}
         self._add(_Fault(kind, path, call, 1, **point))
 
     def heal(self) -> None:
-        """Forget all faults; `calls` stay."""
+        """Forget all faults, and break what hangs; `calls` stay."""
         with self._lock:
             self._faults.clear()
+            hung, self._hung = self._hung, []
+        for event in hung:
+            event.set()
 
-    def count(self, kind: Kind = "any", path: str = "*") -> int:
+    def count(self, kind: Kind | Point = "any", path: str = "*") -> int:
         """How many requests were made that fit."""
+        plain, where = _resolved(kind, path)
         with self._lock:
-            return sum(_fits(kind, path, call) for call in self.calls)
+            return sum(_fits(plain, where, call) for call in self.calls)
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[FaultyStorage]:
@@ -154,74 +238,27 @@ class FaultyStorage(Storage):
         return _FaultyBackend(backend, self)
 
     def _add(self, fault: _Fault) -> None:
+        fault.kind, fault.path = _resolved(fault.kind, fault.path)
         with self._lock:
             self._faults.append(fault)
 
     @contextlib.contextmanager
-    def _request(self, kind: str, path: str) -> Iterator[Callable[[bytes], bytes] | None]:
-        """Around one request; gives how its bytes change, if they do."""
+    def _request(self, kind: str, path: str) -> Iterator[Callable[[Any], Any] | None]:
+        """Around one request; gives how its bytes change, or its listing, if they do."""
         call = Call(kind, path)
         with self._lock:
             self.calls.append(call)
             due = [fault for fault in self._faults if fault.is_due(call)]
         for fault in due:
             fault.before()
-        yield next((fault.change for fault in due if fault.change), None)
+            if (fault.lie, kind) == ("exists", "create"):
+                raise FileExistsError(f"'{path}' exists, as is said on purpose")
+            if fault.lie == "missing" and kind in ("read", "download"):
+                raise FileNotFoundError(f"'{path}' does not exist, as is said on purpose")
+        changes = (fault.change_listing if kind == "list" else fault.change for fault in due)
+        yield next((change for change in changes if change), None)
         for fault in due:
             fault.after()
-
-
-class CrashPoint:
-    """Ends this process, without clean-up, as by SIGKILL, just before its n-th change below a folder.
-
-    A change is an open for writing, a link, a rename, a removal, a new or removed folder, or a new time: what can be
-    seen after a crash. Sweep n from 1 until a process ends by itself, and it was killed in every state it can leave.
-    Names relative to an open folder count as below it.
-
-    Args:
-        below: only changes in here count.
-        at: which one; None only counts them.
-
-    Example:
-        >>> with CrashPoint(folder) as point:
-        ...     outbox.accept(source, entry)
-        >>> point.seen[-3:]
-        ['os.link', 'open', 'os.rename']
-    """
-
-    _active: CrashPoint | None = None
-    _listening = False
-
-    def __init__(self, below: str | Path, at: int | None = None) -> None:
-        self.seen: list[str] = []
-        """The changes so far, by the name of their audit event."""
-        self._below = os.path.abspath(below)
-        self._at = at
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> CrashPoint:  # noqa: PYI034 - typing.Self came with Python 3.11
-        if not CrashPoint._listening:
-            # A hook cannot be taken away again, so there is one for all, which does nothing most of the time.
-            sys.addaudithook(_listen)
-            CrashPoint._listening = True
-        CrashPoint._active = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        CrashPoint._active = None
-
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not (_changes_disk(event, arguments) and self._is_below(event, arguments)):
-            return
-        with self._lock:
-            self.seen.append(event)
-            if len(self.seen) == self._at:
-                _crash()
-
-    def _is_below(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        names = arguments[:1] if event == "open" else arguments[:2]
-        paths = (os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike)))
-        return any(not os.path.isabs(path) or f"{path}/".startswith(f"{self._below}/") for path in paths)
 
 
 def flip_bit(data: bytes) -> bytes:
@@ -239,6 +276,8 @@ class _Fault:
     before: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
     change: Callable[[bytes], bytes] | None = None
+    lie: Lie | None = None
+    change_listing: Callable[[list[ObjectInfo]], list[ObjectInfo]] | None = None
     seen: int = 0
 
     def is_due(self, call: Call) -> bool:
@@ -269,9 +308,9 @@ class _FaultyBackend:
             self._backend.create(path, change(data) if change else data)
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        with self._script._request("list", prefix):
+        with self._script._request("list", prefix) as change:
             found: list[ObjectInfo] = self._backend.list(prefix)
-            return found
+            return change(found) if change else found
 
     def delete(self, path: str) -> None:
         with self._script._request("delete", path):
@@ -316,29 +355,18 @@ def _wait(until: threading.Event) -> None:
     until.wait()
 
 
-def _crash() -> NoReturn:
-    os._exit(CRASH_STATUS)
+def _hang(until: threading.Event) -> None:
+    until.wait()
+    raise ConnectionResetError("a request that hung was broken off")
 
 
-_CHANGES = {
-    "os.link",
-    "os.symlink",
-    "os.rename",
-    "os.remove",
-    "os.mkdir",
-    "os.rmdir",
-    "os.utime",
-    "os.truncate",
-}
-
-
-def _listen(event: str, arguments: tuple[Any, ...]) -> None:
-    point = CrashPoint._active
-    if point is not None:
-        point._hear(event, arguments)
-
-
-def _changes_disk(event: str, arguments: tuple[Any, ...]) -> bool:
-    if event == "open":
-        return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in _CHANGES
+def _resolved(kind: str, path: str) -> tuple[str, str]:
+    """Kind and path of a request that may be told by the name of its point."""
+    if kind in POINTS:
+        kind, where = POINTS[kind]
+        return kind, where if path == "*" else path
+    if kind not in get_args(Kind):
+        raise ValueError(
+            f"{kind!r} is no kind of request. There are: {', '.join((*get_args(Kind), *POINTS))}."
+        )
+    return kind, path

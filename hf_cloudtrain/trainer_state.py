@@ -9,12 +9,16 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Checkpointer, Restored
+from hf_cloudtrain.checkpointer import Checkpointer, Restored, parse_renumbered
+from hf_cloudtrain.loader_facts import batch_size_of, seed_of
 from hf_cloudtrain.manifest import Manifest, Position
+from hf_cloudtrain.position import Conversion, Epoch
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -33,8 +37,14 @@ class EpochLength:
         """Whether fetching a batch draws random numbers (masked language models)."""
         self.samples: int | None
         self.batches: int | None
+        self.batch: int | None = None
+        """Samples in one batch of one process."""
+        self.seed: int | None = None
+        """What each epoch's order is drawn from; None where it is not drawn from a seed."""
         try:
             self.samples, self.batches = len(dataloader.dataset), len(dataloader)
+            self.batch = batch_size_of(dataloader)
+            self.seed = seed_of(dataloader)
         except (AttributeError, TypeError):
             self.samples = self.batches = None
 
@@ -44,10 +54,14 @@ class EpochLength:
 
     def samples_seen(self, global_step: int, step_samples: int, accumulation: int) -> int:
         """Samples after `global_step` optimizer steps of `step_samples` each; an epoch's last step may be short."""
-        if self.samples is None or not self.batches:
+        steps = self.steps(accumulation)
+        if self.samples is None or not steps:
             return global_step * step_samples
-        epochs, into = divmod(global_step, math.ceil(self.batches / accumulation))
-        return epochs * self.samples + min(into * step_samples, self.samples)
+        return Epoch(self.samples, steps, step_samples).samples_at(global_step)
+
+    def steps(self, accumulation: int) -> int | None:
+        """Optimizer steps in one epoch; None where that is not known."""
+        return math.ceil(self.batches / accumulation) if self.batches else None
 
 
 def topology(args: TrainingArguments) -> Position:
@@ -76,7 +90,9 @@ def epoch_ends(state: TrainerState, control: TrainerControl) -> bool:
     )
 
 
-def position(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> Position:
+def position(
+    args: TrainingArguments, state: TrainerState, epoch: EpochLength, lr_scheduler: Any = None
+) -> Position:
     """Where the training stands."""
     return Position(
         global_step=state.global_step,
@@ -90,6 +106,9 @@ def position(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -
         num_train_epochs=float(state.num_train_epochs),
         max_steps=state.max_steps,
         dataset_length=epoch.samples,
+        epoch_steps=epoch.steps(args.gradient_accumulation_steps),
+        data_seed=epoch.seed,
+        lr_scheduler=None if lr_scheduler is None else _kind_of(lr_scheduler),
     )
 
 
@@ -109,59 +128,138 @@ def metrics(state: TrainerState, *, best: bool) -> dict[str, float]:
     return found
 
 
-def make_true_here(checkpointer: Checkpointer, restored: Restored, *, needs_best: bool) -> None:
-    """Set the paths in trainer_state.json to this machine's, and bring the best checkpoint along if it is needed."""
+def make_true_here(
+    checkpointer: Checkpointer,
+    restored: Restored,
+    *,
+    needs_best: bool,
+    conversion: Conversion | None = None,
+    adjust: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
+) -> None:
+    """Set what trainer_state.json says to what is true on this machine, and bring the best checkpoint along if needed.
+
+    Args:
+        conversion: to steps of today, where those are others.
+        adjust: changes the record in all else.
+    """
     world = checkpointer.world
-    best = world.agree(
-        lambda: _best_of(checkpointer, restored) if needs_best else None, "find the best checkpoint"
-    )
+    best = None
+    if needs_best or conversion is not None:
+        best = world.agree(lambda: _best_of(checkpointer, restored), "find the best checkpoint")
     if best is not None:
-        outcomes = world.each_leader(checkpointer.bringer(best), "download the best checkpoint")
+        number_here(checkpointer, best.manifest, conversion, best.number)
+    if best is not None and needs_best:
+        outcomes = world.each_leader(checkpointer.bringer(best.manifest), "download the best checkpoint")
         problems = [problem for problem in outcomes if problem]
         if problems and world.is_main:
             logger.warning(
-                "The best checkpoint %s is damaged and is not loaded at the end. %s", best.key, problems[0]
+                "The best checkpoint %s is damaged and is not loaded at the end. %s",
+                best.manifest.key,
+                problems[0],
             )
-    world.each_leader(lambda: _rewrite(checkpointer, restored), f"adjust {TRAINER_STATE}")
+    world.each_leader(
+        lambda: _rewrite(checkpointer, restored, best, conversion, adjust), f"adjust {TRAINER_STATE}"
+    )
 
 
-def _best_of(checkpointer: Checkpointer, restored: Restored) -> Manifest | None:
-    """The manifest of the best checkpoint that the restored state names, in the line that led to it."""
-    step = _read(restored.path / TRAINER_STATE).get("best_global_step")
-    if not step:
-        return None
+def number_here(
+    checkpointer: Checkpointer, manifest: Manifest, conversion: Conversion | None, number: int | None = None
+) -> None:
+    """Give a checkpoint the number that it has in steps of today.
+
+    Args:
+        number: its number in the steps that the restored checkpoint counts, if that is not its own.
+    """
+    if conversion is not None and conversion.is_renumbered:
+        number = conversion.step_of(manifest.step if number is None else number)
+    checkpointer.renumber(manifest.key, number)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best checkpoint that a restored state names."""
+
+    manifest: Manifest
+    number: int | None
+    """In the steps that the restored checkpoint counts, if that is not its own."""
+
+
+def _best_of(checkpointer: Checkpointer, restored: Restored) -> _Best | None:
+    """The best checkpoint that the restored state names, in the line that led to it."""
+    record = _as_saved(checkpointer, restored)
     newest = CheckpointKey(restored.manifest.attempt, restored.manifest.step)
-    keys = [key for key in checkpointer.catalog.checkpoints() if key.step == step and key <= newest]
+    renumbered = parse_renumbered(_last_part(record.get("best_model_checkpoint")))
+    step = record.get("best_global_step")
+    if renumbered is not None:  # it was the best already when steps were of another size
+        step = renumbered[1].step
+        keys = [key for key in checkpointer.catalog.checkpoints() if key == renumbered[1]]
+    elif step:
+        keys = [key for key in checkpointer.catalog.checkpoints() if key.step == step and key <= newest]
+    else:
+        return None
     if not keys:
         logger.warning(
             "The best checkpoint (step %s) is not on storage, so it cannot be loaded at the end.", step
         )
         return None
-    return checkpointer.catalog.read(keys[-1])
+    return _Best(checkpointer.catalog.read(keys[-1]), renumbered[0] if renumbered else None)
 
 
-def _rewrite(checkpointer: Checkpointer, restored: Restored) -> None:
+def _rewrite(
+    checkpointer: Checkpointer,
+    restored: Restored,
+    best: _Best | None,
+    conversion: Conversion | None,
+    adjust: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    record = _as_saved(checkpointer, restored)
+    if not record:
+        return
+    changed = adjust(record)
+    name = checkpointer.local_folder(best.manifest).name if best else None
+    if name is None and record.get("best_model_checkpoint"):
+        name = _last_part(record["best_model_checkpoint"])
+    if name:
+        here = checkpointer.output_dir / name
+        if here.is_dir() and here != restored.path:
+            # Trainer deletes the oldest by modification time first; the best must not look newer than this one.
+            moment = time.time() - 60
+            os.utime(here, (moment, moment))
+        changed = {**changed, "best_model_checkpoint": str(here)}
+    if conversion is not None and conversion.is_renumbered:
+        # Of then: Trainer would take the checkpoint with that number of today for the best.
+        changed = {**changed, "best_global_step": None}
     path = restored.path / TRAINER_STATE
-    record = _read(path)
-    named = record.get("best_model_checkpoint")
-    if not named:
-        return
-    here = checkpointer.output_dir / re.split(r"[/\\]", str(named))[-1]
-    if here.is_dir() and here != restored.path:
-        # Trainer deletes the oldest by modification time first; the best must not look newer than this one.
-        moment = time.time() - 60
-        os.utime(here, (moment, moment))
-    if str(here) == named:
-        return
+    if changed != _read(path):
+        _keep_original(checkpointer, restored)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n")
+        os.replace(beside, path)
+
+
+def _as_saved(checkpointer: Checkpointer, restored: Restored) -> dict[str, Any]:
+    """The state as the checkpoint has it: what lies here may have been made true, in another topology even."""
+    original = checkpointer.originals(restored.manifest) / TRAINER_STATE
+    return _read(original if original.is_file() else restored.path / TRAINER_STATE)
+
+
+def _keep_original(checkpointer: Checkpointer, restored: Restored) -> None:
     original = checkpointer.originals(restored.manifest) / TRAINER_STATE
     if not original.exists():
         original.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, original)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(
-        json.dumps({**record, "best_model_checkpoint": str(here)}, indent=2, sort_keys=True) + "\n"
-    )
-    os.replace(beside, path)
+        beside = original.with_suffix(".tmp")
+        shutil.copyfile(restored.path / TRAINER_STATE, beside)
+        os.replace(beside, original)
+
+
+def _last_part(path: Any) -> str:
+    return re.split(r"[/\\]", str(path or ""))[-1]
+
+
+def _kind_of(lr_scheduler: Any) -> str:
+    """`LambdaLR` for whatever is one, else the name of its class."""
+    names = [kind.__name__ for kind in type(lr_scheduler).__mro__]
+    return "LambdaLR" if "LambdaLR" in names else names[0]
 
 
 def _read(path: Path) -> dict[str, Any]:

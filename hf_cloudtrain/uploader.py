@@ -39,6 +39,7 @@ from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.retention import Retention
+from hf_cloudtrain.storage import jittered
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ MAX_WAITING = 2
 LOCK_PATIENCE = 30.0
 """Seconds to wait for another process's lock: the loader workers of a killed trainer hold it until they notice."""
 PAUSES = (5.0, 15.0, 30.0, 60.0)
-"""Seconds between tries of an entry that failed; the last is repeated."""
+"""Seconds between tries of an entry that failed, jittered; the last is repeated."""
 
 
 class Uploader:
@@ -362,7 +363,7 @@ class Uploader:
             "The upload of %s failed and is tried again; training goes on. %s", entry.title, ours
         )
         logger.debug("The failed upload", exc_info=error)
-        self._put_back(entry, PAUSES[min(failures, len(PAUSES) - 1)])
+        self._put_back(entry, jittered(PAUSES[min(failures, len(PAUSES) - 1)]))
 
     def _give_up(self, entry: OutboxEntry, error: CloudTrainError) -> None:
         _set_aside(self._outbox, entry, error)
@@ -504,15 +505,23 @@ class _Sender:
         return sorted((file for group in sent for file in group), key=lambda file: file.path)
 
     def _check_arrival(self, folder: str, files: list[FileEntry]) -> None:
-        """Look at what is there, rather than trust that every answer was right."""
-        arrived = {info.path: info.size for info in self._catalog.storage.list(folder)}
-        for file in files:
-            size = arrived.get(f"{folder}/{file.path}")
-            if size != file.size:
-                self._arrived.clear()
-                raise StorageUnavailableError(
-                    f"{file.path!r} was sent with {file.size} bytes, and the storage has {size}. It is sent again."
-                )
+        """Look at what is there, rather than trust that every answer was right.
+
+        Twice, where something is missing: sending it again costs more than another look at a listing that lags.
+        """
+        wrong: list[FileEntry] = []
+        arrived: dict[str, int] = {}
+        for _ in range(2):
+            arrived = {info.path: info.size for info in self._catalog.storage.list(folder)}
+            wrong = [file for file in files if arrived.get(f"{folder}/{file.path}") != file.size]
+            if not wrong:
+                return
+        paths = {file.path for file in wrong}
+        self._arrived = {known: digest for known, digest in self._arrived.items() if known[1] not in paths}
+        raise StorageUnavailableError(
+            f"{wrong[0].path!r} was sent with {wrong[0].size} bytes, and the storage has "
+            f"{arrived.get(f'{folder}/{wrong[0].path}')}. It is sent again."
+        )
 
 
 def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEntry]:

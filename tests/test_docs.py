@@ -165,3 +165,13 @@ def test_the_first_page_shows_three_ways_of_at_most_14_lines_that_parse() -> Non
         assert len(text.splitlines()) <= 14
         lines = [line for line in text.splitlines() if not line.startswith("-")]
         ast.parse("\n".join(line.removeprefix("+") for line in lines) if kind == "diff" else text)
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    named = set(re.findall(r"`((?:tests/)?[\w/]+\.py|tests/\w+)`", page))
+    assert len(named) >= 12
+    for name in named:
+        assert list(ROOT.glob(name if name.startswith("tests") else f"tests/*/{name}")), name
+    laws = {int(number) for number in re.findall(r"^\| (\d+) ", page, flags=re.MULTILINE)}
+    assert laws == set(range(1, 13))

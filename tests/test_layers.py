@@ -35,6 +35,7 @@ ROWS = (
     ),
     (
         "position",
+        "schedule",
         "history",
         "step_tracker",
         "sampler",
@@ -49,6 +50,7 @@ ROWS = (
     ),
     (
         "trainer_state",
+        "trainer_place",
         "session",
         "emergency",
         "callbacks",
@@ -56,13 +58,14 @@ ROWS = (
         "loop_state",
         "loop_report",
         "loop_position",
+        "loop_place",
         "loop_folder",
         "loop",
         "modes",
         "functional",
     ),
     ("datasets", "job", "engines"),
-    ("cli", "testing", "__init__"),
+    ("cli", "faulty_disk", "testing", "__init__"),
 )
 """From the ground up. Within a row, a module may import those to its left."""
 

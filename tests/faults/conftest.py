@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import storage, uploader
+from hf_cloudtrain import process, storage, uploader
 from tests.faults.runs import Machines
 
 
@@ -15,6 +15,7 @@ from tests.faults.runs import Machines
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_PAUSES", (0.0,) * len(storage.RETRY_PAUSES))
     monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+    monkeypatch.setattr(process, "TURN", 0.01)
 
 
 @pytest.fixture

@@ -255,6 +255,7 @@ def train(
     stream: bool = False,
     masks: bool = False,
     waiting: int = 1_000,
+    samples: int = SAMPLES,
     on_storage: int | None = None,
     callbacks: list[TrainerCallback] | None = None,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
@@ -270,6 +271,7 @@ def train(
         before, after: callbacks of the user in front of ours and behind it, as [name, {argument: value}].
         seen: file that hears of each batch before it is used; `{rank}` in its name is replaced.
         waiting: checkpoints that may wait for their upload; many, because steps of milliseconds outrun any.
+        samples: length of the training data.
         on_storage: how many checkpoints stay there.
         masks: leave words out by chance, as a collator for masked language models does.
         arguments: for TrainingArguments.
@@ -286,7 +288,7 @@ def train(
     trainer = Trainer(
         model=make_model(lora=lora),
         args=args,
-        train_dataset=Stream() if stream else Sentences(),
+        train_dataset=Stream() if stream else Sentences(samples),
         eval_dataset=Sentences(10),
         callbacks=[*make_extra(before), *ours, *make_extra(after), *extra],
     )

@@ -417,9 +417,9 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
-        [({"batch_size": 2}, "4 samples a batch"), ({"accumulation": 2}, "1 batches an optimizer step")],
+        [({"batch_size": 3}, "4 samples a batch"), ({"accumulation": 3}, "1 batches an optimizer step")],
     )
-    def test_another_meaning_of_a_step_is_refused(
+    def test_another_meaning_of_a_step_that_ends_elsewhere_is_refused(
         self, tmp_path: Path, arguments: dict[str, Any], words: str
     ) -> None:
         _killed(tmp_path, 3)

@@ -46,11 +46,13 @@ class TestRefusedBeforeTheFirstStep:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"per_device_train_batch_size": 2}, "4 samples a batch and process before, 2 now"),
-            ({"gradient_accumulation_steps": 2}, "1 batches an optimizer step before, 2 now"),
+            ({"per_device_train_batch_size": 3}, "4 samples a batch and process before, 3 now"),
+            ({"gradient_accumulation_steps": 3}, "1 batches an optimizer step before, 3 now"),
         ],
     )
-    def test_law_8_another_batch_or_accumulation(self, lab: Lab, change: dict[str, int], words: str) -> None:
+    def test_law_8_another_batch_or_accumulation_whose_steps_end_elsewhere(
+        self, lab: Lab, change: dict[str, int], words: str
+    ) -> None:
         lab.killed("first", kill_at=6, committed=4)
         said = lab.fails("second", **change)
         assert f"PositionError: checkpoint-4 cannot be resumed here: {words}" in said

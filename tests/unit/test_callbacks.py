@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from hf_cloudtrain import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
-from hf_cloudtrain.errors import ConfigurationError, RunCompleteError, RunHasCheckpointsError
+from hf_cloudtrain.errors import ConfigurationError, PositionError, RunCompleteError, RunHasCheckpointsError
 from hf_cloudtrain.retention import Policy
 from hf_cloudtrain.trainer_state import EpochLength, metrics, position
 
@@ -138,6 +138,25 @@ class TestStart:
         args.auto_find_batch_size = False
         with pytest.raises(RunHasCheckpointsError, match=r"cloud\.restore\(args\)"):
             callback.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 1))
+
+
+def test_law_8_a_checkpoint_of_another_topology_that_was_not_restored_by_us_is_refused(
+    args: TrainingArguments, url: str, tmp_path: Path
+) -> None:
+    callback = CheckpointUploadCallback(url)
+    callback.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(80, 8))
+    saved = tmp_path / "out/checkpoint-4"
+    saved.mkdir(parents=True)
+    (saved / "model.safetensors").write_bytes(b"weights")
+    callback.on_save(args, state_at(4), TrainerControl())
+    callback.wait()
+    args.gradient_accumulation_steps = 2
+    with pytest.raises(
+        PositionError, match=r"1 batches an optimizer step before, 2 now.* cloud\.restore\(args\)"
+    ):
+        callback.on_train_begin(args, state_at(4), TrainerControl(), train_dataloader=loader(80, 8))
+    args.gradient_accumulation_steps = 1
+    callback.on_train_begin(args, state_at(4), TrainerControl(), train_dataloader=loader(80, 8))
 
 
 class TestPosition:

@@ -16,9 +16,12 @@ def attempt(number: int, resumed_from: tuple[int, int] | None = None) -> Attempt
     return Attempt(number, f"nonce-{number}", resumed_from=key, global_step=key.step if key else 0)
 
 
-def begin(catalog: Catalog, started: float, resumed_from: tuple[int, int] | None = None) -> int:
+def begin(
+    catalog: Catalog, started: float, resumed_from: tuple[int, int] | None = None, at: int | None = None
+) -> int:
     key = CheckpointKey(*resumed_from) if resumed_from else None
-    return catalog.begin_attempt(started, key.step if key else 0, key, {"host": "a"}).number
+    step = at if at is not None else key.step if key else 0
+    return catalog.begin_attempt(started, step, key, {"host": "a"}).number
 
 
 def record(catalog: Catalog, number: int, *records: dict[str, Any], batch: int = 1) -> None:
@@ -51,6 +54,21 @@ def test_only_the_line_that_led_to_the_newest_attempt_counts(
     attempts: list[Attempt], kept: dict[int, float]
 ) -> None:
     assert kept_steps(attempts) == kept
+
+
+def test_law_8_curves_go_on_where_steps_became_larger_or_smaller(catalog: Catalog) -> None:
+    first = begin(catalog, 100.0)
+    record(catalog, first, steps(1, 6), log(2, 0.2), log(4, 0.4), log(6, 0.6))
+    second = begin(catalog, 200.0, (first, 4), at=2)  # as many samples in half the steps
+    record(catalog, second, steps(3, 4, 2.0), log(3, 0.3), log(6, 0.9))
+    found = history_of(catalog)
+    assert [(item["step"], item["loss"]) for item in found.logs] == [(1, 0.2), (2, 0.4), (3, 0.3), (6, 0.9)]
+    assert [(item["step"], item["loss"]) for item in found.superseded] == [(6, 0.6)]
+    assert found.step_seconds == dict.fromkeys(range(1, 7), 2.0)
+    third = begin(catalog, 300.0, (second, 3), at=6)  # and back
+    record(catalog, third, steps(7, 1))
+    assert [item["step"] for item in history_of(catalog).logs] == [2, 4, 6]
+    assert history_of(catalog).step_seconds == {2: 1.0, 4: 1.0, 1: 1.0, 3: 1.0, 6: 2.0, 7: 1.0}
 
 
 def killed_and_resumed(catalog: Catalog) -> History:

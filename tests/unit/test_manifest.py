@@ -43,6 +43,9 @@ MANIFEST = Manifest(
         max_steps=1_000,
         dataset_length=10_666,
         fingerprint="00ff00ff00ff00ff",
+        epoch_steps=334,
+        data_seed=-(2**63),
+        lr_scheduler="LambdaLR",
     ),
     exact=False,
     inexact_reason="no grace left",
@@ -81,7 +84,7 @@ def test_whole_numbers_of_a_position_stay_whole() -> None:
     position = Manifest.parse(MANIFEST.encode(), MANIFEST.key).position
     for item in dataclasses.fields(position):
         value = getattr(position, item.name)
-        kinds = {"epoch": float, "num_train_epochs": float, "fingerprint": str}
+        kinds = {"epoch": float, "num_train_epochs": float, "fingerprint": str, "lr_scheduler": str}
         assert type(value) is kinds.get(item.name, int)
 
 
@@ -91,6 +94,22 @@ def test_a_fingerprint_that_is_none_is_refused(value: object) -> None:
     record["position"]["fingerprint"] = value
     with pytest.raises(ManifestError, match="fingerprint"):
         Manifest.parse(json.dumps(record).encode(), MANIFEST.key)
+
+
+@pytest.mark.parametrize("value", [2**64, 4.0, "42", True])
+def test_a_seed_that_is_none_is_refused(value: object) -> None:
+    record = json.loads(MANIFEST.encode())
+    record["position"]["data_seed"] = value
+    with pytest.raises(ManifestError, match="data_seed"):
+        Manifest.parse(json.dumps(record).encode(), MANIFEST.key)
+
+
+def test_a_position_of_before_these_facts_were_noted_still_reads() -> None:
+    record = json.loads(MANIFEST.encode())
+    for name in ("epoch_steps", "data_seed", "lr_scheduler"):
+        del record["position"][name]
+    found = Manifest.parse(json.dumps(record).encode(), MANIFEST.key).position
+    assert (found.epoch_steps, found.data_seed, found.lr_scheduler) == (None, None, None)
 
 
 @pytest.mark.parametrize("version", [None, 1, "hf_cloudtrain.manifest/0", "other"])

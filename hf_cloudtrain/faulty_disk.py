@@ -1,0 +1,176 @@
+"""A disk that fails on purpose, and a process that dies at a change of its disk; public in `hf_cloudtrain.testing`.
+
+Every change is heard by the audit hook of the interpreter, before it is made: an open for writing, a link, a rename, a
+removal, a new or removed folder, a new time. Names relative to an open folder count as below the watched one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+CRASH_STATUS = 137
+"""Exit status of a process that was crashed here: what a shell reports for SIGKILL."""
+
+DISK_POINTS = {
+    "freeze": ("os.link", 1, "*/.cloudtrain/outbox/.*"),
+    "accept": ("os.rename", 1, "*/.cloudtrain/outbox/[!.]*"),
+    "forget": ("os.rename", 1, "*/.cloudtrain/outbox/.gone-*"),
+    "restored": ("os.rename", 0, "*/.cloudtrain/restore-*"),
+}
+"""Changes of an output folder by name: audit event, which of its paths, and a glob of that.
+
+A save freezes large files by links, and is accepted by a rename; what is committed is forgotten by another one; a
+verified download becomes `checkpoint-<step>` by one.
+"""
+
+_EVER = sys.maxsize
+
+
+class _Watch:
+    """Hears every change below a folder; subclasses say what happens then."""
+
+    _active: ClassVar[list[_Watch]] = []
+    _listening: ClassVar[bool] = False
+
+    def __init__(self, below: str | Path, point: str | None) -> None:
+        if point is not None and point not in DISK_POINTS:
+            raise ValueError(f"{point!r} is no point of a disk. There are: {', '.join(sorted(DISK_POINTS))}.")
+        self.seen: list[str] = []
+        """The changes so far, by the name of their audit event."""
+        self._below = os.path.abspath(below)
+        self._point = DISK_POINTS[point] if point else None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Any:
+        if not _Watch._listening:
+            # A hook cannot be taken away again, so there is one for all, which does nothing most of the time.
+            sys.addaudithook(_listen)
+            _Watch._listening = True
+        _Watch._active.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _Watch._active.remove(self)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not (self._is_meant(event, arguments) and _changes_disk(event, arguments)):
+            return
+        with self._lock:
+            self.seen.append(event)
+            number = len(self.seen)
+        self._act(number)
+
+    def _act(self, number: int) -> None:
+        raise NotImplementedError
+
+    def _is_meant(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if self._point is not None and event != self._point[0]:
+            return False
+        given = arguments[:1] if event == "open" else arguments[:2]
+        names = [os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else "" for name in given]
+        if not any(
+            name and (not os.path.isabs(name) or f"{name}/".startswith(f"{self._below}/")) for name in names
+        ):
+            return False
+        return self._point is None or fnmatchcase(names[self._point[1]], self._point[2])
+
+
+class CrashPoint(_Watch):
+    """Ends this process, without clean-up, as by SIGKILL, just before its n-th change below a folder.
+
+    Sweep n from 1 until a process ends by itself, and it was killed in every state it can leave.
+
+    Args:
+        below: only changes in here count.
+        at: which one; None only counts them, unless there is a `point`: then it is the first.
+        point: only changes of this name count, see `DISK_POINTS`.
+
+    Example:
+        >>> with CrashPoint(folder) as point:
+        ...     outbox.accept(source, entry)
+        >>> point.seen[-3:]
+        ['os.link', 'open', 'os.rename']
+        >>> with CrashPoint("out", point="accept"):      # before the first save is accepted
+        ...     train()
+    """
+
+    def __init__(self, below: str | Path, at: int | None = None, *, point: str | None = None) -> None:
+        super().__init__(below, point)
+        self._at = 1 if at is None and point is not None else at
+
+    def _act(self, number: int) -> None:
+        if number == self._at:
+            crash_now()
+
+
+class FaultyDisk(_Watch):
+    """Refuses changes below a folder from the n-th on: a disk that is full, or was mounted read-only by its kernel.
+
+    A full one (`errno.ENOSPC`) refuses only what needs space: files opened for writing, folders, links. Bytes that go to
+    a file which is open already are not seen; a small tmpfs shows what happens then.
+
+    Args:
+        below: only changes in here count, and fail.
+        error: an `errno`: ENOSPC, EDQUOT, EROFS, EIO.
+        at: the first change that fails.
+        times: how many in a row do.
+        point: only changes of this name count and fail, see `DISK_POINTS`.
+
+    Example:
+        >>> with FaultyDisk("out", errno.EROFS, at=10) as disk:
+        ...     train()
+        >>> disk.refused
+        3
+    """
+
+    def __init__(
+        self,
+        below: str | Path,
+        error: int = errno.ENOSPC,
+        *,
+        at: int = 1,
+        times: int = _EVER,
+        point: str | None = None,
+    ) -> None:
+        super().__init__(below, point)
+        self.refused = 0
+        """How many changes have failed."""
+        self._error = error
+        self._first = at
+        self._times = times
+
+    def _is_meant(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if self._error in (errno.ENOSPC, errno.EDQUOT) and event not in _NEEDS_SPACE:
+            return False
+        return super()._is_meant(event, arguments)
+
+    def _act(self, number: int) -> None:
+        if self._first <= number < self._first + self._times:
+            self.refused += 1
+            raise OSError(self._error, f"{os.strerror(self._error)} (on purpose)", self._below)
+
+
+def crash_now() -> NoReturn:
+    """The end of this process, as by SIGKILL."""
+    os._exit(CRASH_STATUS)
+
+
+_NEEDS_SPACE = {"open", "os.link", "os.symlink", "os.mkdir"}
+_CHANGES = {*_NEEDS_SPACE, "os.rename", "os.remove", "os.rmdir", "os.utime", "os.truncate"}
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    for watch in tuple(_Watch._active):
+        watch._hear(event, arguments)
+
+
+def _changes_disk(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "open":
+        return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return event in _CHANGES

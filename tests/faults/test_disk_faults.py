@@ -1,0 +1,105 @@
+"""A disk that fills up, or that its kernel mounts read-only, at every change of a run in turn: nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain import process
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.testing import FaultyDisk
+from tests.faults.aftermath import is_one, what_goes_wrong_next
+from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of
+from tests.faults.small_disk import why_impossible
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHORT = 0.1
+"""Seconds of a wait that may be meant to fail."""
+ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
+WORDS = {"full": "space", "read-only": "Read-only"}
+
+
+def saves(machine: Machine, accepted: list[int]) -> None:
+    """Start, save, commit, rotate, save again, commit."""
+    machine.start()
+    for step in (5, 10):
+        machine.save(step)
+        if machine.checkpointer._save_error is None:
+            accepted.append(step)
+        machine.checkpointer.wait(SHORT)
+        machine.rotate(5) if step == 5 else None
+
+
+def changes(folder: Path) -> int:
+    """How many changes of its disk a run makes."""
+    with Machines(folder) as machines, FaultyDisk(folder / "out", errno.EROFS, times=0) as disk:
+        saves(machines.new(), [])
+        return len(disk.seen)
+
+
+@pytest.mark.parametrize("trouble", ERRORS)
+def test_a_disk_that_takes_nothing_from_any_change_on_loses_nothing_that_was_accepted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    problems = []
+    for number in range(1, changes(tmp_path / "undisturbed") + 1):
+        with Machines(tmp_path / str(number)) as machines:
+            accepted: list[int] = []
+            machine, said = None, ""
+            with FaultyDisk(tmp_path / str(number) / "out", ERRORS[trouble], at=number) as disk:
+                try:
+                    saves(machine := machines.new(), accepted)
+                except (CloudTrainError, OSError) as error:
+                    said = str(error)
+            if machine is not None:
+                machine.stop()
+            monkeypatch.setattr(process, "_making", set())  # the process is over
+            if disk.refused and said and WORDS[trouble] not in said and "Not on storage yet" not in said:
+                problems.append(f"change {number}, {disk.seen[number - 1]}: it says {said!r}")
+            if problem := what_goes_wrong_next(machines, accepted[-1] if accepted else 0):
+                problems.append(f"change {number}, {disk.seen[number - 1]}: {problem}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("trouble", ERRORS)
+def test_a_restore_to_a_disk_that_takes_nothing_shows_nothing_partial_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    with Machines(tmp_path) as machines:
+        machine = machines.new()
+        machine.start()
+        machine.save(5)
+        machine.wait()
+        number, refused = 0, 1
+        while refused:
+            number += 1
+            elsewhere = f"elsewhere-{number}"
+            with FaultyDisk(tmp_path / elsewhere, ERRORS[trouble], at=number) as disk:
+                said = ""
+                try:
+                    machines.restored(elsewhere)
+                except (CloudTrainError, OSError) as error:
+                    said = str(error)
+            refused = disk.refused
+            assert not refused or WORDS[trouble] in said, (
+                f"change {number}, {disk.seen[number - 1]}: {said!r}"
+            )
+            assert all(is_one(path) for path in (tmp_path / elsewhere).glob("checkpoint-*"))
+            assert machines.restored(elsewhere) == bytes_of(5), f"when there is room again: change {number}"
+        assert number > 8, "the sweep saw the whole restore"
+
+
+def test_a_disk_that_is_really_full_or_read_only_loses_nothing_and_says_so(tmp_path: Path) -> None:
+    """During the framework's save, the snapshot, the copy of the function API, and a restore."""
+    if reason := why_impossible():
+        pytest.skip(f"no small disk can be mounted here: {reason}")  # the sweeps above need none
+    command = [sys.executable, "-m", "tests.faults.tight_run", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert ended.returncode == 0, ended.stderr

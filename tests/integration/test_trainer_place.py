@@ -1,0 +1,194 @@
+"""Law 8 under the real Trainer: resumed with other processes or another accumulation, each sample is seen as often."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.integration._lab import Lab
+from tests.integration._zygote import Child
+
+EPOCHS, SAMPLES = 3, 24
+HALF = 32
+"""Samples of which every topology below makes two equal halves."""
+COMMON: dict[str, Any] = {"num_train_epochs": EPOCHS, "samples": SAMPLES, "save_steps": 1}
+
+Topology = tuple[int, dict[str, Any]]
+"""Processes, and what else decides the meaning of a step."""
+ONE: Topology = (1, {"per_device_train_batch_size": 4})
+TWO: Topology = (2, {"per_device_train_batch_size": 4})
+CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
+    # then, today, the step of then at epoch 1.5 of 3, the same place in steps of today
+    "doubled accumulation": (
+        (1, {"per_device_train_batch_size": 2}),
+        (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        24,
+        12,
+    ),
+    "1 process instead of 2": (TWO, ONE, 6, 12),
+    "2 processes instead of 1": (ONE, TWO, 12, 6),
+    "1 process with as much in a step": (TWO, (1, {"per_device_train_batch_size": 8}), 6, 6),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(lab: Lab, change: str) -> None:
+    then, today, step, same_place = CHANGES[change]
+    killed(lab, "first", then, kill_at=step + 1, committed=step, samples=HALF)
+    plain = trained(lab, "plain", today, samples=HALF, run_url=None)
+    resumed = trained(lab, "second", today, samples=HALF)
+    assert lab.manifest(1, step).position.epoch == 1.5
+    seen = samples_of(lab, "first", then[0], until=step) + samples_of(
+        lab, "second", today[0], after=same_place
+    )
+    assert seen == samples_of(lab, "plain", today[0])
+    assert Counter(seen) == dict.fromkeys(range(HALF), EPOCHS)
+    assert resumed["step"] == plain["step"]
+    rates = [record["learning_rate"] for record in plain["log"]]
+    assert [record["learning_rate"] for record in resumed["log"] if record["step"] > same_place] == rates[
+        same_place:
+    ]
+    epochs = [record["epoch"] for record in plain["log"]]
+    assert [record["epoch"] for record in resumed["log"] if record["step"] > same_place] == epochs[
+        same_place:
+    ]
+    attempt = lab.catalog.attempts()[-1]
+    assert (attempt.global_step, str(attempt.resumed_from)) == (same_place, f"000001-{step:010d}")
+    assert lab.keys()[-1] == f"000002-{plain['step']:010d}"
+    assert lab.problems() == []
+
+
+def test_law_8_the_log_says_what_changed_and_what_is_no_longer_exact(lab: Lab) -> None:
+    killed(lab, "first", TWO, kill_at=5, committed=4)
+    second = start(lab, "second", ONE)[0]
+    assert second.wait() == 0, second.log
+    assert (
+        "checkpoint-4: 2 processes before, 1 now. Step 4 of then is step 8 here, after the same 32 samples"
+        in (second.log)
+    )
+    assert (
+        "will not equal an uninterrupted one: random numbers are drawn for other batches, and" in second.log
+    )
+
+
+def test_law_8_a_place_is_converted_once_however_often_it_is_restored(lab: Lab) -> None:
+    """On the machine that saved it, whose folders count otherwise; and back again."""
+    killed(lab, "first", ONE, kill_at=9, committed=8)
+    doubled = (1, {"per_device_train_batch_size": 8})
+    for _ in range(2):
+        killed(lab, "first", doubled, kill_at=5, save_steps=100)
+    folders = {path.name for path in lab.machine("first").glob("checkpoint-*")}
+    assert folders == {f"checkpoint-{step}" for step in range(1, 5)} | {"checkpoint-4.a1-8"}
+    state = json.loads((lab.machine("first") / "checkpoint-4.a1-8/trainer_state.json").read_text())
+    assert [record["step"] for record in state["log_history"]] == [0, 1, 1, 2, 2, 3, 3, 4]
+    Path(f"{lab.folder}/first-0.seen").unlink()
+    back = trained(lab, "first", ONE)
+    assert back["restored"] == str(lab.machine("first") / "checkpoint-8")
+    assert samples_of(lab, "first", 1) == samples_of_plain(lab, ONE)[32:]
+    assert [attempt.global_step for attempt in lab.catalog.attempts()] == [0, 4, 4, 8]
+
+
+def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_counted_otherwise(lab: Lab) -> None:
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "nearness",  # best after 6 steps, of whatever size
+        "greater_is_better": True,
+        "save_total_limit": 2,
+    }
+    killed(lab, "first", ONE, kill_at=9, committed=8, **best)
+    doubled = (1, {"per_device_train_batch_size": 8})
+    killed(lab, "second", doubled, kill_at=7, committed=6, **best)
+    last = trained(lab, "third", doubled, **best)
+    assert last["best"] == str(lab.machine("third") / "checkpoint-3.a1-6")
+    assert not lab.manifest(2, 6).metrics.get("best_metric")
+    loaded, saved = (
+        load_file(lab.folder / "third.safetensors"),
+        load_file(lab.folder / "run/checkpoint-6/model.safetensors"),
+    )
+    assert all((loaded[name] == saved[name]).all() for name in saved)
+
+
+class TestWhatCannotBeConvertedIsRefused:
+    def test_law_8_a_schedule_of_max_steps_until_its_length_is_given_in_steps_of_today(
+        self, lab: Lab
+    ) -> None:
+        killed(lab, "first", ONE, kill_at=9, committed=8, max_steps=16)
+        said = failed(lab, "second", TWO, max_steps=16)
+        assert "max_steps=16 counts steps of today" in said
+        assert "pass max_steps=8" in said
+        assert trained(lab, "third", TWO, max_steps=8)["step"] == 8
+        assert len(samples_of(lab, "third", 2)) == 8 * (16 - 8) // 2
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"samples": 22}, "the training data had 24 samples, and it has 22 now"),
+            ({"seed": 43}, "in the order of seed 42, and now it is that of seed 43"),
+            (
+                {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
+                "no multiple of the 5 samples",
+            ),
+            (
+                {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
+                "by the size of a batch",
+            ),
+            ({"stream": True, "max_steps": 18}, "the training data had 24 samples, and it is a stream now"),
+        ],
+        ids=str,
+    )
+    def test_law_8_other_data_or_another_order(self, lab: Lab, change: dict[str, Any], words: str) -> None:
+        killed(lab, "first", ONE, kill_at=9, committed=8)
+        assert words in failed(lab, "second", (1, {**ONE[1], **change}))
+        assert lab.catalog.attempt_numbers() == [1]
+
+    def test_law_8_a_stream_of_which_trainer_knows_no_place(self, lab: Lab) -> None:
+        killed(lab, "first", ONE, kill_at=9, committed=8, stream=True, max_steps=18)
+        said = failed(lab, "second", TWO, stream=True, max_steps=9)
+        assert "1 processes before, 2 now. The data is a stream" in said
+
+
+def start(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[Child]:
+    size, rest = topology
+    given = {**COMMON, **rest, **arguments}
+    return [lab.start(machine, **given)] if size == 1 else lab.start_ranks(machine, size=size, **given)
+
+
+def trained(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> dict[str, Any]:
+    ranks = start(lab, machine, topology, **arguments)
+    assert [rank.wait() for rank in ranks] == [0] * len(ranks), "\n".join(rank.log for rank in ranks)
+    value: dict[str, Any] = ranks[0].value
+    return value
+
+
+def killed(lab: Lab, machine: str, topology: Topology, *, kill_at: int, **arguments: Any) -> None:
+    ranks = start(lab, machine, topology, kill_at=kill_at, **arguments)
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [-signal.SIGKILL] * len(ranks), "\n".join(rank.log for rank in ranks)
+
+
+def failed(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> str:
+    ranks = start(lab, machine, topology, **arguments)
+    assert [rank.wait() for rank in ranks] == [1] * len(ranks), "\n".join(rank.log for rank in ranks)
+    assert all("PositionError: checkpoint-8 " in rank.log for rank in ranks), ranks[0].log
+    return ranks[0].log
+
+
+def samples_of(lab: Lab, machine: str, size: int, *, after: int = 0, until: int = 10**9) -> list[int]:
+    """The samples that a machine's models saw, in the order of the data: the ranks take turns, batch by batch."""
+    ranks = [lab.batches(machine, rank=rank, after=after, until=until) for rank in range(size)]
+    batches = chain.from_iterable(zip(*ranks, strict=True))
+    return [number for _, numbers in batches for number in numbers]
+
+
+def samples_of_plain(lab: Lab, topology: Topology) -> list[int]:
+    trained(lab, "plain", topology, run_url=None)
+    return samples_of(lab, "plain", topology[0])

@@ -1,0 +1,107 @@
+"""Law 8, Honest position: other processes, batches or accumulation convert the place, or nothing is resumed.
+
+Here the arithmetic, against loaders that Accelerate makes; real training is in tests/integration/test_trainer_place.py
+and test_loop_place.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_cloudtrain.errors import PositionError
+from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.position import Epoch, batches_per_epoch, convert
+
+EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides the meaning of a step."""
+
+    processes: int
+    batch: int
+    accumulation: int
+
+    def steps(self, samples: int) -> list[int]:
+        """Samples seen after each step of the training, counted one by one."""
+        seen, ends = 0, []
+        for epoch in range(1, EPOCHS + 1):
+            rounds = math.ceil(math.ceil(samples / self.batch) / self.processes)
+            for batch in range(1, rounds + 1):
+                seen = min(seen + self.batch * self.processes, epoch * samples)
+                if batch % self.accumulation == 0 or batch == rounds:
+                    ends.append(seen)
+        return ends
+
+    def epoch(self, samples: int) -> Epoch:
+        batches = batches_per_epoch(samples, self.batch, self.processes, drop_last=False)
+        return Epoch(
+            samples,
+            math.ceil(batches / self.accumulation),
+            self.processes * self.batch * self.accumulation,
+        )
+
+    def position(self, samples: int, step: int) -> Position:
+        return Position(
+            global_step=step,
+            samples_seen=self.epoch(samples).samples_at(step),
+            world_size=self.processes,
+            per_device_train_batch_size=self.batch,
+            gradient_accumulation_steps=self.accumulation,
+            max_steps=len(self.steps(samples)),
+            dataset_length=samples,
+        )
+
+
+machines = st.builds(Machine, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+
+
+@given(machines, st.integers(1, 60))
+def test_law_8_samples_seen_are_those_that_were_seen(machine: Machine, samples: int) -> None:
+    ends = machine.steps(samples)
+    assert [machine.epoch(samples).samples_at(step) for step in range(len(ends) + 1)] == [0, *ends]
+
+
+@given(machines, machines, st.integers(1, 60), st.data())
+def test_law_8_a_place_is_after_the_same_samples_or_there_is_none(
+    then: Machine, today: Machine, samples: int, data: st.DataObject
+) -> None:
+    before, after = then.steps(samples), today.steps(samples)
+    step = data.draw(st.integers(1, len(before)))
+    seen = before[step - 1]
+    saved, now = then.position(samples, step), today.position(samples, 0)
+    if seen in after:
+        conversion = convert(saved, now, today.epoch(samples), "checkpoint-1")
+        assert after[conversion.global_step - 1] == seen
+        assert conversion.max_steps == len(after), "the schedule ends with the data"
+        assert conversion.step_of(step) == conversion.global_step
+    else:
+        with pytest.raises(PositionError, match=f"It stands at {seen} samples"):
+            convert(saved, now, today.epoch(samples), "checkpoint-1")
+
+
+@given(machines, machines, st.integers(1, 60))
+def test_law_8_numbers_of_then_stay_in_order_and_never_run_ahead(
+    then: Machine, today: Machine, samples: int
+) -> None:
+    before, after = then.steps(samples), today.steps(samples)
+    saved = then.position(samples, len(before))
+    conversion = convert(saved, today.position(samples, 0), today.epoch(samples), "checkpoint-1")
+    steps = [conversion.step_of(step) for step in range(len(before) + 1)]
+    assert steps == sorted(steps)
+    for step, seen in zip(steps, [0, *before], strict=True):
+        assert [0, *after][step] <= seen
+
+
+@pytest.mark.parametrize("unknown", ["samples_seen", "dataset_length", "world_size"])
+def test_law_8_what_is_not_known_is_not_guessed(unknown: str) -> None:
+    facts = vars(Machine(2, 4, 1).position(24, 3)) | {unknown: None}
+    today = Machine(1, 4, 2)
+    with pytest.raises(PositionError, match="cannot be resumed here"):
+        convert(Position(**facts), today.position(24, 0), today.epoch(24), "checkpoint-3")

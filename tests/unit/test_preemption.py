@@ -1,0 +1,277 @@
+"""Who is told, what all ranks do about it, and how much time there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain import preemption
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.distributed import World
+from hf_cloudtrain.errors import OvertakenError, PeerError, PreemptedError, PreemptedExit
+from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.notices import Notice
+from hf_cloudtrain.outcome import record_end
+from hf_cloudtrain.preemption import Order, Preemption, refuse_to_begin
+from tests.faults.ranks import on_ranks
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkpointer]:
+    monkeypatch.setenv("HF_CLOUDTRAIN_EXIT_FILE", str(tmp_path / "exit.json"))
+    checkpointer = Checkpointer(str(tmp_path / "run"), tmp_path / "out")
+    checkpointer.begin(0)
+    yield checkpointer
+    checkpointer.close()
+
+
+def save(checkpointer: Checkpointer, step: int) -> None:
+    folder = checkpointer.output_dir / f"checkpoint-{step}"
+    folder.mkdir()
+    (folder / "model").write_bytes(b"weights")
+    checkpointer.save(folder, Position(global_step=step))
+
+
+def said(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "exit.json").read_text())  # type: ignore[no-any-return]
+
+
+class TestAlone:
+    def test_without_a_notice_training_goes_on(self, made: Checkpointer) -> None:
+        listening = Preemption(made)
+        listening.start()
+        assert [listening.step_ended() for _ in range(3)] == [Order.GO_ON] * 3
+        listening.close()
+
+    def test_a_signal_is_obeyed_at_the_end_of_the_step(self, made: Checkpointer) -> None:
+        listening = Preemption(made)
+        listening.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert listening.step_ended() is Order.SAVE
+        listening.close()
+
+    def test_it_leaves_when_the_checkpoint_is_committed(self, made: Checkpointer, tmp_path: Path) -> None:
+        listening = Preemption(made)
+        states: list[str] = []
+        listening.hear(Notice("a rebooting host", 20.0))
+        save(made, 5)
+        with pytest.raises(PreemptedExit) as left:
+            listening.leave(5, states.append)
+        assert left.value.code == 75
+        assert states == ["preempted"]
+        assert [key.step for key in made.catalog.checkpoints()] == [5]
+        assert said(tmp_path)["reason"] == "a rebooting host"
+        assert said(tmp_path)["committed"] == "000001-0000000005"
+
+    def test_it_leaves_when_the_time_is_up_and_names_what_is_missing(
+        self, made: Checkpointer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert made._uploader is not None
+        made._uploader.close()  # nothing is sent any more
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 0.5))
+        save(made, 5)
+        with pytest.raises(PreemptedExit):
+            listening.leave(5)
+        assert "Training was stopped at step 5 (EC2). " in caplog.text
+        assert "checkpoint-5" in caplog.text
+        assert said(tmp_path)["committed"] is None
+        assert [entry.title for entry in made.outbox.entries()] == ["checkpoint-5"]
+
+    def test_in_a_notebook_it_is_an_exception(
+        self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object))
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 20.0))
+        save(made, 5)
+        with pytest.raises(PreemptedError, match="checkpoint-5 is on storage"):
+            listening.leave(5)
+
+    def test_an_overtaken_attempt_quits_without_a_save(self, made: Checkpointer, tmp_path: Path) -> None:
+        made.catalog.begin_attempt(0.0, 0, None, {})
+        assert made._fence is not None
+        made._fence.look()
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 20.0))
+        assert listening.step_ended() is Order.QUIT
+        with pytest.raises(OvertakenError):
+            listening.quit()
+        assert said(tmp_path)["outcome"] == "overtaken"
+
+    def test_while_a_notice_is_pending_nothing_begins(
+        self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refuse_to_begin(made)
+        stop = tmp_path / "stop"
+        monkeypatch.setenv("HF_CLOUDTRAIN_STOP_FILE", str(stop))
+        refuse_to_begin(made)
+        stop.touch()
+        with pytest.raises(PreemptedExit):
+            refuse_to_begin(made)
+        assert said(tmp_path)["outcome"] == "preempted"
+        assert str(stop) in said(tmp_path)["reason"]
+
+    def test_a_file_that_appears_is_a_notice(
+        self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_STOP_FILE", str(tmp_path / "stop"))
+        listening, heard = Preemption(made), threading.Event()
+        hear = listening.hear
+        monkeypatch.setattr(listening, "hear", lambda notice: (hear(notice), heard.set()))
+        listening.start()
+        (tmp_path / "stop").touch()
+        assert heard.wait(30)
+        assert listening.step_ended() is Order.SAVE
+        listening.close()
+
+
+class TestTime:
+    @pytest.mark.parametrize(
+        ("notice", "argument", "variables", "seconds"),
+        [
+            (Notice("EC2", 120.0), 10.0, {}, 118.0),  # the notice knows best
+            (Notice("SIGTERM", None), None, {}, 28.0),
+            (Notice("SIGTERM", None), 100.0, {}, 98.0),
+            (Notice("SIGTERM", None), None, {"HF_CLOUDTRAIN_GRACE": "60"}, 58.0),
+            (Notice("SIGTERM", None), 100.0, {"TORCHELASTIC_RUN_ID": "x"}, 28.0),
+            (
+                Notice("SIGTERM", None),
+                100.0,
+                {"TORCHELASTIC_RUN_ID": "x", "PET_SHUTDOWN_TIMEOUT": "50"},
+                48.0,
+            ),
+            (Notice("a file", None), 100.0, {"TORCHELASTIC_RUN_ID": "x"}, 98.0),  # no launcher kills for that
+            (Notice("SIGTERM", None), 5.0, {}, 4.5),
+        ],
+    )
+    def test_there_is_as_much_as_was_said_less_what_leaving_takes(
+        self,
+        made: Checkpointer,
+        monkeypatch: pytest.MonkeyPatch,
+        notice: Notice,
+        argument: float | None,
+        variables: dict[str, str],
+        seconds: float,
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+        listening = Preemption(made, grace=argument)
+        listening.hear(notice)
+        listening.hear(Notice("another one", 1.0))
+        assert listening.seconds_left() == pytest.approx(seconds)
+
+    @pytest.mark.parametrize(
+        ("pace", "save_seconds", "words"),
+        [
+            (None, 1.0, "is not known yet"),
+            ((100 * 10**6, 20e6), 2.0, "100 MB at 20 MB/s take 5.0 s, so it should be on storage in time"),
+            ((10**9, 20e6), 2.0, "1000 MB at 20 MB/s take 50.0 s, so it may not be on storage in time"),
+        ],
+    )
+    def test_the_log_says_what_will_be_on_storage_in_time(
+        self,
+        made: Checkpointer,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        pace: tuple[int, float] | None,
+        save_seconds: float,
+        words: str,
+    ) -> None:
+        monkeypatch.setattr(Checkpointer, "upload_pace", property(lambda self: pace))
+        listening = Preemption(made)
+        listening.save_seconds = save_seconds
+        listening.hear(Notice("SIGTERM", None))
+        listening.announce(7)
+        assert "SIGTERM: saving at step 7, with 28 s left." in caplog.text
+        assert words in caplog.text
+
+
+class TestRanks:
+    @pytest.mark.parametrize("told", [0, 1, 2])
+    def test_all_hear_it_at_the_same_step_whoever_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
+    ) -> None:
+        def train(world: World) -> tuple[int, float, str]:
+            listening = Preemption(checkpointer_of(world))
+            for step in range(1, 10):
+                if step == 4 and world.rank == told:
+                    listening.hear(Notice("EC2", 50.0))
+                if listening.step_ended() is Order.SAVE:
+                    listening.announce(step)
+                    return step, round(listening.seconds_left()), listening._reason()
+            return 0, 0.0, ""
+
+        # Said at the end of step 4, and heard at the end of the one after.
+        assert on_ranks(3, train, monkeypatch) == [(5, 48, "EC2")] * 3
+
+    def test_where_steps_are_long_they_wait_and_hear_it_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(preemption, "SLOW_STEP_SECONDS", 0.0)
+
+        def train(world: World) -> int:
+            listening = Preemption(checkpointer_of(world))
+            for step in range(1, 10):
+                if step == 4 and world.rank == 1:
+                    listening.hear(Notice("EC2", 50.0))
+                if listening.step_ended() is Order.SAVE:
+                    return step
+            return 0
+
+        assert on_ranks(2, train, monkeypatch) == [4, 4]
+
+    def test_asked_to_they_wait_for_each_other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def train(world: World) -> list[Order]:
+            listening = Preemption(checkpointer_of(world))
+            heard = [listening.step_ended()]
+            if world.rank == 1:
+                listening.hear(Notice("EC2", 50.0))
+            return [*heard, listening.ask_now()]
+
+        assert on_ranks(2, train, monkeypatch) == [[Order.GO_ON, Order.SAVE]] * 2
+
+    def test_a_rank_that_was_told_does_not_wait_for_a_dead_one(
+        self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Silent:
+            def is_there(self) -> bool:
+                return False
+
+        monkeypatch.setattr(preemption, "PEER_SECONDS", 0.05)
+        monkeypatch.setattr(made.world, "size", 2)
+        monkeypatch.setattr(made.world, "begin_largest", lambda values: Silent())
+        listening = Preemption(made)
+        assert listening.step_ended() is Order.GO_ON
+        threading.Timer(
+            0.1, listening.hear, [Notice("SIGTERM", None)]
+        ).start()  # while it waits for the other
+        with pytest.raises(PeerError, match="taken for dead"):
+            listening.step_ended()
+
+
+def test_the_exit_file_appears_in_one_piece_and_trouble_with_it_ends_nothing(
+    made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record_end(made, "stopped", "why")
+    assert (said(tmp_path)["outcome"], said(tmp_path)["saved"]) == ("stopped", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exit.json", "out", "run"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_CLOUDTRAIN_EXIT_FILE", str(tmp_path / "file" / "exit.json"))
+    record_end(made, "finished")
+    assert "could not be written" in caplog.text
+
+
+def checkpointer_of(world: World) -> Any:
+    """As much of one as listening needs."""
+    return SimpleNamespace(world=world, overtaken_by=None, upload_pace=None)
