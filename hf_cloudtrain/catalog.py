@@ -247,7 +247,7 @@ class Catalog:
             return plain
         try:
             owner = decode_record(self.storage.read(path), f"claim {path!r}")
-        except ManifestError:
+        except (ManifestError, ObjectNotFoundError):
             owner = {}  # damaged: whoever it was, it was not us
         # The same attempt again: an upload that was cut off goes on in its own folder. The nonce tells two apart that
         # have one number.

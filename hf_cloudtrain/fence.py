@@ -52,7 +52,7 @@ class Fence:
 
     def look(self) -> int | None:
         """Ask the storage now. Raises a StorageError where it does not answer: nobody may go on unseen."""
-        if self.overtaken_by is None and not self._ended:
+        if self.overtaken_by is None:
             newer = self._catalog.overtaken_by(self.attempt.number)
             if newer is None and not self._catalog.is_holder(self.attempt):
                 newer = self.attempt.number

@@ -39,10 +39,10 @@ class Session:
     def __init__(self, run_url: str, storage_options: dict[str, Any] | None, *, fresh: bool) -> None:
         self.uploads = False
         """Whether a callback of this session uploads checkpoints."""
-        self.policy = Policy()
-        """What stays on storage."""
         self.restored: tuple[Manifest, Conversion | None] | None = None
         """What `restore` put here for Trainer, and how its place is converted to steps of today."""
+        self.policy = Policy()
+        """What stays on storage."""
         self.listens = False
         """Whether a callback of this session listens for notices."""
         self.stops_here = False

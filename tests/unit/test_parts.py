@@ -11,7 +11,7 @@ import pytest
 from hf_cloudtrain import parts as module
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.downloader import verify
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import ManifestError, StorageError
 from hf_cloudtrain.manifest import FileEntry
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.parts import Parts
@@ -190,8 +190,8 @@ def test_an_elected_host_whose_commit_fails_commits_at_its_next_try(tmp_path: Pa
     cluster = Cluster(tmp_path, 2)
     entries = [cluster.entry(host) for host in range(2)]
     cluster.send(entries[0])
-    cluster.storage.fail("create", PermissionError("for now"), path=path)
-    with pytest.raises(PermissionError):
+    cluster.storage.fail("create", StorageError("for now"), path=path)
+    with pytest.raises(StorageError):
         cluster.send(entries[1])
     before = cluster.storage.count("upload")
     cluster.send(entries[1])
