@@ -85,6 +85,18 @@ def test_a_manifest_under_another_checkpoints_name_is_refused(catalog: Catalog) 
         catalog.read(KEY)
 
 
+def test_a_manifest_that_names_the_folder_of_another_checkpoint_is_refused(catalog: Catalog) -> None:
+    """What reads it would take other files, and what deletes it would delete them."""
+    for folder in ("checkpoint-50", "checkpoint-5.a2", "checkpoint-5.a1x", "final"):
+        data = manifest_of(KEY, folder=folder).encode()
+        catalog.storage.write(".cloudtrain/checkpoints/000001-0000000005.json", data)
+        with pytest.raises(ManifestError, match="of another one"):
+            catalog.retire(KEY)
+        catalog.storage.write(".cloudtrain/retiring/000001-0000000006.json", data)
+        with pytest.raises(ManifestError):
+            catalog.finish_retiring(CheckpointKey(1, 6))
+
+
 def test_a_commit_is_made_once_and_repeating_it_is_no_second_one(catalog: Catalog) -> None:
     assert catalog.commit(manifest_of(KEY))
     assert catalog.commit(manifest_of(KEY)), "the same save again: its first answer may have been lost"

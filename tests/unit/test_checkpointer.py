@@ -116,7 +116,7 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
     def train(checkpointer: Checkpointer, world: World) -> tuple[bool, bool]:
         checkpointer.policy = Policy(1, keep_every_n_steps=10)
         checkpointer.begin(0)
-        for step in (5, 10, 15):
+        for step in (5, 10, 12, 15):
             folder = checkpointer.output_dir / f"checkpoint-{step}"
             write_files(folder, {f"rng_{world.rank}.pth": b"x"})
             checkpointer.save(folder, Position(global_step=step))
@@ -132,6 +132,47 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
     assert on_hosts(machines, monkeypatch, 2, train) == [(True, True), (False, True)]
     assert machines.committed() == [(1, 10), (1, 15)]
     assert not machines.catalog.storage.list(".cloudtrain/parts/000001-0000000005")
+
+
+def test_a_first_host_that_holds_nothing_deletes_what_the_others_have_made_superfluous(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(checkpointer: Checkpointer, world: World) -> None:
+        checkpointer.policy = Policy(1)
+        checkpointer.begin(0)
+        for step in (5, 10, 15):
+            folder = checkpointer.output_dir / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            if not world.is_main:
+                write_files(folder, {"model": b"x"})
+            world.barrier()
+            checkpointer.save(folder, Position(global_step=step))
+            checkpointer.wait(DEADLINE)
+
+    assert on_hosts(machines, monkeypatch, 2, train) == [None, None]
+    wait_until(lambda: not machines.catalog.holds(CheckpointKey(1, 5)), "the pass after the third save")
+    assert machines.catalog.holds(CheckpointKey(1, 15))
+
+
+def test_hosts_that_are_too_slow_send_every_nth_all_the_same(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(checkpointer: Checkpointer, world: World) -> None:
+        checkpointer.policy = Policy(1, keep_every_n_steps=10)
+        checkpointer.begin(0)
+        for step in (5, 10, 15, 25):
+            folder = checkpointer.output_dir / f"checkpoint-{step}"
+            write_files(folder, {f"rng_{world.rank}.pth": b"x"})
+            checkpointer.save(folder, Position(global_step=step))
+            if step == 5:
+                wait_until(lambda: machines.storage.count("upload", "checkpoint-5/*"), "the first upload")
+        world.barrier()
+        machines.gate.set()
+        checkpointer.finish(DEADLINE)
+
+    machines.storage.hold("upload", machines.gate, path="checkpoint-*")
+    assert on_hosts(machines, monkeypatch, 2, train) == [None, None]
+    assert machines.committed() == [(1, 10), (1, 25)]
 
 
 def test_each_host_restores_what_it_wants(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:

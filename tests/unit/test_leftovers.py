@@ -11,7 +11,7 @@ import pytest
 from hf_cloudtrain import env, leftovers
 from hf_cloudtrain.backends import IncompleteUpload, LocalBackend, ObjectInfo
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.errors import StorageError
+from hf_cloudtrain.errors import StorageError, StorageUnavailableError
 from hf_cloudtrain.leftovers import LeftOver, Watch, find, remove
 from hf_cloudtrain.manifest import FileEntry, Manifest, Position
 from hf_cloudtrain.outbox import Outbox
@@ -214,6 +214,16 @@ class TestFind:
         assert [left.count for left in find(catalog)] == [1]
         assert "never finished are not looked for" in caplog.text
 
+    def test_a_storage_that_does_not_answer_is_an_error(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreachable(self: LocalBackend) -> list[IncompleteUpload]:
+            raise ConnectionResetError
+
+        monkeypatch.setattr(LocalBackend, "incomplete", unreachable)
+        with pytest.raises(StorageUnavailableError):
+            find(catalog)
+
 
 class TestRemove:
     def test_leaves_the_claim_and_everything_else(self, catalog: Catalog) -> None:
@@ -315,6 +325,12 @@ class TestWatch:
         catalog.begin_attempt(0.0, 5, None, {})
         save(catalog, CheckpointKey(3, 7))
         assert [left.free for left in find(catalog)] == [True]
+
+    def test_an_upload_of_several_hosts_that_none_of_them_has_finished_may_go(self, catalog: Catalog) -> None:
+        """Whoever began it still has it in an outbox."""
+        Parts(catalog, CheckpointKey(2, 10), "nonce", save=1, hosts=2).folder(exclusive=True)
+        catalog.storage.write("checkpoint-10/model", b"x")
+        assert watched(catalog, find(catalog)) == {"checkpoint-10": None}
 
     def test_it_takes_four_heartbeats_of_whoever_is_slowest_and_a_minute_at_least(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch

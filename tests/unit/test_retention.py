@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,6 +108,15 @@ class TestPass:
     def test_an_overtaken_attempt_deletes_nothing(self, catalog: Catalog) -> None:
         catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
         Retention(catalog, Policy(1), catalog.attempt(1)).run()
+        assert len(catalog.checkpoints()) == 5
+
+    def test_one_whose_number_another_has_taken_deletes_nothing(self, catalog: Catalog) -> None:
+        """Where the storage does not honour exclusive create, the other one is the attempt."""
+        attempt = dataclasses.replace(catalog.attempt(1), exclusive=False)
+        retention = Retention(catalog, Policy(1), attempt)
+        other = dataclasses.asdict(dataclasses.replace(attempt, nonce="another"))
+        catalog.storage.write(".cloudtrain/attempts/000001.json", json.dumps(other).encode())
+        retention.run()
         assert len(catalog.checkpoints()) == 5
 
     def test_it_looks_before_each_delete_whether_it_was_overtaken(self, catalog: Catalog) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
+from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.stale import move_stale
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 RUN = "s3://bucket/runs/mrpc"
 
@@ -52,6 +53,20 @@ def test_what_another_run_left_stays_too(tmp_path: Path) -> None:
     assert begin(tmp_path, 17, after=9, run="s3://bucket/runs/other") == [
         *("checkpoint-15", "checkpoint-16", "checkpoint-17"),
     ]
+
+
+def test_an_overtaken_attempt_moves_and_deletes_nothing(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, 15, after=10)
+    (tmp_path / "checkpoint-25").mkdir()
+
+    def refuse() -> None:
+        raise OvertakenError("attempt 5 has begun")
+
+    with pytest.raises(OvertakenError):
+        move_stale(tmp_path, RUN, 20, refuse)
+    assert (tmp_path / "checkpoint-25").is_dir()
+    assert [path.name for path in tmp_path.glob(".cloudtrain/stale/*")] == ["checkpoint-15"]
 
 
 def test_a_damaged_or_forged_record_deletes_nothing(tmp_path: Path) -> None:
