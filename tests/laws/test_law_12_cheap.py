@@ -25,7 +25,9 @@ def test_law_12_the_newest_of_1000_costs_one_list(machines: Machines) -> None:
     assert machines.storage.calls == [Call("list", ".cloudtrain/checkpoints")]
 
 
-def test_law_12_a_restore_costs_one_list_one_pointer_one_manifest_and_its_own_files(machines: Machines) -> None:
+def test_law_12_a_restore_costs_one_list_one_pointer_one_manifest_and_its_own_files(
+    machines: Machines,
+) -> None:
     past(machines, 50)
     machine = machines.new(fresh=True)
     machine.start()
