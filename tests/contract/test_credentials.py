@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from hf_cloudtrain import errors
 from hf_cloudtrain.storage import Storage
-from tests.proxy import Call, Proxy
+from tests.proxy import Answer, Call, Forward, Proxy, s3_error
 from tests.servers import Server
 
 
@@ -130,6 +131,65 @@ def test_web_identity(
     used = keys_used(proxy, url, None, tmp_path)
     assert all(len(keys) == 1 and min(keys).startswith("ASIA") for keys in used.values()), used
     assert None not in tokens(proxy)
+
+
+def test_keys_that_expire_are_read_again_from_where_they_are_renewed(
+    proxy: Proxy, url: str, home: Path
+) -> None:
+    """What a tool for single sign-on does to `~/.aws/credentials` every hour, while training goes on."""
+
+    def expired(call: Call, forward: Forward) -> Answer | None:
+        return s3_error(400, "ExpiredToken") if call.access_key == "OLD" and ended else None
+
+    ended: list[bool] = []
+    proxy.rules.append(expired)
+    credentials_file(home, default="OLD")
+    storage = Storage(url, {"endpoint_url": proxy.endpoint})
+    storage.check()
+    (home / "source").write_bytes(b"content")
+    ended.append(True)
+    with pytest.raises(errors.StoragePermissionError, match="ExpiredToken"):
+        storage.upload(str(home / "source"), "model.bin")
+
+    credentials_file(home, default="NEW")
+    storage.upload(str(home / "source"), "model.bin")
+    assert storage.create("claim", b"x")
+    storage.download("model.bin", str(home / "target"), 7)
+    assert [info.path for info in storage.list("")] == ["claim", "model.bin"]
+    served = [call for call in proxy.calls if call.status == 200 and "model.bin" in call.path]
+    assert {call.access_key for call in served} == {"NEW"}
+
+
+def test_a_session_that_ends_within_minutes_is_renewed_by_its_provider(
+    proxy: Proxy, url: str, home: Path
+) -> None:
+    """A provider of sessions of one minute: nobody may go on with the first one for as long as obstore would."""
+    (home / "count").write_text("0")
+    provider = home / "provider.py"
+    provider.write_text(PROVIDER.format(home=home))
+    config_file(home, f"[default]\nregion = us-east-1\ncredential_process = {sys.executable} {provider}\n")
+    ended: list[str] = []
+    proxy.rules.append(
+        lambda call, forward: s3_error(400, "ExpiredToken") if call.access_key in ended else None
+    )
+    storage = Storage(url, {"endpoint_url": proxy.endpoint})
+    storage.check()
+    ended += {call.access_key for call in proxy.calls}
+    (home / "source").write_bytes(b"content")
+    storage.upload(str(home / "source"), "model.bin")
+    storage.write("record", b"x")
+    assert storage.read("record") == b"x"
+
+
+PROVIDER = """
+import datetime, json, pathlib
+count = pathlib.Path("{home}/count")
+number = int(count.read_text()) + 1
+count.write_text(str(number))
+ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=1)
+print(json.dumps(dict(Version=1, AccessKeyId=f"SESSION{{number}}", SecretAccessKey="s", SessionToken="t",
+                      Expiration=ends.isoformat())))
+"""
 
 
 def test_none_at_all_is_said_before_any_request(proxy: Proxy, url: str, home: Path) -> None:

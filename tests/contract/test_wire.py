@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain import storage as storage_module
 from hf_cloudtrain.errors import StorageUnavailableError
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.storage import Storage
 from tests.contract.conftest import NO_NATIVE_CLIENT
-from tests.proxy import Answer, Proxy, cut_short, lost_answer, once, s3_error
+from tests.proxy import Answer, Call, Forward, Proxy, cut_short, lost_answer, once, s3_error
 from tests.servers import Server
 
 HANG_UP = Answer(0)
@@ -101,6 +104,39 @@ def test_answer_cut_short_is_fetched_again(wire: Wire, tmp_path: Path) -> None:
     wire.proxy.rules.append(cut_short("GET", "model.bin"))
     assert wire.storage.download("model.bin", str(target), 2**14) == digest
     assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_storage_that_asks_to_slow_down_is_not_hammered(
+    wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clients' own tries included: five of obstore's, that back off, and two of s3fs between two pauses of ours."""
+    (tmp_path / "source").write_bytes(b"content")
+    wire.storage.write("record", b"x")
+    pauses: list[float] = []
+    sleep = time.sleep
+
+    def note(seconds: float) -> None:
+        if seconds >= 0.1 and threading.current_thread() is threading.main_thread():
+            pauses.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    refused: list[Call] = []
+
+    def throttle(call: Call, forward: Forward) -> Answer | None:
+        if "model.bin" not in call.path or len(refused) >= 7:
+            return None
+        refused.append(call)
+        return s3_error(503, "SlowDown", **{"Retry-After": "3"})
+
+    wire.proxy.rules.append(throttle)
+    monkeypatch.setattr(time, "sleep", note)
+    monkeypatch.setattr(storage_module, "RETRY_PAUSES", (0.2,) * 10)
+    wire.storage.upload(str(tmp_path / "source"), "model.bin")
+    native = any(call.native for call in wire.proxy.calls if "model.bin" in call.path)
+    assert len(refused) == 7
+    assert len(pauses) == (1 if native else 3)
+    # The native client does not show the header, and fsspec's do.
+    assert all((0.1 <= seconds <= 0.2) if native else (2.5 < seconds <= 3.0) for seconds in pauses)
 
 
 @pytest.mark.parametrize("wire", ["native"], indirect=True)

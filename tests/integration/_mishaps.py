@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,10 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 from hf_cloudtrain import CloudTrainCallback, storage, uploader
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.manifest import META
 from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.testing import FaultyStorage
+from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from hf_cloudtrain.uploader import Uploader
-from tests.integration._attempts import ARGUMENTS, CallAt, train, wait_until
+from tests.faults.small_disk import fill, make_read_only, mount_small_disk
+from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train, wait_until
 
 
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
@@ -152,3 +157,36 @@ def calls(run_url: str, **arguments: Any) -> dict[str, int]:
     with script.everywhere():
         train(run_url=run_url, **arguments)
     return dict(Counter(call.kind for call in script.calls))
+
+
+def no_room_for_a_snapshot(output_dir: str, **arguments: Any) -> Any:
+    """The disk takes what Trainer writes, but not the first copy of it."""
+    with FaultyDisk(Path(output_dir, META, "outbox"), times=1) as disk:
+        value = train(output_dir=output_dir, **arguments)
+    assert disk.refused == 1
+    return value
+
+
+def bad_disk(trouble: str, at: int, committed: int, output_dir: str, run_url: str, **arguments: Any) -> Any:
+    """A disk of 8 MiB, which is full or read-only after a step, once a checkpoint is on storage."""
+    disk = Path(output_dir)
+    mount_small_disk(disk, 2**23)
+
+    def now() -> None:
+        wait_until(lambda: committed_step(run_url) >= committed)
+        if trouble == "full":
+            fill(disk)
+        else:
+            wait_until(lambda: _done(lambda: make_read_only(disk)))  # busy while a file is open for writing
+
+    return train(output_dir=output_dir, run_url=run_url, callbacks=[CallAt(at, now)], **arguments)
+
+
+def _done(call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True

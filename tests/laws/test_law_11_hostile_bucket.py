@@ -28,10 +28,10 @@ from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.downloader import download, file_digest, move_aside, verify
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
+from hf_cloudtrain.faulty_disk import _changes_disk
 from hf_cloudtrain.history import read_history
 from hf_cloudtrain.manifest import META, FileEntry, Manifest, Position, checkpoint_key
 from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.faulty_disk import _changes_disk
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("LAW_11_EXAMPLES", "25"))

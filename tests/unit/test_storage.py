@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hf_cloudtrain import errors, storage
+from hf_cloudtrain import errors, process, storage
 from hf_cloudtrain.storage import RETRY_PAUSES, Storage, shown_url
+from hf_cloudtrain.testing import FaultyStorage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 SECRET = "Wq3/vEry+5ecr3tvalue"
 """With a slash, as every third AWS secret key has."""
@@ -427,3 +434,201 @@ class TestProcess:
         used.write("a", b"x")
         used.close()
         assert used.read("a") == b"x"
+
+
+class TestSilence:
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storage, "SILENCE", 0.1)
+        monkeypatch.setattr(process, "TURN", 0.01)
+
+    def test_a_request_that_hangs_is_given_up_and_made_again_by_a_new_connection(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connections: list[str] = []
+        connect = storage.connect
+
+        def counted(url: str, *arguments: Any) -> Any:
+            connections.append(url)
+            return connect(url, *arguments)
+
+        monkeypatch.setattr(storage, "connect", counted)
+        faulty = FaultyStorage(f"file://{tmp_path}")
+        faulty.hang("write")
+        faulty.write("record", b"x")
+        assert faulty.read("record") == b"x"
+        assert (len(connections), faulty.count("write")) == (2, 2)
+        faulty.heal()
+
+    def test_one_that_hangs_twice_is_an_error_that_says_how_long(self, tmp_path: Path) -> None:
+        faulty = FaultyStorage(f"file://{tmp_path}")
+        faulty.hang("write", times=100)
+        with pytest.raises(errors.StorageUnavailableError, match="no answer and no byte for 0 s"):
+            faulty.write("record", b"x")
+        assert faulty.count("write") == 2, "it is not tried for an hour"
+        faulty.heal()
+
+    def test_bytes_that_come_slowly_are_no_silence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Slow(FakeBackend):
+            def upload(self, source: Any, path: str, on_bytes: Callable[[int], None]) -> str:
+                self.calls += 1
+                for _ in range(30):
+                    time.sleep(0.04)
+                    on_bytes(1)
+                return "0" * 32
+
+        monkeypatch.setattr(storage, "SILENCE", 0.6)
+        (tmp_path / "source").write_bytes(bytes(30))
+        backend = Slow()
+        connected_to(monkeypatch, backend).upload(str(tmp_path / "source"), "model.bin")
+        assert backend.calls == 1
+
+    def test_what_a_request_that_was_given_up_still_does_harms_no_later_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        late, over = threading.Event(), threading.Event()
+
+        class Waking(FakeBackend):
+            def download(self, path: str, target: Any, size: int, on_bytes: Callable[[int], None]) -> str:
+                self.calls += 1
+                if self.calls == 1:
+                    late.wait()
+                    target.write(b"x" * size)
+                    on_bytes(size)
+                    over.set()
+                else:
+                    target.write(b"good")
+                    late.set()
+                    over.wait()
+                    target.write(b" data")
+                    on_bytes(size)
+                return "0" * 32
+
+        heard: list[int] = []
+        target = tmp_path / "target"
+        connected_to(monkeypatch, Waking()).download("model.bin", str(target), 9, on_bytes=heard.append)
+        assert target.read_bytes() == b"good data"
+        assert sum(heard) == 9
+
+    def test_a_wait_of_a_minute_is_said(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(storage, "SAY_AFTER", 0.02)
+        faulty = FaultyStorage(f"file://{tmp_path}")
+        faulty.hang("write")
+        faulty.write("record", b"x")
+        faulty.heal()
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert said == [f"Waiting to write 'file://{tmp_path}/record': no answer for 0 s."]
+
+    def test_a_process_ends_although_a_request_hangs(self, tmp_path: Path) -> None:
+        code = (
+            "import sys, threading\n"
+            "from hf_cloudtrain.testing import FaultyStorage\n"
+            "faulty = FaultyStorage(sys.argv[1])\n"
+            "faulty.hang('write')\n"
+            "threading.Thread(target=faulty.write, args=('x', b'1'), daemon=True).start()\n"
+            "while not faulty.count('write'): pass\n"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        assert subprocess.run(command, cwd=ROOT, check=False, timeout=30).returncode == 0
+
+
+class TestThrottling:
+    def asks_for_time(self, header: dict[str, str]) -> Exception:
+        """As s3fs raises it: its own error, caused by botocore's."""
+        error = OSError(errno.EBUSY, "SlowDown")
+        error.__cause__ = Exception("503")
+        error.__cause__.response = {"ResponseMetadata": {"HTTPHeaders": header}}  # type: ignore[attr-defined]
+        return error
+
+    @pytest.mark.parametrize(
+        ("header", "least", "most"),
+        [({}, 0.0, 0.2), ({"retry-after": "7"}, 6.9, 7.0), ({"retry-after": "86400"}, 59.9, 60.0)],
+        ids=["no-header", "seconds", "a-day"],
+    )
+    def test_the_storage_says_how_long_within_reason(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        pauses: list[float],
+        header: dict[str, str],
+        least: float,
+        most: float,
+    ) -> None:
+        backend = FakeBackend(self.asks_for_time(header))
+        connected_to(monkeypatch, backend).write("record", b"x")
+        assert least <= sum(pauses) <= most
+
+    @pytest.mark.parametrize(
+        ("header", "seconds"),
+        [("3", 3.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), ("-3", 0.0), ("", 0.0), ("9" * 400, 0.0)],
+    )
+    def test_what_is_no_number_of_seconds_is_left_out_of_account(self, header: str, seconds: float) -> None:
+        error = OSError("503")
+        error.response = SimpleNamespace(headers={"Retry-After": header})  # type: ignore[attr-defined]
+        assert storage._retry_after(error) == seconds
+
+    def test_all_threads_wait_when_one_is_told_to_slow_down(
+        self, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+    ) -> None:
+        backend = FakeBackend(*[self.asks_for_time({"retry-after": "30"})] * (len(RETRY_PAUSES) + 1))
+        store = connected_to(monkeypatch, backend)
+        with pytest.raises(errors.StorageUnavailableError):
+            store.write("record", b"x")
+        before = len(pauses)
+        store.write("another", b"x")
+        assert pauses[before] > 29.0
+
+
+class TestRenewal:
+    def expires(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, list[FakeBackend]]:
+        """A storage whose connections are refused from their second call on."""
+        made: list[FakeBackend] = []
+
+        class Expiring(FakeBackend):
+            def _fail(self) -> None:
+                super()._fail()
+                if self.calls > 1:
+                    raise PermissionError("ExpiredToken")
+
+        def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str]:
+            made.append(Expiring())
+            return made[-1], "bucket/run"
+
+        monkeypatch.setattr(storage, "connect", connect)
+        monkeypatch.setattr(storage, "native_transfer", lambda protocol, root, options: None)
+        return Storage("s3://bucket/run"), made
+
+    def test_what_is_refused_in_mid_run_is_tried_by_a_new_connection(
+        self, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+    ) -> None:
+        store, made = self.expires(monkeypatch)
+        for number in range(4):
+            store.write(str(number), b"x")
+        assert [sorted(backend.objects) for backend in made] == [["0"], ["1"], ["2"], ["3"]]
+        assert pauses == []
+
+    def test_what_a_new_connection_is_refused_too_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = FakeBackend()
+        store = connected_to(monkeypatch, backend)
+        store.write("record", b"x")
+        backend.failures = [PermissionError("AccessDenied")] * 10
+        with pytest.raises(errors.StoragePermissionError):
+            store.write("record", b"x")
+        assert backend.calls == 3
+
+    def test_what_was_never_allowed_is_refused_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = FakeBackend(*[PermissionError("AccessDenied")] * 10)
+        with pytest.raises(errors.StoragePermissionError):
+            connected_to(monkeypatch, backend).write("record", b"x")
+        assert backend.calls == 1
+
+    def test_a_create_that_hears_both_that_it_exists_and_that_it_does_not_is_made_again(
+        self, tmp_path: Path, pauses: list[float]
+    ) -> None:
+        faulty = FaultyStorage(f"file://{tmp_path}")
+        faulty.lie("exists", "create")
+        assert faulty.create("claim", b"mine") is True
+        assert faulty.count("create") == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import subprocess
 import sys
 import threading
@@ -9,10 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import ObjectNotFoundError, StoragePermissionError, StorageUnavailableError
 from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.testing import CRASH_STATUS, Call, CrashPoint, FaultyStorage, flip_bit
-from tests.faults.runs import DEADLINE, wait_until
+from hf_cloudtrain.testing import (
+    CRASH_STATUS,
+    DISK_POINTS,
+    POINTS,
+    Call,
+    CrashPoint,
+    FaultyDisk,
+    FaultyStorage,
+    flip_bit,
+)
+from tests.faults.runs import DEADLINE, Machines, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -131,6 +143,119 @@ def test_everywhere_means_every_storage_of_that_run_and_no_other(
                 met.write("x", b"1")
         assert storage.count("write") == 2, "each request counts once"
     same.write("x", b"1")
+
+
+def test_a_request_may_be_named_by_its_place_in_the_life_of_a_checkpoint(storage: FaultyStorage) -> None:
+    storage.fail("commit", StoragePermissionError("refused"), times=1_000)
+    storage.create(".cloudtrain/claims/checkpoint-5.json", b"1")
+    with pytest.raises(StoragePermissionError):
+        storage.create(".cloudtrain/checkpoints/000001-0000000005.json", b"1")
+    assert (storage.count("claim"), storage.count("commit"), storage.count("pointer")) == (1, 2, 0)
+
+
+def test_every_named_request_is_one_that_a_run_makes(machines: Machines) -> None:
+    """Or a crash point would never be reached. Parts are made by several hosts, heartbeats and steps by the tracker."""
+    machine = machines.new()
+    machine.start()
+    machine.save(5, best=True)
+    machine.wait()
+    machines.restored("elsewhere")
+    machines.catalog = Catalog(machines.storage)
+    machines.catalog.retire(CheckpointKey(1, 5))
+    machines.catalog.put_part(CheckpointKey(1, 7), 0, 2, [])
+    machines.catalog.write_progress(1, {})
+    machines.catalog.write_steps(1, 1, b"")
+    assert [point for point in POINTS if not machines.storage.count(point)] == []
+
+
+def test_a_name_of_no_request_is_refused_with_those_that_are(storage: FaultyStorage) -> None:
+    with pytest.raises(ValueError, match=r"'comit' is no kind of request\. There are: any, read, .*commit"):
+        storage.fail("comit")
+    with pytest.raises(ValueError, match=r"'acept' is no point of a disk\. There are: accept, "):
+        CrashPoint("out", point="acept")
+
+
+def test_lies_are_told_and_nothing_else_is_changed(storage: FaultyStorage, tmp_path: Path) -> None:
+    storage.write("a/x", b"12")
+    storage.lie("missing", "read")
+    with pytest.raises(ObjectNotFoundError):
+        storage.read("a/x")
+    storage.lie("missing", "list")
+    assert storage.list("a") == []
+    storage.lie("missing", "download")
+    with pytest.raises(ObjectNotFoundError):
+        storage.download("a/x", str(tmp_path / "target"), 2)
+    storage.lie("late", "list")
+    storage.write("a/y", b"1")
+    assert [info.path for info in storage.list("a")] == ["a/x"]
+    storage.lie("size", "list")
+    assert [info.size for info in storage.list("a")] == [1, 0]
+    storage.lie("exists", "create")
+    assert storage.create("a/z", b"1"), "asked again, it says the truth"
+    assert [info.size for info in storage.list("a")] == [2, 1, 1]
+
+
+def test_a_slow_request_takes_longer_and_succeeds(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    storage.slow("write", 2.5)
+    storage.write("x", b"1")
+    assert (storage.read("x"), waited) == (b"1", [2.5])
+
+
+def test_a_request_that_hangs_is_broken_off_by_healing(storage: FaultyStorage) -> None:
+    storage.hang("write")
+    thread = threading.Thread(target=storage.write, args=("x", b"1"))
+    thread.start()
+    wait_until(lambda: storage.count("write"), "the call")
+    assert thread.is_alive()
+    storage.heal()
+    thread.join(DEADLINE)
+    assert storage.read("x") == b"1", "the client tried again"
+
+
+def test_a_faulty_disk_refuses_from_its_change_on(tmp_path: Path) -> None:
+    with FaultyDisk(tmp_path, errno.EROFS, at=2, times=2) as disk:
+        (tmp_path / "a").mkdir()
+        with pytest.raises(OSError, match="Read-only file system") as raised:
+            (tmp_path / "b").mkdir()
+        assert raised.value.errno == errno.EROFS
+        with pytest.raises(OSError, match="Read-only file system"):
+            (tmp_path / "a").rename(tmp_path / "c")
+        (tmp_path / "d").mkdir()
+    (tmp_path / "e").mkdir()
+    assert (disk.refused, sorted(path.name for path in tmp_path.iterdir())) == (2, ["a", "d", "e"])
+
+
+def test_a_full_disk_still_gives_space_back(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    with FaultyDisk(tmp_path) as disk:
+        with pytest.raises(OSError, match="No space left on device"):
+            (tmp_path / "y").write_bytes(b"1")
+        (tmp_path / "x").rename(tmp_path / "z")
+        (tmp_path / "z").read_bytes()
+        (tmp_path / "z").unlink()
+    assert disk.refused == 1
+
+
+def test_changes_of_a_disk_have_names(machines: Machines) -> None:
+    seen = {}
+    machine = machines.new()
+    with contextlib.ExitStack() as stack:
+        disks = {
+            point: stack.enter_context(FaultyDisk(machine.output_dir, errno.EIO, times=0, point=point))
+            for point in DISK_POINTS
+        }
+        machine.start()
+        machine.save(5)
+        machine.wait()
+        machine.rotate(5)
+        machine.stop()
+        machines.new().checkpointer.restore()
+        seen = {point: len(disk.seen) for point, disk in disks.items()}
+    assert seen == {"freeze": 1, "accept": 1, "forget": 1, "restored": 1}
 
 
 CRASHES = """

@@ -1,0 +1,148 @@
+"""Storage that is away, slow, full of requests or silent for a while: training is not held up, and nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from hf_cloudtrain import storage, uploader
+from hf_cloudtrain.errors import NotCommittedError, StoragePermissionError
+from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until
+
+SCALE = 1_000
+"""How much faster time goes: ten minutes are 0.6 s."""
+PAUSES, RETRY_PAUSES = uploader.PAUSES, storage.RETRY_PAUSES
+"""As they are; those of the tests are shorter."""
+
+
+def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_after_it(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uploader, "PAUSES", tuple(pause / SCALE for pause in PAUSES))
+    monkeypatch.setattr(storage, "RETRY_PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
+    machine = machines.new()
+    machine.start()
+    machines.storage.fail("any", times=1_000_000)
+    over = threading.Timer(600 / SCALE, machines.storage.heal)
+    over.start()
+    machine.save(5, best=True)
+    machine.save(10, best=True)
+    machine.save(15)
+    over.join()
+    requests = machines.storage.count("claim")
+    machine.wait()
+    assert machines.committed() == [(1, 5), (1, 10), (1, 15)]
+    assert machines.restored("elsewhere") == bytes_of(15)
+    # A try is six requests, and there are 5 + 15 + 30 + 9 x 60 seconds in ten minutes; pauses may be half as long.
+    assert requests <= 6 * (12 * 2 + 3)
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (
+        len([record for record in warned if "is tried again; training goes on" in record.getMessage()]) == 1
+    )
+
+
+def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_turn(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SILENCE", 0.3)
+    machine = machines.new()
+    machine.start()
+    machines.storage.hang("files", path="checkpoint-5/model.safetensors", times=1_000_000)
+    machine.save(5)
+    wait_until(lambda: machines.storage.count("files", "checkpoint-5/model.safetensors"), "the upload")
+    machine.save(10)
+    wait_until(lambda: (1, 10) in machines.committed(), "the next one")
+    assert [key.step for key in machine.waiting()] == [5]
+    machines.storage.heal()
+    machine.wait()
+    assert machines.committed() == [(1, 5), (1, 10)]
+
+
+def test_an_upload_that_hangs_does_not_keep_the_end_from_its_deadline(machines: Machines) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.hang("files", times=1_000_000)
+    machine.save(5)
+    with pytest.raises(NotCommittedError, match=r"checkpoint-5 .*cloudtrain checkpoint flush"):
+        machine.checkpointer.wait(0.1)
+
+
+def test_a_restore_that_hangs_ends_with_an_error(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machines.new()
+    machine.start()
+    machine.save(5)
+    machine.wait()
+    machines.storage.hang("fetch", times=1_000_000)
+    monkeypatch.setattr(storage, "SILENCE", 0.2)
+    with pytest.raises(storage.StorageUnavailableError, match=r"download .*no answer and no byte"):
+        machines.restored("elsewhere")
+
+
+def test_credentials_that_are_renewed_late_cost_no_checkpoint(
+    machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.fail("any", StoragePermissionError("ExpiredToken"), times=1_000_000)
+    machine.save(5)
+    wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed try")
+    assert "tried again; training goes on. ExpiredToken" in caplog.text
+    machines.storage.heal()
+    machine.checkpointer.wait(DEADLINE)
+    assert machines.committed() == [(1, 5)]
+
+
+def test_a_listing_that_lags_does_not_send_a_checkpoint_again(machines: Machines) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.lie("late", "arrival")
+    machine.save(5)
+    machine.wait()
+    assert machines.storage.count("files", "checkpoint-5/model.safetensors") == 1
+
+
+def test_what_did_not_arrive_is_sent_again_and_nothing_else(machines: Machines) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.corrupt("files", lambda data: data[:-1], path="checkpoint-5/trainer_state.json")
+    machine.save(5)
+    machine.wait()
+    sent = {path: machines.storage.count("files", f"checkpoint-5/{path}") for path in bytes_of(5)}
+    assert sent == {**dict.fromkeys(bytes_of(5), 1), "trainer_state.json": 2}
+    assert machines.committed() == [(1, 5)]
+
+
+def test_a_newest_that_a_listing_lacks_is_found_by_its_pointer(
+    machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = machines.new()
+    machine.start()
+    machine.save(5)
+    machine.wait()
+    machines.storage.lie("late", "newest", times=1_000_000)
+    machine.save(10)
+    machine.checkpointer.wait(DEADLINE)
+    assert machines.new("elsewhere").start() == 10
+    assert "lacks 000001-0000000010, which exists" in caplog.text
+
+
+def test_a_manifest_that_changed_on_its_way_is_written_again(machines: Machines) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.corrupt("commit")
+    machine.save(5)
+    machine.wait()
+    assert machines.storage.count("commit") == 2
+    assert machines.restored("elsewhere") == bytes_of(5)
+
+
+def test_a_manifest_that_cannot_be_found_after_its_write_is_not_deleted(machines: Machines) -> None:
+    machine = machines.new()
+    machine.start()
+    machines.storage.lie("missing", "manifest", times=4)
+    machine.save(5)
+    machine.wait()
+    assert machines.storage.count("retire") == 0
+    assert machines.restored("elsewhere") == bytes_of(5)
