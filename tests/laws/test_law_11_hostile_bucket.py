@@ -31,7 +31,6 @@ from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, Manife
 from hf_cloudtrain.history import read_history
 from hf_cloudtrain.manifest import META, FileEntry, Manifest, Position, checkpoint_key
 from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.testing import _changes_disk
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("LAW_11_EXAMPLES", "25"))
@@ -163,6 +162,9 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+CHANGES = {f"os.{name}" for name in "link symlink rename remove mkdir rmdir utime truncate chmod".split()}
+
+
 class Guard:
     """Hears of every change of a disk outside of a folder, of everything unpickled, and of every program started."""
 
@@ -183,7 +185,7 @@ class Guard:
             "os.fork",
         ):
             self.heard.append(f"{event} {arguments!r}")
-        elif _changes_disk(event, arguments):
+        elif event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             names = arguments[:1] if event == "open" else arguments[:2]
             paths = [os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))]
             self.heard += [
