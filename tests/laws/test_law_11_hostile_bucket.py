@@ -163,6 +163,9 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+CHANGES = {f"os.{name}" for name in "link symlink rename remove mkdir rmdir utime truncate chmod".split()}
+
+
 class Guard:
     """Hears of every change of a disk outside of a folder, of everything unpickled, and of every program started."""
 
@@ -183,7 +186,7 @@ class Guard:
             "os.fork",
         ):
             self.heard.append(f"{event} {arguments!r}")
-        elif _changes_disk(event, arguments):
+        elif event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             names = arguments[:1] if event == "open" else arguments[:2]
             paths = [os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))]
             self.heard += [
