@@ -27,7 +27,7 @@ PATIENCE = 3
 """Attempts in a row that may bring a run no further, before one is let go on for longer."""
 PREFIX = "machine-"
 KEPT = 2
-"""Checkpoints that are never retired, the newest ones; and what was resumed from."""
+"""Checkpoints that are never retired, the newest ones; and what was resumed from, until there is a newer one."""
 LONGEST = 5_000
 """Calls and returns that a phase may take, where nobody has counted them."""
 
@@ -264,21 +264,26 @@ class Chaos:
         resumed_from = attempts[-1].resumed_from if attempts else None
         kept = sorted(keys)[-KEPT:][0] if keys else CheckpointKey(0, 0)
 
+        # What was resumed from may go when the attempt has committed one of its own.
+        alone = not any(attempts and key.attempt == attempts[-1].number for key in keys)
+
         def stays(key: CheckpointKey) -> bool:
-            return len(keys) < KEPT or key >= kept or key == resumed_from
+            return len(keys) < KEPT or key >= kept or (alone and key == resumed_from)
 
         tally.lost += [f"{key} is gone" for key in sorted(run.seen - keys) if stays(key)]
         for key in sorted(keys):
             tally.broken += [f"{key}: {problem}" for problem in verify(catalog, catalog.read(key))]
         progress = max((key.step for key in new), default=0) > max((key.step for key in run.seen), default=0)
         run.stuck = 0 if progress else run.stuck + 1
-        before_this = run.seen | accepted
+        seen, before_this = run.seen, run.seen | accepted
         run.seen = keys
         if [attempt.number for attempt in attempts] == before:
             return  # it did not get so far
         attempt = attempts[-1]
         tally.lost += [f"{key} was accepted" for key in sorted(accepted - keys) if stays(key)]
-        newest = max((key for key in keys if key.attempt < attempt.number), default=None)
+        # What it took may be retired by now, and what was accepted may have been committed before it chose.
+        there = seen | keys | (accepted & {attempt.resumed_from})
+        newest = max((key for key in there if key.attempt < attempt.number), default=None)
         if newest is not None:
             tally.overtaken += any(key < newest and key.step > newest.step for key in before_this)
         if attempt.resumed_from != newest:
