@@ -28,9 +28,9 @@ from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.downloader import download, file_digest, move_aside, verify
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
-from hf_cloudtrain.faulty_disk import _changes_disk
 from hf_cloudtrain.history import read_history
 from hf_cloudtrain.manifest import META, FileEntry, Manifest, Position, checkpoint_key
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.storage import Storage
 
 T = TypeVar("T")
@@ -469,9 +469,10 @@ def test_law_11_a_damaged_part_of_another_host_is_an_error_of_ours(sandbox: Path
     catalog = Catalog(Storage(f"file://{sandbox}/run"))
     key = CheckpointKey(1, 5)
     for host in range(2):
-        catalog.storage.write(f"{META}/parts/{key}/{host}-of-2.json", b'{"files": %s}' % files.encode())
-    with pytest.raises(ManifestError):
-        catalog.parts(key, 2)
+        record = b'{"nonce": "nonce", "files": %s}' % files.encode()
+        catalog.storage.write(f"{META}/parts/{key}/{host}-of-2.json", record)
+    with pytest.raises(ManifestError, match="damaged|not a clean relative path"):
+        Parts(catalog, key, "nonce", save=1, hosts=2).files()
 
 
 # Sizes and disks
