@@ -54,7 +54,7 @@ def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_t
     wait_until(lambda: machines.storage.count("files", "checkpoint-5/model.safetensors"), "the upload")
     machine.save(10)
     wait_until(lambda: (1, 10) in machines.committed(), "the next one")
-    assert [key.step for key in machine.waiting()] == [5]
+    wait_until(lambda: [key.step for key in machine.waiting()] == [5], "it leaves the outbox")
     machines.storage.heal()
     machine.wait()
     assert machines.committed() == [(1, 5), (1, 10)]
