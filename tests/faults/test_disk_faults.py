@@ -14,7 +14,7 @@ from hf_cloudtrain import process
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.aftermath import is_one, what_goes_wrong_next
-from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of
+from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, left_overs
 from tests.faults.small_disk import why_impossible
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,6 +59,11 @@ def test_a_disk_that_takes_nothing_from_any_change_on_loses_nothing_that_was_acc
                     said = str(error)
             if machine is not None:
                 machine.stop()
+            half_made = [name for name in left_overs(tmp_path / str(number) / "out") if "/." in name]
+            if trouble == "full" and half_made:
+                problems.append(
+                    f"change {number}, {disk.seen[number - 1]}: it keeps {half_made} on a full disk"
+                )
             monkeypatch.setattr(process, "_making", set())  # the process is over
             if disk.refused and said and WORDS[trouble] not in said and "Not on storage yet" not in said:
                 problems.append(f"change {number}, {disk.seen[number - 1]}: it says {said!r}")
