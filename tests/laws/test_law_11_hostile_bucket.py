@@ -471,7 +471,7 @@ def test_law_11_a_damaged_part_of_another_host_is_an_error_of_ours(sandbox: Path
     for host in range(2):
         record = b'{"nonce": "nonce", "files": %s}' % files.encode()
         catalog.storage.write(f"{META}/parts/{key}/{host}-of-2.json", record)
-    with pytest.raises(ManifestError, match="damaged|not a clean relative path"):
+    with pytest.raises(ManifestError, match="part "):
         Parts(catalog, key, "nonce", save=1, hosts=2).files()
 
 
