@@ -173,27 +173,37 @@ class Checkpointer:
             if key is None:
                 break
             tried.add(key)
-            manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
-            if isinstance(manifest, str):
-                problems = [manifest]
-            else:
-                accept(manifest)
-                bring = self.bringer(manifest, wanted)
-                problems = [
-                    problem for problem in self.world.each_leader(bring, f"download {key}") if problem
-                ]
-                if not problems:
-                    self._restored = key
-                    self._say_restored(manifest)
-                    return Restored(self.local_folder(manifest), manifest)
+            restored, problem = self._restore_one(key, wanted, accept)
+            if restored is not None:
+                return restored
             if self.world.is_main:
-                logger.warning("%s is damaged, so the one before is taken. %s", key, problems[0])
+                logger.warning("%s is damaged, so the one before is taken. %s", key, problem)
         if tried:
             raise CorruptCheckpointError(
                 f"All {len(tried)} checkpoints of {self.storage.url!r} are damaged. `cloudtrain checkpoint verify` shows "
                 "how; fresh=True starts at step 0."
             )
         return None
+
+    def _restore_one(
+        self, key: CheckpointKey, wanted: Callable[[str], bool], accept: Callable[[Manifest], None]
+    ) -> tuple[Restored | None, str]:
+        """The checkpoint on this machine, or what is damaged."""
+        before: Manifest | None = None
+        problem = ""
+        while True:
+            manifest = self.world.agree(partial(self._read_or_reason, key), f"read the manifest of {key}")
+            if isinstance(manifest, str) or manifest == before:
+                return None, problem or str(manifest)
+            accept(manifest)
+            bring = self.bringer(manifest, wanted)
+            problems = [found for found in self.world.each_leader(bring, f"download {key}") if found]
+            if not problems:
+                self._restored = key
+                self._say_restored(manifest)
+                return Restored(self.local_folder(manifest), manifest), ""
+            # The manifest itself may have changed on its way here, in a digest: read it once more.
+            before, problem = manifest, problems[0]
 
     def bringer(
         self, manifest: Manifest, wanted: Callable[[str], bool] = lambda path: True

@@ -175,6 +175,8 @@ class Guard:
     def __init__(self, folder: Path) -> None:
         self.heard: list[str] = []
         self._folder = str(folder)
+        # A heartbeat of another test's training may still be at work in this process, in that test's own folder.
+        self._test = folder.parents[2]
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in (
@@ -196,7 +198,10 @@ class Guard:
             ]
 
     def _is_below(self, path: str) -> bool:
-        return f"{os.path.realpath(path)}/".startswith(f"{self._folder}/")
+        real = f"{os.path.realpath(path)}/"
+        ours = real.startswith(f"{self._folder}/")
+        theirs = real.startswith(f"{self._test.parent}/") and not real.startswith(f"{self._test}/")
+        return ours or theirs
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import ObjectNotFoundError, StoragePermissionError, StorageUnavailableError
+from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import (
     CRASH_STATUS,
@@ -162,7 +163,7 @@ def test_every_named_request_is_one_that_a_run_makes(machines: Machines) -> None
     machines.restored("elsewhere")
     machines.catalog = Catalog(machines.storage)
     machines.catalog.retire(CheckpointKey(1, 5))
-    machines.catalog.put_part(CheckpointKey(1, 7), 0, 2, [])
+    Parts(machines.catalog, CheckpointKey(1, 7), "nonce", save=1, hosts=2).put(0, [])
     machines.catalog.write_progress(1, {})
     machines.catalog.write_steps(1, 1, b"")
     assert [point for point in POINTS if not machines.storage.count(point)] == []
