@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 PEER_SECONDS = 5.0
 """Longest that a rank which was told waits for the others to agree. A launcher tells the survivors of a crash, too."""
+INTERVAL_SECONDS = 0.25
+"""Steps shorter than this ask only once in so long: asking takes a rank 0.1 ms, and wakes threads that steps compete with."""
+MOST_STEPS = 16
+"""Steps from one question to the next, at the most: a step may suddenly take much longer than those before."""
 SLOW_STEP_SECONDS = 0.5
 """Steps of this length can pay for waiting for each other (0.5 ms), and hear what is said a whole step earlier."""
 RESERVE_SECONDS = 2.0
@@ -260,23 +264,28 @@ class _Heard:
 
 
 class _Agreement:
-    """All ranks say something at each step's end, and hear at the next one what all of them said.
+    """All ranks say something at the end of a step, and hear the next time what all of them said.
 
-    Nobody waits, because the answer travels while the next step is computed (30 us a step for 2 ranks, where waiting
-    takes 500). Where steps are long, waiting costs nothing in proportion and the answer comes a step earlier; the
-    length of the longest rank's step travels along, so that all of them change over at the same one.
+    Nobody waits, because the answer travels while the next steps are computed. Where steps are long, waiting (0.5 ms)
+    costs nothing in proportion and the answer comes a step earlier. The length of the longest rank's steps travels along,
+    so that all of them ask at the same steps.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._pending: Largest | None = None
         self._waits = False
+        self._every = 1
+        self._steps = 0
         self._last = time.monotonic()
 
     def hear(self, mine: _Heard, is_told: Callable[[], bool]) -> _Heard | None:
-        """What all ranks said: at the last step's end or, where steps are long, at this one's."""
+        """What all ranks said when they were asked last or, where steps are long, what they say now; None between."""
         if self._world.size == 1:
             return mine
+        self._steps += 1
+        if self._steps < self._every:
+            return None
         heard = self._finish(is_told) if self._pending is not None else None
         self._begin(mine)
         return self._finish(is_told) if self._waits else heard
@@ -298,7 +307,8 @@ class _Agreement:
 
     def _begin(self, mine: _Heard) -> None:
         now = time.monotonic()
-        seconds, self._last = now - self._last, now
+        seconds, self._last = (now - self._last) / max(1, self._steps), now
+        self._steps = 0
         self._pending = self._world.begin_largest([float(mine.order), -mine.seconds_left, seconds])
 
     def _finish(self, is_told: Callable[[], bool]) -> _Heard:
@@ -318,6 +328,7 @@ class _Agreement:
             time.sleep(0.0002)
         order, left, seconds = answer.get()
         self._waits = seconds > SLOW_STEP_SECONDS
+        self._every = max(1, min(MOST_STEPS, int(INTERVAL_SECONDS / max(seconds, 1e-6))))
         return _Heard(Order(int(order)), -left)
 
 

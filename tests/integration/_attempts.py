@@ -36,6 +36,7 @@ from hf_cloudtrain import (
     CloudTrainCallback,
     StepTrackerCallback,
     env,
+    preemption,
     uploader,
 )
 from hf_cloudtrain.catalog import Catalog
@@ -43,6 +44,7 @@ from hf_cloudtrain.preemption import Preemption
 from hf_cloudtrain.storage import Storage
 
 torch.set_num_threads(1)  # sums in one order
+preemption.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
 disable_progress_bar()
 
 PATIENCE = 60.0

@@ -198,6 +198,37 @@ class TestTime:
 
 
 class TestRanks:
+    @pytest.fixture(autouse=True)
+    def _at_each_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(preemption, "INTERVAL_SECONDS", 0.0)
+
+    def test_short_steps_ask_once_in_a_while_and_all_ranks_at_the_same_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(preemption, "INTERVAL_SECONDS", 1e9)
+        asked: list[int] = []
+
+        def train(world: World) -> int:
+            begin = world.begin_largest
+            step = 0
+
+            def count(values: list[float]) -> Any:
+                if world.rank == 0:
+                    asked.append(step)
+                return begin(values)
+
+            world.begin_largest = count  # type: ignore[method-assign]
+            listening = Preemption(checkpointer_of(world))
+            for step in range(1, 100):
+                if step == 20 and world.rank == 1:
+                    listening.hear(Notice("EC2", 50.0))
+                if listening.step_ended() is Order.SAVE:
+                    return step
+            return 0
+
+        assert on_ranks(2, train, monkeypatch) == [50, 50]
+        assert asked == [1, 2, 18, 34, 50]  # it is said at 34, and heard at 50
+
     @pytest.mark.parametrize("told", [0, 1, 2])
     def test_all_hear_it_at_the_same_step_whoever_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
