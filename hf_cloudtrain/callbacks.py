@@ -252,6 +252,8 @@ class CheckpointUploadCallback(TrainerCallback):
     ) -> None:
         """Freeze the folder that was just written."""
         checkpointer = self._session.opened()
+        if not self._session.listens:
+            checkpointer.refuse_overtaken()  # else the ranks learn of it at the end of a step
         best = state.best_global_step == state.global_step and state.best_metric is not None
         checkpointer.save(
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
@@ -387,6 +389,8 @@ class StepTrackerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the last records, after the uploads are done."""
+        if self._session.is_leaving:
+            return  # whoever cut the training short says how it ended
         try:
             self._session.end()
         except CloudTrainError:

@@ -327,6 +327,11 @@ class Catalog:
             manifest = self._parse(key, self.storage.read(_retiring_path(key)))
         except ObjectNotFoundError:
             return True  # somebody else has finished it
+        except ManifestError as error:
+            # It would stop every later deletion, and names no files: they are found by their folder.
+            logger.warning("%s `cloudtrain run clean %s` finds what is left of it.", error, self.storage.url)
+            self.storage.delete([_retiring_path(key)])
+            return True
         return self._delete_files(key, manifest, go_on)
 
     def protected(self) -> dict[CheckpointKey, str]:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.freeze import fresh_files
 from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
 from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.process import answer_in_time
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
 from hf_cloudtrain.redaction import visible
@@ -55,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 RETIRE_PATIENCE = 5.0
 """Seconds that the end of training gives the deletion of old checkpoints; what is left is finished another time."""
+LATE = 0.5
+"""Seconds that a wait for which there is little time may take longer: for what was answered in the last moment."""
 LAST_LOOK = 60.0
 """Seconds that a process which ends early waits for the parts of other hosts: they may be gone."""
 
@@ -359,19 +363,34 @@ class Checkpointer:
         """The newest committed checkpoint of the run, on all ranks."""
         return self.world.agree(self.catalog.newest, "find the newest checkpoint")
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None, *, in_time: bool = False) -> None:
         """Return, on all ranks together, when everything that was saved is committed.
 
         Args:
             timeout: seconds; None takes `HF_CLOUDTRAIN_DRAIN_TIMEOUT`.
+            in_time: give up requests that are under way when the time is over, too.
 
         Raises:
             NotCommittedError: on all ranks, with what is missing and how to finish it.
             OvertakenError: on all ranks: a newer attempt has begun.
         """
         seconds = env.drain_timeout() if timeout is None else timeout
-        self.world.each_leader(lambda: self._wait_for_uploads(seconds), "finish its uploads")
-        self.world.agree(self._refuse_nothing_on_storage, "find its last checkpoint on storage")
+        deadline = time.monotonic() + seconds + (LATE if in_time else threading.TIMEOUT_MAX)
+
+        def bounded(work: Callable[[], None]) -> Callable[[], None]:
+            def call() -> None:
+                try:
+                    answer_in_time(work, lambda: time.monotonic() > deadline)
+                except TimeoutError:
+                    raise NotCommittedError(
+                        f"The storage {self.storage.url!r} does not answer whether the last checkpoint is there. What is not "
+                        f"is kept on this machine; finish with `cloudtrain checkpoint flush {self.output_dir}`."
+                    ) from None
+
+            return call if in_time else work
+
+        self.world.each_leader(bounded(lambda: self._wait_for_uploads(seconds)), "finish its uploads")
+        self.world.agree(bounded(self._refuse_nothing_on_storage), "find its last checkpoint on storage")
 
     def finish(self, timeout: float | None = None) -> None:
         """The end of training: `wait`; after that, whoever begins a newer attempt does not overtake this one.

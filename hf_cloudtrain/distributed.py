@@ -9,13 +9,14 @@ process, the world has one rank.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -227,16 +228,19 @@ class _GlooGroup:
         _settle_at_exit()
 
     def barrier(self) -> None:
-        self._dist.barrier(group=self._group)
+        with _peers():
+            self._dist.barrier(group=self._group)
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self._dist.get_world_size()
-        self._dist.all_gather_object(values, value, group=self._group)
+        with _peers():
+            self._dist.all_gather_object(values, value, group=self._group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
-        self._dist.broadcast_object_list(box, src=0, group=self._group)
+        with _peers():
+            self._dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def begin_largest(self, values: list[float]) -> Largest:
@@ -258,12 +262,19 @@ class _Reduced:
         return bool(self._work.is_completed())
 
     def get(self) -> list[float]:
-        try:
+        with _peers():
             self._work.wait()
-        except RuntimeError as error:  # every error of gloo is one
-            raise PeerError(f"Another rank is gone ({str(error).splitlines()[0]}).") from error
         values: list[float] = self._box.tolist()
         return values
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """A rank that has gone is told in our words."""
+    try:
+        yield
+    except RuntimeError as error:  # every error of gloo is one
+        raise PeerError(f"Another rank is gone ({(str(error).splitlines() or [''])[0]}).") from error
 
 
 class _Task:

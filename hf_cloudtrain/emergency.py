@@ -16,7 +16,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.preemption import Order, Preemption
 from hf_cloudtrain.session import Session
 from hf_cloudtrain.trainer_state import epoch_ends
@@ -65,7 +64,6 @@ class EmergencySaveCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to listen."""
-        _refuse_jit(args)
         self._session.begin(args, state)
         checkpointer = self._session.opened()
         if self._preemption is not None:
@@ -137,9 +135,11 @@ class EmergencySaveCallback(TrainerCallback):
         if preemption is None:
             return
         if self._stopping:
-            self._session.leave()
             preemption.leave(state.global_step, self._session.close_tracker)
-        preemption.close()
+        try:
+            self._session.end()  # still listening: a signal must not cut off the last upload
+        finally:
+            preemption.close()
 
     def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Save at this step: after the evaluation that is due, if there is time for it, else without."""
@@ -157,11 +157,11 @@ class EmergencySaveCallback(TrainerCallback):
         elif control.should_evaluate:
             self._save_and_stop(control)  # Trainer evaluates first
         else:
-            self._saves_at_epoch_end = self._stopping = True
+            self._saves_at_epoch_end = self._stopping = self._session.is_leaving = True
             control.should_training_stop = True
 
     def _save_and_stop(self, control: TrainerControl) -> None:
-        self._stopping = self._session.stops_here = True
+        self._stopping = self._session.stops_here = self._session.is_leaving = True
         control.should_save = control.should_training_stop = True
 
     def _has_time_to_evaluate(self) -> bool:
@@ -178,21 +178,13 @@ class EmergencySaveCallback(TrainerCallback):
     def _quit(self) -> None:
         preemption, self._preemption = self._preemption, None
         assert preemption is not None
-        self._session.leave()
+        self._session.is_leaving = True
         preemption.quit(self._session.close_tracker)
 
 
 def _is_over(state: TrainerState, control: TrainerControl) -> bool:
     """Whether the training ends here by itself, so that what follows is not half-trained."""
     return bool(state.global_step >= state.max_steps or control.should_training_stop)
-
-
-def _refuse_jit(args: TrainingArguments) -> None:
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigurationError(
-            "enable_jit_checkpoint=True saves on SIGTERM by itself, on each rank at another step, and would write into the "
-            "emergency save. Leave it out: CloudTrainCallback saves on SIGTERM."
-        )
 
 
 def _code_of_trainer() -> CodeType | None:

@@ -174,6 +174,7 @@ class TrainLoop:
                 "Nothing is prepared yet: call accelerator.prepare(model, …) before the loop."
             )
         self._looked_for_checkpoint = True
+        forget_end()
         self._resumed = self._folder.load()
         if self._resumed is None:
             if self.global_step:
@@ -500,7 +501,6 @@ class TrainLoop:
             self._preemption.save_seconds = time.monotonic() - began
 
     def _finish(self) -> None:
-        self._listen_no_more()
         try:
             self._checkpointer.finish()
             self._world.agree(lambda: self._folder.complete(self._state), "bring the best checkpoint")
@@ -508,6 +508,8 @@ class TrainLoop:
             self._report.close("failed")
             record_end(self._checkpointer, outcome_of(error), str(error))
             raise
+        finally:
+            self._listen_no_more()  # not before: a signal must not cut off the last upload
         self._training = False
         state: Outcome = "finished" if self.epoch >= self.num_epochs else "stopped"
         self._report.close(state)
@@ -518,7 +520,6 @@ class TrainLoop:
     def _begin_attempt(self) -> None:
         refuse_to_begin(self._checkpointer)
         self._checkpointer.begin(self.global_step)
-        forget_end()
         self._training = True
         self._leaving = False
         self._preemption = Preemption(self._checkpointer, grace=self._grace_seconds)

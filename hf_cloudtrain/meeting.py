@@ -103,9 +103,12 @@ class Meeting:
         """What rank 0 gives."""
         return self.gather(value)[0]
 
-    def begin_largest(self, values: list[float]) -> Met:
-        """The largest of each value among all ranks. They wait for each other here: a few milliseconds."""
-        return Met([max(column) for column in zip(*self.gather(values), strict=True)])
+    def begin_largest(self, values: list[float]) -> Asked:
+        """The largest of each value among all ranks, once all have said theirs."""
+        self._count += 1
+        self._store.put(self._key(self._count, self._rank), pickle.dumps(values))
+        keys = [self._key(self._count, rank) for rank in range(self._size)]
+        return Asked(self._store, keys, self._key(self._count - 1, self._rank))
 
     def _key(self, count: int, rank: int) -> str:
         return f"{self._name}-{count}-{rank}"
@@ -154,8 +157,34 @@ class Meeting:
         return (self._store.get(key) or b"").decode()
 
 
+class Asked:
+    """What ranks say one after another."""
+
+    def __init__(self, store: Store, keys: list[str], before: str) -> None:
+        self._store = store
+        self._missing = keys
+        self._before = before
+        self._found: list[list[float]] = []
+
+    def is_there(self) -> bool:
+        """Whether all have said it."""
+        while self._missing and (data := self._store.get(self._missing[0])) is not None:
+            self._found.append(pickle.loads(data))  # noqa: S301 - from our own ranks
+            del self._missing[0]
+            if not self._missing:
+                self._store.drop(
+                    self._before
+                )  # who has come to this meeting has read everything of the last one
+        return not self._missing
+
+    def get(self) -> list[float]:
+        """The largest of each value. Raises PeerError where a rank does not come."""
+        _wait_for(self.is_there, lambda: [int(key.rpartition("-")[2]) for key in self._missing])
+        return [max(column) for column in zip(*self._found, strict=True)]
+
+
 class Met:
-    """What a meeting found."""
+    """What is known already."""
 
     def __init__(self, values: list[float]) -> None:
         self._values = values

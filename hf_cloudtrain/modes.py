@@ -158,7 +158,6 @@ class CloudMode:
             checkpointer.world.agree(self._check_restored, f"find {self._restored}")
         refuse_to_begin(checkpointer)
         attempt = checkpointer.begin(step).number
-        forget_end()
         if checkpointer.world.is_main:
             self._tracker = StepTracker(
                 checkpointer.catalog,
@@ -235,14 +234,13 @@ class CloudMode:
         checkpointer.close()
 
     def _finish(self, checkpointer: InPlaceCheckpointer) -> None:
-        """The last step is saved: what comes now needs no machine of its own."""
-        if self._preemption is not None:
-            self._preemption.close()
         state: Outcome = "failed"
         try:
             checkpointer.finish()
             state = "finished"
         finally:
+            if self._preemption is not None:
+                self._preemption.close()  # not before: a signal must not cut off the last upload
             self._finished = True
             self._close_tracker(state)
             record_end(checkpointer, state)
@@ -274,6 +272,7 @@ class CloudMode:
         """Made when it is first needed: by then the process group exists, if there will be one."""
         if self._checkpointer is None:
             # Without a folder nothing is saved; what an attempt needs of a disk goes to the working folder.
+            forget_end()
             made = InPlaceCheckpointer(self._run_url, self._checkpoint_dir or Path.cwd(), advice=ADVICE)
             made.policy = self._policy
             if self._restored is not None:

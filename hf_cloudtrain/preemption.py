@@ -27,7 +27,8 @@ from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.distributed import Largest, World
 from hf_cloudtrain.errors import CloudTrainError, OvertakenError, PeerError, PreemptedError, PreemptedExit
 from hf_cloudtrain.notices import Notice, NoticeWatcher, default_sources, pending
-from hf_cloudtrain.outcome import record_end
+from hf_cloudtrain.outcome import Outcome, record_end
+from hf_cloudtrain.process import answer_in_time
 from hf_cloudtrain.signals import SignalWatch
 
 logger = logging.getLogger(__name__)
@@ -115,12 +116,15 @@ class Preemption:
         self._agreement.close()
 
     def hear(self, notice: Notice) -> None:
-        """Take note of a notice; the first one counts. May be called from any thread."""
+        """Take note of a notice, from any thread. The first one counts, and the shortest time."""
+        seconds = self._grace_of(notice)
+        deadline = time.monotonic() + seconds
         if self._notice is None:
-            seconds = self._grace_of(notice)
-            self._deadline = time.monotonic() + seconds
+            self._deadline = deadline
             self._patience = seconds
             self._notice = notice  # last: whoever sees it may ask how long there is
+        else:
+            self._deadline = min(self._deadline, deadline)
 
     def step_ended(self) -> Order:
         """What all ranks do after this step; every rank asks at the end of every step.
@@ -157,13 +161,17 @@ class Preemption:
         """
         record_end(self._checkpointer, "preempted", self._reason())
         try:
-            self._checkpointer.wait(self.seconds_left())
+            self._checkpointer.wait(self.seconds_left(), in_time=True)
             words = f"checkpoint-{step} is on storage."
+        except OvertakenError as error:
+            self._end("overtaken", str(error), close)
+            self.close()
+            raise
         except CloudTrainError as error:
             words = str(error)
-        close("preempted")
-        record_end(self._checkpointer, "preempted", self._reason())
-        self._signals.call_others()
+        self._end("preempted", self._reason(), close)
+        with contextlib.suppress(SystemExit):  # it ends anyway, and with an exit code that says why
+            self._signals.call_others()
         self.close()
         _exit(self._world, f"Training was stopped at step {step} ({self._reason()}). {words}")
 
@@ -173,11 +181,22 @@ class Preemption:
         Raises:
             OvertakenError: always, on all ranks.
         """
-        close("overtaken")
-        record_end(self._checkpointer, "overtaken", "a newer attempt has started")
+        self._end("overtaken", "a newer attempt has started", close)
         self.close()
         self._checkpointer.refuse_overtaken()
         raise OvertakenError("A newer attempt of this run has started, so this one ends.")
+
+    def _end(self, outcome: Outcome, reason: str, close: Callable[[str], None]) -> None:
+        """Say how it ended: what a launcher reads first, and the heartbeat, for which storage must answer, in what is left."""
+        record_end(self._checkpointer, outcome, reason)
+        seconds = max(1.0, min(RESERVE_SECONDS, self._deadline - time.monotonic()))
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(CloudTrainError, TimeoutError):
+            # Together: a launcher ends the others as soon as one process is gone.
+            self._world.agree(
+                lambda: answer_in_time(lambda: close(outcome), lambda: time.monotonic() > deadline),
+                "write its last heartbeat",
+            )
 
     def _decide(self, heard: _Heard | None) -> Order:
         if heard is None:
@@ -186,7 +205,7 @@ class Preemption:
             if self._notice is None:
                 self._is_hearsay = True
                 self.hear(Notice("another process was told to stop", heard.seconds_left))
-            self._deadline = time.monotonic() + heard.seconds_left
+            self._deadline = min(self._deadline, time.monotonic() + heard.seconds_left)
         return heard.order
 
     def _mine(self) -> _Heard:
@@ -329,7 +348,8 @@ class _Agreement:
         order, left, seconds = answer.get()
         self._waits = seconds > SLOW_STEP_SECONDS
         self._every = max(1, min(MOST_STEPS, int(INTERVAL_SECONDS / max(seconds, 1e-6))))
-        return _Heard(Order(int(order)), -left)
+        # What was left when it was said, which may be some steps ago.
+        return _Heard(Order(int(order)), max(0.0, -left - (time.monotonic() - self._last)))
 
 
 def _is_notebook() -> bool:

@@ -47,6 +47,8 @@ class Session:
         """Whether a callback of this session listens for notices."""
         self.stops_here = False
         """Whether the save at this step is the last thing that the training does."""
+        self.is_leaving = False
+        """Whether the training was cut short, so that whoever cut it waits for the uploads within the time there is."""
         self.inexact_reason: str | None = None
         """Why a resume from that save cannot equal an uninterrupted run, if so."""
         self.close_tracker: Callable[[str], None] = _no_tracker
@@ -72,6 +74,8 @@ class Session:
     def open(self, args: TrainingArguments) -> Checkpointer:
         """The Checkpointer, made when the process group exists: TrainingArguments makes it."""
         _ = args.device  # makes the process group
+        if self._checkpointer is None:
+            forget_end()
         if args.world_size < int(os.environ.get("WORLD_SIZE", "1")):
             raise ConfigurationError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but each process would train alone, as rank 0. On a machine "
@@ -116,18 +120,19 @@ class Session:
         if self._begun is not state:
             checkpointer = self.open(args)
             if self.listens:
+                refuse_jit(args)
                 refuse_to_begin(checkpointer)
-            started_over = self._begun is not None and not self._ended and args.auto_find_batch_size
+            interrupted = self._begun is not None and not self._ended and not self.is_leaving
+            started_over = interrupted and args.auto_find_batch_size
             self._attempt = checkpointer.begin(state.global_step, started_over=started_over).number
             self._begun = state
-            self._ended = self.stops_here = False
+            self._ended = self.stops_here = self.is_leaving = False
             self.inexact_reason = None
-            forget_end()
         return self._attempt
 
     def end(self) -> None:
         """Wait for the uploads, once. Where steps alone are tracked there are none."""
-        if self._ended:
+        if self._ended or self.is_leaving:
             return
         self._ended = True
         checkpointer = self.opened()
@@ -139,9 +144,14 @@ class Session:
             raise
         record_end(checkpointer, "finished")
 
-    def leave(self) -> None:
-        """The training was cut short, and somebody else waits for the uploads."""
-        self._ended = True
+
+def refuse_jit(args: TrainingArguments) -> None:
+    """Stop a training in which the framework would save on SIGTERM, too."""
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ConfigurationError(
+            "enable_jit_checkpoint=True saves on SIGTERM by itself, on each rank at another step, and would write into the "
+            "emergency save. Leave it out: CloudTrainCallback saves on SIGTERM."
+        )
 
 
 def _no_tracker(state: str) -> None:

@@ -1,15 +1,18 @@
 """Signals that ask a process to go, heard without ending it, and given back afterwards.
 
 A handler only notes what came: it runs between two lines of anybody's code. Handlers act in the process that
-installed them alone; a forked child (a loader worker, a pool) gets back what was there before. Under some launchers
+installed them alone; a forked child (a loader worker, a pool) gets back what was there before, and a loader worker leaves
+the process group. Under some launchers
 one notice arrives as three signals, so a second one is no news, except for Ctrl-C: a second one quits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -109,6 +112,11 @@ _live: weakref.WeakSet[SignalWatch] = weakref.WeakSet()
 
 
 def _give_back_in_child() -> None:
+    if _is_loader_worker():
+        # torchrun, Slurm and terminals signal a whole process group. A worker that dies of it would end the training
+        # before its save; torch's workers notice by themselves when their parent is gone.
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
     for watch in list(_live):
         for number, handler in watch._before.items():
             signal.signal(number, handler)
@@ -116,6 +124,16 @@ def _give_back_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_give_back_in_child)
+
+
+def _is_loader_worker() -> bool:
+    """Whether this process was just forked by torch's DataLoader; asked in the child, whose stack is still its parent's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.data.dataloader":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_running(code: CodeType | None, frame: FrameType | None) -> bool:

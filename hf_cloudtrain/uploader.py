@@ -307,7 +307,10 @@ class Uploader:
             return newest_first[0]
         bytes_left = self.pace[1] * (self._deadline - time.monotonic())
         fitting = [entry for entry in newest_first if entry.size <= bytes_left]
-        return fitting[0] if fitting else min(newest_first, key=lambda entry: entry.size)
+        if fitting or any(entry.hosts > 1 for entry in ready):  # several hosts must choose the same one
+            return (fitting or newest_first)[0]
+        smallest = min(newest_first, key=lambda entry: entry.size)
+        return smallest if smallest.size < newest_first[0].size / 2 else newest_first[0]
 
     def _moved(self, count: int) -> None:
         self.progress.add(count)

@@ -134,7 +134,11 @@ class Trial:
             env.HEARTBEAT: "0.5",
             "PWD": str(work),
         }
-        inherited = {name: value for name, value in os.environ.items() if name != env.RESTORED_CHECKPOINT}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in (env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.STOP_FILE)
+        }
         with open(self._log, "wb") as log:
             try:
                 process = subprocess.Popen(

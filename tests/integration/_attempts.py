@@ -34,6 +34,7 @@ import hf_cloudtrain.callbacks  # noqa: F401 - paid for before the fork
 from hf_cloudtrain import (
     CheckpointUploadCallback,
     CloudTrainCallback,
+    EmergencySaveCallback,
     StepTrackerCallback,
     env,
     preemption,
@@ -327,6 +328,8 @@ def make_ours(parts: str, run_url: str | None, *, fresh: bool) -> list[TrainerCa
         "cloud": [CloudTrainCallback],
         "uploads": [CheckpointUploadCallback],
         "steps": [StepTrackerCallback],
+        "uploads first": [CheckpointUploadCallback, StepTrackerCallback, EmergencySaveCallback],
+        "emergency first": [EmergencySaveCallback, StepTrackerCallback, CheckpointUploadCallback],
         "both": [CheckpointUploadCallback, StepTrackerCallback],
         "none": [],
     }

@@ -92,9 +92,10 @@ def test_law_7_one_rank_is_told_and_both_save_the_same_step(lab: Lab, told: int)
 
 
 def test_law_7_a_launcher_that_is_told_to_go_lets_all_ranks_save_before_it_ends(lab: Lab) -> None:
+    """It signals the whole group of each rank's process, and a loader worker that died of it would end the training."""
     finish(lab.start_ranks("plain", run_url=None))
     exit_file, log = lab.folder / "exit.json", lab.folder / "first.log"
-    words = worker(lab, "first", after=[["SignalLauncherAt", {"step": 5}]])
+    words = worker(lab, "first", after=[["SignalLauncherAt", {"step": 5}]], dataloader_num_workers=1)
     with torchrun(*words, log=log, env={"HF_CLOUDTRAIN_EXIT_FILE": str(exit_file)}) as launcher:
         assert launcher.wait(PATIENCE) == 1, log.read_text()  # whatever its workers' exit code was
     assert json.loads(exit_file.read_text())["committed"] == "000001-0000000006"
@@ -173,6 +174,24 @@ def test_what_is_not_uploaded_in_time_stays_in_the_outbox_and_the_next_start_fin
     lab.plain()
     lab.train("first")
     assert lab.difference("first") == 0.0
+
+
+@pytest.mark.parametrize("parts", ["uploads first", "emergency first"])
+def test_the_parts_alone_leave_in_time_in_whatever_order(lab: Lab, parts: str) -> None:
+    told = {"after": [["SignalAt", {"step": 6}]]}
+    child = lab.start(
+        "first",
+        "outage",
+        module="tests.integration._mishaps",
+        first=2,
+        last=None,
+        parts=parts,
+        env={"HF_CLOUDTRAIN_GRACE": "2", "HF_CLOUDTRAIN_EXIT_FILE": str(lab.folder / "exit.json")},
+        **told,
+    )
+    assert child.wait() == LEFT, child.log
+    assert "Not on storage yet: checkpoint-7" in child.log
+    assert json.loads((lab.folder / "exit.json").read_text())["outcome"] == "preempted"
 
 
 class TestRefused:

@@ -92,9 +92,10 @@ def test_a_manifest_that_names_the_folder_of_another_checkpoint_is_refused(catal
         catalog.storage.write(".cloudtrain/checkpoints/000001-0000000005.json", data)
         with pytest.raises(ManifestError, match="of another one"):
             catalog.retire(KEY)
+        catalog.storage.write(f"{folder}/model", b"of another one")
         catalog.storage.write(".cloudtrain/retiring/000001-0000000006.json", data)
-        with pytest.raises(ManifestError):
-            catalog.finish_retiring(CheckpointKey(1, 6))
+        assert catalog.finish_retiring(CheckpointKey(1, 6))
+        assert catalog.storage.read(f"{folder}/model") == b"of another one"
 
 
 def test_a_commit_is_made_once_and_repeating_it_is_no_second_one(catalog: Catalog) -> None:
@@ -257,3 +258,13 @@ def test_runs_below_a_folder_are_found_by_their_records(catalog: Catalog) -> Non
     other = Catalog(Storage(f"{above}/deeper/run 2"))
     other.begin_attempt(10.0, 0, None, {})
     assert sorted(run_urls(Storage(above))) == ["deeper/run 2", "run"]
+
+
+def test_a_damaged_record_of_a_deletion_stops_no_other_deletion(
+    catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f".cloudtrain/retiring/{KEY}.json"
+    catalog.storage.write(path, b"{")
+    assert catalog.finish_retiring(KEY)
+    assert catalog.retiring() == []
+    assert "cloudtrain run clean" in caplog.text

@@ -87,6 +87,72 @@ class TestAlone:
         assert said(tmp_path)["committed"] is None
         assert [entry.title for entry in made.outbox.entries()] == ["checkpoint-5"]
 
+    def test_the_first_notice_counts_and_the_shortest_time(
+        self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 120.0))
+        listening.hear(Notice("SIGTERM", None))
+        listening.hear(Notice("a file", 60.0))
+        assert (listening._reason(), listening.seconds_left()) == ("EC2", 28.0)
+
+    def test_overtaken_while_it_leaves_it_says_so(self, made: Checkpointer, tmp_path: Path) -> None:
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 20.0))
+        save(made, 5)
+        made.wait()
+        made.catalog.begin_attempt(0.0, 0, None, {})
+        states: list[str] = []
+        with pytest.raises(OvertakenError):
+            listening.leave(5, states.append)
+        assert (states, said(tmp_path)["outcome"]) == (["overtaken"], "overtaken")
+
+    def test_a_heartbeat_that_cannot_be_stored_does_not_keep_it(
+        self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(preemption, "RESERVE_SECONDS", 0.1)
+        listening, hung = Preemption(made), threading.Event()
+        listening.hear(Notice("EC2", 20.0))
+        save(made, 5)
+        with pytest.raises(PreemptedExit):
+            listening.leave(5, lambda state: hung.wait(600) and None)
+        hung.set()
+        assert said(tmp_path)["committed"] == "000001-0000000005"
+
+    def test_a_storage_that_is_silent_does_not_keep_it(
+        self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        silent = threading.Event()
+        monkeypatch.setattr(made, "_refuse_nothing_on_storage", lambda: silent.wait(600) and None)
+        listening = Preemption(made)
+        listening.hear(Notice("EC2", 0.5))
+        save(made, 5)
+        with pytest.raises(PreemptedExit):
+            listening.leave(5)
+        silent.set()
+        assert "does not answer whether the last checkpoint is there" in caplog.text
+
+    def test_handlers_that_were_there_before_hear_it_after_the_save(self, made: Checkpointer) -> None:
+        heard: list[list[int]] = []
+
+        def before(number: int, frame: object) -> None:
+            heard.append([key.step for key in made.catalog.checkpoints()])
+            sys.exit(0)
+
+        there = signal.signal(signal.SIGTERM, before)
+        try:
+            listening = Preemption(made)
+            listening.start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            save(made, 5)
+            with pytest.raises(PreemptedExit):
+                listening.leave(5)
+            assert signal.getsignal(signal.SIGTERM) is before
+        finally:
+            signal.signal(signal.SIGTERM, there)
+        assert heard == [[5]]
+
     def test_in_a_notebook_it_is_an_exception(
         self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -168,7 +234,6 @@ class TestTime:
         monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: 1000.0))
         listening = Preemption(made, grace=argument)
         listening.hear(notice)
-        listening.hear(Notice("another one", 1.0))
         assert listening.seconds_left() == pytest.approx(seconds)
 
     @pytest.mark.parametrize(
@@ -261,6 +326,27 @@ class TestRanks:
             return 0
 
         assert on_ranks(2, train, monkeypatch) == [4, 4]
+
+    def test_the_time_that_the_answer_took_is_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [1000.0]
+        monkeypatch.setattr(
+            preemption, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+        )
+
+        def train(world: World) -> float:
+            listening = Preemption(checkpointer_of(world))
+            if world.rank == 1:
+                listening.hear(Notice("EC2", 50.0))
+            listening.step_ended()
+            world.barrier()
+            now[0] = 1020.0  # a long save, say
+            world.barrier()
+            assert listening.step_ended() is Order.SAVE
+            return listening.seconds_left()
+
+        assert on_ranks(2, train, monkeypatch) == [28.0, 28.0]
 
     def test_asked_to_they_wait_for_each_other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def train(world: World) -> list[Order]:

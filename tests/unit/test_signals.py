@@ -115,6 +115,14 @@ def test_a_forked_child_has_what_was_there_before(seen: list[int]) -> None:
     assert seen == [signal.SIGTERM]
 
 
+def test_a_loader_worker_is_not_in_the_group_that_a_launcher_signals(seen: list[int]) -> None:
+    torch = pytest.importorskip("torch")
+    loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=lambda rows: os.getpgrp())
+    (group,) = loader
+    assert group != os.getpgrp()
+    assert group > 0
+
+
 def test_outside_of_the_training_signals_do_what_they_did_before(seen: list[int]) -> None:
     before: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
