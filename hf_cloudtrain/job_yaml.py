@@ -61,7 +61,7 @@ def read_document(content: bytes) -> Document:
     if len(content) > MAX_BYTES:
         return _unreadable(1, f"there are more than the {MAX_BYTES} bytes that are accepted.")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")  # the parser skips a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return _unreadable(

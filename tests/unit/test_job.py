@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -193,12 +194,12 @@ engine: slrum
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("num_devces: 1", "The nearest known key is 'num_devices'"),
+        ("num_devces: 1", "The nearest known key is 'num_devices'."),
         ("mount_path: /x", "known below 'job_setting.workspace' and below 'data'"),
         ("data: {name: x, mount_path: /x, run_url: s3://b/r}", "known at the top"),
         ("comand: x", "The nearest known key is 'command', below 'job_setting.docker'"),
         ("slurm: {xyzzy: 1}", "Known here: nodes, nproc_per_node, partition"),
-        ("sagemaker: {metric_definitions: [{name: a, regex: b, regx: c}]}", "nearest known key is 'regex'"),
+        ("sagemaker: {metric_definitions: [{name: a, regex: b, regx: c}]}", "nearest known key is 'regex'."),
         ("plugin: {wandb: {credential_id: x}}", "report_to='wandb'"),
         ("checkpoint: {input: {id: 1, mount_path: /x}}", "resumes from its `run_url`"),
         ("<<: {engine: slurm}", "merge keys"),
@@ -221,6 +222,7 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("num_devices: 1.5", "whole number"),
         ("num_devices: 99999999999999999999", "must be at most 65536"),
         ("num_devices: [8]", "whole number, not a list"),
+        ("num_devices: {a: 8}", "whole number, not a mapping"),
         ("num_devices: 8\nengine: slurm\nslurm: {nodes: 3}", "no multiple of nodes=3"),
         ("max_restarts: -1", "must be at least 0"),
         ("engine: torchrun", "must be 'local', 'slurm', 'skypilot' or 'sagemaker', not 'torchrun'"),
@@ -229,6 +231,7 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("data: {name: mnli}", "'data.mount_path' is missing"),
         ("data: {name: '', mount_path: /x}", "'data.name'"),
         ("data: {name: ../x, mount_path: /x}", "'data.name'"),
+        ("data: {name: x@../y, mount_path: /x}", "'data.name'"),
         ("data: {name: 'huggingface:mnli', mount_path: /x}", "public datasets"),
         ("data: {name: x, mount_path: data}", "an absolute path"),
         ("data: {name: x, mount_path: /}", "hide"),
@@ -239,12 +242,14 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ('data: {name: x, mount_path: "/x\\ny"}', "control characters"),
         ("checkpoint: {output_checkpoint_dir: .}", "the workspace with the code in it"),
         ("checkpoint: {output_checkpoint_dir: /data/x}\ndata: {name: x, mount_path: /data}", "is there to read"),
+        ("checkpoint: {output_checkpoint_dir: /data}\ndata: {name: x, mount_path: /data/x}", "is there to read"),
         ("run_url: runs/mnli", "The script does not run in this folder"),
         ("run_url: ''", "a URL is needed"),
         ("env: [A=1]", "must be a mapping"),
         ("env: {A-B: 1}", "no name of a variable"),
         ("env: {RANK: 1}", "set by the engine"),
         ("env: {HF_CLOUDTRAIN_RUN_URL: s3://b/r}", "Write `run_url`"),
+        ("env: {HF_CLOUDTRAIN_CHECKPOINT_DIR: /x}", "Write `output_checkpoint_dir`"),
         ("env: {HF_CLOUDTRAIN_GRACE: soon}", "seconds above 0"),
         ("env: {HF_CLOUDTRAIN_GRACE: nan}", "seconds above 0"),
         ("slurm: {partition: 'a\n  b'}", "one word"),
@@ -296,6 +301,19 @@ def test_a_file_full_of_mistakes_is_told_in_part() -> None:
     assert told[-1] == "49: … and 4952 more."
 
 
+def test_what_is_told_of_many_mistakes_are_the_first_ones_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+    search = difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda *args, **kw: searches.append(1) or search(*args, **kw)
+    )
+    told = problems("".join(f"key{i}: x\n" for i in range(500)) + "num_devices: x\n")
+    assert told.pop(0) == "1: 'name' is missing."
+    assert told.pop(0) == "1: 'job_setting' is missing."
+    assert [": unknown key 'key" in problem for problem in told] == [True] * 48 + [False]
+    assert len(searches) <= 100, "each takes a millisecond, and a file may have 30,000 unknown keys"
+
+
 def test_an_error_is_one_line_a_problem_whatever_is_in_it() -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_job(b'"a\\nb": 1\nname: "x\\e\\r\\u2028y"\njob_setting: {docker: {command: x}}', "a\nb.yml")
@@ -307,6 +325,7 @@ def test_an_error_is_one_line_a_problem_whatever_is_in_it() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "env: hunter2",
         "env: {TOKEN: [hunter2]}",
         "env: {HF_CLOUDTRAIN_RUN_URL: hunter2}",
         "env: {BAD-NAME: hunter2}",
