@@ -53,6 +53,10 @@ VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
 """Set by `cloudtrain verify-resume`: scratch folder that holds the run, whatever URL is named, and the output. No default."""
 
 
+DEFAULT_GRACE = 30.0
+"""Seconds; see `GRACE`."""
+
+
 def run_url(argument: str | None) -> str:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
     url = argument or os.environ.get(RUN_URL)
@@ -124,7 +128,7 @@ def heartbeat() -> float:
 def grace(argument: float | None) -> float:
     """Seconds that a machine has after a notice that names none."""
     if argument is None:
-        return _seconds(GRACE, 30.0)
+        return _seconds(GRACE, DEFAULT_GRACE)
     if not 0 < argument < 1e9:
         raise ConfigurationError(f"grace_seconds={argument!r} is not a number of seconds above 0.")
     return float(argument)

@@ -2,6 +2,7 @@
 
 CloudTrainError
 ├── ConfigurationError (ValueError)        an argument, a variable or a combination that cannot work
+│   ├── JobFileError                       a job file with problems; all of them are told at once
 │   └── MissingExtraError (ImportError)    a storage protocol whose packages are not installed
 ├── StorageError (OSError)                 a storage call failed, and a retry would not help
 │   ├── ObjectNotFoundError (FileNotFoundError)
@@ -32,6 +33,15 @@ class CloudTrainError(Exception):
 
 class ConfigurationError(CloudTrainError, ValueError):
     """An argument, a variable or a combination of them that cannot work."""
+
+
+class JobFileError(ConfigurationError):
+    """A job file that cannot be run as it is: all of its problems, one a line, as 'job.yml:3: what is wrong'."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The problems, each with its file and line."""
+        return tuple(str(self).splitlines())
 
 
 class MissingExtraError(ConfigurationError, ImportError):

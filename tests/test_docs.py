@@ -117,6 +117,8 @@ SHOWN = [
 @pytest.mark.parametrize("line", SHOWN)
 def test_a_command_that_is_shown_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line, comments=True)
+    if ">" in words:
+        words = words[: words.index(">")]
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         monkeypatch.setenv(name, value)

@@ -13,12 +13,13 @@ import typer
 from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import checkpoint as checkpoint
+from hf_cloudtrain.cli import job as job
 from hf_cloudtrain.cli import new as new
 from hf_cloudtrain.cli import run as run
 from hf_cloudtrain.cli import verify_resume as verify_resume
 from hf_cloudtrain.cli._arguments import examples
 from hf_cloudtrain.cli._output import fail, say, warnings_shown
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.errors import CloudTrainError, JobFileError
 
 
 class _Root(TyperGroup):
@@ -28,6 +29,10 @@ class _Root(TyperGroup):
         with warnings_shown():
             try:
                 return super().invoke(ctx)
+            except JobFileError as error:
+                for problem in error.problems:
+                    say(problem)
+                fail("The job file cannot be run as it is. Nothing was started.")
             except CloudTrainError as error:
                 fail(error)
             except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
@@ -49,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(run.app, name="run")
+app.add_typer(job.app, name="job")
 app.command(epilog=examples("cloudtrain new my-project"))(new.new)
 app.command("verify-resume", epilog=examples("cloudtrain verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume

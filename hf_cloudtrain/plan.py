@@ -1,0 +1,118 @@
+"""What each node of a job is told: data, the same for every engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from hf_cloudtrain import env
+from hf_cloudtrain.errors import ConfigurationError
+
+CONTRACT = (
+    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
+    *("NODE_RANK", "NUM_NODES", "NPROC_PER_NODE"),
+    *("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+    *("PET_MAX_RESTARTS", "PET_SHUTDOWN_TIMEOUT"),
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    *(env.RUN_URL, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
+)
+"""What every engine tells the script; the restored checkpoint once there is one. Of these a job's `env` may set the grace time alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Nodes, processes, and what each node is told. Nothing is started by it."""
+
+    nodes: int
+    nproc_per_node: int
+    checkpoint_dir: str | None = None
+    """The checkpoint folder as the script sees it, absolute."""
+    variables: Mapping[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
+    """The job's own variables; None where the shell that submits the job has the value."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.nproc_per_node
+
+    @property
+    def grace(self) -> float:
+        """Seconds between the notice and the end: the job's own `HF_CLOUDTRAIN_GRACE`, else 30."""
+        return float(self.variables.get(env.GRACE) or env.DEFAULT_GRACE)
+
+    def environment(
+        self,
+        node_rank: int,
+        *,
+        master_addr: str,
+        master_port: int,
+        run_url: str,
+        exit_file: str,
+        grace: float | None = None,
+        shell: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
+        """What the command of one node finds in its environment, the same on every engine.
+
+        A launcher knows its node, not its processes: `RANK` and `LOCAL_RANK` are those of the node's first one, and
+        torchrun writes those of each. Restarts come from outside: with a static rendezvous torchrun's own hang
+        (pytorch #135712, #167288), which is also why its store is not shared.
+
+        Args:
+            node_rank: 0 to `nodes` - 1.
+            master_addr: host of node 0, as the other nodes reach it.
+            master_port: port on it that is free.
+            run_url: where the run goes.
+            exit_file: file in which the script says how it ended.
+            grace: seconds between the notice and the end; None takes the job's.
+            shell: where variables without a value are taken from, such as `os.environ`.
+
+        Raises:
+            ConfigurationError: there is no such node, or the shell lacks a variable.
+        """
+        if not 0 <= node_rank < self.nodes:
+            raise ConfigurationError(f"node_rank={node_rank!r} is not one of the {self.nodes} nodes from 0.")
+        seconds = self.grace if grace is None else grace
+        rank = node_rank * self.nproc_per_node
+        contract: dict[str, object] = {
+            "MASTER_ADDR": master_addr,
+            "MASTER_PORT": master_port,
+            "WORLD_SIZE": self.world_size,
+            "RANK": rank,
+            "LOCAL_RANK": 0,
+            "NODE_RANK": node_rank,
+            "NUM_NODES": self.nodes,
+            "NPROC_PER_NODE": self.nproc_per_node,
+            "PET_NNODES": self.nodes,
+            "PET_NODE_RANK": node_rank,
+            "PET_NPROC_PER_NODE": self.nproc_per_node,
+            "PET_MASTER_ADDR": master_addr,
+            "PET_MASTER_PORT": master_port,
+            "PET_MAX_RESTARTS": 0,
+            "PET_SHUTDOWN_TIMEOUT": math.ceil(seconds),  # torchrun takes whole seconds
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1,
+            env.RUN_URL: run_url,
+            env.EXIT_FILE: exit_file,
+            env.GRACE: f"{seconds:g}",
+        }
+        if self.checkpoint_dir is not None:
+            contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
+        return {**self._own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}
+
+    def shown(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """The environment for people and records: of the job's own variables only the names."""
+        return {
+            name: "***" if name in self.variables and name not in CONTRACT else value
+            for name, value in environment.items()
+        }
+
+    def _own_variables(self, shell: Mapping[str, str]) -> dict[str, str]:
+        missing = sorted(
+            name for name, value in self.variables.items() if value is None and name not in shell
+        )
+        if missing:
+            raise ConfigurationError(
+                f"The job takes {', '.join(map(repr, missing))} from this shell, which has no such variable. "
+                f"Set it: export {missing[0]}=…"
+            )
+        return {name: shell[name] if value is None else value for name, value in self.variables.items()}
