@@ -20,13 +20,16 @@ import pytest
 
 from hf_cloudtrain import data_cache, env, process
 from hf_cloudtrain import datasets as datasets_module
+from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.datasets import Dataset, DatasetStore, local_copy
 from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
     ManifestError,
     NoDatasetError,
+    NotCommittedError,
     StorageError,
+    StorageUnavailableError,
 )
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.testing import FaultyStorage
@@ -182,6 +185,20 @@ def test_nothing_exists_when_the_upload_fails(glue: Path) -> None:
     assert store.versions() == {}
     dataset, _ = store.create("glue", glue)
     assert contents(store.local_copy(dataset)) == FILES
+
+
+def test_a_commit_that_was_damaged_on_its_way_or_taken_is_none(glue: Path) -> None:
+    store = DatasetStore()
+    with requests_of(store) as script:
+        script.corrupt("create", path=".cloudtrain/folders/*")
+        with pytest.raises(StorageUnavailableError, match="does not hold what was written"):
+            store.create("glue", glue)
+    with (
+        mock.patch.object(Catalog, "commit_folder", return_value=False),
+        pytest.raises(NotCommittedError, match="'glue' was not committed: somebody else"),
+    ):
+        store.create("glue", glue)
+    assert store.versions() == {}
 
 
 def test_a_file_that_is_written_meanwhile_is_not_stored(glue: Path) -> None:
