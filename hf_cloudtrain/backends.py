@@ -161,8 +161,6 @@ class LocalBackend:
             try:
                 # Nobody writes into an object, so two of them may be one file.
                 os.link(self._full(source), temporary)
-            except FileNotFoundError:
-                raise
             except OSError:  # a disk without links, or one link too many
                 shutil.copyfile(self._full(source), temporary)
             os.replace(temporary, self._full(path))

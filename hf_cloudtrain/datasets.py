@@ -345,19 +345,19 @@ def _at_hand(source: str, options: dict[str, Any], progress: Progress) -> Iterat
 
 def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress) -> None:
     """Bring here what a URL names: all that is below it, or the one object that it is."""
-    storage = Storage(source, options)
-    found = [info for info in storage.list("") if not info.path.startswith(f"{META}/")]
-    if not found:
-        above, _, name = source.rpartition("/")
-        storage = Storage(above, options) if name and not above.endswith("/") else storage
-        found = [info for info in storage.list(name) if info.path == name] if name else []
-    if not found:
-        raise ConfigurationError(f"There is no file at {shown_url(source)!r}.")
-    sizes = {clean_path(info.path): info.size for info in found}
-    check_paths(list(sizes), f"listing of {shown_url(source)!r}")
+    storage, prefix = Storage(source, options), ""
+    sizes = _sizes(storage, prefix)
+    above, _, name = source.rpartition("/")
+    if not sizes and name and not above.endswith("/"):
+        storage, prefix = Storage(above, options), name
+        sizes = {path: size for path, size in _sizes(storage, prefix).items() if path == name}
+    shown = shown_url(source)
+    if not sizes:
+        raise ConfigurationError(f"There is no file at {shown!r}.")
+    check_paths([clean_path(path) for path in sizes], f"listing of {shown!r}")
     total = sum(sizes.values())
     refuse_without_space(work, total, work)
-    progress.begin(f"Fetching {shown_url(source)}", total)
+    progress.begin(f"Fetching {shown}", total)
 
     def fetch(path: str) -> None:
         (work / path).parent.mkdir(parents=True, exist_ok=True)
@@ -366,6 +366,14 @@ def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress)
     large = [path for path, size in sizes.items() if size > PART_SIZE]
     small = [path for path, size in sizes.items() if size <= PART_SIZE]
     in_threads(fetch, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
+    if _sizes(storage, prefix) != sizes:  # what has grown was cut off at the size that it had
+        raise CorruptCheckpointError(
+            f"{shown!r} was written to meanwhile, so nothing was stored. Try again when nobody does."
+        )
+
+
+def _sizes(storage: Storage, prefix: str) -> dict[str, int]:
+    return {info.path: info.size for info in storage.list(prefix) if not info.path.startswith(f"{META}/")}
 
 
 def key_of(name: str, version: int) -> str:

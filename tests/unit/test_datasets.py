@@ -64,6 +64,19 @@ def requests_of(store: DatasetStore) -> Iterator[FaultyStorage]:
         yield script
 
 
+@contextlib.contextmanager
+def grown_after_the_listing(source: Storage, path: str) -> Iterator[None]:
+    download = Storage.download
+
+    def late(storage: Storage, wanted: str, *arguments: Any, **more: Any) -> str:
+        if storage.url == source.url and wanted == path:
+            source.write(path, source.read(path) + b"more")
+        return download(storage, wanted, *arguments, **more)
+
+    with mock.patch.object(Storage, "download", late):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> Iterator[None]:
     monkeypatch.setenv(env.CACHE, str(tmp_path / "cache"))
@@ -217,6 +230,26 @@ def test_a_file_that_is_written_meanwhile_is_not_stored(glue: Path) -> None:
     assert store.versions() == {}
 
 
+def test_two_who_create_one_dataset_at_once_make_two_versions(glue: Path, tmp_path: Path) -> None:
+    other = fill(tmp_path / "other", {"meta.json": b"[]"})
+    go_on = threading.Event()
+    with requests_of(DatasetStore()) as script:
+        script.hold("upload", go_on, path="glue*")
+        threads = [
+            threading.Thread(target=DatasetStore().create, args=("glue", folder), daemon=True)
+            for folder in (glue, other)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: script.count("upload", "glue/*") > 0 and script.count("upload", "glue.2/*") > 0)
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert DatasetStore().versions() == {"glue": [1, 2]}
+    found = [contents(local_copy("glue", version)) for version in (1, 2)]
+    assert sorted(found, key=len) == [{"meta.json": b"[]"}, FILES]
+
+
 def test_one_file_is_a_dataset_and_links_are_followed(glue: Path, tmp_path: Path) -> None:
     store = DatasetStore()
     dataset, _ = store.create("one", glue / "meta.json")
@@ -245,6 +278,15 @@ def test_a_source_may_be_a_url_of_a_folder_or_of_one_object(glue: Path, tmp_path
         assert contents(store.local_copy(dataset)) == {"part-0.parquet": FILES["train/part-0.parquet"]}
         with pytest.raises(ConfigurationError, match="no file at 'memory://corpora/sst2'"):
             store.create("sst2", "memory://corpora/sst2")
+        with (
+            grown_after_the_listing(source, "meta.json"),
+            pytest.raises(CorruptCheckpointError, match="was written to meanwhile"),
+        ):
+            store.create("torn", "memory://corpora/glue")
+        source.write("train", b"")
+        with pytest.raises(ManifestError, match="as a file and as a folder"):
+            store.create("both", "memory://corpora/glue")
+        source.delete(["train"])
         source.write("../outside", b"")
         source.write("a\\b", b"")
         with pytest.raises(ManifestError, match="not a clean relative path"):
@@ -326,9 +368,26 @@ class TestLocalCopy:
         DatasetStore().create("glue", glue)
         first = local_copy("glue")
         assert is_read_only(first)
-        with requests_of(DatasetStore()) as seen:
+        nobody = mock.Mock(side_effect=AssertionError("somebody may hold it for an hour"))
+        with requests_of(DatasetStore()) as seen, mock.patch.object(data_cache, "locked", nobody):
             assert local_copy("glue", 1) == first
         assert seen.count("download") == 0
+
+    def test_load_dataset_sees_the_parquet_files_although_the_cache_is_hidden_and_read_only(
+        self, tmp_path: Path
+    ) -> None:
+        import datasets as hub
+        import pyarrow
+        from pyarrow import parquet
+
+        (tmp_path / "mrpc").mkdir()
+        for split, rows in (("train", 3), ("test", 2)):
+            table = pyarrow.table({"label": list(range(rows))})
+            parquet.write_table(table, tmp_path / "mrpc" / f"{split}.parquet")
+        dataset, _ = DatasetStore().create("mrpc", tmp_path / "mrpc")
+        copy = DatasetStore().local_copy(dataset, cache=tmp_path / ".cache")
+        found = hub.load_dataset(str(copy), cache_dir=str(tmp_path / "hf"))
+        assert {split: list(found[split]["label"]) for split in found} == {"train": [0, 1, 2], "test": [0, 1]}
 
     def test_versions_and_stores_have_copies_of_their_own(self, glue: Path, tmp_path: Path) -> None:
         DatasetStore().create("glue", glue)
