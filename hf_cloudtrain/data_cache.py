@@ -58,23 +58,10 @@ class LocalCopy:
             CorruptCheckpointError: a file on storage is not what was committed. StorageError, OSError
         """
         if not self._is_untouched():
-            with self._locked():
+            with alone(self._home / "lock", f"downloads the dataset {self._manifest.folder!r}"):
                 if not self._is_untouched():
                     self._bring(on_bytes)
         return self._folder
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self._home / "lock"
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(locked(lock, SAY_AFTER))
-            except BlockingIOError:
-                logger.warning(
-                    "Waiting for another process, which downloads the dataset %r.", self._manifest.folder
-                )
-                held.enter_context(locked(lock, math.inf))
-            yield
 
     def _bring(self, on_bytes: Callable[[int], None] | None) -> None:
         for left in (self._home / META).glob("restore-*"):
@@ -109,6 +96,18 @@ class LocalCopy:
             file = AcceptedFile(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
             found.append(dataclasses.asdict(file))
         return found
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Be the one process of this machine that does `what`; whoever waits for another one long says so."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, SAY_AFTER))
+        except BlockingIOError:
+            logger.warning("Waiting for another process, which %s.", what)
+            held.enter_context(locked(lock, math.inf))
+        yield
 
 
 def _make_read_only(folder: Path) -> None:

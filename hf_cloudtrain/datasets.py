@@ -30,7 +30,8 @@ from hf_cloudtrain import env
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.data_cache import LocalCopy
-from hf_cloudtrain.downloader import LARGE_AT_ONCE, SMALL_AT_ONCE, file_digest, refuse_without_space
+from hf_cloudtrain.data_upload import Upload, digests, sending
+from hf_cloudtrain.downloader import LARGE_AT_ONCE, SMALL_AT_ONCE, refuse_without_space
 from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
@@ -58,9 +59,6 @@ from hf_cloudtrain.storage import Storage, shown_url
 from hf_cloudtrain.uploader import send_folder
 
 logger = logging.getLogger(__name__)
-
-HASHES_AT_ONCE = 4
-"""Files hashed at once: xxh3 is faster than most disks."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +118,10 @@ class DatasetStore:
         with _at_hand(text, self._options, progress) as folder:
             self._refuse_itself(folder)
             entry = _entry(self.catalog.storage.url, name, folder, text)
-            before = self._newest_whole(name)
-            there = _bytes_there(self.catalog, entry, before.manifest) if before else {}
-            if before is not None and _is_same(entry, before.manifest, there):
-                return before, None
-            try:
-                manifest = send_folder(self.catalog, entry, progress, there)
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(
-                    f"{text!r} was written to meanwhile, so nothing was stored. Try again when nobody does. ({error})"
-                ) from error
-        found = parse_folder_key(manifest.key)
-        assert found is not None
-        return Dataset(*found, manifest), progress.done
+            with sending(Path(env.cache(None)), self.catalog, entry) as (upload, entry):
+                stored = self._store(entry, upload, progress)
+                upload.forget()
+                return stored
 
     def versions(self) -> dict[str, list[int]]:
         """Every dataset by its name, and its versions, ascending; by one LIST."""
@@ -201,6 +190,23 @@ class DatasetStore:
             raise ConfigurationError(
                 f"{error.filename!r} cannot be written to ({error.strerror}). Set {env.CACHE} to a folder that can."
             ) from error
+
+    def _store(self, entry: OutboxEntry, upload: Upload, progress: Progress) -> tuple[Dataset, int | None]:
+        assert entry.name is not None
+        before = self._newest_whole(entry.name)
+        there = _bytes_there(self.catalog, entry, before.manifest) if before else {}
+        if before is not None and _is_same(entry, before.manifest, there):
+            return before, None
+        try:
+            manifest = send_folder(self.catalog, entry, progress, {**there, **upload.arrived(entry)})
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(
+                f"{entry.origin['source']!r} was written to meanwhile, so nothing was stored. Try again when nobody does. "
+                f"({error})"
+            ) from error
+        found = parse_folder_key(manifest.key)
+        assert found is not None
+        return Dataset(*found, manifest), progress.done
 
     def _newest_whole(self, name: str) -> Dataset | None:
         """The newest version, unless there is none that can be read."""
@@ -279,7 +285,7 @@ def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
     return _Source(
         run_url=url,
         key=CheckpointKey(0, 0),
-        nonce=os.urandom(16).hex(),
+        nonce="",  # see data_upload.py
         position=Position(global_step=0),
         created=time.time(),
         name=name,
@@ -306,10 +312,9 @@ def _bytes_there(catalog: Catalog, entry: OutboxEntry, before: Manifest) -> dict
     by_digest = {(file.size, file.digest): before.object_path(file) for file in whole}
     sizes = {file.size for file in whole}
     candidates = [file for file in entry.files if file.size in sizes]
-    (digests,) = in_threads(lambda file: file_digest(entry.local_path(file)), (candidates, HASHES_AT_ONCE))
     return {
         file.path: (by_digest[file.size, digest], digest)
-        for file, digest in zip(candidates, digests, strict=True)
+        for file, digest in zip(candidates, digests(entry, candidates), strict=True)
         if (file.size, digest) in by_digest
     }
 

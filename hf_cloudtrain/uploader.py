@@ -425,6 +425,7 @@ class _Sender:
         else:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
             if self._catalog.holds_folder(manifest_key):
+                self.manifest = self._catalog.read_folder(manifest_key)
                 return True
         files = self._send_part(entry, folder, on_bytes)
         if files is None:
@@ -517,6 +518,8 @@ class _Sender:
         source, digest = self._there.get(file.path, (None, None))
         if source is None:
             return None
+        if source == f"{folder}/{file.path}":
+            return digest  # an upload that was cut off has sent it
         try:
             self._catalog.storage.copy(source, f"{folder}/{file.path}", file.size)
         except StorageUnavailableError:

@@ -65,7 +65,7 @@ ROWS = (
         "modes",
         "functional",
     ),
-    ("data_cache", "datasets", "job", "engines"),
+    ("data_cache", "data_upload", "datasets", "job", "engines"),
     ("cli", "faulty_disk", "testing", "__init__"),
 )
 """From the ground up. Within a row, a module may import those to its left."""

@@ -18,9 +18,10 @@ from unittest import mock
 import fsspec
 import pytest
 
-from hf_cloudtrain import data_cache, env, process
+from hf_cloudtrain import data_cache, env, process, uploader
 from hf_cloudtrain import datasets as datasets_module
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.data_upload import Upload
 from hf_cloudtrain.datasets import Dataset, DatasetStore, local_copy
 from hf_cloudtrain.errors import (
     ConfigurationError,
@@ -230,7 +231,58 @@ def test_a_file_that_is_written_meanwhile_is_not_stored(glue: Path) -> None:
     assert store.versions() == {}
 
 
-def test_two_who_create_one_dataset_at_once_make_two_versions(glue: Path, tmp_path: Path) -> None:
+def test_an_upload_that_was_cut_off_goes_on_in_its_own_folder(
+    store: DatasetStore, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "SMALL_AT_ONCE", 1)
+    with requests_of(store) as script:
+        script.fail("upload", StorageError("refused on purpose"), path="glue/train/part-1*")
+        with pytest.raises(StorageError, match="refused on purpose"):
+            store.create("glue", glue)
+    arrived = {info.path.partition("/")[2]: info.size for info in store.catalog.storage.list("glue")}
+    assert set(arrived) == {"meta.json", "train/part-0.parquet"}
+    assert store.versions() == {}
+    dataset, sent = store.create("glue", glue)
+    assert (dataset.version, sent) == (1, sum(map(len, FILES.values())) - sum(arrived.values()))
+    assert contents(store.local_copy(dataset)) == FILES
+
+
+def test_of_an_upload_that_was_cut_off_nothing_is_left_once_the_files_are_others(
+    glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "SMALL_AT_ONCE", 1)
+    store = DatasetStore()
+    with requests_of(store) as script:
+        script.fail("upload", StorageError("refused on purpose"), path="glue/train/part-1*")
+        with pytest.raises(StorageError, match="refused on purpose"):
+            store.create("glue", glue)
+    assert store.catalog.storage.list("glue") != []
+    dataset, sent = store.create("glue", fill(glue, {"meta.json": b"[]"}))
+    assert (dataset.version, sent) == (2, dataset.manifest.size)
+    assert store.catalog.storage.list("glue") == []
+    assert list((tmp_path / "cache" / "sending").glob("*.json")) == []
+
+
+def test_what_was_committed_just_before_the_process_was_killed_stays(glue: Path) -> None:
+    store = DatasetStore()
+    with mock.patch.object(Upload, "forget"):
+        first, _ = store.create("glue", glue)
+    store.create("glue", fill(glue, {"meta.json": b"[]"}))
+    assert store.versions() == {"glue": [1, 2]}
+    assert contents(store.local_copy(first)) == FILES
+    with mock.patch.object(Upload, "forget"):
+        third, _ = store.create("glue", fill(glue, {"meta.json": b"{ }"}))
+    elsewhere = fill(glue.with_name("elsewhere"), {"a": b"a"})
+    with mock.patch.object(env, "cache", return_value=str(glue.with_name("other-machine"))):
+        store.create("glue", elsewhere)
+    assert store.create("glue", glue)[0] == third, "although a newer one is there"
+    assert store.versions() == {"glue": [1, 2, 3, 4]}
+
+
+def test_two_machines_that_create_one_dataset_at_once_make_two_versions(
+    glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env, "cache", lambda argument: str(tmp_path / threading.current_thread().name))
     other = fill(tmp_path / "other", {"meta.json": b"[]"})
     go_on = threading.Event()
     with requests_of(DatasetStore()) as script:
