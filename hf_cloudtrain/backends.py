@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ EXTRAS = {
     "abfss": "azure",
 }
 """Protocols whose packages an extra of ours installs."""
+
+COPIES = {"s3", "s3a", "gs", "gcs", "memory"}
+"""Protocols whose file systems copy an object, whatever its size, and return when that is done. adlfs's does not wait."""
 
 _TEMPORARY = ".cloudtrain-tmp-"
 
@@ -76,6 +80,10 @@ class Backend(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete an object; FileNotFoundError is allowed where there is none."""
+        ...
+
+    def copy(self, source: str, path: str) -> None:
+        """Make an object of another one, whose bytes do not come here; NotImplementedError where that cannot be."""
         ...
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
@@ -146,6 +154,20 @@ class LocalBackend:
             except OSError:
                 break
             parent = os.path.dirname(parent)
+
+    def copy(self, source: str, path: str) -> None:
+        temporary = self._beside(path)
+        try:
+            try:
+                # Nobody writes into an object, so two of them may be one file.
+                os.link(self._full(source), temporary)
+            except OSError:  # a disk without links, or one link too many
+                shutil.copyfile(self._full(source), temporary)
+            os.replace(temporary, self._full(path))
+        finally:
+            # Left where it failed, and where the two are one file already.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
         found = []
@@ -219,6 +241,12 @@ class FsspecBackend:
 
     def delete(self, path: str) -> None:
         self._fs.rm_file(self._full(path))
+
+    def copy(self, source: str, path: str) -> None:
+        protocols = self._fs.protocol
+        if not COPIES & set((protocols,) if isinstance(protocols, str) else protocols):
+            raise NotImplementedError("this storage does not copy")
+        self._fs.cp_file(self._full(source), self._full(path))
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
         return []  # Azure drops blocks that were never committed after a week, GCS a resumable upload

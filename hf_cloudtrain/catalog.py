@@ -275,9 +275,11 @@ class Catalog:
 
     def commit(self, manifest: Manifest) -> bool:
         """Make a checkpoint exist. False where it exists already from another save of the same (attempt, step)."""
+        return self._commit(f"{_CHECKPOINTS}/{manifest.key}.json", manifest)
+
+    def _commit(self, path: str, manifest: Manifest) -> bool:
         data = manifest.encode()
         Manifest.parse(data, manifest.key)  # what we cannot read back must not be committed
-        path = f"{_CHECKPOINTS}/{manifest.key}.json"
         try:
             created = self.storage.create(path, data)
         except StorageUnavailableError:
@@ -371,7 +373,7 @@ class Catalog:
         """Whether a checkpoint is pinned; one small request."""
         return self._exists(_pin_path(key))
 
-    def _delete_files(self, key: CheckpointKey, manifest: Manifest, go_on: Callable[[], bool]) -> bool:
+    def _delete_files(self, key: CheckpointKey | str, manifest: Manifest, go_on: Callable[[], bool]) -> bool:
         files = [manifest.object_path(entry) for entry in manifest.files]
         # Also what the manifest does not name: of a try that failed, or of a save that was replaced before its commit.
         there = [*self.storage.list(manifest.folder), *self.storage.list(f"{_PARTS}/{key}")]
@@ -401,8 +403,8 @@ class Catalog:
             version += 1
 
     def commit_folder(self, manifest: Manifest) -> bool:
-        """Make a named folder exist."""
-        return self.storage.create(_folder_path(manifest.key), manifest.encode())
+        """Make a named folder exist. False where somebody else's has its key."""
+        return self._commit(_folder_path(manifest.key), manifest)
 
     def folders(self) -> list[str]:
         """Keys of all named folders (`final-000001`), sorted."""
@@ -415,9 +417,12 @@ class Catalog:
     def read_folder(self, key: str) -> Manifest:
         """The manifest of a named folder."""
         try:
-            manifest = Manifest.parse(self.storage.read(_folder_path(key)), key)
+            return self._parse_folder(key, self.storage.read(_folder_path(key)))
         except ObjectNotFoundError:
             raise NoCheckpointError(f"There is no folder {key!r} in {self.storage.url!r}.") from None
+
+    def _parse_folder(self, key: str, data: bytes) -> Manifest:
+        manifest = Manifest.parse(data, key)
         if manifest.folder != _versioned_folder(*_name_and_version(key)):
             raise ManifestError(f"The manifest {key!r} names the folder {manifest.folder!r} of another one.")
         return manifest
@@ -425,6 +430,29 @@ class Catalog:
     def holds_folder(self, key: str) -> bool:
         """Whether a named folder is committed."""
         return self._exists(_folder_path(key))
+
+    def retire_folder(self, key: str) -> None:
+        """Delete a named folder in the order of `retire`; once more finishes one that was cut off.
+
+        Its claim stays, so that its version is never given to another one.
+
+        Raises:
+            NoCheckpointError, ManifestError, StorageError
+        """
+        try:
+            manifest = self.read_folder(key)
+        except NoCheckpointError:
+            if key not in self.retiring_folders():
+                raise
+            manifest = self._parse_folder(key, self.storage.read(_retiring_path(key)))
+        else:
+            self.storage.write(_retiring_path(key), manifest.encode())
+            self.storage.delete([_folder_path(key)])
+        self._delete_files(key, manifest, lambda: True)
+
+    def retiring_folders(self) -> list[str]:
+        """Keys of named folders whose deletion has begun and is not over, sorted."""
+        return [key for key in self._names(_RETIRING) if parse_folder_key(key)]
 
     # Pointers and progress
 
@@ -563,11 +591,11 @@ def _checkpoint_path(key: CheckpointKey) -> str:
     return f"{_CHECKPOINTS}/{key}.json"
 
 
-def _pin_path(key: CheckpointKey) -> str:
+def _pin_path(key: CheckpointKey | str) -> str:
     return f"{_PINS}/{key}.json"
 
 
-def _retiring_path(key: CheckpointKey) -> str:
+def _retiring_path(key: CheckpointKey | str) -> str:
     return f"{_RETIRING}/{key}.json"
 
 

@@ -59,7 +59,7 @@ def download(
     work = target.parent / META / f"restore-{half_made_by()}"
     work.mkdir(parents=True)
     try:
-        _refuse_without_space(work, sum(entry.size for entry in entries), target)
+        refuse_without_space(work, sum(entry.size for entry in entries), target)
         _fetch(catalog, manifest, entries, work, on_bytes)
         if os.path.lexists(target):
             move_aside(target)
@@ -242,10 +242,11 @@ def _on_all(work: Callable[[FileEntry], Any], entries: Sequence[FileEntry]) -> l
     ]
 
 
-def _refuse_without_space(folder: Path, size: int, target: Path) -> None:
+def refuse_without_space(folder: Path, size: int, target: Path) -> None:
+    """Raise StorageError where the disk of `folder` lacks room for `size` bytes."""
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_SPACE:
         raise StorageError(
             f"{str(target)!r} needs {size / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there. Free some space, "
-            "or choose an output_dir on a larger disk."
+            "or choose a folder on a larger disk."
         )

@@ -16,6 +16,12 @@ RUN_URL = "HF_CLOUDTRAIN_RUN_URL"
 STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
 """JSON object of fsspec `storage_options`, used when the code passes none. Default `{}`."""
 
+STORE = "HF_CLOUDTRAIN_STORE"
+"""Store of a user, any URL: datasets, and what jobs keep. Default `~/.hf_cloudtrain`."""
+
+CACHE = "HF_CLOUDTRAIN_CACHE"
+"""Folder for local copies of datasets, shared by the processes of a machine. Default `~/.cache/hf_cloudtrain`."""
+
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
 """Folder that the function API uploads and restores, used when `init` names none. No default."""
 
@@ -90,6 +96,17 @@ def run_url_or_none(argument: str | None) -> str | None:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`, else None."""
     url = argument or os.environ.get(RUN_URL)
     return _in_scratch(url) if url else None
+
+
+def store(argument: str | None) -> str:
+    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder."""
+    return argument or os.environ.get(STORE) or _at_home("~/.hf_cloudtrain", STORE)
+
+
+def cache(argument: str | os.PathLike[str] | None) -> str:
+    """The cache folder from the argument, else from `HF_CLOUDTRAIN_CACHE`, else in the home folder."""
+    given = os.fspath(argument) if argument else os.environ.get(CACHE)
+    return os.path.abspath(given or _at_home("~/.cache/hf_cloudtrain", CACHE))
 
 
 def verify_folder() -> str | None:
@@ -178,6 +195,13 @@ def _in_scratch(url: str) -> str:
         return url
     name = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
     return f"{folder}/runs/{name}-{zlib.crc32(url.encode('utf-8', 'replace')):08x}"
+
+
+def _at_home(folder: str, name: str) -> str:
+    found = os.path.expanduser(folder)
+    if found.startswith("~"):
+        raise ConfigurationError(f"This user has no home folder. Set {name}.")
+    return found
 
 
 def _seconds(name: str, default: float) -> float:

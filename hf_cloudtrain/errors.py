@@ -13,6 +13,7 @@ CloudTrainError
 │   └── NewerFormatError                   written by a newer version of this package
 ├── CorruptCheckpointError                 files differ from what the manifest promises
 ├── NoCheckpointError                      asked for a checkpoint that does not exist
+├── NoDatasetError                         asked for a dataset, or a version of one, that does not exist
 ├── RunHasCheckpointsError                 starting at step 0 on a run that already has checkpoints
 ├── RunCompleteError                       all steps are done, and the framework would do one more
 ├── PositionError (ValueError)             the checkpoint's position does not fit this configuration
@@ -82,6 +83,10 @@ class CorruptCheckpointError(CloudTrainError):
 
 class NoCheckpointError(CloudTrainError):
     """Asked for a checkpoint that does not exist."""
+
+
+class NoDatasetError(CloudTrainError):
+    """Asked for a dataset, or a version of one, that does not exist."""
 
 
 class RunHasCheckpointsError(CloudTrainError):

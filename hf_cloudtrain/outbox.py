@@ -14,14 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import re
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +29,7 @@ from hf_cloudtrain.catalog import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
 from hf_cloudtrain.freeze import AcceptedFile, copy_out, freeze
 from hf_cloudtrain.manifest import META, Position, check_paths, clean_path, decode_record, encode_record
-from hf_cloudtrain.process import boot_id, half_made_by, is_left_over
+from hf_cloudtrain.process import boot_id, half_made_by, is_left_over, locked
 
 logger = logging.getLogger(__name__)
 
@@ -226,21 +224,8 @@ class Outbox:
             patience: seconds to wait for the other one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder.parent / "outbox.lock", "w") as file:
-            deadline = time.monotonic() + patience
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(0.2)
-            try:
-                yield
-            finally:
-                # Said aloud, because a forked child (a loader worker) holds the same lock open.
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with locked(self.folder.parent / "outbox.lock", patience):
+            yield
 
     def _name(self, entry: OutboxEntry) -> str:
         if entry.name is not None:

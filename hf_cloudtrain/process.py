@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
 import re
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -83,6 +87,35 @@ def is_left_over(name: str) -> bool:
     except (PermissionError, OverflowError):  # another user's
         return False
     return False
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock that one process of this machine has at a time; it ends with its holder, however that ends.
+
+    Args:
+        path: the lock's file, which stays.
+        patience: seconds to wait for another one.
+
+    Raises:
+        BlockingIOError: another process has it still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(TURN)
+        try:
+            yield
+        finally:
+            # Said aloud, because a forked child (a loader worker) holds the same lock open.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:

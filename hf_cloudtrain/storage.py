@@ -171,6 +171,19 @@ class Storage:
         """Delete objects; one that is not there is fine."""
         in_threads(self._delete_one, (list(paths), DELETES_AT_ONCE))
 
+    def copy(self, source: str, path: str, size: int) -> None:
+        """Make an object of another one of `size` bytes, on the storage itself.
+
+        Raises:
+            ObjectNotFoundError: there is no such source. StorageError: this storage does not copy, so send the bytes.
+        """
+
+        def copy(backend: Backend, count: _Count) -> None:
+            count.patience += size / SILENT_RATE
+            backend.copy(source, path)
+
+        self._counted(f"copy {self._name(source)} to {self._name(path)}", copy)
+
     def incomplete(self) -> Sequence[IncompleteUpload]:
         """Uploads below the URL that were begun and are not over, sorted by path; of S3 and local disks only.
 

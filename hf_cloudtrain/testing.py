@@ -50,7 +50,7 @@ __all__ = [
     "flip_bit",
 ]
 
-Kind = Literal["any", "read", "write", "create", "list", "delete", "upload", "download"]
+Kind = Literal["any", "read", "write", "create", "list", "delete", "copy", "upload", "download"]
 """Which calls a fault is about. `upload` and `download` move files; `read`, `write` and `create` small records."""
 
 Point = Literal[
@@ -315,6 +315,10 @@ class _FaultyBackend:
     def delete(self, path: str) -> None:
         with self._script._request("delete", path):
             self._backend.delete(path)
+
+    def copy(self, source: str, path: str) -> None:
+        with self._script._request("copy", path):
+            self._backend.copy(source, path)
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
         with self._script._request("list", ""):

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
@@ -28,6 +28,7 @@ from hf_cloudtrain.errors import (
     CorruptCheckpointError,
     NotCommittedError,
     OvertakenError,
+    StorageError,
     StorageUnavailableError,
 )
 from hf_cloudtrain.fence import Fence
@@ -388,10 +389,17 @@ class Uploader:
 
 
 class _Sender:
-    """Sends one entry and commits it. Remembers what arrived, so that a second try sends only the rest."""
+    """Sends one entry and commits it. Remembers what arrived, so that a second try sends only the rest.
 
-    def __init__(self, catalog: Catalog) -> None:
+    Args:
+        there: see `send_folder`.
+    """
+
+    def __init__(self, catalog: Catalog, there: Mapping[str, tuple[str, str]] | None = None) -> None:
+        self.manifest: Manifest | None = None
+        """What was committed last."""
         self._catalog = catalog
+        self._there = there or {}
         self._arrived: dict[tuple[str, str, int, int], str] = {}
         self._fence: Fence | None = None
         self._best: OutboxEntry | None = None
@@ -420,6 +428,7 @@ class _Sender:
         else:
             manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
             if self._catalog.holds_folder(manifest_key):
+                self.manifest = self._catalog.read_folder(manifest_key)
                 return True
         files = self._send_part(entry, folder, on_bytes)
         if files is None:
@@ -439,6 +448,7 @@ class _Sender:
             origin=entry.origin,
         )
         committed = self._commit(entry, manifest)
+        self.manifest = manifest
         self._arrived.clear()
         return committed
 
@@ -496,9 +506,8 @@ class _Sender:
             if known in self._arrived:
                 on_bytes(file.size)
             else:
-                source = str(entry.local_path(file))
-                self._arrived[known] = self._catalog.storage.upload(
-                    source, f"{folder}/{file.path}", on_bytes=on_bytes
+                self._arrived[known] = self._copy_there(file, folder) or self._catalog.storage.upload(
+                    str(entry.local_path(file)), f"{folder}/{file.path}", on_bytes=on_bytes
                 )
             return FileEntry(file.path, file.size, self._arrived[known])
 
@@ -506,6 +515,22 @@ class _Sender:
         small = [file for file in entry.files if file.size <= PART_SIZE]
         sent = in_threads(send, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
         return sorted((file for group in sent for file in group), key=lambda file: file.path)
+
+    def _copy_there(self, file: AcceptedFile, folder: str) -> str | None:
+        """The digest of a file whose bytes the storage has, and has copied; None where they are to be sent."""
+        source, digest = self._there.get(file.path, (None, None))
+        if source is None:
+            return None
+        if source == f"{folder}/{file.path}":
+            return digest  # an upload that was cut off has sent it
+        try:
+            self._catalog.storage.copy(source, f"{folder}/{file.path}", file.size)
+        except StorageUnavailableError:
+            raise
+        except StorageError as error:  # it does not copy, or somebody has deleted the source
+            logger.debug("%s", error)
+            return None
+        return digest
 
     def _check_arrival(self, folder: str, files: list[FileEntry]) -> None:
         """Look at what is there, rather than trust that every answer was right.
@@ -552,6 +577,35 @@ def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEn
             f"Another process is uploading from {str(outbox.folder)!r}. Let it finish, or end it and try again."
         ) from None
     return done
+
+
+def send_folder(
+    catalog: Catalog,
+    entry: OutboxEntry,
+    progress: Progress,
+    there: Mapping[str, tuple[str, str]] | None = None,
+) -> Manifest:
+    """Upload and commit a named folder from where it lies, in the foreground and without an outbox.
+
+    Args:
+        there: of files whose bytes the storage has already, by their path: the object there, and the digest. They are
+            copied there, and not sent.
+
+    Raises:
+        CorruptCheckpointError: a file was written meanwhile.
+        StorageError: the storage does not answer. Nothing is committed then.
+    """
+    there = there or {}
+    progress.begin(
+        f"Uploading {entry.title}", sum(file.size for file in entry.files if file.path not in there)
+    )
+    sender = _Sender(catalog, there)
+    if not sender.send(entry, progress.add) or sender.manifest is None:
+        raise NotCommittedError(
+            f"{entry.title!r} was not committed: somebody else has written to its place on "
+            f"{catalog.storage.url!r} meanwhile. Try again."
+        )
+    return sender.manifest
 
 
 def _set_aside(outbox: Outbox, entry: OutboxEntry, error: CloudTrainError) -> None:

@@ -65,7 +65,18 @@ ROWS = (
         "modes",
         "functional",
     ),
-    ("datasets", "job_yaml", "job_problems", "machine", "plan", "job_values", "job", "engines"),
+    (
+        "data_cache",
+        "data_upload",
+        "datasets",
+        "job_yaml",
+        "job_problems",
+        "machine",
+        "plan",
+        "job_values",
+        "job",
+        "engines",
+    ),
     ("cli", "faulty_disk", "testing", "__init__"),
 )
 """From the ground up. Within a row, a module may import those to its left."""

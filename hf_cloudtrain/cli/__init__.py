@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import checkpoint as checkpoint
+from hf_cloudtrain.cli import data as data
 from hf_cloudtrain.cli import job as job
 from hf_cloudtrain.cli import new as new
 from hf_cloudtrain.cli import run as run
@@ -46,7 +47,7 @@ class _Root(TyperGroup):
 
 app = typer.Typer(
     cls=_Root,
-    help="Runs and checkpoints of hf_cloudtrain on storage.",
+    help="Runs, checkpoints and datasets of hf_cloudtrain on storage.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # else square brackets in help are markup, and errors are boxes that break sentences
@@ -55,6 +56,7 @@ app = typer.Typer(
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
+app.add_typer(data.app, name="data")
 app.command(epilog=examples("cloudtrain new my-project"))(new.new)
 app.command("verify-resume", epilog=examples("cloudtrain verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume
@@ -75,7 +77,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Runs and checkpoints of hf_cloudtrain on storage."""
+    """Runs, checkpoints and datasets of hf_cloudtrain on storage."""
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ from hf_cloudtrain.cli._output import (
 )
 from hf_cloudtrain.cli._summary import Found, Standing, files_text, look_at
 from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
-from hf_cloudtrain.manifest import META, Manifest, folder_name, parse_checkpoint_key
+from hf_cloudtrain.manifest import Manifest, folder_name, parse_checkpoint_key
 from hf_cloudtrain.retention import Policy
 
 if TYPE_CHECKING:
@@ -143,8 +142,7 @@ def download(
     The folder appears when it is complete and every byte is verified. One that is there already, with the same files,
     is not downloaded again.
     """
-    from hf_cloudtrain.downloader import download as fetch
-    from hf_cloudtrain.downloader import is_whole
+    from hf_cloudtrain.cli._download import bring
 
     if best and checkpoint is not None:
         raise typer.BadParameter("--best and --checkpoint both say which one; give one of them.")
@@ -152,15 +150,7 @@ def download(
     catalog = open_catalog(run_url)
     manifest = _best(catalog) if best else find(catalog, checkpoint)
     target = directory / _local_name(manifest)
-    needed = not target.exists()
-    if needed:
-        with transfer(f"Downloading {manifest.folder}", manifest.size) as progress, _left_clean(directory):
-            fetch(catalog, manifest, target, on_bytes=progress.add)
-    elif not is_whole(target, manifest):
-        raise ConfigurationError(
-            f"{str(target)!r} is there already, and its files are not those of {manifest.key!r}. Remove it, or choose "
-            "another folder."
-        )
+    needed = bring(catalog, manifest, target)
     what = f"{manifest.folder} (attempt {manifest.attempt}, {files_text(manifest)})"
     say(f"Downloaded and verified {what}." if needed else f"{what} was here already, and is whole.")
     if as_json:
@@ -361,16 +351,6 @@ def _local_name(manifest: Manifest) -> str:
     if parse_checkpoint_key(manifest.key):
         return f"checkpoint-{manifest.step}"
     return folder_name(manifest.key.rpartition("-")[0])
-
-
-@contextlib.contextmanager
-def _left_clean(directory: Path) -> Iterator[None]:
-    """Take away the folder that a download works in, unless something else is in it."""
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (directory / META).rmdir()
 
 
 def _to_verify(catalog: Catalog, checkpoint: str | None, every: bool) -> Iterator[Found]:

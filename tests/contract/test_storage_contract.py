@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError
+from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
 from hf_cloudtrain.native import PART_SIZE
 from hf_cloudtrain.storage import ObjectInfo, Storage
 from tests.contract.conftest import Place, content, digest
@@ -55,6 +55,33 @@ class TestCheck:
     def test_can_be_repeated_beside_another(self, place: Place, storage: Storage) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda _: place.open().check(), range(2)))
+
+
+class TestCopy:
+    def test_a_copy_is_made_on_the_storage_and_outlives_its_source(
+        self, place: Place, storage: Storage
+    ) -> None:
+        for name in NAMES:
+            storage.write(f"first/{name}", name.encode())
+        if place.name.startswith("azurite"):
+            with pytest.raises(StorageError, match="does not copy"):
+                storage.copy("first/plain.bin", "second/plain.bin", 9)
+            assert storage.list("second") == []
+            return
+        for name in NAMES * 2:  # once more, as after a lost answer
+            storage.copy(f"first/{name}", f"second/{name}", len(name.encode()))
+        storage.delete([f"first/{name}" for name in NAMES])
+        assert storage.list("first") == []
+        assert place.name != "file" or storage.incomplete() == []
+        assert {info.path for info in storage.list("")} == {f"second/{name}" for name in NAMES}
+        for name in NAMES:
+            assert storage.read(f"second/{name}") == name.encode()
+
+    def test_what_is_not_there_is_not_copied(self, place: Place, storage: Storage) -> None:
+        kind = StorageError if place.name.startswith("azurite") else ObjectNotFoundError
+        with pytest.raises(kind):
+            storage.copy("missing", "second", 1)
+        assert storage.list("") == []
 
 
 class TestFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,22 @@ def test_what_a_launcher_restored_counts_until_torchrun_restarts_its_workers(
     if restarts is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     assert env.restored_checkpoint() == key
+
+
+@pytest.mark.parametrize(
+    ("name", "ask", "default"),
+    [(env.STORE, env.store, ".hf_cloudtrain"), (env.CACHE, env.cache, ".cache/hf_cloudtrain")],
+)
+def test_store_and_cache_are_in_the_home_folder_unless_something_else_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, ask: Callable[[str | None], str], default: str
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ask(None) == str(tmp_path / default)
+    monkeypatch.setenv(name, "/from-env")
+    assert ask(None) == "/from-env"
+    assert ask("/argument") == "/argument"
+    monkeypatch.setenv(name, "")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ConfigurationError, match=f"no home folder. Set {name}"):
+        ask(None)
