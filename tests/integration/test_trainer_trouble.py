@@ -235,7 +235,9 @@ class TestSlowAndBrokenStorage:
         child = lab.train("first", "slow_upload", module=MISHAPS, until=11, **arguments)
         assert [path.name for path in lab.machine("first").glob("checkpoint-*")] == ["checkpoint-12"]
         # The first was under way, the newest counts; what waited between them was overtaken, and that is said.
-        assert lab.steps() == [2, 8, 10, 12] or lab.steps() == [2, 10, 12]
+        steps = lab.steps()
+        assert (steps[0], steps[-1]) == (2, 12)
+        assert 4 not in steps
         assert "checkpoint-4 is not uploaded: the upload is slower than the saves" in child.log
         assert lab.problems() == []
         assert lab.outbox("first") == []
