@@ -71,6 +71,8 @@ def test_mrpc_killed_in_epoch_1_and_resumed_in_an_empty_folder_equals_uninterrup
     log = (tmp_path / "second.log").read_text()
     assert f"Resuming from checkpoint-{killed.step} (attempt 1)" in log
     for kept in ("last", "best"):
+        if kept == "best" and "is not on storage, so there is no 'best'" in log:
+            continue  # the newest goes first, so the kill may have come before the best one's turn
         weights = (
             tmp_path / machine / "output" / kept / "model.safetensors" for machine in ("plain", "second")
         )
@@ -87,11 +89,11 @@ def test_mrpc_killed_in_epoch_1_and_resumed_in_an_empty_folder_equals_uninterrup
 
 
 def kill_in_epoch_1(launcher: psutil.Popen, catalog: Catalog, log: Path) -> CheckpointKey:
-    """SIGKILL to everything, once the epoch's checkpoint and one within epoch 1 are on storage; returns the newest."""
+    """SIGKILL to everything, once a checkpoint within epoch 1 is on storage; returns the newest that is."""
     deadline = time.monotonic() + PATIENCE
     while launcher.poll() is None and time.monotonic() < deadline:
-        steps = [key.step for key in catalog.checkpoints()]
-        if EPOCH in steps and max(steps) > EPOCH:  # the first is the best so far, and the newest goes first
+        newest = catalog.newest()
+        if newest is not None and newest.step > EPOCH:
             break
         time.sleep(0.05)
     assert launcher.poll() is None, log.read_text()
