@@ -238,7 +238,8 @@ class Uploader:
         best = max((entry.key for entry in self._waiting if entry.best), default=None)
         for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
             droppable = (
-                entry.key.attempt == newest.key.attempt
+                not env.verify_folder()  # whose starts are compared checkpoint by checkpoint
+                and entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
                 and entry.hosts == 1  # other hosts may have begun with it
