@@ -242,8 +242,10 @@ def test_an_upload_that_was_cut_off_goes_on_in_its_own_folder(
     arrived = {info.path.partition("/")[2]: info.size for info in store.catalog.storage.list("glue")}
     assert set(arrived) == {"meta.json", "train/part-0.parquet"}
     assert store.versions() == {}
-    dataset, sent = store.create("glue", glue)
+    with requests_of(store) as seen:
+        dataset, sent = store.create("glue", glue)
     assert (dataset.version, sent) == (1, sum(map(len, FILES.values())) - sum(arrived.values()))
+    assert seen.count("copy") == 0, "S3 copies no object onto itself"
     assert contents(store.local_copy(dataset)) == FILES
 
 
