@@ -100,7 +100,12 @@ def run_url_or_none(argument: str | None) -> str | None:
 
 def store(argument: str | None) -> str:
     """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder."""
-    return argument or os.environ.get(STORE) or _at_home("~/.hf_cloudtrain", STORE)
+    return argument or os.environ.get(STORE) or own_folder()
+
+
+def own_folder() -> str:
+    """The folder of this package in the user's home folder."""
+    return _at_home("~/.hf_cloudtrain", STORE)
 
 
 def cache(argument: str | os.PathLike[str] | None) -> str:

@@ -14,6 +14,7 @@ CloudTrainError
 ├── CorruptCheckpointError                 files differ from what the manifest promises
 ├── NoCheckpointError                      asked for a checkpoint that does not exist
 ├── NoDatasetError                         asked for a dataset, or a version of one, that does not exist
+├── NoJobError                             asked for a job that does not exist
 ├── RunHasCheckpointsError                 starting at step 0 on a run that already has checkpoints
 ├── RunCompleteError                       all steps are done, and the framework would do one more
 ├── PositionError (ValueError)             the checkpoint's position does not fit this configuration
@@ -87,6 +88,10 @@ class NoCheckpointError(CloudTrainError):
 
 class NoDatasetError(CloudTrainError):
     """Asked for a dataset, or a version of one, that does not exist."""
+
+
+class NoJobError(CloudTrainError):
+    """Asked for a job that does not exist."""
 
 
 class RunHasCheckpointsError(CloudTrainError):

@@ -30,6 +30,8 @@ class Plan:
     """The checkpoint folder as the script sees it, absolute."""
     variables: Mapping[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
     """The job's own variables; None where the shell that submits the job has the value."""
+    grace_seconds: float | None = None
+    """Seconds between the notice and the end; None: the variables say it."""
 
     @property
     def world_size(self) -> int:
@@ -39,6 +41,8 @@ class Plan:
     @property
     def grace(self) -> float:
         """Seconds between the notice and the end: the job's own `HF_CLOUDTRAIN_GRACE`, else 30."""
+        if self.grace_seconds is not None:
+            return self.grace_seconds
         return float(self.variables.get(env.GRACE) or env.DEFAULT_GRACE)
 
     def environment(
@@ -97,7 +101,7 @@ class Plan:
         }
         if self.checkpoint_dir is not None:
             contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
-        return {**self._own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}
+        return {**self.own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}
 
     def shown(self, environment: Mapping[str, str]) -> dict[str, str]:
         """The environment for people and records: of the job's own variables only the names."""
@@ -106,7 +110,8 @@ class Plan:
             for name, value in environment.items()
         }
 
-    def _own_variables(self, shell: Mapping[str, str]) -> dict[str, str]:
+    def own_variables(self, shell: Mapping[str, str]) -> dict[str, str]:
+        """The job's own variables with their values. Raises ConfigurationError where the shell lacks one."""
         missing = sorted(
             name for name, value in self.variables.items() if value is None and name not in shell
         )

@@ -1,0 +1,207 @@
+"""What is known of each job, on the user's store: an engine may forget a job, and this does not.
+
+    <store>/jobs/mnli-2.json       the record of the second job with the name mnli
+    <store>/jobs/mnli-2.cancel     somebody wants it to end
+
+and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder below `~/.hf_cloudtrain` where the
+store is elsewhere:
+
+    job.json      what its nodes are to do (submission.py)
+    workspace/    a copy of the folder that was given with -d
+    log/          node-0.log, node-1.log, … and supervisor.log
+    nodes/0/      exit files of node 0, one a start
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_cloudtrain import env
+from hf_cloudtrain.backends import local_path
+from hf_cloudtrain.errors import ManifestError, NoJobError
+from hf_cloudtrain.manifest import decode_record, encode_record
+from hf_cloudtrain.provenance import person
+from hf_cloudtrain.storage import Storage
+
+State = Literal[
+    "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"
+]
+"""`preempted`: saved and stopped, and nobody starts it again by itself. `lost`: whoever watched over it is gone."""
+
+OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "cancelled"))
+"""States in which nothing of a job runs or waits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start of a job's nodes."""
+
+    number: int
+    began: float
+    """Seconds since 1970, as all times here."""
+    ended: float | None = None
+    outcome: str | None = None
+    """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken`, `failed`; None while it runs."""
+    reason: str | None = None
+    exit_codes: tuple[int | None, ...] = ()
+    """Of the command, by node; None where the node itself was lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobRecord:
+    """One job, as it was last seen."""
+
+    id: str
+    """Name and number, such as `mnli-2`."""
+    name: str
+    engine: str
+    run_url: str
+    home: str
+    """Folder of the machine that submitted it."""
+    nodes: int
+    nproc_per_node: int
+    max_restarts: int
+    created: float
+    experiment: str | None = None
+    vm: str | None = None
+    submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
+    """User and host."""
+    state: State = "queued"
+    reason: str | None = None
+    updated: float = 0.0
+    restarts: int = 0
+    """Starts after a crash."""
+    starts: tuple[Start, ...] = ()
+    handle: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What its engine finds it by, such as the number of a Slurm job."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs or waits."""
+        return self.state in OVER
+
+
+class JobStore:
+    """The jobs of one store.
+
+    Args:
+        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, and else a folder in the home folder.
+
+    Example:
+        >>> jobs = JobStore()
+        >>> jobs.read("mnli-2").state
+        'running'
+    """
+
+    def __init__(self, store: str | None = None) -> None:
+        self.url = env.store(store)
+        self._options = env.storage_options(None)
+        self.storage = Storage(self.below("jobs"), self._options)
+
+    def below(self, *names: str) -> str:
+        """URL of something in the store."""
+        return "/".join((self.url.rstrip("/"), *names))
+
+    def create(self, name: str, **facts: Any) -> JobRecord:
+        """Take the next number of a name. Facts are those of `JobRecord`; a missing run URL is one below the store."""
+        number = max((number for other, number in map(_split, self.ids()) if other == name), default=0)
+        while True:
+            number += 1
+            id = f"{name}-{number}"
+            run_url = facts.get("run_url") or self.below("runs", id)
+            record = JobRecord(
+                id=id,
+                name=name,
+                home=str(self.home(id)),
+                created=time.time(),
+                submitted_by=person(),
+                **{**facts, "run_url": run_url},
+            )
+            if self.storage.create(f"{id}.json", _encode(record)):
+                return record
+
+    def ids(self) -> list[str]:
+        """Every job, by name and number."""
+        names = [info.path.removesuffix(".json") for info in self.storage.list("") if _is_record(info.path)]
+        return sorted(names, key=_split)
+
+    def records(self) -> list[JobRecord]:
+        """Every job whose record can be read, oldest first."""
+        found = []
+        for id in self.ids():
+            try:
+                found.append(self.read(id))
+            except (NoJobError, ManifestError):
+                continue
+        return sorted(found, key=lambda record: record.created)
+
+    def read(self, id: str) -> JobRecord:
+        """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", id):
+            try:
+                return _decode(self.storage.read(f"{id}.json"), id)
+            except FileNotFoundError:
+                pass
+        ids = self.ids()
+        same = [other for other in ids if _split(other)[0] == id]
+        if not same:
+            near = difflib.get_close_matches(id, ids, n=1)
+            hint = f" The nearest is {near[0]!r}." if near else ""
+            raise NoJobError(
+                f"There is no job {id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
+            )
+        return _decode(self.storage.read(f"{same[-1]}.json"), same[-1])
+
+    def write(self, record: JobRecord, **changes: Any) -> JobRecord:
+        """Show a job's record as it is now. One process at a time writes a record: whoever watches over the job."""
+        record = dataclasses.replace(record, updated=time.time(), **changes)
+        self.storage.write(f"{record.id}.json", _encode(record))
+        return record
+
+    def ask_to_cancel(self, id: str) -> bool:
+        """Note that a job is to end; False where somebody had asked already."""
+        return self.storage.create(f"{id}.cancel", encode_record({"asked": time.time(), **person()}))
+
+    def is_cancelled(self, id: str) -> bool:
+        """Whether somebody wants a job to end."""
+        return any(info.path == f"{id}.cancel" for info in self.storage.list(f"{id}.cancel"))
+
+    def home(self, id: str) -> Path:
+        """Folder of a job on this machine."""
+        is_local = "://" not in self.url or self.url.startswith(("file://", "local://"))
+        return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", id)
+
+
+def _is_record(path: str) -> bool:
+    return "/" not in path and path.endswith(".json")
+
+
+def _split(id: str) -> tuple[str, int]:
+    name, _, number = id.rpartition("-")
+    return (name, int(number)) if re.fullmatch(r"\d{1,9}", number) else (id, 0)
+
+
+def _encode(record: JobRecord) -> bytes:
+    return encode_record(dataclasses.asdict(record))
+
+
+def _decode(data: bytes, id: str) -> JobRecord:
+    what = f"record of the job {id!r}"
+    facts = decode_record(data, what)
+    known = {field.name for field in dataclasses.fields(JobRecord)}
+    try:
+        facts["starts"] = tuple(
+            Start(**{**start, "exit_codes": tuple(start.get("exit_codes", ()))})
+            for start in facts.get("starts", ())
+        )
+        record = JobRecord(**{key: value for key, value in facts.items() if key in known})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ManifestError(f"The {what} is damaged: {error}") from error
+    if record.id != id:
+        raise ManifestError(f"The {what} is that of {record.id!r}.")
+    return record

@@ -1,0 +1,1 @@
+"""Folders at the paths where a job expects them."""

@@ -1,0 +1,1 @@
+"""What happens on each node of a job, on every engine: data, checkpoint, mounts, command, signals, outcome."""

@@ -1,0 +1,1 @@
+"""Watches over a job: starts its nodes, starts them again, and writes the record."""

@@ -1,0 +1,1 @@
+"""The copy of the folder that a person gives with a job."""
