@@ -1,7 +1,7 @@
 """What is known of each job, on the user's store: an engine may forget a job, and this does not.
 
-    <store>/jobs/mnli-2.json       the record of the second job with the name mnli
-    <store>/jobs/mnli-2.cancel     somebody wants it to end
+    <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
+    <store>/jobs/cancelled/mnli-2       somebody wants it to end
 
 and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder below `~/.hf_cloudtrain` where the
 store is elsewhere:
@@ -122,13 +122,13 @@ class JobStore:
                 submitted_by=person(),
                 **{**facts, "run_url": run_url},
             )
-            if self.storage.create(f"{id}.json", _encode(record)):
+            if self.storage.create(_path(id), _encode(record)):
                 return record
 
     def ids(self) -> list[str]:
         """Every job, by name and number."""
-        names = [info.path.removesuffix(".json") for info in self.storage.list("") if _is_record(info.path)]
-        return sorted(names, key=_split)
+        paths = [info.path for info in self.storage.list("records")]
+        return sorted((path[8:-5] for path in paths if path.endswith(".json")), key=_split)
 
     def records(self) -> list[JobRecord]:
         """Every job whose record can be read, oldest first."""
@@ -144,7 +144,7 @@ class JobStore:
         """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
         if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", id):
             try:
-                return _decode(self.storage.read(f"{id}.json"), id)
+                return _decode(self.storage.read(_path(id)), id)
             except FileNotFoundError:
                 pass
         ids = self.ids()
@@ -155,21 +155,25 @@ class JobStore:
             raise NoJobError(
                 f"There is no job {id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
             )
-        return _decode(self.storage.read(f"{same[-1]}.json"), same[-1])
+        return _decode(self.storage.read(_path(same[-1])), same[-1])
 
     def write(self, record: JobRecord, **changes: Any) -> JobRecord:
         """Show a job's record as it is now. One process at a time writes a record: whoever watches over the job."""
         record = dataclasses.replace(record, updated=time.time(), **changes)
-        self.storage.write(f"{record.id}.json", _encode(record))
+        self.storage.write(_path(record.id), _encode(record))
         return record
 
     def ask_to_cancel(self, id: str) -> bool:
         """Note that a job is to end; False where somebody had asked already."""
-        return self.storage.create(f"{id}.cancel", encode_record({"asked": time.time(), **person()}))
+        return self.storage.create(f"cancelled/{id}", encode_record({"asked": time.time(), **person()}))
 
     def is_cancelled(self, id: str) -> bool:
         """Whether somebody wants a job to end."""
-        return any(info.path == f"{id}.cancel" for info in self.storage.list(f"{id}.cancel"))
+        try:
+            self.storage.read(f"cancelled/{id}")
+        except FileNotFoundError:
+            return False
+        return True
 
     def home(self, id: str) -> Path:
         """Folder of a job on this machine."""
@@ -177,8 +181,8 @@ class JobStore:
         return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", id)
 
 
-def _is_record(path: str) -> bool:
-    return "/" not in path and path.endswith(".json")
+def _path(id: str) -> str:
+    return f"records/{id}.json"
 
 
 def _split(id: str) -> tuple[str, int]:

@@ -68,7 +68,7 @@ class Submission:
     def encode(self) -> dict[str, Any]:
         """What `job.json` holds. Variables have names there, and no values."""
         job = self.job.model_dump(mode="json", exclude_none=True)
-        job["env"] = {name: None for name in self.job.env}
+        job["env"] = dict.fromkeys(self.job.env)
         return {
             "id": self.id,
             "run_url": self.run_url,

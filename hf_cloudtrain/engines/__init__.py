@@ -59,4 +59,5 @@ def as_text(request: Any) -> str:
     """A request to a cloud, as `--dry-run` shows it: YAML, as people write it."""
     import yaml
 
-    return cast(str, yaml.safe_dump(request, sort_keys=False, width=110))
+    text: str = yaml.safe_dump(request, sort_keys=False, width=110)
+    return text
