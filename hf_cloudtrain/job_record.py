@@ -112,17 +112,17 @@ class JobStore:
         number = max((number for other, number in map(_split, self.ids()) if other == name), default=0)
         while True:
             number += 1
-            id = f"{name}-{number}"
-            run_url = facts.get("run_url") or self.below("runs", id)
+            job_id = f"{name}-{number}"
+            run_url = facts.get("run_url") or self.below("runs", job_id)
             record = JobRecord(
-                id=id,
+                id=job_id,
                 name=name,
-                home=str(self.home(id)),
+                home=str(self.home(job_id)),
                 created=time.time(),
                 submitted_by=person(),
                 **{**facts, "run_url": run_url},
             )
-            if self.storage.create(_path(id), _encode(record)):
+            if self.storage.create(_path(job_id), _encode(record)):
                 return record
 
     def ids(self) -> list[str]:
@@ -133,27 +133,27 @@ class JobStore:
     def records(self) -> list[JobRecord]:
         """Every job whose record can be read, oldest first."""
         found = []
-        for id in self.ids():
+        for job_id in self.ids():
             try:
-                found.append(self.read(id))
+                found.append(self.read(job_id))
             except (NoJobError, ManifestError):
                 continue
         return sorted(found, key=lambda record: record.created)
 
-    def read(self, id: str) -> JobRecord:
+    def read(self, job_id: str) -> JobRecord:
         """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
-        if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", id):
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", job_id):
             try:
-                return _decode(self.storage.read(_path(id)), id)
+                return _decode(self.storage.read(_path(job_id)), job_id)
             except FileNotFoundError:
                 pass
         ids = self.ids()
-        same = [other for other in ids if _split(other)[0] == id]
+        same = [other for other in ids if _split(other)[0] == job_id]
         if not same:
-            near = difflib.get_close_matches(id, ids, n=1)
+            near = difflib.get_close_matches(job_id, ids, n=1)
             hint = f" The nearest is {near[0]!r}." if near else ""
             raise NoJobError(
-                f"There is no job {id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
+                f"There is no job {job_id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
             )
         return _decode(self.storage.read(_path(same[-1])), same[-1])
 
@@ -163,39 +163,39 @@ class JobStore:
         self.storage.write(_path(record.id), _encode(record))
         return record
 
-    def ask_to_cancel(self, id: str) -> bool:
+    def ask_to_cancel(self, job_id: str) -> bool:
         """Note that a job is to end; False where somebody had asked already."""
-        return self.storage.create(f"cancelled/{id}", encode_record({"asked": time.time(), **person()}))
+        return self.storage.create(f"cancelled/{job_id}", encode_record({"asked": time.time(), **person()}))
 
-    def is_cancelled(self, id: str) -> bool:
+    def is_cancelled(self, job_id: str) -> bool:
         """Whether somebody wants a job to end."""
         try:
-            self.storage.read(f"cancelled/{id}")
+            self.storage.read(f"cancelled/{job_id}")
         except FileNotFoundError:
             return False
         return True
 
-    def home(self, id: str) -> Path:
+    def home(self, job_id: str) -> Path:
         """Folder of a job on this machine."""
         is_local = "://" not in self.url or self.url.startswith(("file://", "local://"))
-        return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", id)
+        return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", job_id)
 
 
-def _path(id: str) -> str:
-    return f"records/{id}.json"
+def _path(job_id: str) -> str:
+    return f"records/{job_id}.json"
 
 
-def _split(id: str) -> tuple[str, int]:
-    name, _, number = id.rpartition("-")
-    return (name, int(number)) if re.fullmatch(r"\d{1,9}", number) else (id, 0)
+def _split(job_id: str) -> tuple[str, int]:
+    name, _, number = job_id.rpartition("-")
+    return (name, int(number)) if re.fullmatch(r"\d{1,9}", number) else (job_id, 0)
 
 
 def _encode(record: JobRecord) -> bytes:
     return encode_record(dataclasses.asdict(record))
 
 
-def _decode(data: bytes, id: str) -> JobRecord:
-    what = f"record of the job {id!r}"
+def _decode(data: bytes, job_id: str) -> JobRecord:
+    what = f"record of the job {job_id!r}"
     facts = decode_record(data, what)
     known = {field.name for field in dataclasses.fields(JobRecord)}
     try:
@@ -206,6 +206,6 @@ def _decode(data: bytes, id: str) -> JobRecord:
         record = JobRecord(**{key: value for key, value in facts.items() if key in known})
     except (TypeError, AttributeError, ValueError) as error:
         raise ManifestError(f"The {what} is damaged: {error}") from error
-    if record.id != id:
+    if record.id != job_id:
         raise ManifestError(f"The {what} is that of {record.id!r}.")
     return record
