@@ -52,7 +52,7 @@ class Engine(Protocol):
 
 def engine(name: str) -> Engine:
     """An engine by its name."""
-    return cast(Engine, importlib.import_module(f"hf_cloudtrain.engines.{name}").ENGINE)
+    return cast("Engine", importlib.import_module(f"hf_cloudtrain.engines.{name}").ENGINE)
 
 
 def as_text(request: Any) -> str:
