@@ -77,6 +77,7 @@ ROWS = (
         "job",
         "submission",
         "job_record",
+        "job_logs",
         "workspace",
         "mounts",
         "node",
