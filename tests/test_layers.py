@@ -84,6 +84,7 @@ ROWS = (
         "supervisor",
         "vms",
         "engines",
+        "jobs",
     ),
     ("cli", "faulty_disk", "testing", "__init__"),
 )
