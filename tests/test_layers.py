@@ -78,6 +78,7 @@ ROWS = (
         "submission",
         "job_record",
         "workspace",
+        "namespace",
         "mounts",
         "node",
         "supervisor",
