@@ -79,6 +79,7 @@ ROWS = (
         "job_record",
         "job_logs",
         "workspace",
+        "namespace",
         "mounts",
         "node",
         "supervisor",
