@@ -77,6 +77,7 @@ ROWS = (
         "job",
         "submission",
         "job_record",
+        "ignore_files",
         "workspace",
         "namespace",
         "mounts",
