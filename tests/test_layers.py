@@ -78,6 +78,7 @@ ROWS = (
         "submission",
         "job_record",
         "job_logs",
+        "ignore_files",
         "workspace",
         "namespace",
         "mounts",

@@ -132,7 +132,9 @@ class Desk:
         for process in psutil.process_iter():
             try:
                 words = " ".join(process.cmdline())
-                belongs = self.store.url in words or process.environ().get("HF_CLOUDTRAIN_STORE") == self.store.url
+                belongs = (
+                    self.store.url in words or process.environ().get("HF_CLOUDTRAIN_STORE") == self.store.url
+                )
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             if belongs and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:

@@ -30,7 +30,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     desk.close()
 
 
-def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(desk: Desk, tmp_path: Path) -> None:
+def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
+    desk: Desk, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.csv").write_text("a,b\n")
@@ -43,7 +45,11 @@ def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(de
     assert f"ends with {value_after(10)!r}" in result.stdout
     assert "/workspace\ntrain.csv\n" in result.stdout
     record = desk.record("toy-1")
-    assert (record.state, record.restarts, [start.exit_codes for start in record.starts]) == ("finished", 0, [(0,)])
+    assert (record.state, record.restarts, [start.exit_codes for start in record.starts]) == (
+        "finished",
+        0,
+        [(0,)],
+    )
     status = desk.status()
     assert (status["state"], status["run"]["step"], status["stalled"]) == ("finished", 10, None)
     assert json.loads(desk.call("job", "list", "--json").stdout)["jobs"][0]["id"] == "toy-1"
@@ -115,7 +121,9 @@ def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk
     assert f"ends with {value_after(60)!r}" in desk.log()
 
 
-def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_does_not_stop_is_killed_after_its_grace(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hf_cloudtrain.node.MARGIN", 0.0)
     (desk.project / "stubborn.py").write_text(
         "import signal, subprocess, sys, time\n"
@@ -160,7 +168,9 @@ def test_what_cannot_be_set_up_is_told_with_its_exit_code(desk: Desk) -> None:
     assert "setup of the job ended with exit code 7" in (desk.record().reason or "")
 
 
-def test_two_jobs_of_one_name_have_runs_of_their_own_and_of_one_run_only_one_runs(desk: Desk, tmp_path: Path) -> None:
+def test_two_jobs_of_one_name_have_runs_of_their_own_and_of_one_run_only_one_runs(
+    desk: Desk, tmp_path: Path
+) -> None:
     desk.write("sleep 1000")
     desk.run()
     desk.run()
@@ -209,11 +219,18 @@ def test_values_of_variables_reach_the_command_and_nothing_that_is_shown_or_stor
         f"{SECRET}-file{SECRET}-shell && echo right; unset IN_FILE FROM_SHELL; {python('train.py', '5', '0')}",
         f"env: {{IN_FILE: {SECRET}-file, FROM_SHELL: }}",
     )
-    shown = [desk.run("--dry-run").output, desk.run("--wait").output, desk.call("job", "status", "toy").output]
+    shown = [
+        desk.run("--dry-run").output,
+        desk.run("--wait").output,
+        desk.call("job", "status", "toy").output,
+    ]
     assert "right" in shown[1]
     assert desk.record().state == "finished"
     command = f"{SECRET}-file{SECRET}-shell"  # is in the command itself, which is no variable
-    for text in (*shown, *(path.read_text(errors="replace") for path in desk.store_path.rglob("*") if path.is_file())):
+    for text in (
+        *shown,
+        *(path.read_text(errors="replace") for path in desk.store_path.rglob("*") if path.is_file()),
+    ):
         assert SECRET not in text.replace(command, "")
 
 
