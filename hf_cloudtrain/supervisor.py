@@ -141,11 +141,7 @@ class Supervisor:
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
         verdict = judge(self._submission, number, codes, self._told, failure)
-        self._idle = (
-            0
-            if self._record.state == "running" and _made_a_step(self._submission, number)
-            else self._idle + 1
-        )
+        self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
             spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
             verdict = dataclasses.replace(
