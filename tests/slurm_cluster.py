@@ -196,7 +196,7 @@ class SlurmCluster:
             folder=self.folder,
             ports=(free_port(), first, second),
             controller=",".join([*controller, "idle_on_node_suspend"]),
-            cred_expire=2,
+            cred_expire=5,
             kill_wait=KILL_WAIT,
             min_job_age=self._min_job_age,
             cpus=CPUS,
