@@ -79,11 +79,13 @@ ROWS = (
         "job_record",
         "job_logs",
         "workspace",
+        "namespace",
         "mounts",
         "node",
         "supervisor",
         "vms",
         "engines",
+        "jobs",
     ),
     ("cli", "faulty_disk", "testing", "__init__"),
 )
