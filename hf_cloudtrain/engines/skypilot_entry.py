@@ -27,7 +27,7 @@ from pathlib import Path
 
 from hf_cloudtrain.engines.skypilot_task import SAVED, VERDICT
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.mounts import Mount
+from hf_cloudtrain.mounts import Mount, link
 from hf_cloudtrain.node import run_node
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Verdict, judge
@@ -96,32 +96,29 @@ def exit_code(verdict: Verdict, code: int, *, managed: bool) -> int:
 
 
 def in_links(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:  # noqa: ARG001 - see Wrap
-    """Make each mount path a link. The machine is the job's own: SkyPilot made it, in the job's image."""
+    """Make each mount path a link. The machine is the job's own: SkyPilot made it, in the job's image.
+
+    Raises:
+        ConfigurationError: a path holds something.
+    """
     for mount in mounts:
-        link(Path(mount.source), Path(mount.target))
+        target = Path(mount.target)
+        there = next(folder for folder in target.parents if folder.exists())
+        if not os.access(there, os.W_OK):
+            _link_as_root(mount.source.resolve(), target)
+    link(mounts)  # what is linked stays; it says what is wrong with the rest
     return command
 
 
-def link(source: Path, target: Path) -> None:
-    """Make `target` lead to `source`; what is there already is kept beside it, as `NAME.hidden`.
-
-    Raises:
-        ConfigurationError: this user may not.
-    """
-    source = source.absolute()
-    if target.is_symlink() and os.readlink(target) == str(source):
+def _link_as_root(source: Path, target: Path) -> None:
+    """SkyPilot's user of a machine without an image is an ordinary one, who may do everything by `sudo`."""
+    if target.resolve() == source:
         return
-    there = next(parent for parent in target.parents if parent.exists())
-    sudo = [] if os.access(there, os.W_OK) else ["sudo", "-n"]
     steps = [["mkdir", "-p", "--", str(target.parent)], ["ln", "-sT", "--", str(source), str(target)]]
-    if target.is_symlink():
-        steps.insert(1, ["rm", "--", str(target)])
-    elif target.exists():
-        steps.insert(1, ["mv", "-T", "--backup=numbered", "--", str(target), f"{target}.hidden"])
+    if target.exists():
+        steps.insert(1, ["rmdir", "--", str(target)])
     for step in steps:
-        done = subprocess.run([*sudo, *step], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise ConfigurationError(f"{str(target)!r} cannot be made: {done.stderr.strip()}")
+        subprocess.run(["sudo", "-n", *step], stdin=subprocess.DEVNULL, check=False)
 
 
 def _find_workspace(submission: Submission) -> None:
