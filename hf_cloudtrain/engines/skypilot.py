@@ -58,6 +58,8 @@ STATES: dict[str, State] = {
 }
 """SkyPilot's words and ours (sky/jobs/state.py, sky/skylet/job_lib.py); what begins with FAILED is `failed`."""
 
+JOB_ID = re.compile(r"job(?: submitted,)? ID: *(\d+)", re.IGNORECASE)
+"""How a launch says the number of its job (sky/utils/ux_utils.py)."""
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # "(worker1, rank=1, pid=4321, ip=10.0.0.5) text", and "(mnli-2, pid=4321) text" of a single node.
 _SAID = re.compile(r"\((?:[\w.-]+, rank=(?P<rank>\d+)|[\w.-]+), pid=\d+(?:, ip=[^)]*)?\) ?(?P<text>.*)")
@@ -95,7 +97,7 @@ class SkypilotEngine:
                 )
         said = _talk(launch_words(submission, str(path)), submission.plan.own_variables(os.environ))
         managed = submission.job.skypilot.managed
-        found = re.findall(r"job(?: submitted,)? ID: *(\d+)", said, re.IGNORECASE)
+        found = JOB_ID.findall(said)
         number = int(found[-1]) if found else None
         if number is None and managed:
             number = max(

@@ -19,7 +19,7 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.mounts import Mount
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Verdict
-from tests.unit.test_engine_skypilot import job_text, submission_of
+from tests.fake_sky import job_text, submission_of
 
 GPUS = ("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8")
 
