@@ -259,7 +259,7 @@ def judge(
     problems = [str(node["problem"]) for node in nodes if node.get("problem")]
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
-    if not any(codes):
+    if all(code == 0 for code in codes):
         return Verdict(
             "failed",
             "failed",
