@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 ALONE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PROXY -u ALL_PROXY \
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Halves of the suite, so that a file stays on one worker for what its tests share; who is done first helps the other.
-TESTS := -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+TESTS := -n $(WORKERS) --dist worksteal -rR $(PYTEST_ARGS)
 
 PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,dev]'
 INSTALLED := .venv/.installed

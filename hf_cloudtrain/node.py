@@ -16,8 +16,9 @@ import ctypes
 import json
 import logging
 import os
-import posixpath
 import platform
+import shlex
+import posixpath
 import signal
 import subprocess
 import sys
@@ -74,9 +75,7 @@ class Ending:
     @property
     def status(self) -> int:
         """Exit code of the node."""
-        if self.outcome in ("finished", None) and self.exit_code == 0 and not self.stopped:
-            return 0
-        if self.outcome == "finished":
+        if self.outcome == "finished" or (self.outcome is None and self.exit_code == 0 and not self.stopped):
             return 0
         if self.outcome in ("preempted", "stopped") or (self.stopped and self.outcome is None):
             return PreemptedExit.CODE
@@ -87,7 +86,13 @@ class Node:
     """One node of one start of a job. Arguments as `run_node`."""
 
     def __init__(
-        self, submission: Submission, node_rank: int, master_addr: str, master_port: int, start: int, wrap: Wrap
+        self,
+        submission: Submission,
+        node_rank: int,
+        master_addr: str,
+        master_port: int,
+        start: int,
+        wrap: Wrap,
     ) -> None:
         self._submission = submission
         self._rank = node_rank
@@ -186,7 +191,7 @@ class Node:
     def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:
         if self._stopped_at is not None:
             raise _Stopped
-        bash = ["bash", "-c", f"cd -- {_quoted(folder)} || exit 1\n{SHELL}{text}\n"]
+        bash = ["bash", "-c", f"cd -- {shlex.quote(folder)} || exit 1\n{SHELL}{text}\n"]
         process = subprocess.Popen(
             self._wrap(self._submission, mounts, bash), env=environment, stdin=subprocess.DEVNULL
         )
@@ -208,7 +213,7 @@ class Node:
         kill_children()
         return process.returncode
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of handlers
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
             if not self._running:
@@ -402,7 +407,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html"""
+    """Whether a process has a handler for a signal: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
     try:
         with open(f"/proc/{pid}/status") as file:
             caught = next((line for line in file if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -413,12 +418,6 @@ def _catches(pid: int, number: int) -> bool:
 
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
 
 
 if __name__ == "__main__":

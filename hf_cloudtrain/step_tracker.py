@@ -74,6 +74,7 @@ class StepTracker:
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
         self._last_metrics: dict[str, Any] = {}
+        self._stepped_at: float | None = None
         self._tokens: tuple[int, float] | None = None
         self._tokens_per_second: float | None = None
         self._mark: float | None = None
@@ -109,6 +110,7 @@ class StepTracker:
         self._mark = now
         with self._lock:
             self.step = step
+            self._stepped_at = now
             self.productive_seconds += seconds
             self._recent.append(seconds)
             self._steps.append((step, seconds))
@@ -151,7 +153,7 @@ class StepTracker:
         with self._lock:
             typical = statistics.median(self._recent) if self._recent else None
             mean = statistics.fmean(self._recent) if self._recent else None
-            step, metrics = self.step, dict(self._last_metrics)
+            step, metrics, stepped_at = self.step, dict(self._last_metrics), self._stepped_at
         left = max(0, self._total_steps - step) if self._total_steps is not None else None
         committed = self._committed()
         return {
@@ -160,6 +162,7 @@ class StepTracker:
             "time": time.time(),
             "interval_seconds": self._interval,
             "step": step,
+            "step_time": None if stepped_at is None else time.time() - (time.perf_counter() - stepped_at),
             "total_steps": self._total_steps,
             "step_seconds": typical,
             "samples_per_second": self._samples_per_step / mean if self._samples_per_step and mean else None,

@@ -124,19 +124,20 @@ class Supervisor:
         begun = Start(number, time.time())
         self._show(state="starting", starts=(*self._record.starts, begun))
         known = self._newest_attempt()
+        failure: str | None
         try:
             self._gang.start(number)
-            codes = self._watch(known)
+            codes, failure = self._watch(known), None
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
-        else:
-            failure = None
         verdict = judge(self._submission, number, codes, self._told, failure)
-        self._idle = 0 if self._record.state == "running" and _made_a_step(self._submission, number) else self._idle + 1
+        self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
             spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
             verdict = dataclasses.replace(
-                verdict, state="failed", reason=(verdict.reason or "") + (spent if self._record.restarts else "")
+                verdict,
+                state="failed",
+                reason=(verdict.reason or "") + (spent if self._record.restarts else ""),
             )
         elif verdict.state is None and not verdict.is_crash and self._idle >= IDLE_STARTS:
             reason = f"{IDLE_STARTS} starts in a row were told to stop before their first step. {verdict.reason or ''}"
@@ -187,7 +188,7 @@ class Supervisor:
         self._told, self._told_at = by, time.monotonic()
         self._wake.set()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of handlers
+    def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._told is None:
             self._tell(signal.Signals(number).name)
 
@@ -233,11 +234,15 @@ def judge(
     commands = [node.get("exit_code") for node in nodes]
     if "finished" in by_outcome:
         after = [code for code in commands if code]
-        reason = f"The training finished, and then the command ended with exit code {after[0]}." if after else None
+        reason = (
+            f"The training finished, and then the command ended with exit code {after[0]}." if after else None
+        )
         return Verdict("finished", "finished", reason)
     if told is not None:
         end = by_outcome.get("preempted") or by_outcome.get("stopped") or {}
-        saved = f"The newest checkpoint is {end['committed']}." if end.get("committed") else "Nothing was saved."
+        saved = (
+            f"The newest checkpoint is {end['committed']}." if end.get("committed") else "Nothing was saved."
+        )
         by = "`cloudtrain job cancel`" if told == "cancelled" else told
         state: State = "cancelled" if told == "cancelled" else "preempted"
         return Verdict(state, "preempted", f"Stopped by {by}. {saved}")

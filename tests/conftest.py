@@ -42,6 +42,10 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 }
 
 
+RUN_ONCE_MORE = {"integration", "faults"}
+"""Folders whose tests depend on how fast the machine is; a rule that has a law is tested in tests/laws, once."""
+
+
 def foreign(name: str) -> bool:
     """Whether a variable of the machine would change what a test sees."""
     return name.startswith(FOREIGN) or name in FOREIGN_NAMES or name.lower() in FOREIGN_NAMES
@@ -50,6 +54,13 @@ def foreign(name: str) -> bool:
 for _name in filter(foreign, list(os.environ)):
     del os.environ[_name]
 os.environ.update(SESSION_ENVIRONMENT)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of real processes that fails is run once more, and the summary names it: docs/testing.md."""
+    for item in items:
+        if item.path.parent.name in RUN_ONCE_MORE:
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def pytest_unconfigure() -> None:

@@ -173,7 +173,7 @@ def _run_record(storage: Storage, name: str) -> dict[str, Any]:
     """What is known of one run without reading its steps: two listings and two small records."""
     record: dict[str, Any] = {"run_url": storage.url, "name": name, "damaged": None}
     try:
-        return {**record, **_run_facts(Catalog(storage))}
+        return {**record, **run_facts(Catalog(storage))}
     except ManifestError as error:
         return {**record, **dict.fromkeys(_RUN_FACTS), "state": "damaged", "damaged": str(error)}
 
@@ -181,7 +181,8 @@ def _run_record(storage: Storage, name: str) -> dict[str, Any]:
 _RUN_FACTS = ("state", "attempts", "step", "total_steps", "checkpoints", "newest", "created", "last_seen")
 
 
-def _run_facts(catalog: Catalog) -> dict[str, Any]:
+def run_facts(catalog: Catalog) -> dict[str, Any]:
+    """What is known of a run without reading its steps."""
     numbers, keys = catalog.attempt_numbers(), catalog.checkpoints()
     progress = (catalog.read_progress(numbers[-1]) if numbers else None) or {}
     last_seen = _number(progress.get("time"))
@@ -206,7 +207,7 @@ def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
         record["name"],
         record["state"],
         record["attempts"],
-        _of_total(record["step"], record["total_steps"]),
+        of_total(record["step"], record["total_steps"]),
         record["checkpoints"],
         record["newest"],
         time_text(record["last_seen"]),
@@ -277,7 +278,7 @@ def _show_status(record: dict[str, Any]) -> None:
         {
             "run": record["run_url"],
             "state": record["state"],
-            "step": _of_total(record["step"], record["total_steps"], percent=True),
+            "step": of_total(record["step"], record["total_steps"], percent=True),
             "rate": _rate(record),
             "eta": duration_text(record["eta_seconds"]),
             "loss": None if record["loss"] is None else f"{record['loss']:.6g}",
@@ -303,7 +304,8 @@ def _attempt_row(record: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _of_total(step: int | None, total: int | None, *, percent: bool = False) -> str | None:
+def of_total(step: int | None, total: int | None, *, percent: bool = False) -> str | None:
+    """'120/900 (13%)'."""
     if step is None or not total:
         return None if step is None else str(step)
     return f"{step}/{total}" + (f" ({step / total:.0%})" if percent else "")

@@ -1,6 +1,6 @@
 """This machine: one or several agents under a supervisor that outlives the terminal.
 
-    python -m hf_cloudtrain.engines.local HOME     the supervisor of a job
+python -m hf_cloudtrain.engines.local HOME     the supervisor of a job
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job_logs import follow_files, last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.mounts import Mount, has_docker, refuse
-from hf_cloudtrain.node import MARGIN, adopt_orphans, folder_mounts, in_namespace_or_docker, kill_children
+from hf_cloudtrain.node import MARGIN, adopt_orphans, folder_mounts, kill_children
 from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.process import boot_id, locked
 from hf_cloudtrain.submission import Submission
@@ -42,7 +42,11 @@ class LocalEngine:
 
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run here."""
-        words = shlex.split(submission.job.command.run, comments=True) if _splits(submission.job.command.run) else []
+        words = (
+            shlex.split(submission.job.command.run, comments=True)
+            if _splits(submission.job.command.run)
+            else []
+        )
         if "torchrun" in words and shutil.which("torchrun", path=_path()) is None:
             raise ConfigurationError(
                 "'torchrun' is not found. Install torch into the environment of cloudtrain: pip install torch"
@@ -113,7 +117,7 @@ class LocalEngine:
             return None
         return Seen("lost", f"Its supervisor is gone. `cloudtrain job run --resume {record.id}` goes on.")
 
-    def cancel(self, record: JobRecord, store: JobStore) -> None:  # noqa: ARG002 - as every engine
+    def cancel(self, record: JobRecord, store: JobStore) -> None:
         """Nothing but the mark in the store, which the supervisor looks at. Refuses from another machine's disk."""
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
@@ -165,7 +169,10 @@ class LocalGang:
             return tuple(None if code is not None and code < 0 else code for code in codes)
         if self._stopped_at is None and any(codes):
             self.stop()
-        if self._stopped_at is not None and time.monotonic() > self._stopped_at + self._submission.plan.grace + 2 * MARGIN:
+        if (
+            self._stopped_at is not None
+            and time.monotonic() > self._stopped_at + self._submission.plan.grace + 2 * MARGIN
+        ):
             self.kill()
         return None
 
@@ -198,9 +205,17 @@ def main() -> None:
     with locked(submission.home / "supervisor.lock", patience=submission.plan.grace + 3 * MARGIN):
         record = store.read(submission.id)
         process = psutil.Process()
-        handle = {"host": platform.node(), "pid": process.pid, "began": process.create_time(), "boot": boot_id()}
+        handle = {
+            "host": platform.node(),
+            "pid": process.pid,
+            "began": process.create_time(),
+            "boot": boot_id(),
+        }
         supervisor = Supervisor(
-            submission, store, store.write(record, state="starting", reason=None, handle=handle), LocalGang(submission)
+            submission,
+            store,
+            store.write(record, state="starting", reason=None, handle=handle),
+            LocalGang(submission),
         )
         (submission.home / "supervisor.pid").write_text(str(process.pid))
         supervisor.run()
@@ -223,7 +238,16 @@ def _is_there(record: JobRecord) -> bool:
 def _command(submission: Submission, rank: int, port: int, number: int) -> list[str]:
     return [
         *(sys.executable, "-m", "hf_cloudtrain.node", str(submission.home)),
-        *("--node-rank", str(rank), "--master-addr", HOST, "--master-port", str(port), "--start", str(number)),
+        *(
+            "--node-rank",
+            str(rank),
+            "--master-addr",
+            HOST,
+            "--master-port",
+            str(port),
+            "--start",
+            str(number),
+        ),
     ]
 
 
