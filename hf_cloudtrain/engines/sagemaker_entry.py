@@ -227,12 +227,12 @@ class Layout:
         submission = self._submission
         target = Path(submission.job.job_setting.workspace.mount_path)
         if not submission.has_workspace and target.is_dir() and any(target.iterdir()):
-            link(submission.workspace, target)  # the image has brought its own
+            _link(str(submission.workspace), target)  # the image has brought its own
             return
         submission.workspace.mkdir(parents=True, exist_ok=True)
         if submission.has_workspace:
             unpack(self._channel("cloudtrain") / _names()[0], submission.workspace)
-        link(target, submission.workspace)
+        _link(str(target), submission.workspace)
 
     def _checkpoints(self) -> None:
         folder = self._submission.job.checkpoint_dir
@@ -243,12 +243,11 @@ class Layout:
         # SageMaker has brought copies of our own records of uploads, too: none of them is the file that it was.
         for left in list(real.rglob(".cloudtrain")):
             shutil.rmtree(left, ignore_errors=True)
-        try:
-            link(Path(folder), real)
-        except FileExistsError:
-            logger.warning(
-                "%r has something in it already, so SageMaker does not keep it on S3; the run does.", folder
-            )
+        place = Path(folder)
+        if place.resolve() != real.resolve() and place.is_dir() and any(place.iterdir()):
+            logger.warning("%r holds something already, so SageMaker does not keep it; the run does.", folder)
+        else:
+            _link(folder, real)
 
     def _dataset(self) -> None:
         from hf_cloudtrain.downloader import is_whole
@@ -267,36 +266,34 @@ class Layout:
                 "Run the job again, or `cloudtrain data create` it anew."
             )
         logger.info("Dataset %r at %s.", data.name, data.mount_path)
-        link(Path(data.mount_path), folder)
+        _link(data.mount_path, folder)
 
     def _channel(self, name: str) -> Path:
         return self._root / "input/data" / name
 
 
-def link(path: Path, target: Path) -> None:
-    """Make a path lead to a folder. Raises FileExistsError where something is there."""
-    if path.resolve() == target.resolve():
-        return
-    if path.is_symlink():
-        path.unlink()
-    elif path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    elif path.exists():
-        raise FileExistsError(
-            f"{str(path)!r} has something in it already, from the image or the workspace. Name another mount path in the job."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(target)
+def _link(target: str, source: Path) -> None:
+    from hf_cloudtrain.mounts import Mount, link
+
+    link([Mount(source, target)])
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a workspace; nothing in it leads out of the folder."""
+    """Unpack a workspace. Links that lead out of it are left out: what they lead to is on another machine."""
     if not hasattr(tarfile, "data_filter"):
         raise RuntimeError(
             "This Python unpacks archives unsafely. Use 3.10.12, 3.11.4 or newer in the image."
         )
+
+    def inside(member: tarfile.TarInfo, place: str) -> tarfile.TarInfo | None:
+        try:
+            return tarfile.data_filter(member, place)
+        except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
+            logger.warning("%r leads out of the workspace and is left out.", member.name)
+            return None
+
     with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+        packed.extractall(folder, filter=inside)  # noqa: S202 - `inside` looks at each member
 
 
 def wait_for_name(host: str, patience: float = PATIENCE) -> None:
