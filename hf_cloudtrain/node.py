@@ -43,7 +43,8 @@ from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+"""SIGURG is for Slurm, which can only signal all processes of a node at once: others than us ignore it."""
 POLL = 0.1
 """Seconds between two looks at the command."""
 MARGIN = 5.0
