@@ -207,7 +207,9 @@ def _bubblewrap_words(
             words += ["--tmpfs", folder]
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
-            words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--dev-bind", path, path]
+            words += (
+                ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--dev-bind", path, path]
+            )
     for mount in mounts:
         words += ["--ro-bind" if mount.read_only else "--dev-bind", str(mount.source), mount.target]
     for folder in remade:
@@ -273,7 +275,9 @@ def _docker_mount(mount: Mount) -> str:
     fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
     fields += ["readonly"] if mount.read_only else []
     # The value is a line of CSV.
-    return ",".join('"' + field.replace('"', '""') + '"' if set(field) & set(',"') else field for field in fields)
+    return ",".join(
+        '"' + field.replace('"', '""') + '"' if set(field) & set(',"') else field for field in fields
+    )
 
 
 # --- Links -------------------------------------------------------------------------------------------------------------
