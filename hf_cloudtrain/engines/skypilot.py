@@ -25,7 +25,7 @@ from typing import Any, cast
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.engines import Seen, as_text
-from hf_cloudtrain.engines.skypilot_task import VERDICT, as_task, cluster_name, launch_words
+from hf_cloudtrain.engines.skypilot_task import VERDICT, as_task, cluster_name, launch_words, problems
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.job_record import OVER, JobRecord, JobStore, State
 from hf_cloudtrain.provenance import person
@@ -35,6 +35,7 @@ from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
 
+CANCELLED = "Stopped by `cloudtrain job cancel`."
 TASK = "task.yaml"
 LOOK = 120.0
 """Seconds for an answer of `sky`, which may have to start its API server first: that took 74 s."""
@@ -70,14 +71,16 @@ class SkypilotEngine:
 
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run there, before anything is started."""
-        as_task(submission)
+        if found := problems(submission):
+            raise ConfigurationError("\n".join(found))
         submission.plan.own_variables(os.environ)
         _executable()
 
     def show(self, submission: Submission) -> str:
-        """The task and the command."""
+        """The task and the command, with what is missing above them."""
+        comments = "".join(f"# Missing: {problem}\n" for problem in problems(submission))
         words = shlex.join(launch_words(submission, str(submission.home / TASK)))
-        return f"{as_text(as_task(submission))}---\n{words}\n"
+        return f"{comments}{as_text(as_task(submission))}---\n{words}\n"
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Hand the task to SkyPilot, which answers once it has accepted it.
@@ -111,17 +114,15 @@ class SkypilotEngine:
         return store.write(record, state="queued" if managed else "starting", handle=handle)
 
     def look(self, record: JobRecord) -> Seen | None:
-        """What SkyPilot says now; None where it does not answer, or knows nothing of the job yet."""
+        """What SkyPilot says now; None where it knows nothing of the job yet.
+
+        Raises:
+            ConfigurationError: it does not answer.
+        """
         if record.is_over or not record.handle:
             return None
-        try:
-            row = _row(record)
-        except CloudTrainError as error:
-            logger.warning("%s", error)
-            return None
-        if row is None:
-            return _forgotten(record)
-        return self._seen(record, row)
+        row = _row(record)
+        return _forgotten(record) if row is None else _seen(record, row)
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
         """Ask the run to save and stop, wait for that no longer than heartbeat and grace take, and end the job.
@@ -153,19 +154,6 @@ class SkypilotEngine:
             finally:
                 process.terminate()  # of the listening alone
 
-    def _seen(self, record: JobRecord, row: dict[str, Any]) -> Seen:
-        status = str(row.get("status"))
-        state: State = "failed" if status.startswith("FAILED") else STATES.get(status, record.state)
-        said = row.get("failure_reason") or row.get("details")
-        reason = None if said is None else redact(str(said))
-        if status == "RECOVERING":
-            reason = reason or "SkyPilot starts it again on another machine."
-        if record.state == "stopping":
-            return Seen("cancelled") if state in OVER else Seen("stopping")
-        if state == "finished":
-            return _verdict(record) or Seen("finished", reason)
-        return Seen(state, reason)
-
 
 # --- What SkyPilot says ------------------------------------------------------------------------------------------------
 
@@ -185,6 +173,20 @@ def _row(record: JobRecord) -> dict[str, Any] | None:
         )
         rows = [row for row in rows if number in (None, row.get("job_id"))]
     return max(rows, key=lambda row: row.get("job_id") or 0, default=None)
+
+
+def _seen(record: JobRecord, row: dict[str, Any]) -> Seen:
+    status = str(row.get("status"))
+    state: State = "failed" if status.startswith("FAILED") else STATES.get(status, record.state)
+    said = row.get("failure_reason") or row.get("details")
+    reason = None if said is None else redact(str(said))
+    if status == "RECOVERING":
+        reason = reason or "SkyPilot starts it again on another machine."
+    if record.state == "stopping":
+        return Seen("cancelled", CANCELLED) if state in OVER else Seen("stopping")
+    if state == "finished":
+        return _verdict(record) or Seen("finished", reason)
+    return Seen(state, reason)
 
 
 def _queue() -> list[dict[str, Any]]:
@@ -216,7 +218,7 @@ def _json(words: list[str], opens: str) -> Any:
 
 def _forgotten(record: JobRecord) -> Seen | None:
     if record.state == "stopping":
-        return Seen("cancelled")
+        return Seen("cancelled", CANCELLED)
     if record.handle["managed"]:
         return Seen("lost", "SkyPilot knows no such job any more.") if record.state != "queued" else None
     return Seen(
@@ -267,7 +269,7 @@ def _shown(line: str, nodes: int, node_rank: int | None) -> str | None:
     rank = int(match["rank"] or 0)
     if node_rank not in (None, rank):
         return None
-    return f"[{rank}] {match['text']}" if nodes > 1 else match["text"]
+    return f"[node {rank}] {match['text']}" if nodes > 1 else match["text"]
 
 
 def _stop_run(record: JobRecord, grace: float) -> None:

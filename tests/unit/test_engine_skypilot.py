@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.cli import app
 from hf_cloudtrain.engines import skypilot as module
 from hf_cloudtrain.engines.skypilot_task import accelerator, as_task, cluster_name, task_name
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job_record import JobStore
 from hf_cloudtrain.machine import Machine
+from hf_cloudtrain.storage import Storage
 from tests.fake_sky import DATA, GOLDEN, LAUNCHED, SKYPILOT, FakeSky, handed_over, job_text, submission_of
 
 
@@ -109,7 +114,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("lines", "run_url", "words"),
         [
-            ((), "/home/me/runs/x", "'/home/me/runs/x', on this machine"),
+            ((), "/home/me/runs/x", "'/home/me/runs/x' is on this machine"),
             ((), "file:///home/me/runs/x", "on this machine"),
             ((), "az://c/x", "AZURE_STORAGE_ACCOUNT_NAME"),
             (("vm: aws-24gb-v100-4g-us-east-1",), "s3://b/x", "only of 16 and 32 GB"),
@@ -126,8 +131,14 @@ class TestRefused:
 
     def test_a_dataset_of_a_store_on_this_machine(self) -> None:
         submission = submission_of(job_text("data: {name: mnli, mount_path: /data}"))
-        with pytest.raises(ConfigurationError, match=r"HF_CLOUDTRAIN_STORE is '/home/me/store'.*dataset"):
+        with pytest.raises(
+            ConfigurationError, match="'mnli' is in the store '/home/me/store', on this machine"
+        ):
             SKYPILOT.check(dataclasses.replace(submission, store="/home/me/store"))
+
+    def test_what_is_missing_is_shown_by_a_dry_run_that_goes_on(self) -> None:
+        shown = SKYPILOT.show(submission_of(job_text("vm: aws-24gb-v100-4g-us-east-1"), "/home/me/runs/x"))
+        assert [line[:11] for line in shown.splitlines()[:3]] == ["# Missing: ", "# Missing: ", "name: x-1"]
 
     def test_a_variable_that_the_shell_lacks(self) -> None:
         with pytest.raises(ConfigurationError, match="export TOKEN="):
@@ -181,9 +192,9 @@ class TestTalk:
         assert handed_over(store, sky).handle["job"] == 8
 
     def test_a_launch_that_fails_is_told_with_the_last_lines(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", "one\nNoCloudAccessError: run: sky check\n", code=1)
+        sky.says("launch", "token=hunter2\nNoCloudAccessError: run: sky check\n", code=1)
         with pytest.raises(
-            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1:\n.*\n.*sky check"
+            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1:\ntoken=\*\*\*\n.*sky check"
         ):
             handed_over(store, sky)
 
@@ -233,18 +244,18 @@ class TestTalk:
         sky.says("launch", LAUNCHED)
         record = store.write(handed_over(store, sky), state="stopping")
         sky.has({"job_id": 12, "status": status})
-        assert SKYPILOT.look(record) == module.Seen("cancelled")
+        assert SKYPILOT.look(record) == module.Seen("cancelled", "Stopped by `cloudtrain job cancel`.")
         sky.has({"job_id": 12, "status": "RUNNING"})
         assert SKYPILOT.look(record) == module.Seen("stopping")
 
-    def test_a_skypilot_that_does_not_answer_changes_nothing(
-        self, sky: FakeSky, store: JobStore, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_skypilot_that_does_not_answer_is_told(self, sky: FakeSky, store: JobStore) -> None:
         sky.says("launch", LAUNCHED)
         record = handed_over(store, sky)
         sky.says("queue", "Could not connect to the API server.\n", code=1)
-        assert SKYPILOT.look(record) is None
-        assert "Could not connect" in caplog.text
+        with pytest.raises(
+            ConfigurationError, match=r"`sky jobs queue` ended with exit code 1:\nCould not connect"
+        ):
+            SKYPILOT.look(record)
 
     def test_a_cluster_that_is_gone_leaves_the_run_to_say_how_it_ended(
         self, sky: FakeSky, store: JobStore
@@ -271,10 +282,10 @@ class TestTalk:
         )
         assert list(SKYPILOT.lines(record, None, follow=False)) == [
             "├── Waiting for task resources",
-            "[0] loss 1.5",
-            "[1] (x) ready",
+            "[node 0] loss 1.5",
+            "[node 1] (x) ready",
         ]
-        assert list(SKYPILOT.lines(record, 1, follow=False)) == ["[1] (x) ready"]
+        assert list(SKYPILOT.lines(record, 1, follow=False)) == ["[node 1] (x) ready"]
         assert sky.calls[-1] == "jobs logs 12 --no-follow --tail 0"
         list(SKYPILOT.lines(record, None, follow=True))
         assert sky.calls[-1] == "jobs logs 12 --follow --tail 0"
@@ -291,3 +302,60 @@ class TestTalk:
         SKYPILOT.cancel(dataclasses.replace(record, run_url=str(tmp_path / "run")), store)
         assert store.read("x-1").state == "stopping"
         assert sky.calls[-1] == words
+
+    @pytest.mark.parametrize("obeys", [True, False])
+    def test_cancel_lets_the_run_save_first_and_insists_after_its_grace(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
+    ) -> None:
+        monkeypatch.setattr(module, "MARGIN", 0.3)
+        monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "60" if obeys else "0.1")
+        sky.says("launch", LAUNCHED)
+        record = handed_over(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
+        record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
+        catalog = Catalog(Storage(record.run_url))
+        attempt = catalog.begin_attempt(0.0, 0, None, {}).number
+        catalog.write_progress(attempt, {"state": "training"})
+        calls_before_it_ended: list[str] = []
+
+        def look(seconds: float) -> None:
+            if obeys and catalog.stop_requested(attempt):
+                calls_before_it_ended.extend(sky.calls)
+                catalog.write_progress(attempt, {"state": "stopped"})
+            assert time.monotonic() < deadline
+
+        deadline = time.monotonic() + 20
+        monkeypatch.setattr(module.time, "sleep", look)
+        SKYPILOT.cancel(record, store)
+        assert catalog.stop_requested(attempt)
+        assert sky.calls[-1] == "jobs cancel -y 12"
+        assert not any(call.startswith("jobs cancel") for call in calls_before_it_ended)
+        assert bool(calls_before_it_ended) is obeys
+
+
+def test_a_job_goes_through_the_command_line(
+    sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cloudtrain(*words: str) -> str:
+        result = CliRunner().invoke(app, ["job", *words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text("print(1)\n")
+    file = tmp_path / "job.yml"
+    file.write_bytes(
+        job_text("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8", "run_url: s3://bucket/x")
+    )
+    words = ("run", "-f", str(file), "-d", str(tmp_path / "code"), "--engine", "skypilot")
+    assert "x-1 by the engine skypilot: 2 nodes of 4 processes" in cloudtrain(*words, "--dry-run")
+    assert not (sky.folder / "calls").exists()
+    sky.says("launch", LAUNCHED)
+    cloudtrain(*words)
+    sky.has({"job_id": 12, "status": "RECOVERING"})
+    (job,) = json.loads(cloudtrain("list", "--json"))["jobs"]
+    assert (job["id"], job["state"], job["nodes"], job["nproc_per_node"]) == ("x-1", "starting", 2, 4)
+    assert "starts it again" in job["reason"]
+    assert (Path(job["home"]) / "workspace" / "train.py").exists()
+    sky.says("logs", "(worker1, rank=1, pid=1, ip=10.0.0.5) hello\n")
+    assert cloudtrain("logs", "x") == "[node 1] hello\n"
