@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.storage import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 
@@ -265,3 +266,17 @@ def test_a_job_that_nobody_knows_has_a_nearest_name(desk: Desk) -> None:
     desk.run("--wait", code=1)
     assert "The nearest is 'toy-1'" in desk.call("job", "status", "toy-2", code=1).stderr
     assert "is over: failed" in desk.call("job", "cancel", "toy", code=1).stderr
+
+
+def test_the_job_of_the_first_page_is_the_one_beside_the_example_and_runs(desk: Desk) -> None:
+    """With fewer steps; no line of it is for this machine alone."""
+    page = (REPOSITORY / "README.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    whole = (REPOSITORY / "examples" / "glue" / "job.yml").read_text()
+    mine, example = (parse_job(text.encode()) for text in (shown, whole))
+    assert mine == example.model_copy(update={"experiment": None})
+    desk.file.write_text(whole.replace("--max_steps 600", "--max_steps 20 --save_steps 10"))
+    desk.call("job", "run", "-f", str(desk.file), "-d", str(REPOSITORY / "examples" / "glue"), "--wait")
+    assert desk.status("glue")["run"]["step"] == 20
+    assert desk.record("glue").nproc_per_node == 2
+    assert not (REPOSITORY / "examples" / "glue" / "ckpt").exists()
