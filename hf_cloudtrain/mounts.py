@@ -131,7 +131,7 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
 def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None:
     try:
         mode = os.lstat(place).st_mode
-        held = not stat.S_ISDIR(mode) or any(os.scandir(place))
+        held = not stat.S_ISDIR(mode) or bool(os.listdir(place))
     except (FileNotFoundError, NotADirectoryError):
         return
     except PermissionError:

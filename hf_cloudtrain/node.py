@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import platform
-import shlex
 import posixpath
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,7 +43,8 @@ from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+"""SIGURG is for Slurm, which can only signal all processes of a node at once: others than us ignore it."""
 POLL = 0.1
 """Seconds between two looks at the command."""
 MARGIN = 5.0
@@ -338,9 +339,11 @@ def terminate(pid: int) -> None:
     `tee` and its like would end at once, and take the output of the training with them.
     """
     family = _family(pid)
-    listening = [process for process in family[1:] if _catches(process.pid, signal.SIGTERM)]
-    listening = [process for process in listening if process.name() not in ("bash", "sh", "dash")]
-    for process in listening or family:
+    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
+    # The shell itself listens, for what comes after its command.
+    if all(process.pid == pid for process in listening):
+        listening = family
+    for process in listening:
         try:
             process.send_signal(signal.SIGTERM)
         except psutil.NoSuchProcess:

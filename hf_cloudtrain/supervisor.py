@@ -16,7 +16,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -76,17 +76,26 @@ class Supervisor:
         store: where the record is.
         record: of the job, as it is now.
         gang: its nodes.
+        review: an engine's own word on what becomes of the job after a start; None: what is judged here.
 
     Example:
         >>> Supervisor(submission, store, record, LocalGang(submission)).run().state
         'finished'
     """
 
-    def __init__(self, submission: Submission, store: JobStore, record: JobRecord, gang: Gang) -> None:
+    def __init__(
+        self,
+        submission: Submission,
+        store: JobStore,
+        record: JobRecord,
+        gang: Gang,
+        review: Callable[[Verdict], Verdict] | None = None,
+    ) -> None:
         self._submission = submission
         self._store = store
         self._record = record
         self._gang = gang
+        self._review = review or (lambda verdict: verdict)
         self._told: str | None = None
         """What it was told to stop by: "cancelled", or the name of a signal."""
         self._told_at = 0.0
@@ -106,6 +115,7 @@ class Supervisor:
                 verdict = self._start_once()
                 if verdict.state is None and self._is_told():
                     verdict = dataclasses.replace(verdict, state=self._told_state())
+                verdict = self._review(verdict)
                 restarts = self._record.restarts + (verdict.is_crash and verdict.state is None)
                 self._show(state=verdict.state or "starting", reason=verdict.reason, restarts=restarts)
                 if verdict.state is not None:
@@ -259,7 +269,7 @@ def judge(
     problems = [str(node["problem"]) for node in nodes if node.get("problem")]
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
-    if not any(codes):
+    if all(code == 0 for code in codes):
         return Verdict(
             "failed",
             "failed",

@@ -218,6 +218,7 @@ def test_a_signal_to_the_supervisor_leaves_a_job_that_can_be_resumed(
         ),
         ([PREEMPTED, None], (75, 1), None, None, "preempted", "SIGTERM"),
         ([None, None], (None, 1), None, None, "failed", "Node 0 was lost."),
+        ([None, None], (None, 0), None, None, "failed", "Node 0 was lost."),
         ([None, None], (1, 75), None, None, "failed", "node 0 ended with exit code 1"),
         ([None, {"outcome": "failed", "reason": "CUDA"}], (75, 1), None, None, "failed", "exit code 1: CUDA"),
     ],
