@@ -151,6 +151,7 @@ class Supervisor:
             codes, failure = self._watch(known), None
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
+        self._is_told()  # cancelled, it may be, while it was told to stop by a signal
         verdict = judge(self._submission, number, codes, self._told, failure)
         self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
@@ -197,7 +198,7 @@ class Supervisor:
                 self._show(state="running", reason=None)
 
     def _is_told(self) -> bool:
-        if self._told is None:
+        if self._told != "cancelled":
             try:
                 if self._store.is_cancelled(self._record.id):
                     self._tell("cancelled")
@@ -206,7 +207,9 @@ class Supervisor:
         return self._told is not None
 
     def _tell(self, by: str) -> None:
-        self._told, self._told_at = by, time.monotonic()
+        if self._told is None:
+            self._told_at = time.monotonic()
+        self._told = by
         self._wake.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
