@@ -23,6 +23,7 @@ from hf_cloudtrain.cli._output import (
     time_text,
 )
 from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.run_state import number, run_state, state_of
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-ALIVE = ("started", "training")
-"""States of an attempt that has not said how it ended."""
 RUNS_AT_ONCE = 16
 """Runs looked at at once: they wait for answers."""
 
@@ -164,11 +163,6 @@ class _Below(Storage):
         return [ObjectInfo(info.path[skip:], info.size) for info in found]
 
 
-def quiet_seconds() -> float:
-    """Seconds without a heartbeat after which a run counts as killed: four heartbeats, and at least a minute."""
-    return max(60.0, 4 * env.heartbeat())
-
-
 def _run_record(storage: Storage, name: str) -> dict[str, Any]:
     """What is known of one run without reading its steps: two listings and two small records."""
     record: dict[str, Any] = {"run_url": storage.url, "name": name, "damaged": None}
@@ -182,21 +176,16 @@ _RUN_FACTS = ("state", "attempts", "step", "total_steps", "checkpoints", "newest
 
 
 def _run_facts(catalog: Catalog) -> dict[str, Any]:
-    numbers, keys = catalog.attempt_numbers(), catalog.checkpoints()
-    progress = (catalog.read_progress(numbers[-1]) if numbers else None) or {}
-    last_seen = _number(progress.get("time"))
-    if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
-        last_seen = max((attempt.started for attempt in catalog.attempts()), default=None)
-    step, total_steps = _number(progress.get("step")), _number(progress.get("total_steps"))
+    now = run_state(catalog)
     values = (
-        _state(str(progress.get("state", "started")), last_seen or 0.0),
-        len(numbers),
-        None if step is None else int(step),
-        None if total_steps is None else int(total_steps),
-        len(keys),
-        str(keys[-1]) if keys else None,
-        _number((catalog.run_facts() or {}).get("created")),
-        last_seen,
+        now.state,
+        now.attempts,
+        now.step,
+        now.total_steps,
+        now.checkpoints,
+        now.last_committed,
+        number((catalog.run_facts() or {}).get("created")),
+        now.last_seen,
     )
     return dict(zip(_RUN_FACTS, values, strict=True))
 
@@ -213,21 +202,12 @@ def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _state(recorded: str, last_seen: float, *, newest: bool = True) -> str:
-    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
-    if recorded not in ALIVE:
-        return recorded
-    if not newest:
-        return "killed"
-    return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
-
-
 def _status_record(history: History) -> dict[str, Any]:
     attempts = _attempt_records(history.attempts)
     newest, progress = history.attempts[-1], history.attempts[-1].progress
     committed = max((key for info in history.attempts for key in info.checkpoints), default=None)
     state = attempts[-1]["state"]
-    total_steps = _number(progress.get("total_steps"))
+    total_steps = number(progress.get("total_steps"))
     rates = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
     return {
         "run_url": history.run_url,
@@ -235,8 +215,8 @@ def _status_record(history: History) -> dict[str, Any]:
         "attempt": newest.number,
         "step": newest.last_step,
         "total_steps": None if total_steps is None else int(total_steps),
-        **{name: _number(progress.get(name)) for name in rates},
-        "eta_seconds": _number(progress.get("eta_seconds")) if state == "training" else None,
+        **{name: number(progress.get(name)) for name in rates},
+        "eta_seconds": number(progress.get("eta_seconds")) if state == "training" else None,
         "goodput": history.goodput,
         "last_committed": None if committed is None else str(committed),
         "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
@@ -253,7 +233,7 @@ def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
     return [
         {
             "number": info.number,
-            "state": _state(info.state, info.last_seen, newest=info is attempts[-1]),
+            "state": state_of(info.state, info.last_seen, newest=info is attempts[-1]),
             "started": info.started,
             "last_seen": info.last_seen,
             "first_step": info.first_step,
@@ -316,10 +296,3 @@ def _rate(record: dict[str, Any]) -> str | None:
         record["tokens_per_second"] and f"{record['tokens_per_second']:.4g} tokens/s",
     ]
     return ", ".join(part for part in parts if part) or None
-
-
-def _number(value: Any) -> float | None:
-    """A number of a record that nobody vouches for; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e15 else None  # which no NaN is
