@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import READS_AT_ONCE, Attempt, Catalog, CheckpointKey
@@ -148,8 +148,8 @@ def history_of(catalog: Catalog) -> History:
         progress = heartbeats[attempt.number] or {}
         info = AttemptInfo(
             number=attempt.number,
-            started=attempt.started,
-            last_seen=max(attempt.started, _float(progress.get("time"))),
+            started=(started := _float(attempt.started)),
+            last_seen=max(started, _float(progress.get("time"))),
             state=str(progress.get("state", "started")),
             first_step=attempt.global_step,
             last_step=max(attempt.global_step, int(_float(progress.get("step")))),
@@ -217,7 +217,7 @@ def _add_records(
             _add_pause(info, record)
         elif record.get("kind") == "commit":
             _add_commit(history, record)
-        elif record.get("kind") == "log" and isinstance(record.get("step"), int):
+        elif record.get("kind") == "log" and _is_step(record.get("step")):
             kept = {key: value for key, value in record.items() if key != "kind"}
             kept = {**kept, "time": _float(kept.get("time")), "attempt": info.number}
             clock.anchor(record["step"], kept["time"])
@@ -237,7 +237,7 @@ def _add_records(
 def _add_pause(info: AttemptInfo, record: dict[str, Any]) -> None:
     why, step = record.get("why"), record.get("step")
     began, seconds = _float(record.get("time")), _float(record.get("seconds"))
-    if isinstance(step, int) and began > 0 and seconds > 0:
+    if _is_step(step) and began > 0 and seconds > 0:
         known = why if isinstance(why, str) and why in ("start", "evaluation", "save") else "pause"
         info.stretches.append(Stretch(known, step, began, seconds))
 
@@ -306,7 +306,7 @@ def _add_steps(
     history: History, info: AttemptInfo, limit: float, scale: float, record: dict[str, Any], clock: _Clock
 ) -> None:
     first, seconds = record.get("first"), record.get("seconds")
-    if not isinstance(first, int) or not isinstance(seconds, list):
+    if not _is_step(first) or not isinstance(seconds, list):
         return
     for offset, duration in enumerate(map(_float, seconds)):
         step = first + offset
@@ -323,6 +323,10 @@ def _add_steps(
             info.redone_steps += 1
             info.redone_seconds += duration
             history.redone_step_seconds.append((info.number, step, duration))
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _float(value: Any) -> float:

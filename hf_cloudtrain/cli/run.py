@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ from hf_cloudtrain.backends import ObjectInfo
 from hf_cloudtrain.catalog import Catalog, run_urls
 from hf_cloudtrain.cli._arguments import Json, RunUrl, examples, open_catalog, refuse_no_run
 from hf_cloudtrain.cli._output import (
+    clean as clean_text,
+)
+from hf_cloudtrain.cli._output import (
     confirm,
     duration_text,
     fail,
@@ -20,6 +24,7 @@ from hf_cloudtrain.cli._output import (
     say,
     show_facts,
     show_table,
+    size_text,
     time_text,
 )
 from hf_cloudtrain.errors import ManifestError
@@ -110,6 +115,26 @@ def stop(
         print_json(standing.record())
     if trouble is not None:
         fail(trouble)
+
+
+@app.command(epilog=examples("cloudtrain run report s3://bucket/runs/mrpc -o report.html"))
+def report(
+    run_url: RunUrl,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
+    ] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write a page that shows a run. One HTML file with its curves, attempts, uploads, lost work and checkpoints."""
+    from hf_cloudtrain.cli._report import Report
+
+    page = Report(open_catalog(run_url))
+    size = page.write(output)
+    if as_json:
+        print_json({"run_url": page.history.run_url, "path": str(output.absolute()), "size": size})
+    else:
+        say(f"Wrote {size_text(size)}: open it with any browser.")
+        typer.echo(clean_text(output))
 
 
 @app.command(
