@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +10,9 @@ from safetensors.torch import load_file
 
 from hf_cloudtrain import jobs
 from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.job import read_job
 from hf_cloudtrain.job_record import JobRecord
 from hf_cloudtrain.storage import Storage
-from tests.integration._jobs import REPOSITORY, Desk, python, value_after
+from tests.integration._jobs import REPOSITORY, Desk, python
 from tests.slurm_cluster import SlurmCluster
 
 SECRET = "sesame-2c9e"
