@@ -58,14 +58,6 @@ trap '[ -z "$stopped" ] || exit 75' DEBUG
 """
 """Before a command: bash waits for what the signal is meant for, and does not begin anything after it."""
 
-FORWARD = """\
-trap '[ "$told" ] || { told=1; kill -TERM 0; }' TERM
-"$@" & child=$!
-wait $child; code=$?
-while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
-exit $code
-"""
-"""First process of a container, which alone gets docker's signal: hands it on to all of the command."""
 HANDED_ON = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
 """Variables of the machine that a container gets besides the job's: its PATH and HOME are the image's."""
 
@@ -279,9 +271,8 @@ def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], comm
     image = submission.job.job_setting.docker.image
     if image is not None and has_docker():
         names = [name for name in os.environ if name.startswith(HANDED_ON)]
-        forwarding = ["bash", "-c", FORWARD, "bash", *command]
         return docker_words(
-            image, mounts, forwarding, {*names, *CONTRACT, *submission.plan.variables}, submission.home
+            image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
         )
     return words(mounts, command)
 
