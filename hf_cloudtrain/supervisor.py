@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
 from hf_cloudtrain.outcome import read_end
@@ -40,6 +42,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a restart: doubled while starts make no step."""
 IDLE_STARTS = 3
 """Starts in a row that are told to stop before their first step; then the job is not started again."""
+HINTS = {
+    r"EADDRINUSE|[Aa]ddress already in use": (
+        "A port is taken. MASTER_PORT in the environment is a free one: let the command use it, as `torchrun` without "
+        "options does."
+    ),
+    r"No space left on device": "A disk is full.",
+    r"OutOfMemoryError|out of memory": "The memory did not suffice.",
+}
+"""What is said after a crash, by what is in the last lines of the log."""
 
 
 class Gang(Protocol):
@@ -140,6 +151,7 @@ class Supervisor:
             codes, failure = self._watch(known), None
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
+        self._is_told()  # cancelled, it may be, while it was told to stop by a signal
         verdict = judge(self._submission, number, codes, self._told, failure)
         self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
@@ -186,7 +198,7 @@ class Supervisor:
                 self._show(state="running", reason=None)
 
     def _is_told(self) -> bool:
-        if self._told is None:
+        if self._told != "cancelled":
             try:
                 if self._store.is_cancelled(self._record.id):
                     self._tell("cancelled")
@@ -195,7 +207,9 @@ class Supervisor:
         return self._told is not None
 
     def _tell(self, by: str) -> None:
-        self._told, self._told_at = by, time.monotonic()
+        if self._told is None:
+            self._told_at = time.monotonic()
+        self._told = by
         self._wake.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -275,12 +289,14 @@ def judge(
             "failed",
             "The command ended with exit code 0 and trained nothing: no CloudTrainCallback, TrainLoop or init() has begun.",
         )
-    return Verdict(None, "failed", _crash(by_outcome, codes, commands), is_crash=True)
+    rank, how = _crash(by_outcome, codes, commands)
+    return Verdict(None, "failed", f"{how}{_hint(submission, rank)}", is_crash=True)
 
 
 def _crash(
     by_outcome: dict[str, dict[str, Any]], codes: Sequence[int | None], commands: Sequence[int | None]
-) -> str:
+) -> tuple[int, str]:
+    """The node that crashed first to be named, and how."""
     said = by_outcome.get("failed", {}).get("reason")
     rank, code = next(
         ((rank, command if command is not None else code)
@@ -293,7 +309,13 @@ def _crash(
         how = f"The command of node {rank} was ended by {_signal_name(-code)}"
     else:
         how = f"The command of node {rank} ended with exit code {code}"
-    return f"{how}: {said}" if said else f"{how}."
+    return rank, f"{how}: {said}" if said else f"{how}."
+
+
+def _hint(submission: Submission, rank: int) -> str:
+    """What the last lines of a node tell whoever knows them."""
+    said = "\n".join(last_lines(submission.node_log(rank), 60))
+    return next((f" {advice}" for pattern, advice in HINTS.items() if re.search(pattern, said)), "")
 
 
 def _signal_name(number: int) -> str:

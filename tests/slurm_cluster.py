@@ -140,6 +140,17 @@ class SlurmCluster:
         """Numbers of the jobs that wait, run or end."""
         return self.run("squeue", "-h", "-o", "%A").split()
 
+    def cancel_all_below(self, folder: Path) -> None:
+        """End what a test has left, and wait for it."""
+        lines = [line.split(" ", 1) for line in self.run("squeue", "-h", "-o", "%A %Z").splitlines()]
+        numbers = [number for number, below in lines if below.startswith(str(folder))]
+        if numbers:
+            self.run("scancel", "--signal=KILL", "--full", *numbers)
+            self.run("scancel", *numbers)
+        deadline = time.monotonic() + STOP_SECONDS
+        while set(numbers) & set(self.jobs()) and time.monotonic() < deadline:
+            time.sleep(POLL)
+
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:
         """The controller does not run; jobs do."""
@@ -196,7 +207,7 @@ class SlurmCluster:
             folder=self.folder,
             ports=(free_port(), first, second),
             controller=",".join([*controller, "idle_on_node_suspend"]),
-            cred_expire=2,
+            cred_expire=5,
             kill_wait=KILL_WAIT,
             min_job_age=self._min_job_age,
             cpus=CPUS,

@@ -38,6 +38,7 @@ ROWS = (
         "position",
         "schedule",
         "history",
+        "run_state",
         "step_tracker",
         "sampler",
         "data_position",

@@ -47,7 +47,7 @@ from hf_cloudtrain.engines.sagemaker_request import (
     request,
     warnings,
 )
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, JobFileError
 from hf_cloudtrain.job_record import JobRecord, JobStore, State
 from hf_cloudtrain.manifest import Manifest
 from hf_cloudtrain.redaction import redact, secrets_of_environment
@@ -96,7 +96,7 @@ class SagemakerEngine:
         """Refuse what SageMaker would refuse, all at once; asks nobody but this machine."""
         found = [*problems(submission), *_problems_here(submission)]
         if found:
-            raise ConfigurationError("\n".join(found))
+            raise JobFileError("\n".join(found))
 
     def show(self, submission: Submission) -> str:
         """The request, with what is missing and what to know above it."""

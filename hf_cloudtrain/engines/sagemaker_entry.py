@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # imported late: until the handler is there, a SIGTERM would 
     from hf_cloudtrain.submission import Submission
     from hf_cloudtrain.supervisor import Verdict
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_cloudtrain.engines.sagemaker_entry")  # as a program its name is another
 
 ROOT = Path("/opt/ml")
 PORT = 7777
@@ -44,13 +44,14 @@ MAX_FAILURE = 1024
 """Bytes of the failure that DescribeTrainingJob shows."""
 PATIENCE = 300.0
 """Seconds for the name of node 0 to be known. SageMaker says that names may come later than containers."""
-PAUSE = 1.0
-"""Seconds before a command that crashed is started again."""
+PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before a command that crashed is started again: doubled each time."""
 
 
 def main(root: Path = ROOT) -> int:
     """Run this container's part of the job; gives its exit code."""
-    logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s", stream=sys.stdout)
+    logging.basicConfig(format="cloudtrain: %(message)s", stream=sys.stdout)
+    logging.getLogger("hf_cloudtrain").setLevel(logging.INFO)
     # The first process of a container has no default for signals: without a handler they do nothing at all.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
@@ -58,11 +59,12 @@ def main(root: Path = ROOT) -> int:
         state, reason, code = Container(root).run()
     except _Left:
         state, reason, code = "preempted", "Stopped while no command ran.", 75
-    except Exception as error:  # whatever it is, SageMaker is to show it
-        logger.error("%s", error, exc_info=not _is_ours(error))
+    except Exception as error:
+        if not _is_ours(error):
+            logger.exception("This was not expected.")
         state, reason, code = "failed", str(error) or type(error).__name__, 1
     if code != 0:
-        logger.error("The job %s: %s", state, reason)
+        logger.error("%s: %s", state.capitalize(), reason)
         with contextlib.suppress(OSError):
             write_failure(root, f"{state}: {reason}")
     return code
@@ -166,7 +168,7 @@ class Container:
             if not verdict.is_crash or len(self.hosts) > 1 or start > submission.job.max_restarts:
                 return verdict
             logger.warning("%s The command is started again.", verdict.reason)
-            time.sleep(PAUSE)
+            time.sleep(min(PAUSE * 2 ** (start - 1), LONGEST_PAUSE))
             start += 1
 
     def _start(self, submission: Submission, start: int) -> Verdict:
@@ -188,8 +190,12 @@ class Container:
             wrap=lambda _, mounts, command: command,
         )
         codes = [status if other == rank else 0 for other in range(len(self.hosts))]
-        ended = read_end(submission.node_file(rank, start)) or {}
-        return judge(submission, start, codes, "SageMaker" if ended.get("stopped") else None)
+        stopped = (read_end(submission.node_file(rank, start)) or {}).get("stopped")
+        verdict = judge(submission, start, codes, "SageMaker" if stopped else None)
+        if stopped and rank > 0 and verdict.state == "preempted":
+            # What was saved is known on the node of rank 0.
+            return dataclasses.replace(verdict, reason="Stopped by SageMaker. Node 0 says what was saved.")
+        return verdict
 
     def _keep_records(self, submission: Submission) -> None:
         """What the node wrote of its end, to where SageMaker uploads it from."""
@@ -312,9 +318,12 @@ def wait_for_name(host: str, patience: float = PATIENCE) -> None:
 
 def write_failure(root: Path, text: str) -> None:
     """Say why, where SageMaker reads it."""
+    from hf_cloudtrain.redaction import redact, secrets_of_environment
+
     (root / "output").mkdir(parents=True, exist_ok=True)
+    shown = redact(text, secrets_of_environment())
     # Cut between two characters.
-    whole = text.encode()[:MAX_FAILURE].decode(errors="ignore")
+    whole = shown.encode()[:MAX_FAILURE].decode(errors="ignore")
     (root / "output/failure").write_text(whole, encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from hf_cloudtrain.engines.sagemaker_request import (
     request,
     training_job_name,
 )
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, JobFileError
 from hf_cloudtrain.job import parse_job, read_job
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.manifest import FileEntry, Manifest, Position
@@ -147,6 +147,7 @@ def test_what_is_missing_is_refused_all_at_once(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigurationError) as error:
         ENGINE.check(periflow("glue"))
     text = str(error.value)
+    assert isinstance(error.value, JobFileError)  # the command line tells each on a line of its own
     for part in ("no role", "not in ECR", "not on S3", "AWS_DEFAULT_REGION", "no AWS credentials"):
         assert part in text
     monkeypatch.setenv("WANDB_API_KEY", "secret-value")
