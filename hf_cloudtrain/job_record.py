@@ -109,10 +109,8 @@ class JobStore:
 
     def create(self, name: str, **facts: Any) -> JobRecord:
         """Take the next number of a name. Facts are those of `JobRecord`; a missing run URL is one below the store."""
-        number = max((number for other, number in map(_split, self.ids()) if other == name), default=0)
         while True:
-            number += 1
-            job_id = f"{name}-{number}"
+            job_id = self.next_id(name)
             run_url = facts.get("run_url") or self.below("runs", job_id)
             record = JobRecord(
                 id=job_id,
@@ -124,6 +122,11 @@ class JobStore:
             )
             if self.storage.create(_path(job_id), _encode(record)):
                 return record
+
+    def next_id(self, name: str) -> str:
+        """The id that the next job of a name gets."""
+        numbers = [number for other, number in map(_split, self.ids()) if other == name]
+        return f"{name}-{max(numbers, default=0) + 1}"
 
     def ids(self) -> list[str]:
         """Every job, by name and number."""
@@ -174,6 +177,10 @@ class JobStore:
         except FileNotFoundError:
             return False
         return True
+
+    def forget_cancel(self, job_id: str) -> None:
+        """The job may go on."""
+        self.storage.delete([f"cancelled/{job_id}"])
 
     def home(self, job_id: str) -> Path:
         """Folder of a job on this machine."""

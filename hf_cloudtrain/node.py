@@ -1,1 +1,433 @@
-"""What happens on each node of a job, on every engine: data, checkpoint, mounts, command, signals, outcome."""
+"""What happens on each node of a job, the same on every engine.
+
+    python -m hf_cloudtrain.node HOME --node-rank 0 --master-addr localhost --master-port 29500 --start 1
+
+    dataset -> newest checkpoint -> mounts -> setup -> command -> outcome
+
+The job's own variables are in the environment already. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C stop the command with the
+job's grace; whatever it has started is gone when this process ends. The exit code is 0 after a training that finished,
+75 after one that was saved and stopped, and else 1; `Submission.node_file` says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import platform
+import posixpath
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from hf_cloudtrain import env
+from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.data_cache import alone
+from hf_cloudtrain.datasets import DatasetStore
+from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.in_place import InPlaceCheckpointer
+from hf_cloudtrain.mounts import Mount, docker_words, has_docker, words
+from hf_cloudtrain.outcome import read_end
+from hf_cloudtrain.plan import CONTRACT
+from hf_cloudtrain.submission import Submission
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+"""SIGURG is for Slurm, which can only signal all processes of a node at once: others than us ignore it."""
+POLL = 0.1
+"""Seconds between two looks at the command."""
+MARGIN = 5.0
+"""Seconds beyond the grace: torchrun ends its workers when the grace is over, and must end itself."""
+BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
+"""Files of a `Trainer`'s and a `TrainLoop`'s checkpoint, which is a folder of its own below the checkpoint folder."""
+SHELL = """\
+trap 'stopped=1' TERM INT USR1 USR2
+trap '[ -z "$stopped" ] || exit 75' DEBUG
+"""
+"""Before a command: bash waits for what the signal is meant for, and does not begin anything after it."""
+
+HANDED_ON = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
+"""Variables of the machine that a container gets besides the job's: its PATH and HOME are the image's."""
+
+Wrap = Callable[[Submission, Sequence[Mount], list[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a node's part of one start ended."""
+
+    exit_code: int | None
+    """Of the command; negative: a signal. None where it was not started."""
+    outcome: str | None
+    """What the script said in its exit file."""
+    problem: str | None = None
+    """Why the command could not be started."""
+    stopped: bool = False
+    """Whether the node was told to stop."""
+
+    @property
+    def status(self) -> int:
+        """Exit code of the node."""
+        if self.outcome == "finished" or (self.outcome is None and self.exit_code == 0 and not self.stopped):
+            return 0
+        if self.outcome in ("preempted", "stopped") or (self.stopped and self.outcome is None):
+            return PreemptedExit.CODE
+        return 1
+
+
+class Node:
+    """One node of one start of a job. Arguments as `run_node`."""
+
+    def __init__(
+        self,
+        submission: Submission,
+        node_rank: int,
+        master_addr: str,
+        master_port: int,
+        start: int,
+        wrap: Wrap,
+    ) -> None:
+        self._submission = submission
+        self._rank = node_rank
+        self._address = (master_addr, master_port)
+        self._start = start
+        self._wrap = wrap
+        self._stopped_at: float | None = None
+        self._running = False
+        self._parent = os.getppid()
+        self._heard: set[int] = set()
+
+    def run(self) -> Ending:
+        """Everything, from the dataset to the outcome."""
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(variable, None)  # of whatever has started us: we are no rank
+        adopt_orphans()
+        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        try:
+            exit_code = self._work()
+            ending = Ending(exit_code, self._outcome(), stopped=self._stopped_at is not None)
+        except _Stopped:
+            ending = Ending(None, None, stopped=True)
+        except (CloudTrainError, OSError) as error:
+            logger.error("%s", error)
+            ending = Ending(None, None, problem=str(error), stopped=self._stopped_at is not None)
+        finally:
+            self._running = True  # nothing is interrupted any more
+            kill_children()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self._record(ending)
+        return ending
+
+    def _work(self) -> int:
+        submission = self._submission
+        exit_file = submission.exit_file(self._rank, self._start)
+        exit_file.parent.mkdir(parents=True, exist_ok=True)
+        exit_file.unlink(missing_ok=True)
+        mounts = list(self._mounts())
+        environment = {**os.environ, **self._contract(exit_file), **self._restore()}
+        command = submission.job.command
+        folder = submission.job.job_setting.workspace.mount_path
+        if not any(mount.target == folder for mount in mounts):
+            folder = str(submission.workspace)
+        if command.setup is not None:
+            self._set_up(command.setup, mounts, folder, environment)
+        return self._call(command.run, mounts, folder, environment)
+
+    def _contract(self, exit_file: Path) -> dict[str, str]:
+        address, port = self._address
+        return self._submission.plan.environment(
+            self._rank,
+            master_addr=address,
+            master_port=port,
+            run_url=self._submission.run_url,
+            exit_file=str(exit_file),
+            shell=os.environ,
+        )
+
+    def _mounts(self) -> list[Mount]:
+        return [*folder_mounts(self._submission), *self._data()]
+
+    def _data(self) -> list[Mount]:
+        data = self._submission.job.data
+        if data is None:
+            return []
+        store = DatasetStore(self._submission.store)
+        name = data.name.partition("@")[0]
+        dataset = store.find(name, self._submission.dataset_version)
+        logger.info("Dataset %s at %s.", dataset, data.mount_path)
+        return [Mount(store.local_copy(dataset), data.mount_path, read_only=True)]
+
+    def _restore(self) -> dict[str, str]:
+        """Put the newest checkpoint where the script expects it, and what to tell the script of that."""
+        folder = real_checkpoint_dir(self._submission)
+        if folder is None:
+            return {}
+        chosen = self._submission.home / "nodes" / f"restored-{self._start}"
+        with alone(self._submission.home / "restore.lock", "restores the checkpoint"):
+            key = restore(self._submission.run_url, folder, chosen)
+        return {env.RESTORED_CHECKPOINT: str(key)} if key else {}
+
+    def _set_up(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> None:
+        """Once on each machine and start, whatever number of nodes it stands for."""
+        done = self._submission.home / f"setup-{platform.node()}"
+        with alone(done.with_suffix(".lock"), "prepares this machine"):
+            if done.exists() and done.read_text() == str(self._start):
+                return
+            code = self._call(text, mounts, folder, environment)
+            if self._stopped_at is not None:
+                raise _Stopped
+            if code != 0:
+                raise CloudTrainError(f"The setup of the job ended with exit code {code}.")
+            done.write_text(str(self._start))
+
+    def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:
+        if self._stopped_at is not None:
+            raise _Stopped
+        bash = ["bash", "-c", f"cd -- {shlex.quote(folder)} || exit 1\n{SHELL}{text}\n"]
+        process = subprocess.Popen(
+            self._wrap(self._submission, mounts, bash), env=environment, stdin=subprocess.DEVNULL
+        )
+        self._running = True
+        told = False
+        while process.poll() is None:
+            if os.getppid() != self._parent and self._stopped_at is None:
+                logger.warning("Whoever watched over this node is gone, so it stops.")
+                self._stopped_at = time.monotonic()
+            if self._stopped_at is not None:
+                if not told:
+                    terminate(process.pid)
+                    told = True
+                if time.monotonic() > self._stopped_at + self._submission.plan.grace + MARGIN:
+                    logger.warning("The command did not end within its grace, so it is killed.")
+                    kill_children()
+            time.sleep(POLL)
+        self._running = False
+        kill_children()
+        return process.returncode
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            if not self._running:
+                raise _Stopped
+
+    def _outcome(self) -> str | None:
+        found = read_end(self._submission.exit_file(self._rank, self._start))
+        return None if found is None else str(found.get("outcome"))
+
+    def _record(self, ending: Ending) -> None:
+        path = self._submission.node_file(self._rank, self._start)
+        beside = path.with_name(f".{path.name}")
+        record = {"exit_code": ending.exit_code, "problem": ending.problem, "stopped": ending.stopped}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(record) + "\n")
+            os.replace(beside, path)
+        except OSError as error:
+            logger.error("%s", error)
+
+
+class _Stopped(BaseException):
+    """The node was told to stop before its command ran."""
+
+
+def run_node(
+    submission: Submission,
+    *,
+    node_rank: int,
+    master_addr: str,
+    master_port: int,
+    start: int,
+    wrap: Wrap | None = None,
+) -> int:
+    """Do one node's part of a start of a job; gives its exit code. On the main thread of a process.
+
+    Args:
+        node_rank: 0 to `nodes` - 1.
+        master_addr: host of node 0, as the other nodes reach it.
+        master_port: port on it that is free.
+        start: number of the start, from 1.
+        wrap: gives the command line under which a command sees the mounts; default: a mount namespace, or docker.
+    """
+    node = Node(submission, node_rank, master_addr, master_port, start, wrap or in_namespace_or_docker)
+    return node.run().status
+
+
+def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:
+    """The command line under which `command` sees the mounts: in the job's image where docker is here."""
+    image = submission.job.job_setting.docker.image
+    if image is not None and has_docker():
+        names = [name for name in os.environ if name.startswith(HANDED_ON)]
+        return docker_words(
+            image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
+        )
+    return words(mounts, command)
+
+
+def folder_mounts(submission: Submission) -> list[Mount]:
+    """Workspace and checkpoint folder, where they are not what they are called."""
+    target = submission.job.job_setting.workspace.mount_path
+    below = [submission.job.checkpoint_dir, submission.job.data.mount_path if submission.job.data else None]
+    mounts = []
+    if submission.has_workspace or any(path and _is_below(path, target) for path in below):
+        mounts.append(Mount(submission.workspace, target))
+    folder, real = submission.job.checkpoint_dir, real_checkpoint_dir(submission)
+    if folder is not None and real is not None and real == submission.home / "checkpoint":
+        mounts.append(Mount(real, folder))
+    return mounts
+
+
+def real_checkpoint_dir(submission: Submission) -> Path | None:
+    """Where the checkpoint folder of a job is on this disk; None where the job names none."""
+    folder = submission.job.checkpoint_dir
+    if folder is None:
+        return None
+    target = submission.job.job_setting.workspace.mount_path
+    if _is_below(folder, target):
+        return submission.workspace / posixpath.relpath(folder, target)
+    if Path(folder).is_dir() or os.access(Path(folder).parent, os.W_OK):
+        return Path(folder)  # a disk that is there for it
+    return submission.home / "checkpoint"
+
+
+def restore(run_url: str, folder: Path, chosen: Path) -> CheckpointKey | None:
+    """Bring the newest checkpoint of a run into a folder; None where there is none.
+
+    That of a `Trainer` or a `TrainLoop` is a folder below it; any other one is the folder itself.
+
+    Args:
+        chosen: file with the choice of the first node that is here; the others take the same.
+    """
+    catalog = Catalog(Checkpointer(run_url, folder).storage)
+    if chosen.exists():
+        key = _key_in(chosen)
+        if key is not None:
+            _kind(catalog, key)(run_url, folder).bringer(catalog.read(key))()
+        return key
+    newest = catalog.newest()
+    kind = Checkpointer if newest is None else _kind(catalog, newest)
+    checkpointer = kind(run_url, folder)
+    try:
+        restored = checkpointer.restore()
+    finally:
+        checkpointer.close()
+    key = None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step)
+    chosen.parent.mkdir(parents=True, exist_ok=True)
+    chosen.write_text(json.dumps(None if key is None else [key.attempt, key.step]))
+    return key
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind, so that `kill_children` finds it.
+
+    https://man7.org/linux/man-pages/man2/PR_SET_CHILD_SUBREAPER.2const.html
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
+
+
+def terminate(pid: int) -> None:
+    """SIGTERM to those processes of a family that act on it, or to all of it where none does.
+
+    `tee` and its like would end at once, and take the output of the training with them.
+    """
+    family = _family(pid)
+    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
+    # The shell itself listens, for what comes after its command.
+    if all(process.pid == pid for process in listening):
+        listening = family
+    for process in listening:
+        try:
+            process.send_signal(signal.SIGTERM)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def kill_children() -> None:
+    """End everything that this process has started, and what that has started."""
+    while family := _family(os.getpid())[1:]:
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=1.0)
+
+
+def main() -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(prog="python -m hf_cloudtrain.node")
+    parser.add_argument("home")
+    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--master-addr", required=True)
+    parser.add_argument("--master-port", type=int, required=True)
+    parser.add_argument("--start", type=int, required=True)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
+    sys.exit(
+        run_node(
+            Submission.load(given.home),
+            node_rank=given.node_rank,
+            master_addr=given.master_addr,
+            master_port=given.master_port,
+            start=given.start,
+        )
+    )
+
+
+def _kind(catalog: Catalog, key: CheckpointKey) -> type[Checkpointer]:
+    by_framework = BY_FRAMEWORK & {file.path for file in catalog.read(key).files}
+    return Checkpointer if by_framework else InPlaceCheckpointer
+
+
+def _key_in(chosen: Path) -> CheckpointKey | None:
+    found = json.loads(chosen.read_text())
+    return None if found is None else CheckpointKey(*found)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and all below it that live, itself first."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in family if process.pid == os.getpid() or _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            caught = next((line for line in file if line.startswith("SigCgt:")), "SigCgt: 0")
+    except OSError:
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+if __name__ == "__main__":
+    main()

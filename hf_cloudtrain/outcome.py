@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpointer import Checkpointer
@@ -48,6 +48,15 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
         os.replace(beside, name)
     except OSError as error:
         logger.error("The exit file %r could not be written: %s", name, error)
+
+
+def read_end(path: Path) -> dict[str, Any] | None:
+    """The record in an exit file; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def outcome_of(error: CloudTrainError) -> Outcome:

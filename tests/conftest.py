@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
+from tests.slurm_cluster import SlurmCluster
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -42,6 +43,10 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 }
 
 
+RUN_ONCE_MORE = {"integration", "faults", "unit"}
+"""Folders whose tests depend on how fast the machine is; a rule that has a law is tested in tests/laws, once."""
+
+
 def foreign(name: str) -> bool:
     """Whether a variable of the machine would change what a test sees."""
     return name.startswith(FOREIGN) or name in FOREIGN_NAMES or name.lower() in FOREIGN_NAMES
@@ -50,6 +55,13 @@ def foreign(name: str) -> bool:
 for _name in filter(foreign, list(os.environ)):
     del os.environ[_name]
 os.environ.update(SESSION_ENVIRONMENT)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of real processes that fails is run once more, and the summary names it: docs/testing.md."""
+    for item in items:
+        if item.path.parent.name in RUN_ONCE_MORE:
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def pytest_unconfigure() -> None:
@@ -112,6 +124,17 @@ def rclone() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def azurite() -> Iterator[Server]:
     yield from running(AzuriteServer())
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A real Slurm of two nodes."""
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            cluster = until_the_end.enter_context(SlurmCluster())
+        except ServerMissingError as error:
+            missing(str(error))
+        yield cluster
 
 
 @pytest.fixture(scope="session")

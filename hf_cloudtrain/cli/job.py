@@ -1,15 +1,22 @@
-"""`cloudtrain job`: what a job file looks like."""
+"""`cloudtrain job`: run jobs from job files, see how they are doing, end them."""
 
 from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_cloudtrain.cli._arguments import Json, examples
 from hf_cloudtrain.cli._output import print_json
 
+if TYPE_CHECKING:
+    from hf_cloudtrain.job import EngineName
+
 app = typer.Typer(
     help="Jobs: what runs, where, and how it is doing.",
-    epilog=examples("cloudtrain job template > job.yml"),
+    epilog=examples("cloudtrain job run -f job.yml -d ./glue"),
     no_args_is_help=True,
 )
 
@@ -81,6 +88,137 @@ job_setting:
 #   max_run: 86400               # seconds
 #   max_wait: 172800             # seconds, with the waiting for spot machines
 """
+
+
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", show_default=False, help="Id of a job; its name means the newest.")
+]
+
+
+class EngineChoice(str, enum.Enum):
+    """As job files have it."""
+
+    local = "local"
+    slurm = "slurm"
+    skypilot = "skypilot"
+    sagemaker = "sagemaker"
+
+
+@app.command(
+    epilog=examples(
+        "cloudtrain job run -f job.yml -d ./glue",
+        "cloudtrain job run -f job.yml -d ./glue --engine slurm --dry-run",
+        "cloudtrain job run --resume mnli-2",
+    )
+)
+def run(
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", show_default=False, help="The job file.")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--directory",
+            "-d",
+            show_default=False,
+            help="Folder that the job finds as its workspace; it is copied.",
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineChoice | None, typer.Option("--engine", show_default=False, help="Instead of the file's.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, show_default=False, help="Instead of the file's.")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", min=1, show_default=False, help="Instead of the file's.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="JOB",
+            show_default=False,
+            help="Go on with a job that was cancelled, failed or lost.",
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show what it says until it is over; exit code 0 if it finished.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print exactly what would be started, and start nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a job. It goes on when this command, or the terminal, ends."""
+    from hf_cloudtrain.cli import _job
+
+    if (file is None) == (resume is None):
+        raise typer.BadParameter("Pass a job file with -f, or a job to go on with by --resume.")
+    if resume is not None:
+        if dry_run or any(option is not None for option in (directory, engine, nodes, nproc_per_node)):
+            raise typer.BadParameter(
+                "--resume takes the job as it was submitted: no other option but --wait."
+            )
+        _job.resume(resume, wait, as_json)
+        return
+    assert file is not None
+    name: EngineName | None = None if engine is None else engine.value
+    _job.run(file, directory, name, nodes, nproc_per_node, wait=wait, dry_run=dry_run, as_json=as_json)
+
+
+@app.command("list", epilog=examples("cloudtrain job list", "cloudtrain job list --all"))
+def list_(
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", show_default=False, help="Only the jobs of this experiment.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="Also what was over before the last 20.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the jobs of the store, the newest last."""
+    from hf_cloudtrain.cli import _job
+
+    _job.show_list(experiment, None if everything else 20, as_json)
+
+
+@app.command(epilog=examples("cloudtrain job status mnli-2"))
+def status(job: JobId, as_json: Json = False) -> None:
+    """Show how a job is doing: state, reason, starts, exit codes, and how far its run is."""
+    from hf_cloudtrain.cli import _job
+
+    _job.show_status(job, as_json)
+
+
+@app.command(epilog=examples("cloudtrain job logs -f mnli-2", "cloudtrain job logs mnli-2 --node 1"))
+def logs(
+    job: JobId,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Wait for more until the job is over. Ctrl-C leaves it alone."),
+    ] = False,
+    node: Annotated[
+        int | None, typer.Option("--node", min=0, show_default=False, help="Only this node, from 0.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what the nodes of a job say."""
+    from hf_cloudtrain.cli import _job
+
+    _job.show_logs(job, node, follow, as_json)
+
+
+@app.command(epilog=examples("cloudtrain job cancel mnli-2", "cloudtrain job cancel mnli-2 --wait"))
+def cancel(
+    job: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is over.")] = False,
+    as_json: Json = False,
+) -> None:
+    """End a job: it saves within its grace time, and what is left then is killed."""
+    from hf_cloudtrain.cli import _job
+
+    _job.cancel(job, wait, as_json)
 
 
 @app.command(epilog=examples("cloudtrain job template > job.yml"))

@@ -1,0 +1,318 @@
+"""`cloudtrain job` on this machine: real supervisors, nodes and trainings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.job import parse_job
+from hf_cloudtrain.job_record import JobStore
+from hf_cloudtrain.storage import Storage
+from tests.integration._jobs import REPOSITORY, Desk, python, value_after
+from tests.servers import MotoServer
+
+SECRET = "sesame-7f3a"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
+    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield desk
+    desk.close()
+
+
+def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
+    desk: Desk, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("a,b\n")
+    desk.call("data", "create", "toy-data", str(data))
+    desk.write(
+        f"pwd; ls /workspace/data; ls /workspace\n{python('train.py', '10', '0')}",
+        "data: {name: toy-data, mount_path: /workspace/data}",
+    )
+    result = desk.run("--wait")
+    assert f"ends with {value_after(10)!r}" in result.stdout
+    assert "/workspace\ntrain.csv\n" in result.stdout
+    record = desk.record("toy-1")
+    assert (record.state, record.restarts, [start.exit_codes for start in record.starts]) == (
+        "finished",
+        0,
+        [(0,)],
+    )
+    status = desk.status()
+    assert (status["state"], status["run"]["step"], status["stalled"]) == ("finished", 10, None)
+    assert json.loads(desk.call("job", "list", "--json").stdout)["jobs"][0]["id"] == "toy-1"
+    assert "ends with" in desk.call("job", "logs", "toy").stdout
+    assert [key.step for key in Catalog(Storage(record.run_url)).checkpoints()] == [5, 10]
+    assert not desk.processes()
+    assert not Path("/workspace").exists()
+
+
+def test_a_crash_is_started_again_from_its_newest_checkpoint(desk: Desk) -> None:
+    (desk.project / "crash.py").write_text(
+        "import os, runpy, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "if not Path('crashed').exists():\n"
+        "    Path('crashed').touch()\n"
+        "    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "sys.argv = ['train.py', '40', '0.05']\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    desk.write(python("crash.py"))
+    result = desk.run("--wait")
+    assert f"ends with {value_after(40)!r}" in result.stdout
+    record = desk.record()
+    assert (record.state, record.restarts) == ("finished", 1)
+    assert [start.outcome for start in record.starts] == ["failed", "finished"]
+    assert "begins at 0 with 0.0" in result.stdout
+    assert result.stdout.count("begins at") == 2
+
+
+def test_a_cancelled_job_saves_and_can_be_resumed_and_tee_does_not_hinder(desk: Desk) -> None:
+    desk.write(f"{python('train.py', '60', '0.05')} | tee output.txt\necho never")
+    desk.run()
+    desk.wait_for_step(10)
+    desk.call("job", "cancel", "toy", "--wait")
+    record = desk.record()
+    assert (record.state, record.starts[-1].outcome) == ("cancelled", "preempted")
+    assert not desk.processes()
+    newest = Catalog(Storage(record.run_url)).checkpoints()[-1]
+    assert str(newest) in (record.reason or "")
+    assert "never" not in desk.log()
+    result = desk.call("job", "run", "--resume", "toy", "--wait")
+    assert f"begins at {newest.step} with" in result.stdout
+    assert f"ends with {value_after(60)!r}" in result.stdout
+    assert (desk.record().state, len(desk.record().starts)) == ("finished", 2)
+
+
+def test_a_job_whose_supervisor_was_killed_is_lost_and_goes_on_when_told_to(desk: Desk) -> None:
+    desk.write(python("train.py", "60", "0.05"))
+    desk.run()
+    desk.wait_for_step(5)
+    os.kill(desk.record().handle["pid"], signal.SIGKILL)
+    desk.wait_until(lambda: desk.status()["state"] == "lost")
+    assert "cloudtrain job run --resume toy-1" in desk.status()["reason"]
+    desk.call("job", "run", "--resume", "toy-1")  # while its node saves and ends
+    assert desk.wait_until_over().state == "finished"
+    assert f"ends with {value_after(60)!r}" in desk.log()
+    desk.wait_until(lambda: not desk.processes())
+
+
+def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk) -> None:
+    desk.write(python("train.py", "60", "0.05"))
+    desk.run()
+    desk.wait_for_step(5)
+    desk.one_of("hf_cloudtrain.node").kill()
+    record = desk.wait_until_over()
+    assert (record.state, record.restarts) == ("finished", 1)
+    assert record.starts[0].exit_codes == (None,)
+    assert "lost" in (record.starts[0].reason or "")
+    assert f"ends with {value_after(60)!r}" in desk.log()
+
+
+def test_a_command_that_does_not_stop_is_killed_after_its_grace(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_cloudtrain.node.MARGIN", 0.0)
+    (desk.project / "stubborn.py").write_text(
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    desk.write(python("stubborn.py"), "env: {HF_CLOUDTRAIN_GRACE: 1}")
+    desk.run()
+    desk.wait_until(lambda: "up" in desk.log())
+    desk.call("job", "cancel", "toy", "--wait")
+    assert desk.record().state == "cancelled"
+    assert "Nothing was saved" in (desk.record().reason or "")
+    assert not desk.processes()
+
+
+def test_a_job_is_cancelled_while_it_is_set_up(desk: Desk) -> None:
+    desk.file.write_text(
+        "name: toy\njob_setting:\n  docker:\n    command: {setup: echo slow; sleep 1000, run: echo never}\n"
+    )
+    desk.run()
+    desk.wait_until(lambda: "slow" in desk.log())
+    desk.call("job", "cancel", "toy", "--wait")
+    assert desk.record().state == "cancelled"
+    assert "never" not in desk.log()
+    assert not desk.processes()
+
+
+def test_a_command_that_trains_nothing_is_no_success(desk: Desk) -> None:
+    desk.write("echo done")
+    result = desk.run("--wait", code=1)
+    assert desk.record().state == "failed"
+    assert "trained nothing" in result.stderr
+
+
+def test_what_cannot_be_set_up_is_told_with_its_exit_code(desk: Desk) -> None:
+    desk.file.write_text(
+        "name: toy\nmax_restarts: 0\njob_setting:\n  docker:\n    command: {setup: exit 7, run: echo never}\n"
+    )
+    desk.run("--wait", code=1)
+    assert "setup of the job ended with exit code 7" in (desk.record().reason or "")
+
+
+def test_two_jobs_of_one_name_have_runs_of_their_own_and_of_one_run_only_one_runs(
+    desk: Desk, tmp_path: Path
+) -> None:
+    desk.write("sleep 1000")
+    desk.run()
+    desk.run()
+    assert desk.record("toy-1").run_url != desk.record("toy-2").run_url
+    desk.call("job", "cancel", "toy-1")
+    desk.call("job", "cancel", "toy-2", "--wait")
+    url = tmp_path / "run"
+    desk.write("sleep 1000", f"run_url: {url}")
+    desk.run()
+    assert "'toy-3' is" in desk.run(code=1).stderr
+    assert desk.store.ids() == ["toy-1", "toy-2", "toy-3"]
+    desk.call("job", "cancel", "toy", "--wait")
+    desk.wait_until_over("toy-1")
+    desk.write(python("train.py", "5", "0"), f"run_url: {url}")
+    desk.run("--wait")  # nobody writes to it any more
+
+
+def test_ctrl_c_on_logs_leaves_the_job_alone(desk: Desk) -> None:
+    desk.write("echo up; sleep 1000")
+    desk.run()
+    desk.wait_until(lambda: "up" in desk.log())
+    looking = subprocess.Popen(
+        [sys.executable, "-m", "hf_cloudtrain.cli", "job", "logs", "-f", "toy"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert looking.stdout is not None
+    while "up" not in looking.stdout.readline():
+        pass
+    looking.send_signal(signal.SIGINT)
+    _, said = looking.communicate(timeout=60)
+    assert looking.returncode == 130
+    assert "toy-1 goes on" in said
+    assert not desk.record().is_over
+    desk.call("job", "cancel", "toy", "--wait")
+
+
+def test_values_of_variables_reach_the_command_and_nothing_that_is_shown_or_stored(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROM_SHELL", f"{SECRET}-shell")
+    desk.write(
+        'test "$IN_FILE$FROM_SHELL" = '
+        f"{SECRET}-file{SECRET}-shell && echo right; unset IN_FILE FROM_SHELL; {python('train.py', '5', '0')}",
+        f"env: {{IN_FILE: {SECRET}-file, FROM_SHELL: }}",
+    )
+    shown = [
+        desk.run("--dry-run").output,
+        desk.run("--wait").output,
+        desk.call("job", "status", "toy").output,
+    ]
+    assert "right" in shown[1]
+    assert desk.record().state == "finished"
+    command = f"{SECRET}-file{SECRET}-shell"  # is in the command itself, which is no variable
+    for text in (
+        *shown,
+        *(path.read_text(errors="replace") for path in desk.store_path.rglob("*") if path.is_file()),
+    ):
+        assert SECRET not in text.replace(command, "")
+
+
+def test_a_variable_that_the_shell_lacks_is_told_before_anything_starts(desk: Desk) -> None:
+    desk.write("echo never", "env: {FROM_SHELL: }")
+    assert "'FROM_SHELL'" in desk.run(code=1).stderr
+    assert desk.store.ids() == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("data: {name: nothing, mount_path: /workspace/data}", "There is no dataset 'nothing'"),
+        ("data: {name: mnli, mount_path: /etc}", "/etc"),
+        ("num_devices: 3\nlocal: {nodes: 2}", "num_devices"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_nothing_is_started(desk: Desk, more: str, words: str) -> None:
+    desk.write("echo never", more)
+    assert words in desk.run(code=1).stderr
+    assert desk.store.ids() == []
+
+
+def test_torchrun_that_is_missing_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_cloudtrain.engines.local.shutil.which", lambda *_, **__: None)
+    desk.write("torchrun train.py")
+    assert "pip install torch" in desk.run(code=1).stderr
+
+
+def test_a_job_that_nobody_knows_has_a_nearest_name(desk: Desk) -> None:
+    desk.write("echo done")
+    desk.run("--wait", code=1)
+    assert "The nearest is 'toy-1'" in desk.call("job", "status", "toy-2", code=1).stderr
+    assert "is over: failed" in desk.call("job", "cancel", "toy", code=1).stderr
+
+
+def test_the_job_of_the_first_page_is_the_one_beside_the_example_and_runs(desk: Desk) -> None:
+    """With fewer steps; no line of it is for this machine alone."""
+    page = (REPOSITORY / "README.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    whole = (REPOSITORY / "examples" / "glue" / "job.yml").read_text()
+    mine, example = (parse_job(text.encode()) for text in (shown, whole))
+    assert mine == example.model_copy(update={"experiment": None})
+    desk.file.write_text(whole.replace("--max_steps 600", "--max_steps 20 --save_steps 10"))
+    desk.call("job", "run", "-f", str(desk.file), "-d", str(REPOSITORY / "examples" / "glue"), "--wait")
+    assert desk.status("glue")["run"]["step"] == 20
+    assert desk.record("glue").nproc_per_node == 2
+    assert not (REPOSITORY / "examples" / "glue" / "ckpt").exists()
+
+
+def test_a_port_that_is_taken_is_told(desk: Desk) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        desk.write(
+            f"torchrun --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port {port} train.py 5 0",
+            "max_restarts: 0\nnum_devices: 2",
+        )
+        desk.run("--wait", code=1)
+    assert "A port is taken" in (desk.record().reason or "")
+
+
+def test_records_and_data_of_a_store_on_s3_serve_jobs_of_this_machine(
+    desk: Desk, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in moto.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = f"s3://{moto.make_bucket()}/store"
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", url)
+    desk.store = JobStore(url)
+    desk.call("data", "create", "code", str(desk.project))
+    desk.write(
+        python("/workspace/data/train.py", "5", "0"), "data: {name: code, mount_path: /workspace/data}"
+    )
+    desk.run("--wait")
+    record = desk.record()
+    assert (record.state, record.run_url) == ("finished", f"{url}/runs/toy-1")
+    assert [key.step for key in Catalog(Storage(record.run_url)).checkpoints()] == [5]
+    assert Path(record.home).is_relative_to(tmp_path)
