@@ -2,12 +2,14 @@
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
 #   make test    the test suite              make bench   the benchmarks, as one table
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
+#   make test-skypilot   SkyPilot's own parser on what we give it
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test chaos test-lowest demo bench clean
+.PHONY: help check test chaos test-lowest test-skypilot demo bench clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
+SKYPILOT := 0.14.1
 CHAOS_KILLS ?= 1000
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -19,10 +21,13 @@ ALONE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PR
 # Halves of the suite, so that a file stays on one worker for what its tests share; who is done first helps the other.
 TESTS := -n $(WORKERS) --dist worksteal -rR $(PYTEST_ARGS)
 
-PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,dev]'
+PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,report,dev]'
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 SERVERS := .servers/.azurite-$(AZURITE)
+PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
+
+CHROMIUM := .servers/.apt-chromium
 
 help:
 	@sed -n '1,/^SHELL/s/^# *//p' Makefile
@@ -32,15 +37,18 @@ check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test: $(INSTALLED) $(SERVERS)
+test: $(INSTALLED) $(SERVERS) $(CHROMIUM)
 	.venv/bin/python -m pytest tests $(TESTS)
 
 chaos: $(INSTALLED) $(SERVERS)
 	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)
 
 # Old releases warn about newer ones of their own dependencies, so here a warning is no error.
-test-lowest: $(LOWEST) $(SERVERS)
+test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM)
 	.venv-lowest/bin/python -m pytest tests -W default $(TESTS)
+
+test-skypilot: $(INSTALLED) $(PARSER)
+	.venv/bin/python -m pytest tests/skypilot -m skypilot $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(ALONE) .venv/bin/python examples/glue/demo.py
@@ -49,7 +57,7 @@ bench: $(INSTALLED)
 	$(ALONE) .venv/bin/python -m benchmarks
 
 clean:
-	rm -rf .venv .venv-lowest .servers build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-skypilot .servers build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh clone takes minutes here, most of them for torch.
@@ -68,3 +76,16 @@ $(LOWEST): setup.cfg constraints.txt .ci/lowest.py $(INSTALLED)
 $(SERVERS):
 	npm install --prefix .servers --no-audit --no-fund --loglevel=error azurite@$(AZURITE)
 	@touch $@
+
+# 460 MB and half a minute, and click below 8.2: not for make test, and not for .venv.
+$(PARSER):
+	$(PYTHON) -m venv .venv-skypilot
+	.venv-skypilot/bin/python -m pip install --quiet --disable-pip-version-check skypilot==$(SKYPILOT)
+	@touch $@
+
+# A browser looks at the page that `cloudtrain run report` writes.
+$(CHROMIUM):
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] || { echo "make: Chromium is not installed: sudo apt-get install chromium" >&2; exit 1; }; \
+	     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	@mkdir -p $(@D) && touch $@

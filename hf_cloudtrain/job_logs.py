@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections import deque
@@ -21,18 +22,21 @@ def follow_files(files: Mapping[str, Path], follow: bool, is_over: Callable[[], 
         files: by label, such as "node 0"; one that is not there yet may come.
         follow: wait for more until `is_over`.
     """
-    tails = [_Tail(f"[{label}] " if len(files) > 1 else "", path) for label, path in files.items()]
-    while True:
-        over = not follow or is_over()  # before the last look, so that nothing said until then is missed
-        found = False
-        for tail in tails:
-            for line in tail.lines(last=over):
-                found = True
-                yield line
-        if over:
-            return
-        if not found:
-            time.sleep(POLL)
+    with contextlib.ExitStack() as opened:
+        tails = [
+            _Tail(f"[{label}] " if len(files) > 1 else "", path, opened) for label, path in files.items()
+        ]
+        while True:
+            over = not follow or is_over()  # before the last look, so that nothing said until then is missed
+            found = False
+            for tail in tails:
+                for line in tail.lines(last=over):
+                    found = True
+                    yield line
+            if over:
+                return
+            if not found:
+                time.sleep(POLL)
 
 
 def last_lines(path: Path, count: int) -> list[str]:
@@ -47,7 +51,8 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 class _Tail:
-    def __init__(self, label: str, path: Path) -> None:
+    def __init__(self, label: str, path: Path, opened: contextlib.ExitStack) -> None:
+        self._opened = opened
         self._label = label
         self._path = path
         self._file: io.BufferedReader | None = None
@@ -57,7 +62,7 @@ class _Tail:
         """What has come since; an unfinished line too, if it is the last look."""
         if self._file is None:
             try:
-                self._file = open(self._path, "rb")  # noqa: SIM115 - read until the job is over
+                self._file = self._opened.enter_context(self._path.open("rb"))
             except FileNotFoundError:
                 return
         while block := self._file.read(LONGEST):

@@ -250,7 +250,7 @@ class TrainLoop:
 
     def eval_batches(self, dataloader: Any) -> Iterator[Any]:
         """The batches of an evaluation, with a bar. Its time is no step time."""
-        self._report.pause()
+        self._report.pause("evaluation")
         with self._bar("VALID", length(dataloader), 0) as bar:
             for batch in dataloader:
                 yield batch
@@ -474,7 +474,7 @@ class TrainLoop:
 
         place, began = self._place, time.monotonic()
         assert place is not None
-        self._report.pause()
+        self._report.pause("save")
         self._save_asked = False
         here, self._here = self._here or self._look(place), None
         attempt = self._checkpointer.attempt

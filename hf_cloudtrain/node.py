@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import platform
-import shlex
 import posixpath
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +39,7 @@ from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
 from hf_cloudtrain.in_place import InPlaceCheckpointer
 from hf_cloudtrain.mounts import Mount, docker_words, has_docker, words
 from hf_cloudtrain.outcome import read_end
+from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ trap 'stopped=1' TERM INT USR1 USR2
 trap '[ -z "$stopped" ] || exit 75' DEBUG
 """
 """Before a command: bash waits for what the signal is meant for, and does not begin anything after it."""
+
+HANDED_ON = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
+"""Variables of the machine that a container gets besides the job's: its PATH and HOME are the image's."""
 
 Wrap = Callable[[Submission, Sequence[Mount], list[str]], list[str]]
 
@@ -266,8 +270,10 @@ def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], comm
     """The command line under which `command` sees the mounts: in the job's image where docker is here."""
     image = submission.job.job_setting.docker.image
     if image is not None and has_docker():
-        names = sorted({*os.environ, *submission.plan.variables})
-        return docker_words(image, mounts, command, names, submission.home)
+        names = [name for name in os.environ if name.startswith(HANDED_ON)]
+        return docker_words(
+            image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
+        )
     return words(mounts, command)
 
 
@@ -339,9 +345,11 @@ def terminate(pid: int) -> None:
     `tee` and its like would end at once, and take the output of the training with them.
     """
     family = _family(pid)
-    listening = [process for process in family[1:] if _catches(process.pid, signal.SIGTERM)]
-    listening = [process for process in listening if process.name() not in ("bash", "sh", "dash")]
-    for process in listening or family:
+    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
+    # The shell itself listens, for what comes after its command.
+    if all(process.pid == pid for process in listening):
+        listening = family
+    for process in listening:
         try:
             process.send_signal(signal.SIGTERM)
         except psutil.NoSuchProcess:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
 from hf_cloudtrain.outcome import read_end
@@ -40,6 +42,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a restart: doubled while starts make no step."""
 IDLE_STARTS = 3
 """Starts in a row that are told to stop before their first step; then the job is not started again."""
+HINTS = {
+    r"EADDRINUSE|[Aa]ddress already in use": (
+        "A port is taken. MASTER_PORT in the environment is a free one: let the command use it, as `torchrun` without "
+        "options does."
+    ),
+    r"No space left on device": "A disk is full.",
+    r"OutOfMemoryError|out of memory": "The memory did not suffice.",
+}
+"""What is said after a crash, by what is in the last lines of the log."""
 
 
 class Gang(Protocol):
@@ -272,18 +283,20 @@ def judge(
     problems = [str(node["problem"]) for node in nodes if node.get("problem")]
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
-    if not any(codes):
+    if all(code == 0 for code in codes):
         return Verdict(
             "failed",
             "failed",
             "The command ended with exit code 0 and trained nothing: no CloudTrainCallback, TrainLoop or init() has begun.",
         )
-    return Verdict(None, "failed", _crash(by_outcome, codes, commands), is_crash=True)
+    rank, how = _crash(by_outcome, codes, commands)
+    return Verdict(None, "failed", f"{how}{_hint(submission, rank)}", is_crash=True)
 
 
 def _crash(
     by_outcome: dict[str, dict[str, Any]], codes: Sequence[int | None], commands: Sequence[int | None]
-) -> str:
+) -> tuple[int, str]:
+    """The node that crashed first to be named, and how."""
     said = by_outcome.get("failed", {}).get("reason")
     rank, code = next(
         ((rank, command if command is not None else code)
@@ -296,7 +309,13 @@ def _crash(
         how = f"The command of node {rank} was ended by {_signal_name(-code)}"
     else:
         how = f"The command of node {rank} ended with exit code {code}"
-    return f"{how}: {said}" if said else f"{how}."
+    return rank, f"{how}: {said}" if said else f"{how}."
+
+
+def _hint(submission: Submission, rank: int) -> str:
+    """What the last lines of a node tell whoever knows them."""
+    said = "\n".join(last_lines(submission.node_log(rank), 60))
+    return next((f" {advice}" for pattern, advice in HINTS.items() if re.search(pattern, said)), "")
 
 
 def _signal_name(number: int) -> str:

@@ -156,12 +156,11 @@ class _Walk:
         except FileNotFoundError:  # gone meanwhile
             return
         is_folder = stat.S_ISDIR(found.st_mode)
-        verdict = rules.leave_out(item.name, is_folder=is_folder)
-        if verdict or (found.st_dev, found.st_ino) in self.omitted:
+        if rules.leaves_out(item.name, is_folder=is_folder) or (found.st_dev, found.st_ino) in self.omitted:
             return
         if stat.S_ISLNK(found.st_mode):
             self._add_link(path)
-        elif is_folder and verdict is None and os.path.exists(os.path.join(item.path, "pyvenv.cfg")):
+        elif is_folder and item.name not in rules.asked_for and os.path.exists(f"{item.path}/pyvenv.cfg"):
             self.left_out.append(f"{path} (a virtual environment: its programs work where it was made)")
         elif is_folder:
             self._add(path, rules.below(item.name))

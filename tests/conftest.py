@@ -43,7 +43,7 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 }
 
 
-RUN_ONCE_MORE = {"integration", "faults"}
+RUN_ONCE_MORE = {"integration", "faults", "unit"}
 """Folders whose tests depend on how fast the machine is; a rule that has a law is tested in tests/laws, once."""
 
 

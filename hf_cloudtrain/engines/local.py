@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -33,8 +34,7 @@ from hf_cloudtrain.supervisor import Supervisor
 HOST = "127.0.0.1"
 PORT = 29500
 """Shown by `--dry-run`; a start takes one that is free."""
-UP = 30.0
-"""Seconds for a supervisor to say that it is there."""
+_SUPERVISOR = [sys.executable, "-m", "hf_cloudtrain.engines.local"]
 
 
 class LocalEngine:
@@ -42,20 +42,14 @@ class LocalEngine:
 
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run here."""
-        words = (
-            shlex.split(submission.job.command.run, comments=True)
-            if _splits(submission.job.command.run)
-            else []
-        )
-        if "torchrun" in words and shutil.which("torchrun", path=_path()) is None:
+        uses_torchrun = re.search(r"(^|[\s;&|(])torchrun\s", submission.job.command.run)
+        if uses_torchrun and shutil.which("torchrun", path=_path()) is None:
             raise ConfigurationError(
                 "'torchrun' is not found. Install torch into the environment of cloudtrain: pip install torch"
             )
         image = submission.job.job_setting.docker.image
         if image is None or not has_docker():
             refuse(_all_mounts(submission))
-        if not submission.has_workspace and submission.plan.nodes == 0:
-            raise ConfigurationError("There is nothing to run.")
 
     def show(self, submission: Submission) -> str:
         """One command line a node, with what is around it."""
@@ -88,25 +82,20 @@ class LocalEngine:
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Start the supervisor, in a session of its own."""
         submission.log.mkdir(parents=True, exist_ok=True)
-        ready = submission.home / "supervisor.pid"
-        ready.unlink(missing_ok=True)
-        environment = {**os.environ, **submission.plan.own_variables(os.environ)}
-        environment = {name: value for name, value in environment.items() if name not in CONTRACT}
+        environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
+        environment |= submission.plan.own_variables(os.environ)
         with open(submission.log / "supervisor.log", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hf_cloudtrain.engines.local", str(submission.home)],
+            answer = subprocess.run(
+                [*_SUPERVISOR, str(submission.home)],
                 env={**environment, "PATH": _path()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                check=False,
             )
-        deadline = time.monotonic() + UP
-        while not ready.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                lines = "\n".join(last_lines(submission.log / "supervisor.log", 5))
-                raise ConfigurationError(f"The supervisor of the job did not start.\n{lines}")
-            time.sleep(0.05)
+        if answer.returncode != 0:
+            lines = "\n".join(last_lines(submission.log / "supervisor.log", 5))
+            raise ConfigurationError(f"The supervisor of the job did not start.\n{lines}")
         return store.read(record.id)
 
     def look(self, record: JobRecord) -> Seen | None:
@@ -197,13 +186,32 @@ def free_port() -> int:
 
 
 def main() -> None:
-    """The supervisor of a job, as `submit` starts it."""
+    """The supervisor of a job: this process ends once its child has taken the job over."""
+    reading, writing = os.pipe()
+    if os.fork() > 0:
+        os.close(writing)
+        with os.fdopen(reading, "rb") as answer:
+            sys.exit(0 if answer.read() else 1)
+    os.close(reading)
+    os.setsid()  # the terminal's end is not ours
+
+    def say_taken_over() -> None:
+        os.write(writing, b"1")
+        os.close(writing)
+
+    supervise(Submission.load(sys.argv[1]), say_taken_over)
+
+
+def supervise(submission: Submission, say_taken_over: Callable[[], None]) -> None:
+    """Be the supervisor of a job, the only one on this machine.
+
+    Args:
+        say_taken_over: called once the record says who the supervisor is.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    submission = Submission.load(sys.argv[1])
     adopt_orphans()
     store = JobStore(submission.store)
     with locked(submission.home / "supervisor.lock", patience=submission.plan.grace + 3 * MARGIN):
-        record = store.read(submission.id)
         process = psutil.Process()
         handle = {
             "host": platform.node(),
@@ -211,14 +219,9 @@ def main() -> None:
             "began": process.create_time(),
             "boot": boot_id(),
         }
-        supervisor = Supervisor(
-            submission,
-            store,
-            store.write(record, state="starting", reason=None, handle=handle),
-            LocalGang(submission),
-        )
-        (submission.home / "supervisor.pid").write_text(str(process.pid))
-        supervisor.run()
+        record = store.write(store.read(submission.id), state="starting", reason=None, handle=handle)
+        say_taken_over()
+        Supervisor(submission, store, record, LocalGang(submission)).run()
 
 
 def _is_there(record: JobRecord) -> bool:
@@ -266,14 +269,6 @@ def _path() -> str:
 
 def _any_value(submission: Submission) -> dict[str, str]:
     return {**dict.fromkeys(submission.plan.variables, ""), **os.environ}
-
-
-def _splits(text: str) -> bool:
-    try:
-        shlex.split(text, comments=True)
-    except ValueError:
-        return False
-    return True
 
 
 def _indented(text: str) -> str:

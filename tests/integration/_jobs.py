@@ -78,6 +78,8 @@ class Desk:
     def call(self, *words: str, code: int = 0) -> Result:
         """Type `cloudtrain …`."""
         result = CliRunner().invoke(app, list(words))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
         assert result.exit_code == code, result.output
         return result
 

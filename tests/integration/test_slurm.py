@@ -12,7 +12,7 @@ from hf_cloudtrain import jobs
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.job_record import JobRecord
 from hf_cloudtrain.storage import Storage
-from tests.integration._jobs import REPOSITORY, Desk, python, value_after
+from tests.integration._jobs import REPOSITORY, Desk, python
 from tests.slurm_cluster import SlurmCluster
 
 SECRET = "sesame-2c9e"

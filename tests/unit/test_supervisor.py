@@ -218,6 +218,7 @@ def test_a_signal_to_the_supervisor_leaves_a_job_that_can_be_resumed(
         ),
         ([PREEMPTED, None], (75, 1), None, None, "preempted", "SIGTERM"),
         ([None, None], (None, 1), None, None, "failed", "Node 0 was lost."),
+        ([None, None], (None, 0), None, None, "failed", "Node 0 was lost."),
         ([None, None], (1, 75), None, None, "failed", "node 0 ended with exit code 1"),
         ([None, {"outcome": "failed", "reason": "CUDA"}], (75, 1), None, None, "failed", "exit code 1: CUDA"),
     ],
@@ -248,3 +249,10 @@ def test_why_a_node_could_not_start_its_command_is_the_reason(submission: Submis
 def test_a_command_that_a_signal_ended_is_named_so(submission: Submission) -> None:
     leave(submission, 1, 0, None, -9)
     assert "SIGKILL" in (judge(submission, 1, (1, 75), None).reason or "")
+
+
+def test_what_the_last_lines_say_is_told_to_whoever_does_not_know_them(submission: Submission) -> None:
+    leave(submission, 1, 0, None, 1)
+    submission.log.mkdir()
+    submission.node_log(0).write_text("… EADDRINUSE: address already in use\n")
+    assert "A port is taken. MASTER_PORT" in (judge(submission, 1, (1, 75), None).reason or "")
