@@ -17,7 +17,6 @@ from hf_cloudtrain.cli._output import (
     clean as clean_text,
 )
 from hf_cloudtrain.cli._output import (
-    confirm,
     duration_text,
     fail,
     print_json,
@@ -117,6 +116,16 @@ def stop(
         fail(trouble)
 
 
+@app.command(epilog=examples("cloudtrain run watch s3://bucket/runs/mrpc"))
+def watch(run_url: RunUrl, as_json: Json = False) -> None:
+    """Watch a run until it is over. Its progress, rate, loss and uploads; Ctrl-C leaves the run alone."""
+    from hf_cloudtrain.cli import _watch
+
+    now = _watch.watch(open_catalog(run_url), as_json=as_json)
+    if now.state in ("failed", "overtaken"):
+        fail(f"Attempt {now.attempt} of {now.run_url!r} is {now.state!r}.")
+
+
 @app.command(epilog=examples("cloudtrain run report s3://bucket/runs/mrpc -o report.html"))
 def report(
     run_url: RunUrl,
@@ -156,18 +165,9 @@ def clean(
 
     catalog = open_catalog(run_url)
     refuse_no_run(catalog)
-    cleaning = _clean.Cleaning(catalog)
-    if not as_json:
-        cleaning.show()
-    if not cleaning.found:
-        say("Nothing is left over.")
-    elif dry_run:
-        say("Nothing was deleted.")
-    else:
-        confirm(f"Delete what is left over from {catalog.storage.url!r}?", yes)
-        cleaning.carry_out()
+    left_over = _clean.clean(catalog, dry_run=dry_run, yes=yes, quiet=as_json)
     if as_json:
-        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": cleaning.records()})
+        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": left_over})
 
 
 class _Below(Storage):
