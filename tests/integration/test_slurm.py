@@ -12,6 +12,7 @@ from hf_cloudtrain import jobs
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.job_record import JobRecord
 from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.vms import find
 from tests.integration._jobs import REPOSITORY, Desk, python
 from tests.slurm_cluster import SlurmCluster
 
@@ -110,6 +111,16 @@ def set_up(desk: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(folder / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_its_partitions_are_machines_that_a_job_can_have(desk: Cluster) -> None:
+    found = find(cloud="slurm")
+    assert found.problems == []
+    assert [(vm.vm, vm.region, vm.is_spot) for vm in found.vms] == [
+        ("slurm-16gb-v100-4g-spot-spot", "spot", True),
+        ("slurm-16gb-v100-4g-prod", "prod", False),
+    ]
+    assert all(str(vm.quota).endswith(" of 2 nodes idle") for vm in found.vms)
 
 
 def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_weights_of_an_uninterrupted_one(
