@@ -131,7 +131,12 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
     place = outer.source / os.path.relpath(mount.target, outer.target)
     if mount.target == outer.target:
         raise ConfigurationError(f"Two folders are to be at {mount.target!r}. Give each a path of its own.")
-    _refuse_hiding(str(place), mount.target, f"the folder that is at {outer.target!r}")
+    _refuse_hiding(
+        str(place),
+        mount.target,
+        f"the folder that is at {outer.target!r}",
+        "or leave that out of the workspace (.cloudtrainignore)",
+    )
     if outer.read_only and not place.is_dir():
         raise ConfigurationError(
             f"{mount.target!r} is inside {outer.target!r}, which is there to read only, and has no such folder. "
@@ -139,7 +144,9 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
         )
 
 
-def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None:
+def _refuse_hiding(
+    place: str, target: str, owner: str = "this machine", otherwise: str = "or move what is there"
+) -> None:
     try:
         mode = os.lstat(place).st_mode
         held = not stat.S_ISDIR(mode) or bool(os.listdir(place))
@@ -150,7 +157,7 @@ def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None
     if held:
         raise ConfigurationError(
             f"{target!r} would hide what {owner} has there. Set the mount path to one that is free or empty, such as "
-            "'/workspace' or '/workspace/data', or move what is there."
+            f"'/workspace' or '/workspace/data', {otherwise}."
         )
 
 
