@@ -152,14 +152,40 @@ class SlurmCluster:
             time.sleep(POLL)
 
     @contextlib.contextmanager
-    def down(self) -> Iterator[None]:
-        """The controller does not run; jobs do."""
+    def down(self) -> Iterator[dict[str, str]]:
+        """The controller does not run; jobs do. Gives an environment in which commands notice after a second."""
         stop(self._processes.pop("slurmctld"))
+        impatient = self.folder / "impatient" / "slurm.conf"
+        impatient.parent.mkdir(exist_ok=True)
+        impatient.write_text((self.folder / "slurm.conf").read_text() + "MessageTimeout=2\n")
         try:
-            yield
+            yield {"SLURM_CONF": str(impatient)}
         finally:
             self._start_controller()
             self._wait_for(self._responds, "slurmctld")
+
+    @contextlib.contextmanager
+    def node_down(self, node: str) -> Iterator[None]:
+        """Slurm takes a node for lost."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        try:
+            yield
+        finally:
+            if "down" in self.run("sinfo", "-h", "-n", node, "-o", "%T"):
+                self.run("scontrol", "update", f"NodeName={node}", "State=IDLE")
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """All GPUs are taken, by a job that gives way to none."""
+        wanted = ("--partition=prod", f"--nodes={len(NODES)}", f"--gres=gpu:v100:{GPUS}")
+        job = self.run("sbatch", "--parsable", *wanted, "--output=/dev/null", "--wrap=sleep 600").strip()
+        deadline = time.monotonic() + START_SECONDS
+        while self.job(job)["JobState"] != "RUNNING" and time.monotonic() < deadline:
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            self.run("scancel", job)
 
     def log(self) -> str:
         """The last lines of what the daemons say."""

@@ -59,6 +59,19 @@ STATES: dict[str, State] = {
 }
 """SkyPilot's words and ours (sky/jobs/state.py, sky/skylet/job_lib.py); what begins with FAILED is `failed`."""
 
+ENDS: dict[str, State] = {
+    "finished": "finished",
+    "preempted": "preempted",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "overtaken": "failed",
+}
+"""What an attempt says of its end, and what that makes of its job."""
+CLOCKS = 600.0
+"""Seconds that the clocks of two machines may differ: an older attempt is another job's."""
+NONE_RUNS = ("No in-progress managed jobs", "All managed jobs should have finished")
+"""SkyPilot's words, with an error, where its controller is not there or is stopped (sky/jobs/server/core.py)."""
+
 JOB_ID = re.compile(r"job(?: submitted,)? ID: *(\d+)", re.IGNORECASE)
 """How a launch says the number of its job (sky/utils/ux_utils.py)."""
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -137,10 +150,14 @@ class SkypilotEngine:
         except (CloudTrainError, OSError, ValueError) as error:
             logger.warning("The run could not be asked to save: %s", error)
         name, number = record.handle["name"], record.handle.get("job")
-        if record.handle["managed"]:
-            _talk(["sky", "jobs", "cancel", "-y", *([str(number)] if number is not None else ["-n", name])])
-        else:
+        if not record.handle["managed"]:
             _talk(["sky", "down", "-y", name])
+            return
+        try:
+            _talk(["sky", "jobs", "cancel", "-y", *([str(number)] if number is not None else ["-n", name])])
+        except ConfigurationError as error:
+            if not any(words in str(error) for words in NONE_RUNS):
+                raise
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """What SkyPilot has of it."""
@@ -190,7 +207,12 @@ def _seen(record: JobRecord, row: dict[str, Any]) -> Seen:
 
 
 def _queue() -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", _json(["sky", "jobs", "queue", "-a", "-o", "json"], "["))
+    try:
+        return cast("list[dict[str, Any]]", _json(["sky", "jobs", "queue", "-a", "-o", "json"], "["))
+    except ConfigurationError as error:
+        if any(words in str(error) for words in NONE_RUNS):
+            return []
+        raise
 
 
 def _json(words: list[str], opens: str) -> Any:
@@ -216,16 +238,23 @@ def _json(words: list[str], opens: str) -> Any:
         raise _failure(words, answer.returncode, answer.stdout) from None
 
 
-def _forgotten(record: JobRecord) -> Seen | None:
+def _forgotten(record: JobRecord) -> Seen:
+    """SkyPilot tears a cluster down after its job, and its controller when nothing runs: then the run has to say it."""
     if record.state == "stopping":
         return Seen("cancelled", CANCELLED)
-    if record.handle["managed"]:
-        return Seen("lost", "SkyPilot knows no such job any more.") if record.state != "queued" else None
-    return Seen(
-        "lost",
-        f"Its cluster {record.handle['name']!r} is gone, as it is to be after the command. "
-        f"`cloudtrain run status {record.run_url}` says how far the run came.",
-    )
+    try:
+        catalog = _catalog(record)
+        progress = catalog.read_progress(max(catalog.attempt_numbers(), default=0)) or {}
+    except CloudTrainError as error:
+        return Seen("lost", f"SkyPilot has forgotten it, and its run cannot be read. {error}")
+    seen = progress.get("time")
+    is_its_own = isinstance(seen, (int, float)) and seen > record.created - CLOCKS
+    state = ENDS.get(str(progress.get("state"))) if is_its_own else None
+    if state is None:
+        return Seen(
+            "lost", f"SkyPilot has forgotten it, and its run has no end. See `{shlex.join(_logs(record))}`."
+        )
+    return Seen(state, f"SkyPilot has forgotten it; its run is {progress['state']}.")
 
 
 def _verdict(record: JobRecord) -> Seen | None:
@@ -274,7 +303,7 @@ def _shown(line: str, nodes: int, node_rank: int | None) -> str | None:
 
 def _stop_run(record: JobRecord, grace: float) -> None:
     """Ask what trains to save and stop, and wait until it has, or the time for it is over."""
-    catalog = Catalog(Storage(record.run_url, env.storage_options(None)))
+    catalog = _catalog(record)
     attempt = max(catalog.attempt_numbers(), default=None)
     if attempt is None or not _is_training(catalog, attempt):
         return
@@ -282,6 +311,10 @@ def _stop_run(record: JobRecord, grace: float) -> None:
     deadline = time.monotonic() + env.heartbeat() + grace + MARGIN
     while _is_training(catalog, attempt) and time.monotonic() < deadline:
         time.sleep(POLL)
+
+
+def _catalog(record: JobRecord) -> Catalog:
+    return Catalog(Storage(record.run_url, env.storage_options(None)))
 
 
 def _is_training(catalog: Catalog, attempt: int) -> bool:

@@ -257,19 +257,67 @@ class TestTalk:
         ):
             SKYPILOT.look(record)
 
-    def test_a_cluster_that_is_gone_leaves_the_run_to_say_how_it_ended(
-        self, sky: FakeSky, store: JobStore
+    @pytest.mark.parametrize(
+        ("ended", "state"),
+        [
+            ("finished", "finished"),
+            ("preempted", "preempted"),
+            ("stopped", "cancelled"),
+            ("overtaken", "failed"),
+            ("training", "lost"),
+            (None, "lost"),
+        ],
+    )
+    def test_of_a_cluster_that_is_gone_the_run_says_how_it_ended(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, ended: str | None, state: str
     ) -> None:
         sky.says("launch", "Job submitted, ID: 1\n")
         record = handed_over(store, sky, "skypilot: {managed: false}")
         assert record.handle == {"managed": False, "name": "x-1", "job": 1}
         sky.says("queue", json.dumps({"x-1": [{"job_id": 1, "status": "SETTING_UP"}]}))
         assert SKYPILOT.look(record) == module.Seen("starting")
-        sky.says("queue", "{}")
+        sky.says("queue", "Fetching job queue for: x-1\n{}")
+        record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
+        if ended is not None:
+            Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
+            Catalog(Storage(record.run_url)).write_progress(1, {"state": ended, "time": record.created})
+        seen = SKYPILOT.look(record)
+        assert seen is not None
+        assert seen.state == state
+        assert "SkyPilot has forgotten it" in str(seen.reason)
+
+    def test_an_end_before_the_job_began_is_another_jobs(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path
+    ) -> None:
+        sky.says("launch", LAUNCHED)
+        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
+        Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
+        Catalog(Storage(record.run_url)).write_progress(
+            1, {"state": "finished", "time": record.created - 3600}
+        )
+        sky.has()
         seen = SKYPILOT.look(record)
         assert seen is not None
         assert seen.state == "lost"
-        assert "cloudtrain run status s3://bucket/runs/x" in str(seen.reason)
+
+    def test_a_controller_that_is_not_there_runs_nothing(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path
+    ) -> None:
+        sky.says("launch", LAUNCHED)
+        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
+        sky.says("queue", "sky.exceptions.ClusterNotUpError: No in-progress managed jobs.\n", code=1)
+        seen = SKYPILOT.look(record)
+        assert seen is not None
+        assert seen.state == "lost"
+        assert "sky jobs logs 12" in str(seen.reason)
+        sky.says("other", "ClusterNotUpError: All managed jobs should have finished.\n", code=1)
+        SKYPILOT.cancel(record, store)
+        assert SKYPILOT.look(store.read("x-1")) == module.Seen(
+            "cancelled", "Stopped by `cloudtrain job cancel`."
+        )
+        sky.says("other", "PermissionError: not yours\n", code=1)
+        with pytest.raises(ConfigurationError, match="not yours"):
+            SKYPILOT.cancel(record, store)
 
     def test_lines_are_those_of_the_nodes(self, sky: FakeSky, store: JobStore) -> None:
         sky.says("launch", LAUNCHED)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hf_cloudtrain.family import terminate
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.mounts import Mount
 from hf_cloudtrain.node import (
@@ -18,7 +19,6 @@ from hf_cloudtrain.node import (
     folder_mounts,
     in_namespace_or_docker,
     real_checkpoint_dir,
-    terminate,
 )
 from hf_cloudtrain.submission import Submission
 
