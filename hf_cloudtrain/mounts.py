@@ -31,7 +31,7 @@ DOCKER_SECONDS = 5.0
 """Seconds in which a Docker engine has to answer."""
 
 FIRST = """\
-trap 'kill -TERM -1' TERM
+trap '[ $$ != 1 ] && kill -TERM $! || kill -TERM -1' TERM
 "$@" &
 while :; do
     wait $!
@@ -39,7 +39,10 @@ while :; do
     kill -0 $! 2>/dev/null || exit $code
 done
 """
-"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7))."""
+"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7)).
+
+-1 is all of the container; where an engine has been told to share the machine's processes, it would be all of those.
+"""
 
 
 @dataclass(frozen=True)
