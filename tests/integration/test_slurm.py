@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from hf_cloudtrain import jobs
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.engines.slurm import ENGINE
+from hf_cloudtrain.engines.slurm_client import SlurmClient
 from hf_cloudtrain.job_record import JobRecord
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.vms import find
-from tests.integration._jobs import REPOSITORY, Desk, python
+from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.slurm_cluster import SlurmCluster
 
 SECRET = "sesame-2c9e"
@@ -61,6 +63,8 @@ dist.barrier()
 dist.destroy_process_group()
 """
 """Two ranks; a batch depends on the step and the rank alone."""
+SLOW = "time.sleep(2 if ct.is_emergency_save() else 0); state.write_text"
+"""In the place of `state.write_text` of TRAIN: a save that takes its time."""
 
 
 class Cluster(Desk):
@@ -99,8 +103,9 @@ class Cluster(Desk):
 def desk(tmp_path: Path, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     desk = Cluster(tmp_path, slurm)
     set_up(desk, tmp_path, monkeypatch)
+    monkeypatch.setattr(ENGINE, "_client", SlurmClient())  # that of a test without a controller asks later
     yield desk
-    desk.slurm.cancel_all_below(tmp_path)
+    desk.slurm.end_jobs(tmp_path)
     desk.close()
 
 
@@ -137,7 +142,7 @@ def out_of_time(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -
         desk.run()
         slurm.run("scontrol", "update", f"JobId={desk.number()}", "TimeLimit=1")
     yield desk
-    slurm.cancel_all_below(folder)
+    slurm.end_jobs(folder)
     desk.close()
 
 
@@ -241,7 +246,7 @@ def test_a_node_that_is_killed_is_started_again_within_the_allocation(desk: Clus
     )
     desk.run()
     desk.wait_for_step(5)
-    desk.one_of("hf_cloudtrain.node").kill()
+    desk.one_of("--node-rank 0").kill()
     desk.wait_until(lambda: len(desk.record().starts) == 2)
     record = desk.record()
     assert (record.restarts, record.starts[0].outcome) == (1, "failed")
@@ -274,9 +279,8 @@ def test_a_job_is_cancelled_while_it_starts(desk: Cluster) -> None:
 
 
 def test_a_job_that_is_cancelled_while_it_saves_for_a_preemption_is_not_queued_again(desk: Cluster) -> None:
-    slow = "folder.mkdir(exist_ok=True)\n        time.sleep(2 if ct.is_emergency_save() else 0)"
     text = (desk.project / "train.py").read_text()
-    (desk.project / "train.py").write_text(text.replace("folder.mkdir(exist_ok=True)", slow))
+    (desk.project / "train.py").write_text(text.replace("state.write_text", SLOW))
     desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
@@ -305,14 +309,17 @@ def test_a_script_that_does_not_end_is_killed_after_its_grace(desk: Cluster) -> 
     desk.wait_until(lambda: not desk.processes())
 
 
-def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_can_be_cancelled(
+def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_is_told_to_stop_all_the_same(
     desk: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk.write(f"{python('train.py', '6000', '0.05')} | tee output.txt", "engine: slurm")
+    text = (desk.project / "train.py").read_text()
+    (desk.project / "train.py").write_text(text.replace("state.write_text", SLOW))
+    desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
-    with desk.slurm.down() as environment:
-        monkeypatch.setenv("SLURM_CONF", environment["SLURM_CONF"])
+    with desk.slurm.down() as environment, monkeypatch.context() as impatient:
+        impatient.setenv("SLURM_CONF", environment["SLURM_CONF"])
+        desk.call("job", "cancel", "toy-1")
         refused = desk.run(code=1)
         assert "Slurm does not answer" in refused.output
         assert "Nothing was submitted" in refused.output
@@ -320,9 +327,10 @@ def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_c
         shown = desk.call("job", "status", "toy-1")
         assert "slurm does not answer about toy-1" in shown.output
         assert "toy-1" in shown.stdout
-        desk.call("job", "cancel", "toy-1")
-        assert desk.wait_until_over("toy-1").state == "cancelled"
+        desk.wait_until(lambda: ": saving at step" in desk.log("toy-1"))
+    assert desk.wait_until_over("toy-1").state == "cancelled"
     assert desk.newest("toy-1") in (desk.record("toy-1").reason or "")
+    desk.wait_until_left("CANCELLED", "toy-1")
 
 
 def test_what_slurm_refuses_is_said_and_no_job_is_left(desk: Cluster) -> None:
