@@ -22,12 +22,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from hf_cloudtrain import env
+from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.data_cache import alone
@@ -269,10 +270,23 @@ def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], comm
     image = submission.job.job_setting.docker.image
     if image is not None and has_docker():
         names = [name for name in os.environ if name.startswith(HANDED_ON)]
+        mounts = [*mounts, *_mounts_as_they_are(submission)]
+        for mount in mounts:
+            mount.source.mkdir(parents=True, exist_ok=True)  # docker mounts nothing that is not there
         return docker_words(
             image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
         )
     return words(mounts, command)
+
+
+def _mounts_as_they_are(submission: Submission) -> Iterator[Mount]:
+    """What a command writes to at the machine's own paths: a container would lose it."""
+    run = submission.run_url
+    if "://" not in run or run.startswith(("file://", "local://")):
+        yield Mount(Path(local_path(run)), local_path(run))
+    folder, real = submission.job.checkpoint_dir, real_checkpoint_dir(submission)
+    if folder is not None and real == Path(folder):
+        yield Mount(real, folder)
 
 
 def folder_mounts(submission: Submission) -> list[Mount]:
@@ -296,8 +310,10 @@ def real_checkpoint_dir(submission: Submission) -> Path | None:
     target = submission.job.job_setting.workspace.mount_path
     if _is_below(folder, target):
         return submission.workspace / posixpath.relpath(folder, target)
-    if Path(folder).is_dir() or os.access(Path(folder).parent, os.W_OK):
-        return Path(folder)  # a disk that is there for it
+    parent = os.path.dirname(folder)
+    # A disk that is there for it; the root folder of the machine is none, although root may write there.
+    if os.path.isdir(folder) or (parent != "/" and os.access(parent, os.W_OK)):
+        return Path(folder)
     return submission.home / "checkpoint"
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +84,13 @@ class Watcher:
         refuse_no_run(catalog)
         self._view = self._whole(run_state(catalog))
 
-    def views(self, pause: Callable[[float], None] = time.sleep) -> Iterator[View]:
+    def views(self) -> Iterator[View]:
         """One view every `LOOK_SECONDS`; the last one is of a run that is over."""
         while True:
             yield self._view
             if self._view.state.is_over and self._view.trouble is None:
                 return
-            pause(LOOK_SECONDS)
+            wait()
             self._view = self._look()
 
     def _look(self) -> View:
@@ -116,6 +116,11 @@ class Watcher:
             if isinstance(log.get("loss"), (int, float)) and abs(log["loss"]) < 1e300
         ]
         return View(now, history.attempts, losses[-MOST_LOSSES:], history.goodput)
+
+
+def wait() -> None:
+    """Until it is time to look again."""
+    time.sleep(LOOK_SECONDS)
 
 
 def watch(catalog: Catalog, *, as_json: bool) -> RunState:
@@ -179,7 +184,7 @@ def picture(view: View, *, ascii_only: bool = False) -> RenderableType:
     head = Text.assemble(
         (clean(now.run_url), "bold"),
         "\n",
-        (now.state, _style(now)),
+        (clean(now.state), _style(now)),
         f"  attempt {now.attempt}, {_heart(now)}",
     )
     parts: list[RenderableType] = [head]

@@ -82,6 +82,7 @@ class LocalEngine:
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Start the supervisor, in a session of its own."""
+        self.check(submission)  # once more: now there is a workspace, with folders that a mount would hide
         submission.log.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
         environment |= submission.plan.own_variables(os.environ)

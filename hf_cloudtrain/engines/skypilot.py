@@ -85,7 +85,7 @@ class SkypilotEngine:
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run there, before anything is started."""
         if found := problems(submission):
-            raise ConfigurationError("\n".join(found))
+            raise ConfigurationError(" ".join(found))
         submission.plan.own_variables(os.environ)
         _executable()
 
@@ -369,9 +369,11 @@ def _output(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def _failure(words: Sequence[str], code: int, said: str) -> ConfigurationError:
-    lines = [line for line in _COLOR.sub("", said).splitlines() if line.strip()][-5:]
+    lines = [line.strip() for line in _COLOR.sub("", said).splitlines() if line.strip()][-5:]
     return ConfigurationError(
-        redact("\n".join([f"`{shlex.join(words[:3])}` ended with exit code {code}:", *lines]))
+        redact(
+            f"`{shlex.join(words[:3])}` ended with exit code {code}: {' | '.join(lines) or 'it said nothing.'}"
+        )
     )
 
 

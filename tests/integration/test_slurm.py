@@ -14,6 +14,7 @@ from hf_cloudtrain.engines.slurm import ENGINE
 from hf_cloudtrain.engines.slurm_client import SlurmClient
 from hf_cloudtrain.job_record import JobRecord
 from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.vms import find
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.slurm_cluster import SlurmCluster
 
@@ -115,6 +116,16 @@ def set_up(desk: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(folder / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_its_partitions_are_machines_that_a_job_can_have(desk: Cluster) -> None:
+    found = find(cloud="slurm")
+    assert found.problems == []
+    assert [(vm.vm, vm.region, vm.is_spot) for vm in found.vms] == [
+        ("slurm-16gb-v100-4g-spot-spot", "spot", True),
+        ("slurm-16gb-v100-4g-prod", "prod", False),
+    ]
+    assert all(str(vm.quota).endswith(" of 2 nodes idle") for vm in found.vms)
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ class TestTalk:
     def test_a_launch_that_fails_is_told_with_the_last_lines(self, sky: FakeSky, store: JobStore) -> None:
         sky.says("launch", "token=hunter2\nNoCloudAccessError: run: sky check\n", code=1)
         with pytest.raises(
-            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1:\ntoken=\*\*\*\n.*sky check"
+            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1: token=\*\*\* \| .*sky check"
         ):
             handed_over(store, sky)
 
@@ -253,7 +253,7 @@ class TestTalk:
         record = handed_over(store, sky)
         sky.says("queue", "Could not connect to the API server.\n", code=1)
         with pytest.raises(
-            ConfigurationError, match=r"`sky jobs queue` ended with exit code 1:\nCould not connect"
+            ConfigurationError, match=r"`sky jobs queue` ended with exit code 1: Could not connect"
         ):
             SKYPILOT.look(record)
 

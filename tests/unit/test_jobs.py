@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain import jobs
 from hf_cloudtrain.cli import _job, app
+from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import Seen
 from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
 from hf_cloudtrain.job import parse_job
@@ -112,6 +113,34 @@ def test_a_folder_goes_to_the_home_and_what_its_nodes_need_stands_beside_it(
     assert Submission.load(home).id == record.id
     assert "value" not in (home / "job.json").read_text()
     assert engine.submitted[0].home == home
+
+
+def test_what_jobs_keep_is_no_part_of_a_workspace_that_it_is_in(engine: Pretended, tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    (code / "run").mkdir(parents=True)
+    for name in ("train.py", "run/weights"):
+        (code / name).write_text("x")
+    store = JobStore(str(code / "store"))
+    job = parse_job(f"name: toy\nrun_url: {code}/run\njob_setting: {{docker: {{command: echo}}}}".encode())
+    for _ in range(2):
+        record = jobs.submit(jobs.prepare(job, store, workspace=code), store, code)
+        store.write(record, state="failed")
+        assert [path.name for path in Path(record.home, "workspace").iterdir()] == ["train.py"]
+
+
+def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anything_starts(
+    store: JobStore, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    (code / "data").mkdir(parents=True)
+    (code / "data" / "mine.csv").write_text("rows")
+    DatasetStore(store.url).create("set", code / "data")
+    job = parse_job(
+        b"name: toy\njob_setting: {docker: {command: echo}}\ndata: {name: set, mount_path: /workspace/data}"
+    )
+    with pytest.raises(ConfigurationError, match=r"leave that out of the workspace \(\.cloudtrainignore\)"):
+        jobs.submit(jobs.prepare(job, store, workspace=code), store, code)
+    assert [(record.state, record.starts) for record in store.records()] == [("failed", ())]
 
 
 def test_a_folder_that_is_none_and_a_dataset_that_is_none_are_refused(

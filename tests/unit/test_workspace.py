@@ -361,8 +361,9 @@ class TestAdvice:
         assert found.largest == (("weights.pt", 2_100_000_000), ("data", 300_000_005))
         assert found.advice == (
             "The workspace has 2.4 GB in 3 files, and each job gets a copy; the largest: weights.pt (2.1 GB), data "
-            "(0.3 GB). Name what the job does not need in .cloudtrainignore, which is written as .gitignore is."
+            "(0.3 GB). Name what the job does not need in .cloudtrainignore, which is written as .gitignore is; "
+            "data belongs into a dataset (`cloudtrain data create`)."
         )
 
     def test_others_are_quiet(self) -> None:
-        assert Copied(3, 2**30).advice is None
+        assert Copied(3, 10**9).advice is None
