@@ -209,13 +209,18 @@ def seen(record: JobRecord, job: SlurmJob) -> Seen | None:
         return None
     reason = f"Slurm: {job.state}" + (f", {job.reason}" if job.reason != "None" else "")
     if job.state not in ENDED:
-        last = last_lines(Path(record.home, "log", "supervisor.log"), 1)
-        reason += f", exit code {job.exit_code.partition(':')[0]}. " + (
-            last[0]
-            if last
-            else f"It said nothing in {record.home!r}: is that on a disk that all nodes share? HF_CLOUDTRAIN_STORE names another."
-        )
+        reason += f", exit code {job.exit_code.partition(':')[0]}. {_last_words(record)}"
     return Seen(ENDED.get(job.state, "failed"), reason)
+
+
+def _last_words(record: JobRecord) -> str:
+    """Why a supervisor ended that could not write it into the record."""
+    last = last_lines(Path(record.home, "log", "supervisor.log"), 1)
+    if last:
+        return last[0]
+    if record.starts:
+        return f"Its supervisor was killed. `cloudtrain job run --resume {record.id}` goes on."
+    return f"It said nothing in {record.home!r}: is that on a disk that all nodes share? HF_CLOUDTRAIN_STORE names another."
 
 
 def script(submission: Submission) -> str:
