@@ -24,10 +24,11 @@ from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
+from hf_cloudtrain.notices import RUN_STOP
 from hf_cloudtrain.outcome import read_end
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.submission import Submission
@@ -275,6 +276,7 @@ def judge(
     if not by_outcome and progress in ("finished", "overtaken"):
         by_outcome[progress] = {"outcome": progress}
     commands = [node.get("exit_code") for node in nodes]
+    state: State | None
     if "finished" in by_outcome:
         after = [code for code in commands if code]
         reason = (
@@ -287,18 +289,17 @@ def judge(
             f"The newest checkpoint is {end['committed']}." if end.get("committed") else "Nothing was saved."
         )
         by = "`cloudtrain job cancel`" if told == "cancelled" else told
-        state: State = "cancelled" if told == "cancelled" else "preempted"
+        state = "cancelled" if told == "cancelled" else "preempted"
         return Verdict(state, "preempted", f"Stopped by {by}. {saved}")
     if "overtaken" in by_outcome:
         return Verdict("failed", "overtaken", str(by_outcome["overtaken"].get("reason") or "Overtaken."))
     if "stopped" in by_outcome and not any(commands):
         step = by_outcome["stopped"].get("step")
         return Verdict("finished", "stopped", f"The script ended before its last step (saved: step {step}).")
-    if "stopped" in by_outcome and PreemptedExit.CODE in codes:
-        return Verdict("cancelled", "stopped", str(by_outcome["stopped"].get("reason") or "Stopped."))
     if "preempted" in by_outcome:
-        reason = by_outcome["preempted"].get("reason")
-        return Verdict(None, "preempted", f"Saved and stopped by {reason}.")
+        reason = str(by_outcome["preempted"].get("reason"))
+        state = "cancelled" if reason.startswith(RUN_STOP) else None
+        return Verdict(state, "preempted", f"Saved and stopped by {reason}.")
     return _failed(submission, codes, nodes, by_outcome, failure)
 
 
