@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,7 +182,8 @@ def test_a_job_is_read_from_one_line_of_scontrol() -> None:
 
 def test_a_job_is_out_of_time_where_it_ended_at_its_limit() -> None:
     assert slurm_job(state="COMPLETING").is_out_of_time
-    assert not slurm_job().is_out_of_time  # it has to end then, and runs
+    later = time.time() + 900
+    assert not slurm_job(began=later - 1800, ended=later).is_out_of_time  # it has to end then, and runs
     assert not slurm_job(state="COMPLETING", ended=500.0).is_out_of_time
     assert not slurm_job(state="COMPLETING", limit=None).is_out_of_time
 
