@@ -32,7 +32,7 @@ GLUE = Path(__file__).resolve().parents[1] / "data" / "periflow_glue.yml"
 # What 22.05.8 said, shortened.
 SHOWN = (
     "JobId=7 JobName=mnli-1 UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
-    "ExitCode=0:0 RunTime=00:00:12 TimeLimit=1-00:30:00 TimeMin=N/A StartTime=2026-11-20T05:01:37 EndTime=2026-11-21T05:31:37 "
+    "ExitCode=0:0 RunTime=00:00:12 TimeLimit=1-00:30:00 TimeMin=N/A StartTime=2026-11-20T05:01:37 EndTime=2026-11-20T06:00:00 "
     "PreemptTime=2026-11-20T05:02:00 CPUs/Task=1 ReqB:S:C:T=0:0:*:* WorkDir=/home/a b/jobs Power=\n"
 )
 
