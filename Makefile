@@ -28,6 +28,7 @@ SERVERS := .servers/.azurite-$(AZURITE)
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
 
 CHROMIUM := .servers/.apt-chromium
+SLURM := .servers/.apt-slurm
 
 help:
 	@sed -n '1,/^SHELL/s/^# *//p' Makefile
@@ -37,14 +38,14 @@ check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test: $(INSTALLED) $(SERVERS) $(CHROMIUM)
+test: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv/bin/python -m pytest tests $(TESTS)
 
 chaos: $(INSTALLED) $(SERVERS)
 	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)
 
 # Old releases warn about newer ones of their own dependencies, so here a warning is no error.
-test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM)
+test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv-lowest/bin/python -m pytest tests -W default $(TESTS)
 
 test-skypilot: $(INSTALLED) $(PARSER)
@@ -88,4 +89,13 @@ $(CHROMIUM):
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] || { echo "make: Chromium is not installed: sudo apt-get install chromium" >&2; exit 1; }; \
 	     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	@mkdir -p $(@D) && touch $@
+
+# The tests start a cluster of their own; no service is started (RUNLEVEL: invoke-rc.d leaves them alone). After the browser,
+# because there is one apt-get at a time.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+$(SLURM): | $(CHROMIUM)
+	@[ "$$(command -v slurmctld slurmd munged sbatch | wc -l)" = 4 ] \
+	|| { [ "$$(id -u)" = 0 ] || { echo "make: Slurm is not installed: sudo apt-get install $(SLURM_PACKAGES)" >&2; exit 1; }; \
+	     apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
 	@mkdir -p $(@D) && touch $@

@@ -165,7 +165,7 @@ class Skypilot(_Block):
     managed: bool = True
     """A managed job, which SkyPilot starts again on another machine when its own is taken away."""
     bucket: RunUrl | None = None
-    """Bucket to mount for the checkpoints. Default: that of `run_url`."""
+    """Bucket to mount, to look into; checkpoints do not go through it. Default: that of `run_url`."""
 
 
 class Metric(_Block):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import Engine, engine
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
@@ -104,7 +105,9 @@ def submit(
             shutil.rmtree(submission.home)  # of a job whose record was deleted
         submission.home.mkdir(parents=True)
         if workspace is not None:
-            copy_workspace(workspace, submission.workspace, on_bytes=on_bytes)
+            copy_workspace(
+                workspace, submission.workspace, leave_out=own_folders(submission), on_bytes=on_bytes
+            )
         submission.workspace.mkdir(exist_ok=True)
         submission.save()
         return starter(submission).submit(submission, store, record)
@@ -113,6 +116,13 @@ def submit(
             record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
         )
         raise
+
+
+def own_folders(submission: Submission) -> list[Path]:
+    """Where jobs and their runs are kept on this machine: no part of a workspace that they are in."""
+    is_local = "://" not in submission.run_url or submission.run_url.startswith(("file://", "local://"))
+    run = [Path(local_path(submission.run_url))] if is_local else []
+    return [submission.home.parent.parent, *run]
 
 
 def resume(store: JobStore, job_id: str) -> JobRecord:

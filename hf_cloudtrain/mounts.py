@@ -31,7 +31,7 @@ DOCKER_SECONDS = 5.0
 """Seconds in which a Docker engine has to answer."""
 
 FIRST = """\
-trap 'kill -TERM -1' TERM
+trap '[ $$ != 1 ] && kill -TERM $! || kill -TERM -1' TERM
 "$@" &
 while :; do
     wait $!
@@ -39,7 +39,10 @@ while :; do
     kill -0 $! 2>/dev/null || exit $code
 done
 """
-"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7))."""
+"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7)).
+
+-1 is all of the container; where an engine has been told to share the machine's processes, it would be all of those.
+"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,12 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
     place = outer.source / os.path.relpath(mount.target, outer.target)
     if mount.target == outer.target:
         raise ConfigurationError(f"Two folders are to be at {mount.target!r}. Give each a path of its own.")
-    _refuse_hiding(str(place), mount.target, f"the folder that is at {outer.target!r}")
+    _refuse_hiding(
+        str(place),
+        mount.target,
+        f"the folder that is at {outer.target!r}",
+        "or leave that out of the workspace (.cloudtrainignore)",
+    )
     if outer.read_only and not place.is_dir():
         raise ConfigurationError(
             f"{mount.target!r} is inside {outer.target!r}, which is there to read only, and has no such folder. "
@@ -139,7 +147,9 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
         )
 
 
-def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None:
+def _refuse_hiding(
+    place: str, target: str, owner: str = "this machine", otherwise: str = "or move what is there"
+) -> None:
     try:
         mode = os.lstat(place).st_mode
         held = not stat.S_ISDIR(mode) or bool(os.listdir(place))
@@ -150,7 +160,7 @@ def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None
     if held:
         raise ConfigurationError(
             f"{target!r} would hide what {owner} has there. Set the mount path to one that is free or empty, such as "
-            "'/workspace' or '/workspace/data', or move what is there."
+            f"'/workspace' or '/workspace/data', {otherwise}."
         )
 
 

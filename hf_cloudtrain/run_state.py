@@ -13,6 +13,8 @@ from hf_cloudtrain.manifest import parse_checkpoint_key
 
 ALIVE = ("started", "training")
 """States of an attempt that has not said how it ended."""
+MOST_STATE = 40
+"""Letters of a state that nobody vouches for."""
 SLOW = 20.0
 """A run that has done no step for so many usual steps, and for `quiet_seconds` at least, is stalled."""
 
@@ -81,7 +83,7 @@ def run_state(catalog: Catalog) -> RunState:
     last_seen = number(progress.get("time"))
     if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
         last_seen = max((attempt.started for attempt in catalog.attempts(last=1)), default=None)
-    state = state_of(str(progress.get("state", "started")), last_seen or 0.0)
+    state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
     is_training = state == "training"
     uploading = _uploading(progress, keys) if is_training else None
     names = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")

@@ -152,7 +152,7 @@ class Supervisor:
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
         self._is_told()  # cancelled, it may be, while it was told to stop by a signal
-        verdict = judge(self._submission, number, codes, self._told, failure)
+        verdict = judge(self._submission, number, codes, self._told, failure, self._progress(known))
         self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
             spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
@@ -222,6 +222,17 @@ class Supervisor:
     def _told_reason(self) -> str:
         return "`cloudtrain job cancel`" if self._told == "cancelled" else f"{self._told} to the supervisor"
 
+    def _progress(self, known: int | None) -> str | None:
+        """State of the run's newest attempt, if that began after the one that was known."""
+        newest = self._newest_attempt()
+        if known is None or newest is None or newest <= known:
+            return None
+        try:
+            return str((_catalog(self._submission).read_progress(newest) or {}).get("state"))
+        except CloudTrainError as error:
+            logger.warning("%s", error)
+            return None
+
     def _newest_attempt(self) -> int | None:
         """0 before the first; None where the storage does not answer."""
         try:
@@ -244,6 +255,7 @@ def judge(
     codes: Sequence[int | None],
     told: str | None,
     failure: str | None = None,
+    progress: str | None = None,
 ) -> Verdict:
     """What becomes of a job, from what the nodes of one start left behind.
 
@@ -251,10 +263,14 @@ def judge(
         codes: exit codes of the nodes; None for one that was lost.
         told: what the job was told to stop by.
         failure: why the nodes could not be started.
+        progress: state of the attempt that this start began, as the run's storage has it: what a node that was lost
+            with its exit file has said there counts too.
     """
     ends = [read_end(submission.exit_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
     nodes = [read_end(submission.node_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
     by_outcome = {str(end["outcome"]): end for end in reversed(ends) if end.get("outcome")}
+    if not by_outcome and progress in ("finished", "overtaken"):
+        by_outcome[progress] = {"outcome": progress}
     commands = [node.get("exit_code") for node in nodes]
     if "finished" in by_outcome:
         after = [code for code in commands if code]

@@ -83,6 +83,7 @@ ROWS = (
         "workspace",
         "namespace",
         "mounts",
+        "family",
         "node",
         "supervisor",
         "vms",

@@ -36,8 +36,6 @@ from hf_cloudtrain.workspace import workspace_size
 
 POLL = 1.0
 """Seconds between two looks at a job that is waited for."""
-LARGE = 1_000_000_000
-"""Bytes of a workspace above which its size is a warning."""
 LATE = 600.0
 """Seconds for data, setup and imports, after which a job that trains nothing yet is shown as stalled."""
 
@@ -64,7 +62,7 @@ def run(
     submission = jobs.prepare(
         job, store, engine_name=engine_name, nodes=nodes, nproc_per_node=nproc_per_node, workspace=directory
     )
-    size = _size_of(directory)
+    size = _size_of(directory, jobs.own_folders(submission))
     if dry_run:
         _show_submission(submission, size, as_json)
         return
@@ -217,17 +215,14 @@ def _leaving(record: JobRecord) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _size_of(directory: Path | None) -> int | None:
+def _size_of(directory: Path | None, leave_out: list[Path]) -> int | None:
     if directory is None or not directory.is_dir():
         return None
-    found = workspace_size(directory)
+    found = workspace_size(directory, leave_out=leave_out)
     for text in found.left_out[:10]:
         say(f"Left out: {text}")
-    if found.size >= LARGE:
-        say(
-            f"Warning: {str(directory)!r} is {size_text(found.size)} in {found.files} files. Data belongs into a dataset "
-            "(`cloudtrain data create`), and what else is not needed into .cloudtrainignore."
-        )
+    if found.advice is not None:
+        say(f"Warning: {found.advice}")
     return found.size
 
 

@@ -104,7 +104,7 @@ def metrics_chart(history: History) -> Chart | None:
         return None
     traces = []
     for number, (name, points) in enumerate(found):
-        shown = safe(name.removeprefix("eval_"))
+        shown = safe(name.removeprefix("eval_"), 40)
         style = {"color": COLOURS[number % len(COLOURS)]}
         trace = _line(_thin(points), f"{shown} %{{y:.5g}}")
         traces.append({**trace, "mode": "lines+markers", "line": style, "marker": style, "name": shown})

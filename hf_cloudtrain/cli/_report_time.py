@@ -26,13 +26,13 @@ from hf_cloudtrain.run_state import state_of
 KINDS = {
     "steps": ("steps that count", "#2e9e6b"),
     "again": ("steps done again later", LOST),
-    "start": ("starting, until the first step", "#8b97a6"),
+    "start": ("starting, until the first step", "#6f8fb0"),
     "evaluation": ("evaluation", "#7a64d1"),
     "save": ("save", "#1f9fb5"),
     "pause": ("other pause", "#b9a44c"),
     "stall": ("stall: a step far slower than usual", "#e08a1e"),
-    "down": ("nobody trained", "#c9d0d8"),
-    "rest": ("between steps, and not recorded", "#a9b3be"),
+    "down": ("nobody trained", "#a3adb8"),
+    "rest": ("between steps, and not recorded", "#77828e"),
 }
 """What time can go into: words and colour."""
 
@@ -56,7 +56,8 @@ def timeline(history: History) -> Chart | None:
         showgrid=False,
         zeroline=False,
     )
-    first, last = min(info.started for info in rows), max(info.last_seen for info in rows)
+    ends = [commit.committed for commit in history.commits.values() if commit.key.attempt in places]
+    first, last = min(info.started for info in rows), max(*(info.last_seen for info in rows), *ends, 0.0)
     margin = max(1.0, 0.02 * (last - first))
     figure.update_xaxes(type="date", range=[utc(first - margin), utc(last + margin)])
     title = f"{many(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
@@ -91,6 +92,8 @@ def time_chart(history: History) -> Chart | None:
     figure.update_yaxes(visible=False)
     goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
     text = "From the start of the first attempt to the last heartbeat, restarts and all."
+    if spent.get("stall"):
+        text += " A stall is a step, too, and counts as one."
     return Chart(
         "goodput", f"Goodput: {goodput} of the time went into steps that count", text, figure, 118, True
     )
@@ -132,7 +135,13 @@ def time_spent(history: History) -> dict[str, float]:
     alive = _covered([(info.started, info.last_seen) for info in history.attempts])
     steps = min(wall, sum(info.productive_seconds for info in history.attempts))
     again = sum(info.redone_seconds for info in history.attempts)
-    spent = {"steps": steps, "again": again}
+    stalls = sum(
+        stretch.seconds
+        for info in history.attempts
+        for stretch in info.stretches
+        if stretch.why == "stall" and stretch.began < info.kept_until
+    )
+    spent = {"steps": max(0.0, steps - stalls), "stall": min(steps, stalls), "again": again}
     for kind in ("start", "evaluation", "save", "pause"):
         spent[kind] = sum(
             stretch.seconds for info in history.attempts for stretch in info.stretches if stretch.why == kind

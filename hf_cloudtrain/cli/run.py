@@ -116,6 +116,16 @@ def stop(
         fail(trouble)
 
 
+@app.command(epilog=examples("cloudtrain run watch s3://bucket/runs/mrpc"))
+def watch(run_url: RunUrl, as_json: Json = False) -> None:
+    """Watch a run until it is over. Its progress, rate, loss and uploads; Ctrl-C leaves the run alone."""
+    from hf_cloudtrain.cli import _watch
+
+    now = _watch.watch(open_catalog(run_url), as_json=as_json)
+    if now.state in ("failed", "overtaken"):
+        fail(f"Attempt {now.attempt} of {now.run_url!r} is {now.state!r}.")
+
+
 @app.command(epilog=examples("cloudtrain run report s3://bucket/runs/mrpc -o report.html"))
 def report(
     run_url: RunUrl,

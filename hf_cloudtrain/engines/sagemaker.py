@@ -128,14 +128,20 @@ class SagemakerEngine:
         return store.write(record, state="queued", reason=None, handle=handle)
 
     def look(self, record: JobRecord) -> Seen | None:
-        """What SageMaker says."""
+        """What SageMaker says; while the containers run, their supervisor writes the record, and knows better."""
         if "training_job" not in record.handle:
             return None
         name = str(record.handle["training_job"])
         try:
-            return seen(describe(str(record.handle["region"]), name))
+            found = describe(str(record.handle["region"]), name)
         except UnknownError as error:
             return Seen("lost", str(error))
+        now = seen(found)
+        if now.state == "running" and record.state in ("starting", "running", "stopping"):
+            return None
+        if now.state in ("cancelled", "preempted") and record.state == "stopping" and record.reason:
+            return Seen(now.state, record.reason)  # what was saved
+        return now
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
         """Ask SageMaker to stop it: it sends SIGTERM, and SIGKILL after 120 s."""

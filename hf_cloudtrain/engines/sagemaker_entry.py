@@ -10,13 +10,16 @@
     /opt/ml/cloudtrain/      the job's home in this container
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html
-The exit code is 0 after a training that finished, 75 after one that was saved and stopped, and else 1: SageMaker calls
-every one but 0 a failure, unless it has stopped the job itself.
+
+The first container supervises the job, as on every engine (supervisor.py), and the others do what it says
+(sagemaker_gang.py). The exit code is 0 after a training that finished, 75 after one that was saved and stopped, and else 1:
+SageMaker calls every one but 0 a failure, unless it has stopped the job itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -32,20 +35,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported late: until the handler is there, a SIGTERM would be lost
+    from hf_cloudtrain.engines.sagemaker_gang import ContainerGang, NodeProcess
+    from hf_cloudtrain.job_record import JobRecord, JobStore
     from hf_cloudtrain.submission import Submission
     from hf_cloudtrain.supervisor import Verdict
 
 logger = logging.getLogger("hf_cloudtrain.engines.sagemaker_entry")  # as a program its name is another
 
 ROOT = Path("/opt/ml")
-PORT = 7777
-"""Where node 0 listens, as SageMaker's own toolkit has it."""
 MAX_FAILURE = 1024
 """Bytes of the failure that DescribeTrainingJob shows."""
 PATIENCE = 300.0
 """Seconds for the name of node 0 to be known. SageMaker says that names may come later than containers."""
-PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds before a command that crashed is started again: doubled each time."""
+PAUSE = 1.0
+"""Seconds between two looks for that name."""
 
 
 def main(root: Path = ROOT) -> int:
@@ -54,15 +57,16 @@ def main(root: Path = ROOT) -> int:
     logging.getLogger("hf_cloudtrain").setLevel(logging.INFO)
     # The first process of a container has no default for signals: without a handler they do nothing at all.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+        signal.signal(number, _hear)
     try:
-        state, reason, code = Container(root).run()
+        state, reason = Container(root).run()
     except _Left:
-        state, reason, code = "preempted", "Stopped while no command ran.", 75
+        state, reason = "preempted", "Stopped while no command ran."
     except Exception as error:
         if not _is_ours(error):
             logger.exception("This was not expected.")
-        state, reason, code = "failed", str(error) or type(error).__name__, 1
+        state, reason = "failed", str(error) or type(error).__name__
+    code = {"finished": 0, "preempted": 75, "cancelled": 75}.get(state, 1)
     if code != 0:
         logger.error("%s: %s", state.capitalize(), reason)
         with contextlib.suppress(OSError):
@@ -84,10 +88,12 @@ class Container:
         # By their names, as SageMaker sorts them: every container must count alike.
         self.hosts = sorted(map(str, self._resources.get("hosts", [self.host])))
 
-    def run(self) -> tuple[str, str, int]:
-        """Everything; gives state, reason and exit code."""
-        for name, value in self.variables().items():
-            os.environ[name] = value
+    def run(self) -> tuple[str, str | None]:
+        """Everything; gives state and reason of the job."""
+        from hf_cloudtrain.engines.sagemaker_gang import Agent, NodeProcess
+        from hf_cloudtrain.family import adopt_orphans
+
+        os.environ.update(self.variables())
         self._network()
         submission = self._submission()
         if len(self.hosts) != submission.plan.nodes:
@@ -96,14 +102,17 @@ class Container:
             )
         Layout(self._root, submission).make()
         wait_for_name(self.hosts[0])
+        adopt_orphans()
+        rank = self.hosts.index(self.host)
+        node = NodeProcess(submission, rank, self.hosts[0])
         try:
-            verdict = self._train(submission)
+            if rank == 0:
+                return self._supervise(submission, node)
+            _Told.raises = False
+            return Agent(submission, rank, node, lambda: _Told.told).run(self.hosts[0])
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is over, and what is left takes no time
             self._keep_records(submission)
-        state = verdict.state or ("failed" if verdict.is_crash else "preempted")
-        code = {"finished": 0, "preempted": 75, "cancelled": 75}.get(state, 1)
-        return state, verdict.reason or state, code
 
     def variables(self) -> dict[str, str]:
         """What scripts for SageMaker look for, by the names of its toolkit.
@@ -120,7 +129,7 @@ class Container:
             "SM_CURRENT_HOST_RANK": self.hosts.index(self.host),
             "SM_HOST_COUNT": len(self.hosts),
             "SM_MASTER_ADDR": self.hosts[0],
-            "SM_MASTER_PORT": PORT,
+            "SM_MASTER_PORT": 7777,
             "SM_NUM_GPUS": len(list(Path("/dev").glob("nvidia[0-9]*"))),
             "SM_NUM_CPUS": os.cpu_count() or 1,
             "SM_NETWORK_INTERFACE_NAME": self._resources.get("network_interface_name", "eth0"),
@@ -160,42 +169,35 @@ class Container:
         submission.save()
         return submission
 
-    def _train(self, submission: Submission) -> Verdict:
-        """Run the node; where it is alone, again after a crash. Several nodes cannot agree on that here."""
-        start = 1
-        while True:
-            verdict = self._start(submission, start)
-            if not verdict.is_crash or len(self.hosts) > 1 or start > submission.job.max_restarts:
-                return verdict
-            logger.warning("%s The command is started again.", verdict.reason)
-            time.sleep(min(PAUSE * 2 ** (start - 1), LONGEST_PAUSE))
-            start += 1
+    def _supervise(self, submission: Submission, node: NodeProcess) -> tuple[str, str | None]:
+        """Run the job to its end, or to that of these containers."""
+        from hf_cloudtrain.engines.sagemaker_gang import ContainerGang
+        from hf_cloudtrain.job_record import JobStore
+        from hf_cloudtrain.supervisor import Supervisor
 
-    def _start(self, submission: Submission, start: int) -> Verdict:
-        import dataclasses
-
-        from hf_cloudtrain.node import run_node
-        from hf_cloudtrain.outcome import read_end
-        from hf_cloudtrain.supervisor import judge
-
-        rank = self.hosts.index(self.host)
-        # The dataset is there already, and so are the links: nothing is downloaded, and nothing mounted.
-        job = submission.job.model_copy(update={"data": None})
-        status = run_node(
-            dataclasses.replace(submission, job=job),
-            node_rank=rank,
-            master_addr=self.hosts[0],
-            master_port=PORT,
-            start=start,
-            wrap=lambda _, mounts, command: command,
-        )
-        codes = [status if other == rank else 0 for other in range(len(self.hosts))]
-        stopped = (read_end(submission.node_file(rank, start)) or {}).get("stopped")
-        verdict = judge(submission, start, codes, "SageMaker" if stopped else None)
-        if stopped and rank > 0 and verdict.state == "preempted":
-            # What was saved is known on the node of rank 0.
-            return dataclasses.replace(verdict, reason="Stopped by SageMaker. Node 0 says what was saved.")
-        return verdict
+        store = JobStore(submission.store)
+        gang = ContainerGang(submission, node)
+        state: str = "failed"
+        reason: str | None = None
+        try:
+            gang.meet()
+            supervisor = Supervisor(
+                submission, store, store.read(submission.id), gang, lambda verdict: review(verdict, gang)
+            )
+            record = supervisor.run()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            state, reason = str(record.state), record.reason
+            if supervisor.told_by_signal is not None and state == "preempted":
+                leave_to_sagemaker(store, record)
+            return state, reason
+        except _Left:
+            state, reason = "preempted", "Stopped while no command ran."
+            raise
+        except Exception as error:
+            reason = str(error)
+            raise
+        finally:
+            gang.end(state, reason)
 
     def _keep_records(self, submission: Submission) -> None:
         """What the node wrote of its end, to where SageMaker uploads it from."""
@@ -211,6 +213,25 @@ class Container:
         if not isinstance(found, dict):
             raise ValueError(f"{name}.json is no JSON object.")  # noqa: TRY004 - it is a value of a file
         return found
+
+
+def review(verdict: Verdict, gang: ContainerGang) -> Verdict:
+    """The supervisor's verdict, but that nobody starts a container again: SageMaker ends the job with the first of them."""
+    if verdict.state is not None or not gang.lost:
+        return verdict
+    names = ", ".join(map(str, gang.lost))
+    reason = f"{verdict.reason or ''} The containers of these nodes are gone: {names}."
+    return dataclasses.replace(verdict, state="failed", reason=reason.strip())
+
+
+def leave_to_sagemaker(store: JobStore, record: JobRecord) -> None:
+    """Record that SageMaker has stopped these machines: it alone knows whether it starts others, or why not."""
+    from hf_cloudtrain.errors import CloudTrainError
+
+    try:
+        store.write(record, state="stopping")
+    except CloudTrainError as error:
+        logger.error("The record of the job could not be written. %s", error)
 
 
 class Layout:
@@ -307,7 +328,7 @@ def wait_for_name(host: str, patience: float = PATIENCE) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            socket.getaddrinfo(host, PORT)
+            socket.getaddrinfo(host, None)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"The name {host!r} of node 0 is not known ({error}).") from error
@@ -328,16 +349,22 @@ def write_failure(root: Path, text: str) -> None:
 
 
 class _Left(BaseException):
-    """Told to stop while no command ran; while one does, the node hears it."""
+    """Told to stop while nothing ran that hears it."""
 
 
-_heard: list[int] = []
+class _Told:
+    """What the signals have said."""
+
+    told = False
+    raises = True
+    """Whether the first one ends whatever goes on. A container that follows another one looks at `told` instead."""
 
 
-def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of handlers
-    if not _heard:
-        _heard.append(number)
-        raise _Left
+def _hear(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of handlers
+    if not _Told.told:
+        _Told.told = True
+        if _Told.raises:
+            raise _Left
 
 
 def _names() -> tuple[str, str]:

@@ -25,8 +25,8 @@ DATA_CHANNEL = "dataset"
 """Channel with the job's dataset."""
 CHECKPOINTS = "/opt/ml/checkpoints"
 """Folder of a container that SageMaker keeps equal to a folder on S3."""
-GRACE = 115.0
-"""Seconds between SIGTERM and the end, with some to spare: SageMaker sends SIGKILL after 120.
+GRACE = 105.0
+"""Seconds between SIGTERM and the end of the command; SageMaker sends SIGKILL after 120, and the records come in between.
 
 https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StopTrainingJob.html
 """
@@ -209,8 +209,6 @@ def warnings(submission: Submission) -> Iterator[str]:
             "SageMaker shows the values of `env` to everybody who may describe training jobs. Give a secret by its "
             "place, such as Secrets Manager, and let the script fetch it."
         )
-    if submission.plan.nodes > 1:
-        yield "A crash ends this job: SageMaker restarts several machines only after trouble of its own."
 
 
 def _run_problems(submission: Submission) -> Iterator[str]:

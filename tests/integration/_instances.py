@@ -75,6 +75,12 @@ class Instance:
         """SIGTERM to its first process, as SageMaker does."""
         psutil.Process(self._outer.pid).children()[0].terminate()
 
+    def kill_one(self, *words: str) -> None:
+        """SIGKILL to the process in it whose command line ends so."""
+        family = psutil.Process(self._outer.pid).children(recursive=True)
+        (found,) = [process for process in family if process.cmdline()[-len(words) :] == list(words)]
+        found.kill()
+
     def kill(self) -> None:
         """End of its first process, and so of all."""
         if self._outer.poll() is None:

@@ -125,10 +125,7 @@ def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk
     assert f"ends with {value_after(60)!r}" in desk.log()
 
 
-def test_a_command_that_does_not_stop_is_killed_after_its_grace(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_cloudtrain.node.MARGIN", 0.0)
+def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk) -> None:
     (desk.project / "stubborn.py").write_text(
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

@@ -30,8 +30,8 @@ PATH = os.pathsep.join(
     [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
 )
 HOSTS = ["algo-1", "algo-2"]
-TOTAL, HELD = 12, 6
-"""As in the script."""
+TOTAL, HELD, SAVED = 12, 6, 4
+"""As in the script, which saves every fourth step."""
 NUMBERS = [float(number * number) for number in range(2 * TOTAL)]
 JOB = """
 name: contract
@@ -132,7 +132,7 @@ def instances(possible: None, moto: MotoServer, tmp_path: Path) -> Iterator[Inst
 
 def handed_over(
     instances: Instances, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Submission, dict[str, Any]]:
+) -> tuple[Submission, dict[str, Any], JobStore]:
     """A job that was submitted, and the request that SageMaker got."""
     for name, value in moto.env.items():
         monkeypatch.setenv(name, value)
@@ -163,39 +163,47 @@ def handed_over(
     submission.workspace.mkdir(parents=True)
     shutil.copy(SCRIPT, submission.workspace / "train.py")
     sagemaker.ENGINE.submit(submission, store, record)
-    return submission, sent[0]
+    return submission, sent[0], store
 
 
-def test_two_machines_are_taken_away_in_mid_run_and_two_others_finish_it(
+def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
     instances: Instances, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submission, request = handed_over(instances, moto, tmp_path, monkeypatch)
+    submission, request, store = handed_over(instances, moto, tmp_path, monkeypatch)
     service = SageMaker(tmp_path, instances, request, moto)
     catalog = Catalog(Storage(submission.run_url, moto.storage_options))
 
     first = service.launch()
-    wait_for_line(first, f"waits at {HELD}")
+    wait_for_line(first, f"waits at {HELD} in start 1")
+    first["algo-2"].kill_one("-u", "train.py")
+    wait_for_line(first, f"waits at {HELD} in start 2")
     for container in first.values():
         container.terminate()
     codes = {host: container.wait(PATIENCE) for host, container in first.items()}
     assert codes == {"algo-1": 75, "algo-2": 75}, logs(first)
-    assert catalog.newest() == CheckpointKey(1, HELD)
+    assert catalog.newest() == CheckpointKey(2, HELD)
     for host in HOSTS:
         failure = (service.ml[host] / "output/failure").read_text()
-        assert failure.startswith("preempted: Stopped by SageMaker."), failure
+        assert failure == f"preempted: Stopped by SIGTERM. The newest checkpoint is {CheckpointKey(2, HELD)}."
+    assert store.read(submission.id).state == "stopping"  # whether there will be others, SageMaker knows
 
     second = service.launch()
     codes = {host: container.wait(PATIENCE) for host, container in second.items()}
     assert codes == {"algo-1": 0, "algo-2": 0}, logs(second)
-    assert catalog.newest() == CheckpointKey(2, TOTAL)
-    assert [attempt.resumed_from for attempt in catalog.attempts()] == [None, CheckpointKey(1, HELD)]
+    assert catalog.newest() == CheckpointKey(3, TOTAL)
+    resumed_from = [attempt.resumed_from for attempt in catalog.attempts()]
+    assert resumed_from == [None, CheckpointKey(1, SAVED), CheckpointKey(2, HELD)]
+    record = store.read(submission.id)
+    assert (record.state, record.restarts) == ("finished", 1)
+    assert [start.outcome for start in record.starts] == ["failed", "preempted", "finished"]
+    assert record.starts[-1].exit_codes == (0, 0)
     for rank, host in enumerate(HOSTS):
         assert f"rank {rank} of 2 begins at {HELD} on {host}" in second[host].log
         # Each number is in it once: the sum of the means of both ranks.
         assert float((service.ml[host] / f"model/weight-{rank}").read_text()) == sum(NUMBERS) / 2
         assert not (service.ml[host] / "output/failure").exists()
-        kept = service.ml[host] / "output/data/cloudtrain" / host / f"{rank}/exit-1.json"
-        assert json.loads(kept.read_text())["outcome"] == "finished"
+    kept = service.ml["algo-1"] / "output/data/cloudtrain/algo-1/1/exit-3.json"
+    assert json.loads(kept.read_text())["outcome"] == "finished"
     assert (service.ml["algo-1"] / "checkpoints/checkpoint.pt").is_file()
     assert not Path("/workspace/ckpt").exists()
 

@@ -32,8 +32,15 @@ needs_root = pytest.mark.skipif(not IS_ROOT, reason="an ordinary user may not")
 
 @pytest.fixture
 def namespaces() -> None:
-    if not mounts._allows_namespaces():
+    if not unshares("--mount") and not unshares("--user", "--map-root-user", "--mount"):
         pytest.skip("this machine allows no namespaces")
+    assert mounts._problem(mounts._NAMESPACE_PROBE) is None
+
+
+def unshares(*options: str, before: Sequence[str] = ()) -> bool:
+    """Whether the machine allows it, asked of somebody else than what is tested."""
+    command = [*before, "unshare", *options, "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(
@@ -52,7 +59,7 @@ def user(
             pytest.skip("bubblewrap is not installed")
         monkeypatch.setattr(mounts, "_NAMESPACE_PROBE", ("false",))
         return ()
-    if request.param and subprocess.run([*ORDINARY, *mounts._NAMESPACE_PROBE], check=False).returncode:
+    if request.param and not unshares("--user", "--map-root-user", "--mount", before=ORDINARY):
         pytest.skip("this machine allows no user namespaces")
     return tuple(request.param)
 
@@ -177,9 +184,10 @@ class TestWords:
     ) -> None:
         # Python would add LC_CTYPE, and ignores SIGPIPE.
         given = {"PATH": os.environ["PATH"], "SECRET": "a=b\nc", "LANG": "C"}
-        text = "tr '\\0' '|' < /proc/self/environ; grep SigIgn /proc/self/status"
+        text = "tr '\\0' '|' < /proc/$$/environ; grep SigIgn /proc/self/status"
         seen = said(words([Mount(sources["workspace"], free)], bash(text)), env=given)
         alone = said(bash(text), env=given)
+        assert "SECRET=a=b" in seen
         assert seen == alone
 
     def test_modules_of_the_user_are_not_taken_for_ours(
@@ -211,6 +219,23 @@ class TestWords:
         assert said([*user, *words([Mount(sources["data"], str(place))], bash(text))]) == "data"
         assert (sources["data"] / "new").exists()
         assert os.listdir(place) == []
+
+    @needs_root
+    def test_nothing_leaks_where_the_machine_shares_its_mounts_and_their_options_stay(
+        self, sources: dict[str, Path], user: tuple[str, ...], free: str, open_folder: Path
+    ) -> None:
+        # As systemd has it, and with a disk whose options an ordinary user cannot take away.
+        (open_folder / "disk").mkdir()
+        text = f"touch {free}/new 2>&1; findmnt -n -o OPTIONS {free}"
+        order = words([Mount(open_folder / "disk", free, read_only=True)], bash(text))
+        script = (
+            f"mount -t tmpfs -o nosuid,nodev,noexec,noatime disk {open_folder}/disk\n"
+            'before=$(cat /proc/self/mountinfo)\n"$@"\n[ "$before" = "$(cat /proc/self/mountinfo)" ]'
+        )
+        machine = ["unshare", "--mount", "--propagation", "shared", "bash", "-c", script, "bash"]
+        seen = said([*machine, *user, *order])
+        assert "Read-only" in seen
+        assert {"ro", "nosuid", "nodev", "noexec", "noatime"} <= set(seen.split("\n")[-2].split(","))
 
     @needs_root
     def test_a_folder_of_the_system_that_lacks_the_place_keeps_what_it_holds(

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hf_cloudtrain.family import terminate
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.mounts import Mount
 from hf_cloudtrain.node import (
@@ -18,7 +19,6 @@ from hf_cloudtrain.node import (
     folder_mounts,
     in_namespace_or_docker,
     real_checkpoint_dir,
-    terminate,
 )
 from hf_cloudtrain.submission import Submission
 
@@ -34,7 +34,9 @@ def submission_of(tmp_path: Path, more: str = "", *, workspace: bool = False) ->
     job = parse_job(
         f"name: toy\njob_setting: {{docker: {{command: echo, image: some/image}}}}\n{more}".encode()
     )
-    return Submission(job, job.plan(), "toy-1", "run", "store", tmp_path / "home", has_workspace=workspace)
+    return Submission(
+        job, job.plan(), "toy-1", str(tmp_path / "run"), "store", tmp_path / "home", has_workspace=workspace
+    )
 
 
 def started(*words: str) -> subprocess.Popen[str]:
@@ -87,6 +89,18 @@ def test_in_a_container_it_gets_its_own_variables_and_not_the_path_of_the_machin
     assert "value" not in " ".join(words)
 
 
+def test_a_container_keeps_nothing_to_itself_of_what_is_written_to_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_cloudtrain.node.has_docker", lambda: True)
+    (tmp_path / "disk").mkdir()
+    submission = submission_of(tmp_path, f"checkpoint: {{output_checkpoint_dir: {tmp_path}/disk/ckpt}}")
+    words = in_namespace_or_docker(submission, folder_mounts(submission), ["train"])
+    for folder in (tmp_path / "run", tmp_path / "disk" / "ckpt", tmp_path / "home"):
+        assert f"type=bind,source={folder},target={folder}" in words
+    assert (tmp_path / "run").is_dir()
+
+
 @pytest.mark.parametrize(
     ("more", "workspace", "targets", "real"),
     [
@@ -94,6 +108,8 @@ def test_in_a_container_it_gets_its_own_variables_and_not_the_path_of_the_machin
         ("", True, ["/workspace"], None),
         ("checkpoint: {output_checkpoint_dir: ckpt}", False, ["/workspace"], "home/workspace/ckpt"),
         ("checkpoint: {output_checkpoint_dir: /no-such/ckpt}", False, ["/no-such/ckpt"], "home/checkpoint"),
+        # Root may write there, and yet it is no disk that is there for it.
+        ("checkpoint: {output_checkpoint_dir: /no-such}", False, ["/no-such"], "home/checkpoint"),
         ("data: {name: x, mount_path: /workspace/data}", False, ["/workspace"], None),
         ("data: {name: x, mount_path: /data}", False, [], None),
     ],

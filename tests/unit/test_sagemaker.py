@@ -213,7 +213,7 @@ def test_a_long_value_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_grace_is_sagemaker_s_unless_the_job_names_one() -> None:
-    assert request(submission(SMALL))["Environment"]["HF_CLOUDTRAIN_GRACE"] == "115"
+    assert request(submission(SMALL))["Environment"]["HF_CLOUDTRAIN_GRACE"] == "105"
     named = submission(SMALL + "env: {HF_CLOUDTRAIN_GRACE: '40'}")
     assert request(named)["Environment"]["HF_CLOUDTRAIN_GRACE"] == "40"
 
@@ -292,7 +292,7 @@ def test_what_the_containers_need_is_on_the_store_and_no_value_of_a_variable(
     job = there.read("job.json")
     assert b"fast" not in job
     assert b"secret-value" not in job
-    assert json.loads(job)["grace"] == 115.0
+    assert json.loads(job)["grace"] == 105.0
     folder = request(item, dataset=sagemaker._dataset(item))["InputDataConfig"][2]["DataSource"][
         "S3DataSource"
     ]

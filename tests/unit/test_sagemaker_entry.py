@@ -120,7 +120,7 @@ def hosts(image: Image, names: list[str], current: str) -> None:
 
 def job(image: Image, nodes: int, *, has_workspace: bool = True) -> None:
     read = parse_job(JOB.format(place=image.place, nodes=nodes).encode())
-    plan = dataclasses.replace(read.plan(nodes=nodes, nproc_per_node=1), grace_seconds=115.0)
+    plan = dataclasses.replace(read.plan(nodes=nodes, nproc_per_node=1), grace_seconds=105.0)
     submission = Submission(
         read, plan, "small-1", "s3://b/runs/small", "s3://b/store", image.root, has_workspace
     )
@@ -155,7 +155,7 @@ def test_the_job_finds_everything_at_its_paths(image: Image, ends: Callable[...,
         1,
     )
     assert call["submission"].job.data is None  # it is there: nothing is downloaded a second time
-    assert call["submission"].plan.grace == 115.0
+    assert call["submission"].plan.grace == 105.0
     assert call["wrap"](None, (), ["true"]) == ["true"]  # nothing is mounted
     assert node.real_checkpoint_dir(call["submission"]).resolve() == (image.root / "checkpoints").resolve()
     kept = image.root / "output/data/cloudtrain/algo-1/0/exit-1.json"

@@ -61,6 +61,8 @@ class TestCopy:
         assert content(target) == ["data", "main.py", "model", "model/net.py", "run.sh"]
         assert (target / "main.py").read_text() == "print(1)"
         assert stat.S_IMODE((target / "run.sh").stat().st_mode) == 0o755
+        assert stat.S_IMODE((target / "model").stat().st_mode) == 0o755  # as it was, but ours to write to
+        assert (target / "data").stat().st_mtime_ns == (source / "data").stat().st_mtime_ns
         assert (target / "main.py").stat().st_mtime_ns == 10**18
         assert (copied.files, copied.size, copied.left_out) == (3, 28, ())
         assert sum(heard) == 28
@@ -286,12 +288,16 @@ class TestIgnoreFiles:
         assert self.copied(source) == [".gitignore", "main.py"]
 
     @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-    def test_random_trees_are_read_as_git_reads_them(self, tmp_path: Path) -> None:
+    def test_trees_are_read_as_git_reads_them(self, tmp_path: Path) -> None:
         dice = random.Random(5)
+        trees = [tmp_path / str(number) for number in range(20)]
+        for tree in trees:
+            plant(tree, dice, [pattern(dice) for _ in range(dice.randint(1, 3))])
+        for lines in HARD:
+            trees.append(tmp_path / str(len(trees)))
+            plant(trees[-1], random.Random(1), lines.split())
         differ = []
-        for number in range(24):
-            tree = tmp_path / str(number)
-            plant(tree, dice)
+        for tree in trees:
             found = subprocess.run(
                 ["git", "-C", tree, "ls-files", "--others", "--exclude-standard", "-z"],
                 capture_output=True,
@@ -299,23 +305,31 @@ class TestIgnoreFiles:
                 check=True,
             )
             wanted = {path for path in found.stdout.split("\0") if path}
-            copy_workspace(tree, tmp_path / "target")
-            seen = {path for path in content(tmp_path / "target") if (tmp_path / "target" / path).is_file()}
-            if seen != wanted:
-                differ.append((number, seen ^ wanted))
-            shutil.rmtree(tmp_path / "target")
+            if (seen := set(self.copied(tree))) != wanted:
+                differ.append(((tree / ".gitignore").read_text(), seen ^ wanted))
         assert differ == []
 
 
+HARD = (
+    # A pattern that matches a folder says nothing of what is in it.
+    "*/* !**/[ab]/ */*.py",
+    "*.py !c*/ a/",
+    # All in a folder, and not the folder itself.
+    "*/** !*/*.py",
+    # Folders in a folder.
+    "*/**/",
+    "[ab]/**/",
+    "* !*/ !*.py",
+)
 NAMES = ("a", "b", "c.py", "d.log", "build", "data")
 PARTS = ("a", "b", "*.py", "*.log", "build", "data", "*", "**", "?", "[ab]", "c*")
 
 
-def plant(tree: Path, dice: random.Random) -> None:
-    """A repository with random files and random patterns."""
+def plant(tree: Path, dice: random.Random, lines: list[str]) -> None:
+    """A repository with random files, patterns, and further random ones in some folders."""
     subprocess.run(["git", "init", "-q", str(tree)], check=True)
     folders = [tree]
-    for _ in range(6):
+    for _ in range(8):
         folder = dice.choice(folders) / dice.choice(NAMES)
         if not folder.exists():
             folder.mkdir()
@@ -324,9 +338,9 @@ def plant(tree: Path, dice: random.Random) -> None:
         for name in NAMES:
             if dice.random() < 0.7 and not (folder / name).exists():
                 (folder / name).write_text("x")
-        if folder == tree or dice.random() < 0.3:
-            lines = [pattern(dice) for _ in range(dice.randint(1, 3))]
-            (folder / ".gitignore").write_text("\n".join(lines) + "\n")
+        if folder != tree and dice.random() < 0.3:
+            (folder / ".gitignore").write_text(f"{pattern(dice)}\n{pattern(dice)}\n")
+    (tree / ".gitignore").write_text("\n".join(lines) + "\n")
 
 
 def pattern(dice: random.Random) -> str:
@@ -347,8 +361,9 @@ class TestAdvice:
         assert found.largest == (("weights.pt", 2_100_000_000), ("data", 300_000_005))
         assert found.advice == (
             "The workspace has 2.4 GB in 3 files, and each job gets a copy; the largest: weights.pt (2.1 GB), data "
-            "(0.3 GB). Name what the job does not need in .cloudtrainignore, which is written as .gitignore is."
+            "(0.3 GB). Name what the job does not need in .cloudtrainignore, which is written as .gitignore is; "
+            "data belongs into a dataset (`cloudtrain data create`)."
         )
 
     def test_others_are_quiet(self) -> None:
-        assert Copied(3, 2**30).advice is None
+        assert Copied(3, 10**9).advice is None
