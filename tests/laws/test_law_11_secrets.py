@@ -180,7 +180,7 @@ def test_law_11_nothing_of_ours_unpickles() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 100_000, "token" * 20_000, "a://:" * 60_000, "eyJ-" * 60_000, "?key" * 30_000]
+    "text", ["x" * 100_000, "token" * 20_000, "a://:" * 30_000, "eyJ-" * 20_000, "?key" * 30_000]
 )
 def test_law_11_to_look_for_secrets_costs_what_the_length_of_a_text_does_and_not_its_square(
     text: str,
