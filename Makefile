@@ -21,11 +21,14 @@ ALONE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PR
 # Halves of the suite, so that a file stays on one worker for what its tests share; who is done first helps the other.
 TESTS := -n $(WORKERS) --dist worksteal -rR $(PYTEST_ARGS)
 
-PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,dev]'
+PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,report,dev]'
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 SERVERS := .servers/.azurite-$(AZURITE)
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
+
+CHROMIUM := .servers/.apt-chromium
+SLURM := .servers/.apt-slurm
 
 help:
 	@sed -n '1,/^SHELL/s/^# *//p' Makefile
@@ -35,14 +38,14 @@ check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test: $(INSTALLED) $(SERVERS)
+test: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv/bin/python -m pytest tests $(TESTS)
 
 chaos: $(INSTALLED) $(SERVERS)
 	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)
 
 # Old releases warn about newer ones of their own dependencies, so here a warning is no error.
-test-lowest: $(LOWEST) $(SERVERS)
+test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv-lowest/bin/python -m pytest tests -W default $(TESTS)
 
 test-skypilot: $(INSTALLED) $(PARSER)
@@ -80,3 +83,19 @@ $(PARSER):
 	$(PYTHON) -m venv .venv-skypilot
 	.venv-skypilot/bin/python -m pip install --quiet --disable-pip-version-check skypilot==$(SKYPILOT)
 	@touch $@
+
+# A browser looks at the page that `cloudtrain run report` writes.
+$(CHROMIUM):
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] || { echo "make: Chromium is not installed: sudo apt-get install chromium" >&2; exit 1; }; \
+	     apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	@mkdir -p $(@D) && touch $@
+
+# The tests start a cluster of their own; no service is started (RUNLEVEL: invoke-rc.d leaves them alone). After the browser,
+# because there is one apt-get at a time.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+$(SLURM): | $(CHROMIUM)
+	@[ "$$(command -v slurmctld slurmd munged sbatch | wc -l)" = 4 ] \
+	|| { [ "$$(id -u)" = 0 ] || { echo "make: Slurm is not installed: sudo apt-get install $(SLURM_PACKAGES)" >&2; exit 1; }; \
+	     apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
+	@mkdir -p $(@D) && touch $@

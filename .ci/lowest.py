@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("s3", "gcs", "azure")
+EXTRAS = ("s3", "gcs", "azure", "report")
 TESTED = "torch"
 """Its lowest version has no CPU build in every index, so it stays the one of constraints.txt."""
 UNPINNED = "boto3"

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain import trainer_place
-from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of
+from hf_cloudtrain.checkpointer import last_committed_of, overtaken_by_of, uploads_of
 from hf_cloudtrain.emergency import EmergencySaveCallback
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.manifest import Manifest
@@ -344,6 +344,7 @@ class StepTrackerCallback(TrainerCallback):
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
                 committed=last_committed_of(checkpointer),
+                uploads=uploads_of(checkpointer),
                 overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()
@@ -368,7 +369,7 @@ class StepTrackerCallback(TrainerCallback):
     ) -> None:
         """An evaluation is no step time."""
         if self._tracker is not None:
-            self._tracker.pause()
+            self._tracker.pause("evaluation")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -382,7 +383,7 @@ class StepTrackerCallback(TrainerCallback):
     ) -> None:
         """A save is no step time; the records up to it are stored beside it."""
         if self._tracker is not None:
-            self._tracker.pause()
+            self._tracker.pause("save")
             self._tracker.flush_soon()
 
     def on_train_end(

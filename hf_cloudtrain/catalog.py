@@ -454,6 +454,10 @@ class Catalog:
         """Keys of named folders whose deletion has begun and is not over, sorted."""
         return [key for key in self._names(_RETIRING) if parse_folder_key(key)]
 
+    def half_deleted_folders(self) -> dict[str, str]:
+        """Where named folders whose deletion has begun have what is left of their files: keys by folder."""
+        return {_versioned_folder(*_name_and_version(key)): key for key in self.retiring_folders()}
+
     # Pointers and progress
 
     def point(self, name: str, key: CheckpointKey, metric: float | None = None) -> None:

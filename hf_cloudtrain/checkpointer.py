@@ -41,7 +41,7 @@ from hf_cloudtrain.errors import (
 from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.freeze import fresh_files
 from hf_cloudtrain.manifest import META, Manifest, Position, folder_name
-from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.outbox import Commit, Outbox, OutboxEntry, Uploads
 from hf_cloudtrain.process import answer_in_time
 from hf_cloudtrain.progress import Bar, Progress
 from hf_cloudtrain.provenance import facts, origin
@@ -117,6 +117,8 @@ class Checkpointer:
         self.world = self._find_world()
         self.attempt: Attempt | None = None
         self.last_saved: CheckpointKey | None = None
+        self.last_saved_time: float | None = None
+        """Seconds since 1970."""
         self.policy = Policy()
         """What stays on storage; heeded from the next `begin` on."""
         self._fresh = fresh
@@ -274,7 +276,7 @@ class Checkpointer:
         self.storage.exclusive = self.attempt.exclusive  # rank 0 alone has asked the storage
         self._guard(self.attempt)
         self.world.each_leader(lambda: self._move_stale(global_step), "move stale checkpoints")
-        self.last_saved = None
+        self.last_saved = self.last_saved_time = None
         self._save_error = None
         self._retention.policy = self.policy
         self._retention.attempt = self.attempt if self.world.is_main else None
@@ -323,12 +325,13 @@ class Checkpointer:
             exclusive=self.attempt.exclusive,
             exact=inexact_reason is None,
             inexact_reason=inexact_reason,
-            created=time.time(),
+            created=(now := time.time()),
             metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
             best=best,
             save=save,
             origin=origin(),
         )
+        self.last_saved_time = now
         self._hand_over(folder, entry, since_ns)
         rehearsal.hold(position.global_step)
 
@@ -680,6 +683,23 @@ def last_committed_of(checkpointer: Checkpointer) -> Callable[[], CheckpointKey 
     def ask() -> CheckpointKey | None:
         found = reference()
         return found.last_committed if found is not None else None
+
+    return ask
+
+
+def uploads_of(checkpointer: Checkpointer) -> Callable[[], Uploads]:
+    """Asks how the uploads of this process stand, without keeping the Checkpointer alive."""
+    reference = weakref.ref(checkpointer)
+
+    def ask() -> Uploads:
+        found = reference()
+        if found is None:
+            return Uploads()
+        commits: list[Commit] = []
+        for who in (found._uploader, found._watch):
+            while who is not None and who.commits:
+                commits.append(who.commits.popleft())
+        return Uploads(found.last_saved, found.last_saved_time, tuple(commits))
 
     return ask
 

@@ -61,6 +61,8 @@ class LocalCopy:
             with alone(self._home / "lock", f"downloads the dataset {self._manifest.folder!r}"):
                 if not self._is_untouched():
                     self._bring(on_bytes)
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(self._record)  # when it was last asked for, for whoever needs the space
         return self._folder
 
     def _bring(self, on_bytes: Callable[[int], None] | None) -> None:

@@ -23,7 +23,7 @@ CACHE = "HF_CLOUDTRAIN_CACHE"
 """Folder for local copies of datasets, shared by the processes of a machine. Default `~/.cache/hf_cloudtrain`."""
 
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
-"""Folder that the function API uploads and restores, used when `init` names none. No default."""
+"""Folder that the function API uploads and restores, used when `init` names none, and `TrainLoop`'s. No default."""
 
 RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
 """Set by a launcher that restored a checkpoint before the script began: its key, such as 000003-0000000500. No default."""

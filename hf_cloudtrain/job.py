@@ -16,13 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from hf_cloudtrain import env as variables
 from hf_cloudtrain.errors import ConfigurationError, JobFileError
-from hf_cloudtrain.job_problems import Explainer, dotted, quoted
+from hf_cloudtrain.job_problems import Explainer, quoted
 from hf_cloudtrain.job_values import (
-    MAX_DEVICES,
     CommandText,
     Count,
     DatasetName,
@@ -36,12 +43,13 @@ from hf_cloudtrain.job_values import (
     Value,
     Variable,
     VmName,
+    Whole,
     Word,
     check_folder,
     check_mount,
     check_vm,
 )
-from hf_cloudtrain.job_yaml import MAX_BYTES, Document, Place, Problem, read_document
+from hf_cloudtrain.job_yaml import MAX_BYTES, Document, Place, Problem, dotted, read_document
 from hf_cloudtrain.machine import Machine, shape
 from hf_cloudtrain.plan import Plan
 from hf_cloudtrain.redaction import visible
@@ -157,7 +165,7 @@ class Skypilot(_Block):
     managed: bool = True
     """A managed job, which SkyPilot starts again on another machine when its own is taken away."""
     bucket: RunUrl | None = None
-    """Bucket to mount for the checkpoints. Default: that of `run_url`."""
+    """Bucket to mount, to look into; checkpoints do not go through it. Default: that of `run_url`."""
 
 
 class Metric(_Block):
@@ -221,7 +229,7 @@ class Job(_Block):
     """Where the run goes: any fsspec URL, or an absolute path. Default: a folder of the user's store."""
     engine: EngineName = "local"
     """What starts the processes."""
-    max_restarts: Annotated[int, Field(ge=0, le=10_000)] = 3
+    max_restarts: Annotated[Whole, Field(ge=0, le=10_000)] = 3
     """Restarts after a crash. A machine that is taken away is no crash."""
     env: Annotated[dict[Variable, Value | None], Field(repr=False)] = {}
     """Variables for the command; one without a value is taken from the shell that submits the job."""
@@ -395,11 +403,7 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _count(text: Any) -> int:
-    number = int(text)
-    if not 1 <= number <= MAX_DEVICES:
-        raise ValueError(text)
-    return number
+_count = TypeAdapter[int](Count).validate_python
 
 
 def _valid(data: Any, place: Place, check: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from hf_cloudtrain.job_yaml import Document, Place, Problem
-from hf_cloudtrain.redaction import redact, visible
+from hf_cloudtrain.job_yaml import Document, Place, Problem, dotted
+from hf_cloudtrain.redaction import redact
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -107,11 +107,6 @@ class Explainer:
             home = homes[far[0]][0]
             return f"The nearest known key is {far[0]!r}, {f'below {home!r}' if home else 'at the top'}."
         return f"Known here: {', '.join(beside)}."
-
-
-def dotted(place: Place) -> str:
-    """A place for people, in quotes: "'data.name'"."""
-    return repr(visible(redact(".".join(map(str, place))))[:LONGEST])
 
 
 def quoted(value: Any) -> str:

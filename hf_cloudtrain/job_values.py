@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job_problems import quoted
 from hf_cloudtrain.machine import Machine
+from hf_cloudtrain.manifest import folder_name
 from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.redaction import has_user_part, redact
 
 MAX_DEVICES = 65_536
 """Largest count of anything: more than the largest cluster has."""
+MAX_LENGTH = 2048
+"""Characters of the longest path or URL. Linux takes 4096 bytes in a path (PATH_MAX), and some go below this one."""
 
 
 def _name(text: str) -> str:
@@ -36,9 +40,15 @@ def _dataset(text: str) -> str:
             f"is {quoted(text)}: PeriFlow's public datasets are not here. Load it in the script, or make a dataset of it."
         )
     name, separator, version = text.partition("@")
-    _name(name)
-    if separator:
-        _name(version)
+    try:
+        folder_name(name)
+    except ConfigurationError:
+        raise ValueError(
+            f"is {quoted(text)}: the name of a dataset, such as 'mnli', or of one of its versions, such as 'mnli@2', is "
+            "needed. `cloudtrain data list` shows those that exist."
+        ) from None
+    if separator and not re.fullmatch(r"[1-9][0-9]{0,8}", version):
+        raise ValueError(f"is {quoted(text)}: a version is a whole number from 1, such as 'mnli@2'.")
     return text
 
 
@@ -56,10 +66,10 @@ def check_mount(text: str) -> str:
     path = _path(text)
     if not path.startswith("/"):
         raise ValueError(f"is {quoted(text)}: an absolute path is needed, such as '/workspace'.")
-    top = path.split("/")[1]
-    if top in _KERNEL or (posixpath.dirname(path) == "/" and top in _SYSTEM):
+    hidden = _hidden_by(path)
+    if hidden is not None:
         raise ValueError(
-            f"is {quoted(text)}, which would hide the machine's own {'/' + top!r}. Name another, such as '/workspace'."
+            f"is {quoted(text)}, which would hide the machine's own {hidden!r}. Name another, such as '/workspace'."
         )
     return path
 
@@ -70,15 +80,31 @@ def check_folder(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    if not text or not text.isprintable() or ".." in text.split("/"):
+    if not text or not text.isprintable() or ".." in text.split("/") or len(text) > MAX_LENGTH:
         raise ValueError(f"is {quoted(text)}: a path without '..' and control characters is needed.")
     return posixpath.normpath(re.sub("/+", "/", text))
 
 
-_SYSTEM = frozenset("bin boot etc home lib lib32 lib64 libx32 opt root run sbin tmp usr var".split()) | {""}
-"""Folders of the Filesystem Hierarchy Standard that programs need; what is below them may be used."""
-_KERNEL = frozenset(("dev", "proc", "sys"))
-"""File systems of the kernel, with all that is below."""
+def _hidden_by(path: str) -> str | None:
+    """What of the machine's own a mount at an absolute path would hide."""
+    top, *below = path.split("/")[1:3]
+    if top in _WHOLE or (top == "usr" and below and below[0] not in _FREE_BELOW_USR):
+        return f"/{top}"
+    return path if path == "/" or path[1:] in _SYSTEM else None
+
+
+_WHOLE = frozenset("bin boot dev etc lib lib32 lib64 libx32 proc sbin sys".split())
+"""Folders of the kernel and of the Filesystem Hierarchy Standard, with all that is below."""
+_FREE_BELOW_USR = frozenset(("local", "src"))
+"""Where images keep what their makers have added, such as `/usr/src/app`."""
+_SYSTEM = frozenset(
+    [
+        *"home opt root run tmp usr usr/local usr/src var".split(),
+        *(f"usr/local/{name}" for name in "bin etc include lib lib64 libexec sbin share".split()),
+        *(f"var/{name}" for name in "cache lib lock log mail run spool tmp".split()),
+    ]
+)
+"""Folders that programs need; what is below them may be used."""
 
 
 def _command(text: str) -> str:
@@ -88,6 +114,8 @@ def _command(text: str) -> str:
 
 
 def _run_url(text: str) -> str:
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"is {quoted(text)}, which is longer than {MAX_LENGTH} characters.")
     if has_user_part(text):
         raise ValueError(
             "has a user and a password in it, and would be in every log. Give them as the storage's own variables, or "
@@ -115,11 +143,18 @@ def _word(text: str) -> str:
 
 
 def _slurm_time(text: str) -> str:
-    if not re.fullmatch(r"(?:\d{1,4}-\d{1,2}(?::\d{1,2}){0,2})|\d{1,6}(?::\d{1,2}){0,2}", text):
+    if not re.fullmatch(r"(?:[0-9]{1,4}-[0-9]{1,2}|[0-9]{1,6})(?::[0-9]{1,2}){0,2}", text):
         raise ValueError(
             f"is {quoted(text)}: minutes, 'minutes:seconds', 'hours:minutes:seconds' or 'days-hours:minutes:seconds'."
         )
     return text
+
+
+def _whole(value: Any) -> Any:
+    # pydantic would take 6_0 and 6.0 as well, which mean something else elsewhere, or nothing.
+    if isinstance(value, str) and not re.fullmatch("-?[0-9]+", value):
+        raise PydanticCustomError("int_parsing", "no whole number")
+    return value
 
 
 def _variable(name: str) -> str:
@@ -141,9 +176,10 @@ def _text_schema(pattern: str) -> WithJsonSchema:
 Name = Annotated[str, AfterValidator(_name), _text_schema(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Mount = Annotated[str, AfterValidator(check_mount), _text_schema("^/")]
 Word = Annotated[str, AfterValidator(_word), _text_schema(r"^[^\s-]\S*$")]
-Count = Annotated[int, Field(ge=1, le=MAX_DEVICES)]
+Whole = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
+Count = Annotated[Whole, Field(ge=1, le=MAX_DEVICES)]
 S3Url = Annotated[str, AfterValidator(_s3_url), _text_schema("^s3://")]
-Seconds = Annotated[int, Field(ge=1, le=10**9)]
+Seconds = Annotated[Whole, Field(ge=1, le=10**9)]
 VmName = Annotated[
     str, AfterValidator(check_vm), _text_schema(r"^[a-z0-9]+-[0-9]+gb-[a-z0-9-]+-[1-9][0-9]*g-[a-z0-9-]+$")
 ]

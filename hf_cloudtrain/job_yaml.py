@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from hf_cloudtrain.redaction import redact, visible
+
 Place = tuple[str | int, ...]
 """Keys and list indices that lead to a value: `("data", "name")`."""
 
@@ -80,6 +82,12 @@ def _unreadable(line: int, text: str) -> Document:
     return Document(None, {}, (Problem(line, text),))
 
 
+def dotted(place: Place) -> str:
+    """A place for people, in quotes: "'data.name'". Who writes `{TOKEN=abc}` has made a key of the value."""
+    keys = (f"{key.partition('=')[0]}=***" if "=" in key else redact(key) for key in map(str, place))
+    return repr(visible(".".join(keys))[:100])
+
+
 class _StopError(Exception):
     """What follows cannot be understood."""
 
@@ -141,7 +149,7 @@ class _Reader:
             here = (*place, key)
             if key in found:
                 self._refuse(
-                    event, f"{_shown(here)} is here a second time, after line {self.lines[here]}.", here
+                    event, f"{dotted(here)} is here a second time, after line {self.lines[here]}.", here
                 )
             self.lines.setdefault(here, _line(event))
             value = self._value(self._next(), here)
@@ -187,7 +195,3 @@ class _Reader:
 def _line(event: Any) -> int:
     line: int = event.start_mark.line
     return line + 1
-
-
-def _shown(place: Place) -> str:
-    return repr(".".join(map(str, place))[:100])

@@ -9,19 +9,23 @@ cancel      each node has its grace, and then the engine insists
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import Engine, engine
-from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.job import EngineName, Job
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.workspace import copy_workspace
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -101,7 +105,9 @@ def submit(
             shutil.rmtree(submission.home)  # of a job whose record was deleted
         submission.home.mkdir(parents=True)
         if workspace is not None:
-            copy_workspace(workspace, submission.workspace, on_bytes=on_bytes)
+            copy_workspace(
+                workspace, submission.workspace, leave_out=own_folders(submission), on_bytes=on_bytes
+            )
         submission.workspace.mkdir(exist_ok=True)
         submission.save()
         return starter(submission).submit(submission, store, record)
@@ -110,6 +116,13 @@ def submit(
             record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
         )
         raise
+
+
+def own_folders(submission: Submission) -> list[Path]:
+    """Where jobs and their runs are kept on this machine: no part of a workspace that they are in."""
+    is_local = "://" not in submission.run_url or submission.run_url.startswith(("file://", "local://"))
+    run = [Path(local_path(submission.run_url))] if is_local else []
+    return [submission.home.parent.parent, *run]
 
 
 def resume(store: JobStore, job_id: str) -> JobRecord:
@@ -163,7 +176,11 @@ def cancel(store: JobStore, job_id: str) -> JobRecord:
     Raises:
         NoJobError: there is none. ConfigurationError: it is over, or its engine does not answer.
     """
-    record = look(store, store.read(job_id))
+    record = store.read(job_id)
+    try:
+        record = look(store, record)
+    except CloudTrainError as error:
+        logger.warning("%s", error)  # a supervisor that runs needs no engine to see the mark
     if record.is_over:
         raise ConfigurationError(f"The job {record.id!r} is over: {record.state}.")
     store.ask_to_cancel(record.id)

@@ -17,6 +17,7 @@ four heartbeats and a minute. An outbox that still holds it sends everything aga
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -86,8 +87,11 @@ def remove(catalog: Catalog, left: LeftOver) -> bool:
     The parts go first: a host that still has its files must find that it has to send them again.
     """
     if left.what == "deletion":
-        assert left.key is not None
-        return catalog.finish_retiring(left.key)
+        if left.key is not None:
+            return catalog.finish_retiring(left.key)
+        with contextlib.suppress(NoCheckpointError):  # somebody else has finished it
+            catalog.retire_folder(catalog.half_deleted_folders().get(left.name, ""))
+        return True
     whole = left.what == "upload"
     if whole and _is_committed(catalog, left):
         return False
@@ -163,6 +167,7 @@ class _Finder:
         self._keys = catalog.checkpoints()
         self._named = catalog.named_folders()
         self._retiring = set(catalog.retiring()) - set(self._keys)
+        self._half_deleted = set(catalog.half_deleted_folders()) - self._named
         self._records = {info.path: info for info in objects if info.path.startswith(f"{META}/")}
         self._parts = self._parts_without_manifest()
         self._objects = _by_folder(objects)
@@ -178,6 +183,8 @@ class _Finder:
                 yield found
                 if found.key is not None:
                     homeless.discard(found.key)
+        for folder in sorted(self._half_deleted):
+            yield LeftOver("deletion", folder, **self._contents(folder), free=True)
         for key in homeless:  # nothing else is there
             yield self._of_checkpoint(key, f"{META}/{'retiring' if key in self._retiring else 'parts'}/{key}")
         for path, info in self._records.items():
@@ -198,6 +205,8 @@ class _Finder:
             uploads = tuple(self._uploads.get(folder, ()))
             attempt = key.attempt if key else None
             return LeftOver("file", folder, attempt, uploads=uploads, free=True) if uploads else None
+        if folder in self._half_deleted:
+            return None
         if f"{META}/claims/{folder}.json" not in self._records or folder.startswith("checkpoint-"):
             return None
         attempt = self._catalog.claimed_by(folder)

@@ -59,7 +59,7 @@ class TrainLoop:
         num_epochs: epochs in all, those of earlier attempts included.
         save_steps: optimizer steps between two checkpoints; besides, every epoch ends with one.
         output_dir: local folder of `last/`, `best/`, `log.json` and the newest checkpoint. Default: the accelerator's
-            `project_dir`, else `output/<name of the run>`.
+            `project_dir`, else `HF_CLOUDTRAIN_CHECKPOINT_DIR`, else `output/<name of the run>`.
         processing_class: tokenizer, image processor or the like, saved beside the model.
         metric_for_best_model: key of the metrics given to `end_epoch` that decides which checkpoint is the best.
         greater_is_better: None: False where the metric's name ends in `loss`, else True.
@@ -114,7 +114,8 @@ class TrainLoop:
         self.num_epochs = num_epochs
         self.save_steps = save_steps
         self.logging_steps = logging_steps
-        self.output_dir = Path(output_dir or accelerator.project_dir or _folder_of(url)).absolute()
+        folder = output_dir or accelerator.project_dir or env.checkpoint_dir(None) or _folder_of(url)
+        self.output_dir = Path(folder).absolute()
         self._metric_for_best_model = metric_for_best_model
         self._greater_is_better = (
             not (metric_for_best_model or "").endswith("loss")
@@ -250,7 +251,7 @@ class TrainLoop:
 
     def eval_batches(self, dataloader: Any) -> Iterator[Any]:
         """The batches of an evaluation, with a bar. Its time is no step time."""
-        self._report.pause()
+        self._report.pause("evaluation")
         with self._bar("VALID", length(dataloader), 0) as bar:
             for batch in dataloader:
                 yield batch
@@ -474,7 +475,7 @@ class TrainLoop:
 
         place, began = self._place, time.monotonic()
         assert place is not None
-        self._report.pause()
+        self._report.pause("save")
         self._save_asked = False
         here, self._here = self._here or self._look(place), None
         attempt = self._checkpointer.attempt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_cloudtrain.checkpointer import Checkpointer, last_committed_of, overtaken_by_of
+from hf_cloudtrain.checkpointer import Checkpointer, last_committed_of, overtaken_by_of, uploads_of
 from hf_cloudtrain.loop_log import LoopLog, shown
 from hf_cloudtrain.loop_state import LoopState
 from hf_cloudtrain.step_tracker import StepTracker
@@ -40,6 +40,7 @@ class LoopReport:
             total_steps=total_steps,
             samples_per_step=samples_per_step,
             committed=last_committed_of(checkpointer),
+            uploads=uploads_of(checkpointer),
             overtaken_by=overtaken_by_of(checkpointer),
         )
         earlier = _running.get(checkpointer)
@@ -67,10 +68,10 @@ class LoopReport:
         bar.set_postfix(shown({**means, **({} if rate is None else {"lr": rate})}), refresh=False)
         self._tell(step, {**means, **({} if rate is None else {"learning_rate": rate})})
 
-    def pause(self) -> None:
+    def pause(self, why: str = "pause") -> None:
         """What comes now is no step time."""
         if self._tracker is not None:
-            self._tracker.pause()
+            self._tracker.pause(why)
 
     def saved(self) -> None:
         """Store the records soon: what leads to a checkpoint should not be lost."""

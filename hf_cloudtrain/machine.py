@@ -7,6 +7,9 @@ import re
 
 from hf_cloudtrain.errors import ConfigurationError
 
+LONGEST = 200
+"""Characters of the longest name; its memory and its GPUs have up to four digits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -29,7 +32,9 @@ class Machine:
     def parse(cls, text: str) -> Machine:
         """The machine that a text names. Raises ConfigurationError."""
         match = re.fullmatch(
-            r"([a-z0-9]+)-([1-9]\d{0,4})gb-([a-z0-9-]+)-([1-9]\d{0,4})g-([a-z0-9-]+?)(-spot)?", text[:200]
+            r"([a-z0-9]+)-([1-9][0-9]{0,3})gb-([a-z0-9]+(?:-[a-z0-9]+)*)-([1-9][0-9]{0,3})g"
+            r"-(?!spot$)([a-z0-9]+(?:-[a-z0-9]+)*?)(-spot)?",
+            text if len(text) <= LONGEST else "",  # what it costs grows with the square of the length
         )
         if match is None:
             raise ConfigurationError(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Advice, last_committed_of, overtaken_by_of
+from hf_cloudtrain.checkpointer import Advice, last_committed_of, overtaken_by_of, uploads_of
 from hf_cloudtrain.distributed import rank_and_size
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.in_place import InPlaceCheckpointer
@@ -165,6 +165,7 @@ class CloudMode:
                 first_step=step,
                 total_steps=self._total,
                 committed=last_committed_of(checkpointer),
+                uploads=uploads_of(checkpointer),
                 overtaken_by=overtaken_by_of(checkpointer),
             )
             self._tracker.start()

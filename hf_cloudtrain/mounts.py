@@ -30,6 +30,20 @@ PROBE_SECONDS = 20.0
 DOCKER_SECONDS = 5.0
 """Seconds in which a Docker engine has to answer."""
 
+FIRST = """\
+trap '[ $$ != 1 ] && kill -TERM $! || kill -TERM -1' TERM
+"$@" &
+while :; do
+    wait $!
+    code=$?
+    kill -0 $! 2>/dev/null || exit $code
+done
+"""
+"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7)).
+
+-1 is all of the container; where an engine has been told to share the machine's processes, it would be all of those.
+"""
+
 
 @dataclass(frozen=True)
 class Mount:
@@ -65,7 +79,7 @@ def words(mounts: Sequence[Mount], command: Sequence[str], *, cwd: str | None = 
     remade = _remade(wanted)
     if not wanted:
         return [*_program({"cwd": cwd}), *command] if cwd else list(command)
-    if _allows_namespaces() or not _has_bubblewrap():
+    if _allows_namespaces() or not _allows_bubblewrap():
         order = {"mounts": [(str(m.source), m.target, m.read_only) for m in wanted], "remade": remade}
         return [*_program({**order, "cwd": cwd} if cwd else order), *command]
     return _bubblewrap_words(wanted, remade, command, cwd)
@@ -80,12 +94,12 @@ def refuse(mounts: Sequence[Mount]) -> None:
     """
     wanted = _wanted(mounts)
     _remade(wanted)
-    if wanted and not _allows_namespaces() and not _has_bubblewrap():
-        target = wanted[0].target
+    if wanted and not _allows_namespaces() and not _allows_bubblewrap():
         raise ConfigurationError(
-            f"This machine lets no process see {str(wanted[0].source)!r} at {target!r}: it allows neither root's mounts "
-            "nor user namespaces. Run the job as root, install bubblewrap, set the mount path to a folder that is "
-            "really there, or use docker with an image (job_setting.docker.image)."
+            f"This machine lets no process see {str(wanted[0].source)!r} at {wanted[0].target!r}: it allows neither "
+            f"root's mounts nor user namespaces ({_problem(_NAMESPACE_PROBE)}). Run the job as root, install "
+            "bubblewrap, or use docker with an image (job_setting.docker.image). In a container, start that with "
+            "--cap-add SYS_ADMIN."
         )
 
 
@@ -120,7 +134,12 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
     place = outer.source / os.path.relpath(mount.target, outer.target)
     if mount.target == outer.target:
         raise ConfigurationError(f"Two folders are to be at {mount.target!r}. Give each a path of its own.")
-    _refuse_hiding(str(place), mount.target, f"the folder that is at {outer.target!r}")
+    _refuse_hiding(
+        str(place),
+        mount.target,
+        f"the folder that is at {outer.target!r}",
+        "or leave that out of the workspace (.cloudtrainignore)",
+    )
     if outer.read_only and not place.is_dir():
         raise ConfigurationError(
             f"{mount.target!r} is inside {outer.target!r}, which is there to read only, and has no such folder. "
@@ -128,7 +147,9 @@ def _refuse_inside(mount: Mount, outer: Mount) -> None:
         )
 
 
-def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None:
+def _refuse_hiding(
+    place: str, target: str, owner: str = "this machine", otherwise: str = "or move what is there"
+) -> None:
     try:
         mode = os.lstat(place).st_mode
         held = not stat.S_ISDIR(mode) or bool(os.listdir(place))
@@ -139,7 +160,7 @@ def _refuse_hiding(place: str, target: str, owner: str = "this machine") -> None
     if held:
         raise ConfigurationError(
             f"{target!r} would hide what {owner} has there. Set the mount path to one that is free or empty, such as "
-            "'/workspace' or '/workspace/data', or move what is there."
+            f"'/workspace' or '/workspace/data', {otherwise}."
         )
 
 
@@ -155,9 +176,14 @@ def _refuse_remaking(folder: str, target: str) -> None:
 
 
 def _deepest_folder(path: str) -> str:
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
+    folder = path
+    while not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise ConfigurationError(
+                f"{path!r} cannot be a folder here: {folder!r} is a file. Name another mount path."
+            )
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -168,27 +194,34 @@ def _program(order: dict[str, object]) -> list[str]:
     return [sys.executable, "-I", "-S", namespace.__file__, json.dumps(order)]
 
 
-@functools.cache
 def _allows_namespaces() -> bool:
     """Whether this user may do here what `words` does: tried, because no setting tells."""
+    return _problem(_NAMESPACE_PROBE) is None
+
+
+@functools.cache
+def _problem(words: tuple[str, ...]) -> str | None:
+    """Why a command cannot be run here: the last line that it says."""
     try:
         done = subprocess.run(
-            [*_program({"mounts": [], "remade": ["/"]}), "true"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PROBE_SECONDS,
-            check=False,
+            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return said[-1] if said else f"exit code {done.returncode}"
+
+
+_NAMESPACE_PROBE = (*_program({"mounts": [], "remade": ["/"]}), "true")
 
 
 # --- Bubblewrap --------------------------------------------------------------------------------------------------------
 
 
-def _has_bubblewrap() -> bool:
-    return shutil.which("bwrap") is not None
+def _allows_bubblewrap() -> bool:
+    return _problem(("bwrap", "--dev-bind", "/", "/", "true")) is None
 
 
 def _bubblewrap_words(
@@ -245,8 +278,12 @@ def docker_words(
     home: Path,
     *,
     cwd: str | None = None,
+    name: str | None = None,
 ) -> list[str]:
-    """The command line that runs `command` in a container of an image. It was never run on an engine: written by docs.
+    """The command line that runs `command` in a container of an image. It was never run on an engine: written by its docs.
+
+    The client hands SIGTERM to the container, where a shell hands it to all processes; its exit code is the command's. A
+    client that is killed leaves the container behind: `docker kill NAME` ends it.
 
     Values of variables are not in it: the client takes them from its own environment. The network and the shared memory
     are the machine's, as torchrun and its workers need them. See https://docs.docker.com/reference/cli/docker/container/run.
@@ -258,17 +295,20 @@ def docker_words(
         environment_names: names of the variables to hand on.
         home: folder of the job.
         cwd: folder to run in, as the job sees it.
+        name: of the container.
     """
     words = ["docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host"]
     if shutil.which("nvidia-smi"):
         words += ["--gpus", "all"]
     for mount in (Mount(home, str(home)), *sorted(mounts, key=lambda mount: mount.target.count("/"))):
         words += ["--mount", _docker_mount(mount)]
-    for name in sorted(set(environment_names)):
-        words += ["--env", name]
+    for variable in sorted(set(environment_names)):
+        words += ["--env", variable]
     if cwd:
         words += ["--workdir", cwd]
-    return [*words, image, *command]
+    if name:
+        words += ["--name", name]
+    return [*words, "--entrypoint", "sh", image, "-c", FIRST, "sh", *command]
 
 
 def _docker_mount(mount: Mount) -> str:

@@ -180,8 +180,11 @@ def _write(path: str, text: str) -> None:
 
 def _given_environment() -> dict[bytes, bytes]:
     """The environment as it was given: Python itself adds LC_CTYPE where the locale is C."""
-    with open("/proc/self/environ", "rb") as file:
-        items = (item.partition(b"=") for item in file.read().split(b"\0") if item)
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            items = [item.partition(b"=") for item in file.read().split(b"\0") if item]
+    except OSError:  # a machine without /proc
+        return dict(os.environb)
     return {name: value for name, _, value in items}
 
 

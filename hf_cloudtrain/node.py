@@ -12,7 +12,6 @@ job's grace; whatever it has started is gone when this process ends. The exit co
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -23,22 +22,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from hf_cloudtrain import env
+from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.data_cache import alone
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.family import adopt_orphans, kill_children, terminate
 from hf_cloudtrain.in_place import InPlaceCheckpointer
 from hf_cloudtrain.mounts import Mount, docker_words, has_docker, words
 from hf_cloudtrain.outcome import read_end
+from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ trap 'stopped=1' TERM INT USR1 USR2
 trap '[ -z "$stopped" ] || exit 75' DEBUG
 """
 """Before a command: bash waits for what the signal is meant for, and does not begin anything after it."""
+
+HANDED_ON = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
+"""Variables of the machine that a container gets besides the job's: its PATH and HOME are the image's."""
 
 Wrap = Callable[[Submission, Sequence[Mount], list[str]], list[str]]
 
@@ -266,9 +269,24 @@ def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], comm
     """The command line under which `command` sees the mounts: in the job's image where docker is here."""
     image = submission.job.job_setting.docker.image
     if image is not None and has_docker():
-        names = sorted({*os.environ, *submission.plan.variables})
-        return docker_words(image, mounts, command, names, submission.home)
+        names = [name for name in os.environ if name.startswith(HANDED_ON)]
+        mounts = [*mounts, *_mounts_as_they_are(submission)]
+        for mount in mounts:
+            mount.source.mkdir(parents=True, exist_ok=True)  # docker mounts nothing that is not there
+        return docker_words(
+            image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
+        )
     return words(mounts, command)
+
+
+def _mounts_as_they_are(submission: Submission) -> Iterator[Mount]:
+    """What a command writes to at the machine's own paths: a container would lose it."""
+    run = submission.run_url
+    if "://" not in run or run.startswith(("file://", "local://")):
+        yield Mount(Path(local_path(run)), local_path(run))
+    folder, real = submission.job.checkpoint_dir, real_checkpoint_dir(submission)
+    if folder is not None and real == Path(folder):
+        yield Mount(real, folder)
 
 
 def folder_mounts(submission: Submission) -> list[Mount]:
@@ -292,8 +310,10 @@ def real_checkpoint_dir(submission: Submission) -> Path | None:
     target = submission.job.job_setting.workspace.mount_path
     if _is_below(folder, target):
         return submission.workspace / posixpath.relpath(folder, target)
-    if Path(folder).is_dir() or os.access(Path(folder).parent, os.W_OK):
-        return Path(folder)  # a disk that is there for it
+    parent = os.path.dirname(folder)
+    # A disk that is there for it; the root folder of the machine is none, although root may write there.
+    if os.path.isdir(folder) or (parent != "/" and os.access(parent, os.W_OK)):
+        return Path(folder)
     return submission.home / "checkpoint"
 
 
@@ -322,43 +342,6 @@ def restore(run_url: str, folder: Path, chosen: Path) -> CheckpointKey | None:
     chosen.parent.mkdir(parents=True, exist_ok=True)
     chosen.write_text(json.dumps(None if key is None else [key.attempt, key.step]))
     return key
-
-
-def adopt_orphans() -> None:
-    """Become the parent of whatever our children leave behind, so that `kill_children` finds it.
-
-    https://man7.org/linux/man-pages/man2/PR_SET_CHILD_SUBREAPER.2const.html
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
-
-
-def terminate(pid: int) -> None:
-    """SIGTERM to those processes of a family that act on it, or to all of it where none does.
-
-    `tee` and its like would end at once, and take the output of the training with them.
-    """
-    family = _family(pid)
-    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
-    # The shell itself listens, for what comes after its command.
-    if all(process.pid == pid for process in listening):
-        listening = family
-    for process in listening:
-        try:
-            process.send_signal(signal.SIGTERM)
-        except psutil.NoSuchProcess:
-            continue
-
-
-def kill_children() -> None:
-    """End everything that this process has started, and what that has started."""
-    while family := _family(os.getpid())[1:]:
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=1.0)
 
 
 def main() -> None:
@@ -390,33 +373,6 @@ def _kind(catalog: Catalog, key: CheckpointKey) -> type[Checkpointer]:
 def _key_in(chosen: Path) -> CheckpointKey | None:
     found = json.loads(chosen.read_text())
     return None if found is None else CheckpointKey(*found)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    """A process and all below it that live, itself first."""
-    try:
-        root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-    return [process for process in family if process.pid == os.getpid() or _lives(process)]
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            caught = next((line for line in file if line.startswith("SigCgt:")), "SigCgt: 0")
-    except OSError:
-        return False
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def _is_below(path: str, folder: str) -> bool:

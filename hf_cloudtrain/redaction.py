@@ -17,23 +17,25 @@ SECRET_NAME = re.compile(
 MIN_LENGTH = 8
 """Characters of the shortest value of the environment that counts as a secret: `false` and `1` are in many texts."""
 
+# What a hostile text makes these patterns cost grows with its length, not with its square: a lookahead finds the word
+# in a name once, and how far one looks for the end of a user or a token is limited.
 _PARAMETER = re.compile(
-    r"((?:^|[?&;\s])[\w-]*(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or))[\w-]*=)[^&\s'\";]+",
+    r"((?:^|[?&;\s])(?=[\w-]*?(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)))[\w-]+=)[^&\s'\";]+",
     re.IGNORECASE,
 )
 # As clients print their options and headers. Not any 'Key': of S3 that is the name of an object.
 _FIELD = re.compile(
-    r"(['\"]?[\w-]*(?:token|secret|passw|credential|access_?key|account_?key|authorization)[\w-]*['\"]?\s*:\s*['\"]?"
-    r"(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
+    r"((?<![\w-])(?=[\w-]*?(?:token|secret|passw|credential|access_?key|account_?key|authorization))[\w-]+['\"]?\s*:\s*"
+    r"['\"]?(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
     re.IGNORECASE,
 )
 # What hubs and clouds hand out, known by its shape wherever it stands.
 _SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
-    r"sk-[\w-]{20,}|xox[abprs]-[\w-]{20,}|eyJ[\w-]{10,}\.eyJ[\w-]+(?:\.[\w-]+)?)"
+    r"sk-[\w-]{20,}|xox[abprs]-[\w-]{20,}|eyJ[\w-]{10,2000}\.eyJ[\w-]+(?:\.[\w-]+)?)"
 )
 # Up to the last "@", because a secret key may have a slash; digits alone after the colon are a port.
-_USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S*)@")
+_USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S{0,4096})@")
 
 
 def redact(text: str, secrets: tuple[str, ...] = ()) -> str:

@@ -7,6 +7,8 @@ collective, no network.
 
     {"kind": "steps", "first": 101, "seconds": [0.21, 0.2, …], "samples": 32, "time": 1790000000.0}
     {"kind": "log", "step": 110, "time": 1790000002.1, "loss": 0.53, "learning_rate": 4.1e-05}
+    {"kind": "pause", "step": 150, "why": "evaluation", "time": 1790000010.0, "seconds": 31.2}
+    {"kind": "commit", "checkpoint": "000001-0000000150", "saved": 1790000041.0, "time": 1790000055.1, "size": 438000000}
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.outbox import Uploads
 from hf_cloudtrain.process import before_exit
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ BATCH_BYTES = 256 * 2**10
 """Size at which a batch of records is left as it is: some 5,000 steps, and little to write again every 15 s."""
 SAVE_FLUSH_SECONDS = 2.0
 """Shortest time between two writes of records where saves are very frequent."""
+PAUSE_SECONDS = 1.0
+"""Shortest time between two steps that is recorded as a pause: where each step has one, they must stay cheap."""
 RECENT_STEPS = 50
 """Steps over which rate and eta are taken."""
 
@@ -41,6 +46,7 @@ class StepTracker:
     Args:
         samples_per_step: samples of all processes in one optimizer step; None where that is not known.
         committed: asked for the last committed checkpoint at each heartbeat.
+        uploads: asked at each heartbeat how the uploads stand, and what was committed since.
         overtaken_by: asked for a newer attempt at each heartbeat; where there is one, the state is `overtaken`.
 
     Example:
@@ -60,6 +66,7 @@ class StepTracker:
         total_steps: int | None,
         samples_per_step: int | None = None,
         committed: Callable[[], CheckpointKey | None] = lambda: None,
+        uploads: Callable[[], Uploads] = Uploads,
         overtaken_by: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.step = first_step
@@ -69,15 +76,21 @@ class StepTracker:
         self._total_steps = total_steps
         self._samples_per_step = samples_per_step
         self._committed = committed
+        self._ask_uploads = uploads
+        self._uploads = Uploads()
+        self._commit_lag: float | None = None
         self._overtaken_by = overtaken_by
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
         self._last_metrics: dict[str, Any] = {}
-        self._stepped_at: float | None = None
         self._tokens: tuple[int, float] | None = None
         self._tokens_per_second: float | None = None
         self._mark: float | None = None
+        self._pause: tuple[float, str] | None = (time.perf_counter(), "start")
+        """Since when no step is done, and why."""
+        self._last_step_time = time.time()
+        """When the last step was done; before the first one, when tracking began."""
         self._state = "training"
         self._batch = 1
         self._batch_data = b""
@@ -98,6 +111,7 @@ class StepTracker:
         """A step begins; needed for the first one and after a pause, else a step begins where the last one ended."""
         if self._mark is None:
             self._mark = time.perf_counter()
+            self._end_pause(self._mark)
 
     def end_step(self, step: int, tokens_seen: int | None = None) -> None:
         """Optimizer step number `step` is over.
@@ -110,7 +124,7 @@ class StepTracker:
         self._mark = now
         with self._lock:
             self.step = step
-            self._stepped_at = now
+            self._last_step_time = time.time()
             self.productive_seconds += seconds
             self._recent.append(seconds)
             self._steps.append((step, seconds))
@@ -119,9 +133,26 @@ class StepTracker:
                 self._tokens_per_second = (tokens_seen - self._tokens[0]) / (now - self._tokens[1])
             self._tokens = (tokens_seen, now)
 
-    def pause(self) -> None:
-        """What comes now until `begin_step` (an evaluation, a save) is no step time."""
+    def pause(self, why: str = "pause") -> None:
+        """What comes until `begin_step` (an `evaluation`, a `save`) is no step time, nor what came since the last step."""
+        if self._mark is not None:
+            self._pause = (self._mark, why)
         self._mark = None
+
+    def _end_pause(self, now: float) -> None:
+        if self._pause is None:
+            return
+        (began, why), self._pause = self._pause, None
+        seconds = now - began
+        if seconds >= PAUSE_SECONDS:
+            record = {
+                "step": self.step,
+                "why": why,
+                "time": time.time() - seconds,
+                "seconds": round(seconds, 3),
+            }
+            with self._lock:
+                self._logs.append({"kind": "pause", **record})
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Note metrics as they were reported; what is no finite number or text is left out."""
@@ -153,7 +184,7 @@ class StepTracker:
         with self._lock:
             typical = statistics.median(self._recent) if self._recent else None
             mean = statistics.fmean(self._recent) if self._recent else None
-            step, metrics, stepped_at = self.step, dict(self._last_metrics), self._stepped_at
+            step, metrics = self.step, dict(self._last_metrics)
         left = max(0, self._total_steps - step) if self._total_steps is not None else None
         committed = self._committed()
         return {
@@ -162,7 +193,6 @@ class StepTracker:
             "time": time.time(),
             "interval_seconds": self._interval,
             "step": step,
-            "step_time": None if stepped_at is None else time.time() - (time.perf_counter() - stepped_at),
             "total_steps": self._total_steps,
             "step_seconds": typical,
             "samples_per_second": self._samples_per_step / mean if self._samples_per_step and mean else None,
@@ -172,6 +202,10 @@ class StepTracker:
             "loss": metrics.get("loss"),
             "learning_rate": metrics.get("learning_rate"),
             "last_committed": None if committed is None else str(committed),
+            "last_step_time": self._last_step_time,
+            "last_saved": None if self._uploads.saved is None else str(self._uploads.saved),
+            "last_saved_time": self._uploads.saved_time,
+            "commit_lag_seconds": self._commit_lag,
         }
 
     def _beat(self) -> None:
@@ -182,6 +216,7 @@ class StepTracker:
             closed = self._closed
             self._wake.clear()
             now = time.monotonic()
+            self._note_uploads()
             try:
                 if closed or now >= self._next_flush(last_flush):
                     self._flush_now, last_flush = False, now
@@ -199,7 +234,15 @@ class StepTracker:
                 self._wake.wait(max(0.0, min(next_beat, self._next_flush(last_flush)) - time.monotonic()))
 
     def _next_flush(self, last: float) -> float:
-        return last + (SAVE_FLUSH_SECONDS if self._flush_now else self._interval)
+        return last + min(self._interval, SAVE_FLUSH_SECONDS if self._flush_now else self._interval)
+
+    def _note_uploads(self) -> None:
+        self._uploads = self._ask_uploads()
+        for commit in self._uploads.commits:
+            self._commit_lag = max(0.0, commit.committed - commit.saved)
+            record = {"saved": commit.saved, "time": commit.committed, "size": commit.size}
+            with self._lock:
+                self._logs.append({"kind": "commit", "checkpoint": str(commit.key), **record})
 
     def _store_records(self) -> None:
         with self._lock:

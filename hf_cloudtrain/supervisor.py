@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
 from hf_cloudtrain.outcome import read_end
@@ -40,6 +42,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a restart: doubled while starts make no step."""
 IDLE_STARTS = 3
 """Starts in a row that are told to stop before their first step; then the job is not started again."""
+HINTS = {
+    r"EADDRINUSE|[Aa]ddress already in use": (
+        "A port is taken. MASTER_PORT in the environment is a free one: let the command use it, as `torchrun` without "
+        "options does."
+    ),
+    r"No space left on device": "A disk is full.",
+    r"OutOfMemoryError|out of memory": "The memory did not suffice.",
+}
+"""What is said after a crash, by what is in the last lines of the log."""
 
 
 class Gang(Protocol):
@@ -140,7 +151,8 @@ class Supervisor:
             codes, failure = self._watch(known), None
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
-        verdict = judge(self._submission, number, codes, self._told, failure)
+        self._is_told()  # cancelled, it may be, while it was told to stop by a signal
+        verdict = judge(self._submission, number, codes, self._told, failure, self._progress(known))
         self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
             spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
@@ -186,7 +198,7 @@ class Supervisor:
                 self._show(state="running", reason=None)
 
     def _is_told(self) -> bool:
-        if self._told is None:
+        if self._told != "cancelled":
             try:
                 if self._store.is_cancelled(self._record.id):
                     self._tell("cancelled")
@@ -195,7 +207,9 @@ class Supervisor:
         return self._told is not None
 
     def _tell(self, by: str) -> None:
-        self._told, self._told_at = by, time.monotonic()
+        if self._told is None:
+            self._told_at = time.monotonic()
+        self._told = by
         self._wake.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -207,6 +221,17 @@ class Supervisor:
 
     def _told_reason(self) -> str:
         return "`cloudtrain job cancel`" if self._told == "cancelled" else f"{self._told} to the supervisor"
+
+    def _progress(self, known: int | None) -> str | None:
+        """State of the run's newest attempt, if that began after the one that was known."""
+        newest = self._newest_attempt()
+        if known is None or newest is None or newest <= known:
+            return None
+        try:
+            return str((_catalog(self._submission).read_progress(newest) or {}).get("state"))
+        except CloudTrainError as error:
+            logger.warning("%s", error)
+            return None
 
     def _newest_attempt(self) -> int | None:
         """0 before the first; None where the storage does not answer."""
@@ -230,6 +255,7 @@ def judge(
     codes: Sequence[int | None],
     told: str | None,
     failure: str | None = None,
+    progress: str | None = None,
 ) -> Verdict:
     """What becomes of a job, from what the nodes of one start left behind.
 
@@ -237,10 +263,14 @@ def judge(
         codes: exit codes of the nodes; None for one that was lost.
         told: what the job was told to stop by.
         failure: why the nodes could not be started.
+        progress: state of the attempt that this start began, as the run's storage has it: what a node that was lost
+            with its exit file has said there counts too.
     """
     ends = [read_end(submission.exit_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
     nodes = [read_end(submission.node_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
     by_outcome = {str(end["outcome"]): end for end in reversed(ends) if end.get("outcome")}
+    if not by_outcome and progress in ("finished", "overtaken"):
+        by_outcome[progress] = {"outcome": progress}
     commands = [node.get("exit_code") for node in nodes]
     if "finished" in by_outcome:
         after = [code for code in commands if code]
@@ -275,12 +305,14 @@ def judge(
             "failed",
             "The command ended with exit code 0 and trained nothing: no CloudTrainCallback, TrainLoop or init() has begun.",
         )
-    return Verdict(None, "failed", _crash(by_outcome, codes, commands), is_crash=True)
+    rank, how = _crash(by_outcome, codes, commands)
+    return Verdict(None, "failed", f"{how}{_hint(submission, rank)}", is_crash=True)
 
 
 def _crash(
     by_outcome: dict[str, dict[str, Any]], codes: Sequence[int | None], commands: Sequence[int | None]
-) -> str:
+) -> tuple[int, str]:
+    """The node that crashed first to be named, and how."""
     said = by_outcome.get("failed", {}).get("reason")
     rank, code = next(
         ((rank, command if command is not None else code)
@@ -293,7 +325,13 @@ def _crash(
         how = f"The command of node {rank} was ended by {_signal_name(-code)}"
     else:
         how = f"The command of node {rank} ended with exit code {code}"
-    return f"{how}: {said}" if said else f"{how}."
+    return rank, f"{how}: {said}" if said else f"{how}."
+
+
+def _hint(submission: Submission, rank: int) -> str:
+    """What the last lines of a node tell whoever knows them."""
+    said = "\n".join(last_lines(submission.node_log(rank), 60))
+    return next((f" {advice}" for pattern, advice in HINTS.items() if re.search(pattern, said)), "")
 
 
 def _signal_name(number: int) -> str:

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from hf_cloudtrain import env
@@ -35,7 +36,7 @@ from hf_cloudtrain.fence import Fence
 from hf_cloudtrain.freeze import AcceptedFile
 from hf_cloudtrain.manifest import FileEntry, Manifest
 from hf_cloudtrain.native import PART_SIZE
-from hf_cloudtrain.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.outbox import REMEMBERED_COMMITS, Commit, Outbox, OutboxEntry
 from hf_cloudtrain.parts import Parts
 from hf_cloudtrain.process import before_exit, in_threads
 from hf_cloudtrain.progress import Bar, Progress
@@ -75,6 +76,8 @@ class Uploader:
     ) -> None:
         self.progress = Progress()
         self.last_committed: CheckpointKey | None = None
+        self.commits: deque[Commit] = deque(maxlen=REMEMBERED_COMMITS)
+        """For whoever takes them from here."""
         self.last_error: CloudTrainError | None = None
         self.pace: tuple[int, float] | None = None
         """Bytes of the last checkpoint that went through, and bytes per second."""
@@ -327,6 +330,8 @@ class Uploader:
             self.last_error = None
             if committed and entry.name is None:
                 self.last_committed = max(entry.key, self.last_committed or entry.key)
+                size = entry.size if entry.hosts == 1 else None
+                self.commits.append(Commit(entry.key, entry.created, time.time(), size))
             self._retire()  # before anybody hears that nothing is pending any more
             self._changed.notify_all()
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError
-from hf_cloudtrain.outbox import OutboxEntry
+from hf_cloudtrain.outbox import REMEMBERED_COMMITS, Commit, OutboxEntry
 from hf_cloudtrain.parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class CommitWatch:
 
     def __init__(self, catalog: Catalog) -> None:
         self.last_committed: CheckpointKey | None = None
+        self.commits: deque[Commit] = deque(maxlen=REMEMBERED_COMMITS)
+        """As they were seen, for whoever takes them from here."""
         self._catalog = catalog
         self._changed = threading.Condition()
         self._awaited: dict[CheckpointKey, tuple[OutboxEntry, tuple[str, ...]]] = {}
@@ -114,6 +117,8 @@ class CommitWatch:
             return
         with self._changed:
             self.last_committed = max(found, self.last_committed or found)
+            if found in self._awaited:
+                self.commits.append(Commit(found, self._awaited[found][0].created, time.time()))
             for key in [key for key in self._awaited if key <= found]:
                 del self._awaited[key]
             self._changed.notify_all()

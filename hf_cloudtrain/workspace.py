@@ -15,7 +15,7 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.ignore_files import OWN, Rules
 from hf_cloudtrain.process import half_made_by, is_left_over
 
-LARGE = 2**30
+LARGE = 10**9
 """Bytes from which on a person is told what is large: a job's code is seldom more than its libraries."""
 SHOWN = 3
 """Largest folders that are named."""
@@ -45,13 +45,14 @@ class Copied:
 
     @property
     def advice(self) -> str | None:
-        """What to do about a workspace of more than 1 GiB; None for others."""
+        """What to do about a workspace of more than 1 GB; None for others."""
         if self.size <= LARGE:
             return None
         named = ", ".join(f"{name} ({_gigabytes(size)})" for name, size in self.largest)
         return (
             f"The workspace has {_gigabytes(self.size)} in {self.files} files, and each job gets a copy; the largest: "
-            f"{named}. Name what the job does not need in {OWN}, which is written as .gitignore is."
+            f"{named}. Name what the job does not need in {OWN}, which is written as .gitignore is; data belongs into a "
+            "dataset (`cloudtrain data create`)."
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
+from tests.slurm_cluster import SlurmCluster
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -123,6 +124,17 @@ def rclone() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def azurite() -> Iterator[Server]:
     yield from running(AzuriteServer())
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A real Slurm of two nodes."""
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            cluster = until_the_end.enter_context(SlurmCluster())
+        except ServerMissingError as error:
+            missing(str(error))
+        yield cluster
 
 
 @pytest.fixture(scope="session")

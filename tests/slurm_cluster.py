@@ -74,6 +74,7 @@ PreemptMode=REQUEUE
 KillWait={kill_wait}
 MinJobAge={min_job_age}
 SlurmdTimeout=10
+MessageTimeout=5
 GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs={cpus} RealMemory=1000 Gres=gpu:v100:{gpus}
 PartitionName=spot Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime={grace} MaxTime=60 DefaultTime=30
@@ -110,7 +111,7 @@ class SlurmCluster:
 
     def __exit__(self, *error: object) -> None:
         with self._until_stopped:
-            self._end_jobs()
+            self.end_jobs(Path("/"))
 
     @property
     def env(self) -> dict[str, str]:
@@ -136,19 +137,56 @@ class SlurmCluster:
         text = self.run("scontrol", "show", "job", "-o", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def jobs(self) -> list[str]:
-        """Numbers of the jobs that wait, run or end."""
-        return self.run("squeue", "-h", "-o", "%A").split()
+    def end_jobs(self, below: Path) -> None:
+        """End at once what was submitted from a folder, and wait until none of its processes is left."""
+        lines = [line.split(" ", 1) for line in self.run("squeue", "-h", "-o", "%A %Z").splitlines()]
+        numbers = [number for number, folder in lines if Path(folder).is_relative_to(below)]
+        for how in ("--state=PENDING", "--signal=KILL"):
+            with contextlib.suppress(RuntimeError):  # some have ended since
+                self.run("scancel", how, *numbers)
+        alive = ("squeue", "-h", "-t", "PENDING,CONFIGURING,RUNNING", "-o", "%A")
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(map(self._steps, numbers)) or set(self.run(*alive).split()) & set(numbers):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs do not end:\n{self.run('squeue')}")
+            time.sleep(POLL)
 
     @contextlib.contextmanager
-    def down(self) -> Iterator[None]:
-        """The controller does not run; jobs do."""
+    def down(self) -> Iterator[dict[str, str]]:
+        """The controller does not run; jobs do. Gives an environment in which commands notice after a second."""
         stop(self._processes.pop("slurmctld"))
+        impatient = self.folder / "impatient" / "slurm.conf"
+        impatient.parent.mkdir(exist_ok=True)
+        text = (self.folder / "slurm.conf").read_text()
+        impatient.write_text(text.replace("MessageTimeout=5", "MessageTimeout=1"))
         try:
-            yield
+            yield {"SLURM_CONF": str(impatient)}
         finally:
             self._start_controller()
             self._wait_for(self._responds, "slurmctld")
+
+    @contextlib.contextmanager
+    def node_down(self, node: str) -> Iterator[None]:
+        """Slurm takes a node for lost."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        try:
+            yield
+        finally:
+            if "down" in self.run("sinfo", "-h", "-n", node, "-o", "%T"):
+                self.run("scontrol", "update", f"NodeName={node}", "State=IDLE")
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """All GPUs are taken, by a job that gives way to none."""
+        wanted = ("--partition=prod", f"--nodes={len(NODES)}", f"--gres=gpu:v100:{GPUS}")
+        job = self.run("sbatch", "--parsable", *wanted, "--output=/dev/null", "--wrap=sleep 600").strip()
+        deadline = time.monotonic() + START_SECONDS
+        while self.job(job)["JobState"] != "RUNNING" and time.monotonic() < deadline:
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            self.run("scancel", job)
 
     def log(self) -> str:
         """The last lines of what the daemons say."""
@@ -196,7 +234,7 @@ class SlurmCluster:
             folder=self.folder,
             ports=(free_port(), first, second),
             controller=",".join([*controller, "idle_on_node_suspend"]),
-            cred_expire=2,
+            cred_expire=5,
             kill_wait=KILL_WAIT,
             min_job_age=self._min_job_age,
             cpus=CPUS,
@@ -253,19 +291,9 @@ class SlurmCluster:
             return self.run("sinfo", "-h", "-p", "spot", "-t", "idle", "-o", "%D").strip() == str(len(NODES))
         return False
 
-    def _end_jobs(self) -> None:
-        """Cancel every job, and wait until no process of one is left."""
-        self.run("scancel", "--state=PENDING", "--user=root")
-        self.run("scancel", "--user=root")
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.jobs() or self._steps():
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL)
-
-    def _steps(self) -> list[Path]:
+    def _steps(self, job: str) -> list[Path]:
         """Sockets of slurmstepd, which is in no daemon's process tree: each is there while it has processes to watch."""
-        return [path for node in NODES for path in self.folder.glob(f"spool-{node}/{node}_*.*")]
+        return [path for node in NODES for path in self.folder.glob(f"spool-{node}/{node}_{job}.*")]
 
     def _stop(self) -> None:
         for name in list(self._processes)[::-1]:

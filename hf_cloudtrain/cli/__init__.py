@@ -18,6 +18,7 @@ from hf_cloudtrain.cli import job as job
 from hf_cloudtrain.cli import new as new
 from hf_cloudtrain.cli import run as run
 from hf_cloudtrain.cli import verify_resume as verify_resume
+from hf_cloudtrain.cli import vm as vm
 from hf_cloudtrain.cli._arguments import examples
 from hf_cloudtrain.cli._output import fail, say, warnings_shown
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
@@ -57,6 +58,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
+app.add_typer(vm.app, name="vm")
 app.command(epilog=examples("cloudtrain new my-project"))(new.new)
 app.command("verify-resume", epilog=examples("cloudtrain verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume

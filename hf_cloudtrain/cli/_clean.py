@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.cli._output import duration_text, say, show_table, size_text
+from hf_cloudtrain.cli._output import confirm, duration_text, say, show_table, size_text
 from hf_cloudtrain.leftovers import LeftOver, Watch, find, remove
+from hf_cloudtrain.redaction import redact
 
 WORDS = {
     "deletion": "half deleted",
@@ -16,6 +17,25 @@ WORDS = {
     "file": "unfinished file",
     "probe": "probe of a start",
 }
+
+
+def clean(catalog: Catalog, *, dry_run: bool, yes: bool, quiet: bool) -> list[dict[str, Any]]:
+    """Show what is left over, and delete it once that is confirmed; what became of each thing.
+
+    Args:
+        quiet: no table, because stdout is for JSON.
+    """
+    cleaning = Cleaning(catalog)
+    if not quiet:
+        cleaning.show()
+    if not cleaning.found:
+        say("Nothing is left over.")
+    elif dry_run:
+        say("Nothing was deleted.")
+    else:
+        confirm(f"Delete what is left over from {redact(catalog.storage.url)!r}?", yes)
+        cleaning.carry_out()
+    return cleaning.records()
 
 
 class Cleaning:

@@ -11,7 +11,6 @@ from typing import Any
 import typer
 
 from hf_cloudtrain import jobs
-from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.cli._arguments import open_catalog
 from hf_cloudtrain.cli._output import (
     clean,
@@ -26,20 +25,19 @@ from hf_cloudtrain.cli._output import (
     transfer,
     warnings_shown,
 )
-from hf_cloudtrain.cli.run import of_total, run_facts
+from hf_cloudtrain.cli.run import of_total
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.job import EngineName, read_job
 from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore
+from hf_cloudtrain.run_state import RunState, run_state
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.workspace import workspace_size
 
 POLL = 1.0
 """Seconds between two looks at a job that is waited for."""
-LARGE = 1_000_000_000
-"""Bytes of a workspace above which its size is a warning."""
-HANGS_AFTER = 600.0
-"""Seconds without a step after which a job is shown as stalled, or as long as 30 steps if that is more."""
+LATE = 600.0
+"""Seconds for data, setup and imports, after which a job that trains nothing yet is shown as stalled."""
 
 
 def run(
@@ -64,7 +62,7 @@ def run(
     submission = jobs.prepare(
         job, store, engine_name=engine_name, nodes=nodes, nproc_per_node=nproc_per_node, workspace=directory
     )
-    size = _size_of(directory)
+    size = _size_of(directory, jobs.own_folders(submission))
     if dry_run:
         _show_submission(submission, size, as_json)
         return
@@ -106,7 +104,8 @@ def show_status(job_id: str, as_json: bool) -> None:
     run_now = _run_now(record)
     stall = _stall(record, run_now)
     if as_json:
-        print_json({**jobs.facts_of(record), "run": run_now, "stalled": stall})
+        run_facts = None if run_now is None else run_now.record()
+        print_json({**jobs.facts_of(record), "run": run_facts, "stalled": stall})
         return
     show_facts(
         {
@@ -119,8 +118,8 @@ def show_status(job_id: str, as_json: bool) -> None:
             "nodes": f"{record.nodes}, with {record.nproc_per_node} processes each",
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "created": time_text(record.created),
-            "step": of_total(run_now.get("step"), run_now.get("total_steps"), percent=True),
-            "newest": run_now.get("newest"),
+            "step": run_now and of_total(run_now.step, run_now.total_steps, percent=True),
+            "newest": run_now and run_now.last_committed,
             "run": f"{record.run_url}  (cloudtrain run status {record.run_url})",
             "home": record.home,
         }
@@ -216,17 +215,14 @@ def _leaving(record: JobRecord) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _size_of(directory: Path | None) -> int | None:
+def _size_of(directory: Path | None, leave_out: list[Path]) -> int | None:
     if directory is None or not directory.is_dir():
         return None
-    found = workspace_size(directory)
+    found = workspace_size(directory, leave_out=leave_out)
     for text in found.left_out[:10]:
         say(f"Left out: {text}")
-    if found.size >= LARGE:
-        say(
-            f"Warning: {str(directory)!r} is {size_text(found.size)} in {found.files} files. Data belongs into a dataset "
-            "(`cloudtrain data create`), and what else is not needed into .cloudtrainignore."
-        )
+    if found.advice is not None:
+        say(f"Warning: {found.advice}")
     return found.size
 
 
@@ -258,32 +254,24 @@ def _show_submission(submission: Submission, size: int | None, as_json: bool) ->
         typer.echo(clean(line))
 
 
-def _run_now(record: JobRecord) -> dict[str, Any]:
-    """How far the run is, as the storage has it; empty where it does not say."""
+def _run_now(record: JobRecord) -> RunState | None:
+    """How far the run is; None where its storage does not answer."""
     try:
-        catalog: Catalog = open_catalog(record.run_url)
-        numbers = catalog.attempt_numbers()
-        progress = (catalog.read_progress(numbers[-1]) if numbers else None) or {}
-        return {
-            **run_facts(catalog),
-            **{key: progress.get(key) for key in ("step_time", "step_seconds", "time")},
-        }
+        return run_state(open_catalog(record.run_url))
     except (CloudTrainError, OSError) as error:
         say(f"Warning: the run does not answer. {error}")
-        return {}
+        return None
 
 
-def _stall(record: JobRecord, run_now: dict[str, Any]) -> str | None:
+def _stall(record: JobRecord, now: RunState | None) -> str | None:
     """Why a job that runs seems not to get on."""
-    if record.state not in ("running", "starting") or not record.starts:
+    if record.state not in ("running", "starting") or not record.starts or now is None:
         return None
     began = record.starts[-1].began
-    if run_now.get("state") == "killed" and (run_now.get("last_seen") or 0.0) > began:
-        return f"no heartbeat for {duration_text(time.time() - run_now['last_seen'])}"
-    last = max(began, run_now.get("step_time") or 0.0)
-    if time.time() - last > max(HANGS_AFTER, 30 * (run_now.get("step_seconds") or 0.0)):
-        return f"no step for {duration_text(time.time() - last)}"
-    return None
+    if record.state == "running":
+        return now.stalled if (now.last_seen or 0.0) > began else None
+    waited = time.time() - began
+    return f"no training has begun for {duration_text(waited)}" if waited > LATE else None
 
 
 def _show_last_words(record: JobRecord) -> None:

@@ -56,9 +56,13 @@ def confirm(question: str, yes: bool) -> None:
         fail("Nothing was deleted.")
 
 
-def print_json(record: dict[str, Any]) -> None:
-    """One JSON object on stdout, in ASCII; a number that JSON has no word for becomes null."""
-    typer.echo(json.dumps(_finite(record), indent=2, allow_nan=False))
+def print_json(record: dict[str, Any], *, line: bool = False) -> None:
+    """One JSON object on stdout, in ASCII; a number that JSON has no word for becomes null.
+
+    Args:
+        line: on one line, because another one follows.
+    """
+    typer.echo(json.dumps(_finite(record), indent=None if line else 2, allow_nan=False))
 
 
 def show_table(

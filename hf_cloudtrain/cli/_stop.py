@@ -10,8 +10,8 @@ from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.cli._arguments import refuse_no_run
 from hf_cloudtrain.cli._output import duration_text, fail, say
-from hf_cloudtrain.cli.run import ALIVE, quiet_seconds
 from hf_cloudtrain.provenance import person
+from hf_cloudtrain.run_state import ALIVE, quiet_seconds
 
 LOOK_SECONDS = 1.0
 """Between two looks at a run that is to stop."""

@@ -200,6 +200,23 @@ def delete(
         print_json({"store": redact(datasets.url), "dataset": name, "deleted": going})
 
 
+@app.command("clean", epilog=examples("cloudtrain data clean --dry-run", "cloudtrain data clean --yes"))
+def clean_(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is left over, and delete nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what killed processes left in the store. Never a version, nor what somebody may still be uploading."""
+    from hf_cloudtrain.cli import _clean
+
+    datasets = _open()
+    left_over = _clean.clean(datasets.catalog, dry_run=dry_run, yes=yes, quiet=as_json)
+    if as_json:
+        print_json({"store": redact(datasets.url), "dry_run": dry_run, "left_over": left_over})
+
+
 def _open() -> DatasetStore:
     from hf_cloudtrain.datasets import DatasetStore
 

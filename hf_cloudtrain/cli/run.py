@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,16 +14,20 @@ from hf_cloudtrain.backends import ObjectInfo
 from hf_cloudtrain.catalog import Catalog, run_urls
 from hf_cloudtrain.cli._arguments import Json, RunUrl, examples, open_catalog, refuse_no_run
 from hf_cloudtrain.cli._output import (
-    confirm,
+    clean as clean_text,
+)
+from hf_cloudtrain.cli._output import (
     duration_text,
     fail,
     print_json,
     say,
     show_facts,
     show_table,
+    size_text,
     time_text,
 )
 from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.run_state import number, run_state, state_of
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
 if TYPE_CHECKING:
@@ -34,8 +39,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-ALIVE = ("started", "training")
-"""States of an attempt that has not said how it ended."""
 RUNS_AT_ONCE = 16
 """Runs looked at at once: they wait for answers."""
 
@@ -113,6 +116,36 @@ def stop(
         fail(trouble)
 
 
+@app.command(epilog=examples("cloudtrain run watch s3://bucket/runs/mrpc"))
+def watch(run_url: RunUrl, as_json: Json = False) -> None:
+    """Watch a run until it is over. Its progress, rate, loss and uploads; Ctrl-C leaves the run alone."""
+    from hf_cloudtrain.cli import _watch
+
+    now = _watch.watch(open_catalog(run_url), as_json=as_json)
+    if now.state in ("failed", "overtaken"):
+        fail(f"Attempt {now.attempt} of {now.run_url!r} is {now.state!r}.")
+
+
+@app.command(epilog=examples("cloudtrain run report s3://bucket/runs/mrpc -o report.html"))
+def report(
+    run_url: RunUrl,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
+    ] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write a page that shows a run. One HTML file with its curves, attempts, uploads, lost work and checkpoints."""
+    from hf_cloudtrain.cli._report import Report
+
+    page = Report(open_catalog(run_url))
+    size = page.write(output)
+    if as_json:
+        print_json({"run_url": page.history.run_url, "path": str(output.absolute()), "size": size})
+    else:
+        say(f"Wrote {size_text(size)}: open it with any browser.")
+        typer.echo(clean_text(output))
+
+
 @app.command(
     epilog=examples(
         "cloudtrain run clean s3://bucket/runs/mrpc --dry-run",
@@ -132,18 +165,9 @@ def clean(
 
     catalog = open_catalog(run_url)
     refuse_no_run(catalog)
-    cleaning = _clean.Cleaning(catalog)
-    if not as_json:
-        cleaning.show()
-    if not cleaning.found:
-        say("Nothing is left over.")
-    elif dry_run:
-        say("Nothing was deleted.")
-    else:
-        confirm(f"Delete what is left over from {catalog.storage.url!r}?", yes)
-        cleaning.carry_out()
+    left_over = _clean.clean(catalog, dry_run=dry_run, yes=yes, quiet=as_json)
     if as_json:
-        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": cleaning.records()})
+        print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": left_over})
 
 
 class _Below(Storage):
@@ -164,11 +188,6 @@ class _Below(Storage):
         return [ObjectInfo(info.path[skip:], info.size) for info in found]
 
 
-def quiet_seconds() -> float:
-    """Seconds without a heartbeat after which a run counts as killed: four heartbeats, and at least a minute."""
-    return max(60.0, 4 * env.heartbeat())
-
-
 def _run_record(storage: Storage, name: str) -> dict[str, Any]:
     """What is known of one run without reading its steps: two listings and two small records."""
     record: dict[str, Any] = {"run_url": storage.url, "name": name, "damaged": None}
@@ -183,21 +202,16 @@ _RUN_FACTS = ("state", "attempts", "step", "total_steps", "checkpoints", "newest
 
 def run_facts(catalog: Catalog) -> dict[str, Any]:
     """What is known of a run without reading its steps."""
-    numbers, keys = catalog.attempt_numbers(), catalog.checkpoints()
-    progress = (catalog.read_progress(numbers[-1]) if numbers else None) or {}
-    last_seen = _number(progress.get("time"))
-    if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
-        last_seen = max((attempt.started for attempt in catalog.attempts()), default=None)
-    step, total_steps = _number(progress.get("step")), _number(progress.get("total_steps"))
+    now = run_state(catalog)
     values = (
-        _state(str(progress.get("state", "started")), last_seen or 0.0),
-        len(numbers),
-        None if step is None else int(step),
-        None if total_steps is None else int(total_steps),
-        len(keys),
-        str(keys[-1]) if keys else None,
-        _number((catalog.run_facts() or {}).get("created")),
-        last_seen,
+        now.state,
+        now.attempts,
+        now.step,
+        now.total_steps,
+        now.checkpoints,
+        now.last_committed,
+        number((catalog.run_facts() or {}).get("created")),
+        now.last_seen,
     )
     return dict(zip(_RUN_FACTS, values, strict=True))
 
@@ -214,21 +228,12 @@ def _run_row(record: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _state(recorded: str, last_seen: float, *, newest: bool = True) -> str:
-    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
-    if recorded not in ALIVE:
-        return recorded
-    if not newest:
-        return "killed"
-    return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
-
-
 def _status_record(history: History) -> dict[str, Any]:
     attempts = _attempt_records(history.attempts)
     newest, progress = history.attempts[-1], history.attempts[-1].progress
     committed = max((key for info in history.attempts for key in info.checkpoints), default=None)
     state = attempts[-1]["state"]
-    total_steps = _number(progress.get("total_steps"))
+    total_steps = number(progress.get("total_steps"))
     rates = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
     return {
         "run_url": history.run_url,
@@ -236,8 +241,8 @@ def _status_record(history: History) -> dict[str, Any]:
         "attempt": newest.number,
         "step": newest.last_step,
         "total_steps": None if total_steps is None else int(total_steps),
-        **{name: _number(progress.get(name)) for name in rates},
-        "eta_seconds": _number(progress.get("eta_seconds")) if state == "training" else None,
+        **{name: number(progress.get(name)) for name in rates},
+        "eta_seconds": number(progress.get("eta_seconds")) if state == "training" else None,
         "goodput": history.goodput,
         "last_committed": None if committed is None else str(committed),
         "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
@@ -254,7 +259,7 @@ def _attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
     return [
         {
             "number": info.number,
-            "state": _state(info.state, info.last_seen, newest=info is attempts[-1]),
+            "state": state_of(info.state, info.last_seen, newest=info is attempts[-1]),
             "started": info.started,
             "last_seen": info.last_seen,
             "first_step": info.first_step,
@@ -318,10 +323,3 @@ def _rate(record: dict[str, Any]) -> str | None:
         record["tokens_per_second"] and f"{record['tokens_per_second']:.4g} tokens/s",
     ]
     return ", ".join(part for part in parts if part) or None
-
-
-def _number(value: Any) -> float | None:
-    """A number of a record that nobody vouches for; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e15 else None  # which no NaN is

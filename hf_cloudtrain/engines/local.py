@@ -22,10 +22,11 @@ import psutil
 
 from hf_cloudtrain.engines import Seen
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.family import adopt_orphans, kill_children
 from hf_cloudtrain.job_logs import follow_files, last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.mounts import Mount, has_docker, refuse
-from hf_cloudtrain.node import MARGIN, adopt_orphans, folder_mounts, kill_children
+from hf_cloudtrain.node import MARGIN, folder_mounts
 from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.process import boot_id, locked
 from hf_cloudtrain.submission import Submission
@@ -81,6 +82,7 @@ class LocalEngine:
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Start the supervisor, in a session of its own."""
+        self.check(submission)  # once more: now there is a workspace, with folders that a mount would hide
         submission.log.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
         environment |= submission.plan.own_variables(os.environ)

@@ -91,7 +91,7 @@ class Container:
     def run(self) -> tuple[str, str | None]:
         """Everything; gives state and reason of the job."""
         from hf_cloudtrain.engines.sagemaker_gang import PORT, Agent, NodeProcess
-        from hf_cloudtrain.node import adopt_orphans
+        from hf_cloudtrain.family import adopt_orphans
 
         os.environ.update(self.variables())
         self._network()

@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.node import MARGIN, kill_children, run_node
+from hf_cloudtrain.family import kill_children
+from hf_cloudtrain.node import MARGIN, run_node
 from hf_cloudtrain.outcome import read_end
 from hf_cloudtrain.submission import Submission
 

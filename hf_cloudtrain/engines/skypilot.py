@@ -25,7 +25,7 @@ from typing import Any, cast
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.engines import Seen, as_text
-from hf_cloudtrain.engines.skypilot_task import VERDICT, as_task, cluster_name, launch_words
+from hf_cloudtrain.engines.skypilot_task import VERDICT, as_task, cluster_name, launch_words, problems
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.job_record import OVER, JobRecord, JobStore, State
 from hf_cloudtrain.provenance import person
@@ -35,6 +35,7 @@ from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
 
+CANCELLED = "Stopped by `cloudtrain job cancel`."
 TASK = "task.yaml"
 LOOK = 120.0
 """Seconds for an answer of `sky`, which may have to start its API server first: that took 74 s."""
@@ -58,6 +59,19 @@ STATES: dict[str, State] = {
 }
 """SkyPilot's words and ours (sky/jobs/state.py, sky/skylet/job_lib.py); what begins with FAILED is `failed`."""
 
+ENDS: dict[str, State] = {
+    "finished": "finished",
+    "preempted": "preempted",
+    "stopped": "cancelled",
+    "failed": "failed",
+    "overtaken": "failed",
+}
+"""What an attempt says of its end, and what that makes of its job."""
+CLOCKS = 600.0
+"""Seconds that the clocks of two machines may differ: an older attempt is another job's."""
+NONE_RUNS = ("No in-progress managed jobs", "All managed jobs should have finished")
+"""SkyPilot's words, with an error, where its controller is not there or is stopped (sky/jobs/server/core.py)."""
+
 JOB_ID = re.compile(r"job(?: submitted,)? ID: *(\d+)", re.IGNORECASE)
 """How a launch says the number of its job (sky/utils/ux_utils.py)."""
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -70,14 +84,16 @@ class SkypilotEngine:
 
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run there, before anything is started."""
-        as_task(submission)
+        if found := problems(submission):
+            raise ConfigurationError(" ".join(found))
         submission.plan.own_variables(os.environ)
         _executable()
 
     def show(self, submission: Submission) -> str:
-        """The task and the command."""
+        """The task and the command, with what is missing above them."""
+        comments = "".join(f"# Missing: {problem}\n" for problem in problems(submission))
         words = shlex.join(launch_words(submission, str(submission.home / TASK)))
-        return f"{as_text(as_task(submission))}---\n{words}\n"
+        return f"{comments}{as_text(as_task(submission))}---\n{words}\n"
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Hand the task to SkyPilot, which answers once it has accepted it.
@@ -111,17 +127,15 @@ class SkypilotEngine:
         return store.write(record, state="queued" if managed else "starting", handle=handle)
 
     def look(self, record: JobRecord) -> Seen | None:
-        """What SkyPilot says now; None where it does not answer, or knows nothing of the job yet."""
+        """What SkyPilot says now; None where it knows nothing of the job yet.
+
+        Raises:
+            ConfigurationError: it does not answer.
+        """
         if record.is_over or not record.handle:
             return None
-        try:
-            row = _row(record)
-        except CloudTrainError as error:
-            logger.warning("%s", error)
-            return None
-        if row is None:
-            return _forgotten(record)
-        return self._seen(record, row)
+        row = _row(record)
+        return _forgotten(record) if row is None else _seen(record, row)
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
         """Ask the run to save and stop, wait for that no longer than heartbeat and grace take, and end the job.
@@ -136,10 +150,14 @@ class SkypilotEngine:
         except (CloudTrainError, OSError, ValueError) as error:
             logger.warning("The run could not be asked to save: %s", error)
         name, number = record.handle["name"], record.handle.get("job")
-        if record.handle["managed"]:
-            _talk(["sky", "jobs", "cancel", "-y", *([str(number)] if number is not None else ["-n", name])])
-        else:
+        if not record.handle["managed"]:
             _talk(["sky", "down", "-y", name])
+            return
+        try:
+            _talk(["sky", "jobs", "cancel", "-y", *([str(number)] if number is not None else ["-n", name])])
+        except ConfigurationError as error:
+            if not any(words in str(error) for words in NONE_RUNS):
+                raise
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """What SkyPilot has of it."""
@@ -152,19 +170,6 @@ class SkypilotEngine:
                         yield shown
             finally:
                 process.terminate()  # of the listening alone
-
-    def _seen(self, record: JobRecord, row: dict[str, Any]) -> Seen:
-        status = str(row.get("status"))
-        state: State = "failed" if status.startswith("FAILED") else STATES.get(status, record.state)
-        said = row.get("failure_reason") or row.get("details")
-        reason = None if said is None else redact(str(said))
-        if status == "RECOVERING":
-            reason = reason or "SkyPilot starts it again on another machine."
-        if record.state == "stopping":
-            return Seen("cancelled") if state in OVER else Seen("stopping")
-        if state == "finished":
-            return _verdict(record) or Seen("finished", reason)
-        return Seen(state, reason)
 
 
 # --- What SkyPilot says ------------------------------------------------------------------------------------------------
@@ -187,8 +192,27 @@ def _row(record: JobRecord) -> dict[str, Any] | None:
     return max(rows, key=lambda row: row.get("job_id") or 0, default=None)
 
 
+def _seen(record: JobRecord, row: dict[str, Any]) -> Seen:
+    status = str(row.get("status"))
+    state: State = "failed" if status.startswith("FAILED") else STATES.get(status, record.state)
+    said = row.get("failure_reason") or row.get("details")
+    reason = None if said is None else redact(str(said))
+    if status == "RECOVERING":
+        reason = reason or "SkyPilot starts it again on another machine."
+    if record.state == "stopping":
+        return Seen("cancelled", CANCELLED) if state in OVER else Seen("stopping")
+    if state == "finished":
+        return _verdict(record) or Seen("finished", reason)
+    return Seen(state, reason)
+
+
 def _queue() -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", _json(["sky", "jobs", "queue", "-a", "-o", "json"], "["))
+    try:
+        return cast("list[dict[str, Any]]", _json(["sky", "jobs", "queue", "-a", "-o", "json"], "["))
+    except ConfigurationError as error:
+        if any(words in str(error) for words in NONE_RUNS):
+            return []
+        raise
 
 
 def _json(words: list[str], opens: str) -> Any:
@@ -214,16 +238,23 @@ def _json(words: list[str], opens: str) -> Any:
         raise _failure(words, answer.returncode, answer.stdout) from None
 
 
-def _forgotten(record: JobRecord) -> Seen | None:
+def _forgotten(record: JobRecord) -> Seen:
+    """SkyPilot tears a cluster down after its job, and its controller when nothing runs: then the run has to say it."""
     if record.state == "stopping":
-        return Seen("cancelled")
-    if record.handle["managed"]:
-        return Seen("lost", "SkyPilot knows no such job any more.") if record.state != "queued" else None
-    return Seen(
-        "lost",
-        f"Its cluster {record.handle['name']!r} is gone, as it is to be after the command. "
-        f"`cloudtrain run status {record.run_url}` says how far the run came.",
-    )
+        return Seen("cancelled", CANCELLED)
+    try:
+        catalog = _catalog(record)
+        progress = catalog.read_progress(max(catalog.attempt_numbers(), default=0)) or {}
+    except CloudTrainError as error:
+        return Seen("lost", f"SkyPilot has forgotten it, and its run cannot be read. {error}")
+    seen = progress.get("time")
+    is_its_own = isinstance(seen, (int, float)) and seen > record.created - CLOCKS
+    state = ENDS.get(str(progress.get("state"))) if is_its_own else None
+    if state is None:
+        return Seen(
+            "lost", f"SkyPilot has forgotten it, and its run has no end. See `{shlex.join(_logs(record))}`."
+        )
+    return Seen(state, f"SkyPilot has forgotten it; its run is {progress['state']}.")
 
 
 def _verdict(record: JobRecord) -> Seen | None:
@@ -267,12 +298,12 @@ def _shown(line: str, nodes: int, node_rank: int | None) -> str | None:
     rank = int(match["rank"] or 0)
     if node_rank not in (None, rank):
         return None
-    return f"[{rank}] {match['text']}" if nodes > 1 else match["text"]
+    return f"[node {rank}] {match['text']}" if nodes > 1 else match["text"]
 
 
 def _stop_run(record: JobRecord, grace: float) -> None:
     """Ask what trains to save and stop, and wait until it has, or the time for it is over."""
-    catalog = Catalog(Storage(record.run_url, env.storage_options(None)))
+    catalog = _catalog(record)
     attempt = max(catalog.attempt_numbers(), default=None)
     if attempt is None or not _is_training(catalog, attempt):
         return
@@ -280,6 +311,10 @@ def _stop_run(record: JobRecord, grace: float) -> None:
     deadline = time.monotonic() + env.heartbeat() + grace + MARGIN
     while _is_training(catalog, attempt) and time.monotonic() < deadline:
         time.sleep(POLL)
+
+
+def _catalog(record: JobRecord) -> Catalog:
+    return Catalog(Storage(record.run_url, env.storage_options(None)))
 
 
 def _is_training(catalog: Catalog, attempt: int) -> bool:
@@ -334,9 +369,11 @@ def _output(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def _failure(words: Sequence[str], code: int, said: str) -> ConfigurationError:
-    lines = [line for line in _COLOR.sub("", said).splitlines() if line.strip()][-5:]
+    lines = [line.strip() for line in _COLOR.sub("", said).splitlines() if line.strip()][-5:]
     return ConfigurationError(
-        redact("\n".join([f"`{shlex.join(words[:3])}` ended with exit code {code}:", *lines]))
+        redact(
+            f"`{shlex.join(words[:3])}` ended with exit code {code}: {' | '.join(lines) or 'it said nothing.'}"
+        )
     )
 
 

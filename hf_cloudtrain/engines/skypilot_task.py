@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.machine import Machine
 from hf_cloudtrain.submission import FILE, Submission
 
@@ -42,8 +41,7 @@ def as_task(submission: Submission, shell: Mapping[str, str] = os.environ) -> di
         submission: the job.
         shell: of whoever submits it; storage options and accounts may be there.
 
-    Raises:
-        ConfigurationError: it cannot run there.
+    What `problems` finds is left out of it.
     """
     task = {
         "name": task_name(submission.id),
@@ -57,6 +55,38 @@ def as_task(submission: Submission, shell: Mapping[str, str] = os.environ) -> di
         "run": f"exec python3 -m {ENTRY} {HOME}",
     }
     return {key: value for key, value in task.items() if value or key == "resources"}
+
+
+def problems(submission: Submission, shell: Mapping[str, str] = os.environ) -> list[str]:
+    """What SkyPilot would refuse, or its machines could not do, a sentence each."""
+    job, found = submission.job, submission.job.machine
+    told = []
+    if _is_local(submission.run_url):
+        told.append(
+            f"The run URL {submission.run_url!r} is on this machine, which SkyPilot's machines do not reach. Write "
+            f"`run_url: s3://bucket/runs/{job.name}`."
+        )
+    elif submission.run_url.partition("://")[0] in AZURE and _bucket(submission, shell) is None:
+        told.append(
+            f"The run URL {submission.run_url!r} does not say whose container it is. Write AZURE_STORAGE_ACCOUNT_NAME "
+            "below `env`."
+        )
+    if job.data is not None and _is_local(submission.store):
+        told.append(
+            f"The dataset {job.data.name!r} is in the store {submission.store!r}, on this machine, which SkyPilot's "
+            f"machines do not reach. Set a store that they do: export {env.STORE}=s3://bucket/store"
+        )
+    if found is not None and submission.plan.nproc_per_node > found.gpus:
+        told.append(
+            f"{submission.plan.nproc_per_node} processes a node are more than the {found.gpus} GPUs of {job.vm!r}."
+        )
+    memories = MEMORIES.get(found.gpu) if found is not None else None
+    if found is not None and memories is not None and found.memory_gb not in memories:
+        told.append(
+            f"There is no {found.gpu.upper()} of {found.memory_gb} GB ({job.vm!r}), only of "
+            f"{' and '.join(map(str, memories))} GB."
+        )
+    return told
 
 
 def launch_words(submission: Submission, task: str, shell: Mapping[str, str] = os.environ) -> list[str]:
@@ -90,10 +120,6 @@ def _resources(submission: Submission) -> dict[str, Any]:
     job, found = submission.job, submission.job.machine
     resources: dict[str, Any] = {}
     if found is not None:
-        if submission.plan.nproc_per_node > found.gpus:
-            raise ConfigurationError(
-                f"{submission.plan.nproc_per_node} processes a node are more than the {found.gpus} GPUs of {job.vm!r}."
-            )
         resources = {
             "infra": f"{found.cloud}/{found.region}",
             "accelerators": f"{accelerator(found)}:{found.gpus}",
@@ -110,21 +136,13 @@ def _resources(submission: Submission) -> dict[str, Any]:
 
 
 def accelerator(machine: Machine) -> str:
-    """SkyPilot's name of a GPU. Raises ConfigurationError where the GPU has no such memory.
+    """SkyPilot's name of a GPU.
 
     Example:
         >>> accelerator(Machine.parse("aws-80gb-a100-8g-us-east-1"))
         'A100-80GB'
     """
-    by_memory = MEMORIES.get(machine.gpu)
-    if by_memory is None:
-        return machine.gpu.upper()
-    if machine.memory_gb not in by_memory:
-        raise ConfigurationError(
-            f"{str(machine)!r}: there is no {machine.gpu.upper()} of {machine.memory_gb} GB, only of "
-            f"{' and '.join(map(str, by_memory))} GB."
-        )
-    return by_memory[machine.memory_gb]
+    return MEMORIES.get(machine.gpu, {}).get(machine.memory_gb) or machine.gpu.upper()
 
 
 def _bucket_mount(submission: Submission, shell: Mapping[str, str]) -> dict[str, Any]:
@@ -134,41 +152,32 @@ def _bucket_mount(submission: Submission, shell: Mapping[str, str]) -> dict[str,
 
 def _bucket(submission: Submission, shell: Mapping[str, str]) -> str | None:
     """The bucket to mount, as SkyPilot names it; None where it knows no such storage."""
-    url, store = submission.run_url, submission.store
-    _refuse_local("run_url", url, "Write one that other machines reach, such as 's3://bucket/runs/NAME'.")
-    if submission.job.data is not None:
-        _refuse_local(env.STORE, store, "Its dataset is there. Name a store that other machines reach.")
-    url = submission.job.skypilot.bucket or url
-    protocol, _, rest = url.partition("://")
+    given = submission.job.skypilot.bucket
+    protocol, _, rest = (given or submission.run_url).partition("://")
     name = rest.partition("/")[0]
     if protocol in SOURCES:
         return f"{SOURCES[protocol]}://{name}"
     if protocol in AZURE:
         container, _, host = name.partition("@")
         account = host.partition(".")[0] or _azure_account(submission, shell)
-        return f"https://{account}.blob.core.windows.net/{container}"
-    return url if url == submission.job.skypilot.bucket else None
+        return f"https://{account}.blob.core.windows.net/{container}" if account else None
+    return given  # in SkyPilot's own words
 
 
-def _refuse_local(what: str, url: str, advice: str) -> None:
-    protocol = url.partition("://")[0] if "://" in url else "file"
-    if protocol in ("file", "local", "memory"):
-        raise ConfigurationError(
-            f"{what} is {url!r}, on this machine, which SkyPilot's machines cannot reach. {advice}"
-        )
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://", "memory://"))
 
 
-def _azure_account(submission: Submission, shell: Mapping[str, str]) -> str:
+def _azure_account(submission: Submission, shell: Mapping[str, str]) -> str | None:
     given = {name: shell.get(name) if value is None else value for name, value in submission.job.env.items()}
     options = env.storage_options(None) if shell.get(env.STORAGE_OPTIONS) else {}
     connection = given.get("AZURE_STORAGE_CONNECTION_STRING") or options.get("connection_string") or ""
     found = re.search(r"AccountName=([a-z0-9]+)", str(connection))
-    account = given.get("AZURE_STORAGE_ACCOUNT_NAME") or options.get("account_name") or (found and found[1])
-    if not account:
-        raise ConfigurationError(
-            f"{submission.run_url!r} does not say whose container it is. Write AZURE_STORAGE_ACCOUNT_NAME below `env`."
-        )
-    return str(account)
+    return (
+        given.get("AZURE_STORAGE_ACCOUNT_NAME")
+        or options.get("account_name")
+        or (found[1] if found else None)
+    )
 
 
 def _setup(submission: Submission) -> str:

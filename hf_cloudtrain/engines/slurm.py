@@ -30,7 +30,7 @@ from hf_cloudtrain.engines.slurm_client import (
     minutes,
 )
 from hf_cloudtrain.engines.slurm_gang import SlurmGang, srun
-from hf_cloudtrain.errors import ConfigurationError, PreemptedExit
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PreemptedExit
 from hf_cloudtrain.job_logs import follow_files, last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN
@@ -141,8 +141,10 @@ class SlurmEngine:
         if number is None:
             return
         try:
-            call("scancel", "--state=PENDING", str(number))
             job = self._client.job(str(number))
+            if job is not None and job.state != "RUNNING":
+                call("scancel", "--state=PENDING", str(number))  # also one that is about to be queued again
+                job = self._client.job(str(number))
             if job is not None and job.state == "CANCELLED":
                 store.write(store.read(record.id), state="cancelled", reason=f"{CANCEL}, while it was queued")
             elif job is not None and job.state == "RUNNING":
@@ -190,7 +192,9 @@ class _IsOver:
 def seen(record: JobRecord, job: SlurmJob) -> Seen | None:
     """What a job's state in Slurm adds to its record; None where the record says all."""
     if job.state in WAITING:
-        return Seen(WAITING[job.state], f"Slurm: {job.reason}" if job.reason != "None" else record.reason)
+        before = record.reason if record.state == "queued" else None  # why it is queued again
+        words = [before, f"Slurm: {job.reason}." if job.reason != "None" else None]
+        return Seen(WAITING[job.state], " ".join(filter(None, words)) or None)
     if job.state == "RUNNING":
         return Seen("starting") if record.state == "queued" else None
     if job.state in ("COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
@@ -354,7 +358,7 @@ class SlurmWatch:
 
     def _requeue(self, record: JobRecord) -> JobRecord:
         """Have Slurm queue this job again, unless it does so already, or somebody wants it to end."""
-        if self._store.is_cancelled(record.id):
+        if self._is_cancelled():
             self._try("scancel", self._number)
             return self._store.write(
                 record, state="cancelled", reason=f"{CANCEL}. {record.reason or ''}".strip()
@@ -368,6 +372,13 @@ class SlurmWatch:
             state="preempted",
             reason=f"{record.reason} Slurm does not queue it again: {error} `cloudtrain job run --resume {record.id}` goes on.",
         )
+
+    def _is_cancelled(self) -> bool:
+        try:
+            return self._store.is_cancelled(self._submission.id)
+        except CloudTrainError as error:
+            logger.warning("%s", error)
+            return False
 
     def _try(self, *command: str) -> SlurmError | None:
         try:

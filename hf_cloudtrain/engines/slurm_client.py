@@ -63,10 +63,9 @@ class SlurmJob:
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether it has reached its time limit. Slurm counts in whole seconds."""
-        if None in (self.began, self.ended, self.limit):
+        """Whether it was ended by its time limit. Slurm counts in whole seconds, and says when a job that runs has to end."""
+        if self.state == "RUNNING" or self.began is None or self.ended is None or self.limit is None:
             return False
-        assert self.began is not None and self.ended is not None and self.limit is not None  # noqa: PT018
         return self.ended - self.began >= self.limit - 1
 
 

@@ -61,7 +61,11 @@ class SlurmGang:
         for rank in range(self._submission.plan.nodes):
             with open(self._submission.node_log(rank), "ab") as log:
                 log.write(f"--- start {number} ---\n".encode())
-        command = srun(self._submission, master_addr(), master_port(self._job, number), number)
+        try:
+            address = master_addr()
+        except SlurmError as error:
+            raise OSError(str(error)) from error
+        command = srun(self._submission, address, master_port(self._job, number), number)
         self._srun = subprocess.Popen(
             command,
             env={name: value for name, value in os.environ.items() if name not in OF_THE_JOB},
@@ -129,8 +133,9 @@ class SlurmGang:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            if "lacks support for cpu binding" not in line:  # we ask for none
+                sys.stderr.write(line)
+                sys.stderr.flush()
             self._ends.update(bad_ends(line))
 
     def _codes(self, code: int) -> tuple[int | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.job import parse_job
+from hf_cloudtrain.job_record import JobStore
 from hf_cloudtrain.storage import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
+from tests.servers import MotoServer
 
 SECRET = "sesame-7f3a"
 
@@ -121,10 +125,7 @@ def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk
     assert f"ends with {value_after(60)!r}" in desk.log()
 
 
-def test_a_command_that_does_not_stop_is_killed_after_its_grace(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_cloudtrain.node.MARGIN", 0.0)
+def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk) -> None:
     (desk.project / "stubborn.py").write_text(
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -265,3 +266,50 @@ def test_a_job_that_nobody_knows_has_a_nearest_name(desk: Desk) -> None:
     desk.run("--wait", code=1)
     assert "The nearest is 'toy-1'" in desk.call("job", "status", "toy-2", code=1).stderr
     assert "is over: failed" in desk.call("job", "cancel", "toy", code=1).stderr
+
+
+def test_the_job_of_the_first_page_is_the_one_beside_the_example_and_runs(desk: Desk) -> None:
+    """With fewer steps; no line of it is for this machine alone."""
+    page = (REPOSITORY / "README.md").read_text()
+    shown = page.split("```yaml\n")[1].split("```")[0]
+    whole = (REPOSITORY / "examples" / "glue" / "job.yml").read_text()
+    mine, example = (parse_job(text.encode()) for text in (shown, whole))
+    assert mine == example.model_copy(update={"experiment": None})
+    desk.file.write_text(whole.replace("--max_steps 600", "--max_steps 20 --save_steps 10"))
+    desk.call("job", "run", "-f", str(desk.file), "-d", str(REPOSITORY / "examples" / "glue"), "--wait")
+    assert desk.status("glue")["run"]["step"] == 20
+    assert desk.record("glue").nproc_per_node == 2
+    assert not (REPOSITORY / "examples" / "glue" / "ckpt").exists()
+
+
+def test_a_port_that_is_taken_is_told(desk: Desk) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        desk.write(
+            f"torchrun --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port {port} train.py 5 0",
+            "max_restarts: 0\nnum_devices: 2",
+        )
+        desk.run("--wait", code=1)
+    assert "A port is taken" in (desk.record().reason or "")
+
+
+def test_records_and_data_of_a_store_on_s3_serve_jobs_of_this_machine(
+    desk: Desk, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in moto.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    url = f"s3://{moto.make_bucket()}/store"
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", url)
+    desk.store = JobStore(url)
+    desk.call("data", "create", "code", str(desk.project))
+    desk.write(
+        python("/workspace/data/train.py", "5", "0"), "data: {name: code, mount_path: /workspace/data}"
+    )
+    desk.run("--wait")
+    record = desk.record()
+    assert (record.state, record.run_url) == ("finished", f"{url}/runs/toy-1")
+    assert [key.step for key in Catalog(Storage(record.run_url)).checkpoints()] == [5]
+    assert Path(record.home).is_relative_to(tmp_path)

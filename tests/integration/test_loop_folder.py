@@ -23,6 +23,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.loop import TrainLoop
@@ -342,3 +343,15 @@ class TestPublish:
         assert last is not None
         assert (best.step, last.step) == (2, 4)
         assert catalog.read(best).metrics == {"eval_loss": 0.3, "eval_accuracy": 0.7, "best_metric": 0.3}
+
+
+@pytest.mark.parametrize("of_script", [False, True])
+def test_in_a_job_the_run_and_the_folder_are_the_jobs_unless_the_script_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_script: bool
+) -> None:
+    monkeypatch.setenv(env.RUN_URL, str(tmp_path / "run"))
+    monkeypatch.setenv(env.CHECKPOINT_DIR, str(tmp_path / "ckpt"))
+    accelerator = Accelerator(cpu=True, project_dir=str(tmp_path / "own") if of_script else None)
+    loop = TrainLoop(accelerator, num_epochs=1)
+    assert loop.output_dir == tmp_path / ("own" if of_script else "ckpt")
+    assert loop._checkpointer.storage.url == str(tmp_path / "run")

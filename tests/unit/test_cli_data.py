@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hf_cloudtrain import env
+from hf_cloudtrain import env, leftovers
 from hf_cloudtrain.cli import _output, app
 from hf_cloudtrain.datasets import DatasetStore
+from tests.unit.test_datasets import contents
 
 ESC = "\x1b[31m"
 
@@ -171,6 +172,42 @@ def test_delete_finishes_what_was_cut_off(store: DatasetStore, glue: Path) -> No
     assert store.catalog.storage.list("glue") == []
     assert store.half_deleted("glue") == []
     assert "There is no dataset 'glue'" in cloudtrain("delete", "glue", "--yes", code=1).stderr
+
+
+def test_clean_takes_what_was_cut_off_and_no_version(
+    store: DatasetStore, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "WATCH_SECONDS", 0.0)
+    monkeypatch.setenv(env.HEARTBEAT, "0.0001")
+    assert "Nothing is left over." in cloudtrain("clean", "--yes").stderr
+    going, _ = store.create("nsmc", glue)
+    store.create("glue", glue)
+    records = store.catalog.storage
+    records.write(".cloudtrain/retiring/nsmc-000001.json", going.manifest.encode())
+    records.delete([".cloudtrain/folders/nsmc-000001.json"])
+    _, folder = store.catalog.begin_folder("glue", "of a machine that is no more")
+    records.write(f"{folder}/meta.json", b"{}")
+    shown = cloudtrain("clean", "--dry-run").stdout.splitlines()[1:]
+    assert [(line.split()[0], line.split("  ")[-1]) for line in shown] == [
+        ("glue.2", "goes, unless it moves"),
+        ("nsmc", "goes"),
+    ]
+    assert records.list("nsmc") != []
+    assert "--yes" in cloudtrain("clean", code=1).stderr
+    states = {item["name"]: (item["what"], item["state"]) for item in answer("clean", "--yes")["left_over"]}
+    assert states == {"glue.2": ("upload", "deleted"), "nsmc": ("deletion", "deleted")}
+    assert answer("clean", "--dry-run")["left_over"] == []
+    assert (store.half_deleted("nsmc"), records.list("nsmc"), records.list("glue.2")) == ([], [], [])
+    assert contents(store.local_copy(store.find("glue"))) == contents(glue)
+    assert store.create("glue", glue)[0].version == 1
+
+
+def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, glue: Path) -> None:
+    dataset, _ = store.create("glue", glue)
+    store.delete("glue", 1)
+    store.catalog.storage.write(".cloudtrain/retiring/glue-000001.json", dataset.manifest.encode())
+    assert [item["name"] for item in answer("clean", "--yes")["left_over"]] == ["glue"]
+    assert store.half_deleted("glue") == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -485,6 +486,22 @@ class TestLocalCopy:
         assert bool(seen.count("download")) == (change != "record"), (
             "the digests tell that the files are right"
         )
+
+    def test_the_documented_command_takes_away_what_nobody_has_asked_for(
+        self, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = (Path(__file__).resolve().parents[2] / "docs" / "datasets.md").read_text()
+        (command,) = re.findall(r"^\$ (find .*)$", text, re.MULTILINE)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.delenv(env.CACHE)
+        first, second = DatasetStore().create("glue", glue)[0], DatasetStore().create("nsmc", glue)[0]
+        copies = [DatasetStore().local_copy(dataset) for dataset in (first, second, first)]
+        for copy in copies[:2]:
+            os.utime(copy.parent / "copy.json", (0, 0))
+        local_copy("nsmc")
+        assert subprocess.run(["sh", "-c", command], check=False, capture_output=True).stderr == b""
+        assert [copy.is_dir() for copy in copies] == [False, True, False]
+        assert contents(local_copy("glue")) == FILES
 
     def test_nothing_is_there_before_all_is_verified(self, glue: Path, tmp_path: Path) -> None:
         DatasetStore().create("glue", glue)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.cli import app
 from hf_cloudtrain.engines import skypilot as module
 from hf_cloudtrain.engines.skypilot_task import accelerator, as_task, cluster_name, task_name
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job_record import JobStore
 from hf_cloudtrain.machine import Machine
+from hf_cloudtrain.storage import Storage
 from tests.fake_sky import DATA, GOLDEN, LAUNCHED, SKYPILOT, FakeSky, handed_over, job_text, submission_of
 
 
@@ -109,7 +114,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("lines", "run_url", "words"),
         [
-            ((), "/home/me/runs/x", "'/home/me/runs/x', on this machine"),
+            ((), "/home/me/runs/x", "'/home/me/runs/x' is on this machine"),
             ((), "file:///home/me/runs/x", "on this machine"),
             ((), "az://c/x", "AZURE_STORAGE_ACCOUNT_NAME"),
             (("vm: aws-24gb-v100-4g-us-east-1",), "s3://b/x", "only of 16 and 32 GB"),
@@ -126,8 +131,14 @@ class TestRefused:
 
     def test_a_dataset_of_a_store_on_this_machine(self) -> None:
         submission = submission_of(job_text("data: {name: mnli, mount_path: /data}"))
-        with pytest.raises(ConfigurationError, match=r"HF_CLOUDTRAIN_STORE is '/home/me/store'.*dataset"):
+        with pytest.raises(
+            ConfigurationError, match="'mnli' is in the store '/home/me/store', on this machine"
+        ):
             SKYPILOT.check(dataclasses.replace(submission, store="/home/me/store"))
+
+    def test_what_is_missing_is_shown_by_a_dry_run_that_goes_on(self) -> None:
+        shown = SKYPILOT.show(submission_of(job_text("vm: aws-24gb-v100-4g-us-east-1"), "/home/me/runs/x"))
+        assert [line[:11] for line in shown.splitlines()[:3]] == ["# Missing: ", "# Missing: ", "name: x-1"]
 
     def test_a_variable_that_the_shell_lacks(self) -> None:
         with pytest.raises(ConfigurationError, match="export TOKEN="):
@@ -181,9 +192,9 @@ class TestTalk:
         assert handed_over(store, sky).handle["job"] == 8
 
     def test_a_launch_that_fails_is_told_with_the_last_lines(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", "one\nNoCloudAccessError: run: sky check\n", code=1)
+        sky.says("launch", "token=hunter2\nNoCloudAccessError: run: sky check\n", code=1)
         with pytest.raises(
-            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1:\n.*\n.*sky check"
+            ConfigurationError, match=r"`sky jobs launch` ended with exit code 1: token=\*\*\* \| .*sky check"
         ):
             handed_over(store, sky)
 
@@ -233,32 +244,80 @@ class TestTalk:
         sky.says("launch", LAUNCHED)
         record = store.write(handed_over(store, sky), state="stopping")
         sky.has({"job_id": 12, "status": status})
-        assert SKYPILOT.look(record) == module.Seen("cancelled")
+        assert SKYPILOT.look(record) == module.Seen("cancelled", "Stopped by `cloudtrain job cancel`.")
         sky.has({"job_id": 12, "status": "RUNNING"})
         assert SKYPILOT.look(record) == module.Seen("stopping")
 
-    def test_a_skypilot_that_does_not_answer_changes_nothing(
-        self, sky: FakeSky, store: JobStore, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_skypilot_that_does_not_answer_is_told(self, sky: FakeSky, store: JobStore) -> None:
         sky.says("launch", LAUNCHED)
         record = handed_over(store, sky)
         sky.says("queue", "Could not connect to the API server.\n", code=1)
-        assert SKYPILOT.look(record) is None
-        assert "Could not connect" in caplog.text
+        with pytest.raises(
+            ConfigurationError, match=r"`sky jobs queue` ended with exit code 1: Could not connect"
+        ):
+            SKYPILOT.look(record)
 
-    def test_a_cluster_that_is_gone_leaves_the_run_to_say_how_it_ended(
-        self, sky: FakeSky, store: JobStore
+    @pytest.mark.parametrize(
+        ("ended", "state"),
+        [
+            ("finished", "finished"),
+            ("preempted", "preempted"),
+            ("stopped", "cancelled"),
+            ("overtaken", "failed"),
+            ("training", "lost"),
+            (None, "lost"),
+        ],
+    )
+    def test_of_a_cluster_that_is_gone_the_run_says_how_it_ended(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, ended: str | None, state: str
     ) -> None:
         sky.says("launch", "Job submitted, ID: 1\n")
         record = handed_over(store, sky, "skypilot: {managed: false}")
         assert record.handle == {"managed": False, "name": "x-1", "job": 1}
         sky.says("queue", json.dumps({"x-1": [{"job_id": 1, "status": "SETTING_UP"}]}))
         assert SKYPILOT.look(record) == module.Seen("starting")
-        sky.says("queue", "{}")
+        sky.says("queue", "Fetching job queue for: x-1\n{}")
+        record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
+        if ended is not None:
+            Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
+            Catalog(Storage(record.run_url)).write_progress(1, {"state": ended, "time": record.created})
+        seen = SKYPILOT.look(record)
+        assert seen is not None
+        assert seen.state == state
+        assert "SkyPilot has forgotten it" in str(seen.reason)
+
+    def test_an_end_before_the_job_began_is_another_jobs(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path
+    ) -> None:
+        sky.says("launch", LAUNCHED)
+        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
+        Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
+        Catalog(Storage(record.run_url)).write_progress(
+            1, {"state": "finished", "time": record.created - 3600}
+        )
+        sky.has()
         seen = SKYPILOT.look(record)
         assert seen is not None
         assert seen.state == "lost"
-        assert "cloudtrain run status s3://bucket/runs/x" in str(seen.reason)
+
+    def test_a_controller_that_is_not_there_runs_nothing(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path
+    ) -> None:
+        sky.says("launch", LAUNCHED)
+        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
+        sky.says("queue", "sky.exceptions.ClusterNotUpError: No in-progress managed jobs.\n", code=1)
+        seen = SKYPILOT.look(record)
+        assert seen is not None
+        assert seen.state == "lost"
+        assert "sky jobs logs 12" in str(seen.reason)
+        sky.says("other", "ClusterNotUpError: All managed jobs should have finished.\n", code=1)
+        SKYPILOT.cancel(record, store)
+        assert SKYPILOT.look(store.read("x-1")) == module.Seen(
+            "cancelled", "Stopped by `cloudtrain job cancel`."
+        )
+        sky.says("other", "PermissionError: not yours\n", code=1)
+        with pytest.raises(ConfigurationError, match="not yours"):
+            SKYPILOT.cancel(record, store)
 
     def test_lines_are_those_of_the_nodes(self, sky: FakeSky, store: JobStore) -> None:
         sky.says("launch", LAUNCHED)
@@ -271,10 +330,10 @@ class TestTalk:
         )
         assert list(SKYPILOT.lines(record, None, follow=False)) == [
             "├── Waiting for task resources",
-            "[0] loss 1.5",
-            "[1] (x) ready",
+            "[node 0] loss 1.5",
+            "[node 1] (x) ready",
         ]
-        assert list(SKYPILOT.lines(record, 1, follow=False)) == ["[1] (x) ready"]
+        assert list(SKYPILOT.lines(record, 1, follow=False)) == ["[node 1] (x) ready"]
         assert sky.calls[-1] == "jobs logs 12 --no-follow --tail 0"
         list(SKYPILOT.lines(record, None, follow=True))
         assert sky.calls[-1] == "jobs logs 12 --follow --tail 0"
@@ -291,3 +350,60 @@ class TestTalk:
         SKYPILOT.cancel(dataclasses.replace(record, run_url=str(tmp_path / "run")), store)
         assert store.read("x-1").state == "stopping"
         assert sky.calls[-1] == words
+
+    @pytest.mark.parametrize("obeys", [True, False])
+    def test_cancel_lets_the_run_save_first_and_insists_after_its_grace(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
+    ) -> None:
+        monkeypatch.setattr(module, "MARGIN", 0.3)
+        monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "60" if obeys else "0.1")
+        sky.says("launch", LAUNCHED)
+        record = handed_over(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
+        record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
+        catalog = Catalog(Storage(record.run_url))
+        attempt = catalog.begin_attempt(0.0, 0, None, {}).number
+        catalog.write_progress(attempt, {"state": "training"})
+        calls_before_it_ended: list[str] = []
+
+        def look(seconds: float) -> None:
+            if obeys and catalog.stop_requested(attempt):
+                calls_before_it_ended.extend(sky.calls)
+                catalog.write_progress(attempt, {"state": "stopped"})
+            assert time.monotonic() < deadline
+
+        deadline = time.monotonic() + 20
+        monkeypatch.setattr(module.time, "sleep", look)
+        SKYPILOT.cancel(record, store)
+        assert catalog.stop_requested(attempt)
+        assert sky.calls[-1] == "jobs cancel -y 12"
+        assert not any(call.startswith("jobs cancel") for call in calls_before_it_ended)
+        assert bool(calls_before_it_ended) is obeys
+
+
+def test_a_job_goes_through_the_command_line(
+    sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cloudtrain(*words: str) -> str:
+        result = CliRunner().invoke(app, ["job", *words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text("print(1)\n")
+    file = tmp_path / "job.yml"
+    file.write_bytes(
+        job_text("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8", "run_url: s3://bucket/x")
+    )
+    words = ("run", "-f", str(file), "-d", str(tmp_path / "code"), "--engine", "skypilot")
+    assert "x-1 by the engine skypilot: 2 nodes of 4 processes" in cloudtrain(*words, "--dry-run")
+    assert not (sky.folder / "calls").exists()
+    sky.says("launch", LAUNCHED)
+    cloudtrain(*words)
+    sky.has({"job_id": 12, "status": "RECOVERING"})
+    (job,) = json.loads(cloudtrain("list", "--json"))["jobs"]
+    assert (job["id"], job["state"], job["nodes"], job["nproc_per_node"]) == ("x-1", "starting", 2, 4)
+    assert "starts it again" in job["reason"]
+    assert (Path(job["home"]) / "workspace" / "train.py").exists()
+    sky.says("logs", "(worker1, rank=1, pid=1, ip=10.0.0.5) hello\n")
+    assert cloudtrain("logs", "x") == "[node 1] hello\n"

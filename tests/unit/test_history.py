@@ -168,3 +168,96 @@ def test_a_damaged_heartbeat_does_not_take_the_history_with_it(catalog: Catalog,
     history = history_of(catalog)
     assert [item["loss"] for item in history.logs] == [0.5]
     assert history.attempts[0].last_seen == 100.0
+
+
+class TestWhereTheTimeWent:
+    """Pauses, stalls and commits, with their times: what a timeline is drawn from."""
+
+    def test_pauses_are_read_and_unknown_reasons_are_just_pauses(self, catalog: Catalog) -> None:
+        number = begin(catalog, 100.0)
+        pause = {"kind": "pause", "step": 4, "time": 110.0, "seconds": 5.0}
+        later = {**pause, "time": 120.0}
+        record(
+            catalog, number, {**later, "why": "<b>"}, {**pause, "why": "evaluation"}, {**later, "why": ["x"]}
+        )
+        catalog.write_progress(number, {"time": 200.0, "step": 4})
+        (info,) = history_of(catalog).attempts
+        assert [(item.why, item.step, item.began, item.seconds) for item in info.stretches] == [
+            ("evaluation", 4, 110.0, 5.0),
+            ("pause", 4, 120.0, 5.0),
+            ("pause", 4, 120.0, 5.0),
+        ]
+
+    def test_a_step_far_slower_than_usual_is_a_stall_at_its_time(self, catalog: Catalog) -> None:
+        number = begin(catalog, 100.0)
+        record(catalog, number, steps(1, 4), log(4, 0.5, 104.0), steps(5, 1), steps(6, 1, 30.0), steps(7, 2))
+        catalog.write_progress(number, {"time": 200.0, "step": 8})
+        (info,) = history_of(catalog).attempts
+        assert [(item.why, item.step, item.began, item.seconds) for item in info.stretches] == [
+            ("stall", 6, 105.0, 30.0)
+        ]
+
+    @pytest.mark.parametrize("seconds", [0.9, 9.0])
+    def test_a_step_that_is_not_that_slow_is_none(self, catalog: Catalog, seconds: float) -> None:
+        usual = 0.01 if seconds < 1 else 1.0
+        number = begin(catalog, 100.0)
+        record(catalog, number, steps(1, 9, usual), steps(10, 1, seconds))
+        catalog.write_progress(number, {"time": 200.0})
+        assert history_of(catalog).attempts[0].stretches == []
+
+    def test_work_counts_until_the_step_from_which_the_next_attempt_resumed(self, catalog: Catalog) -> None:
+        first, second = killed_and_resumed(catalog).attempts
+        assert first.kept_until == pytest.approx(105.0)  # step 4 was logged at 104, step 5 took a second
+        assert second.kept_until == pytest.approx(128.0)  # the last heartbeat came later
+
+    def test_an_attempt_of_which_nothing_counts_kept_nothing(self, catalog: Catalog) -> None:
+        first = begin(catalog, 100.0)
+        record(catalog, first, steps(1, 4))
+        catalog.write_progress(first, {"time": 104.0, "step": 4})
+        begin(catalog, 200.0)  # fresh=True
+        info = history_of(catalog).attempts[0]
+        assert (info.kept_steps, info.kept_until) == (0, 100.0)
+
+    def test_commits_are_known_by_checkpoint_also_those_that_are_deleted(self, catalog: Catalog) -> None:
+        number = begin(catalog, 100.0)
+        told = {"kind": "commit", "checkpoint": "000001-0000000005", "saved": 110.0, "time": 114.0}
+        again = {**told, "time": 120.0, "size": 7}
+        record(
+            catalog,
+            number,
+            told,
+            again,
+            {**told, "checkpoint": "000001-0000000009", "time": 112.5, "size": 9},
+        )
+        found = history_of(catalog).commits
+        assert {key: (item.lag, item.size) for key, item in found.items()} == {
+            CheckpointKey(1, 5): (4.0, None),
+            CheckpointKey(1, 9): (2.5, 9),
+        }
+
+    def test_it_is_known_who_did_a_step_and_how_long_the_lost_ones_took(self, catalog: Catalog) -> None:
+        history = killed_and_resumed(catalog)
+        assert history.step_attempts == dict.fromkeys(range(1, 6), 1) | dict.fromkeys(range(6, 11), 2)
+        assert history.redone_step_seconds == [(1, 6, 1.0), (1, 7, 1.0), (1, 8, 1.0)]
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b'{"kind": "pause"}',
+            b'{"kind": "pause", "step": -1, "time": 110, "seconds": 5}',
+            b'{"kind": "pause", "step": 4, "time": NaN, "seconds": 5}',
+            b'{"kind": "pause", "step": 4, "time": 110, "seconds": -5}',
+            b'{"kind": "commit"}',
+            b'{"kind": "commit", "checkpoint": "../x", "saved": 1, "time": 2}',
+            b'{"kind": "commit", "checkpoint": "000001-0000000005", "saved": null, "time": 2}',
+            b'{"kind": "log", "step": 1' + b"0" * 400 + b', "loss": 1}',
+            b'{"kind": "steps", "first": 1' + b"0" * 400 + b', "seconds": [1]}',
+            b'{"kind": "steps", "first": true, "seconds": [1]}',
+        ],
+    )
+    def test_a_damaged_one_is_left_out(self, catalog: Catalog, line: bytes) -> None:
+        number = begin(catalog, 100.0)
+        catalog.write_steps(number, 1, line)
+        history = history_of(catalog)
+        assert (history.commits, history.logs, history.step_seconds) == ({}, [], {})
+        assert history.attempts[0].stretches == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_paths_lose_what_does_not_count() -> None:
     job = job_with("data: {name: mnli@2, mount_path: //data//mnli/./}")
     assert job.data is not None
     assert (job.data.name, job.data.mount_path) == ("mnli@2", "/data/mnli")
+
+
+@pytest.mark.parametrize(
+    "path", ["/usr/src/app", "/usr/local/data", "/opt/ml", "/home/me", "/var/data", "/mnt"]
+)
+def test_what_is_free_may_be_mounted(path: str) -> None:
+    job = job_with(f"data: {{name: {'a' * 64}, mount_path: {path}}}")  # the longest name of a dataset
+    assert job.data is not None
+    assert job.data.mount_path == path
 
 
 @pytest.mark.parametrize(
@@ -221,6 +231,9 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("num_devices: 0", "must be at least 1, not '0'"),
         ("num_devices: 1.5", "whole number"),
         ("num_devices: 99999999999999999999", "must be at most 65536"),
+        ("num_devices: 6_0", "whole number, not '6_0'"),
+        ("vm: azure-16gb-v100-4g-eastus\nnum_devices: 6.0", "whole number, not '6.0'"),
+        ("max_restarts: 3.0", "whole number"),
         ("num_devices: [8]", "whole number, not a list"),
         ("num_devices: {a: 8}", "whole number, not a mapping"),
         ("num_devices: 8\nengine: slurm\nslurm: {nodes: 3}", "no multiple of nodes=3"),
@@ -232,10 +245,19 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("data: {name: '', mount_path: /x}", "'data.name'"),
         ("data: {name: ../x, mount_path: /x}", "'data.name'"),
         ("data: {name: x@../y, mount_path: /x}", "'data.name'"),
+        ("data: {name: mnli@new, mount_path: /x}", "a version is a whole number"),
+        ("data: {name: mnli@0, mount_path: /x}", "a version is a whole number"),
+        ("data: {name: checkpoint-5, mount_path: /x}", "the name of a dataset"),
         ("data: {name: 'huggingface:mnli', mount_path: /x}", "public datasets"),
         ("data: {name: x, mount_path: data}", "an absolute path"),
         ("data: {name: x, mount_path: /}", "hide"),
         ("data: {name: x, mount_path: /usr/}", "hide the machine's own '/usr'"),
+        ("data: {name: x, mount_path: /usr/lib/python3}", "hide the machine's own '/usr'"),
+        ("data: {name: x, mount_path: /etc/ssl}", "hide the machine's own '/etc'"),
+        ("data: {name: x, mount_path: /usr/local}", "hide the machine's own '/usr/local'"),
+        ("data: {name: x, mount_path: /usr/local/lib}", "hide the machine's own '/usr/local/lib'"),
+        ("data: {name: x, mount_path: /var/lib}", "hide the machine's own '/var/lib'"),
+        ("data: {name: x, mount_path: '/%s'}" % ("x/" * 1024), "is '/x/x/x"),
         ("data: {name: x, mount_path: /x/../etc}", "without '..'"),
         ("data: {name: x, mount_path: /proc/self}", "hide the machine's own '/proc'"),
         ("data: {name: x, mount_path: /workspace}", "hide the workspace"),
@@ -245,6 +267,7 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("checkpoint: {output_checkpoint_dir: /data}\ndata: {name: x, mount_path: /data/x}", "is there to read"),
         ("run_url: runs/mnli", "The script does not run in this folder"),
         ("run_url: ''", "a URL is needed"),
+        ("run_url: s3://b/%s" % ("x" * 2048), "longer than 2048 characters"),
         ("env: [A=1]", "must be a mapping"),
         ("env: {A-B: 1}", "no name of a variable"),
         ("env: {RANK: 1}", "set by the engine"),
@@ -255,6 +278,7 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(text: str, hint: str) -
         ("slurm: {partition: 'a\n  b'}", "one word"),
         ("slurm: {qos: --wrap=x}", "begins with no '-'"),
         ("slurm: {time: tomorrow}", "days-hours"),
+        ("slurm: {time: 1\u0660}", "days-hours"),  # a digit elsewhere
         ("skypilot: {managed: maybe}", "true or false"),
         ("sagemaker: {output_s3_uri: gs://b}", "S3 alone"),
         ("sagemaker: {channels: {train: }}", "'sagemaker.channels.train' is empty"),
@@ -333,12 +357,34 @@ def test_an_error_is_one_line_a_problem_whatever_is_in_it() -> None:
         "run_url: s3://key:hunter2@bucket/run",
         "experiment: token=hunter2",
         "env:\n  TOKEN: hunter2\n TOKEN: hunter2",
+        "env: {LEVEL=hunter2}",
+        "env: {LEVEL=hunter2: a, LEVEL=hunter2: b}",
+        "env: {? LEVEL=hunter2 : [x]}",
     ],
 )
 def test_no_problem_shows_a_secret(text: str) -> None:
     told = problems(SMALLEST + text)
     assert told
     assert "hunter2" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "? " + "x" * 60_000 + "\n: 1",
+        "experiment: " + "token" * 12_000,
+        "run_url: s3://b@" + "a://b:" * 10_000,
+        "vm: a-1gb-" + "a-1g-" * 12_000,
+        "name: " + "eyJ-" * 15_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_text_made_to_be_looked_at_for_hours_is_not(text: str) -> None:
+    begun = time.process_time()
+    assert problems(SMALLEST + text)
+    assert time.process_time() - begun < 10, (
+        "a minute and more where the cost grows with the square of the length"
+    )
 
 
 def test_a_job_does_not_show_its_variables() -> None:

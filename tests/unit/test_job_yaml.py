@@ -69,6 +69,7 @@ def test_everything_has_the_line_of_its_key() -> None:
         ('a: "\\ud800"', 1, "no text can hold"),
         ('a: 1\n"\\ud800": 1', 2, "a key is empty"),
         ('a: 1\nb: "\\UFFFFFFFF"', 2, "escape"),
+        ('a: 1\nb: "\\U00110000"', 2, "escape"),
     ],
 )  # fmt: skip
 def test_what_has_no_place_in_settings_is_refused_with_its_line(text: str, line: int, words: str) -> None:

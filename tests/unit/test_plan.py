@@ -47,6 +47,8 @@ def test_the_name_of_a_machine_says_what_it_is() -> None:
             "azure-16gb-v100-4g-",
             "azure-16gb--4g-eastus\n",
             "azure-16gb-v100-4g-east us",
+            *("azure-16gb-v100-4g-spot", "azure-16gb-v100-4g--spot", "azure-1\u0666gb-v100-4g-eastus"),
+            *("azure-16gb-v100-99999g-eastus", "azure-16gb-v100-4g-east-", "azure-16gb-v100-4g-" + "e" * 200),
         ),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hf_cloudtrain import node, supervisor
+from hf_cloudtrain import family, node, supervisor
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import sagemaker_entry, sagemaker_gang
 from hf_cloudtrain.engines.sagemaker_entry import Container, main, unpack, wait_for_name, write_failure
@@ -140,7 +140,7 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Image]:
     monkeypatch.setattr(sagemaker_entry._Told, "raises", True)
     monkeypatch.setattr(sagemaker_gang, "NodeProcess", FakeNode)
     monkeypatch.setattr(sagemaker_gang, "PORT", free_port())
-    monkeypatch.setattr(node, "adopt_orphans", lambda: None)  # it would be for all tests of this process
+    monkeypatch.setattr(family, "adopt_orphans", lambda: None)  # it would be for all tests of this process
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.0)
     monkeypatch.setattr(supervisor, "POLL", 0.01)
     FakeNode.starts.clear()

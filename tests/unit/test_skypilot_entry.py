@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -230,34 +230,70 @@ class TestLinks:
             entry.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(tmp_path / "theirs"))], [])
 
 
+SCRIPTS = {
+    "hello": 'import os\nprint(os.environ["NODE_RANK"], os.environ["PET_MASTER_ADDR"], os.environ["LR"], os.environ["PWD"])\n',
+    "saves": """\
+import json, os, signal, sys, time
+
+def save(number, frame):
+    with open(os.environ["HF_CLOUDTRAIN_EXIT_FILE"], "w") as file:
+        json.dump({"outcome": "preempted", "reason": "SIGTERM"}, file)
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+""",
+}
+
+
+class Started:
+    """A node of SkyPilot's: a home folder with what it has synced, and its command in a process."""
+
+    given: ClassVar[dict[str, str]] = {"LR": "2e-5", "HF_CLOUDTRAIN_GRACE": "1"}
+
+    def __init__(self, folder: Path, script: str, **changes: str) -> None:
+        synced = folder / "machine" / "sky_workdir"
+        synced.mkdir(parents=True)
+        (synced / "train.py").write_text(SCRIPTS[script])
+        content = (
+            f"name: x\njob_setting:\n  docker: {{command: {sys.executable} train.py}}\n"
+            f"  workspace: {{mount_path: {folder}/workspace}}\nenv: {{LR: 2e-5, HF_CLOUDTRAIN_GRACE: 1}}\n"
+        )
+        submission = submission_of(content.encode(), f"file://{folder}/run", workspace=True)
+        plan = dataclasses.replace(submission.plan, nodes=int(changes.get("SKYPILOT_NUM_NODES", 2)))
+        home = folder / "machine" / "hf_cloudtrain"
+        dataclasses.replace(submission, home=home, plan=plan).save()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hf_cloudtrain.engines.skypilot_entry", "~/hf_cloudtrain"],
+            env={**os.environ, **variables(**changes), **self.given, "HOME": str(folder / "machine")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self.process
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+
 def test_a_node_runs_as_skypilot_starts_it(tmp_path: Path) -> None:
-    home = tmp_path / "machine"
-    synced = home / "sky_workdir"
-    synced.mkdir(parents=True)
-    (synced / "train.sh").write_text(
-        'echo "$NODE_RANK of $NUM_NODES by $MASTER_ADDR:$PET_MASTER_PORT $LR"\npwd -L\n'
-    )
-    content = (
-        "name: x\njob_setting:\n  docker: {command: bash train.sh}\n"
-        f"  workspace: {{mount_path: {tmp_path}/workspace}}\nenv: {{LR: 2e-5}}\n"
-    )
-    submission = submission_of(content.encode(), f"file://{tmp_path}/run", workspace=True)
-    dataclasses.replace(submission, home=home / "hf_cloudtrain").save()
-    environment = {
-        **os.environ,
-        **variables(SKYPILOT_NUM_NODES="1", SKYPILOT_NUM_GPUS_PER_NODE="0"),
-        "HOME": str(home),
-        "LR": "2e-5",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_cloudtrain.engines.skypilot_entry", "~/hf_cloudtrain"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, folder, verdict = done.stdout.splitlines()
-    assert (first, folder) == ("0 of 1 by 10.0.0.4:29500 2e-5", f"{tmp_path}/workspace")
+    with Started(tmp_path, "hello", SKYPILOT_NUM_NODES="1") as process:
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+    hello, verdict = said.splitlines()
+    assert hello == f"0 10.0.0.4 2e-5 {tmp_path}/workspace"
     assert "trained nothing" in verdict
+
+
+def test_a_node_that_is_told_to_go_saves_and_is_to_be_started_again(tmp_path: Path) -> None:
+    with Started(tmp_path, "saves") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+        assert (process.returncode, said) == (75, "")
+    exit_file = tmp_path / "machine" / "hf_cloudtrain" / "nodes" / "0" / "exit-1.json"
+    assert json.loads(exit_file.read_text())["outcome"] == "preempted"

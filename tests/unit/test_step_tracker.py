@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import pytest
 
 from hf_cloudtrain import step_tracker as module
 from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.checkpointer import uploads_of
 from hf_cloudtrain.errors import StorageError
+from hf_cloudtrain.outbox import Uploads
 from hf_cloudtrain.step_tracker import StepTracker
 from tests.faults.runs import Machines, wait_until
 
@@ -234,3 +237,93 @@ def test_closing_before_the_start_is_fine(machines: Machines) -> None:
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
     tracker.close("failed")
     assert tracker.heartbeat()["state"] == "failed"
+
+
+class TestPauses:
+    """Time in which no step is done is recorded, where it is long enough to matter."""
+
+    def test_the_start_an_evaluation_and_a_save_are_told_with_their_time(
+        self, clock: Clock, tracker: StepTracker, machines: Machines
+    ) -> None:
+        clock.now += 12.0
+        run(tracker, clock, range(501, 503))
+        clock.now += 1.0  # between the last step and the evaluation's end nothing is done, either
+        tracker.pause("evaluation")
+        clock.now += 3.0
+        tracker.pause("save")
+        run(tracker, clock, range(503, 504))
+        tracker.start()
+        tracker.close("finished")
+        pauses = [item for item in stored(machines) if item["kind"] == "pause"]
+        assert [(item["why"], item["step"], item["seconds"]) for item in pauses] == [
+            ("start", 500, 12.0),
+            ("evaluation", 502, 4.0),
+        ]
+        assert pauses[0]["time"] == pytest.approx(module.time.time() - 12.0, abs=30)
+
+    def test_a_short_pause_after_each_step_costs_no_record(
+        self, tracker: StepTracker, machines: Machines, clock: Clock
+    ) -> None:
+        for step in range(501, 521):
+            run(tracker, clock, range(step, step + 1))
+            tracker.pause()
+            clock.now += module.PAUSE_SECONDS * 0.9
+        tracker.start()
+        tracker.close("finished")
+        assert {item["kind"] for item in stored(machines)} == {"steps"}
+
+
+class TestUploads:
+    """What becomes of a save is told by the records and by the heartbeat."""
+
+    def test_each_commit_is_recorded_with_the_time_of_its_save(
+        self, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
+        machine = machines.new()
+        machine.start()
+        tracker = StepTracker(
+            machines.catalog, 3, first_step=0, total_steps=9, uploads=uploads_of(machine.checkpointer)
+        )
+        tracker.start()
+        began = module.time.time()
+        for step in (4, 8):
+            machine.save(step)
+            machine.wait()
+        tracker.close("finished")
+        commits = [item for item in stored(machines) if item["kind"] == "commit"]
+        assert [item["checkpoint"] for item in commits] == ["000001-0000000004", "000001-0000000008"]
+        for item in commits:
+            assert began <= item["saved"] <= item["time"] <= module.time.time()
+            assert item["size"] > 1_000_000
+        beat = machines.catalog.read_progress(3)
+        assert beat is not None
+        assert beat["last_saved"] == "000001-0000000008"
+        assert beat["last_saved_time"] == commits[-1]["saved"]
+
+    def test_a_save_that_the_storage_does_not_take_is_saved_and_not_committed(
+        self, machines: Machines
+    ) -> None:
+        machine = machines.new()
+        machine.start()
+        machines.storage.fail("upload", times=1000)
+        machine.save(4)
+        uploads = uploads_of(machine.checkpointer)()
+        assert (uploads.saved, uploads.commits) == (CheckpointKey(1, 4), ())
+
+    def test_who_asks_does_not_keep_the_checkpointer_alive(self, machines: Machines) -> None:
+        machine = machines.new()
+        ask = uploads_of(machine.checkpointer)
+        machines.made.remove(machine)
+        del machine
+        gc.collect()
+        assert ask() == Uploads()
+
+
+def test_records_are_stored_as_often_as_the_heart_beats_after_a_save_too(machines: Machines) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=9)
+    tracker._interval = 0.2
+    tracker.flush_soon()
+    assert tracker._next_flush(100.0) == pytest.approx(100.2)
+    tracker._interval = 15.0
+    assert tracker._next_flush(100.0) == pytest.approx(100.0 + module.SAVE_FLUSH_SECONDS)

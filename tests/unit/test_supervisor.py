@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain import supervisor
+from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.job_record import JobRecord, JobStore
+from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Supervisor, Verdict, judge
 
@@ -249,3 +251,35 @@ def test_why_a_node_could_not_start_its_command_is_the_reason(submission: Submis
 def test_a_command_that_a_signal_ended_is_named_so(submission: Submission) -> None:
     leave(submission, 1, 0, None, -9)
     assert "SIGKILL" in (judge(submission, 1, (1, 75), None).reason or "")
+
+
+def test_what_the_last_lines_say_is_told_to_whoever_does_not_know_them(submission: Submission) -> None:
+    leave(submission, 1, 0, None, 1)
+    submission.log.mkdir()
+    submission.node_log(0).write_text("… EADDRINUSE: address already in use\n")
+    assert "A port is taken. MASTER_PORT" in (judge(submission, 1, (1, 75), None).reason or "")
+
+
+@pytest.mark.parametrize(
+    ("progress", "state"), [("finished", "finished"), ("overtaken", "failed"), ("training", None)]
+)
+def test_what_a_lost_node_has_told_storage_counts(
+    submission: Submission, progress: str, state: str | None
+) -> None:
+    assert judge(submission, 1, (None, 1), None, progress=progress).state == state
+
+
+def test_a_start_is_judged_by_the_attempt_that_it_began_and_by_no_older_one(
+    run: Callable[..., tuple[JobRecord, Nodes]], record: JobRecord
+) -> None:
+    catalog = Catalog(Storage(record.run_url))
+
+    def begins_one_that_finishes() -> Any:
+        attempt = catalog.begin_attempt(0.0, 0, None, {})
+        catalog.write_progress(attempt.number, {"state": "finished", "step": 5})
+        return [None, None], (None, 1)
+
+    last, _ = run(begins_one_that_finishes)
+    assert (last.state, last.restarts) == ("finished", 0)
+    last, _ = run(CRASH, CRASH, CRASH)
+    assert last.state == "failed"

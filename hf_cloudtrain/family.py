@@ -1,0 +1,74 @@
+"""The processes that a node of a job, or its supervisor, has started, and what those have started: none is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+import psutil
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind, so that `kill_children` finds it.
+
+    https://man7.org/linux/man-pages/man2/PR_SET_CHILD_SUBREAPER.2const.html
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
+
+
+def terminate(pid: int) -> None:
+    """SIGTERM to those processes of a family that act on it, or to all of it where none does.
+
+    `tee` and its like would end at once, and take the output of the training with them.
+    """
+    family = _family(pid)
+    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
+    # The shell itself listens, for what comes after its command.
+    if all(process.pid == pid for process in listening):
+        listening = family
+    for process in listening:
+        try:
+            process.send_signal(signal.SIGTERM)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def kill_children() -> None:
+    """End everything that this process has started, and what that has started."""
+    while family := _family(os.getpid())[1:]:
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, timeout=1.0)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and all below it that live, itself first."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in family if process.pid == os.getpid() or _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: https://man7.org/linux/man-pages/man5/proc_pid_status.5.html."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            caught = next((line for line in file if line.startswith("SigCgt:")), "SigCgt: 0")
+    except OSError:
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

@@ -1,0 +1,102 @@
+"""PeriFlow's two job files on this machine: other values where a laptop needs them, one agent killed, and finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.engines.local import free_port
+from hf_cloudtrain.storage import Storage
+from tests.integration._jobs import REPOSITORY, Desk
+
+FILES = REPOSITORY / "tests" / "data"
+
+GLUE = {
+    "--model_name_or_path bert-base-cased": "--max_train_samples 200 --max_eval_samples 20",  # a small BERT
+    "--max_seq_length 128": "--max_seq_length 32 --per_device_train_batch_size 4 --disable_tqdm true",
+    "--max_steps 500": "--max_steps 60",
+    "--save_steps 100": "--save_steps 10",
+    "--cache_dir /workspace/data/mnli": "--dataset_dir /workspace/data --cache_dir /workspace/cache",
+}
+CIFAR = {
+    "--model resnet50": "--model small --use-cpu",
+    "--batch-size 256": "--batch-size 128",
+    "--total-epochs 50": "--total-epochs 2",
+    "--save-interval 100": "--save-interval 4",
+    "--test-interval 100": "--test-interval 1000",
+    "--num-dataloader-workers 4": "--num-dataloader-workers 0",
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
+    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield desk
+    desk.close()
+
+
+def test_glue_on_mnli_goes_on_after_an_agent_was_killed(
+    desk: Desk, shared_data: Path, tmp_path: Path
+) -> None:
+    desk.call("data", "create", "mnli", str(shared_data / "glue" / "mnli"))
+    shutil.copytree(REPOSITORY / "examples" / "glue", desk.project / "huggingface")
+    (desk.project / "huggingface" / "requirements.txt").write_text("transformers\n")  # it is here already
+    other_values(desk, "periflow_glue.yml", GLUE)
+    finishes_after_a_kill(desk, "glue-run", 60, tmp_path)
+    assert (Path(desk.record("glue-run").home) / "workspace" / "ckpt" / "final" / "config.json").exists()
+
+
+def test_cifar100_goes_on_after_an_agent_was_killed(desk: Desk, shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "cifar" / "cifar-100-python.subset.tar.xz") as archive:
+        archive.extractall(tmp_path / "data", filter="data")
+    desk.call("data", "create", "cifar100", str(tmp_path / "data"))
+    shutil.copytree(REPOSITORY / "examples" / "cifar", desk.project / "cifar")
+    other_values(desk, "periflow_cifar.yml", CIFAR)
+    finishes_after_a_kill(desk, "cifar-job", 80, tmp_path)
+
+
+def other_values(desk: Desk, name: str, values: dict[str, str]) -> None:
+    """PeriFlow's file with these values, a port that is free, and two processes instead of eight."""
+    text = (FILES / name).read_text()
+    for old, new in {**values, "--master_port 6000": f"--master_port {free_port()}"}.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    desk.file.write_text(f"{text}\nlocal: {{nodes: 2, nproc_per_node: 1}}\n")
+
+
+def finishes_after_a_kill(desk: Desk, name: str, steps: int, tmp_path: Path) -> None:
+    desk.run()
+    desk.wait_for_step(1, name)
+    desk.one_of("--node_rank 1").send_signal(signal.SIGKILL)
+    record = desk.wait_until_over(name)
+    assert (record.state, record.restarts) == ("finished", 1), desk.log(name)
+    assert [start.outcome for start in record.starts] == ["failed", "finished"]
+    desk.wait_until(lambda: not desk.processes())
+
+    catalog = Catalog(Storage(record.run_url))
+    attempts = catalog.attempts()
+    assert len(attempts) == 2
+    assert attempts[1].resumed_from is not None
+    status = desk.status(name)
+    assert (status["state"], status["run"]["step"], status["nodes"]) == ("finished", steps, 2)
+    listed = json.loads(desk.call("job", "list", "--json").stdout)["jobs"]
+    assert [(job["id"], job["state"]) for job in listed] == [(record.id, "finished")]
+    logs = desk.call("job", "logs", name).stdout
+    assert "[node 0] --- start 2 ---" in logs
+    assert "[node 1] --- start 2 ---" in logs
+    newest = json.loads(desk.call("checkpoint", "list", record.run_url, "--json").stdout)["checkpoints"][-1]
+    assert newest["step"] == steps
+    assert str(steps) in desk.call("checkpoint", "view", record.run_url).stdout
+    desk.call("checkpoint", "download", record.run_url, str(tmp_path / "downloaded"))
+    assert any(path.is_file() for path in (tmp_path / "downloaded").rglob("*"))

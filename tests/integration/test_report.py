@@ -1,0 +1,108 @@
+"""The page of `cloudtrain run report`, in a real browser: it draws, complains of nothing, fits, and asks nobody."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.storage import Storage
+from tests.browser import Browser, Page
+from tests.conftest import missing
+from tests.recorded import BEGAN, record_attempt, record_run, write
+from tests.servers import ServerMissingError
+
+CHARTS = {"loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics"}
+DRAWN = "document.documentElement.dataset.drawn === 'yes'"
+MARKS = """Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => [chart.id,
+  [...chart.querySelectorAll(".trace path, .point path, path.js-line, path.point")].filter((path) => {
+    const box = path.getBoundingClientRect();
+    return box.width + box.height > 2;
+  }).length]))"""
+"""Lines, bars and points of each chart that a person can see."""
+TOO_WIDE = """[...document.querySelectorAll("body *")].filter((element) =>
+  !element.closest(".scroll table") && element.getBoundingClientRect().right > window.innerWidth + 0.5
+).map((element) => element.outerHTML.slice(0, 120))"""
+"""Tables may be wider: they scroll in their box."""
+
+HOSTILE = (
+    "</script><script>window.pwned = 1</script><img src=http://127.0.0.1:9/x onerror='window.pwned = 1'>"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            found = until_the_end.enter_context(Browser(tmp_path_factory.mktemp("browser")))
+        except ServerMissingError as error:
+            missing(str(error))
+        yield found
+
+
+def report(run: Path, output: Path) -> Path:
+    result = CliRunner().invoke(app, ["run", "report", str(run), "-o", str(output)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output}\n"
+    return output
+
+
+def refuse_trouble(page: Page, path: Path) -> None:
+    assert page.complaints == []
+    assert [url for url in page.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(
+    tmp_path: Path, browser: Browser, width: int
+) -> None:
+    record_run(Catalog(Storage(f"file://{tmp_path}/mnli")))
+    path = report(tmp_path / "mnli", tmp_path / "report.html")
+    page = browser.open(path, width)
+    page.wait(DRAWN)
+    marks = page.ask(MARKS)
+    assert set(marks) == CHARTS
+    assert min(marks.values()) >= 3, marks
+    assert page.ask("window.innerWidth") == width
+    assert page.ask(TOO_WIDE) == []
+    assert page.ask("document.scrollingElement.scrollWidth") == width
+    assert page.ask("document.body.innerText").count("checkpoint-400") >= 1
+    assert "Loss: 0.3386 at step 400" in page.ask("document.body.innerText")
+    refuse_trouble(page, path)
+
+
+def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:
+    catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
+    facts = {"host": HOSTILE, "command": HOSTILE, HOSTILE: HOSTILE}
+    number = record_attempt(
+        catalog, began=BEGAN, steps=range(1, 61), state=HOSTILE, facts=facts, save_steps=20, total=60
+    )
+    write(
+        catalog, number, [{"kind": "log", "step": 30, "time": BEGAN, f"eval_{HOSTILE}": 0.5, "loss": 1.0}], 2
+    )
+    path = report(tmp_path / "mnli", tmp_path / "report.html")
+    page = browser.open(path, 390)
+    page.wait(DRAWN)
+    assert page.ask("window.pwned === undefined && document.images.length === 0")
+    assert page.ask("document.body.innerText").count("</script><script>window.pwned = 1") >= 3
+    assert page.ask(TOO_WIDE) == []
+    page.ask("Plotly.Fx.hover('metrics', [{curveNumber: 0, pointNumber: 0}])")
+    assert "window.pwned" in page.ask("document.querySelector('#metrics .hoverlayer').textContent")
+    assert page.ask("window.pwned === undefined && document.images.length === 0")
+    refuse_trouble(page, path)
+
+
+def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browser) -> None:
+    catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
+    catalog.begin_attempt(BEGAN, 0, None, {})
+    path = report(tmp_path / "mnli", tmp_path / "report.html")
+    page = browser.open(path, 390, dark=True)
+    page.wait("document.querySelectorAll('.chart').length === 0 || " + DRAWN)
+    assert "None is committed" in page.ask("document.body.innerText")
+    assert page.ask("getComputedStyle(document.body).backgroundColor") == "rgb(17, 21, 27)"
+    refuse_trouble(page, path)
