@@ -18,13 +18,15 @@ MIN_LENGTH = 8
 """Characters of the shortest value of the environment that counts as a secret: `false` and `1` are in many texts."""
 
 _PARAMETER = re.compile(
-    r"((?:^|[?&;\s])[\w-]*(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or))[\w-]*=)[^&\s'\";]+",
+    r"((?:^|[?&;\s])[\w-]{0,200}(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or))[\w-]{0,200}=)"
+    r"[^&\s'\";]+",
     re.IGNORECASE,
 )
-# As clients print their options and headers. Not any 'Key': of S3 that is the name of an object.
+# As clients print their options and headers. Not any 'Key': of S3 that is the name of an object. From the beginning of a
+# word, and not for ever: else an error that quotes 20 kB without a space takes a minute.
 _FIELD = re.compile(
-    r"(['\"]?[\w-]*(?:token|secret|passw|credential|access_?key|account_?key|authorization)[\w-]*['\"]?\s*:\s*['\"]?"
-    r"(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
+    r"((?<![\w-])['\"]?[\w-]{0,200}(?:token|secret|passw|credential|access_?key|account_?key|authorization)[\w-]{0,200}"
+    r"['\"]?\s*:\s*['\"]?(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
     re.IGNORECASE,
 )
 # What hubs and clouds hand out, known by its shape wherever it stands.
