@@ -150,7 +150,7 @@ class TestAnyRun:
         catalog.begin_attempt(BEGAN, 0, None, {})
         logs = [
             {"kind": "log", "step": step, "time": BEGAN + step / 10, "loss": 1 + (step == 50_000)}
-            for step in range(0, 100_000, 2)
+            for step in range(0, 100_000, 10)
         ]
         write(catalog, 1, [{"kind": "steps", "first": 1, "seconds": seconds}, *logs])
         catalog.write_progress(1, {"time": BEGAN + 10_000, "step": 100_000, "state": "finished"})
