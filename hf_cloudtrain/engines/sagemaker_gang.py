@@ -126,7 +126,7 @@ class ContainerGang:
         port: where the others come to.
     """
 
-    def __init__(self, submission: Submission, node: NodeProcess, port: int = PORT) -> None:
+    def __init__(self, submission: Submission, node: NodeProcess, port: int) -> None:
         self._submission = submission
         self._node = node
         self._lines: dict[int, Line] = {}
@@ -251,7 +251,7 @@ class Agent:
         """Of the start that runs."""
         self._stopped_at: float | None = None
 
-    def run(self, host: str, port: int = PORT, patience: float = PATIENCE) -> tuple[str, str | None]:
+    def run(self, host: str, port: int, patience: float = PATIENCE) -> tuple[str, str | None]:
         """Take part until the job is over; gives state and reason. Raises OSError."""
         with contextlib.closing(Line(self._connection(host, port, patience))) as line:
             line.send(rank=self._rank)

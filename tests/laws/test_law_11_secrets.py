@@ -179,12 +179,18 @@ def test_law_11_nothing_of_ours_unpickles() -> None:
     assert {name for name, calls in found.items() if calls} == ALLOWED
 
 
-@pytest.mark.parametrize(
-    "text", ["x" * 100_000, "token" * 20_000, "a://:" * 30_000, "eyJ-" * 20_000, "?key" * 30_000]
-)
-def test_law_11_to_look_for_secrets_costs_what_the_length_of_a_text_does_and_not_its_square(
-    text: str,
-) -> None:
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("word", ["z", "token-", "?sig", "token"])
+def test_law_11_a_long_text_without_a_space_is_looked_through_in_time(word: str) -> None:
+    """Storage answers with what it likes, and an error that quotes it must not stop the training for an hour."""
+    text = word * (200_000 // len(word))
+    assert redact(text) == text
+    assert redact(f"{text} token: abc") == f"{text} token: ***"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("word", ["a://:", "eyJ-"])
+def test_law_11_the_end_of_what_may_be_a_secret_is_not_looked_for_all_through_a_text(word: str) -> None:
     begun = time.process_time()
-    assert redact(text)
+    assert redact(word * 30_000) == word * 30_000
     assert time.process_time() - begun < 10

@@ -406,6 +406,42 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Stubbed]]:
 HANDLE = {"training_job": "whole-1", "region": "us-east-1"}
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "secondary", "expected"),
+    [
+        ("running", None, "Training", None),
+        ("stopping", "Stopped by SIGTERM.", "Uploading", None),
+        ("queued", None, "Training", ("running", "Training")),
+        ("running", None, "Starting", ("starting", "Starting")),
+        ("stopping", "The newest checkpoint is 6.", "Stopped", ("cancelled", "The newest checkpoint is 6.")),
+        (
+            "stopping",
+            "The newest checkpoint is 6.",
+            "Interrupted",
+            ("queued", "Interrupted: the machines were taken"),
+        ),
+        ("running", None, "Stopped", ("cancelled", "Stopped")),
+    ],
+)
+def test_while_the_containers_run_their_supervisor_knows_better(
+    stubbed: dict[str, Stubbed],
+    state: Any,
+    reason: str | None,
+    secondary: str,
+    expected: tuple[str, str] | None,
+) -> None:
+    status = "Stopped" if secondary == "Stopped" else "InProgress"
+    answer = {**DESCRIBED, "TrainingJobStatus": status, "SecondaryStatus": secondary}
+    stubbed["sagemaker"].stub.add_response("describe_training_job", answer)
+    found = ENGINE.look(record_of(submission(SMALL), handle=HANDLE, state=state, reason=reason))
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.state == expected[0]
+        assert (found.reason or "").startswith(expected[1])
+
+
 def test_cancel_stops_the_training_job(stubbed: dict[str, Stubbed], tmp_path: Path) -> None:
     stubbed["sagemaker"].stub.add_response("stop_training_job", {}, {"TrainingJobName": "whole-1"})
     ENGINE.cancel(record_of(submission(SMALL), handle=HANDLE), JobStore(str(tmp_path)))
