@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import time
 
 import psutil
+
+logger = logging.getLogger(__name__)
+
+SHELLS = ("bash", "sh", "dash", "bwrap")
+PATIENCE = 60.0
+"""Seconds for processes to end after SIGKILL."""
 
 
 def adopt_orphans() -> None:
@@ -26,25 +34,44 @@ def terminate(pid: int) -> None:
     """
     family = _family(pid)
     listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
-    # The shell itself listens, for what comes after its command.
-    if all(process.pid == pid for process in listening):
+    # Shells listen, too, for what comes after their command.
+    if all(_name(process) in SHELLS for process in listening):
         listening = family
     for process in listening:
-        try:
-            process.send_signal(signal.SIGTERM)
-        except psutil.NoSuchProcess:
-            continue
+        _send(process, signal.SIGTERM)
 
 
-def kill_children() -> None:
-    """End everything that this process has started, and what that has started."""
+def kill_children(patience: float = PATIENCE) -> None:
+    """End everything that this process has started, and what that has started.
+
+    Args:
+        patience: seconds; a process that waits for a dead disk or a driver does not end before that answers.
+    """
+    deadline = time.monotonic() + patience
     while family := _family(os.getpid())[1:]:
         for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+            _send(process, signal.SIGKILL)
         psutil.wait_procs(family, timeout=1.0)
+        if time.monotonic() > deadline:
+            left = ", ".join(f"{process.pid} ({_name(process)})" for process in family)
+            logger.error("These processes do not end, and are left behind: %s.", left)
+            return
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.Error as error:  # one that became another user's
+        logger.warning("%s", error)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -52,7 +79,7 @@ def _family(pid: int) -> list[psutil.Process]:
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return []
     return [process for process in family if process.pid == os.getpid() or _lives(process)]
 
@@ -60,7 +87,7 @@ def _family(pid: int) -> list[psutil.Process]:
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,16 @@ def look(store: JobStore, record: JobRecord) -> JobRecord:
         return record
     seen_record = dataclasses.replace(record, state=seen.state, reason=seen.reason)
     # What is lost may come back: a disk that is mounted again, a clock that was set.
-    return store.write(seen_record) if seen_record.is_over and seen.state != "lost" else seen_record
+    if not seen_record.is_over or seen.state == "lost":
+        return seen_record
+    latest = store.read(record.id)
+    if latest.is_over:
+        return latest  # its supervisor has written that, and ended, since the record was read
+    starts = tuple(
+        start if start.ended else dataclasses.replace(start, ended=time.time(), outcome=seen.state)
+        for start in latest.starts
+    )
+    return store.write(latest, state=seen.state, reason=seen.reason, starts=starts)
 
 
 def cancel(store: JobStore, job_id: str) -> JobRecord:

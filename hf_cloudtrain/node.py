@@ -33,12 +33,13 @@ from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.data_cache import alone
 from hf_cloudtrain.datasets import DatasetStore
-from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError, PreemptedExit
 from hf_cloudtrain.family import adopt_orphans, kill_children, terminate
 from hf_cloudtrain.in_place import InPlaceCheckpointer
 from hf_cloudtrain.mounts import Mount, docker_words, has_docker, words
 from hf_cloudtrain.outcome import read_end
 from hf_cloudtrain.plan import CONTRACT
+from hf_cloudtrain.process import locked
 from hf_cloudtrain.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class Ending:
     """What the script said in its exit file."""
     problem: str | None = None
     """Why the command could not be started."""
+    hopeless: bool = False
+    """Whether another start would have the same problem."""
     stopped: bool = False
     """Whether the node was told to stop."""
 
@@ -106,7 +109,6 @@ class Node:
         self._stopped_at: float | None = None
         self._running = False
         self._parent = os.getppid()
-        self._heard: set[int] = set()
 
     def run(self) -> Ending:
         """Everything, from the dataset to the outcome."""
@@ -115,13 +117,16 @@ class Node:
         adopt_orphans()
         before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
         try:
-            exit_code = self._work()
+            # A node whose supervisor was killed may still be saving: what it saves is what this one resumes from.
+            with locked(self._submission.node_file(self._rank, 0).with_name("lock"), self._patience):
+                exit_code = self._work()
             ending = Ending(exit_code, self._outcome(), stopped=self._stopped_at is not None)
         except _Stopped:
             ending = Ending(None, None, stopped=True)
         except (CloudTrainError, OSError) as error:
             logger.error("%s", error)
-            ending = Ending(None, None, problem=str(error), stopped=self._stopped_at is not None)
+            hopeless = isinstance(error, (ConfigurationError, NoDatasetError))
+            ending = Ending(None, None, str(error), hopeless, stopped=self._stopped_at is not None)
         finally:
             self._running = True  # nothing is interrupted any more
             kill_children()
@@ -129,6 +134,11 @@ class Node:
                 signal.signal(number, handler)
         self._record(ending)
         return ending
+
+    @property
+    def _patience(self) -> float:
+        """Seconds in which a node that was told to stop has ended."""
+        return self._submission.plan.grace + 3 * MARGIN
 
     def _work(self) -> int:
         submission = self._submission
@@ -196,9 +206,8 @@ class Node:
         if self._stopped_at is not None:
             raise _Stopped
         bash = ["bash", "-c", f"cd -- {shlex.quote(folder)} || exit 1\n{SHELL}{text}\n"]
-        process = subprocess.Popen(
-            self._wrap(self._submission, mounts, bash), env=environment, stdin=subprocess.DEVNULL
-        )
+        wrapped = self._wrap(self._submission, mounts, bash)
+        process = subprocess.Popen(wrapped, env=environment, stdin=subprocess.DEVNULL)
         self._running = True
         told = False
         while process.poll() is None:
@@ -215,6 +224,10 @@ class Node:
             time.sleep(POLL)
         self._running = False
         kill_children()
+        if wrapped[0] == "docker":  # a client that was killed leaves its container
+            subprocess.run(
+                ["docker", "kill", container_name(self._submission)], capture_output=True, check=False
+            )
         return process.returncode
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -230,7 +243,12 @@ class Node:
     def _record(self, ending: Ending) -> None:
         path = self._submission.node_file(self._rank, self._start)
         beside = path.with_name(f".{path.name}")
-        record = {"exit_code": ending.exit_code, "problem": ending.problem, "stopped": ending.stopped}
+        record = {
+            "exit_code": ending.exit_code,
+            "problem": ending.problem,
+            "hopeless": ending.hopeless,
+            "stopped": ending.stopped,
+        }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(record) + "\n")
@@ -274,9 +292,19 @@ def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], comm
         for mount in mounts:
             mount.source.mkdir(parents=True, exist_ok=True)  # docker mounts nothing that is not there
         return docker_words(
-            image, mounts, command, {*names, *CONTRACT, *submission.plan.variables}, submission.home
+            image,
+            mounts,
+            command,
+            {*names, *CONTRACT, *submission.plan.variables},
+            submission.home,
+            name=container_name(submission),
         )
     return words(mounts, command)
+
+
+def container_name(submission: Submission) -> str:
+    """Name of the container of this node."""
+    return f"cloudtrain-{submission.id}-{os.getpid()}"
 
 
 def _mounts_as_they_are(submission: Submission) -> Iterator[Mount]:

@@ -32,6 +32,9 @@ PENDING_SECONDS = 5.0
 CLOSE_SECONDS = 1.0
 """How long `close` waits for looks under way: a storage that hangs must not eat the time that a notice leaves."""
 
+RUN_STOP = "`cloudtrain run stop`"
+"""How the reason of a person begins, whom nobody should gainsay by starting the run again."""
+
 
 class Source(Protocol):
     """Somebody who may give notice."""
@@ -75,7 +78,7 @@ class StopRequest:
         attempt = self._before() if self._attempt is None else self._attempt
         if attempt is None or not self._catalog.stop_requested(attempt):
             return None
-        return Notice(f"`cloudtrain run stop` for attempt {attempt}")
+        return Notice(f"{RUN_STOP} for attempt {attempt}")
 
     def _before(self) -> int | None:
         return max(self._catalog.attempt_numbers(), default=None) if env.is_restart() else None

@@ -24,10 +24,11 @@ from typing import Any, Protocol
 
 from hf_cloudtrain import env
 from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
+from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
+from hf_cloudtrain.notices import RUN_STOP
 from hf_cloudtrain.outcome import read_end
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.submission import Submission
@@ -152,8 +153,11 @@ class Supervisor:
         except OSError as error:
             codes, failure = (None,) * self._submission.plan.nodes, str(error)
         self._is_told()  # cancelled, it may be, while it was told to stop by a signal
-        verdict = judge(self._submission, number, codes, self._told, failure, self._progress(known))
-        self._idle = 0 if _made_a_step(self._submission, number) else self._idle + 1
+        progress = self._progress(known)
+        verdict = judge(self._submission, number, codes, self._told, failure, progress.get("state"))
+        self._idle = (
+            0 if progress.get("productive_seconds") or _saved(self._submission, number) else self._idle + 1
+        )
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
             spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
             verdict = dataclasses.replace(
@@ -222,16 +226,16 @@ class Supervisor:
     def _told_reason(self) -> str:
         return "`cloudtrain job cancel`" if self._told == "cancelled" else f"{self._told} to the supervisor"
 
-    def _progress(self, known: int | None) -> str | None:
-        """State of the run's newest attempt, if that began after the one that was known."""
+    def _progress(self, known: int | None) -> dict[str, Any]:
+        """The last heartbeat of the run's newest attempt, if that began after the one that was known."""
         newest = self._newest_attempt()
         if known is None or newest is None or newest <= known:
-            return None
+            return {}
         try:
-            return str((_catalog(self._submission).read_progress(newest) or {}).get("state"))
+            return _catalog(self._submission).read_progress(newest) or {}
         except CloudTrainError as error:
             logger.warning("%s", error)
-            return None
+            return {}
 
     def _newest_attempt(self) -> int | None:
         """0 before the first; None where the storage does not answer."""
@@ -272,6 +276,7 @@ def judge(
     if not by_outcome and progress in ("finished", "overtaken"):
         by_outcome[progress] = {"outcome": progress}
     commands = [node.get("exit_code") for node in nodes]
+    state: State | None
     if "finished" in by_outcome:
         after = [code for code in commands if code]
         reason = (
@@ -284,19 +289,31 @@ def judge(
             f"The newest checkpoint is {end['committed']}." if end.get("committed") else "Nothing was saved."
         )
         by = "`cloudtrain job cancel`" if told == "cancelled" else told
-        state: State = "cancelled" if told == "cancelled" else "preempted"
+        state = "cancelled" if told == "cancelled" else "preempted"
         return Verdict(state, "preempted", f"Stopped by {by}. {saved}")
     if "overtaken" in by_outcome:
         return Verdict("failed", "overtaken", str(by_outcome["overtaken"].get("reason") or "Overtaken."))
     if "stopped" in by_outcome and not any(commands):
         step = by_outcome["stopped"].get("step")
         return Verdict("finished", "stopped", f"The script ended before its last step (saved: step {step}).")
-    if "stopped" in by_outcome and PreemptedExit.CODE in codes:
-        return Verdict("cancelled", "stopped", str(by_outcome["stopped"].get("reason") or "Stopped."))
     if "preempted" in by_outcome:
-        reason = by_outcome["preempted"].get("reason")
-        return Verdict(None, "preempted", f"Saved and stopped by {reason}.")
+        reason = str(by_outcome["preempted"].get("reason"))
+        state = "cancelled" if reason.startswith(RUN_STOP) else None
+        return Verdict(state, "preempted", f"Saved and stopped by {reason}.")
+    return _failed(submission, codes, nodes, by_outcome, failure)
+
+
+def _failed(
+    submission: Submission,
+    codes: Sequence[int | None],
+    nodes: list[dict[str, Any]],
+    by_outcome: dict[str, dict[str, Any]],
+    failure: str | None,
+) -> Verdict:
+    """Of a start that nobody stopped and that trained to no end."""
     problems = [str(node["problem"]) for node in nodes if node.get("problem")]
+    if any(node.get("hopeless") for node in nodes):
+        return Verdict("failed", "failed", problems[0])
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
     if all(code == 0 for code in codes):
@@ -305,7 +322,7 @@ def judge(
             "failed",
             "The command ended with exit code 0 and trained nothing: no CloudTrainCallback, TrainLoop or init() has begun.",
         )
-    rank, how = _crash(by_outcome, codes, commands)
+    rank, how = _crash(by_outcome, codes, [node.get("exit_code") for node in nodes])
     return Verdict(None, "failed", f"{how}{_hint(submission, rank)}", is_crash=True)
 
 
@@ -341,7 +358,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _made_a_step(submission: Submission, number: int) -> bool:
+def _saved(submission: Submission, number: int) -> bool:
     ends = [read_end(submission.exit_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
     return any(end.get("saved") for end in ends)
 

@@ -141,12 +141,12 @@ class SlurmCluster:
         """End at once what was submitted from a folder, and wait until none of its processes is left."""
         lines = [line.split(" ", 1) for line in self.run("squeue", "-h", "-o", "%A %Z").splitlines()]
         numbers = [number for number, folder in lines if Path(folder).is_relative_to(below)]
-        for how in ("--state=PENDING", "--signal=KILL"):
-            with contextlib.suppress(RuntimeError):  # some have ended since
-                self.run("scancel", how, *numbers)
         alive = ("squeue", "-h", "-t", "PENDING,CONFIGURING,RUNNING", "-o", "%A")
         deadline = time.monotonic() + STOP_SECONDS
         while any(map(self._steps, numbers)) or set(self.run(*alive).split()) & set(numbers):
+            for how in (("--state=PENDING",), ("--batch", "--signal=KILL"), ("--signal=KILL",)):
+                with contextlib.suppress(RuntimeError):  # some have ended since, and some are only beginning
+                    self.run("scancel", *how, *numbers)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"jobs do not end:\n{self.run('squeue')}")
             time.sleep(POLL)

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hf_cloudtrain.engines import Seen
@@ -50,6 +50,14 @@ LOOK = 5.0
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
 KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 """Of Slurm's variables, those that say which cluster. The others are of an allocation that we may be submitted from."""
+
+CHOSEN = {"partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "gres": "GRES"}
+"""Options of the job file, and sbatch's variables for them."""
+DECIDED = (
+    *("JOB_NAME", "OPEN_MODE", "OUTPUT", "ERROR", "INPUT", "REQUEUE", "NO_REQUEUE", "SIGNAL", "EXPORT"),
+    *("GET_USER_ENV", "ARRAY_INX", "WAIT", "WAIT_ALL_NODES", "CLUSTERS", "NO_KILL"),
+)
+"""sbatch's variables for what is not the user's to say; all others count."""
 
 CANCEL = "`cloudtrain job cancel`"
 WAITING: dict[str, State] = {
@@ -109,7 +117,7 @@ class SlurmEngine:
         """Queue it."""
         submission.log.mkdir(parents=True, exist_ok=True)
         (submission.home / SCRIPT).write_text(script(submission))
-        environment = {**_clean(os.environ), **submission.plan.own_variables(os.environ)}
+        environment = {**_clean(os.environ, submission), **submission.plan.own_variables(os.environ)}
         try:
             said = call(*_sbatch(submission), environment=environment)
         except SlurmSilentError as error:
@@ -201,13 +209,18 @@ def seen(record: JobRecord, job: SlurmJob) -> Seen | None:
         return None
     reason = f"Slurm: {job.state}" + (f", {job.reason}" if job.reason != "None" else "")
     if job.state not in ENDED:
-        last = last_lines(Path(record.home, "log", "supervisor.log"), 1)
-        reason += f", exit code {job.exit_code.partition(':')[0]}. " + (
-            last[0]
-            if last
-            else f"It said nothing in {record.home!r}: is that on a disk that all nodes share? HF_CLOUDTRAIN_STORE names another."
-        )
+        reason += f", exit code {job.exit_code.partition(':')[0]}. {_last_words(record)}"
     return Seen(ENDED.get(job.state, "failed"), reason)
+
+
+def _last_words(record: JobRecord) -> str:
+    """Why a supervisor ended that could not write it into the record."""
+    last = last_lines(Path(record.home, "log", "supervisor.log"), 1)
+    if last:
+        return last[0]
+    if record.starts:
+        return f"Its supervisor was killed. `cloudtrain job run --resume {record.id}` goes on."
+    return f"It said nothing in {record.home!r}: is that on a disk that all nodes share? HF_CLOUDTRAIN_STORE names another."
 
 
 def script(submission: Submission) -> str:
@@ -227,17 +240,11 @@ def _options(submission: Submission) -> dict[str, str | None]:
     job, plan = submission.job, submission.plan
     block, machine = job.slurm, job.machine
     gres = block.gres or (None if machine is None else f"gpu:{machine.gpu}:{machine.gpus}")
-    chosen = {
-        "partition": block.partition,
-        "account": block.account,
-        "qos": block.qos,
-        "time": block.time,
-        "gres": gres,
-    }
+    chosen = {option: getattr(block, option) for option in CHOSEN} | {"gres": gres}
     return {
         "job-name": submission.id,
         "nodes": str(plan.nodes),
-        # As many CPUs a node as processes, at least. Slurm's own variables ask for more, such as SBATCH_CPUS_PER_TASK.
+        # A CPU a process, at least. Slurm's own variables ask for more: SBATCH_CPUS_PER_GPU, SBATCH_EXCLUSIVE.
         "ntasks-per-node": str(plan.nproc_per_node),
         **{name: value for name, value in chosen.items() if value is not None},
         "chdir": str(submission.home),
@@ -257,30 +264,16 @@ def _sbatch(submission: Submission) -> list[str]:
     return ["sbatch", "--parsable", "--export=ALL", str(submission.home / SCRIPT)]
 
 
-def _clean(environment: os._Environ[str]) -> dict[str, str]:
+def _clean(environment: Mapping[str, str], submission: Submission) -> dict[str, str]:
     """Without what would override the script (variables beat its lines), or is of another job."""
-    ours = {"SBATCH_" + name.upper().replace("-", "_") for name in SET_BY_SCRIPT}
+    block = submission.job.slurm
+    chosen = [name for option, name in CHOSEN.items() if getattr(block, option) is not None]
+    ours = {f"SBATCH_{name}" for name in (*DECIDED, *chosen)}
     return {
         name: value
         for name, value in environment.items()
         if name not in ours and name not in CONTRACT and (not name.startswith("SLURM_") or name in KEPT)
     }
-
-
-SET_BY_SCRIPT = (
-    *(
-        "job-name",
-        "open-mode",
-        "output",
-        "requeue",
-        "no-requeue",
-        "signal",
-        "chdir",
-        "export",
-        "get-user-env",
-    ),
-    *("array-inx", "wait", "wait-all-nodes", "exclusive-user", "ntasks-per-node"),
-)
 
 
 def _notice(submission: Submission) -> int:
@@ -305,6 +298,7 @@ class SlurmWatch:
         self._number = number
         self._restarts = restarts
         self._client = SlurmClient()
+        self._gang = SlurmGang(submission, number)
 
     def run(self) -> int:
         """From the first start of the nodes to the exit code of the batch script."""
@@ -316,8 +310,7 @@ class SlurmWatch:
         record = self._store.write(
             record, state="starting", reason=None, starts=starts, handle={"job": self._number}
         )
-        gang = SlurmGang(self._submission, self._number)
-        record = Supervisor(self._submission, self._store, record, gang, self._review).run()
+        record = Supervisor(self._submission, self._store, record, self._gang, self._review).run()
         logger.info("%s: %s", record.state, record.reason)
         if record.state == "queued":
             record = self._requeue(record)
@@ -345,16 +338,35 @@ class SlurmWatch:
         except SlurmError as error:
             logger.warning("%s", error)
             job = None
-        is_saved = verdict.state == "preempted" or (verdict.state is None and not verdict.is_crash)
+        is_told = verdict.state == "preempted" or (verdict.state is None and self._gang.all_have_saved)
         if job is not None and job.state != "RUNNING":
             # It is being ended, whatever has come of the nodes.
             if job.restarts <= self._restarts and not job.was_preempted and not job.is_out_of_time:
                 reason = f"Cancelled in Slurm (scancel). {verdict.reason or ''}".strip()
                 return dataclasses.replace(verdict, state="cancelled", reason=reason)
-        elif not is_saved:
-            return verdict
+        elif not is_told and not (job is not None and job.was_preempted):
+            return self._of_mute_nodes(verdict)
         why = _why(job, self._restarts, _notice(self._submission))
         return dataclasses.replace(verdict, state="queued", reason=f"{why} {verdict.reason or ''}".strip())
+
+    def _of_mute_nodes(self, verdict: Verdict) -> Verdict:
+        """A crash of a node that has said nothing: most likely it does not see what the job is made of."""
+        problem = self._gang.launch_failure
+        for rank, code in enumerate(self._gang.codes):
+            if (
+                code not in (None, 0, PreemptedExit.CODE)
+                and not self._submission.node_file(rank, self._gang.number).exists()
+            ):
+                problem = problem or f"Node {rank} ended with exit code {code} before it did anything."
+        if problem is None:
+            return verdict
+        reason = (
+            f"{problem} {str(self._submission.home)!r} and {sys.executable!r} have to be on disks that all nodes share; "
+            "HF_CLOUDTRAIN_STORE names another place for the first."
+        )
+        record = self._store.read(self._submission.id)
+        state: State | None = "failed" if record.restarts >= record.max_restarts else None
+        return dataclasses.replace(verdict, state=state, reason=reason, is_crash=True)
 
     def _requeue(self, record: JobRecord) -> JobRecord:
         """Have Slurm queue this job again, unless it does so already, or somebody wants it to end."""

@@ -19,6 +19,8 @@ PATIENCE = 120.0
 """Seconds for one command; without a controller they try for 9 to 18 s themselves (22.05)."""
 SILENCE = 30.0
 """Seconds in which Slurm is not asked again after it did not answer: `job list` asks for every job."""
+FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SLURM_TIME_FORMAT")
+"""Variables that change what the commands look at, or how they write what is read here."""
 UNKNOWN = ("invalid job id",)
 SILENT = (
     "unable to contact",
@@ -75,8 +77,11 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
     Raises:
         SlurmSilentError: the controller does not answer. SlurmError: everything else.
     """
-    environment = {**(os.environ if environment is None else environment)}
-    environment.pop("SLURM_TIME_FORMAT", None)  # times are read here
+    environment = {
+        name: value
+        for name, value in (os.environ if environment is None else environment).items()
+        if not name.startswith(FILTERS)
+    }
     try:
         done = subprocess.run(
             command,

@@ -18,6 +18,7 @@ import threading
 import time
 
 from hf_cloudtrain.engines.slurm_client import SlurmError, SlurmSilentError, call
+from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.node import MARGIN
 from hf_cloudtrain.submission import Submission
 
@@ -29,7 +30,7 @@ FIRST_PORT, PORTS = 20_000, 12_000
 """Below the ports that Linux hands out by itself: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
 OF_THE_JOB = (
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
-    *("SLURM_EXPORT_ENV", "SLURM_KILL_BAD_EXIT", "SLURM_WAIT", "SLURM_DISTRIBUTION", "SLURM_CPU_BIND"),
+    *("SLURM_EXPORT_ENV", "SLURM_DISTRIBUTION", "SLURM_SRUN_REDUCE_TASK_EXIT_MSG"),
 )
 """Options of the allocation that srun would take for its own: it starts one task a node, which has all of it."""
 
@@ -44,18 +45,29 @@ class SlurmGang:
     def __init__(self, submission: Submission, job: str) -> None:
         self._submission = submission
         self._job = job
-        self._number = 0
+        self.number = 0
+        """Of the last start."""
         self._srun: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
         self._ends: dict[int, int | None] = {}
         """Exit codes of the nodes that ended badly; None for one that was killed or lost."""
         self._stopped_at: float | None = None
         self._told_at = 0.0
+        self.codes: tuple[int | None, ...] = ()
+        """How the nodes of the last start ended."""
+        self.launch_failure: str | None = None
+        """Why Slurm could not begin a node of it."""
+
+    @property
+    def all_have_saved(self) -> bool:
+        """Whether the nodes ended because somebody told them all to, and not because one of them was in trouble."""
+        return self.launch_failure is None and set(self.codes) <= {0, PreemptedExit.CODE}
 
     def start(self, number: int) -> None:
         """Start every node. Raises OSError."""
-        self._number = number
+        self.number = number
         self._ends = {}
+        self.launch_failure = None
         self._stopped_at, self._told_at = None, 0.0
         self._submission.log.mkdir(parents=True, exist_ok=True)
         for rank in range(self._submission.plan.nodes):
@@ -84,8 +96,9 @@ class SlurmGang:
         code = self._srun.poll()
         if code is not None:
             self._listener.join()
-            return self._codes(code)
-        if self._stopped_at is None and self._ends:
+            self.codes = self._codes(code)
+            return self.codes
+        if self._stopped_at is None and (self._ends or self.launch_failure):
             self.stop()
         if self._stopped_at is not None:
             now = time.monotonic()
@@ -128,7 +141,7 @@ class SlurmGang:
         """Number of the job step, once there is one."""
         lines = call("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j").splitlines()
         steps = [line.split() for line in lines]
-        return [words[0] for words in steps if words[1:] == [_step_name(self._number)]]
+        return [words[0] for words in steps if words[1:] == [_step_name(self.number)]]
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
@@ -137,10 +150,12 @@ class SlurmGang:
                 sys.stderr.write(line)
                 sys.stderr.flush()
             self._ends.update(bad_ends(line))
+            if re.match(r"srun: error: .*\blaunch\b.*\bfailed", line):
+                self.launch_failure = self.launch_failure or line.strip()
 
     def _codes(self, code: int) -> tuple[int | None, ...]:
         ranks = range(self._submission.plan.nodes)
-        if code == 0 or self._ends:
+        if (code == 0 or self._ends) and not self.launch_failure:
             return tuple(self._ends.get(rank, 0) for rank in ranks)
         return (None,) * len(ranks)  # srun itself failed, and has said why
 

@@ -100,6 +100,17 @@ def test_a_cancelled_job_saves_and_can_be_resumed_and_tee_does_not_hinder(desk: 
     assert (desk.record().state, len(desk.record().starts)) == ("finished", 2)
 
 
+def test_a_run_that_a_person_stops_is_not_started_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.5")
+    desk.write(python("train.py", "200", "0.05"))
+    desk.run()
+    desk.wait_for_step(5)
+    desk.call("run", "stop", desk.record().run_url)
+    record = desk.wait_until_over()
+    assert (record.state, len(record.starts)) == ("cancelled", 1)
+    assert "cloudtrain run stop" in (record.reason or "")
+
+
 def test_a_job_whose_supervisor_was_killed_is_lost_and_goes_on_when_told_to(desk: Desk) -> None:
     desk.write(python("train.py", "60", "0.05"))
     desk.run()

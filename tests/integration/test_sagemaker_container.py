@@ -218,4 +218,6 @@ def wait_for_line(containers: dict[str, Instance], text: str) -> None:
 
 
 def logs(containers: dict[str, Instance]) -> str:
-    return "\n".join(f"--- {host} ({container.poll()})\n{container.log}" for host, container in containers.items())
+    return "\n".join(
+        f"--- {host} ({container.poll()})\n{container.log}" for host, container in containers.items()
+    )

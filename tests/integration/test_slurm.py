@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -281,7 +283,7 @@ def test_a_job_is_cancelled_while_it_starts(desk: Cluster) -> None:
 def test_a_job_that_is_cancelled_while_it_saves_for_a_preemption_is_not_queued_again(desk: Cluster) -> None:
     text = (desk.project / "train.py").read_text()
     (desk.project / "train.py").write_text(text.replace("state.write_text", SLOW))
-    desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
+    desk.write(f"{python('train.py', '6000', '0.05')} | tee output.txt", "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
     desk.slurm.run("scancel", "--batch", "--signal=USR1", desk.number())
@@ -290,6 +292,7 @@ def test_a_job_that_is_cancelled_while_it_saves_for_a_preemption_is_not_queued_a
     record = desk.record()
     assert (record.state, len(record.starts)) == ("cancelled", 1)
     assert f"The newest checkpoint is {desk.newest()}." in (record.reason or "")
+    assert "Training was stopped" in desk.log()  # tee has not heard of it
     desk.wait_until_left("CANCELLED")
 
 
@@ -307,6 +310,19 @@ def test_a_script_that_does_not_end_is_killed_after_its_grace(desk: Cluster) -> 
         "Stopped by `cloudtrain job cancel`. Nothing was saved.",
     )
     desk.wait_until(lambda: not desk.processes())
+
+
+def test_a_job_whose_supervisor_is_killed_saves_and_has_failed(desk: Cluster) -> None:
+    desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
+    desk.run()
+    desk.wait_for_step(5)
+    desk.one_of("engines.slurm").kill()
+    desk.wait_until(lambda: desk.status()["state"] == "failed")
+    record = desk.record()
+    assert "Its supervisor was killed." in (record.reason or "")
+    assert [start.outcome for start in record.starts] == ["failed"]
+    desk.wait_until(lambda: not desk.processes())
+    assert f"checkpoint-{int(desk.newest()[-10:])} is on storage" in desk.log()
 
 
 def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_is_told_to_stop_all_the_same(
@@ -350,6 +366,46 @@ def test_a_job_that_slurm_does_not_know_any_more_is_lost_unless_its_record_says_
     assert desk.status()["state"] == "lost"
     desk.store.write(desk.record(), state="finished", reason=None)
     assert desk.status()["state"] == "finished"
+
+
+def test_a_cluster_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
+    with SlurmCluster() as slurm:
+        (tmp_path / "job").write_text(
+            "#!/bin/bash\ntrap '' TERM\ntouch began\nwhile true; do sleep 1; done\n"
+        )
+        slurm.run("sbatch", f"--chdir={tmp_path}", "--output=/dev/null", str(tmp_path / "job"))
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        marked = processes_with(f"SLURM_CONF={slurm.env['SLURM_CONF']}")
+        assert {"slurmctld", "slurmd", "munged", "slurm_script"} <= {name for _, name in marked}
+    # A process that was killed is there until whoever adopted it has looked.
+    deadline = time.monotonic() + 10
+    while (
+        any(psutil.pid_exists(pid) and not is_dead(pid) for pid, _ in marked) and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert [mark for mark in marked if not is_dead(mark[0])] == []
+    assert not slurm.folder.exists()
+
+
+def processes_with(variable: str) -> list[tuple[int, str]]:
+    """Number and name of every process with this in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if variable in Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0"):
+                found.append((process.pid, process.name()))
+        except (OSError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def is_dead(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def first_save(record: JobRecord) -> int:

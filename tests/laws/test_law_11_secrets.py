@@ -176,3 +176,12 @@ def test_law_11_nothing_of_ours_unpickles() -> None:
     assert list(unpickling("torch.load(path, weights_only=True)\njson.load(file)")) == []
     found = {path.name: list(unpickling(path.read_text())) for path in PACKAGE.rglob("*.py")}
     assert {name for name, calls in found.items() if calls} == ALLOWED
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("word", ["z", "token-", "?sig", "token"])
+def test_law_11_a_long_text_without_a_space_is_looked_through_in_time(word: str) -> None:
+    """Storage answers with what it likes, and an error that quotes it must not stop the training for an hour."""
+    text = word * (200_000 // len(word))
+    assert redact(text) == text
+    assert redact(f"{text} token: abc") == f"{text} token: ***"

@@ -180,6 +180,39 @@ def test_what_an_engine_sees_is_shown_and_an_end_is_kept(store: JobStore, engine
     assert jobs.look(store, store.read("toy")).state == "finished"
 
 
+def test_what_a_supervisor_wrote_last_beats_what_its_engine_makes_of_its_end(
+    store: JobStore, engine: Pretended
+) -> None:
+    before = submitted(store)
+    store.write(before, state="finished", reason="All done.")
+    engine.seen = Seen("failed", "Slurm: COMPLETED")
+    assert jobs.look(store, before).reason == "All done."
+    assert store.read("toy").state == "finished"
+
+
+def test_a_start_that_nobody_closed_ends_with_its_job(store: JobStore, engine: Pretended) -> None:
+    record = store.write(submitted(store), starts=(Start(1, 1.0, 2.0, "preempted"), Start(2, 3.0)))
+    engine.seen = Seen("cancelled", "scancel")
+    starts = jobs.look(store, record).starts
+    assert [start.outcome for start in starts] == ["preempted", "cancelled"]
+    assert starts[1].ended is not None
+    assert starts[0].ended == 2.0
+
+
+def test_a_job_is_asked_to_end_although_its_engine_does_not_answer(
+    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = submitted(store)
+
+    def no_answer(record: JobRecord) -> None:
+        raise ConfigurationError("Slurm does not answer")
+
+    monkeypatch.setattr(engine, "look", no_answer)
+    jobs.cancel(store, record.id)
+    assert store.is_cancelled(record.id)
+    assert engine.cancelled == [record.id]
+
+
 def test_a_job_that_is_over_is_not_cancelled_and_one_that_runs_is_not_resumed(
     store: JobStore, engine: Pretended
 ) -> None:

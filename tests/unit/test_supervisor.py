@@ -211,12 +211,12 @@ def test_a_signal_to_the_supervisor_leaves_a_job_that_can_be_resumed(
         ),
         ([{"outcome": "stopped", "step": 5}, None], (0, 0), None, "finished", "stopped", "step 5"),
         (
-            [{"outcome": "stopped", "reason": "asked"}, None],
+            [{"outcome": "preempted", "reason": "`cloudtrain run stop` for attempt 1"}, None],
             (75, 75),
             None,
             "cancelled",
-            "stopped",
-            "asked",
+            "preempted",
+            "`cloudtrain run stop` for attempt 1",
         ),
         ([PREEMPTED, None], (75, 1), None, None, "preempted", "SIGTERM"),
         ([None, None], (None, 1), None, None, "failed", "Node 0 was lost."),
@@ -283,3 +283,24 @@ def test_a_start_is_judged_by_the_attempt_that_it_began_and_by_no_older_one(
     assert (last.state, last.restarts) == ("finished", 0)
     last, _ = run(CRASH, CRASH, CRASH)
     assert last.state == "failed"
+
+
+def test_a_problem_that_no_start_can_mend_is_not_tried_again(submission: Submission) -> None:
+    leave(submission, 1, 0, None, None)
+    record = {"exit_code": None, "problem": "There is no dataset", "hopeless": True}
+    submission.node_file(0, 1).write_text(json.dumps(record))
+    assert judge(submission, 1, (1, 75), None) == Verdict("failed", "failed", "There is no dataset")
+
+
+def test_a_start_that_made_steps_and_saved_nothing_is_not_idle(
+    run: Callable[..., tuple[JobRecord, Nodes]], record: JobRecord
+) -> None:
+    catalog = Catalog(Storage(record.run_url))
+
+    def made_a_step() -> Any:
+        attempt = catalog.begin_attempt(0.0, 0, None, {})
+        catalog.write_progress(attempt.number, {"state": "training", "step": 5, "productive_seconds": 1.0})
+        return [{"outcome": "preempted", "reason": "SIGTERM"}, None], (75, 75)
+
+    last, _ = run(made_a_step, made_a_step, made_a_step, ([FINISHED, None], (0, 0)))
+    assert last.state == "finished"
