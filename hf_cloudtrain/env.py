@@ -99,8 +99,12 @@ def run_url_or_none(argument: str | None) -> str | None:
 
 
 def store(argument: str | None) -> str:
-    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder."""
-    return argument or os.environ.get(STORE) or own_folder()
+    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder.
+
+    A folder is absolute: what a job keeps in its store is looked for by processes that run elsewhere.
+    """
+    given = argument or os.environ.get(STORE) or own_folder()
+    return given if "://" in given else os.path.abspath(os.path.expanduser(given))
 
 
 def own_folder() -> str:

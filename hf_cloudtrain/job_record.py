@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import os
 import re
 import time
 from pathlib import Path
@@ -25,6 +27,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.manifest import decode_record, encode_record
+from hf_cloudtrain.process import boot_id
 from hf_cloudtrain.provenance import person
 from hf_cloudtrain.storage import Storage
 
@@ -70,7 +73,7 @@ class JobRecord:
     experiment: str | None = None
     vm: str | None = None
     submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
-    """User and host."""
+    """User, host, and process."""
     state: State = "queued"
     reason: str | None = None
     updated: float = 0.0
@@ -117,7 +120,7 @@ class JobStore:
                 name=name,
                 home=str(self.home(job_id)),
                 created=time.time(),
-                submitted_by=person(),
+                submitted_by={**person(), "pid": str(os.getpid()), "boot": boot_id()},
                 **{**facts, "run_url": run_url},
             )
             if self.storage.create(_path(job_id), _encode(record)):
@@ -185,7 +188,10 @@ class JobStore:
     def home(self, job_id: str) -> Path:
         """Folder of a job on this machine."""
         is_local = "://" not in self.url or self.url.startswith(("file://", "local://"))
-        return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", job_id)
+        if is_local:
+            return Path(local_path(self.url), "jobs", job_id)
+        # Other stores have jobs of the same ids, and so has the folder itself, which is the store of whoever sets none.
+        return Path(env.own_folder(), "jobs", hashlib.sha256(self.url.encode()).hexdigest()[:12], job_id)
 
 
 def _path(job_id: str) -> str:

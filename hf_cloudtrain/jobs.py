@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.datasets import DatasetStore
@@ -23,7 +26,8 @@ from hf_cloudtrain.engines import Engine, engine
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.job import EngineName, Job
 from hf_cloudtrain.job_record import JobRecord, JobStore
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.process import boot_id
+from hf_cloudtrain.submission import FILE, Submission
 from hf_cloudtrain.workspace import copy_workspace
 
 logger = logging.getLogger(__name__)
@@ -144,6 +148,8 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
         raise ConfigurationError(
             f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
         )
+    if not Path(record.home, FILE).is_file():
+        raise ConfigurationError(f"The job {record.id!r} was never handed over. Submit the job file again.")
     submission = Submission.load(record.home)
     submission.plan.own_variables(os.environ)
     starter(submission).check(submission)
@@ -163,6 +169,12 @@ def look(store: JobStore, record: JobRecord) -> JobRecord:
     """A record with what its engine knows now; what is over for good is kept."""
     if record.is_over:
         return record
+    if _is_abandoned(record):
+        return store.write(
+            record,
+            state="failed",
+            reason="Whoever submitted it was ended before it was started. Submit it again.",
+        )
     seen = engine(record.engine).look(record)
     if seen is None or (seen.state, seen.reason) == (record.state, record.reason):
         return record
@@ -213,6 +225,14 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
         return None
     name, _, version = job.data.name.partition("@")
     return DatasetStore(store.url).find(name, int(version) if version else None).version
+
+
+def _is_abandoned(record: JobRecord) -> bool:
+    """Whether nobody hands it over to its engine any more, as far as this machine can tell."""
+    by = record.submitted_by
+    if record.state != "queued" or record.handle or by.get("host") != platform.node() or "pid" not in by:
+        return False
+    return by.get("boot") != boot_id() or not psutil.pid_exists(int(by["pid"]))
 
 
 def _refuse_shared_run(job: Job, store: JobStore) -> None:

@@ -74,12 +74,14 @@ class Meeting:
         self._rank = rank
         self._size = size
         self._count = 0
+        self._asked: Asked | None = None
         self._name = hashlib.sha256(self._introduce().encode()).hexdigest()[:16]
         if rank == 0:
             store.tidy(self._name)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, in order of rank."""
+        self._hear_out()
         self._count += 1
         self._store.put(self._key(self._count, self._rank), pickle.dumps(value))
         found: list[Any] = []
@@ -105,10 +107,18 @@ class Meeting:
 
     def begin_largest(self, values: list[float]) -> Asked:
         """The largest of each value among all ranks, once all have said theirs."""
+        self._hear_out()
         self._count += 1
         self._store.put(self._key(self._count, self._rank), pickle.dumps(values))
         keys = [self._key(self._count, rank) for rank in range(self._size)]
-        return Asked(self._store, keys, self._key(self._count - 1, self._rank))
+        self._asked = Asked(self._store, keys, self._key(self._count - 1, self._rank))
+        return self._asked
+
+    def _hear_out(self) -> None:
+        """Read what was asked before: who comes to the next meeting lets the others forget what they said in the last."""
+        if self._asked is not None:
+            self._asked.wait()
+            self._asked = None
 
     def _key(self, count: int, rank: int) -> str:
         return f"{self._name}-{count}-{rank}"
@@ -177,9 +187,13 @@ class Asked:
                 )  # who has come to this meeting has read everything of the last one
         return not self._missing
 
+    def wait(self) -> None:
+        """Until all have said it. Raises PeerError where a rank does not come."""
+        _wait_for(self.is_there, lambda: [int(key.rpartition("-")[2]) for key in self._missing])
+
     def get(self) -> list[float]:
         """The largest of each value. Raises PeerError where a rank does not come."""
-        _wait_for(self.is_there, lambda: [int(key.rpartition("-")[2]) for key in self._missing])
+        self.wait()
         return [max(column) for column in zip(*self._found, strict=True)]
 
 

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -112,8 +112,7 @@ class Node:
 
     def run(self) -> Ending:
         """Everything, from the dataset to the outcome."""
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            os.environ.pop(variable, None)  # of whatever has started us: we are no rank
+        forget_launcher(self._submission.plan.variables)
         adopt_orphans()
         before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
         try:
@@ -315,6 +314,21 @@ def _mounts_as_they_are(submission: Submission) -> Iterator[Mount]:
     folder, real = submission.job.checkpoint_dir, real_checkpoint_dir(submission)
     if folder is not None and real == Path(folder):
         yield Mount(real, folder)
+
+
+def forget_launcher(own: Container[str]) -> None:
+    """Take out of the environment what another launcher or job has left there: we are no rank of it.
+
+    A shell that torchrun has started, or in which somebody has set `PET_RDZV_BACKEND`, would have torchrun wait for
+    machines that never come.
+
+    Args:
+        own: the job's own variables, which stay.
+    """
+    for variable in list(os.environ):
+        theirs = variable in CONTRACT or variable.startswith(("PET_", "TORCHELASTIC_"))
+        if theirs and variable not in own:
+            del os.environ[variable]
 
 
 def folder_mounts(submission: Submission) -> list[Mount]:

@@ -35,7 +35,7 @@ _SHAPE = re.compile(
     r"sk-[\w-]{20,}|xox[abprs]-[\w-]{20,}|eyJ[\w-]{10,2000}\.eyJ[\w-]+(?:\.[\w-]+)?)"
 )
 # Up to the last "@", because a secret key may have a slash; digits alone after the colon are a port.
-_USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S{0,4096})@")
+_USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S{0,2048})@")
 
 
 def redact(text: str, secrets: tuple[str, ...] = ()) -> str:

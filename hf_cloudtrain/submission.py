@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_cloudtrain import env
 from hf_cloudtrain.job import Job
 from hf_cloudtrain.plan import Plan
 
@@ -90,6 +91,8 @@ class Submission:
     def decode(cls, record: Mapping[str, Any], home: Path) -> Submission:
         """The one that `encode` gave, with its home wherever it is now."""
         job = Job.model_validate(record["job"])
+        if env.GRACE in job.env:  # no secret, and known
+            job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
         nodes, nproc_per_node = record["nodes"], record["nproc_per_node"]
         plan = Plan(nodes, nproc_per_node, job.checkpoint_dir, job.env, record["grace"])
         return cls(

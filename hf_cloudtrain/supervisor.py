@@ -112,6 +112,9 @@ class Supervisor:
         """What it was told to stop by: "cancelled", or the name of a signal."""
         self._told_at = 0.0
         self._idle = 0
+        self._asking: threading.Thread | None = None
+        self._newest: int | None = None
+        """The run's newest attempt, as the store said last."""
         self._wake = threading.Event()
 
     @property
@@ -133,7 +136,7 @@ class Supervisor:
                 if verdict.state is not None:
                     return self._record
                 logger.info("%s All nodes are started again.", verdict.reason)
-                self._wake.wait(min(FIRST_PAUSE * 2**self._idle, LONGEST_PAUSE))
+                self._wake.wait(min(FIRST_PAUSE * 2 ** min(self._idle, 10), LONGEST_PAUSE))
         finally:
             self._gang.kill()
             for number, handler in before.items():
@@ -145,7 +148,7 @@ class Supervisor:
         number = len(self._record.starts) + 1
         begun = Start(number, time.time())
         self._show(state="starting", starts=(*self._record.starts, begun))
-        known = self._newest_attempt()
+        known = self._newest = self._newest_attempt()
         failure: str | None
         try:
             self._gang.start(number)
@@ -182,11 +185,17 @@ class Supervisor:
             now = time.monotonic()
             if now - looked > LOOK:
                 looked = now
-                self._look(known)
+                self._look()
+            if (
+                self._record.state == "starting"
+                and None not in (known, self._newest)
+                and self._newest != known
+            ):
+                self._show(state="running", reason=None)
             if self._told is not None and not asked_to_stop:
                 asked_to_stop = True
+                self._gang.stop()  # first: the store may take long to answer
                 self._show(state="stopping", reason=self._told_reason())
-                self._gang.stop()
             if asked_to_stop and now > self._told_at + self._submission.plan.grace + 3 * MARGIN:
                 self._gang.kill()
             self._wake.wait(POLL)
@@ -194,12 +203,17 @@ class Supervisor:
                 time.sleep(POLL)  # the event stays set
         return codes
 
-    def _look(self, known: int | None) -> None:
-        self._is_told()
-        if self._record.state == "starting" and known is not None:
-            newest = self._newest_attempt()
-            if newest is not None and newest > known:
-                self._show(state="running", reason=None)
+    def _look(self) -> None:
+        """Ask the store, and wait for no answer: one that hangs must not keep a signal from the nodes."""
+
+        def ask() -> None:
+            self._is_told()
+            if self._record.state == "starting":
+                self._newest = self._newest_attempt()
+
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=ask, name="cloudtrain-store", daemon=True)
+            self._asking.start()
 
     def _is_told(self) -> bool:
         if self._told != "cancelled":

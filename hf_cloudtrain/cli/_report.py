@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MOST_CHECKPOINTS = 200
 """Checkpoints in the table, and manifests that are read for it: the newest, and the best."""
 MOST_ATTEMPTS = 200
+MOST_FACTS = 60
 MOST_TEXT = 2_000
 """Characters of one cell."""
 
@@ -209,7 +210,9 @@ class Report:
 
 def shown(text: object, most: int = MOST_TEXT) -> str:
     """A text of storage, for the template to escape: no control characters, no secrets that are known by their shape."""
-    cleaned = redact(clean(text))
+    # Cut before: what searches for secrets takes seconds for a megabyte of one letter. And cut again, because the first
+    # cut may go through a secret.
+    cleaned = redact(clean(str(text)[: 2 * most]))
     return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
 
 
@@ -280,7 +283,5 @@ def _table(
 
 
 def _fact_table(title: str, facts: dict[str, Any]) -> Table:
-    rows = [
-        [(shown(name, 60), ""), (shown(value), "text")] for name, value in facts.items() if value is not None
-    ]
-    return Table(title, rows[:100])
+    known = [(name, value) for name, value in facts.items() if value is not None][:MOST_FACTS]
+    return Table(title, [[(shown(name, 60), ""), (shown(value), "text")] for name, value in known])

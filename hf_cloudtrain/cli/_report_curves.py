@@ -46,8 +46,8 @@ def loss_chart(history: History) -> Chart | None:
         )
     seen = kept or evals
     first, last, least = seen[0], seen[-1], min(seen, key=lambda point: point[1])
-    title = f"Loss: {last[1]:.4g} at step {last[0]:.0f}"
-    text = f"From {first[1]:.4g} at step {first[0]:.0f}; lowest {least[1]:.4g} at step {least[0]:.0f}. "
+    title = f"Loss: {last[1]:.4g} at step {last[0]:,.0f}"
+    text = f"From {first[1]:.4g} at step {first[0]:,.0f}; lowest {least[1]:.4g} at step {least[0]:,.0f}. "
     return Chart("loss", title, text + _lost_text(history), _by_step(traces, "loss", history), 380, True)
 
 
@@ -60,8 +60,8 @@ def learning_rate_chart(history: History) -> Chart | None:
     label = "learning rate %{y:.4g}"
     traces = [*_curves(kept, "rate", label), *_curves(lost, "done again", label, lost=True)]
     highest = max(kept, key=lambda point: point[1])
-    title = f"Learning rate: {kept[-1][1]:.3g} at step {kept[-1][0]:.0f}"
-    text = f"Highest {highest[1]:.3g} at step {highest[0]:.0f}."
+    title = f"Learning rate: {kept[-1][1]:.3g} at step {kept[-1][0]:,.0f}"
+    text = f"Highest {highest[1]:.3g} at step {highest[0]:,.0f}."
     return Chart("rate", title, text, _by_step(traces, "learning rate", history))
 
 
@@ -86,7 +86,7 @@ def step_time_chart(history: History) -> Chart | None:
     figure = _by_step(traces, "seconds a step" + (" (logarithmic)" if wide_range else ""), history)
     figure.update_yaxes({"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"})
     title = f"Step time: usually {duration_text(usual)}"
-    text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:.0f}."
+    text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:,.0f}."
     if len(kept) > MOST_POINTS:
         text += " Of each stretch of steps, the fastest and the slowest are drawn."
     return Chart("steptime", title, text, figure)
@@ -117,6 +117,7 @@ def metrics_chart(history: History) -> Chart | None:
 def _by_step(traces: list[dict[str, Any]], y: str, history: History) -> Any:
     """Dashed lines where an attempt resumed, a band over the steps that were done again after it."""
     figure = new_figure(traces, "step", y)
+    figure.update_xaxes(tickformat=",d")
     for before, info in list(zip(history.attempts, history.attempts[1:], strict=False))[-MOST_ROWS:]:
         if info.resumed_from is None:
             continue
@@ -140,7 +141,10 @@ def _logged(logs: Iterable[dict[str, Any]], name: str) -> list[Point]:
 
 def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -> Iterator[dict[str, Any]]:
     """One line for all attempts of one colour; at each change of attempt it is interrupted."""
-    numbers = sorted({number for _, _, number in points})
+    by_attempt: dict[int, list[Point]] = {}
+    for point in points:
+        by_attempt.setdefault(point[2], []).append(point)
+    numbers = sorted(by_attempt)
     shown: set[bool] = set()
     for drawn in COLOURS:
         mine = [number for number in numbers if colour(number) == drawn]
@@ -148,10 +152,9 @@ def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -
             continue
         joined: list[Point | None] = []
         for number in mine:
-            of_it = [point for point in points if point[2] == number]
-            joined += [*_thin(of_it, max(40, MOST_POINTS // len(numbers))), None]
+            joined += [*_thin(by_attempt[number], max(40, MOST_POINTS // len(numbers))), None]
         # A line needs two points; one alone would be drawn as nothing.
-        single = any(len([point for point in points if point[2] == number]) == 1 for number in mine)
+        single = any(len(by_attempt[number]) == 1 for number in mine)
         style = {"color": drawn, "width": 2, "dash": "dot" if lost else "solid"}
         yield {
             **_line(joined, label),

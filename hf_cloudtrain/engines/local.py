@@ -15,11 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 
+from hf_cloudtrain import env
 from hf_cloudtrain.engines import Seen
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.family import adopt_orphans, kill_children
@@ -44,7 +45,7 @@ class LocalEngine:
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run here."""
         uses_torchrun = re.search(r"(^|[\s;&|(])torchrun\s", submission.job.command.run)
-        if uses_torchrun and shutil.which("torchrun", path=_path()) is None:
+        if uses_torchrun and shutil.which("torchrun", path=_path(os.environ)) is None:
             raise ConfigurationError(
                 "'torchrun' is not found. Install torch into the environment of cloudtrain: pip install torch"
             )
@@ -86,10 +87,13 @@ class LocalEngine:
         submission.log.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
         environment |= submission.plan.own_variables(os.environ)
+        environment[env.CACHE] = env.cache(None)  # absolute: the supervisor is elsewhere
         with open(submission.log / "supervisor.log", "ab") as log:
             answer = subprocess.run(
                 [*_SUPERVISOR, str(submission.home)],
-                env={**environment, "PATH": _path()},
+                env={**environment, "PATH": _path(environment)},
+                # Not here, where `-m` would take a `queue.py` of the user's for Python's own.
+                cwd=submission.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -264,9 +268,9 @@ def _all_mounts(submission: Submission) -> list[Mount]:
     return mounts
 
 
-def _path() -> str:
+def _path(environment: Mapping[str, str]) -> str:
     """Where commands are found: first beside this interpreter, which need not be activated."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
 
 
 def _any_value(submission: Submission) -> dict[str, str]:

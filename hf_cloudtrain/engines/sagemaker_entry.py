@@ -90,7 +90,7 @@ class Container:
 
     def run(self) -> tuple[str, str | None]:
         """Everything; gives state and reason of the job."""
-        from hf_cloudtrain.engines.sagemaker_gang import Agent, NodeProcess
+        from hf_cloudtrain.engines.sagemaker_gang import PORT, Agent, NodeProcess
         from hf_cloudtrain.family import adopt_orphans
 
         os.environ.update(self.variables())
@@ -109,7 +109,7 @@ class Container:
             if rank == 0:
                 return self._supervise(submission, node)
             _Told.raises = False
-            return Agent(submission, rank, node, lambda: _Told.told).run(self.hosts[0])
+            return Agent(submission, rank, node, lambda: _Told.told).run(self.hosts[0], PORT)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is over, and what is left takes no time
             self._keep_records(submission)
@@ -171,12 +171,12 @@ class Container:
 
     def _supervise(self, submission: Submission, node: NodeProcess) -> tuple[str, str | None]:
         """Run the job to its end, or to that of these containers."""
-        from hf_cloudtrain.engines.sagemaker_gang import ContainerGang
+        from hf_cloudtrain.engines.sagemaker_gang import PORT, ContainerGang
         from hf_cloudtrain.job_record import JobStore
         from hf_cloudtrain.supervisor import Supervisor
 
         store = JobStore(submission.store)
-        gang = ContainerGang(submission, node)
+        gang = ContainerGang(submission, node, PORT)
         state: str = "failed"
         reason: str | None = None
         try:

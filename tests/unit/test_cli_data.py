@@ -158,7 +158,13 @@ def test_delete_asks_and_takes_one_version_or_all(
     assert store.versions() == {"glue": [1, 2, 3]}
     assert answer("delete", "glue", "--version", "2")["deleted"] == [2]
     assert store.versions() == {"glue": [1, 3]}
+    gone: list[int] = []
+    delete = DatasetStore.delete
+    monkeypatch.setattr(
+        DatasetStore, "delete", lambda self, name, number: gone.append(number) or delete(self, name, number)
+    )
     assert answer("delete", "glue")["deleted"] == [1, 3]
+    assert gone == [1, 3], "what is interrupted leaves the newer ones"
     assert store.versions() == {}
     assert ["version 2 of" in text for text in asked] == [True, True, False]
     assert "all 2 versions of the dataset 'glue'" in asked[2]

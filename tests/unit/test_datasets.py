@@ -250,6 +250,20 @@ def test_an_upload_that_was_cut_off_goes_on_in_its_own_folder(
     assert contents(store.local_copy(dataset)) == FILES
 
 
+def test_of_an_upload_that_was_cut_off_an_object_that_is_not_whole_is_sent_again(
+    glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploader, "SMALL_AT_ONCE", 1)
+    store = DatasetStore()
+    with requests_of(store) as script:
+        script.fail("upload", StorageError("refused on purpose"), path="glue/train/part-1*")
+        with pytest.raises(StorageError, match="refused on purpose"):
+            store.create("glue", glue)
+    store.catalog.storage.write("glue/meta.json", b"{")
+    dataset, _ = store.create("glue", glue)
+    assert contents(store.local_copy(dataset)) == FILES
+
+
 def test_of_an_upload_that_was_cut_off_nothing_is_left_once_the_files_are_others(
     glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +363,24 @@ def test_a_source_may_be_a_url_of_a_folder_or_of_one_object(glue: Path, tmp_path
     finally:
         fsspec.filesystem("memory").store.clear()
     assert list((tmp_path / "cache" / "fetched").iterdir()) == [], "what was fetched is gone again"
+
+
+def test_what_comes_from_a_url_needs_space_and_of_a_killed_process_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = fill(tmp_path / "cache" / "fetched" / f"fetch-{os.getpid()}-00000000", {"half": b"h"})
+    mine = fill(tmp_path / "cache" / "fetched" / f"fetch-{os.getppid()}-00000000", {"half": b"h"})
+    Storage("memory://corpora/glue").write("meta.json", b"{}")
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=1_000_000))
+    try:
+        with pytest.raises(StorageError, match=r"only 0\.00 GB are free"):
+            DatasetStore().create("glue", "memory://corpora/glue")
+    finally:
+        fsspec.filesystem("memory").store.clear()
+    assert not left.exists()
+    assert mine.exists(), "its process lives"
+    assert DatasetStore().versions() == {}
 
 
 @pytest.mark.parametrize(
@@ -486,6 +518,20 @@ class TestLocalCopy:
         assert bool(seen.count("download")) == (change != "record"), (
             "the digests tell that the files are right"
         )
+
+    def test_a_link_that_somebody_put_into_it_goes_and_what_it_leads_to_stays_as_it_is(
+        self, glue: Path, tmp_path: Path
+    ) -> None:
+        DatasetStore().create("glue", glue)
+        folder = local_copy("glue")
+        outside = fill(tmp_path / "outside", {"file": b"mine"})
+        os.chmod(outside / "file", 0o604)
+        os.chmod(folder, 0o755)
+        for name in ("", "file"):
+            (folder / f"link{name}").symlink_to(outside / name)
+        assert contents(local_copy("glue")) == FILES
+        assert (outside / "file").read_bytes() == b"mine"
+        assert (outside / "file").stat().st_mode & 0o777 == 0o604
 
     def test_the_documented_command_takes_away_what_nobody_has_asked_for(
         self, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

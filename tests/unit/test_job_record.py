@@ -100,11 +100,17 @@ def test_what_is_over(store: JobStore, state: str) -> None:
     assert store.write(record, state=state).is_over
 
 
-def test_the_home_of_a_store_elsewhere_is_in_the_home_folder(
+def test_jobs_of_several_stores_elsewhere_have_homes_of_their_own_in_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert JobStore("memory://store").home("mnli-1") == tmp_path / ".hf_cloudtrain" / "jobs" / "mnli-1"
+    monkeypatch.delenv("HF_CLOUDTRAIN_STORE", raising=False)
+    stores = [JobStore(url) for url in (None, "memory://a", "memory://b")]
+    homes = [store.home("mnli-1") for store in stores]
+    assert len(set(homes)) == 3
+    assert homes[0] == tmp_path / ".hf_cloudtrain" / "jobs" / "mnli-1"
+    assert all(home.is_relative_to(homes[0].parent) for home in homes)
+    assert homes == [store.home("mnli-1") for store in stores]
     assert JobStore(f"file://{tmp_path}/here").home("mnli-1") == tmp_path / "here" / "jobs" / "mnli-1"
 
 

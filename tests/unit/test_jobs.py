@@ -245,6 +245,33 @@ def test_a_job_of_another_machine_is_not_resumed_here(store: JobStore, engine: P
         jobs.resume(store, "toy")
 
 
+def test_a_job_whose_submitter_was_killed_is_in_nobodys_way(store: JobStore, engine: Pretended) -> None:
+    url = str(store.url) + "/run"
+    facts = {"engine": "local", "run_url": url, "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+    record = store.create("toy", **facts)
+    assert jobs.look(store, record) == record, "we live, and may still copy the workspace"
+    for change in ({"pid": "999999999"}, {"boot": "another"}):
+        gone = store.write(record, submitted_by={**record.submitted_by, **change})
+        assert (jobs.look(store, gone).state, store.read("toy-1").state) == ("failed", "failed")
+    Path(record.home).mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="never handed over"):
+        jobs.resume(store, "toy-1")
+    far = store.write(record, submitted_by={**record.submitted_by, "host": "far", "boot": "another"})
+    assert jobs.look(store, far).state == "queued", "of another machine nobody here can tell"
+    store.write(record, submitted_by={**record.submitted_by, "pid": "999999999"})
+    text = TEXT.format(engine="local") + f"run_url: {url}\n"
+    assert submitted(store, text).id == "toy-2"
+
+
+def test_the_grace_of_a_job_needs_no_shell_when_it_is_resumed(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store, TEXT.format(engine="local") + "env: {HF_CLOUDTRAIN_GRACE: 7, DEBUG: 1}\n")
+    loaded = Submission.load(record.home)
+    assert (loaded.plan.grace, dict(loaded.plan.variables)) == (
+        7.0,
+        {"HF_CLOUDTRAIN_GRACE": "7", "DEBUG": None},
+    )
+
+
 @pytest.mark.parametrize(
     ("state", "began", "now", "words"),
     [

@@ -119,6 +119,23 @@ def test_a_rank_that_stays_away_from_a_later_meeting_is_named(
     assert "Rank 2 did not come" in str(first)
 
 
+def test_what_was_asked_is_heard_although_another_meeting_comes_first(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `if step % 100 == 0 or is_emergency_save()`: a save comes between the question and its answer."""
+    monkeypatch.setattr(module, "PATIENCE", 10.0)
+
+    def work(meeting: Meeting, rank: int) -> list[list[float]]:
+        heard = []
+        for number in range(5):
+            asked = meeting.begin_largest([float(rank), float(-number)])
+            meeting.barrier()
+            heard.append(asked.get())
+        return heard
+
+    assert launch(place, 2, work) == [[[1.0, float(-number)] for number in range(5)]] * 2
+
+
 def test_what_was_said_is_forgotten(tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hf_cloudtrain import env
 from hf_cloudtrain.family import terminate
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.mounts import Mount
@@ -17,6 +19,7 @@ from hf_cloudtrain.node import (
     SHELL,
     Ending,
     folder_mounts,
+    forget_launcher,
     in_namespace_or_docker,
     real_checkpoint_dir,
 )
@@ -56,6 +59,19 @@ def test_the_signal_reaches_who_listens_and_not_what_carries_its_words_away() ->
     process = started("bash", "-c", text)
     terminate(process.pid)
     assert ended(process)[0] == 75
+
+
+def test_what_another_launcher_has_left_in_the_environment_is_not_handed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = {"PET_RDZV_BACKEND": "c10d", "TORCHELASTIC_RESTART_COUNT": "3", "RANK": "1"}
+    left |= {env.RESTORED_CHECKPOINT: "000003-0000000500", env.CHECKPOINT_DIR: "/other"}
+    kept = {"PET_LOG_DIR": "/logs", "PETS": "2", env.GRACE: "60"}
+    for name, value in {**left, **kept}.items():
+        monkeypatch.setenv(name, value)
+    forget_launcher({"PET_LOG_DIR", env.GRACE})
+    assert not set(left) & set(os.environ)
+    assert {name: os.environ[name] for name in kept} == kept
 
 
 def test_bash_begins_nothing_after_the_signal() -> None:

@@ -108,8 +108,11 @@ def test_an_argument_beats_the_engines_block_and_that_beats_the_machine() -> Non
         job.plan("skypilot"),
         job.plan(nodes=5),
         job.plan(nproc_per_node=1),
+        job.plan("slurm", nodes=3),
     ]
-    assert [(plan.nodes, plan.nproc_per_node) for plan in shapes] == [(2, 2), (1, 4), (2, 4), (5, 2), (2, 1)]
+    assert [(plan.nodes, plan.nproc_per_node) for plan in shapes] == [
+        *((2, 2), (1, 4), (2, 4), (5, 2), (2, 1), (3, 4))
+    ]
 
 
 # --- The environment ---

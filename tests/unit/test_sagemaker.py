@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -377,11 +378,10 @@ class Stubbed:
     """A client whose answers are given, and whose requests botocore checks."""
 
     def __init__(self, service: str) -> None:
-        import boto3
         from botocore.stub import Stubber
 
         keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
-        self.client = boto3.session.Session(region_name="us-east-1").client(service, **keys)
+        self.client = session().create_client(service, region_name="us-east-1", **keys)
         self.stub = Stubber(self.client)
 
 
@@ -404,6 +404,42 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Stubbed]]:
 
 
 HANDLE = {"training_job": "whole-1", "region": "us-east-1"}
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "secondary", "expected"),
+    [
+        ("running", None, "Training", None),
+        ("stopping", "Stopped by SIGTERM.", "Uploading", None),
+        ("queued", None, "Training", ("running", "Training")),
+        ("running", None, "Starting", ("starting", "Starting")),
+        ("stopping", "The newest checkpoint is 6.", "Stopped", ("cancelled", "The newest checkpoint is 6.")),
+        (
+            "stopping",
+            "The newest checkpoint is 6.",
+            "Interrupted",
+            ("queued", "Interrupted: the machines were taken"),
+        ),
+        ("running", None, "Stopped", ("cancelled", "Stopped")),
+    ],
+)
+def test_while_the_containers_run_their_supervisor_knows_better(
+    stubbed: dict[str, Stubbed],
+    state: Any,
+    reason: str | None,
+    secondary: str,
+    expected: tuple[str, str] | None,
+) -> None:
+    status = "Stopped" if secondary == "Stopped" else "InProgress"
+    answer = {**DESCRIBED, "TrainingJobStatus": status, "SecondaryStatus": secondary}
+    stubbed["sagemaker"].stub.add_response("describe_training_job", answer)
+    found = ENGINE.look(record_of(submission(SMALL), handle=HANDLE, state=state, reason=reason))
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.state == expected[0]
+        assert (found.reason or "").startswith(expected[1])
 
 
 def test_cancel_stops_the_training_job(stubbed: dict[str, Stubbed], tmp_path: Path) -> None:
@@ -571,10 +607,17 @@ def test_following_ends_with_the_job_and_misses_nothing(stubbed: dict[str, Stubb
 # --- SageMaker's own model -------------------------------------------------------------------------------------------
 
 
-def model() -> Any:
+@functools.cache
+def session() -> Any:
+    """One for all tests: it keeps the models, which are megabytes of JSON."""
     import botocore.session
 
-    return botocore.session.get_session().get_service_model("sagemaker")
+    return botocore.session.Session()
+
+
+@functools.cache
+def model() -> Any:
+    return session().get_service_model("sagemaker")
 
 
 def breaches(found: dict[str, Any]) -> Iterator[str]:

@@ -194,6 +194,39 @@ def test_a_signal_to_the_supervisor_leaves_a_job_that_can_be_resumed(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_store_that_hangs_keeps_no_signal_from_the_nodes(
+    run: Callable[..., tuple[JobRecord, Nodes]], store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    write = store.write
+
+    def told() -> None:
+        monkeypatch.setattr(store, "is_cancelled", lambda job_id: go_on.wait(60) and False)
+        monkeypatch.setattr(store, "write", lambda *a, **k: write(*a, **k) if go_on.wait(60) else a[0])
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    stopped = Nodes.stop
+    told_while_it_hangs: list[bool] = []
+
+    def stop(self: Nodes) -> None:
+        told_while_it_hangs.append(not go_on.is_set())
+        go_on.set()
+        stopped(self)
+
+    monkeypatch.setattr(Nodes, "stop", stop)
+    last, _ = run(told)
+    assert told_while_it_hangs == [True]
+    assert last.state == "preempted"
+
+
+def test_however_often_a_job_crashes_it_is_started_again(
+    store: JobStore, record: JobRecord, submission: Submission
+) -> None:
+    watcher = Supervisor(submission, store, record, Nodes(submission, CRASH, ([FINISHED, FINISHED], (0, 0))))
+    watcher._idle = 5_000  # no float is so large as two to the power of it
+    assert watcher.run().state == "finished"
+
+
 @pytest.mark.parametrize(
     ("ends", "codes", "told", "state", "outcome", "words"),
     [
