@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain import jobs
-from hf_cloudtrain.engines import slurm, slurm_client, slurm_gang
+from hf_cloudtrain.engines import slurm, slurm_client, slurm_gang, slurm_watch
 from hf_cloudtrain.engines.slurm import SlurmEngine, script, seen
 from hf_cloudtrain.engines.slurm_client import (
     SlurmError,
@@ -25,7 +25,7 @@ from hf_cloudtrain.engines.slurm_gang import SlurmGang, bad_ends, srun
 from hf_cloudtrain.engines.slurm_watch import SlurmWatch
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job import parse_job as parse_job_file
-from hf_cloudtrain.job_record import JobRecord, JobStore
+from hf_cloudtrain.job_record import JobRecord, JobStore, Start
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Verdict
 
@@ -370,6 +370,64 @@ def test_a_time_limit_that_leaves_no_time_to_begin_is_said_and_not_tried_for_eve
     exit_file.write_text('{"outcome": "preempted", "saved": "000001-0000000003"}')
     assert watching._review(TOLD).state == "queued"  # a little at a time is no error
     assert watch(slurm_job(), ())._review(TOLD).state == "queued"
+
+
+def test_a_requeue_that_slurm_refuses_leaves_a_job_that_can_be_resumed(
+    watch: Callable[..., SlurmWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*command: str) -> str:
+        raise SlurmError("Requested operation is presently disabled")
+
+    monkeypatch.setattr(slurm_watch, "call", refuse)
+    watching = watch(LONG, (75,))
+    found = watching._requeue(queued(watching))
+    assert found.state == "preempted"
+    assert "presently disabled" in (found.reason or "")
+    assert f"cloudtrain job run --resume {found.id}" in (found.reason or "")
+    already = watch(dataclasses.replace(LONG, restarts=1), (75,))  # by an administrator, at the same moment
+    assert already._requeue(queued(already)).state == "queued"
+
+
+def test_a_job_that_is_cancelled_just_before_its_requeue_is_not_queued_again(
+    watch: Callable[..., SlurmWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm_watch, "call", lambda *command: called.append(command))
+    watching = watch(LONG, (75,))
+    watching._store.ask_to_cancel(watching._submission.id)
+    assert watching._requeue(queued(watching)).state == "cancelled"
+    assert called == [("scancel", "7")]
+
+
+def test_a_finished_job_that_an_administrator_queues_again_starts_nothing(
+    watch: Callable[..., SlurmWatch],
+) -> None:
+    watching = watch(LONG, ())
+    watching._store.write(queued(watching), state="finished")
+    assert watching.run() == 0
+    assert watching._store.read("toy").state == "finished"
+
+
+def test_a_start_that_slurm_ended_before_it_could_say_so_is_closed_by_the_next(
+    watch: Callable[..., SlurmWatch],
+) -> None:
+    watching = watch(LONG, ())
+    closed = watching._closed(Start(1, 100.0))
+    assert (closed.outcome, closed.reason, closed.exit_codes) == (
+        "failed",
+        "Slurm took its nodes away.",
+        (None,),
+    )
+    exit_file = watching._submission.exit_file(0, 2)
+    exit_file.parent.mkdir(parents=True)
+    exit_file.write_text('{"outcome": "preempted", "reason": "SIGTERM", "saved": "000001-0000000003"}')
+    closed = watching._closed(Start(2, 100.0))
+    assert (closed.outcome, closed.reason) == ("preempted", "Saved and stopped by SIGTERM.")
+
+
+def queued(watching: SlurmWatch) -> JobRecord:
+    record = watching._store.read(watching._submission.id)
+    return watching._store.write(record, state="queued", reason="Preempted in Slurm.")
 
 
 @pytest.fixture
