@@ -238,6 +238,9 @@ def test_a_job_that_fails_before_its_supervisor_speaks_names_the_disk_and_else_i
     assert found is not None
     assert found.state == "failed"
     assert "on a disk that all nodes share" in (found.reason or "")
+    found = seen(record(tmp_path, state="running", starts=(Start(1, 100.0),)), failed)
+    assert found is not None
+    assert "Its supervisor was killed." in (found.reason or "")
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "supervisor.log").write_text("first\nNo module named 'hf_cloudtrain'\n")
     found = seen(record(tmp_path, state="starting"), slurm_job(state="NODE_FAIL", exit_code="1:0"))
@@ -319,6 +322,8 @@ ENDING = {"state": "COMPLETING", "ended": 500.0}
         (TOLD, slurm_job(preempted=150.0), (75,), "queued", "Preempted in Slurm."),
         (SAVED, slurm_job(preempted=150.0), (75,), "queued", "Preempted in Slurm."),
         (SAVED, LONG, (75,), "queued", "Told to stop."),
+        (SAVED, slurm_job(**ENDING, preempted=150.0), (75,), "queued", "Preempted in Slurm."),
+        (CRASH, slurm_job(preempted=150.0), (None,), "queued", "Preempted in Slurm."),
         (SAVED, slurm_job(**ENDING), (75,), "cancelled", "Cancelled in Slurm (scancel)."),
         (CRASH, slurm_job(**ENDING), (None,), "cancelled", "Cancelled in Slurm (scancel)."),
         (TOLD, slurm_job(**ENDING, restarts=1), (75,), "queued", "Queued again in Slurm."),
