@@ -99,8 +99,10 @@ def run_url_or_none(argument: str | None) -> str | None:
 
 
 def store(argument: str | None) -> str:
-    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder."""
-    return argument or os.environ.get(STORE) or own_folder()
+    """URL or absolute folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder."""
+    found = argument or os.environ.get(STORE) or own_folder()
+    # A job's processes run in other folders than whoever submits it.
+    return found if "://" in found else os.path.abspath(os.path.expanduser(found))
 
 
 def own_folder() -> str:

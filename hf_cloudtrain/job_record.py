@@ -3,8 +3,8 @@
     <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
     <store>/jobs/cancelled/mnli-2       somebody wants it to end
 
-and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder below `~/.hf_cloudtrain` where the
-store is elsewhere:
+and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder of that store below
+`~/.hf_cloudtrain/jobs/` where the store is elsewhere:
 
     job.json      what its nodes are to do (submission.py)
     workspace/    a copy of the folder that was given with -d
@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import re
 import time
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class Start:
     """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken`, `failed`; None while it runs."""
     reason: str | None = None
     exit_codes: tuple[int | None, ...] = ()
-    """Of the command, by node; None where the node itself was lost."""
+    """Of the nodes: 0 finished, 75 saved and stopped, 1 else; None for one that was lost. The reason has the command's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ class JobRecord:
     vm: str | None = None
     submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
     """User and host."""
+    submitter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The process that submits it (family.py): while there is no handle, nobody else would finish that."""
     state: State = "queued"
     reason: str | None = None
     updated: float = 0.0
@@ -184,8 +187,12 @@ class JobStore:
 
     def home(self, job_id: str) -> Path:
         """Folder of a job on this machine."""
-        is_local = "://" not in self.url or self.url.startswith(("file://", "local://"))
-        return Path(local_path(self.url) if is_local else env.own_folder(), "jobs", job_id)
+        if "://" not in self.url or self.url.startswith(("file://", "local://")):
+            return Path(local_path(self.url), "jobs", job_id)
+        # Each store counts its jobs from 1: the second mnli-1 must not take the folder of the first.
+        url = self.url.rstrip("/")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", url)[-40:].strip("-")
+        return Path(env.own_folder(), "jobs", f"{name}-{zlib.crc32(url.encode()):08x}", job_id)
 
 
 def _path(job_id: str) -> str:
