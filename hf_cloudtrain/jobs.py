@@ -8,9 +8,11 @@ cancel      each node has its grace, and then the engine insists
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,13 @@ from typing import Any
 
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.datasets import DatasetStore
-from hf_cloudtrain.engines import Engine, engine
+from hf_cloudtrain.engines import Engine, Seen, engine
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.family import is_alive, this_process
 from hf_cloudtrain.job import EngineName, Job
 from hf_cloudtrain.job_record import JobRecord, JobStore
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.process import locked
+from hf_cloudtrain.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.workspace import copy_workspace
 
 logger = logging.getLogger(__name__)
@@ -98,11 +102,11 @@ def submit(
         max_restarts=job.max_restarts,
         experiment=job.experiment,
         vm=job.vm,
+        submitter=this_process(),
     )
     submission = dataclasses.replace(submission, id=record.id, run_url=record.run_url, home=Path(record.home))
     try:
-        if submission.home.exists():
-            shutil.rmtree(submission.home)  # of a job whose record was deleted
+        _clear(submission.home)
         submission.home.mkdir(parents=True)
         if workspace is not None:
             copy_workspace(
@@ -112,10 +116,22 @@ def submit(
         submission.save()
         return starter(submission).submit(submission, store, record)
     except BaseException as error:
-        store.write(
-            record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
-        )
+        _give_up(store, record, error)
         raise
+
+
+def _clear(home: Path) -> None:
+    """Remove what a job has left whose record was deleted. Raises ConfigurationError where it runs still."""
+    if not home.exists():
+        return
+    try:
+        with locked(home / SUPERVISOR_LOCK):
+            shutil.rmtree(home)
+    except BlockingIOError:
+        raise ConfigurationError(
+            f"In {str(home)!r} a job runs that this store knows nothing of: its record was deleted, or it belongs to a store "
+            "of the same URL. End it, or give this job another name."
+        ) from None
 
 
 def own_folders(submission: Submission) -> list[Path]:
@@ -131,19 +147,30 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
     Raises:
         NoJobError: there is none. ConfigurationError: it runs still, or cannot be started.
     """
-    record = look(store, store.read(job_id))
+    record = store.read(job_id)
+    if not Path(record.home).is_dir():
+        host = record.submitted_by.get("host")
+        raise ConfigurationError(
+            f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
+        )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(Path(record.home, "resume.lock")))
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"Another `cloudtrain job run --resume {record.id}` starts this job just now."
+            ) from None
+        return _resume(store, look(store, store.read(record.id)))
+
+
+def _resume(store: JobStore, record: JobRecord) -> JobRecord:
     if not record.is_over:
         raise ConfigurationError(
             f"The job {record.id!r} is {record.state}. `cloudtrain job cancel {record.id}` ends it."
         )
     if record.state == "finished":
         raise ConfigurationError(f"The job {record.id!r} has finished. Submit the job file to train anew.")
-    if not Path(record.home).is_dir():
-        host = record.submitted_by.get("host")
-        raise ConfigurationError(
-            f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
-        )
-    submission = Submission.load(record.home)
+    submission = Submission.load_here(record.home)
     submission.plan.own_variables(os.environ)
     starter(submission).check(submission)
     _refuse_shared_run(submission.job, store)
@@ -152,22 +179,39 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
     try:
         return starter(submission).submit(submission, store, record)
     except BaseException as error:
-        store.write(
-            record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
-        )
+        _give_up(store, record, error)
         raise
+
+
+def _give_up(store: JobStore, record: JobRecord, error: BaseException) -> None:
+    """Show why a job was not started, unless somebody has taken it over already and writes its record."""
+    try:
+        if store.read(record.id).state == "queued":
+            store.write(
+                record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
+            )
+    except CloudTrainError as other:
+        logger.warning("%s", other)  # the first error is the one to tell
 
 
 def look(store: JobStore, record: JobRecord) -> JobRecord:
     """A record with what its engine knows now; what is over for good is kept."""
     if record.is_over:
         return record
-    seen = engine(record.engine).look(record)
+    seen = _broken_off(record) or engine(record.engine).look(record)
     if seen is None or (seen.state, seen.reason) == (record.state, record.reason):
         return record
     seen_record = dataclasses.replace(record, state=seen.state, reason=seen.reason)
     # What is lost may come back: a disk that is mounted again, a clock that was set.
     return store.write(seen_record) if seen_record.is_over and seen.state != "lost" else seen_record
+
+
+def _broken_off(record: JobRecord) -> Seen | None:
+    """What is known of a job whose submitter was killed before an engine had it."""
+    by = record.submitter
+    if record.state != "queued" or record.handle or by.get("host") != platform.node() or is_alive(by):
+        return None
+    return Seen("lost", "Its submission was broken off, so nothing was started. Submit it again.")
 
 
 def cancel(store: JobStore, job_id: str) -> JobRecord:
