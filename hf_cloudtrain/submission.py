@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job import Job
 from hf_cloudtrain.plan import Plan
 
 FILE = "job.json"
+SUPERVISOR_LOCK = "supervisor.lock"
+"""In the home: held by whoever watches over the job on this machine."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,17 @@ class Submission:
     def load(cls, home: str | os.PathLike[str]) -> Submission:
         """The one in a job's home. Raises OSError, ValueError."""
         return cls.decode(json.loads(Path(home, FILE).read_text()), Path(home))
+
+    @classmethod
+    def load_here(cls, home: str | os.PathLike[str]) -> Submission:
+        """The same for a person. Raises ConfigurationError where it is not on this machine."""
+        try:
+            return cls.load(home)
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"{os.fspath(home)!r} has no {FILE}: the job was submitted on another machine (look from one that shares "
+                "its disk), or its submission was broken off (submit it again)."
+            ) from None
 
     @classmethod
     def decode(cls, record: Mapping[str, Any], home: Path) -> Submission:

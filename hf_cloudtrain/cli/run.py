@@ -82,7 +82,7 @@ def status(run_url: RunUrl, as_json: Json = False) -> None:
     if not history.attempts:
         refuse_no_run(catalog)
         raise ManifestError(f"No record of an attempt of {catalog.storage.url!r} can be read.")
-    record = _status_record(history)
+    record = {**_status_record(history), "stalled": run_state(catalog).stalled}
     if as_json:
         print_json(record)
         return
@@ -283,6 +283,7 @@ def _show_status(record: dict[str, Any]) -> None:
         {
             "run": record["run_url"],
             "state": record["state"],
+            "stalled": record["stalled"],
             "step": of_total(record["step"], record["total_steps"], percent=True),
             "rate": _rate(record),
             "eta": duration_text(record["eta_seconds"]),

@@ -253,20 +253,26 @@ class Agent:
 
     def run(self, host: str, port: int, patience: float = PATIENCE) -> tuple[str, str | None]:
         """Take part until the job is over; gives state and reason. Raises OSError."""
-        with contextlib.closing(Line(self._connection(host, port, patience))) as line:
+        connection = self._connection(host, port, patience)
+        if connection is None:
+            return "preempted", "Stopped while no command ran."
+        with contextlib.closing(Line(connection)) as line:
             line.send(rank=self._rank)
             try:
                 return self._follow(line)
             finally:
                 self._node.kill()
 
-    def _connection(self, host: str, port: int, patience: float) -> socket.socket:
+    def _connection(self, host: str, port: int, patience: float) -> socket.socket | None:
+        """To the first container, once it listens; None where this one is told to stop first."""
         deadline = time.monotonic() + patience
         while True:
             try:
                 return socket.create_connection((host, port), timeout=MARGIN)
             except OSError as error:
-                if self._told() or time.monotonic() > deadline:
+                if self._told():
+                    return None
+                if time.monotonic() > deadline:
                     raise OSError(f"The first container, {host!r}, does not answer ({error}).") from error
                 time.sleep(POLL)
 

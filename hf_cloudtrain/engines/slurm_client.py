@@ -65,8 +65,8 @@ class SlurmJob:
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether it was ended by its time limit. Slurm counts in whole seconds, and says when a job that runs has to end."""
-        if self.state == "RUNNING" or self.began is None or self.ended is None or self.limit is None:
+        """Whether it was ended by its time limit. Slurm counts in whole seconds; an end to come is no end."""
+        if self.began is None or self.ended is None or self.limit is None or self.ended > time.time() + 1:
             return False
         return self.ended - self.began >= self.limit - 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -264,6 +265,21 @@ def test_what_cannot_work_is_refused_and_nothing_is_started(desk: Desk, more: st
     desk.write("echo never", more)
     assert words in desk.run(code=1).stderr
     assert desk.store.ids() == []
+
+
+def test_what_lies_in_the_folder_one_submits_from_is_no_module_of_ours_and_the_folder_may_go(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("logging.py", "argparse.py"):  # what a supervisor and a node import
+        (folder / name).write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(folder)
+    desk.write(python("train.py", "5", "0"))
+    desk.run()
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(folder)
+    assert desk.wait_until_over().state == "finished"
 
 
 def test_torchrun_that_is_missing_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,8 @@ dist.barrier()
 dist.destroy_process_group()
 """
 """Two ranks; a batch depends on the step and the rank alone."""
-SLOW = "time.sleep(2 if ct.is_emergency_save() else 0); state.write_text"
-"""In the place of `state.write_text` of TRAIN: a save that takes its time."""
+SLOW = "time.sleep(2 if ct.is_emergency_save() else 0); print('saving', flush=True); state.write_text"
+"""In the place of `state.write_text` of TRAIN: a save that takes its time, and says something on the way."""
 
 
 class Cluster(Desk):
@@ -292,7 +292,8 @@ def test_a_job_that_is_cancelled_while_it_saves_for_a_preemption_is_not_queued_a
     record = desk.record()
     assert (record.state, len(record.starts)) == ("cancelled", 1)
     assert f"The newest checkpoint is {desk.newest()}." in (record.reason or "")
-    assert "Training was stopped" in desk.log()  # tee has not heard of it
+    assert "saving\n" in desk.log()  # tee has not heard of it
+    assert (record.starts[0].reason or "").startswith("Stopped by `cloudtrain job cancel`.")
     desk.wait_until_left("CANCELLED")
 
 

@@ -131,7 +131,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "Apache-2.0",
     )
     assert told["Requires-Python"] == ">=3.10"
-    assert set(told.get_all("Provides-Extra", [])) == {"s3", "gcs", "azure", "dev"}
+    assert set(told.get_all("Provides-Extra", [])) == {"s3", "gcs", "azure", "report", "dev"}
     assert told.get_payload(), "the README is the page of the package"
 
 
@@ -144,7 +144,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     }
     sources = {path.relative_to(ROOT) for path in (ROOT / "hf_cloudtrain").rglob("*.py")}
     template = {PurePath("hf_cloudtrain/template") / name for name in template_files()}
-    assert package == {PurePath("hf_cloudtrain/py.typed"), *sources, *template}
+    data = {PurePath("hf_cloudtrain/py.typed"), PurePath("hf_cloudtrain/cli/report.html")}
+    assert package == {*data, *sources, *template}
 
 
 def test_the_fresh_environment_holds_only_what_is_declared(fresh: Environment) -> None:
@@ -180,6 +181,9 @@ def test_a_missing_extra_is_named(fresh: Environment) -> None:
     refused = fresh.run("cloudtrain", "checkpoint", "list", "s3://bucket/run")
     assert refused.returncode != 0
     assert "hf_cloudtrain[s3]" in refused.stderr
+    refused = fresh.run("cloudtrain", "run", "report", str(fresh.folder))
+    assert refused.returncode == 1
+    assert "hf_cloudtrain[report]" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

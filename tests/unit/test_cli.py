@@ -529,6 +529,13 @@ class TestRunStatus:
         assert (status["eta_seconds"] is None) == (shown != "training")
         assert answer("run", "list", str(empty.folder.parent))["runs"][0]["state"] == shown
 
+    def test_a_heart_that_beats_without_a_step_is_said_to_be_stalled(self, run: Run) -> None:
+        run.beat(2, step=420, last_step_time=time.time() - 10)
+        assert answer("run", "status", run.url)["stalled"] is None
+        assert "stalled" not in cloudtrain("run", "status", run.url).stdout
+        run.beat(2, step=420, last_step_time=time.time() - 4000)
+        assert "no step for 4000 s" in cloudtrain("run", "status", run.url).stdout
+
     def test_without_any_heartbeat_an_attempt_has_started_or_was_killed(self, empty: Run) -> None:
         empty.begin(ago=4000)
         assert answer("run", "status", empty.url)["state"] == "killed"
@@ -976,6 +983,7 @@ def test_every_key_of_the_json_is_in_the_documentation(run: Run, tmp_path: Path)
         ("checkpoint", "flush", str(run.work)),
         ("run", "list", str(run.folder.parent)),
         ("run", "status", run.url),
+        ("run", "report", run.url, "-o", str(tmp_path / "report.html")),
         ("run", "clean", run.url, "--dry-run"),
         ("run", "stop", run.url),
     ):

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,14 @@ def test_each_change_is_an_object_for_programs(run: Catalog, changes: list[Chang
         ("training", 20),
         ("stopped", 20),
     ]
+
+
+def test_every_key_of_the_objects_is_in_the_documentation(run: Catalog) -> None:
+    beat(run, state="finished")
+    (line,) = watch(run, "--json")
+    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+    section = page.read_text().split("## cloudtrain run watch\n")[1].split("\n## ")[0]
+    assert {key for key in json.loads(line) if f"`{key}`" not in section} == set()
 
 
 def test_a_new_attempt_is_followed(run: Catalog, changes: list[Change]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -377,11 +378,10 @@ class Stubbed:
     """A client whose answers are given, and whose requests botocore checks."""
 
     def __init__(self, service: str) -> None:
-        import boto3
         from botocore.stub import Stubber
 
         keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
-        self.client = boto3.session.Session(region_name="us-east-1").client(service, **keys)
+        self.client = session().create_client(service, region_name="us-east-1", **keys)
         self.stub = Stubber(self.client)
 
 
@@ -607,10 +607,17 @@ def test_following_ends_with_the_job_and_misses_nothing(stubbed: dict[str, Stubb
 # --- SageMaker's own model -------------------------------------------------------------------------------------------
 
 
-def model() -> Any:
+@functools.cache
+def session() -> Any:
+    """One for all tests: it keeps the models, which are megabytes of JSON."""
     import botocore.session
 
-    return botocore.session.get_session().get_service_model("sagemaker")
+    return botocore.session.Session()
+
+
+@functools.cache
+def model() -> Any:
+    return session().get_service_model("sagemaker")
 
 
 def breaches(found: dict[str, Any]) -> Iterator[str]:

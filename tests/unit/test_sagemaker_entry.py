@@ -66,15 +66,17 @@ class FakeNode:
             self.end(ending, None)
         elif ending == "told":
             signal.raise_signal(signal.SIGTERM)
+        elif ending == "run stop":
+            self.end(75, "preempted", reason=f"{supervisor.RUN_STOP} by somebody")
         elif ending == "stuck":
             self.stuck = True
         elif ending != "hold":
-            self.end({"finished": 0, "preempted": 75, "stopped": 75}.get(ending, 1), ending)
+            self.end({"finished": 0, "preempted": 75}.get(ending, 1), ending)
 
-    def end(self, code: int, outcome: str | None, *, stopped: bool = False) -> None:
+    def end(self, code: int, outcome: str | None, *, stopped: bool = False, reason: str = "SIGUSR1") -> None:
         written = {"node": {"exit_code": code, "problem": None, "stopped": stopped}}
         if outcome is not None:
-            written["exit"] = {"outcome": outcome, "reason": "SIGUSR1", "committed": "000001-0000000006"}
+            written["exit"] = {"outcome": outcome, "reason": reason, "committed": "000001-0000000006"}
         for name, content in written.items():
             path = self.submission.home / "nodes" / str(self.rank) / f"{name}-{self.number}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +309,7 @@ def test_an_archive_leads_nowhere_else(tmp_path: Path) -> None:
         ),
         (["told"], 75, "preempted: Stopped by SIGTERM. The newest checkpoint is 000001-0000000006."),
         (["preempted", "finished"], 0, None),
-        (["stopped"], 75, "cancelled: SIGUSR1"),
+        (["run stop"], 75, f"cancelled: Saved and stopped by {supervisor.RUN_STOP}"),
         ([0], 1, "failed: The command ended with exit code 0 and trained nothing"),
     ],
 )
@@ -504,6 +506,20 @@ def test_where_another_container_is_gone_the_job_fails(image: Image, tmp_path: P
         assert main(image.root) == 1
     assert "The containers of these nodes are gone: 2." in (image.failure() or "")
     assert image.store.read("small-1").state == "failed"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_container_that_never_meets_the_first_one_says_so(image: Image, told: bool) -> None:
+    submission = Submission.decode(
+        json.loads((image.root / "input/data/cloudtrain/job.json").read_text()), image.root
+    )
+    agent = Agent(submission, 1, FakeNode(submission, 1, "algo-1"), lambda: told)  # type: ignore[arg-type]
+    if told:
+        assert agent.run("127.0.0.1", sagemaker_gang.PORT, patience=20.0)[0] == "preempted"
+    else:
+        with pytest.raises(OSError, match="'127\\.0\\.0\\.1', does not answer"):
+            agent.run("127.0.0.1", sagemaker_gang.PORT, patience=0.0)
+    assert FakeNode.starts == []
 
 
 def test_containers_that_do_not_come_are_named(image: Image, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ GLUE = Path(__file__).resolve().parents[1] / "data" / "periflow_glue.yml"
 # What 22.05.8 said, shortened.
 SHOWN = (
     "JobId=7 JobName=mnli-1 UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
-    "ExitCode=0:0 RunTime=00:00:12 TimeLimit=1-00:30:00 TimeMin=N/A StartTime=2026-11-20T05:01:37 EndTime=2026-11-21T05:31:37 "
+    "ExitCode=0:0 RunTime=00:00:12 TimeLimit=1-00:30:00 TimeMin=N/A StartTime=2026-11-20T05:01:37 EndTime=2026-11-20T06:00:00 "
     "PreemptTime=2026-11-20T05:02:00 CPUs/Task=1 ReqB:S:C:T=0:0:*:* WorkDir=/home/a b/jobs Power=\n"
 )
 
@@ -181,7 +182,8 @@ def test_a_job_is_read_from_one_line_of_scontrol() -> None:
 
 def test_a_job_is_out_of_time_where_it_ended_at_its_limit() -> None:
     assert slurm_job(state="COMPLETING").is_out_of_time
-    assert not slurm_job().is_out_of_time  # it has to end then, and runs
+    later = time.time() + 900
+    assert not slurm_job(began=later - 1800, ended=later).is_out_of_time  # it has to end then, and runs
     assert not slurm_job(state="COMPLETING", ended=500.0).is_out_of_time
     assert not slurm_job(state="COMPLETING", limit=None).is_out_of_time
 
