@@ -62,6 +62,20 @@ class Submission:
         """Where one node says how its command ended."""
         return self.home / "nodes" / str(node_rank) / f"node-{start}.json"
 
+    def restored_file(self, start: int) -> Path:
+        """Which checkpoint the nodes that share this folder take for one start."""
+        return self.home / "nodes" / f"restored-{start}"
+
+    def forget_start(self, number: int) -> None:
+        """Take away what nodes have left of a start of this number, which no record knows."""
+        ranks = range(self.plan.nodes)
+        left = [
+            *(self.exit_file(rank, number) for rank in ranks),
+            *(self.node_file(rank, number) for rank in ranks),
+        ]
+        for path in (*left, self.restored_file(number)):
+            path.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Write `job.json`."""
         self.home.mkdir(parents=True, exist_ok=True)

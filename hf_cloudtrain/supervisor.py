@@ -151,6 +151,7 @@ class Supervisor:
         known = self._newest = self._newest_attempt()
         failure: str | None
         try:
+            self._submission.forget_start(number)
             self._gang.start(number)
             codes, failure = self._watch(known), None
         except OSError as error:
