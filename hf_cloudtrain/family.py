@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,10 @@ def kill_children() -> None:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(family, timeout=1.0)
+        # Not waited for: psutil would take the exit code from whoever has started a process, who then sees 0.
+        deadline = time.monotonic() + 1.0
+        while any(map(_lives, family)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def _family(pid: int) -> list[psutil.Process]:
