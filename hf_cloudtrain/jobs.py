@@ -27,6 +27,7 @@ from hf_cloudtrain.family import is_alive, this_process
 from hf_cloudtrain.job import EngineName, Job
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.process import locked
+from hf_cloudtrain.storage import shown_url
 from hf_cloudtrain.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.workspace import copy_workspace
 
@@ -261,14 +262,21 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
 
 def _refuse_shared_run(job: Job, store: JobStore) -> None:
     """Two jobs that write to one run would overtake each other for ever."""
-    if job.run_url is None:
-        return
+    record = None if job.run_url is None else writer_of(job.run_url, store)
+    if record is not None:
+        raise ConfigurationError(
+            f"The job {record.id!r} is {record.state} and writes to {job.run_url!r} already. Cancel it (`cloudtrain "
+            f"job cancel {record.id}`), or give this job another 'run_url'."
+        )
+
+
+def writer_of(run_url: str, store: JobStore) -> JobRecord | None:
+    """The job that writes to a run and is not over; None where the store knows of none."""
+    url = shown_url(run_url)
     for record in store.records():
-        if record.run_url == job.run_url and not look(store, record).is_over:
-            raise ConfigurationError(
-                f"The job {record.id!r} is {record.state} and writes to {job.run_url!r} already. Cancel it (`cloudtrain "
-                f"job cancel {record.id}`), or give this job another 'run_url'."
-            )
+        if shown_url(record.run_url) == url and not (found := look(store, record)).is_over:
+            return found
+    return None
 
 
 def facts_of(record: JobRecord) -> dict[str, Any]:

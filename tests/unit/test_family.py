@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import psutil
 import pytest
 
-from hf_cloudtrain.family import is_alive, this_process
+from hf_cloudtrain.family import is_alive, kill_children, this_process
 
 
 def test_a_process_is_known_again_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +25,9 @@ def test_another_process_or_none_is_not_taken_for_it(other: dict[str, object]) -
 
 def test_nobody_is_alive_where_nobody_is_known() -> None:
     assert not is_alive({})
+
+
+def test_who_started_a_process_that_is_ended_hears_how() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    kill_children()
+    assert process.wait(5) == -signal.SIGKILL
