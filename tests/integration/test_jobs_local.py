@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,6 @@ from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.servers import MotoServer
 
 SECRET = "sesame-7f3a"
-
-
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
-    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
-    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield desk
-    desk.close()
 
 
 def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
