@@ -1,10 +1,6 @@
 """Slurm: a batch script of ours, whose supervisor starts the nodes and has itself queued again after a preemption.
 
-python -m hf_cloudtrain.engines.slurm HOME     the supervisor of a job, as the batch script starts it
-
-    notice (USR1 of --signal; TERM of scancel, of `scontrol requeue`, of a preemption) -> the nodes save
-    -> taken away, or out of time: `scontrol requeue`, and the next start resumes
-    -> cancelled, by us or by scancel: it stays cancelled
+What runs within the allocation is in slurm_watch.py and slurm_gang.py.
 """
 
 from __future__ import annotations
@@ -29,22 +25,17 @@ from hf_cloudtrain.engines.slurm_client import (
     call,
     minutes,
 )
-from hf_cloudtrain.engines.slurm_gang import SlurmGang, srun
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PreemptedExit
+from hf_cloudtrain.engines.slurm_gang import srun
+from hf_cloudtrain.engines.slurm_watch import CANCEL, EARLY, notice
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job_logs import follow_files, last_lines
-from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
-from hf_cloudtrain.node import MARGIN
+from hf_cloudtrain.job_record import JobRecord, JobStore, State
 from hf_cloudtrain.plan import CONTRACT
 from hf_cloudtrain.submission import Submission
-from hf_cloudtrain.supervisor import Supervisor, Verdict, judge
 
 logger = logging.getLogger(__name__)
 
 SCRIPT = "job.sbatch"
-EARLY = 60
-"""Seconds that Slurm may be early with the signal of `--signal`: https://slurm.schedmd.com/sbatch.html."""
-LONGEST_NOTICE = 65535
-"""Seconds that `--signal` takes at most."""
 LOOK = 5.0
 """Seconds between two questions to Slurm while logs are followed."""
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -59,7 +50,6 @@ DECIDED = (
 )
 """sbatch's variables for what is not the user's to say; all others count."""
 
-CANCEL = "`cloudtrain job cancel`"
 WAITING: dict[str, State] = {
     "PENDING": "queued",
     "REQUEUED": "queued",
@@ -88,15 +78,19 @@ class SlurmEngine:
                 "another engine."
             )
         home = str(submission.home)
+        if not submission.home.is_absolute():
+            raise ConfigurationError(
+                f"{home!r} is relative, and a job runs in another folder. Set HF_CLOUDTRAIN_STORE to an absolute path."
+            )
         if "%" in home or not home.isprintable():
             raise ConfigurationError(
                 f"{home!r} has a character with a meaning in Slurm's file names. Set HF_CLOUDTRAIN_STORE to another folder."
             )
-        limit, notice = submission.job.slurm.time, _notice(submission)
-        if limit is not None and 0 < minutes(limit) * 60 <= notice + EARLY:
+        limit, seconds = submission.job.slurm.time, notice(submission)
+        if limit is not None and 0 < minutes(limit) * 60 <= seconds + EARLY:
             raise ConfigurationError(
-                f"'slurm.time' is {limit!r}, and the notice comes {notice} s before its end and up to {EARLY} s early, so the "
-                f"job would be told to stop as it starts. Take more than {math.ceil((notice + EARLY) / 60)} minutes, or a "
+                f"'slurm.time' is {limit!r}, and the notice comes {seconds} s before its end and up to {EARLY} s early, so the "
+                f"job would be told to stop as it starts. Take more than {math.ceil((seconds + EARLY) / 60)} minutes, or a "
                 "shorter HF_CLOUDTRAIN_GRACE."
             )
 
@@ -200,7 +194,9 @@ def seen(record: JobRecord, job: SlurmJob) -> Seen | None:
         return Seen(WAITING[job.state], " ".join(filter(None, words)) or None)
     if job.state == "RUNNING":
         return Seen("starting") if record.state == "queued" else None
-    if job.state in ("COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"):
+    if job.state in ("SUSPENDED", "STOPPED"):
+        return Seen(record.state, f"Slurm: {job.state}.")
+    if job.state in ("COMPLETING", "SIGNALING", "STAGE_OUT"):
         return None
     reason = f"Slurm: {job.state}" + (f", {job.reason}" if job.reason != "None" else "")
     if job.state not in ENDED:
@@ -227,7 +223,7 @@ def script(submission: Submission) -> str:
 
 # What comes before the supervisor listens must not end it: it looks for itself.
 trap '' TERM USR1
-exec {shlex.join([sys.executable, "-m", "hf_cloudtrain.engines.slurm", str(submission.home)])}
+exec {shlex.join([sys.executable, "-m", "hf_cloudtrain.engines.slurm_watch", str(submission.home)])}
 """
 
 
@@ -246,7 +242,7 @@ def _options(submission: Submission) -> dict[str, str | None]:
         "output": str(submission.log / "supervisor.log"),
         "open-mode": "append",
         "requeue": None,
-        "signal": f"B:USR1@{_notice(submission)}",
+        "signal": f"B:USR1@{notice(submission)}",
     }
 
 
@@ -271,154 +267,4 @@ def _clean(environment: Mapping[str, str], submission: Submission) -> dict[str, 
     }
 
 
-def _notice(submission: Submission) -> int:
-    """Seconds before its end at which a job is told: the nodes have their grace, and we the rest."""
-    return min(math.ceil(submission.plan.grace + 2 * MARGIN), LONGEST_NOTICE)
-
-
-# --- Within the allocation ---------------------------------------------------------------------------------------------
-
-
-class SlurmWatch:
-    """The supervisor's side of a Slurm job.
-
-    Args:
-        number: of the Slurm job.
-        restarts: how many times Slurm had queued it again when this start of it began.
-    """
-
-    def __init__(self, submission: Submission, store: JobStore, number: str, restarts: int) -> None:
-        self._submission = submission
-        self._store = store
-        self._number = number
-        self._restarts = restarts
-        self._client = SlurmClient()
-        self._gang = SlurmGang(submission, number)
-
-    def run(self) -> int:
-        """From the first start of the nodes to the exit code of the batch script."""
-        record = self._store.read(self._submission.id)
-        if record.state == "finished":
-            logger.info("The job has finished; there is nothing to start again.")
-            return 0
-        starts = tuple(start if start.ended else self._closed(start) for start in record.starts)
-        record = self._store.write(
-            record, state="starting", reason=None, starts=starts, handle={"job": self._number}
-        )
-        record = Supervisor(self._submission, self._store, record, self._gang, self._review).run()
-        logger.info("%s: %s", record.state, record.reason)
-        if record.state == "queued":
-            record = self._requeue(record)
-        elif record.state == "cancelled":
-            self._try("scancel", self._number)  # so that Slurm says so, too
-        return {"finished": 0, "queued": 0}.get(
-            record.state, PreemptedExit.CODE if record.state == "preempted" else 1
-        )
-
-    def _closed(self, start: Start) -> Start:
-        """A start whose supervisor was killed before it could say how it ended."""
-        nothing = (None,) * self._submission.plan.nodes
-        verdict = judge(self._submission, start.number, nothing, None)
-        reason = verdict.reason if verdict.outcome != "failed" else "Slurm took its nodes away."
-        return dataclasses.replace(
-            start, ended=time.time(), outcome=verdict.outcome, reason=reason, exit_codes=nothing
-        )
-
-    def _review(self, verdict: Verdict) -> Verdict:
-        """Slurm's word on a start that has ended: who is preempted is queued again, who is cancelled is not."""
-        if verdict.state in ("finished", "cancelled"):
-            return verdict
-        try:
-            job = self._client.job(self._number)
-        except SlurmError as error:
-            logger.warning("%s", error)
-            job = None
-        is_told = verdict.state == "preempted" or (verdict.state is None and self._gang.all_have_saved)
-        if job is not None and job.state != "RUNNING":
-            # It is being ended, whatever has come of the nodes.
-            if job.restarts <= self._restarts and not job.was_preempted and not job.is_out_of_time:
-                reason = f"Cancelled in Slurm (scancel). {verdict.reason or ''}".strip()
-                return dataclasses.replace(verdict, state="cancelled", reason=reason)
-        elif not is_told and not (job is not None and job.was_preempted):
-            return self._of_mute_nodes(verdict)
-        why = _why(job, self._restarts, _notice(self._submission))
-        return dataclasses.replace(verdict, state="queued", reason=f"{why} {verdict.reason or ''}".strip())
-
-    def _of_mute_nodes(self, verdict: Verdict) -> Verdict:
-        """A crash of a node that has said nothing: most likely it does not see what the job is made of."""
-        problem = self._gang.launch_failure
-        for rank, code in enumerate(self._gang.codes):
-            if (
-                code not in (None, 0, PreemptedExit.CODE)
-                and not self._submission.node_file(rank, self._gang.number).exists()
-            ):
-                problem = problem or f"Node {rank} ended with exit code {code} before it did anything."
-        if problem is None:
-            return verdict
-        reason = (
-            f"{problem} {str(self._submission.home)!r} and {sys.executable!r} have to be on disks that all nodes share; "
-            "HF_CLOUDTRAIN_STORE names another place for the first."
-        )
-        record = self._store.read(self._submission.id)
-        state: State | None = "failed" if record.restarts >= record.max_restarts else None
-        return dataclasses.replace(verdict, state=state, reason=reason, is_crash=True)
-
-    def _requeue(self, record: JobRecord) -> JobRecord:
-        """Have Slurm queue this job again, unless it does so already, or somebody wants it to end."""
-        if self._is_cancelled():
-            self._try("scancel", self._number)
-            return self._store.write(
-                record, state="cancelled", reason=f"{CANCEL}. {record.reason or ''}".strip()
-            )
-        error = self._try("scontrol", "requeue", self._number)
-        job = self._client.job(self._number) if error else None
-        if error is None or (job is not None and job.restarts > self._restarts):
-            return record
-        return self._store.write(
-            record,
-            state="preempted",
-            reason=f"{record.reason} Slurm does not queue it again: {error} `cloudtrain job run --resume {record.id}` goes on.",
-        )
-
-    def _is_cancelled(self) -> bool:
-        try:
-            return self._store.is_cancelled(self._submission.id)
-        except CloudTrainError as error:
-            logger.warning("%s", error)
-            return False
-
-    def _try(self, *command: str) -> SlurmError | None:
-        try:
-            call(*command)
-        except SlurmError as error:
-            return error
-        return None
-
-
-def _why(job: SlurmJob | None, restarts: int, notice: int) -> str:
-    if job is None:
-        return "Told to stop."
-    if job.was_preempted:
-        return "Preempted in Slurm."
-    if job.restarts > restarts:
-        return "Queued again in Slurm."
-    if job.is_out_of_time or (
-        job.limit is not None and job.ended is not None and job.ended - time.time() < notice + EARLY
-    ):
-        return "Time limit."
-    return "Told to stop."
-
-
-def main() -> None:
-    """The supervisor of a job."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    submission = Submission.load(sys.argv[1])
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    watch = SlurmWatch(submission, JobStore(submission.store), os.environ["SLURM_JOB_ID"], restarts)
-    sys.exit(watch.run())
-
-
 ENGINE = SlurmEngine()
-
-if __name__ == "__main__":
-    main()

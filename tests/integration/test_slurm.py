@@ -317,7 +317,7 @@ def test_a_job_whose_supervisor_is_killed_saves_and_has_failed(desk: Cluster) ->
     desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
-    desk.one_of("engines.slurm").kill()
+    desk.one_of("engines.slurm_watch").kill()
     desk.wait_until(lambda: desk.status()["state"] == "failed")
     record = desk.record()
     assert "Its supervisor was killed." in (record.reason or "")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain import jobs
-from hf_cloudtrain.engines import slurm, slurm_client, slurm_gang
-from hf_cloudtrain.engines.slurm import SlurmEngine, SlurmWatch, script, seen
+from hf_cloudtrain.engines import slurm, slurm_client, slurm_gang, slurm_watch
+from hf_cloudtrain.engines.slurm import SlurmEngine, script, seen
 from hf_cloudtrain.engines.slurm_client import (
     SlurmError,
     SlurmJob,
@@ -22,9 +22,10 @@ from hf_cloudtrain.engines.slurm_client import (
     parse_job,
 )
 from hf_cloudtrain.engines.slurm_gang import SlurmGang, bad_ends, srun
+from hf_cloudtrain.engines.slurm_watch import SlurmWatch
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job import parse_job as parse_job_file
-from hf_cloudtrain.job_record import JobRecord, JobStore
+from hf_cloudtrain.job_record import JobRecord, JobStore, Start
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Verdict
 
@@ -67,7 +68,7 @@ def test_the_script_asks_for_the_machines_of_periflows_file_and_for_a_notice_to_
         "#SBATCH --signal=B:USR1@40",
     } <= set(lines)
     assert lines[-2] == "trap '' TERM USR1"
-    assert lines[-1].endswith(" -m hf_cloudtrain.engines.slurm '/shared/a b'")
+    assert lines[-1].endswith(" -m hf_cloudtrain.engines.slurm_watch '/shared/a b'")
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
@@ -130,15 +131,16 @@ def test_a_time_limit_within_which_the_notice_may_come_at_the_start_is_refused(
     SlurmEngine().check(submission("slurm: {time: '0'}"))  # no limit
 
 
-def test_a_machine_without_slurm_and_a_home_with_a_pattern_are_refused(
+def test_a_machine_without_slurm_and_a_home_that_slurm_would_misread_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigurationError, match="'sbatch' is not found"):
         SlurmEngine().check(submission())
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-    with pytest.raises(ConfigurationError, match="HF_CLOUDTRAIN_STORE"):
-        SlurmEngine().check(submission(home="/shared/100%/toy-1"))
+    for home in ("/shared/100%/toy-1", "shared/toy-1"):
+        with pytest.raises(ConfigurationError, match="HF_CLOUDTRAIN_STORE"):
+            SlurmEngine().check(submission(home=home))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,7 @@ def test_the_ends_of_nodes_are_read_from_what_srun_says(line: str, expected: dic
         ("queued", slurm_job(), ("starting", None)),
         ("running", slurm_job(), None),
         ("stopping", slurm_job(state="COMPLETING"), None),
+        ("running", slurm_job(state="SUSPENDED"), ("running", "Slurm: SUSPENDED.")),
         ("queued", slurm_job(state="CANCELLED"), ("cancelled", "Slurm: CANCELLED")),
         ("running", slurm_job(state="PREEMPTED"), ("preempted", "Slurm: PREEMPTED")),
     ],
@@ -352,6 +355,79 @@ def test_a_node_that_says_nothing_is_a_crash_whose_reason_names_the_disk(
     found = silent._review(SAVED)  # the other node was told to stop for its sake
     assert (found.state, found.is_crash) == (None, True)
     assert "launch failed" in (found.reason or "")
+
+
+def test_a_time_limit_that_leaves_no_time_to_begin_is_said_and_not_tried_for_ever(
+    watch: Callable[..., SlurmWatch],
+) -> None:
+    short = slurm_job(ended=160.0, limit=60.0)
+    watching = watch(short, ())
+    found = watching._review(TOLD)
+    assert found.state == "failed"
+    assert "too short" in (found.reason or "")
+    exit_file = watching._submission.exit_file(0, watching._gang.number)
+    exit_file.parent.mkdir(parents=True)
+    exit_file.write_text('{"outcome": "preempted", "saved": "000001-0000000003"}')
+    assert watching._review(TOLD).state == "queued"  # a little at a time is no error
+    assert watch(slurm_job(), ())._review(TOLD).state == "queued"
+
+
+def test_a_requeue_that_slurm_refuses_leaves_a_job_that_can_be_resumed(
+    watch: Callable[..., SlurmWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*command: str) -> str:
+        raise SlurmError("Requested operation is presently disabled")
+
+    monkeypatch.setattr(slurm_watch, "call", refuse)
+    watching = watch(LONG, (75,))
+    found = watching._requeue(queued(watching))
+    assert found.state == "preempted"
+    assert "presently disabled" in (found.reason or "")
+    assert f"cloudtrain job run --resume {found.id}" in (found.reason or "")
+    already = watch(dataclasses.replace(LONG, restarts=1), (75,))  # by an administrator, at the same moment
+    assert already._requeue(queued(already)).state == "queued"
+
+
+def test_a_job_that_is_cancelled_just_before_its_requeue_is_not_queued_again(
+    watch: Callable[..., SlurmWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm_watch, "call", lambda *command: called.append(command))
+    watching = watch(LONG, (75,))
+    watching._store.ask_to_cancel(watching._submission.id)
+    assert watching._requeue(queued(watching)).state == "cancelled"
+    assert called == [("scancel", "7")]
+
+
+def test_a_finished_job_that_an_administrator_queues_again_starts_nothing(
+    watch: Callable[..., SlurmWatch],
+) -> None:
+    watching = watch(LONG, ())
+    watching._store.write(queued(watching), state="finished")
+    assert watching.run() == 0
+    assert watching._store.read("toy").state == "finished"
+
+
+def test_a_start_that_slurm_ended_before_it_could_say_so_is_closed_by_the_next(
+    watch: Callable[..., SlurmWatch],
+) -> None:
+    watching = watch(LONG, ())
+    closed = watching._closed(Start(1, 100.0))
+    assert (closed.outcome, closed.reason, closed.exit_codes) == (
+        "failed",
+        "Slurm took its nodes away.",
+        (None,),
+    )
+    exit_file = watching._submission.exit_file(0, 2)
+    exit_file.parent.mkdir(parents=True)
+    exit_file.write_text('{"outcome": "preempted", "reason": "SIGTERM", "saved": "000001-0000000003"}')
+    closed = watching._closed(Start(2, 100.0))
+    assert (closed.outcome, closed.reason) == ("preempted", "Saved and stopped by SIGTERM.")
+
+
+def queued(watching: SlurmWatch) -> JobRecord:
+    record = watching._store.read(watching._submission.id)
+    return watching._store.write(record, state="queued", reason="Preempted in Slurm.")
 
 
 @pytest.fixture
