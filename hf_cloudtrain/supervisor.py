@@ -29,6 +29,7 @@ from hf_cloudtrain.job_logs import last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start, State
 from hf_cloudtrain.node import MARGIN, STOP_SIGNALS
 from hf_cloudtrain.outcome import read_end
+from hf_cloudtrain.process import answer_in_time
 from hf_cloudtrain.storage import Storage
 from hf_cloudtrain.submission import Submission
 
@@ -181,8 +182,8 @@ class Supervisor:
                 self._look(known)
             if self._told is not None and not asked_to_stop:
                 asked_to_stop = True
+                self._gang.stop()  # first: the store may be slow to take the record
                 self._show(state="stopping", reason=self._told_reason())
-                self._gang.stop()
             if asked_to_stop and now > self._told_at + self._submission.plan.grace + 3 * MARGIN:
                 self._gang.kill()
             self._wake.wait(POLL)
@@ -191,20 +192,33 @@ class Supervisor:
         return codes
 
     def _look(self, known: int | None) -> None:
-        self._is_told()
-        if self._record.state == "starting" and known is not None:
-            newest = self._newest_attempt()
-            if newest is not None and newest > known:
-                self._show(state="running", reason=None)
+        """Ask the store. A request may take minutes, and the nodes are to hear of a signal at once."""
+        is_new = self._record.state == "starting" and known is not None
+
+        def ask() -> tuple[bool, int | None]:
+            return self._is_cancelled(), self._newest_attempt() if is_new else None
+
+        try:
+            cancelled, newest = answer_in_time(ask, self._wake.is_set)
+        except TimeoutError:
+            return
+        if cancelled:
+            self._tell("cancelled")
+        if known is not None and newest is not None and newest > known:
+            self._show(state="running", reason=None)
 
     def _is_told(self) -> bool:
+        if self._is_cancelled():
+            self._tell("cancelled")
+        return self._told is not None
+
+    def _is_cancelled(self) -> bool:
         if self._told != "cancelled":
             try:
-                if self._store.is_cancelled(self._record.id):
-                    self._tell("cancelled")
+                return self._store.is_cancelled(self._record.id)
             except CloudTrainError as error:
                 logger.warning("%s", error)
-        return self._told is not None
+        return False
 
     def _tell(self, by: str) -> None:
         if self._told is None:

@@ -283,3 +283,29 @@ def test_a_start_is_judged_by_the_attempt_that_it_began_and_by_no_older_one(
     assert (last.state, last.restarts) == ("finished", 0)
     last, _ = run(CRASH, CRASH, CRASH)
     assert last.state == "failed"
+
+
+def test_nodes_are_told_to_stop_while_the_store_is_silent(
+    store: JobStore, record: JobRecord, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered, order = threading.Event(), threading.Event(), []
+
+    def never_in_time(job_id: str) -> bool:
+        if asked.is_set():
+            order.append("answered" if answered.wait(20.0) else "given up")
+        return False
+
+    def start() -> None:
+        asked.set()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    class Told(Nodes):
+        def stop(self) -> None:
+            order.append(f"told while {store.read(record.id).state}")
+            super().stop()
+            answered.set()
+
+    monkeypatch.setattr(store, "is_cancelled", never_in_time)
+    assert Supervisor(submission, store, record, Told(submission, start)).run().state == "preempted"
+    assert order[0] == "told while starting"
+    assert "given up" not in order
