@@ -26,6 +26,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.manifest import decode_record, encode_record
+from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.provenance import person
 from hf_cloudtrain.storage import Storage
 
@@ -36,6 +37,8 @@ State = Literal[
 
 OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "cancelled"))
 """States in which nothing of a job runs or waits."""
+READERS = 16
+"""Records that are read at once: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +141,14 @@ class JobStore:
 
     def records(self) -> list[JobRecord]:
         """Every job whose record can be read, oldest first."""
-        found = []
-        for job_id in self.ids():
-            try:
-                found.append(self.read(job_id))
-            except (NoJobError, ManifestError):
-                continue
-        return sorted(found, key=lambda record: record.created)
+        (found,) = in_threads(self._read_or_none, (self.ids(), READERS))
+        return sorted((record for record in found if record is not None), key=lambda record: record.created)
+
+    def _read_or_none(self, job_id: str) -> JobRecord | None:
+        try:
+            return _decode(self.storage.read(_path(job_id)), job_id)
+        except (FileNotFoundError, ManifestError):
+            return None
 
     def read(self, job_id: str) -> JobRecord:
         """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""

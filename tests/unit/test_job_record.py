@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_job_that_nobody_knows_is_told_with_the_nearest(store: JobStore) -> No
         store.read("mnly-1")
     with pytest.raises(NoJobError):
         store.read("../../secrets")
+
+
+def test_records_are_read_several_at_a_time(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [store.create("mnli", **FACTS).id for _ in range(4)]
+    together = threading.Barrier(4, timeout=20.0)
+    read = store.storage.read
+
+    def slow_read(path: str) -> bytes:
+        together.wait()
+        return read(path)
+
+    monkeypatch.setattr(store.storage, "read", slow_read)
+    assert [record.id for record in store.records()] == ids
 
 
 def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_path: Path) -> None:

@@ -355,3 +355,29 @@ def test_a_start_that_made_steps_and_saved_nothing_is_not_idle(
 
     last, _ = run(made_a_step, made_a_step, made_a_step, ([FINISHED, None], (0, 0)))
     assert last.state == "finished"
+
+
+def test_nodes_are_told_to_stop_while_the_store_is_silent(
+    store: JobStore, record: JobRecord, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered, order = threading.Event(), threading.Event(), []
+
+    def never_in_time(job_id: str) -> bool:
+        if asked.is_set():
+            order.append("answered" if answered.wait(20.0) else "given up")
+        return False
+
+    def start() -> None:
+        asked.set()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    class Told(Nodes):
+        def stop(self) -> None:
+            order.append(f"told while {store.read(record.id).state}")
+            super().stop()
+            answered.set()
+
+    monkeypatch.setattr(store, "is_cancelled", never_in_time)
+    assert Supervisor(submission, store, record, Told(submission, start)).run().state == "preempted"
+    assert order[0] == "told while starting"
+    assert "given up" not in order
