@@ -5,17 +5,39 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import signal
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import psutil
+
+from hf_cloudtrain.process import boot_id
 
 logger = logging.getLogger(__name__)
 
 SHELLS = ("bash", "sh", "dash", "bwrap")
 PATIENCE = 60.0
 """Seconds for processes to end after SIGKILL."""
+
+
+def this_process() -> dict[str, Any]:
+    """What this process is known by later, on this machine or another: see `is_alive`."""
+    pid = os.getpid()
+    return {"host": platform.node(), "pid": pid, "began": _began(pid), "boot": boot_id()}
+
+
+def is_alive(known: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine, as `this_process` described it, is still there."""
+    if known.get("boot") != boot_id():
+        return False
+    try:
+        pid = int(known.get("pid", -1))
+        return _began(pid) == known.get("began") and _lives(psutil.Process(pid))
+    except (psutil.Error, OSError, TypeError, ValueError):
+        return False
 
 
 def adopt_orphans() -> None:
@@ -51,7 +73,10 @@ def kill_children(patience: float = PATIENCE) -> None:
     while family := _family(os.getpid())[1:]:
         for process in family:
             _send(process, signal.SIGKILL)
-        psutil.wait_procs(family, timeout=1.0)
+        # Not waited for: psutil would take the exit code from whoever has started a process, who then sees 0.
+        soon = time.monotonic() + 1.0
+        while any(map(_lives, family)) and time.monotonic() < soon:
+            time.sleep(0.01)
         if time.monotonic() > deadline:
             left = ", ".join(f"{process.pid} ({_name(process)})" for process in family)
             logger.error("These processes do not end, and are left behind: %s.", left)
@@ -82,6 +107,17 @@ def _family(pid: int) -> list[psutil.Process]:
     except psutil.Error:
         return []
     return [process for process in family if process.pid == os.getpid() or _lives(process)]
+
+
+def _began(pid: int) -> float:
+    """When a process began: in ticks since the machine did, as a clock that is set moves every other time.
+
+    https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html (starttime)
+    """
+    if sys.platform != "linux":
+        return psutil.Process(pid).create_time()
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return float(file.read().rpartition(b")")[2].split()[19])
 
 
 def _lives(process: psutil.Process) -> bool:

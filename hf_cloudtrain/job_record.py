@@ -3,8 +3,8 @@
     <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
     <store>/jobs/cancelled/mnli-2       somebody wants it to end
 
-and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder below `~/.hf_cloudtrain` where the
-store is elsewhere:
+and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder of that store below
+`~/.hf_cloudtrain/jobs/` where the store is elsewhere:
 
     job.json      what its nodes are to do (submission.py)
     workspace/    a copy of the folder that was given with -d
@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import os
 import re
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.manifest import decode_record, encode_record
-from hf_cloudtrain.process import boot_id
+from hf_cloudtrain.process import in_threads
 from hf_cloudtrain.provenance import person
 from hf_cloudtrain.storage import Storage
 
@@ -38,6 +37,8 @@ State = Literal[
 
 OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "cancelled"))
 """States in which nothing of a job runs or waits."""
+READERS = 16
+"""Records that are read at once: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Start:
     """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken`, `failed`; None while it runs."""
     reason: str | None = None
     exit_codes: tuple[int | None, ...] = ()
-    """Of the command, by node; None where the node itself was lost."""
+    """Of the nodes: 0 finished, 75 saved and stopped, 1 else; None for one that was lost. The reason has the command's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ class JobRecord:
     experiment: str | None = None
     vm: str | None = None
     submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
-    """User, host, and process."""
+    """User and host."""
+    submitter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The process that submits it (family.py): while there is no handle, nobody else would finish that."""
     state: State = "queued"
     reason: str | None = None
     updated: float = 0.0
@@ -120,7 +123,7 @@ class JobStore:
                 name=name,
                 home=str(self.home(job_id)),
                 created=time.time(),
-                submitted_by={**person(), "pid": str(os.getpid()), "boot": boot_id()},
+                submitted_by=person(),
                 **{**facts, "run_url": run_url},
             )
             if self.storage.create(_path(job_id), _encode(record)):
@@ -138,13 +141,14 @@ class JobStore:
 
     def records(self) -> list[JobRecord]:
         """Every job whose record can be read, oldest first."""
-        found = []
-        for job_id in self.ids():
-            try:
-                found.append(self.read(job_id))
-            except (NoJobError, ManifestError):
-                continue
-        return sorted(found, key=lambda record: record.created)
+        (found,) = in_threads(self._read_or_none, (self.ids(), READERS))
+        return sorted((record for record in found if record is not None), key=lambda record: record.created)
+
+    def _read_or_none(self, job_id: str) -> JobRecord | None:
+        try:
+            return _decode(self.storage.read(_path(job_id)), job_id)
+        except (FileNotFoundError, ManifestError):
+            return None
 
     def read(self, job_id: str) -> JobRecord:
         """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
@@ -191,7 +195,9 @@ class JobStore:
         if is_local:
             return Path(local_path(self.url), "jobs", job_id)
         # Other stores have jobs of the same ids, and so has the folder itself, which is the store of whoever sets none.
-        return Path(env.own_folder(), "jobs", hashlib.sha256(self.url.encode()).hexdigest()[:12], job_id)
+        return Path(
+            env.own_folder(), "jobs", hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:12], job_id
+        )
 
 
 def _path(job_id: str) -> str:

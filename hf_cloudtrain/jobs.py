@@ -8,6 +8,7 @@ cancel      each node has its grace, and then the engine insists
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -18,16 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from hf_cloudtrain.backends import local_path
 from hf_cloudtrain.datasets import DatasetStore
-from hf_cloudtrain.engines import Engine, engine
+from hf_cloudtrain.engines import Engine, Seen, engine
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.family import is_alive, this_process
 from hf_cloudtrain.job import EngineName, Job
 from hf_cloudtrain.job_record import JobRecord, JobStore
-from hf_cloudtrain.process import boot_id
-from hf_cloudtrain.submission import FILE, Submission
+from hf_cloudtrain.process import locked
+from hf_cloudtrain.storage import shown_url
+from hf_cloudtrain.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.workspace import copy_workspace
 
 logger = logging.getLogger(__name__)
@@ -103,11 +104,11 @@ def submit(
         max_restarts=job.max_restarts,
         experiment=job.experiment,
         vm=job.vm,
+        submitter=this_process(),
     )
     submission = dataclasses.replace(submission, id=record.id, run_url=record.run_url, home=Path(record.home))
     try:
-        if submission.home.exists():
-            shutil.rmtree(submission.home)  # of a job whose record was deleted
+        _clear(submission.home)
         submission.home.mkdir(parents=True)
         if workspace is not None:
             copy_workspace(
@@ -117,10 +118,22 @@ def submit(
         submission.save()
         return starter(submission).submit(submission, store, record)
     except BaseException as error:
-        store.write(
-            record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
-        )
+        _give_up(store, record, error)
         raise
+
+
+def _clear(home: Path) -> None:
+    """Remove what a job has left whose record was deleted. Raises ConfigurationError where it runs still."""
+    if not home.exists():
+        return
+    try:
+        with locked(home / SUPERVISOR_LOCK):
+            shutil.rmtree(home)
+    except BlockingIOError:
+        raise ConfigurationError(
+            f"In {str(home)!r} a job runs that this store knows nothing of: its record was deleted, or it belongs to a store "
+            "of the same URL. End it, or give this job another name."
+        ) from None
 
 
 def own_folders(submission: Submission) -> list[Path]:
@@ -136,21 +149,30 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
     Raises:
         NoJobError: there is none. ConfigurationError: it runs still, or cannot be started.
     """
-    record = look(store, store.read(job_id))
+    record = store.read(job_id)
+    if not Path(record.home).is_dir():
+        host = record.submitted_by.get("host")
+        raise ConfigurationError(
+            f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
+        )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(Path(record.home, "resume.lock")))
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"Another `cloudtrain job run --resume {record.id}` starts this job just now."
+            ) from None
+        return _resume(store, look(store, store.read(record.id)))
+
+
+def _resume(store: JobStore, record: JobRecord) -> JobRecord:
     if not record.is_over:
         raise ConfigurationError(
             f"The job {record.id!r} is {record.state}. `cloudtrain job cancel {record.id}` ends it."
         )
     if record.state == "finished":
         raise ConfigurationError(f"The job {record.id!r} has finished. Submit the job file to train anew.")
-    if not Path(record.home).is_dir():
-        host = record.submitted_by.get("host")
-        raise ConfigurationError(
-            f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
-        )
-    if not Path(record.home, FILE).is_file():
-        raise ConfigurationError(f"The job {record.id!r} was never handed over. Submit the job file again.")
-    submission = Submission.load(record.home)
+    submission = Submission.load_here(record.home)
     submission.plan.own_variables(os.environ)
     starter(submission).check(submission)
     _refuse_shared_run(submission.job, store)
@@ -159,23 +181,26 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
     try:
         return starter(submission).submit(submission, store, record)
     except BaseException as error:
-        store.write(
-            record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
-        )
+        _give_up(store, record, error)
         raise
+
+
+def _give_up(store: JobStore, record: JobRecord, error: BaseException) -> None:
+    """Show why a job was not started, unless somebody has taken it over already and writes its record."""
+    try:
+        if store.read(record.id).state == "queued":
+            store.write(
+                record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
+            )
+    except CloudTrainError as other:
+        logger.warning("%s", other)  # the first error is the one to tell
 
 
 def look(store: JobStore, record: JobRecord) -> JobRecord:
     """A record with what its engine knows now; what is over for good is kept."""
     if record.is_over:
         return record
-    if _is_abandoned(record):
-        return store.write(
-            record,
-            state="failed",
-            reason="Whoever submitted it was ended before it was started. Submit it again.",
-        )
-    seen = engine(record.engine).look(record)
+    seen = _broken_off(record) or engine(record.engine).look(record)
     if seen is None or (seen.state, seen.reason) == (record.state, record.reason):
         return record
     seen_record = dataclasses.replace(record, state=seen.state, reason=seen.reason)
@@ -190,6 +215,14 @@ def look(store: JobStore, record: JobRecord) -> JobRecord:
         for start in latest.starts
     )
     return store.write(latest, state=seen.state, reason=seen.reason, starts=starts)
+
+
+def _broken_off(record: JobRecord) -> Seen | None:
+    """What is known of a job whose submitter was killed before an engine had it."""
+    by = record.submitter
+    if record.state != "queued" or record.handle or by.get("host") != platform.node() or is_alive(by):
+        return None
+    return Seen("failed", "Its submission was broken off, so nothing was started. Submit it again.")
 
 
 def cancel(store: JobStore, job_id: str) -> JobRecord:
@@ -227,24 +260,23 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
     return DatasetStore(store.url).find(name, int(version) if version else None).version
 
 
-def _is_abandoned(record: JobRecord) -> bool:
-    """Whether nobody hands it over to its engine any more, as far as this machine can tell."""
-    by = record.submitted_by
-    if record.state != "queued" or record.handle or by.get("host") != platform.node() or "pid" not in by:
-        return False
-    return by.get("boot") != boot_id() or not psutil.pid_exists(int(by["pid"]))
-
-
 def _refuse_shared_run(job: Job, store: JobStore) -> None:
     """Two jobs that write to one run would overtake each other for ever."""
-    if job.run_url is None:
-        return
+    record = None if job.run_url is None else writer_of(job.run_url, store)
+    if record is not None:
+        raise ConfigurationError(
+            f"The job {record.id!r} is {record.state} and writes to {job.run_url!r} already. Cancel it (`cloudtrain "
+            f"job cancel {record.id}`), or give this job another 'run_url'."
+        )
+
+
+def writer_of(run_url: str, store: JobStore) -> JobRecord | None:
+    """The job that writes to a run and is not over; None where the store knows of none."""
+    url = shown_url(run_url)
     for record in store.records():
-        if record.run_url == job.run_url and not look(store, record).is_over:
-            raise ConfigurationError(
-                f"The job {record.id!r} is {record.state} and writes to {job.run_url!r} already. Cancel it (`cloudtrain "
-                f"job cancel {record.id}`), or give this job another 'run_url'."
-            )
+        if shown_url(record.run_url) == url and not (found := look(store, record)).is_over:
+            return found
+    return None
 
 
 def facts_of(record: JobRecord) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Node:
         folder = real_checkpoint_dir(self._submission)
         if folder is None:
             return {}
-        chosen = self._submission.home / "nodes" / f"restored-{self._start}"
+        chosen = self._submission.restored_file(self._start)
         with alone(self._submission.home / "restore.lock", "restores the checkpoint"):
             key = restore(self._submission.run_url, folder, chosen)
         return {env.RESTORED_CHECKPOINT: str(key)} if key else {}

@@ -117,7 +117,7 @@ class Plan:
         )
         if missing:
             raise ConfigurationError(
-                f"The job takes {', '.join(map(repr, missing))} from this shell, which has no such variable. "
-                f"Set it: export {missing[0]}=…"
+                f"The job takes {', '.join(map(repr, missing))} from this shell, which has no such variable. A job file's own "
+                f"values are kept nowhere, so a resume needs them again. Set it: export {missing[0]}=…"
             )
         return {name: shell[name] if value is None else value for name, value in self.variables.items()}

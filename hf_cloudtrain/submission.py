@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.job import Job
 from hf_cloudtrain.plan import Plan
 
 FILE = "job.json"
+SUPERVISOR_LOCK = "supervisor.lock"
+"""In the home: held by whoever watches over the job on this machine."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,20 @@ class Submission:
         """Where one node says how its command ended."""
         return self.home / "nodes" / str(node_rank) / f"node-{start}.json"
 
+    def restored_file(self, start: int) -> Path:
+        """Which checkpoint the nodes that share this folder take for one start."""
+        return self.home / "nodes" / f"restored-{start}"
+
+    def forget_start(self, number: int) -> None:
+        """Take away what nodes have left of a start of this number, which no record knows."""
+        ranks = range(self.plan.nodes)
+        left = [
+            *(self.exit_file(rank, number) for rank in ranks),
+            *(self.node_file(rank, number) for rank in ranks),
+        ]
+        for path in (*left, self.restored_file(number)):
+            path.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Write `job.json`."""
         self.home.mkdir(parents=True, exist_ok=True)
@@ -86,6 +103,17 @@ class Submission:
     def load(cls, home: str | os.PathLike[str]) -> Submission:
         """The one in a job's home. Raises OSError, ValueError."""
         return cls.decode(json.loads(Path(home, FILE).read_text()), Path(home))
+
+    @classmethod
+    def load_here(cls, home: str | os.PathLike[str]) -> Submission:
+        """The same for a person. Raises ConfigurationError where it is not on this machine."""
+        try:
+            return cls.load(home)
+        except FileNotFoundError:
+            raise ConfigurationError(
+                f"{os.fspath(home)!r} has no {FILE}: the job was submitted on another machine (look from one that shares "
+                "its disk), or its submission was broken off (submit it again)."
+            ) from None
 
     @classmethod
     def decode(cls, record: Mapping[str, Any], home: Path) -> Submission:

@@ -151,6 +151,7 @@ class Supervisor:
         known = self._newest = self._newest_attempt()
         failure: str | None
         try:
+            self._submission.forget_start(number)
             self._gang.start(number)
             codes, failure = self._watch(known), None
         except OSError as error:
@@ -216,13 +217,17 @@ class Supervisor:
             self._asking.start()
 
     def _is_told(self) -> bool:
+        if self._is_cancelled():
+            self._tell("cancelled")
+        return self._told is not None
+
+    def _is_cancelled(self) -> bool:
         if self._told != "cancelled":
             try:
-                if self._store.is_cancelled(self._record.id):
-                    self._tell("cancelled")
+                return self._store.is_cancelled(self._record.id)
             except CloudTrainError as error:
                 logger.warning("%s", error)
-        return self._told is not None
+        return False
 
     def _tell(self, by: str) -> None:
         if self._told is None:

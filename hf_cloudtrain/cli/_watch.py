@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ MOST_LOSSES = 20_000
 """Losses that are remembered; a curve has some hundred places."""
 CURVE = (48, 5)
 """Letters and lines of the curve."""
+LAST = ("finished", "overtaken")
+"""States after which no attempt comes, whatever the job does still."""
 MOST_ATTEMPTS = 8
 """Attempts in the table: the newest."""
 
@@ -72,15 +74,21 @@ class View:
 
 
 class Watcher:
-    """Looks at one run, again and again.
+    """Looks at one run, again and again; before its first attempt and between two of them as long as one is awaited.
+
+    Args:
+        is_awaited: whether another attempt will come.
 
     Example:
         >>> for view in Watcher(catalog).views():
         ...     print(view.state.step)
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, is_awaited: Callable[[], bool] = bool) -> None:
         self._catalog = catalog
+        self._is_awaited = is_awaited
+        while not catalog.attempt_numbers() and is_awaited():
+            wait()
         refuse_no_run(catalog)
         self._view = self._whole(run_state(catalog))
 
@@ -88,7 +96,8 @@ class Watcher:
         """One view every `LOOK_SECONDS`; the last one is of a run that is over."""
         while True:
             yield self._view
-            if self._view.state.is_over and self._view.trouble is None:
+            now = self._view.state
+            if now.is_over and self._view.trouble is None and (now.state in LAST or not self._is_awaited()):
                 return
             wait()
             self._view = self._look()
@@ -123,12 +132,12 @@ def wait() -> None:
     time.sleep(LOOK_SECONDS)
 
 
-def watch(catalog: Catalog, *, as_json: bool) -> RunState:
-    """Watch until the run is over; how it ended."""
+def watch(catalog: Catalog, *, as_json: bool, is_awaited: Callable[[], bool] = bool) -> RunState:
+    """Watch until the run is over; how it ended. For `is_awaited` see `Watcher`."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
-    watcher = Watcher(catalog)
+    watcher = Watcher(catalog, is_awaited)
     with _words_of_records_held():
         if as_json or not console.is_terminal or console.is_dumb_terminal:
             return _print_changes(watcher, as_json)

@@ -26,7 +26,7 @@ from hf_cloudtrain.cli._output import (
     size_text,
     time_text,
 )
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import CloudTrainError, ManifestError
 from hf_cloudtrain.run_state import number, run_state, state_of
 from hf_cloudtrain.storage import MAX_RECORD_READ, Storage
 
@@ -121,9 +121,31 @@ def watch(run_url: RunUrl, as_json: Json = False) -> None:
     """Watch a run until it is over. Its progress, rate, loss and uploads; Ctrl-C leaves the run alone."""
     from hf_cloudtrain.cli import _watch
 
-    now = _watch.watch(open_catalog(run_url), as_json=as_json)
+    now = _watch.watch(open_catalog(run_url), as_json=as_json, is_awaited=_Job(run_url).goes_on)
     if now.state in ("failed", "overtaken"):
         fail(f"Attempt {now.attempt} of {now.run_url!r} is {now.state!r}.")
+
+
+class _Job:
+    """The job of this store that writes to a run, if one does."""
+
+    def __init__(self, run_url: str) -> None:
+        self._url = run_url
+        self._said = False
+
+    def goes_on(self) -> bool:
+        """Whether it may begin another attempt; says once that it is waited for."""
+        from hf_cloudtrain import jobs
+        from hf_cloudtrain.job_record import JobStore
+
+        try:
+            record = jobs.writer_of(self._url, JobStore())
+        except (CloudTrainError, OSError):  # no store, no job: the run can be watched all the same
+            return False
+        if record is not None and not self._said:
+            self._said = True
+            say(f"The job {record.id} is {record.state}: its training is waited for. Ctrl-C leaves it alone.")
+        return record is not None
 
 
 @app.command(epilog=examples("cloudtrain run report s3://bucket/runs/mrpc -o report.html"))

@@ -18,19 +18,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import psutil
-
 from hf_cloudtrain import env
 from hf_cloudtrain.engines import Seen
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.family import adopt_orphans, kill_children
+from hf_cloudtrain.family import adopt_orphans, is_alive, kill_children, this_process
 from hf_cloudtrain.job_logs import follow_files, last_lines
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.mounts import Mount, has_docker, refuse
 from hf_cloudtrain.node import MARGIN, folder_mounts
 from hf_cloudtrain.plan import CONTRACT
-from hf_cloudtrain.process import boot_id, locked
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.process import locked
+from hf_cloudtrain.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.supervisor import Supervisor
 
 HOST = "127.0.0.1"
@@ -100,24 +98,27 @@ class LocalEngine:
                 check=False,
             )
         if answer.returncode != 0:
-            lines = "\n".join(last_lines(submission.log / "supervisor.log", 5))
-            raise ConfigurationError(f"The supervisor of the job did not start.\n{lines}")
+            log_file = submission.log / "supervisor.log"
+            said = " ".join(last_lines(log_file, 1)) or f"It ended with exit code {answer.returncode}."
+            raise ConfigurationError(
+                f"The supervisor of the job did not start. {said} ({str(log_file)!r} says more.)"
+            )
         return store.read(record.id)
 
     def look(self, record: JobRecord) -> Seen | None:
         """Whether the supervisor is still there, where it ran on this machine."""
         if record.is_over or record.handle.get("host") != platform.node():
             return None
-        if _is_there(record):
+        if is_alive(record.handle):
             return None
         return Seen("lost", f"Its supervisor is gone. `cloudtrain job run --resume {record.id}` goes on.")
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Nothing but the mark in the store, which the supervisor looks at. Refuses from another machine's disk."""
+        """Nothing but the mark in the store, which the supervisor looks at."""
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From the nodes' files."""
-        submission = Submission.load(record.home)
+        submission = Submission.load_here(record.home)
         ranks = range(record.nodes) if node_rank is None else [node_rank]
         files = {f"node {rank}": submission.node_log(rank) for rank in ranks}
         store = JobStore(submission.store)
@@ -149,6 +150,7 @@ class LocalGang:
                 self._processes.append(
                     subprocess.Popen(
                         _command(self._submission, rank, port, number),
+                        cwd=self._submission.home,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -217,31 +219,10 @@ def supervise(submission: Submission, say_taken_over: Callable[[], None]) -> Non
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     adopt_orphans()
     store = JobStore(submission.store)
-    with locked(submission.home / "supervisor.lock", patience=submission.plan.grace + 3 * MARGIN):
-        process = psutil.Process()
-        handle = {
-            "host": platform.node(),
-            "pid": process.pid,
-            "began": process.create_time(),
-            "boot": boot_id(),
-        }
-        record = store.write(store.read(submission.id), state="starting", reason=None, handle=handle)
+    with locked(submission.home / SUPERVISOR_LOCK, patience=submission.plan.grace + 3 * MARGIN):
+        record = store.write(store.read(submission.id), state="starting", reason=None, handle=this_process())
         say_taken_over()
         Supervisor(submission, store, record, LocalGang(submission)).run()
-
-
-def _is_there(record: JobRecord) -> bool:
-    handle = record.handle
-    if handle.get("boot") != boot_id():
-        return False
-    try:
-        process = psutil.Process(int(handle.get("pid", -1)))
-        return (
-            abs(process.create_time() - float(handle.get("began", 0.0))) < 1.0
-            and process.status() != psutil.STATUS_ZOMBIE
-        )
-    except (psutil.NoSuchProcess, ValueError):
-        return False
 
 
 def _command(submission: Submission, rank: int, port: int, number: int) -> list[str]:

@@ -140,7 +140,8 @@ class SagemakerEngine:
         if now.state == "running" and record.state in ("starting", "running", "stopping"):
             return None
         if now.state in ("cancelled", "preempted") and record.state == "stopping" and record.reason:
-            return Seen(now.state, record.reason)  # what was saved
+            why = f"{now.reason}. " if found.get("SecondaryStatus") in _TOLD else ""
+            return Seen(now.state, why + record.reason)  # what was saved
         return now
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
@@ -175,7 +176,7 @@ def seen(description: Mapping[str, Any]) -> Seen:
     if state == "failed" and failure:
         text = redact(str(failure), secrets_of_environment())
         # What the entry point wrote begins with the outcome; SageMaker puts "AlgorithmError: " before it.
-        match = re.match(r"(?:\w+: )?(preempted|cancelled): (.*)", text, re.DOTALL)
+        match = re.match(r"(?:\w+: )?(preempted|cancelled): (.*?)(?:, exit code: \d+)?$", text, re.DOTALL)
         if match:
             ours: State = "preempted" if match[1] == "preempted" else "cancelled"
             return Seen(ours, match[2])

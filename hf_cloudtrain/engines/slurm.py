@@ -161,12 +161,7 @@ class SlurmEngine:
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From the nodes' files."""
-        try:
-            submission = Submission.load(record.home)
-        except FileNotFoundError:
-            raise ConfigurationError(
-                f"{record.home!r} is not on this machine. Look from one that shares the disk of the job."
-            ) from None
+        submission = Submission.load_here(record.home)
         ranks = range(record.nodes) if node_rank is None else [node_rank]
         files = {f"node {rank}": submission.node_log(rank) for rank in ranks}
         return follow_files(files, follow, _IsOver(self, JobStore(submission.store), record.id))

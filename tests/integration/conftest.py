@@ -1,4 +1,4 @@
-"""Training processes that start in no time."""
+"""Training processes that start in no time, and a place to submit jobs from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration._jobs import REPOSITORY, Desk
 from tests.integration._lab import Lab
 from tests.integration._zygote import Zygote
 
@@ -20,3 +21,15 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 @pytest.fixture
 def lab(zygote: Zygote, tmp_path: Path) -> Lab:
     return Lab(zygote, tmp_path)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    """Where jobs are submitted; what they start finds this package, and ends with the test."""
+    desk = Desk(tmp_path)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
+    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield desk
+    desk.close()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,6 @@ from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.servers import MotoServer
 
 SECRET = "sesame-7f3a"
-
-
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
-    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
-    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield desk
-    desk.close()
 
 
 def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
@@ -264,6 +253,21 @@ def test_what_cannot_work_is_refused_and_nothing_is_started(desk: Desk, more: st
     desk.write("echo never", more)
     assert words in desk.run(code=1).stderr
     assert desk.store.ids() == []
+
+
+def test_what_lies_in_the_folder_one_submits_from_is_no_module_of_ours_and_the_folder_may_go(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("logging.py", "argparse.py"):  # what a supervisor and a node import
+        (folder / name).write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(folder)
+    desk.write(python("train.py", "5", "0"))
+    desk.run()
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(folder)
+    assert desk.wait_until_over().state == "finished"
 
 
 def test_torchrun_that_is_missing_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,7 @@ import json
 import shutil
 import signal
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from hf_cloudtrain.catalog import Catalog
 from hf_cloudtrain.engines.local import free_port
@@ -33,17 +30,6 @@ CIFAR = {
     "--test-interval 100": "--test-interval 1000",
     "--num-dataloader-workers 4": "--num-dataloader-workers 0",
 }
-
-
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
-    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", desk.store.url)
-    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield desk
-    desk.close()
 
 
 def test_glue_on_mnli_goes_on_after_an_agent_was_killed(

@@ -131,7 +131,15 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         "Apache-2.0",
     )
     assert told["Requires-Python"] == ">=3.10"
-    assert set(told.get_all("Provides-Extra", [])) == {"s3", "gcs", "azure", "report", "dev"}
+    assert set(told.get_all("Provides-Extra", [])) == {
+        "s3",
+        "gcs",
+        "azure",
+        "report",
+        "sagemaker",
+        "skypilot",
+        "dev",
+    }
     assert told.get_payload(), "the README is the page of the package"
 
 

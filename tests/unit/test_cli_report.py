@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -101,11 +102,20 @@ class TestPage:
         size = (tmp_path / "x.html").stat().st_size
         assert found == {"run_url": catalog.storage.url, "path": str(tmp_path / "x.html"), "size": size}
 
-    def test_a_page_is_replaced_whole_or_not_at_all(self, catalog: Catalog, tmp_path: Path) -> None:
+    def test_a_page_is_replaced_whole_or_not_at_all(
+        self, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         record_run(catalog)
         (tmp_path / "report.html").write_text("before")
-        report(catalog, tmp_path / "nowhere" / "report.html", code=1)
-        page_of(catalog, tmp_path)
+        assert "No such file" in report(catalog, tmp_path / "nowhere" / "report.html", code=1).stderr
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x"))
+            )
+            assert "No space left" in report(catalog, tmp_path / "report.html", code=1).stderr
+        assert (tmp_path / "report.html").read_text() == "before"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+        assert "<!doctype html>" in page_of(catalog, tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 
     def test_a_library_that_is_missing_is_named_with_its_command(
@@ -146,10 +156,10 @@ class TestAnyRun:
     def test_a_run_of_100_000_steps(self, catalog: Catalog, tmp_path: Path) -> None:
         """And the one slow step among them is still to be seen."""
         seconds = [0.1] * 100_000
-        seconds[70_000] = 7.0
+        seconds[70_012] = 7.0
         catalog.begin_attempt(BEGAN, 0, None, {})
         logs = [
-            {"kind": "log", "step": step, "time": BEGAN + step / 10, "loss": 1 + (step == 50_000)}
+            {"kind": "log", "step": step, "time": BEGAN + step / 10, "loss": 1 + (step == 50_030)}
             for step in range(0, 100_000, 10)
         ]
         write(catalog, 1, [{"kind": "steps", "first": 1, "seconds": seconds}, *logs])
@@ -158,8 +168,8 @@ class TestAnyRun:
         found = charts(catalog)
         drawn = points(found["steptime"], "attempt 1")
         assert len(drawn) <= MOST_POINTS
-        assert (70_001, 7.0) in drawn
-        assert (50_000, 2.0) in points(found["loss"], "attempt 1")
+        assert (70_013, 7.0) in drawn
+        assert (50_030, 2.0) in points(found["loss"], "attempt 1")
         assert drawn == sorted(drawn)
 
     def test_a_run_of_hundreds_of_attempts(self, catalog: Catalog, tmp_path: Path) -> None:
@@ -264,6 +274,9 @@ class TestDistrust:
         assert "<img" not in page
         assert "\x1b" not in page
         assert page.count("&lt;/script&gt;&lt;script&gt;alert(1)") >= 5
+        data = re.search(r'id="figures"[^>]*>(.*?)</script>', page, re.DOTALL)
+        assert data
+        assert "<" not in data[1]
         assert "<" not in json.dumps(figures_of(page)).replace("<br>", "").replace("<extra></extra>", "")
 
     def test_secrets_are_not_shown(self, catalog: Catalog, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.cli import _watch, app
 from hf_cloudtrain.cli._curve import curve
 from hf_cloudtrain.cli._watch import View, Watcher, picture
+from hf_cloudtrain.job_record import JobStore
 from tests.faults.runs import Machines
 from tests.recorded import commit, write
 
@@ -184,6 +185,31 @@ def test_a_run_that_is_not_there_is_no_run_to_wait_for(catalog: Catalog) -> None
     result = CliRunner().invoke(app, ["run", "watch", catalog.storage.url])
     assert result.exit_code == 1
     assert "There is no run at" in result.stderr
+
+
+def test_the_run_of_a_job_is_waited_for_before_its_first_attempt_and_between_two(
+    catalog: Catalog, changes: list[Change], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    store = JobStore()
+    facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+    record = store.create("toy", run_url=f"{catalog.storage.url}/", **facts)
+    store.write(record, state="starting", handle={"host": "another"})
+
+    def begin() -> None:
+        catalog.begin_attempt(time.time(), 0, None, {})
+
+    changes += [
+        begin,
+        lambda: beat(catalog, state="failed"),
+        begin,
+        lambda: beat(catalog, 2, state="stopped"),
+        lambda: store.write(record, state="cancelled"),
+        lambda: None,
+    ]
+    lines = watch(catalog)
+    states = ("started", "failed", "started", "stopped")
+    assert all(state in line for state, line in zip(states, lines, strict=True)), lines
 
 
 def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(

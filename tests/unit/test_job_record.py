@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,26 @@ def test_jobs_of_one_name_are_numbered_and_have_runs_and_homes_of_their_own(stor
     assert first.home != second.home
     assert store.next_id("mnli") == "mnli-3"
     assert store.ids() == ["mnli-1", "mnli-2", "mnli-2x-1"]
+
+
+def test_jobs_of_two_stores_that_are_elsewhere_have_homes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HF_CLOUDTRAIN_STORE", raising=False)
+    stores = [JobStore(url) for url in (None, "memory://one", "memory://two", "memory://two/")]
+    here, one, two, same = (store.home("mnli-1") for store in stores)
+    assert len({here, one, two}) == 3
+    assert two == same
+    assert all(home.is_relative_to(tmp_path / ".hf_cloudtrain" / "jobs") for home in (here, one, two))
+
+
+def test_a_store_that_is_named_from_here_is_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", "store")
+    assert JobStore().create("mnli", **FACTS).run_url == str(tmp_path / "store" / "runs" / "mnli-1")
 
 
 def test_two_who_create_at_once_get_two_numbers(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +83,19 @@ def test_a_job_that_nobody_knows_is_told_with_the_nearest(store: JobStore) -> No
         store.read("mnly-1")
     with pytest.raises(NoJobError):
         store.read("../../secrets")
+
+
+def test_records_are_read_several_at_a_time(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [store.create("mnli", **FACTS).id for _ in range(4)]
+    together = threading.Barrier(4, timeout=20.0)
+    read = store.storage.read
+
+    def slow_read(path: str) -> bytes:
+        together.wait()
+        return read(path)
+
+    monkeypatch.setattr(store.storage, "read", slow_read)
+    assert [record.id for record in store.records()] == ids
 
 
 def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from hf_cloudtrain.cli import _job, app
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import Seen
 from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
+from hf_cloudtrain.family import this_process
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.job_record import JobRecord, JobStore, Start
+from hf_cloudtrain.process import locked
 from hf_cloudtrain.run_state import RunState
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.submission import SUPERVISOR_LOCK, Submission
 
 FILES = Path(__file__).resolve().parents[1] / "data"
 TEXT = "name: toy\nengine: {engine}\njob_setting: {{docker: {{command: torchrun train.py}}}}\n"
@@ -248,17 +250,17 @@ def test_a_job_of_another_machine_is_not_resumed_here(store: JobStore, engine: P
 def test_a_job_whose_submitter_was_killed_is_in_nobodys_way(store: JobStore, engine: Pretended) -> None:
     url = str(store.url) + "/run"
     facts = {"engine": "local", "run_url": url, "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
-    record = store.create("toy", **facts)
+    record = store.create("toy", submitter=this_process(), **facts)
     assert jobs.look(store, record) == record, "we live, and may still copy the workspace"
-    for change in ({"pid": "999999999"}, {"boot": "another"}):
-        gone = store.write(record, submitted_by={**record.submitted_by, **change})
+    for change in ({"pid": 999999999}, {"boot": "another"}, {"began": -1}):
+        gone = store.write(record, submitter={**record.submitter, **change})
         assert (jobs.look(store, gone).state, store.read("toy-1").state) == ("failed", "failed")
     Path(record.home).mkdir(parents=True)
-    with pytest.raises(ConfigurationError, match="never handed over"):
+    with pytest.raises(ConfigurationError, match="broken off"):
         jobs.resume(store, "toy-1")
-    far = store.write(record, submitted_by={**record.submitted_by, "host": "far", "boot": "another"})
+    far = store.write(record, submitter={**record.submitter, "host": "far", "boot": "another"})
     assert jobs.look(store, far).state == "queued", "of another machine nobody here can tell"
-    store.write(record, submitted_by={**record.submitted_by, "pid": "999999999"})
+    store.write(record, submitter={**record.submitter, "pid": 999999999})
     text = TEXT.format(engine="local") + f"run_url: {url}\n"
     assert submitted(store, text).id == "toy-2"
 
@@ -312,3 +314,32 @@ def test_an_engine_that_does_not_answer_hides_no_job(
     result = CliRunner().invoke(app, ["job", "list", "--json"])
     assert [job["state"] for job in json.loads(result.stdout)["jobs"]] == ["running"]
     assert "slurmctld is down" in result.stderr
+
+
+def test_a_start_that_fails_does_not_write_over_the_record_of_a_job_that_somebody_has_taken_over(
+    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_over(submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
+        store.write(record, state="starting", handle={"pid": 1})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "submit", taken_over)
+    with pytest.raises(KeyboardInterrupt):
+        submitted(store)
+    assert store.read("toy").state == "starting"
+
+
+def test_of_two_who_resume_a_job_at_once_one_does(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store)
+    store.write(record, state="lost")
+    with locked(Path(record.home, "resume.lock")), pytest.raises(ConfigurationError, match="just now"):
+        jobs.resume(store, record.id)
+    assert store.read(record.id).state == "lost"
+    assert jobs.resume(store, record.id).state == "running"
+
+
+def test_the_home_of_a_job_that_runs_is_not_cleared_for_another(store: JobStore, engine: Pretended) -> None:
+    home = store.home("toy-1")
+    with locked(home / SUPERVISOR_LOCK), pytest.raises(ConfigurationError, match="a job runs"):
+        submitted(store)
+    assert (home / SUPERVISOR_LOCK).exists()

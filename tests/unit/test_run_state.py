@@ -81,6 +81,8 @@ def test_a_stall_is_told_by_the_clock_of_the_training(catalog: Catalog) -> None:
     begin(catalog, time=ahead, last_step_time=ahead - 10)
     now = run_state(catalog)
     assert (now.state, now.stalled, now.heartbeat_age_seconds) == ("training", None, 0.0)
+    begin(catalog, time=ahead, last_step_time=ahead - 100)
+    assert run_state(catalog).stalled == "no step for 100 s: it hangs, or evaluates"
 
 
 def test_what_is_saved_and_not_committed_is_uploading(catalog: Catalog) -> None:

@@ -122,6 +122,8 @@ def test_the_look_at_the_model_finds_what_is_planted(change: dict[str, Any], bre
 
 def test_every_machine_of_the_table_is_one_of_sagemaker() -> None:
     known = set(model().shape_for("TrainingInstanceType").enum)
+    if "ml.p5.4xlarge" not in known:
+        pytest.skip("this botocore is older than the newest of them")
     assert set(INSTANCES.values()) <= known
 
 
@@ -361,11 +363,12 @@ def test_what_sagemaker_says_of_a_job(
     assert found.state == state
     assert (found.reason or "").startswith(reason or "")
     assert (found.reason is None) == (reason is None)
+    assert "exit code" not in (found.reason or "")
 
 
 def test_every_status_of_sagemaker_s_model_is_known() -> None:
     names = set(model().shape_for("SecondaryStatus").enum)
-    assert names == set(sagemaker._STATES)
+    assert names <= set(sagemaker._STATES)
 
 
 def test_the_last_message_of_a_transition_is_the_reason() -> None:
@@ -420,6 +423,15 @@ HANDLE = {"training_job": "whole-1", "region": "us-east-1"}
             "Interrupted",
             ("queued", "Interrupted: the machines were taken"),
         ),
+        (
+            "stopping",
+            "The newest checkpoint is 6.",
+            "MaxRuntimeExceeded",
+            (
+                "preempted",
+                "MaxRuntimeExceeded: the training took longer than 'max_run'. The newest checkpoint is 6.",
+            ),
+        ),
         ("running", None, "Stopped", ("cancelled", "Stopped")),
     ],
 )
@@ -430,7 +442,7 @@ def test_while_the_containers_run_their_supervisor_knows_better(
     secondary: str,
     expected: tuple[str, str] | None,
 ) -> None:
-    status = "Stopped" if secondary == "Stopped" else "InProgress"
+    status = "Stopped" if secondary in ("Stopped", "MaxRuntimeExceeded") else "InProgress"
     answer = {**DESCRIBED, "TrainingJobStatus": status, "SecondaryStatus": secondary}
     stubbed["sagemaker"].stub.add_response("describe_training_job", answer)
     found = ENGINE.look(record_of(submission(SMALL), handle=HANDLE, state=state, reason=reason))

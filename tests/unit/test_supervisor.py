@@ -198,24 +198,24 @@ def test_a_store_that_hangs_keeps_no_signal_from_the_nodes(
     run: Callable[..., tuple[JobRecord, Nodes]], store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
+    answers: list[bool] = []
     write = store.write
 
     def told() -> None:
-        monkeypatch.setattr(store, "is_cancelled", lambda job_id: go_on.wait(60) and False)
-        monkeypatch.setattr(store, "write", lambda *a, **k: write(*a, **k) if go_on.wait(60) else a[0])
+        monkeypatch.setattr(store, "is_cancelled", lambda job_id: answers.append(go_on.wait(20)) or False)
+        monkeypatch.setattr(store, "write", lambda *a, **k: answers.append(go_on.wait(20)) or write(*a, **k))
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     stopped = Nodes.stop
-    told_while_it_hangs: list[bool] = []
 
     def stop(self: Nodes) -> None:
-        told_while_it_hangs.append(not go_on.is_set())
         go_on.set()
         stopped(self)
 
     monkeypatch.setattr(Nodes, "stop", stop)
     last, _ = run(told)
-    assert told_while_it_hangs == [True]
+    assert answers
+    assert all(answers), "nothing waits for the store before the nodes are told"
     assert last.state == "preempted"
 
 
@@ -225,6 +225,24 @@ def test_however_often_a_job_crashes_it_is_started_again(
     watcher = Supervisor(submission, store, record, Nodes(submission, CRASH, ([FINISHED, FINISHED], (0, 0))))
     watcher._idle = 5_000  # no float is so large as two to the power of it
     assert watcher.run().state == "finished"
+
+
+def test_what_lies_there_of_a_start_that_no_record_knows_is_not_taken_for_this_ones(
+    run: Callable[..., tuple[JobRecord, Nodes]], submission: Submission
+) -> None:
+    """Its supervisor was killed while the store did not answer."""
+    leave(submission, 1, 0, FINISHED, 0)
+    leave(submission, 1, 1, FINISHED, 0)
+    submission.restored_file(1).write_text("[1, 5]")
+    seen: list[bool] = []
+
+    def crash() -> Any:
+        seen.append(submission.restored_file(1).exists())
+        return CRASH
+
+    last, _ = run(crash, ([FINISHED, None], (0, 0)))
+    assert seen == [False], "the nodes choose anew"
+    assert (last.state, last.restarts) == ("finished", 1)
 
 
 @pytest.mark.parametrize(
@@ -337,3 +355,29 @@ def test_a_start_that_made_steps_and_saved_nothing_is_not_idle(
 
     last, _ = run(made_a_step, made_a_step, made_a_step, ([FINISHED, None], (0, 0)))
     assert last.state == "finished"
+
+
+def test_nodes_are_told_to_stop_while_the_store_is_silent(
+    store: JobStore, record: JobRecord, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered, order = threading.Event(), threading.Event(), []
+
+    def never_in_time(job_id: str) -> bool:
+        if asked.is_set():
+            order.append("answered" if answered.wait(20.0) else "given up")
+        return False
+
+    def start() -> None:
+        asked.set()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    class Told(Nodes):
+        def stop(self) -> None:
+            order.append(f"told while {store.read(record.id).state}")
+            super().stop()
+            answered.set()
+
+    monkeypatch.setattr(store, "is_cancelled", never_in_time)
+    assert Supervisor(submission, store, record, Told(submission, start)).run().state == "preempted"
+    assert order[0] == "told while starting"
+    assert "given up" not in order
