@@ -188,16 +188,6 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_weights_of_an_u
     assert not any(SECRET in text for text in texts)
 
 
-def test_a_job_that_is_out_of_time_saves_is_queued_again_and_finishes(out_of_time: Cluster) -> None:
-    desk = out_of_time
-    record = desk.wait_until_over()
-    assert record.state == "finished", record
-    assert [start.outcome for start in record.starts] == ["preempted", "finished"]
-    assert "SIGUSR1" in (record.starts[0].reason or "")
-    assert "Time limit." in desk.supervisor_log()
-    assert f"ends with {value_after(400)!r}" in desk.log()
-
-
 def test_scancel_saves_and_ends_a_job_and_resume_goes_on(desk: Cluster) -> None:
     desk.write(python("train.py", "60", "0.05"), "engine: slurm")
     desk.run()
@@ -367,6 +357,16 @@ def test_a_job_that_slurm_does_not_know_any_more_is_lost_unless_its_record_says_
     assert desk.status()["state"] == "lost"
     desk.store.write(desk.record(), state="finished", reason=None)
     assert desk.status()["state"] == "finished"
+
+
+def test_a_job_that_is_out_of_time_saves_is_queued_again_and_finishes(out_of_time: Cluster) -> None:
+    desk = out_of_time
+    record = desk.wait_until_over()
+    assert record.state == "finished", record
+    assert [start.outcome for start in record.starts] == ["preempted", "finished"]
+    assert "SIGUSR1" in (record.starts[0].reason or "")
+    assert "Time limit." in desk.supervisor_log()
+    assert f"ends with {value_after(400)!r}" in desk.log()
 
 
 def test_a_cluster_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
