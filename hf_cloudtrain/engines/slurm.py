@@ -335,11 +335,7 @@ class SlurmWatch:
         """Slurm's word on a start that has ended: who is preempted is queued again, who is cancelled is not."""
         if verdict.state in ("finished", "cancelled"):
             return verdict
-        try:
-            job = self._client.job(self._number)
-        except SlurmError as error:
-            logger.warning("%s", error)
-            job = None
+        job = self._job()
         is_saved = verdict.state == "preempted" or (verdict.state is None and not verdict.is_crash)
         if job is not None and job.state != "RUNNING":
             # It is being ended, whatever has come of the nodes.
@@ -359,7 +355,7 @@ class SlurmWatch:
                 record, state="cancelled", reason=f"{CANCEL}. {record.reason or ''}".strip()
             )
         error = self._try("scontrol", "requeue", self._number)
-        job = self._client.job(self._number) if error else None
+        job = self._job() if error else None
         if error is None or (job is not None and job.restarts > self._restarts):
             return record
         return self._store.write(
@@ -367,6 +363,13 @@ class SlurmWatch:
             state="preempted",
             reason=f"{record.reason} Slurm does not queue it again: {error} `cloudtrain job run --resume {record.id}` goes on.",
         )
+
+    def _job(self) -> SlurmJob | None:
+        try:
+            return self._client.job(self._number)
+        except SlurmError as error:
+            logger.warning("%s", error)
+            return None
 
     def _is_cancelled(self) -> bool:
         try:
