@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 from hf_cloudtrain import jobs
 from hf_cloudtrain.engines import slurm, slurm_client
 from hf_cloudtrain.engines.slurm_client import SlurmSilentError
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.job_record import JobStore
+
+if TYPE_CHECKING:
+    import pytest
 
 FILE = b"name: toy\nengine: slurm\njob_setting: {docker: {command: torchrun train.py}}"
 
