@@ -41,6 +41,8 @@ LOOK = 2.0
 """Seconds between two looks at the store."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a restart: doubled while starts make no step."""
+LAST_WORD, PAUSE = 600.0, 5.0
+"""Seconds to go on trying to write how a job ended, and between two tries."""
 IDLE_STARTS = 3
 """Starts in a row that are told to stop before their first step; then the job is not started again."""
 HINTS = {
@@ -163,7 +165,7 @@ class Supervisor:
             0 if progress.get("productive_seconds") or _saved(self._submission, number) else self._idle + 1
         )
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
-            spent = f" It has been started again {self._record.restarts} times, as 'max_restarts' allows."
+            spent = f" 'max_restarts' is {self._record.max_restarts}, and so often it has been started again."
             verdict = dataclasses.replace(
                 verdict,
                 state="failed",
@@ -265,11 +267,18 @@ class Supervisor:
             return None
 
     def _show(self, **changes: Any) -> None:
-        try:
-            self._record = self._store.write(self._record, **changes)
-        except CloudTrainError as error:
-            logger.error("The record of the job could not be written. %s", error)
-            self._record = dataclasses.replace(self._record, **changes)
+        self._record = dataclasses.replace(self._record, **changes)
+        # The last word is said until the store takes it: without it a job that has ended counts as lost.
+        deadline = time.monotonic() + (LAST_WORD if self._record.is_over else 0.0)
+        while True:
+            try:
+                self._record = self._store.write(self._record)
+                return
+            except CloudTrainError as error:
+                logger.error("The record of the job could not be written. %s", error)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(PAUSE)
 
 
 def judge(

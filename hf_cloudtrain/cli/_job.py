@@ -115,7 +115,7 @@ def show_status(job_id: str, as_json: bool) -> None:
             "reason": record.reason,
             "engine": record.engine + _handle(record),
             "vm": record.vm,
-            "nodes": f"{record.nodes}, with {record.nproc_per_node} processes each",
+            "nodes": _shape(record.nodes, record.nproc_per_node),
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "created": time_text(record.created),
             "step": run_now and of_total(run_now.step, run_now.total_steps, percent=True),
@@ -242,10 +242,7 @@ def _show_submission(submission: Submission, size: int | None, as_json: bool) ->
         )
         return
     typer.echo(
-        clean(
-            f"# {submission.id} by the engine {job.engine}: {plan.nodes} node{'' if plan.nodes == 1 else 's'} of "
-            f"{plan.nproc_per_node} process{'' if plan.nproc_per_node == 1 else 'es'}"
-        )
+        clean(f"# {submission.id} by the engine {job.engine}: {_shape(plan.nodes, plan.nproc_per_node)}")
     )
     typer.echo(clean(f"# run: {submission.run_url}"))
     if size is not None:
@@ -310,3 +307,7 @@ def _handle(record: JobRecord) -> str:
         f"{key} {value}" for key, value in record.handle.items() if key not in ("began", "boot")
     )
     return f" ({shown})" if shown else ""
+
+
+def _shape(nodes: int, processes: int) -> str:
+    return f"{nodes} node{'' if nodes == 1 else 's'} of {processes} process{'' if processes == 1 else 'es'}"

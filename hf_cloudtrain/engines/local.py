@@ -85,7 +85,8 @@ class LocalEngine:
         submission.log.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
         environment |= submission.plan.own_variables(os.environ)
-        environment[env.CACHE] = env.cache(None)  # absolute: the supervisor is elsewhere
+        # Absolute: the supervisor is elsewhere.
+        environment |= {env.CACHE: env.cache(None), env.STORE: submission.store}
         with open(submission.log / "supervisor.log", "ab") as log:
             answer = subprocess.run(
                 [*_SUPERVISOR, str(submission.home)],

@@ -84,11 +84,7 @@ class SlurmWatch:
         """Slurm's word on a start that has ended: who is preempted is queued again, who is cancelled is not."""
         if verdict.state in ("finished", "cancelled"):
             return verdict
-        try:
-            job = self._client.job(self._number)
-        except SlurmError as error:
-            logger.warning("%s", error)
-            job = None
+        job = self._job()
         is_told = verdict.state == "preempted" or (verdict.state is None and self._gang.all_have_saved)
         if job is not None and job.state != "RUNNING":
             # It is being ended, whatever has come of the nodes.
@@ -149,11 +145,15 @@ class SlurmWatch:
         )
 
     def _is_queued_again(self) -> bool:
-        try:
-            job = self._client.job(self._number)
-        except SlurmError:
-            return False
+        job = self._job()
         return job is not None and job.restarts > self._restarts
+
+    def _job(self) -> SlurmJob | None:
+        try:
+            return self._client.job(self._number)
+        except SlurmError as error:
+            logger.warning("%s", error)
+            return None
 
     def _is_cancelled(self) -> bool:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
 
-from hf_cloudtrain.family import is_alive, kill_children, this_process
+from hf_cloudtrain.family import is_alive, this_process
 
 
 def test_a_process_is_known_again_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +29,15 @@ def test_nobody_is_alive_where_nobody_is_known() -> None:
 
 
 def test_who_started_a_process_that_is_ended_hears_how() -> None:
-    process = subprocess.Popen(["sleep", "60"])
-    kill_children()
-    assert process.wait(5) == -signal.SIGKILL
+    """In a process of its own: this one has servers for other tests."""
+    code = (
+        "import subprocess\n"
+        "from hf_cloudtrain.family import kill_children\n"
+        "process = subprocess.Popen(['sleep', '60'])\n"
+        "kill_children()\n"
+        "print(process.wait(5))\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(said.stdout) == -signal.SIGKILL

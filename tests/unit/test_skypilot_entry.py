@@ -17,6 +17,7 @@ import pytest
 from hf_cloudtrain.engines import skypilot_entry as entry
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.mounts import Mount
+from hf_cloudtrain.notices import RUN_STOP
 from hf_cloudtrain.submission import Submission
 from hf_cloudtrain.supervisor import Verdict
 from tests.fake_sky import job_text, submission_of
@@ -105,9 +106,10 @@ class TestRun:
         def run_node(submission: Submission, *, node_rank: int, start: int, **given: Any) -> int:
             found.append({"node_rank": node_rank, "start": start, **given})
             code, outcome = self.ends
+            outcome, _, reason = outcome.partition(": ")
             path = submission.exit_file(node_rank, start)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"outcome": outcome, "reason": "because"}))
+            path.write_text(json.dumps({"outcome": outcome, "reason": reason or "because"}))
             submission.node_file(node_rank, start).write_text(json.dumps({"exit_code": code}))
             return code
 
@@ -143,7 +145,7 @@ class TestRun:
         ("ends", "told", "state"),
         [
             ((1, "overtaken"), 0, "failed"),
-            ((75, "stopped"), 0, "cancelled"),
+            ((75, f"preempted: {RUN_STOP} for attempt 1"), 0, "cancelled"),
             ((0, "finished"), 0, "finished"),
         ],
     )

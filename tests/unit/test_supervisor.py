@@ -14,6 +14,7 @@ import pytest
 
 from hf_cloudtrain import supervisor
 from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.job import parse_job
 from hf_cloudtrain.job_record import JobRecord, JobStore
 from hf_cloudtrain.storage import Storage
@@ -122,7 +123,7 @@ def test_a_crash_is_started_again_as_often_as_the_job_allows(
     last, _ = run(CRASH, CRASH, CRASH)
     assert (last.state, last.restarts, len(last.starts)) == ("failed", 2, 3)
     assert "exit code 1" in (last.reason or "")
-    assert "started again 2 times, as 'max_restarts' allows" in (last.reason or "")
+    assert "'max_restarts' is 2, and so often it has been started again" in (last.reason or "")
 
 
 def test_a_crash_and_then_an_end_is_a_finished_job(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:
@@ -381,3 +382,21 @@ def test_nodes_are_told_to_stop_while_the_store_is_silent(
     assert Supervisor(submission, store, record, Told(submission, start)).run().state == "preempted"
     assert order[0] == "told while starting"
     assert "given up" not in order
+
+
+def test_how_a_job_ended_is_written_once_the_store_takes_it_again(
+    run: Callable[..., tuple[JobRecord, Nodes]], store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "PAUSE", 0.0)
+    write, refused = store.write, 0
+
+    def full(record: JobRecord, **changes: Any) -> JobRecord:
+        nonlocal refused
+        if record.state == "finished" and refused < 3:
+            refused += 1
+            raise StorageError("No space left on device")
+        return write(record, **changes)
+
+    monkeypatch.setattr(store, "write", full)
+    last, _ = run(([FINISHED, None], (0, 0)))
+    assert (last.state, refused) == ("finished", 3)
