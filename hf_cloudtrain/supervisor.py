@@ -165,7 +165,8 @@ class Supervisor:
             0 if progress.get("productive_seconds") or _saved(self._submission, number) else self._idle + 1
         )
         if verdict.is_crash and self._record.restarts >= self._record.max_restarts:
-            spent = f" 'max_restarts' is {self._record.max_restarts}, and so often it has been started again."
+            times = "once" if self._record.restarts == 1 else f"{self._record.restarts} times"
+            spent = f" It has been started again {times}, as 'max_restarts' allows."
             verdict = dataclasses.replace(
                 verdict,
                 state="failed",

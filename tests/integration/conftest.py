@@ -12,6 +12,12 @@ from tests.integration._lab import Lab
 from tests.integration._zygote import Zygote
 
 
+@pytest.fixture(autouse=True)
+def every_save_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How busy the machine is must not decide which checkpoints there are; tests/unit/test_uploader.py has that."""
+    monkeypatch.setattr("hf_cloudtrain.uploader.MAX_WAITING", 1000)
+
+
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     with Zygote(tmp_path_factory.mktemp("zygote"), "tests.integration._attempts") as running:

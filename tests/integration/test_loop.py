@@ -190,12 +190,8 @@ class TestSave:
         train(tmp_path / "run", tmp_path / "out", Rows(20), accumulation=2, save_steps=1)
         manifests = _manifests(tmp_path / "run")
         # Five batches an epoch are three steps: the last one is of a single batch.
-        assert {item.step: item.position.samples_seen for item in manifests} == {
-            step: seen
-            for step, seen in {1: 8, 2: 16, 3: 20, 4: 28, 5: 36, 6: 40}.items()
-            if step in {item.step for item in manifests}
-        }
-        assert {3, 6} <= {item.step for item in manifests}
+        seen = {item.step: item.position.samples_seen for item in manifests}
+        assert seen == {1: 8, 2: 16, 3: 20, 4: 28, 5: 36, 6: 40}
 
     def test_an_epoch_that_the_script_does_not_end_is_saved_nevertheless(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -123,7 +123,7 @@ def test_a_crash_is_started_again_as_often_as_the_job_allows(
     last, _ = run(CRASH, CRASH, CRASH)
     assert (last.state, last.restarts, len(last.starts)) == ("failed", 2, 3)
     assert "exit code 1" in (last.reason or "")
-    assert "'max_restarts' is 2, and so often it has been started again" in (last.reason or "")
+    assert "started again 2 times, as 'max_restarts' allows" in (last.reason or "")
 
 
 def test_a_crash_and_then_an_end_is_a_finished_job(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:
