@@ -183,7 +183,8 @@ def _fetch(
     work: Path,
     on_bytes: Callable[[int], None] | None,
 ) -> None:
-    def fetch(entry: FileEntry) -> None:
+    # All names first: a download makes its file anew, and for a moment there is none of that name.
+    for entry in entries:
         target = work / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -193,8 +194,10 @@ def _fetch(
                 f"{entry.path!r} of {manifest.folder} has the name of another file of it on this disk, which does not tell "
                 "'a' from 'A'. Restore on a disk that does."
             ) from None
+
+    def fetch(entry: FileEntry) -> None:
         try:
-            digest = _twice(catalog, manifest, entry, str(target), on_bytes)
+            digest = _twice(catalog, manifest, entry, str(work / entry.path), on_bytes)
         except ObjectNotFoundError:
             raise CorruptCheckpointError(
                 f"{entry.path!r} of {manifest.folder} is missing on storage."

@@ -43,8 +43,8 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 }
 
 
-RUN_ONCE_MORE = {"integration", "faults", "unit"}
-"""Folders whose tests depend on how fast the machine is; a rule that has a law is tested in tests/laws, once."""
+RUN_ONCE_MORE = {"integration", "faults", "unit", "laws", "contract"}
+"""Folders whose tests start processes, threads and servers; whoever counts losses (tests/chaos) counts them once."""
 
 
 def foreign(name: str) -> bool:
