@@ -356,6 +356,12 @@ def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, 
     return kind_of_backend(fs, root), root.strip("/")
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL names a folder of this machine: `file://`, or a plain path."""
+    scheme, separator, _ = url.partition("://")
+    return not separator or scheme in ("file", "local")
+
+
 def local_path(url: str) -> str:
     """The absolute folder that a plain path or a `file://` URL names."""
     scheme, separator, rest = url.partition("://")

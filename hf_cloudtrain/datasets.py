@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.backends import local_path
+from hf_cloudtrain.backends import is_local, local_path
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.data_cache import LocalCopy
 from hf_cloudtrain.data_upload import Upload, digests, sending
@@ -220,7 +220,7 @@ class DatasetStore:
 
     def _refuse_itself(self, folder: Path) -> None:
         url = self.catalog.storage.url
-        if "://" in url and not url.startswith("file://"):
+        if not is_local(url):
             return
         if Path(local_path(url)).resolve().is_relative_to(folder.resolve()):
             raise ConfigurationError(
@@ -327,8 +327,7 @@ def _is_same(entry: OutboxEntry, before: Manifest, there: dict[str, tuple[str, s
 @contextlib.contextmanager
 def _at_hand(source: str, options: dict[str, Any], progress: Progress) -> Iterator[Path]:
     """A folder or file of this machine with what a path or URL names."""
-    scheme, separator, _ = source.partition("://")
-    if not separator or scheme in ("file", "local"):
+    if is_local(source):
         path = Path(local_path(source))
         if not path.is_dir() and not path.is_file():
             raise ConfigurationError(f"{source!r} is neither a folder nor a file of this machine, nor a URL.")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_cloudtrain import env
-from hf_cloudtrain.backends import local_path
+from hf_cloudtrain.backends import is_local, local_path
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.manifest import decode_record, encode_record
 from hf_cloudtrain.process import in_threads
@@ -191,8 +191,7 @@ class JobStore:
 
     def home(self, job_id: str) -> Path:
         """Folder of a job on this machine."""
-        is_local = "://" not in self.url or self.url.startswith(("file://", "local://"))
-        if is_local:
+        if is_local(self.url):
             return Path(local_path(self.url), "jobs", job_id)
         # Other stores have jobs of the same ids, and so has the folder itself, which is the store of whoever sets none.
         return Path(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.backends import local_path
+from hf_cloudtrain.backends import is_local, local_path
 from hf_cloudtrain.datasets import DatasetStore
 from hf_cloudtrain.engines import Engine, Seen, engine
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
@@ -138,8 +138,7 @@ def _clear(home: Path) -> None:
 
 def own_folders(submission: Submission) -> list[Path]:
     """Where jobs and their runs are kept on this machine: no part of a workspace that they are in."""
-    is_local = "://" not in submission.run_url or submission.run_url.startswith(("file://", "local://"))
-    run = [Path(local_path(submission.run_url))] if is_local else []
+    run = [Path(local_path(submission.run_url))] if is_local(submission.run_url) else []
     return [submission.home.parent.parent, *run]
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 from hf_cloudtrain import env
-from hf_cloudtrain.backends import local_path
+from hf_cloudtrain.backends import is_local, local_path
 from hf_cloudtrain.catalog import Catalog, CheckpointKey
 from hf_cloudtrain.checkpointer import Checkpointer
 from hf_cloudtrain.data_cache import alone
@@ -309,7 +309,7 @@ def container_name(submission: Submission) -> str:
 def _mounts_as_they_are(submission: Submission) -> Iterator[Mount]:
     """What a command writes to at the machine's own paths: a container would lose it."""
     run = submission.run_url
-    if "://" not in run or run.startswith(("file://", "local://")):
+    if is_local(run):
         yield Mount(Path(local_path(run)), local_path(run))
     folder, real = submission.job.checkpoint_dir, real_checkpoint_dir(submission)
     if folder is not None and real == Path(folder):

@@ -1,8 +1,8 @@
 """A user's script on trial: started in a scratch folder, watched through its run, killed, and started again.
 
 <scratch>/now/       the trial under way; every start sees the same paths, so paths are no difference
-    start/work/      current folder of the script: links to what is in ours
-    start/output/    where the command says `{output_dir}`
+    start/work       current folder of the script: links to what is in ours
+    start/output     where the command says `{output_dir}`
     runs/…           the run
 <scratch>/whole/     a trial that is over; its `start-1/` is what the killed start left
 """

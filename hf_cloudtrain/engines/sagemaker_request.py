@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_cloudtrain import env
+from hf_cloudtrain.backends import is_local
 from hf_cloudtrain.manifest import Manifest
 from hf_cloudtrain.submission import Submission
 
@@ -213,7 +214,7 @@ def warnings(submission: Submission) -> Iterator[str]:
 
 def _run_problems(submission: Submission) -> Iterator[str]:
     url = submission.run_url
-    if "://" in url and not url.startswith(("file://", "local://")):
+    if not is_local(url):
         return
     if _is_s3(submission.store) or not url.startswith(submission.store):  # else the store's is said already
         yield f"The run URL {url!r} is a folder, which no container sees. Write `run_url: s3://bucket/runs/{submission.job.name}`."
