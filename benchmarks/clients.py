@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.measure import Checkpoint, Contestant, Workplace
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import Position
 
 LARGE = 2**24
 MIB = 2**20

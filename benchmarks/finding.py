@@ -13,10 +13,10 @@ from benchmarks.clients import Ours, Place
 from benchmarks.measure import Checkpoint, Scale, Workplace
 from benchmarks.report import Row
 from benchmarks.sink import Sink
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.downloader import download
-from hf_cloudtrain.manifest import META
-from hf_cloudtrain.native import PART_SIZE
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.native import PART_SIZE
 
 
 def run(scale: Scale) -> list[Row]:

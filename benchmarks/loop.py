@@ -133,12 +133,12 @@ def _train(model: Any, place: Place, output_dir: Path, steps: int) -> list[_Save
 def _two_ranks(place: Place, work: Workplace, scale: Scale) -> list[float]:
     import torch.multiprocessing
 
-    meeting = work.fresh("meeting")
-    torch.multiprocessing.spawn(_rank, (place, str(meeting), scale.pick(RANK_SAVES, 3)), nprocs=RANKS)
-    return [float(line) for line in (meeting / "stalls").read_text().split()]
+    rendezvous = work.fresh("meeting")
+    torch.multiprocessing.spawn(_rank, (place, str(rendezvous), scale.pick(RANK_SAVES, 3)), nprocs=RANKS)
+    return [float(line) for line in (rendezvous / "stalls").read_text().split()]
 
 
-def _rank(rank: int, place: Place, meeting: str, saves: int) -> None:
+def _rank(rank: int, place: Place, rendezvous: str, saves: int) -> None:
     import logging
 
     import torch.distributed as dist
@@ -148,15 +148,15 @@ def _rank(rank: int, place: Place, meeting: str, saves: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS)
     config = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
     with _no_bar():
-        mine = _train(BertForSequenceClassification(config), place, Path(meeting, "ranks"), saves)
+        mine = _train(BertForSequenceClassification(config), place, Path(rendezvous, "ranks"), saves)
     of_all: list[Any] = [None] * RANKS
     dist.all_gather_object(of_all, mine)
     if rank == 0:
         stalls = (_stall(list(save)) for save in zip(*of_all, strict=True))
-        Path(meeting, "stalls").write_text("\n".join(map(repr, stalls)))
+        Path(rendezvous, "stalls").write_text("\n".join(map(repr, stalls)))
     dist.destroy_process_group()
 
 

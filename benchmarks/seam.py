@@ -16,7 +16,7 @@ from benchmarks.clients import Place, for_each_file, obstore_store, opendal_oper
 from benchmarks.measure import GB, LINKS, Checkpoint, Contestant, Scale, Timing, Workplace, side_by_side
 from benchmarks.report import Row
 from benchmarks.sink import Sink
-from hf_cloudtrain.native import PART_SIZE, PARTS_IN_FLIGHT, NativeTransfer
+from hf_cloudtrain.storage.native import PART_SIZE, PARTS_IN_FLIGHT, NativeTransfer
 
 BLOCK = 2**20
 

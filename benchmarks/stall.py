@@ -29,8 +29,9 @@ from benchmarks.measure import SLOW_LINK, Checkpoint, Scale, Workplace, percenti
 from benchmarks.report import Row, at_most
 from benchmarks.sink import Sink
 from hf_cloudtrain import CloudTrainCallback
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.manifest import META, Position
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.storage.names import META
 
 MEDIAN_TARGET, P99_TARGET = 10.0, 50.0
 """Milliseconds."""
@@ -147,20 +148,22 @@ def _two_ranks(place: Place, work: Workplace, scale: Scale) -> list[float]:
     import torch.multiprocessing
 
     checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(440_000_000, 1_000_000))
-    meeting = work.fresh("meeting")
-    arguments = (place, str(checkpoint.folder), str(meeting), scale.pick(60, 5))
+    rendezvous = work.fresh("meeting")
+    arguments = (place, str(checkpoint.folder), str(rendezvous), scale.pick(60, 5))
     torch.multiprocessing.spawn(_rank, arguments, nprocs=RANKS)
-    return [float(line) for line in (meeting / "stalls").read_text().split()]
+    return [float(line) for line in (rendezvous / "stalls").read_text().split()]
 
 
-def _rank(rank: int, place: Place, folder: str, meeting: str, saves: int) -> None:
+def _rank(rank: int, place: Place, folder: str, rendezvous: str, saves: int) -> None:
     import logging
 
     import torch.distributed as dist
 
     logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=RANKS)
-    checkpointer = Checkpointer("s3://bench/ranks", f"{meeting}/out", storage_options=place.storage_options)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS)
+    checkpointer = Checkpointer(
+        "s3://bench/ranks", f"{rendezvous}/out", storage_options=place.storage_options
+    )
     checkpointer.begin(0)
     times = []
     for step in range(1, saves + 1):
@@ -175,5 +178,5 @@ def _rank(rank: int, place: Place, folder: str, meeting: str, saves: int) -> Non
     if rank == 0:
         stalls = (max(after for _, after in save) - max(before for before, _ in save)
                   for save in zip(*all_times, strict=True))  # fmt: skip
-        Path(meeting, "stalls").write_text("\n".join(map(repr, stalls)))
+        Path(rendezvous, "stalls").write_text("\n".join(map(repr, stalls)))
     dist.destroy_process_group()

@@ -9,11 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_cloudtrain.callbacks import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
-    from hf_cloudtrain.checkpointer import Checkpointer
-    from hf_cloudtrain.emergency import EmergencySaveCallback
+    from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+    from hf_cloudtrain.checkpoints.manifest import Manifest, Position
     from hf_cloudtrain.errors import CloudTrainError
-    from hf_cloudtrain.functional import (
+    from hf_cloudtrain.integrations.functions.api import (
         end_step,
         init,
         is_emergency_save,
@@ -24,33 +23,35 @@ if TYPE_CHECKING:
         train_step,
         upload_checkpoint,
     )
-    from hf_cloudtrain.history import History, read_history
-    from hf_cloudtrain.loop import TrainLoop
-    from hf_cloudtrain.manifest import Manifest, Position
-    from hf_cloudtrain.sampler import ResumableSampler
+    from hf_cloudtrain.integrations.loop.loop import TrainLoop
+    from hf_cloudtrain.integrations.trainer.callbacks import CheckpointUploadCallback, CloudTrainCallback
+    from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
+    from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
+    from hf_cloudtrain.resume.sampler import ResumableSampler
+    from hf_cloudtrain.tracking.history import History, read_history
 
 _HOMES = {
-    "CheckpointUploadCallback": "callbacks",
-    "Checkpointer": "checkpointer",
-    "CloudTrainCallback": "callbacks",
+    "CheckpointUploadCallback": "integrations.trainer.callbacks",
+    "Checkpointer": "checkpoints.checkpointer",
+    "CloudTrainCallback": "integrations.trainer.callbacks",
     "CloudTrainError": "errors",
-    "EmergencySaveCallback": "emergency",
-    "History": "history",
-    "Manifest": "manifest",
-    "Position": "manifest",
-    "ResumableSampler": "sampler",
-    "StepTrackerCallback": "callbacks",
-    "TrainLoop": "loop",
-    "end_step": "functional",
-    "init": "functional",
-    "is_emergency_save": "functional",
-    "metric": "functional",
-    "processed_steps": "functional",
-    "read_history": "history",
-    "restore": "functional",
-    "start_step": "functional",
-    "train_step": "functional",
-    "upload_checkpoint": "functional",
+    "EmergencySaveCallback": "integrations.trainer.emergency",
+    "History": "tracking.history",
+    "Manifest": "checkpoints.manifest",
+    "Position": "checkpoints.manifest",
+    "ResumableSampler": "resume.sampler",
+    "StepTrackerCallback": "integrations.trainer.step_callback",
+    "TrainLoop": "integrations.loop.loop",
+    "end_step": "integrations.functions.api",
+    "init": "integrations.functions.api",
+    "is_emergency_save": "integrations.functions.api",
+    "metric": "integrations.functions.api",
+    "processed_steps": "integrations.functions.api",
+    "read_history": "tracking.history",
+    "restore": "integrations.functions.api",
+    "start_step": "integrations.functions.api",
+    "train_step": "integrations.functions.api",
+    "upload_checkpoint": "integrations.functions.api",
 }
 
 __all__ = [

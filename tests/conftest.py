@@ -15,7 +15,8 @@ import pytest
 from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
 from tests.slurm_cluster import SlurmCluster
 
-SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+TESTS = Path(__file__).resolve().parent
+SHARED_DATA = TESTS.parent.parent / "shared" / "data"
 
 # huggingface_hub and datasets read these once, at their import.
 SESSION_FOLDER = tempfile.mkdtemp(prefix="cloudtrain-tests-")
@@ -60,7 +61,7 @@ os.environ.update(SESSION_ENVIRONMENT)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of real processes that fails is run once more, and the summary names it: docs/testing.md."""
     for item in items:
-        if item.path.parent.name in RUN_ONCE_MORE:
+        if not RUN_ONCE_MORE.isdisjoint(item.path.relative_to(TESTS).parts[:-1]):
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
@@ -91,7 +92,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_run_of_the_functions_is_left() -> Iterator[None]:
     """They have one run a process, and the next test is in this one."""
     yield
-    functional = sys.modules.get("hf_cloudtrain.functional")
+    functional = sys.modules.get("hf_cloudtrain.integrations.functions.api")
     if functional is not None and functional._Current.run is not None:
         functional._Current.run.close()
         functional._Current.run = None

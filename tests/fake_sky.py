@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest  # noqa: TC002 - as every test
 
-from hf_cloudtrain.engines import engine
-from hf_cloudtrain.job import parse_job, read_job
-from hf_cloudtrain.job_record import JobRecord, JobStore
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.jobs.engines import engine
+from hf_cloudtrain.jobs.records import JobRecord, JobStore
+from hf_cloudtrain.jobs.spec.job_file import parse_job, read_job
+from hf_cloudtrain.jobs.submission import Submission
 
 DATA = Path(__file__).resolve().parent / "data"
 HOME = Path("/home/me/.hf_cloudtrain/jobs")

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.manifest import FileEntry, Manifest, Position
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
 
 BEGAN = 1_795_000_000.0
 """Seconds since 1970: any day."""

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "glue"

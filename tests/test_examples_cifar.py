@@ -26,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 from tests.cifar_files import CLASSES, names_of, python2, write_set
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from examples.fsdp import train
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.storage.client import Storage
 from tests.servers import free_port
 
 if TYPE_CHECKING:

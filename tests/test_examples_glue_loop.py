@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 from tests.servers import MotoServer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "glue"

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 from tests.conftest import missing
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "nsmc"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 
 ROOT = Path(__file__).parents[1]
 LOAD = """

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hf_cloudtrain.history import AttemptInfo, History, read_history
+from hf_cloudtrain.tracking.history import AttemptInfo, History, read_history
 
 HERE = Path(__file__).resolve().parent
 FOLDER = "demo-output"

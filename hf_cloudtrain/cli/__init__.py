@@ -12,15 +12,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_cloudtrain.cli import checkpoint as checkpoint
-from hf_cloudtrain.cli import data as data
-from hf_cloudtrain.cli import job as job
-from hf_cloudtrain.cli import new as new
-from hf_cloudtrain.cli import run as run
-from hf_cloudtrain.cli import verify_resume as verify_resume
-from hf_cloudtrain.cli import vm as vm
-from hf_cloudtrain.cli._arguments import examples
-from hf_cloudtrain.cli._output import fail, say, warnings_shown
+from hf_cloudtrain.cli.arguments import examples
+from hf_cloudtrain.cli.commands import checkpoint, data, job, new, run, verify_resume, vm
+from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.downloader import verify
-from hf_cloudtrain.outbox import Outbox
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim
 from tests.integration._zygote import Child, Zygote
 

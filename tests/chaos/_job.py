@@ -9,9 +9,9 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Trainer
 
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.uploader import _Sender
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.sender import EntrySender
+from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim, Phases, Watch
 from tests.integration._attempts import train
 from tests.integration._lab import max_difference as difference
@@ -24,7 +24,7 @@ PHASES: Phases = {
     "Trainer's save": (Trainer, "_save_checkpoint"),
     "save": (Checkpointer, "save"),
     "upload": (Storage, "upload"),
-    "commit": (_Sender, "_commit"),
+    "commit": (EntrySender, "_commit"),
     "end": (Checkpointer, "wait"),
 }
 RANKS = 2

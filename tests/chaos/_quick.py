@@ -13,14 +13,14 @@ from typing import Any
 
 import s3fs  # noqa: F401 - paid for before the fork
 
-from hf_cloudtrain import native, uploader  # noqa: F401 - the same
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.freeze import SMALL_FILE
-from hf_cloudtrain.manifest import Position
-from hf_cloudtrain.provenance import origin
-from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.uploader import _Sender
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
+from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.checkpoints.sender import EntrySender
+from hf_cloudtrain.runtime.provenance import origin
+from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim, Phases, Watch
 
 PHASES: Phases = {
@@ -30,7 +30,7 @@ PHASES: Phases = {
     "begin": (Checkpointer, "begin"),
     "save": (Checkpointer, "save"),
     "upload": (Storage, "upload"),
-    "commit": (_Sender, "_commit"),
+    "commit": (EntrySender, "_commit"),
     "delete": (Catalog, "retire"),
     "end": (Checkpointer, "wait"),
 }
@@ -62,7 +62,7 @@ def attempt(
         hurry: share of the saves that come before the upload of the one before is done, and of the slow uploads.
     """
     os.setpgrp()
-    uploader.MAX_WAITING = 1_000  # steps of microseconds outrun any upload
+    upload_queue.MAX_WAITING = 1_000  # steps of microseconds outrun any upload
     hurries = random.Random(hurry)
     slow_down(hurry)
     watch = Watch(PHASES, state, Aim(**aim) if aim else None)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.servers import AZURITE_ACCOUNT, AZURITE_KEY, AzuriteServer, Server
 
 NO_NATIVE_CLIENT = {

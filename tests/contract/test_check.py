@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain import errors
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.proxy import Answer, Call, Forward, Proxy, Rule, s3_error
 from tests.servers import Server
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain import errors
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.proxy import Answer, Call, Forward, Proxy, s3_error
 from tests.servers import Server
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.backends import IncompleteUpload
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.leftovers import find, remove
-from hf_cloudtrain.manifest import Manifest, Position
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.leftovers import find, remove
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
+from hf_cloudtrain.storage.backends import IncompleteUpload
+from hf_cloudtrain.storage.client import Storage
 from tests.contract.conftest import Place
 
 PART = 5 * 2**20

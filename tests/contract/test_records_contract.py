@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
-from hf_cloudtrain.storage import ObjectInfo, Storage
+from hf_cloudtrain.storage.client import ObjectInfo, Storage
 from tests.contract.conftest import EVERY_KIND, EXCLUSIVE, Place, content, new_place
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain import storage as storage_module
 from hf_cloudtrain.errors import StorageUnavailableError
-from hf_cloudtrain.native import PART_SIZE
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage import client as storage_module
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.native import PART_SIZE
 from tests.contract.conftest import NO_NATIVE_CLIENT
 from tests.proxy import Answer, Call, Forward, Proxy, cut_short, lost_answer, once, s3_error
 from tests.servers import Server

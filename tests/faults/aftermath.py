@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_cloudtrain.manifest import META
+from hf_cloudtrain.storage.names import META
 from tests.faults.runs import Machines, bytes_of, contents, left_overs
 
 SALTS = ("", "first", "second")

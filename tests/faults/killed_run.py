@@ -7,8 +7,9 @@ import os
 import traceback
 from pathlib import Path
 
-from hf_cloudtrain import storage, uploader
-from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.storage import client
 from hf_cloudtrain.testing import CrashPoint
 from tests.faults.runs import Machine
 
@@ -24,15 +25,15 @@ def killed_run(folder: Path, at: int) -> None:
         raise
 
 
-def take_for_granted(self: storage.Storage) -> None:
+def take_for_granted(self: client.Storage) -> None:
     self.exclusive = True
 
 
 def run(folder: Path, at: int) -> None:
     """Save, rotate, save again, commit, retire and restore."""
-    storage.RETRY_PAUSES = (0.0,)
-    storage.Storage.check = take_for_granted  # a kill between the requests of the probe shows nothing
-    uploader.PAUSES = (0.01,)
+    client.RETRY_PAUSES = (0.0,)
+    client.Storage.check = take_for_granted  # a kill between the requests of the probe shows nothing
+    upload_queue.PAUSES = (0.01,)
     logging.disable()
     disk = folder / DISK
     disk.mkdir()

@@ -9,17 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.downloader import verify
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.outbox import OutboxEntry
+from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.errors import OvertakenError
-from hf_cloudtrain.freeze import SMALL_FILE
-from hf_cloudtrain.manifest import META, Position
-from hf_cloudtrain.outbox import OutboxEntry
-from hf_cloudtrain.progress import Progress
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.runtime.progress import Progress
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyStorage
-from hf_cloudtrain.uploader import flush
 
 DEADLINE = 30.0
 """Seconds after which what should have happened never will."""
@@ -64,10 +65,10 @@ class Machine:
 
     def stop(self) -> None:
         self.checkpointer.close()
-        uploader = self.checkpointer._uploader
-        if uploader is not None:
-            uploader._thread.join(DEADLINE)
-            assert not uploader._thread.is_alive()
+        upload_queue = self.checkpointer._upload_queue
+        if upload_queue is not None:
+            upload_queue._thread.join(DEADLINE)
+            assert not upload_queue._thread.is_alive()
 
 
 class Machines:

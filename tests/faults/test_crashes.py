@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_cloudtrain.leftovers import find
-from hf_cloudtrain.retention import Policy, Retention
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.leftovers import find
+from hf_cloudtrain.checkpoints.retention import Policy, Retention
+from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import CRASH_STATUS
 from tests.faults.aftermath import is_one, what_goes_wrong_next
 from tests.faults.killed_run import ACCEPTED, DISK, FAILED, killed_run, take_for_granted

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import process
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.runtime import files
 from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.aftermath import is_one, what_goes_wrong_next
 from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, left_overs
@@ -64,7 +64,7 @@ def test_a_disk_that_takes_nothing_from_any_change_on_loses_nothing_that_was_acc
                 problems.append(
                     f"change {number}, {disk.seen[number - 1]}: it keeps {half_made} on a full disk"
                 )
-            monkeypatch.setattr(process, "_making", set())  # the process is over
+            monkeypatch.setattr(files, "_making", set())  # the process is over
             if disk.refused and said and WORDS[trouble] not in said and "Not on storage yet" not in said:
                 problems.append(f"change {number}, {disk.seen[number - 1]}: it says {said!r}")
             if problem := what_goes_wrong_next(machines, accepted[-1] if accepted else 0):

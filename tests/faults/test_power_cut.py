@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import outbox
-from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.checkpoints import outbox
+from hf_cloudtrain.checkpoints.manifest import Position
 from tests.faults.runs import Machine, Machines, bytes_of, contents, wait_until
 
 
@@ -57,7 +57,7 @@ def home(machines: Machines) -> Path:
     machine.wait()
     machines.storage.fail("files", path="checkpoint-10/*", times=1_000_000)
     machine.save(10)
-    wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
     machine.stop()
     machine.rotate(10)
     machines.storage.heal()

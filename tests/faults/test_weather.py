@@ -7,22 +7,23 @@ import threading
 
 import pytest
 
-from hf_cloudtrain import storage, uploader
+from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.errors import NotCommittedError, StoragePermissionError
+from hf_cloudtrain.storage import client
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until
 
 SCALE = 1_000
 """How much faster time goes: ten minutes are 0.6 s."""
-PAUSES, RETRY_PAUSES = uploader.PAUSES, storage.RETRY_PAUSES
+PAUSES, RETRY_PAUSES = upload_queue.PAUSES, client.RETRY_PAUSES
 """As they are; those of the tests are shorter."""
 
 
 def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_after_it(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(uploader, "PAUSES", tuple(pause / SCALE for pause in PAUSES))
-    monkeypatch.setattr(storage, "RETRY_PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
-    monkeypatch.setattr(uploader, "MAX_WAITING", 10)  # none is overtaken by a newer one
+    monkeypatch.setattr(upload_queue, "PAUSES", tuple(pause / SCALE for pause in PAUSES))
+    monkeypatch.setattr(client, "RETRY_PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
+    monkeypatch.setattr(upload_queue, "MAX_WAITING", 10)  # none is overtaken by a newer one
     machine = machines.new()
     machine.start()
     machines.storage.fail("any", times=1_000_000)
@@ -47,7 +48,7 @@ def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_afte
 def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_turn(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "SILENCE", 0.3)
+    monkeypatch.setattr(client, "SILENCE", 0.3)
     machine = machines.new()
     machine.start()
     machines.storage.hang("files", path="checkpoint-5/model.safetensors", times=1_000_000)
@@ -76,8 +77,8 @@ def test_a_restore_that_hangs_ends_with_an_error(machines: Machines, monkeypatch
     machine.save(5)
     machine.wait()
     machines.storage.hang("fetch", times=1_000_000)
-    monkeypatch.setattr(storage, "SILENCE", 0.2)
-    with pytest.raises(storage.StorageUnavailableError, match=r"download .*no answer and no byte"):
+    monkeypatch.setattr(client, "SILENCE", 0.2)
+    with pytest.raises(client.StorageUnavailableError, match=r"download .*no answer and no byte"):
         machines.restored("elsewhere")
 
 
@@ -88,7 +89,7 @@ def test_credentials_that_are_renewed_late_cost_no_checkpoint(
     machine.start()
     machines.storage.fail("any", StoragePermissionError("ExpiredToken"), times=1_000_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
     assert "tried again; training goes on. ExpiredToken" in caplog.text
     machines.storage.heal()
     machine.checkpointer.wait(DEADLINE)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hf_cloudtrain import downloader, process, storage, uploader
+from hf_cloudtrain.checkpoints import download, upload_queue
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.runtime import threads
+from hf_cloudtrain.storage import client
 from tests.faults.runs import Machine, Machines, bytes_of, contents, left_overs
 from tests.faults.small_disk import full, make_read_only, mount_small_disk
 
@@ -16,9 +18,9 @@ SIZE = 6 * 2**20
 def main(folder: Path) -> None:
     disk = folder / "disk"
     mount_small_disk(disk, SIZE)
-    storage.RETRY_PAUSES = (0.0,)
-    uploader.PAUSES = (0.01,)
-    process.TURN = 0.01
+    client.RETRY_PAUSES = (0.0,)
+    upload_queue.PAUSES = (0.01,)
+    threads.TURN = 0.01
     with Machines(folder) as machines:
         machines._folder = disk
         machine = machines.new("out")
@@ -70,7 +72,7 @@ def during_a_snapshot(machine: Machine, disk: Path) -> None:
 
 def during_a_copy(machine: Machine, disk: Path) -> None:
     """`upload_checkpoint` copies all of it."""
-    from hf_cloudtrain.manifest import Position
+    from hf_cloudtrain.checkpoints.manifest import Position
     from tests.faults.runs import entry_of
 
     source = machine.output_dir / "checkpoint-15"
@@ -87,7 +89,7 @@ def during_a_restore(machines: Machines, disk: Path) -> None:
     elsewhere = machines.new("elsewhere")
     said = refused(elsewhere.start)
     assert "GB are free there. Free some space" in said, said  # it looks before the first byte
-    downloader.SPARE_SPACE = -SIZE  # the space goes away after the look
+    download.SPARE_SPACE = -SIZE  # the space goes away after the look
     with full(disk, left=2**20):
         said = refused(elsewhere.start)
     assert "no space is left on the disk" in said, said

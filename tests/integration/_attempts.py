@@ -30,22 +30,22 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-import hf_cloudtrain.callbacks  # noqa: F401 - paid for before the fork
+import hf_cloudtrain.integrations.trainer.callbacks  # noqa: F401 - paid for before the fork
 from hf_cloudtrain import (
     CheckpointUploadCallback,
     CloudTrainCallback,
     EmergencySaveCallback,
     StepTrackerCallback,
     env,
-    preemption,
-    uploader,
 )
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.preemption import Preemption
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.preemption import agreement
+from hf_cloudtrain.preemption.agreement import Preemption
+from hf_cloudtrain.storage.client import Storage
 
 torch.set_num_threads(1)  # sums in one order
-preemption.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
 disable_progress_bar()
 
 PATIENCE = 60.0
@@ -279,7 +279,7 @@ def train(
         masks: leave words out by chance, as a collator for masked language models does.
         arguments: for TrainingArguments.
     """
-    uploader.MAX_WAITING = waiting
+    upload_queue.MAX_WAITING = waiting
     args = TrainingArguments(output_dir=output_dir, **{**ARGUMENTS, **arguments})
     set_seed(args.seed)
     ours = make_ours(parts if run_url else "none", run_url, fresh=fresh)

@@ -15,7 +15,7 @@ import psutil
 from typer.testing import CliRunner, Result
 
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.job_record import JobRecord, JobStore
+from hf_cloudtrain.jobs.records import JobRecord, JobStore
 
 PATIENCE = 120.0
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -118,8 +118,8 @@ class Desk:
 
     def wait_for_step(self, step: int, job_id: str = "toy") -> None:
         """Until a step is committed."""
-        from hf_cloudtrain.catalog import Catalog
-        from hf_cloudtrain.storage import Storage
+        from hf_cloudtrain.checkpoints.catalog import Catalog
+        from hf_cloudtrain.storage.client import Storage
 
         catalog = Catalog(Storage(self.record(job_id).run_url))
         self.wait_until(lambda: any(key.step >= step for key in catalog.checkpoints()))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.downloader import verify
-from hf_cloudtrain.manifest import Manifest
-from hf_cloudtrain.outbox import Outbox, OutboxEntry
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
+from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._zygote import PATIENCE, POLL, Child, Zygote
 from tests.servers import free_port
 

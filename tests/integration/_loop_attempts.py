@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_cloudtrain.loop import TrainLoop
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
 from tests.integration._loops import KilledError, Rows, StatefulStream, Stream, train
 
 

@@ -19,13 +19,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from hf_cloudtrain import preemption
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.loop import TrainLoop
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.preemption import agreement
+from hf_cloudtrain.storage.client import Storage
 
 EPOCHS = 2
-preemption.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
 
 
 class KilledError(Exception):

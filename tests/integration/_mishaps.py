@@ -13,12 +13,14 @@ from unittest import mock
 
 from transformers import Trainer, TrainingArguments
 
-from hf_cloudtrain import CloudTrainCallback, storage, uploader
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.manifest import META
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain import CloudTrainCallback
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
-from hf_cloudtrain.uploader import Uploader
 from tests.faults.small_disk import fill, make_read_only, mount_small_disk
 from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train, wait_until
 
@@ -26,14 +28,14 @@ from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
     """No file of a checkpoint arrives before a step, or before somebody waits for it, or ever (-1)."""
     gate = threading.Event()
-    plain_wait = Uploader.wait
+    plain_wait = UploadQueue.wait
 
-    def wait(self: Uploader, *arguments: Any, **options: Any) -> None:
+    def wait(self: UploadQueue, *arguments: Any, **options: Any) -> None:
         if until != -1:
             gate.set()
         plain_wait(self, *arguments, **options)
 
-    Uploader.wait = wait  # type: ignore[method-assign]
+    UploadQueue.wait = wait  # type: ignore[method-assign]
     script = FaultyStorage(run_url)
     script.hold("upload", gate, path="checkpoint-*")
     callbacks = [CallAt(until, gate.set)] if until else []
@@ -44,8 +46,8 @@ def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
 
 def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
     """Every request fails from one step until another, or for good."""
-    storage.RETRY_PAUSES = (0.01, 0.01)
-    uploader.PAUSES = (0.01,)
+    client.RETRY_PAUSES = (0.01, 0.01)
+    upload_queue.PAUSES = (0.01,)
     script = FaultyStorage(run_url)
     callbacks = [CallAt(first, lambda: script.fail("any", times=10**9))]
     if last is not None:

@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hf_cloudtrain as pf
-from hf_cloudtrain import preemption
+from hf_cloudtrain.preemption import agreement
 
 SAMPLES, WIDTH, BATCH = 96, 8, 4
-preemption.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
 
 
 def data() -> TensorDataset:

@@ -72,7 +72,7 @@ def fork_instead(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(words: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, **_: Any) -> Forked:
         return Forked(zygote, words, cwd, env, stdout)
 
-    monkeypatch.setattr("hf_cloudtrain.cli._trial.subprocess.Popen", start)
+    monkeypatch.setattr("hf_cloudtrain.cli.verify.trial.subprocess.Popen", start)
 
 
 def script(name: str, cwd: str, log: str) -> None:

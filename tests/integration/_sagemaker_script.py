@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 import hf_cloudtrain as ct
-from hf_cloudtrain import preemption
+from hf_cloudtrain.preemption import agreement
 
 TOTAL, HELD = 12, 6
 """Steps in all; a start that begins before HELD waits there for its end."""
 
-preemption.INTERVAL_SECONDS = 0.0
+agreement.INTERVAL_SECONDS = 0.0
 numbers = [float(line) for line in Path("/workspace/data/numbers.txt").read_text().split()]
 checkpoint = Path("/workspace/ckpt/checkpoint.pt")
 start = os.environ["HF_CLOUDTRAIN_EXIT_FILE"].removesuffix(".json").rpartition("-")[2]

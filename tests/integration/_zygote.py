@@ -140,7 +140,7 @@ class Zygote:
 def serve(preload: str) -> None:
     """The zygote's life: fork and reap as asked, until nobody asks any more."""
     importlib.import_module(preload).warm_up()
-    refuse_threads()
+    check_no_threads()
     gc.collect()
     gc.freeze()  # Trainer collects garbage at each start: a quarter of a second with all that is imported
     children: set[int] = set()
@@ -180,7 +180,7 @@ def live(request: dict[str, Any]) -> NoReturn:
     sys.exit(0)
 
 
-def refuse_threads() -> None:
+def check_no_threads() -> None:
     """Python threads would be missing in the children, with the locks they hold."""
     import threading
 

@@ -15,7 +15,7 @@ from tests.integration._zygote import Zygote
 @pytest.fixture(autouse=True)
 def every_save_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """How busy the machine is must not decide which checkpoints there are; tests/unit/test_uploader.py has that."""
-    monkeypatch.setattr("hf_cloudtrain.uploader.MAX_WAITING", 1000)
+    monkeypatch.setattr("hf_cloudtrain.checkpoints.upload_queue.MAX_WAITING", 1000)
 
 
 @pytest.fixture(scope="session")

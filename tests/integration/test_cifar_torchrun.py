@@ -9,9 +9,9 @@ from statistics import mean
 
 import torch
 
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.history import read_history
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import read_history
 from tests.cifar_files import write_set
 from tests.integration._lab import problems
 from tests.integration._torchrun import kill_family, torchrun

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import storage, uploader
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.manifest import META
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from tests.faults.small_disk import why_impossible
 from tests.integration._lab import Lab, problems
@@ -52,14 +53,14 @@ class TestLoop:
             weights, _, _ = train(tmp_path / "run", tmp_path / "out", Rows(20))
         assert "checkpoint-2 could not be kept for upload" in caplog.text
         assert difference(plain, weights) == 0.0
-        assert problems(Catalog(storage.Storage(str(tmp_path / "run")))) == []
+        assert problems(Catalog(client.Storage(str(tmp_path / "run")))) == []
 
     def test_an_outage_during_training_harms_nothing_and_all_is_committed_at_the_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(storage, "RETRY_PAUSES", (0.01,))
-        monkeypatch.setattr(uploader, "PAUSES", (0.01,))
-        monkeypatch.setattr(uploader, "MAX_WAITING", 100)
+        monkeypatch.setattr(client, "RETRY_PAUSES", (0.01,))
+        monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
+        monkeypatch.setattr(upload_queue, "MAX_WAITING", 100)
         plain, _, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))
         script = FaultyStorage(str(tmp_path / "run"))
         with script.everywhere():
@@ -72,7 +73,7 @@ class TestLoop:
                     script.heal()
 
             weights, _, _ = train(tmp_path / "run", tmp_path / "out", Rows(20), inside=weather)
-        catalog = Catalog(storage.Storage(str(tmp_path / "run")))
+        catalog = Catalog(client.Storage(str(tmp_path / "run")))
         assert [key.step for key in catalog.checkpoints()] == [2, 4, 5, 6, 8, 10]
         assert problems(catalog) == []
         assert difference(plain, weights) == 0.0

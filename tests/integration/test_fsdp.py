@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.outbox import Outbox
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from tests.integration._lab import Lab, max_difference
 from tests.integration._zygote import PATIENCE, Child
 from tests.servers import free_port

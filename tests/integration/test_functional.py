@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.downloader import download
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import PreemptedExit
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import Lab, max_difference, problems
 from tests.integration._torchrun import kill_family, torchrun
 from tests.integration._zygote import PATIENCE, REPOSITORY, Child

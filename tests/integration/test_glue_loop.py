@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import max_difference, problems
 from tests.integration._torchrun import accelerate_launch, kill_family
 from tests.integration._zygote import PATIENCE, REPOSITORY

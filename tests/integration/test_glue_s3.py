@@ -6,8 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import max_difference, problems
 from tests.integration._torchrun import kill_family, torchrun
 from tests.integration._zygote import PATIENCE, REPOSITORY

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.job import parse_job
-from hf_cloudtrain.job_record import JobStore
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.servers import MotoServer
 
@@ -117,7 +117,7 @@ def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk
     desk.write(python("train.py", "60", "0.05"))
     desk.run()
     desk.wait_for_step(5)
-    desk.one_of("hf_cloudtrain.node").kill()
+    desk.one_of("hf_cloudtrain.jobs.node.node").kill()
     record = desk.wait_until_over()
     assert (record.state, record.restarts) == ("finished", 1)
     assert record.starts[0].exit_codes == (None,)
@@ -271,7 +271,7 @@ def test_what_lies_in_the_folder_one_submits_from_is_no_module_of_ours_and_the_f
 
 
 def test_torchrun_that_is_missing_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_cloudtrain.engines.local.shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("hf_cloudtrain.jobs.engines.local.shutil.which", lambda *_, **__: None)
     desk.write("torchrun train.py")
     assert "pip install torch" in desk.run(code=1).stderr
 

@@ -8,9 +8,9 @@ import signal
 import tarfile
 from pathlib import Path
 
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.engines.local import free_port
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.jobs.engines.local import free_port
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._jobs import REPOSITORY, Desk
 
 FILES = REPOSITORY / "tests" / "data"

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import (
     ConfigurationError,
     ManifestError,
@@ -23,10 +24,10 @@ from hf_cloudtrain.errors import (
     PreemptedError,
     PreemptedExit,
 )
-from hf_cloudtrain.history import read_history
-from hf_cloudtrain.loop import TrainLoop
-from hf_cloudtrain.signals import STOPPING
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.preemption.signals import STOPPING
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import read_history
 from tests.faults.runs import wait_until
 from tests.integration import _loops
 from tests.integration._loops import (
@@ -251,13 +252,13 @@ class TestSave:
         assert "within an accumulation" in str(first.inexact_reason)
 
     def test_what_a_living_process_is_writing_is_spared(self, tmp_path: Path) -> None:
-        from hf_cloudtrain.loop_state import put_right
-        from hf_cloudtrain.process import half_made_by
+        from hf_cloudtrain.integrations.loop.state import repair
+        from hf_cloudtrain.runtime.files import temp_suffix
 
-        living, dead = f"saving-4-{half_made_by()}", f"saving-4-{2**22 + 1}-0123abcd"
+        living, dead = f"saving-4-{temp_suffix()}", f"saving-4-{2**22 + 1}-0123abcd"
         for name in (living, dead):
             (tmp_path / ".cloudtrain" / name).mkdir(parents=True)
-        put_right(tmp_path)
+        repair(tmp_path)
         assert [path.name for path in (tmp_path / ".cloudtrain").iterdir()] == [living]
 
 
@@ -428,8 +429,8 @@ class TestResume:
             train(tmp_path / "run", tmp_path / "two", _loops.Stream(20))
 
     def test_a_checkpoint_of_something_else_is_refused(self, tmp_path: Path) -> None:
-        from hf_cloudtrain.checkpointer import Checkpointer
-        from hf_cloudtrain.manifest import Position
+        from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+        from hf_cloudtrain.checkpoints.manifest import Position
 
         folder = tmp_path / "other" / "checkpoint-3"
         checkpointer = Checkpointer(str(tmp_path / "run"), folder.parent)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import ManifestError
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.integration import _loops
 from tests.integration._loops import KilledError, Rows, StatefulStream, difference, train
 
@@ -50,7 +50,7 @@ def test_a_manifest_tells_the_position(tmp_path: Path) -> None:
 def test_what_cannot_be_exact_is_recorded_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_cloudtrain.data_position.fills_up", lambda loader: True)
+    monkeypatch.setattr("hf_cloudtrain.resume.data_position.fills_up", lambda loader: True)
     train(tmp_path / "run", tmp_path / "out", StatefulStream(20))
     found = {item.step: (item.exact, item.inexact_reason) for item in manifests(tmp_path / "run")}
     assert found[10] == (True, None)
@@ -98,7 +98,7 @@ def test_the_best_of_the_newest_attempt_is_brought_without_what_only_a_resume_ne
 def test_a_checkpoint_whose_state_is_of_another_step_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_cloudtrain.loop_state import LoopState
+    from hf_cloudtrain.integrations.loop.state import LoopState
 
     encode = LoopState.encode
     monkeypatch.setattr(LoopState, "encode", lambda self: encode(self).replace('"step": 2', '"step": 3'))
@@ -167,7 +167,7 @@ def test_an_epoch_left_with_break_within_an_accumulation_is_no_second_save_of_it
                 optimizer.step()
                 optimizer.zero_grad()
             if number == 4:  # the first of two batches, right after the save of step 2
-                loop._checkpointer._uploader.wait(60)
+                loop._checkpointer._upload_queue.wait(60)
                 break
         loop.end_epoch({"loss": 1.0})
     assert [(item.step, item.position.epoch) for item in manifests(tmp_path / "run")] == [(2, 0.4), (3, 1.0)]

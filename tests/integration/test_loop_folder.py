@@ -24,11 +24,11 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_cloudtrain import env
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.loop import TrainLoop
-from hf_cloudtrain.loop_state import LoopState, publish, put_right
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.integrations.loop.state import LoopState, publish, repair
+from hf_cloudtrain.storage.client import Storage
 from tests.integration import _loops
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -197,7 +197,7 @@ class TestBestAndLast:
         def fail(*words: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("hf_cloudtrain.loop_folder.publish", fail)
+        monkeypatch.setattr("hf_cloudtrain.integrations.loop.folder.publish", fail)
         monkeypatch.setattr(LoopState, "write_log", fail)
         _, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.3,))
         assert loop.global_step == 2
@@ -324,8 +324,10 @@ class TestPublish:
                 pass
             else:
                 pytest.fail(f"there are only {calls} changes")
-        monkeypatch.setattr("hf_cloudtrain.process._making", set())  # the process that made them is no more
-        put_right(best.parent)
+        monkeypatch.setattr(
+            "hf_cloudtrain.runtime.files._making", set()
+        )  # the process that made them is no more
+        repair(best.parent)
         step = LoopState.read(best).step
         assert (best / "model.safetensors").read_bytes() == bytes([step]) * 2**20
         assert not list((best.parent / ".cloudtrain").glob("best-*"))

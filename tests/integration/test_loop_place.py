@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import PositionError
-from hf_cloudtrain.loop import TrainLoop
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import Lab
 from tests.integration._loop_attempts import attempt
 from tests.integration._loops import Rows, forget_accelerate
@@ -49,13 +49,13 @@ CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
 def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_with(
     lab: Lab, change: str
 ) -> None:
-    then, today, step, place = CHANGES[change]
-    first = ran(lab, "first", then, save_steps=3, kill=step)
-    second = ran(lab, "second", today, save_steps=1, kill=place + 1)  # converted, and then resumed as usual
-    last = ran(lab, "last", today)
+    old, new, step, place = CHANGES[change]
+    first = ran(lab, "first", old, save_steps=3, kill=step)
+    second = ran(lab, "second", new, save_steps=1, kill=place + 1)  # converted, and then resumed as usual
+    last = ran(lab, "last", new)
     seen = counted(first, until=step) + counted(second, until=place + 1) + counted(last)
     assert seen == {(epoch, number): 1 for epoch in range(EPOCHS) for number in range(HALF)}
-    size, rest = today
+    size, rest = new
     steps = EPOCHS * HALF // (size * rest.get("batch_size", 4) * rest.get("accumulation", 1))
     for rank in [*second, *last]:
         for at, rate in dict(zip((batch[0] for batch in rank["seen"]), rank["rates"], strict=True)).items():
@@ -127,7 +127,7 @@ class TestOneProcess:
         assert resumed["step"] == 3
 
     @pytest.mark.parametrize(
-        ("then", "today", "words"),
+        ("old", "new", "words"),
         [
             (
                 {},
@@ -154,11 +154,11 @@ class TestOneProcess:
     )
     @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's
     def test_law_8_what_cannot_be_converted_is_refused(
-        self, tmp_path: Path, then: dict[str, Any], today: dict[str, Any], words: str
+        self, tmp_path: Path, old: dict[str, Any], new: dict[str, Any], words: str
     ) -> None:
-        self.first(tmp_path, **then)
+        self.first(tmp_path, **old)
         with pytest.raises(PositionError, match=words):
-            self.go(tmp_path, "second", **today)
+            self.go(tmp_path, "second", **new)
 
     def test_law_8_other_data_between_two_epochs_is_said(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import OvertakenError
-from hf_cloudtrain.history import read_history
-from hf_cloudtrain.loop import TrainLoop
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import read_history
 from tests.faults.runs import wait_until
 from tests.integration import _loops
 from tests.integration._lab import Lab

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser, Page
 from tests.conftest import missing
 from tests.recorded import BEGAN, record_attempt, record_run, write
@@ -52,7 +52,7 @@ def report(run: Path, output: Path) -> Path:
     return output
 
 
-def refuse_trouble(page: Page, path: Path) -> None:
+def check_no_trouble(page: Page, path: Path) -> None:
     assert page.complaints == []
     assert [url for url in page.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
 
@@ -73,7 +73,7 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(
     assert page.ask("document.scrollingElement.scrollWidth") == width
     assert page.ask("document.body.innerText").count("checkpoint-400") >= 1
     assert "Loss: 0.3386 at step 400" in page.ask("document.body.innerText")
-    refuse_trouble(page, path)
+    check_no_trouble(page, path)
 
 
 def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:
@@ -94,7 +94,7 @@ def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browse
     page.ask("Plotly.Fx.hover('metrics', [{curveNumber: 0, pointNumber: 0}])")
     assert "window.pwned" in page.ask("document.querySelector('#metrics .hoverlayer').textContent")
     assert page.ask("window.pwned === undefined && document.images.length === 0")
-    refuse_trouble(page, path)
+    check_no_trouble(page, path)
 
 
 def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browser) -> None:
@@ -105,4 +105,4 @@ def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browse
     page.wait("document.querySelectorAll('.chart').length === 0 || " + DRAWN)
     assert "None is committed" in page.ask("document.body.innerText")
     assert page.ask("getComputedStyle(document.body).backgroundColor") == "rgb(17, 21, 27)"
-    refuse_trouble(page, path)
+    check_no_trouble(page, path)

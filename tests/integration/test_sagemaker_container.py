@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.datasets import DatasetStore
-from hf_cloudtrain.engines import sagemaker
-from hf_cloudtrain.job import parse_job
-from hf_cloudtrain.job_record import JobStore
-from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.submission import Submission
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.datasets.store import DatasetStore
+from hf_cloudtrain.jobs.engines.sagemaker import engine
+from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.storage.client import Storage
 from tests.conftest import missing
 from tests.integration._instances import Instance, Instances, not_possible
 from tests.integration._zygote import PATIENCE, REPOSITORY
@@ -137,13 +138,13 @@ def handed_over(
     for name, value in moto.env.items():
         monkeypatch.setenv(name, value)
     sent: list[dict[str, Any]] = []
-    create = sagemaker.create
+    create = engine.create
 
     def noted(region: str, request: dict[str, Any], secrets: tuple[str, ...]) -> str:
         sent.append(request)
         return create(region, request, secrets)
 
-    monkeypatch.setattr(sagemaker, "create", noted)
+    monkeypatch.setattr(engine, "create", noted)
     # By its name tests of other jobs know which processes are theirs, whatever server it is on.
     store = JobStore(f"s3://{moto.make_bucket()}/sagemaker-{os.getpid()}")
     (tmp_path / "numbers.txt").write_text("\n".join(map(str, NUMBERS)))
@@ -163,7 +164,7 @@ def handed_over(
     )
     submission.workspace.mkdir(parents=True)
     shutil.copy(SCRIPT, submission.workspace / "train.py")
-    sagemaker.ENGINE.submit(submission, store, record)
+    engine.ENGINE.submit(submission, store, record)
     return submission, sent[0], store
 
 

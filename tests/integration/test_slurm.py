@@ -10,13 +10,13 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from hf_cloudtrain import jobs
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.engines.slurm import ENGINE
-from hf_cloudtrain.engines.slurm_client import SlurmClient
-from hf_cloudtrain.job_record import JobRecord
-from hf_cloudtrain.storage import Storage
-from hf_cloudtrain.vms import find
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.jobs import lifecycle
+from hf_cloudtrain.jobs.engines.slurm.client import SlurmClient
+from hf_cloudtrain.jobs.engines.slurm.engine import ENGINE
+from hf_cloudtrain.jobs.inventory import find
+from hf_cloudtrain.jobs.records import JobRecord
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.slurm_cluster import SlurmCluster
 
@@ -86,7 +86,7 @@ class Cluster(Desk):
 
     def looked_at(self, job_id: str = "toy") -> JobRecord:
         """As `job status` shows it."""
-        return jobs.look(self.store, self.record(job_id))
+        return lifecycle.look(self.store, self.record(job_id))
 
     def wait_until_left(self, state: str, job_id: str = "toy") -> None:
         """Until Slurm has a job in a state that it keeps."""

@@ -48,15 +48,13 @@ CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(lab: Lab, change: str) -> None:
-    then, today, step, same_place = CHANGES[change]
-    killed(lab, "first", then, kill_at=step + 1, committed=step, samples=HALF)
-    plain = trained(lab, "plain", today, samples=HALF, run_url=None)
-    resumed = trained(lab, "second", today, samples=HALF)
+    old, new, step, same_place = CHANGES[change]
+    killed(lab, "first", old, kill_at=step + 1, committed=step, samples=HALF)
+    plain = trained(lab, "plain", new, samples=HALF, run_url=None)
+    resumed = trained(lab, "second", new, samples=HALF)
     assert lab.manifest(1, step).position.epoch == 1.5
-    seen = samples_of(lab, "first", then[0], until=step) + samples_of(
-        lab, "second", today[0], after=same_place
-    )
-    assert seen == samples_of(lab, "plain", today[0])
+    seen = samples_of(lab, "first", old[0], until=step) + samples_of(lab, "second", new[0], after=same_place)
+    assert seen == samples_of(lab, "plain", new[0])
     assert Counter(seen) == dict.fromkeys(range(HALF), EPOCHS)
     assert resumed["step"] == plain["step"]
     rates = [record["learning_rate"] for record in plain["log"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.history import read_history
+from hf_cloudtrain.tracking.history import read_history
 from tests.integration._lab import Lab
 from tests.proxy import Proxy, s3_error
 from tests.servers import MotoServer

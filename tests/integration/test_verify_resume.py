@@ -12,9 +12,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from hf_cloudtrain.catalog import Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
 from tests.integration._rehearsed import PLAIN, fork_instead
 from tests.integration._zygote import Zygote
 

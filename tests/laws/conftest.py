@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import catalog as catalog_module
-from hf_cloudtrain import storage, uploader
+from hf_cloudtrain.checkpoints import catalog as catalog_module
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.storage import client
 from tests.faults.runs import Machines
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RETRY_PAUSES", (0.0,) * len(storage.RETRY_PAUSES))
-    monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+    monkeypatch.setattr(client, "RETRY_PAUSES", (0.0,) * len(client.RETRY_PAUSES))
+    monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
     monkeypatch.setattr(catalog_module, "SETTLE_SECONDS", 0.0)
 
 

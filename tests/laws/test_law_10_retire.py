@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import checkpointer
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
+from hf_cloudtrain.checkpoints import checkpointer
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.retention import Policy, Retention
 from hf_cloudtrain.errors import NoCheckpointError, OvertakenError, StorageError
-from hf_cloudtrain.retention import Policy, Retention
 from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, contents, wait_until
 
 OLD, NEW = CheckpointKey(1, 5), CheckpointKey(1, 10)
@@ -146,9 +147,9 @@ def test_law_10_a_step_that_was_retired_can_be_saved_again(machines: Machines, m
 
 def settled(machine: Machine) -> None:
     """Until the pass after the last commit is over."""
-    uploader = machine.checkpointer._uploader
-    assert uploader is not None
-    wait_until(lambda: not uploader._retiring, "the pass is over")
+    upload_queue = machine.checkpointer._upload_queue
+    assert upload_queue is not None
+    wait_until(lambda: not upload_queue._retiring, "the pass is over")
 
 
 def limited(machines: Machines, name: str = "out", limit: int = 2, n: int | None = None) -> Machine:
@@ -205,9 +206,9 @@ def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
     ending.join(DEADLINE)
     assert not ending.is_alive()
     machine.checkpointer.drain()
-    uploader = machine.checkpointer._uploader
-    assert uploader is not None
-    assert uploader._retiring, "it hangs, and nobody waits for it"
+    upload_queue = machine.checkpointer._upload_queue
+    assert upload_queue is not None
+    assert upload_queue._retiring, "it hangs, and nobody waits for it"
     assert (1, 10) in machines.committed()
 
 
@@ -241,9 +242,9 @@ def test_law_10_deleting_stops_while_there_is_something_to_upload(machines: Mach
     machine.save(25)
     wait_until(lambda: machines.storage.count("upload", "checkpoint-25/*"), "the upload")
     deleting.set()
-    uploader = machine.checkpointer._uploader
-    assert uploader is not None
-    wait_until(lambda: not uploader._retiring, "the pass is over")
+    upload_queue = machine.checkpointer._upload_queue
+    assert upload_queue is not None
+    wait_until(lambda: not upload_queue._retiring, "the pass is over")
     assert machines.storage.count("delete", "*/checkpoints/*") == 1
     assert machines.catalog.retiring() == [CheckpointKey(1, 5)], "cut off in the middle"
     machines.gate.set()

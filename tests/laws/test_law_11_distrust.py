@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_cloudtrain.catalog import Catalog
-from hf_cloudtrain.checkpointer import Checkpointer
-from hf_cloudtrain.downloader import download
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest, Position
 from hf_cloudtrain.errors import CloudTrainError, ManifestError
-from hf_cloudtrain.manifest import FileEntry, Manifest, Position
-from hf_cloudtrain.provenance import shown_command
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.runtime.provenance import shown_command
+from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import Machine, Machines, bytes_of, wait_until, write_files
 
@@ -338,7 +338,7 @@ def test_law_11_credentials_are_in_no_file_no_log_and_no_error(
         cloud.fail("upload", refused, path="checkpoint-5/*", times=3)
         machine.save(5)
         wait_until(
-            lambda: machine.checkpointer._uploader.last_error or cloud.count("upload") > 4, "a failure"
+            lambda: machine.checkpointer._upload_queue.last_error or cloud.count("upload") > 4, "a failure"
         )
         machine.wait()
         cloud.fail("list", refused, times=1_000)

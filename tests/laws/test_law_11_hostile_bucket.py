@@ -22,16 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hf_cloudtrain import uploader
-from hf_cloudtrain.catalog import Catalog, CheckpointKey
-from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.download import download, file_digest, move_aside, verify
+from hf_cloudtrain.checkpoints.host_parts import HostParts
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position, checkpoint_key
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.downloader import download, file_digest, move_aside, verify
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
-from hf_cloudtrain.history import read_history
-from hf_cloudtrain.manifest import META, FileEntry, Manifest, Position, checkpoint_key
-from hf_cloudtrain.parts import Parts
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.tracking.history import read_history
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("LAW_11_EXAMPLES", "25"))
@@ -158,8 +159,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "deep" / "down" / "sandbox"
     (folder / "tmp").mkdir(parents=True)
     monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
-    monkeypatch.setattr("hf_cloudtrain.storage.RETRY_PAUSES", ())
-    monkeypatch.setattr(uploader, "PAUSES", (0.01,))
+    monkeypatch.setattr("hf_cloudtrain.storage.client.RETRY_PAUSES", ())
+    monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
     return folder
 
 
@@ -379,7 +380,9 @@ def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_says_why_not(
     died: list[Any] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(threading, "excepthook", died.append)
-        patched.setattr("hf_cloudtrain.provenance._git_commit", lambda: None)  # starts git, as it should
+        patched.setattr(
+            "hf_cloudtrain.runtime.provenance._git_commit", lambda: None
+        )  # starts git, as it should
         with hostile_run(honest, sandbox, data) as run:
             checkpointer = Checkpointer(f"file://{run}", sandbox / "out", fresh=True)
 
@@ -398,8 +401,8 @@ def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_says_why_not(
                 short_error(go_on)
             finally:
                 checkpointer.close()
-                if checkpointer._uploader is not None:
-                    checkpointer._uploader._thread.join(20.0)
+                if checkpointer._upload_queue is not None:
+                    checkpointer._upload_queue._thread.join(20.0)
     assert died == []
 
 
@@ -477,7 +480,7 @@ def test_law_11_a_damaged_part_of_another_host_is_an_error_of_ours(sandbox: Path
         record = b'{"nonce": "nonce", "files": %s}' % files.encode()
         catalog.storage.write(f"{META}/parts/{key}/{host}-of-2.json", record)
     with pytest.raises(ManifestError, match="part "):
-        Parts(catalog, key, "nonce", save=1, hosts=2).files()
+        HostParts(catalog, key, "nonce", save=1, hosts=2).files()
 
 
 # Sizes and disks

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import CloudTrainError
-from hf_cloudtrain.provenance import facts, shown_command
-from hf_cloudtrain.redaction import redact, secrets_of_environment
+from hf_cloudtrain.runtime.provenance import facts, shown_command
+from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import Machine
 
@@ -157,7 +157,7 @@ UNPICKLES = {
     "numpy.load",
     "np.load",
 }
-ALLOWED = {"meeting.py"}
+ALLOWED = {"rendezvous.py"}
 """Ranks of one job tell each other what they found, as torch.distributed does."""
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.step_tracker import StepTracker
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.testing import Call
+from hf_cloudtrain.tracking.tracker import StepTracker
 from tests.faults.runs import Machine, Machines, bytes_of
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_cloudtrain.backends import LocalBackend
-from hf_cloudtrain.catalog import CheckpointKey
-from hf_cloudtrain.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.storage.backends import LocalBackend
 from hf_cloudtrain.testing import Call
 from tests.faults.runs import Machines, bytes_of, wait_until, write_checkpoint
 
@@ -94,7 +94,7 @@ def test_law_1_a_second_save_never_overwrites_what_a_commit_has_named(
     def accept_late(*args: object, **options: object) -> object:
         """The first save is committed just after the second was asked for."""
         machines.gate.set()
-        wait_until(lambda: not machine.checkpointer._uploader.pending(), "the first save is done")
+        wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the first save is done")
         return accept(*args, **options)
 
     monkeypatch.setattr(machine.checkpointer.outbox, "accept", accept_late)
@@ -142,7 +142,7 @@ def test_law_1_an_upload_that_was_cut_off_goes_on_in_its_own_folder(machines: Ma
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=1_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
     machine.stop()
     machines.storage.heal()
 

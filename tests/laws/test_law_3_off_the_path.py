@@ -6,8 +6,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from hf_cloudtrain import freeze
-from hf_cloudtrain.manifest import Position
+from hf_cloudtrain.checkpoints import freeze
+from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.testing import CrashPoint
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until, write_checkpoint, write_files
 
@@ -28,7 +28,7 @@ def test_law_3_a_save_does_not_wait_for_storage_that_hangs(machines: Machines) -
     machine.start()
     machines.storage.hold("any", machines.gate)
     in_time(lambda: machine.save(5))
-    wait_until(lambda: machine.checkpointer._uploader._current, "the upload of the first")
+    wait_until(lambda: machine.checkpointer._upload_queue._current, "the upload of the first")
     in_time(lambda: machine.save(10))
     assert [key.step for key in machine.waiting()] == [10, 5]
     machines.gate.set()
@@ -48,7 +48,7 @@ def test_law_3_a_save_makes_no_request_of_its_own(machines: Machines) -> None:
 
     machines.storage._request = noticed
     machine.save(5)
-    wait_until(lambda: not machine.checkpointer._uploader.pending(), "the upload")
+    wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the upload")
     assert threads, "the upload was seen"
     assert threading.main_thread() not in threads
 

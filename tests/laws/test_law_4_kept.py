@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
-from hf_cloudtrain.progress import Progress
-from hf_cloudtrain.uploader import flush
+from hf_cloudtrain.runtime.progress import Progress
 from tests.faults.runs import Machine, Machines, bytes_of, wait_until, write_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,7 @@ def test_law_4_rotation_during_an_outage_loses_nothing(machines: Machines) -> No
     machine.start()
     machines.storage.fail("any", times=1_000_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
     machine.save(10)
     machine.rotate(5)
     machine.rotate(10)
@@ -209,14 +209,14 @@ def test_law_4_what_another_process_flushed_meanwhile_is_not_called_lost(
     machine = machines.new()
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=6)  # one whole try
-    uploader = machine.checkpointer._uploader
-    put_back = uploader._put_back
+    upload_queue = machine.checkpointer._upload_queue
+    put_back = upload_queue._put_back
 
     def flushed_between_tries(*args: object) -> None:
         flush(machines.catalog, machine.checkpointer.outbox, Progress())
         put_back(*args)
 
-    uploader._put_back = flushed_between_tries
+    upload_queue._put_back = flushed_between_tries
     machine.save(5)
     machine.wait()
     assert machines.committed() == [(1, 5)]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.distributed import World
+from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.errors import NotCommittedError
-from hf_cloudtrain.manifest import Position
-from hf_cloudtrain.progress import Progress
+from hf_cloudtrain.runtime.progress import Progress
+from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.testing import flip_bit
-from hf_cloudtrain.uploader import flush
 from tests.faults.ranks import on_ranks
 from tests.faults.runs import Machines, bytes_of, wait_until, write_checkpoint
 
@@ -98,11 +98,11 @@ def test_law_5_the_end_fails_on_all_ranks_together(
 ) -> None:
     """Rank 0 alone moves bytes; the others must not go on to the next thing as if all were well."""
 
-    def train(world: World) -> None:
+    def train(ranks: Ranks) -> None:
         checkpointer = machines.new().checkpointer
         checkpointer.restore()
         checkpointer.begin(0)
-        if world.is_main:
+        if ranks.is_main:
             machines.storage.fail("any", times=1_000_000)
             write_checkpoint(checkpointer.output_dir, 5)
         checkpointer.save(checkpointer.output_dir / "checkpoint-5", Position(global_step=5))

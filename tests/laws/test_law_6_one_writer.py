@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain import backends
-from hf_cloudtrain import catalog as catalog_module
-from hf_cloudtrain.catalog import Attempt, Catalog, CheckpointKey
-from hf_cloudtrain.distributed import World
-from hf_cloudtrain.downloader import verify
+from hf_cloudtrain.checkpoints import catalog as catalog_module
+from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import OvertakenError
-from hf_cloudtrain.fence import Fence
-from hf_cloudtrain.manifest import META, Position
-from hf_cloudtrain.storage import Storage
+from hf_cloudtrain.runtime.ranks import Ranks
+from hf_cloudtrain.storage import backends
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import META
 from tests.contract.conftest import Place, new_place
 from tests.faults.ranks import on_ranks
 from tests.faults.runs import (
@@ -114,7 +115,7 @@ class TestTwoLiveAttempts:
         with ThreadPoolExecutor(3) as pool:
             attempts = list(pool.map(start, range(3)))
         catalog = Catalog(place.open())
-        left = [attempt for attempt in attempts if Fence(catalog, attempt).look() is None]
+        left = [attempt for attempt in attempts if Ownership(catalog, attempt).look() is None]
         assert [attempt.number for attempt in left] == [max(catalog.attempt_numbers())]
         if (
             place.exclusive
@@ -138,8 +139,8 @@ class TestTheOvertakenOne:
         machines.gate.set()
         told = overtaken(old)
 
-        wait_until(lambda: old.checkpointer._uploader._current is None, "the upload has stopped")
-        assert old.checkpointer._uploader.progress.done < len(bytes_of(5)["model.safetensors"])
+        wait_until(lambda: old.checkpointer._upload_queue._current is None, "the upload has stopped")
+        assert old.checkpointer._upload_queue.progress.done < len(bytes_of(5)["model.safetensors"])
         assert machines.storage.count("create", COMMITS) == 0
         assert not (machines.run / "checkpoint-5" / "model.safetensors").exists()
         assert old.waiting() == [CheckpointKey(1, 5)]
@@ -152,7 +153,7 @@ class TestTheOvertakenOne:
         old.start()
         new.start()
         tries: list[str] = []
-        old.checkpointer._uploader.progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
+        old.checkpointer._upload_queue.progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
         old.save(5)
         overtaken(old)
         for step in (6, 7, 8):
@@ -235,7 +236,7 @@ class TestTheOvertakenOne:
         machine.start()
         machines.storage.fail("list", path=f"{META}/attempts", times=1_000_000)
         machine.save(5)
-        wait_until(lambda: machine.checkpointer._uploader.last_error, "a failed look")
+        wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed look")
         assert machines.storage.count("create", COMMITS) == 0
         machines.storage.heal()
         machine.wait()
@@ -318,14 +319,14 @@ class TestTheOvertakenOne:
     def test_law_6_ends_on_all_ranks_together(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def train(world: World) -> None:
+        def train(ranks: Ranks) -> None:
             checkpointer = machines.new("old").checkpointer
             checkpointer.begin(0)
-            checkpointer.refuse_overtaken()
-            if checkpointer.world.is_main:
+            checkpointer.check_not_overtaken()
+            if checkpointer.ranks.is_main:
                 machines.catalog.begin_attempt(0.0, 0, None, {"host": "elsewhere"})
-                checkpointer._fence.look()
-            checkpointer.refuse_overtaken()
+                checkpointer._ownership.look()
+            checkpointer.check_not_overtaken()
 
         answers = on_ranks(3, train, monkeypatch)
         assert [type(answer) for answer in answers] == [OvertakenError] * 3
@@ -339,19 +340,19 @@ class TestTheOvertakenOne:
         monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "5")
         machines.storage.hold("upload", machines.gate, path="*/of-rank-1")
 
-        def train(world: World) -> int | None:
-            checkpointer = machines.new(f"host-{world.rank}").checkpointer
+        def train(ranks: Ranks) -> int | None:
+            checkpointer = machines.new(f"host-{ranks.rank}").checkpointer
             checkpointer.begin(0)
             folder = checkpointer.output_dir / "checkpoint-5"
-            write_files(folder, {f"of-rank-{world.rank}": b"1"})
+            write_files(folder, {f"of-rank-{ranks.rank}": b"1"})
             checkpointer.save(folder, Position(global_step=5))
             wait_until(lambda: machines.storage.count("upload", "*/of-rank-1"), "the upload")
-            if world.is_main:
+            if ranks.is_main:
                 machines.catalog.begin_attempt(0.0, 0, None, {})
                 wait_until(lambda: checkpointer.overtaken_by, "the look")
-            world.barrier()
+            ranks.barrier()
             with pytest.raises(OvertakenError):
-                checkpointer.refuse_overtaken() if how == "told by rank 0" else checkpointer.wait(DEADLINE)
+                checkpointer.check_not_overtaken() if how == "told by rank 0" else checkpointer.wait(DEADLINE)
             checkpointer.drain()
             return checkpointer.overtaken_by
 
@@ -402,7 +403,7 @@ class TestTheWindow:
         new.save(6, best=True, metrics={"best_metric": 0.5})
         new.wait()
         machines.gate.set()
-        old.checkpointer._uploader.wait(DEADLINE)
+        old.checkpointer._upload_queue.wait(DEADLINE)
         assert machines.catalog.pointer("best") == CheckpointKey(1, 5), "it is a checkpoint that exists"
         new.save(7)
         new.wait()

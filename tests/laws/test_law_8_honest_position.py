@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import PositionError
-from hf_cloudtrain.manifest import Position
-from hf_cloudtrain.position import Epoch, batches_per_epoch, convert
+from hf_cloudtrain.resume.topology import Epoch, batches_per_epoch, convert
 
 EPOCHS = 3
 

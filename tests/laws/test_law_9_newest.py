@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_cloudtrain.catalog import CheckpointKey
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import RunHasCheckpointsError
 from hf_cloudtrain.testing import flip_bit
 from tests.faults.runs import Machines, bytes_of, wait_until

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_cloudtrain.engines import skypilot as engine
-from hf_cloudtrain.engines.skypilot_task import SAVED, as_task
-from hf_cloudtrain.job_record import JobStore
+from hf_cloudtrain.jobs.engines.skypilot import engine
+from hf_cloudtrain.jobs.engines.skypilot.task import SAVED, as_task
+from hf_cloudtrain.jobs.records import JobStore
 from tests.conftest import missing
 from tests.fake_sky import DATA, GOLDEN, SKYPILOT, FakeSky, handed_over, job_text, submission_of
 
@@ -106,7 +106,7 @@ def test_skypilot_understands_periflows_jobs(said: dict[str, Any], name: str) ->
 def test_skypilot_takes_every_task(said: dict[str, Any], name: str) -> None:
     task = said["tasks"][name]
     assert "error" not in task
-    assert task["run"] == "exec python3 -m hf_cloudtrain.engines.skypilot_entry ~/hf_cloudtrain"
+    assert task["run"] == "exec python3 -m hf_cloudtrain.jobs.engines.skypilot.node_main ~/hf_cloudtrain"
     assert set(task["file_mounts"]) == {"~/hf_cloudtrain/job.json"}
 
 

@@ -1,0 +1,305 @@
+"""What work that is over has left on storage, and who may still own it.
+
+    deletion    a checkpoint whose manifest is gone and whose data is not: anybody may finish it
+    upload      a folder, or parts of hosts, without a manifest; files of it that were begun and never finished
+    save        the folder of a save that another save of the same step has replaced
+    file        one that was begun and never finished, beside whole ones or among our records
+    probe       the small object of a start that was killed while it tried the storage
+
+A claim is never taken away, nor is a record of an attempt or its steps: a process that wakes up after weeks must find
+its folder still its own, and nobody else's files in it.
+
+Who owns an upload is known by its attempt's number, and no clock but our own is trusted. It may go as soon as a newer
+attempt has committed a checkpoint: whatever its owner still does with it sorts below that one. Otherwise it may go when
+nothing has moved while we watched: neither it, nor the heartbeat of its attempt and of the newest one, for at least
+four heartbeats and a minute. An outbox that still holds it sends everything again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageError, StorageUnavailableError
+from hf_cloudtrain.storage.backends import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.names import META
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T", ObjectInfo, IncompleteUpload)
+
+WATCH_SECONDS = 60.0
+"""The shortest watch."""
+LONGEST_WATCH = 3600.0
+"""What a heartbeat's own words can make of it."""
+LOOKS = 20
+"""How often the heartbeats are looked at during a watch."""
+
+
+@dataclass(frozen=True)
+class LeftOver:
+    """One thing that somebody has left."""
+
+    what: str
+    """`deletion`, `upload`, `save`, `file` or `probe`."""
+    name: str
+    """Its folder or path, below the run URL."""
+    attempt: int | None = None
+    """Who wrote it; None where nobody knows."""
+    key: CheckpointKey | None = None
+    """The checkpoint that it would have been, or was."""
+    objects: tuple[ObjectInfo, ...] = ()
+    uploads: tuple[IncompleteUpload, ...] = ()
+    parts: tuple[str, ...] = ()
+    """Records of hosts that have sent theirs."""
+    free: bool = False
+    """Whether it may go without a watch."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is there."""
+        return sum(info.size for info in self.objects) + sum(upload.size for upload in self.uploads)
+
+    @property
+    def count(self) -> int:
+        """Objects, records and unfinished files."""
+        return len(self.objects) + len(self.uploads) + len(self.parts)
+
+
+def find(catalog: Catalog) -> list[LeftOver]:
+    """Everything that is left over, by name. Costs a listing of the whole run.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
+    return sorted(_Finder(catalog).left_overs(), key=lambda left: (left.name, left.what))
+
+
+def remove(catalog: Catalog, left: LeftOver) -> bool:
+    """Delete it; False where it was committed meanwhile, and is none.
+
+    The parts go first: a host that still has its files must find that it has to send them again.
+    """
+    if left.what == "deletion":
+        if left.key is not None:
+            return catalog.finish_retiring(left.key)
+        with contextlib.suppress(NoCheckpointError):  # somebody else has finished it
+            catalog.retire_folder(catalog.half_deleted_folders().get(left.name, ""))
+        return True
+    whole = left.what == "upload"
+    if whole and _is_committed(catalog, left):
+        return False
+    catalog.storage.delete(left.parts)
+    catalog.storage.abort(left.uploads)
+    catalog.storage.delete(info.path for info in left.objects)
+    return not (whole and _is_committed(catalog, left))
+
+
+class Watch:
+    """Whether anything moves: made before a pause, asked after it.
+
+    Example:
+        >>> watch = Watch(catalog, [left for left in find(catalog) if not left.free])
+        >>> for left, reason in watch.wait():    # None: nobody owns it
+        ...     print(left.name, reason or "may go")
+    """
+
+    def __init__(self, catalog: Catalog, left: Sequence[LeftOver]) -> None:
+        self._catalog = catalog
+        self._left = list(left)
+        self._attempts = catalog.attempt_numbers()
+        owners = {item.attempt for item in left if item.attempt is not None} & {*self._attempts}
+        self._beats = {number: catalog.read_progress(number) for number in (*owners, *self._attempts[-1:])}
+        beats = [_seconds(beat.get("interval_seconds")) for beat in self._beats.values() if beat]
+        self.seconds = min(
+            LONGEST_WATCH, max(WATCH_SECONDS, *(4 * beat for beat in (*beats, env.heartbeat())))
+        )
+        """How long it takes."""
+
+    def wait(self, sleep: Callable[[float], None] = time.sleep) -> Iterator[tuple[LeftOver, str | None]]:
+        """Each left-over with the reason why it stays; None where nothing has moved."""
+        moved: set[int] = set()
+        for _ in range(LOOKS):
+            if all(self._stays(item, moved) for item in self._left):
+                break
+            sleep(self.seconds / LOOKS)
+            moved |= {
+                number for number, beat in self._beats.items() if self._catalog.read_progress(number) != beat
+            }
+        # Only now: what was committed or has grown meanwhile is another thing, or none.
+        there = {(item.what, item.name): item for item in find(self._catalog)}
+        begun = self._catalog.attempt_numbers() != self._attempts
+        for item in self._left:
+            reason = self._stays(item, moved)
+            now = there.get((item.what, item.name))
+            if reason is None and begun and item.attempt is not None:
+                reason = "a new attempt has begun"
+            if reason is None and now is not None and replace(now, free=item.free) != item:
+                reason = "it has changed"
+            if now is not None:
+                yield item, reason
+
+    def _stays(self, item: LeftOver, moved: set[int]) -> str | None:
+        if item.what not in ("upload", "deletion"):
+            return None  # nobody works on it for so long
+        if any(re.search(r"/\d+-of-\d+\.json$", path) for path in item.parts):
+            return "another host may still have the rest: `cloudtrain checkpoint flush` there finishes it"
+        for number in filter(None, (item.attempt, *self._attempts[-1:])):
+            if number in moved:
+                return f"attempt {number} is alive"
+            if self._beats.get(number) is None:
+                return f"attempt {number} has no heartbeat, so nobody knows whether it is alive"
+        return None
+
+
+class _Finder:
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        uploads = _incomplete(catalog)
+        objects = catalog.storage.list("")
+        # After the listing: what was committed since is no left-over.
+        self._keys = catalog.checkpoints()
+        self._named = catalog.named_folders()
+        self._retiring = set(catalog.retiring()) - set(self._keys)
+        self._half_deleted = set(catalog.half_deleted_folders()) - self._named
+        self._records = {info.path: info for info in objects if info.path.startswith(f"{META}/")}
+        self._parts = self._parts_without_manifest()
+        self._objects = _by_folder(objects)
+        self._uploads = _by_folder(uploads)
+        self._homes = {folder: key for folder in {*self._objects, *self._uploads} if (key := _key_in(folder))}
+        self._suffixed = set(self._homes.values())
+
+    def left_overs(self) -> Iterator[LeftOver]:
+        homeless = {*self._parts, *self._retiring}
+        for folder in sorted({*self._objects, *self._uploads} - {"", META}):
+            found = self._in_folder(folder)
+            if found is not None:
+                yield found
+                if found.key is not None:
+                    homeless.discard(found.key)
+        for folder in sorted(self._half_deleted):
+            yield LeftOver("deletion", folder, **self._contents(folder), free=True)
+        for key in homeless:  # nothing else is there
+            yield self._of_checkpoint(key, f"{META}/{'retiring' if key in self._retiring else 'parts'}/{key}")
+        for path, info in self._records.items():
+            if re.fullmatch(rf"{re.escape(META)}/probe-[0-9a-f]{{16}}", path):
+                yield LeftOver("probe", path, objects=(info,))
+        for upload in self._uploads.get(META, ()):
+            yield LeftOver("file", upload.path, uploads=(upload,))
+
+    def _in_folder(self, folder: str) -> LeftOver | None:
+        """What a folder below the run is; None where it is whole, or none of ours."""
+        key = self._key_of(folder)
+        if key is not None and key not in self._keys:
+            return self._of_checkpoint(key, folder)
+        if key is not None and self._is_replaced(key, folder):
+            return LeftOver("save", folder, key.attempt, **self._contents(folder), free=True)
+        if key is not None or folder in self._named:
+            # All of it has arrived, so nobody sends any more.
+            uploads = tuple(self._uploads.get(folder, ()))
+            attempt = key.attempt if key else None
+            return LeftOver("file", folder, attempt, uploads=uploads, free=True) if uploads else None
+        if folder in self._half_deleted:
+            return None
+        if f"{META}/claims/{folder}.json" not in self._records or folder.startswith("checkpoint-"):
+            return None
+        attempt = self._catalog.claimed_by(folder)
+        return LeftOver("upload", folder, attempt, **self._contents(folder), free=self._is_below(attempt))
+
+    def _of_checkpoint(self, key: CheckpointKey, name: str) -> LeftOver:
+        deletion = key in self._retiring
+        return LeftOver(
+            "deletion" if deletion else "upload",
+            name,
+            key.attempt,
+            key,
+            **self._contents(name),
+            parts=self._parts.get(key, ()),
+            free=deletion or self._is_below(key.attempt),
+        )
+
+    def _key_of(self, folder: str) -> CheckpointKey | None:
+        """Whose folder it is, by its name, else by its claim."""
+        match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})", folder)
+        if match is None:
+            return self._homes.get(folder)
+        for key in self._keys:
+            # Most plain folders are of a checkpoint that exists, and need no look at their claim.
+            if key.step == int(match[1]) and key not in self._suffixed:
+                return key
+        attempt = self._catalog.claimed_by(folder)
+        return None if attempt is None else CheckpointKey(attempt, int(match[1]))
+
+    def _is_replaced(self, key: CheckpointKey, folder: str) -> bool:
+        """Whether a checkpoint that exists has its files in another folder, and will never have them in this one."""
+        plain = f"checkpoint-{key.step}"
+        rivals = {other for other, owner in self._homes.items() if owner == key} | {plain} & set(
+            self._objects
+        )
+        if rivals <= {folder}:
+            return False
+        try:
+            return self._catalog.read(key).folder != folder
+        except (ManifestError, NoCheckpointError):
+            return False
+
+    def _parts_without_manifest(self) -> dict[CheckpointKey, tuple[str, ...]]:
+        found: dict[CheckpointKey, tuple[str, ...]] = {}
+        for path in self._records:
+            match = re.fullmatch(rf"{re.escape(META)}/parts/([^/]+)/.+", path)
+            parsed = parse_checkpoint_key(match[1]) if match else None
+            key = CheckpointKey(*parsed) if parsed else None
+            if key is not None and key not in self._keys:
+                found[key] = (*found.get(key, ()), path)
+        return found
+
+    def _contents(self, folder: str) -> dict[str, Any]:
+        return {
+            "objects": tuple(self._objects.get(folder, ())),
+            "uploads": tuple(self._uploads.get(folder, ())),
+        }
+
+    def _is_below(self, attempt: int | None) -> bool:
+        """Whether a newer attempt has committed since."""
+        return attempt is not None and bool(self._keys) and self._keys[-1].attempt > attempt
+
+
+def _key_in(folder: str) -> CheckpointKey | None:
+    """The checkpoint that a folder with an attempt in its name is of."""
+    match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})\.a([1-9]\d{0,8})(?:\.[1-9]\d{0,8})?", folder)
+    return CheckpointKey(int(match[2]), int(match[1])) if match else None
+
+
+def _incomplete(catalog: Catalog) -> Sequence[IncompleteUpload]:
+    try:
+        return catalog.storage.incomplete()
+    except StorageUnavailableError:
+        raise
+    except StorageError as error:  # a server without this question, or a key that may not ask it
+        logger.warning("Uploads that were begun and never finished are not looked for. %s", error)
+        return []
+
+
+def _by_folder(items: Iterable[T]) -> dict[str, list[T]]:
+    """By the first part of their paths; "" for what is in no folder."""
+    found: dict[str, list[T]] = {}
+    for item in items:
+        folder, below, _ = item.path.partition("/")
+        found.setdefault(folder if below else "", []).append(item)
+    return found
+
+
+def _is_committed(catalog: Catalog, left: LeftOver) -> bool:
+    return left.name in catalog.named_folders() if left.key is None else catalog.holds(left.key)
+
+
+def _seconds(value: Any) -> float:
+    """A number of a record that nobody vouches for."""
+    return float(value) if type(value) in (int, float) and 0 < value < LONGEST_WATCH else 0.0

@@ -1,0 +1,65 @@
+"""What a training does differently while `cloudtrain verify-resume` tries it.
+
+It touches nothing outside of a scratch folder, and waits at the save after which it will be killed.
+
+    <scratch>/start/     current folder and output of the script
+    <scratch>/runs/      what it takes for its run URL (`env.py`)
+    <scratch>/hold       step of the save to wait at, and the process that will kill
+    <scratch>/go         it need not wait any longer
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from hf_cloudtrain import env
+from hf_cloudtrain.errors import ConfigurationError
+
+POLL = 0.02
+"""Seconds between two looks at a file."""
+
+
+def check_inside(output_dir: Path) -> None:
+    """Raise ConfigurationError where a rehearsed training would write into a folder that is not scratch."""
+    folder = env.verify_folder()
+    if folder is None or Path(folder).resolve() in output_dir.resolve().parents:
+        return
+    raise ConfigurationError(
+        f"The script writes to {str(output_dir)!r}, which verify-resume must not touch. Give the script its output "
+        "folder in the command, as in `cloudtrain verify-resume -- python train.py --output_dir {output_dir}`."
+    )
+
+
+def hold(step: int) -> None:
+    """Wait, after the save of a step, to be killed: a training of a few fast steps would be over before."""
+    folder = env.verify_folder()
+    if folder is None:
+        return
+    try:
+        wanted, killer = map(int, Path(folder, "hold").read_text().split())
+    except FileNotFoundError:
+        return
+    while step >= wanted and not Path(folder, "go").exists() and _lives(killer):
+        time.sleep(POLL)
+
+
+def write_hold(folder: Path, step: int) -> None:
+    """Have the training in `folder` wait at its first save from `step` on."""
+    beside = folder / "hold.new"
+    beside.write_text(f"{step} {os.getpid()}")
+    beside.replace(folder / "hold")
+
+
+def let_go(folder: Path) -> None:
+    """Have it wait no longer."""
+    (folder / "go").touch()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

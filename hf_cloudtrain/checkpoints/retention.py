@@ -1,0 +1,169 @@
+"""Which checkpoints stay on storage (law 10), and the passes that retire the others.
+
+    policy      the newest few, every n-th step; nothing without a limit
+    protected   whatever the policy: the newest, the best, the pinned, and the one that the newest attempt resumed from
+                until it has committed one of its own
+    pass        after a commit, beside the thread that uploads, on rank 0's host: one checkpoint after the other, and
+                before each a look whether a newer attempt has begun (law 6) and whether it was pinned
+
+A pass is left as soon as there is something to upload or the process ends; the next one finishes it, one checkpoint
+that was cut in half included.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, NoCheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What stays on storage beside what is protected.
+
+    Raises:
+        ConfigurationError: a number below 1, or steps to keep where everything is kept.
+
+    Example:
+        >>> CloudTrainCallback("s3://bucket/runs/mrpc", save_total_limit=3, keep_every_n_steps=10_000)
+    """
+
+    save_total_limit: int | None = None
+    """How many checkpoints, the newest ones of the run, whichever attempt saved them; None keeps all."""
+    keep_every_n_steps: int | None = None
+    """Steps that are a multiple of this stay too; of attempts that saved the same step, the newest one's."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigurationError(f"{name}={value!r} is not a whole number above 0.")
+        if self.keep_every_n_steps is not None and self.save_total_limit is None:
+            raise ConfigurationError(
+                f"keep_every_n_steps={self.keep_every_n_steps} says what stays beyond save_total_limit, which is not set, "
+                "so everything stays. Set save_total_limit too."
+            )
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether a step is one of every n."""
+        return self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
+
+
+def to_retire(
+    keys: Iterable[CheckpointKey], policy: Policy, protected: Collection[CheckpointKey]
+) -> list[CheckpointKey]:
+    """Those that may go, oldest first, so that what is interrupted leaves the newer ones.
+
+    Example:
+        >>> to_retire([CheckpointKey(1, step) for step in (10, 20, 30)], Policy(save_total_limit=1), protected=[])
+        [CheckpointKey(attempt=1, step=10), CheckpointKey(attempt=1, step=20)]
+    """
+    if policy.save_total_limit is None:
+        return []
+    ordered = sorted(keys)
+    milestones = {
+        key.step: key for key in ordered if policy.is_milestone(key.step)
+    }  # the last one of a step stays
+    kept = {*protected, *milestones.values(), *ordered[-policy.save_total_limit :]}
+    return [key for key in ordered if key not in kept]
+
+
+class Retention:
+    """Retires, for one attempt, what a policy lets go. One pass at a time.
+
+    Args:
+        attempt: nothing is deleted once a newer one has begun. None: another process of the attempt does it.
+
+    Example:
+        >>> retention = Retention(catalog, Policy(save_total_limit=3), attempt)
+        >>> retention.run(lambda: not hurry)
+    """
+
+    def __init__(self, catalog: Catalog, policy: Policy, attempt: Attempt | None) -> None:
+        self.policy = policy
+        self.attempt = attempt
+        self._catalog = catalog
+        self._best: CheckpointKey | None = None
+        self._unfinished = True
+        """Whether a deletion that was cut off may be waiting: an attempt before may have left one."""
+        self._unreadable: set[CheckpointKey] = set()
+        self._warned = False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything can ever go, and this process is the one that deletes it."""
+        return self.policy.save_total_limit is not None and self.attempt is not None
+
+    def hear_of_best(self, key: CheckpointKey) -> None:
+        """A best checkpoint was saved: it stays from now on, and not only from when its pointer has moved."""
+        self._best = max(key, self._best or key)
+
+    def run(self, go_on: Callable[[], bool] = lambda: True) -> None:
+        """One pass; never raises. Trouble is warned about once, and the next pass tries again.
+
+        Args:
+            go_on: asked between requests; at the first no the rest is left to the next pass.
+        """
+        if not self.is_active:
+            return
+        try:
+            self._finish_others(go_on)
+            self._retire(go_on)
+        except Exception as error:  # noqa: BLE001 - a pass that fails must not end the thread that uploads
+            say = logger.debug if self._warned else logger.warning
+            say(
+                "Old checkpoints could not be deleted from %r, which is tried again after the next commit: %s",
+                self._catalog.storage.url,
+                error,
+            )
+            self._warned = True
+
+    def _finish_others(self, go_on: Callable[[], bool]) -> None:
+        if not self._unfinished:
+            return
+        for key in self._catalog.retiring():
+            if not self._may_delete(go_on):
+                return
+            if self._catalog.finish_retiring(key, go_on=go_on):
+                logger.info("%s was half deleted, and is gone now.", key)
+        self._unfinished = not go_on()
+
+    def _retire(self, go_on: Callable[[], bool]) -> None:
+        for key in self._due():
+            if not self._may_delete(go_on):
+                return
+            if self._catalog.is_pinned(key):
+                continue  # since the listing
+            self._unfinished = True
+            try:
+                if not self._catalog.retire(key, go_on=go_on):
+                    return
+                logger.info("%s was deleted from %r: newer ones are there.", key, self._catalog.storage.url)
+            except NoCheckpointError:
+                pass  # somebody else did it
+            except ManifestError as error:
+                # Nobody knows which files are its own. A person may.
+                self._unreadable.add(key)
+                logger.warning("%s stays on storage: %s", key, error)
+            self._unfinished = False
+
+    def _due(self) -> list[CheckpointKey]:
+        keys = [key for key in self._catalog.checkpoints() if key not in self._unreadable]
+        if not to_retire(keys, self.policy, protected=()):
+            return []  # one request after most commits
+        protected = {*self._catalog.protected(), *([self._best] if self._best else [])}
+        return to_retire(keys, self.policy, protected)
+
+    def _may_delete(self, go_on: Callable[[], bool]) -> bool:
+        if self.attempt is None or not go_on():
+            return False
+        # Not by the attempt's fence: that one rests once the attempt is over, and a pass may still be under way.
+        if self._catalog.overtaken_by(self.attempt.number) is None and self._catalog.is_holder(self.attempt):
+            return True
+        logger.info("Attempt %d deletes nothing any more: it was overtaken.", self.attempt.number)
+        return False

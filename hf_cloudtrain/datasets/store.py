@@ -1,0 +1,386 @@
+"""Datasets of a store: folders of files in versions, on the same manifests, claims and commits as checkpoints.
+
+    create      digests of what the newest version may have already -> claim -> copy there or send -> commit
+    local_copy  verified, read-only, and one for all processes of a machine: data_cache.py
+    delete      the manifest first, then the files, oldest version first
+
+On storage, below `<store>/datasets/`, a version is a folder that `cloud.save` could have made:
+
+    glue/…, glue.2/…                        the files of versions 1 and 2, as they were
+    .cloudtrain/folders/glue-000002.json    the manifest of version 2: the commit
+
+Each is a whole folder, so that it can be copied anywhere by any tool; docs/decisions/0009 says what that costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import LARGE_AT_ONCE, SMALL_AT_ONCE, check_free_space
+from hf_cloudtrain.checkpoints.freeze import AcceptedFile, fresh_files
+from hf_cloudtrain.checkpoints.manifest import (
+    MAX_FILES,
+    CheckpointKey,
+    Manifest,
+    Position,
+    check_paths,
+    folder_name,
+    parse_folder_key,
+)
+from hf_cloudtrain.checkpoints.outbox import OutboxEntry
+from hf_cloudtrain.checkpoints.sender import send_folder
+from hf_cloudtrain.datasets.cache import LocalCopy
+from hf_cloudtrain.datasets.upload import Upload, digests, sending
+from hf_cloudtrain.errors import (
+    ConfigurationError,
+    CorruptCheckpointError,
+    ManifestError,
+    NoCheckpointError,
+    NoDatasetError,
+)
+from hf_cloudtrain.runtime.files import boot_id, is_left_over, temp_suffix
+from hf_cloudtrain.runtime.progress import Progress
+from hf_cloudtrain.runtime.provenance import origin
+from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.backends import is_local, local_path
+from hf_cloudtrain.storage.client import Storage, shown_url
+from hf_cloudtrain.storage.names import META, clean_path
+from hf_cloudtrain.storage.native import PART_SIZE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One version of a dataset."""
+
+    name: str
+    version: int
+    manifest: Manifest
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (version {self.version})"
+
+
+class DatasetStore:
+    """The datasets of one store.
+
+    Args:
+        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, and else a folder in the home folder.
+        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
+
+    Example:
+        >>> store = DatasetStore("s3://bucket/store")
+        >>> dataset, sent = store.create("glue", "data/glue")
+        >>> print(dataset, store.local_copy(dataset))
+        'glue' (version 1) /home/me/.cache/hf_cloudtrain/datasets/4f0c3c3a1b2d/glue-000001-9d2f41aa/glue
+    """
+
+    def __init__(self, store: str | None = None, *, storage_options: dict[str, Any] | None = None) -> None:
+        self.url = env.store(store)
+        self._options = env.storage_options(storage_options)
+        self.catalog = Catalog(
+            Storage(f"{self.url}{'' if self.url.endswith('/') else '/'}datasets", self._options)
+        )
+
+    def create(
+        self, name: str, source: str | Path, *, progress: Progress | None = None
+    ) -> tuple[Dataset, int | None]:
+        """Store a folder or a file as the newest version of a dataset.
+
+        What the version before has too is copied on the storage, and not sent. Links are followed.
+
+        Args:
+            source: a local path, or any URL, whose files come here first.
+
+        Returns:
+            The version, and how many bytes were sent; None where the newest version was exactly this one already.
+
+        Raises:
+            ConfigurationError: the name or the source cannot be used. StorageError
+            CorruptCheckpointError: a file was written meanwhile.
+        """
+        name = dataset_name(name)
+        progress = progress or Progress()
+        text = os.fspath(source)
+        self.catalog.storage.check()
+        with _at_hand(text, self._options, progress) as folder:
+            self._check_not_own_folder(folder)
+            entry = _entry(self.catalog.storage.url, name, folder, text)
+            with sending(Path(env.cache(None)), self.catalog, entry) as (upload, entry):
+                stored = self._store(entry, upload, progress)
+                upload.forget()
+                return stored
+
+    def versions(self) -> dict[str, list[int]]:
+        """Every dataset by its name, and its versions, ascending; by one LIST."""
+        found: dict[str, list[int]] = {}
+        for name, version in sorted(filter(None, map(parse_folder_key, self.catalog.folders()))):
+            found.setdefault(name, []).append(version)
+        return found
+
+    def find(self, name: str, version: int | None = None) -> Dataset:
+        """One version of a dataset; the newest where none is named. Raises NoDatasetError, ManifestError."""
+        known = self.versions()
+        if name not in known:
+            raise self._none_such(name, list(known))
+        versions = known[name]
+        wanted = versions[-1] if version is None else version
+        if wanted not in versions:
+            there = ", ".join(map(str, versions))
+            raise NoDatasetError(
+                f"There is no version {wanted} of the dataset {name!r} in {self.catalog.storage.url!r}. There "
+                f"{'is' if len(versions) == 1 else 'are'}: {there}."
+            )
+        try:
+            return Dataset(name, wanted, self.catalog.read_folder(key_of(name, wanted)))
+        except NoCheckpointError:  # deleted since the listing
+            raise self._none_such(name, []) from None
+
+    def delete(self, name: str, version: int) -> None:
+        """Delete one version. Raises NoDatasetError, ManifestError, StorageError."""
+        try:
+            self.catalog.retire_folder(key_of(name, version))
+        except NoCheckpointError:
+            raise self._none_such(name, []) from None
+
+    def half_deleted(self, name: str) -> list[int]:
+        """Versions whose deletion was cut off, ascending; `delete` finishes it."""
+        found = map(parse_folder_key, self.catalog.retiring_folders())
+        return sorted(item[1] for item in found if item and item[0] == name)
+
+    def local_copy(
+        self,
+        dataset: Dataset,
+        *,
+        cache: str | Path | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Path:
+        """The folder with a version's files on this machine, verified and read-only.
+
+        One process downloads it, and the others wait for it.
+
+        Args:
+            cache: folder for such copies; None takes `HF_CLOUDTRAIN_CACHE`, and else one in the home folder.
+            on_bytes: hears of bytes as they arrive.
+
+        Raises:
+            CorruptCheckpointError: a file on storage is not what was committed. StorageError
+        """
+        url = self.catalog.storage.url
+        place = hashlib.sha256(url.encode()).hexdigest()[:12]
+        copy = f"{dataset.manifest.key}-{dataset.manifest.nonce[:8]}"
+        home = Path(env.cache(cache), "datasets", place, copy)
+        try:
+            return LocalCopy(self.catalog, dataset.manifest, dataset.name, home).ensure(on_bytes)
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            raise ConfigurationError(
+                f"{error.filename!r} cannot be written to ({error.strerror}). Set {env.CACHE} to a folder that can."
+            ) from error
+
+    def _store(self, entry: OutboxEntry, upload: Upload, progress: Progress) -> tuple[Dataset, int | None]:
+        assert entry.name is not None
+        before = self._newest_whole(entry.name)
+        there = _bytes_there(self.catalog, entry, before.manifest) if before else {}
+        if before is not None and _is_same(entry, before.manifest, there):
+            return before, None
+        try:
+            manifest = send_folder(self.catalog, entry, progress, {**there, **upload.arrived(entry)})
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(
+                f"{entry.origin['source']!r} was written to meanwhile, so nothing was stored. Try again when nobody does. "
+                f"({error})"
+            ) from error
+        found = parse_folder_key(manifest.key)
+        assert found is not None
+        return Dataset(*found, manifest), progress.done
+
+    def _newest_whole(self, name: str) -> Dataset | None:
+        """The newest version, unless there is none that can be read."""
+        try:
+            return self.find(name)
+        except NoDatasetError:
+            return None
+        except ManifestError as error:
+            logger.warning("%s Everything is sent.", error)
+            return None
+
+    def _check_not_own_folder(self, folder: Path) -> None:
+        url = self.catalog.storage.url
+        if not is_local(url):
+            return
+        if Path(local_path(url)).resolve().is_relative_to(folder.resolve()):
+            raise ConfigurationError(
+                f"{str(folder)!r} holds the store {self.url!r} itself. Name a folder of it, or set {env.STORE} to "
+                "another place."
+            )
+
+    def _none_such(self, name: str, known: list[str]) -> NoDatasetError:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" The nearest name is {near[0]!r}." if near else ""
+        return NoDatasetError(
+            f"There is no dataset {name[:100]!r} in {self.catalog.storage.url!r}.{hint} `cloudtrain data list` shows those "
+            "that exist."
+        )
+
+
+def local_copy(name: str, version: int | None = None, *, store: str | None = None) -> Path:
+    """The folder with a dataset's files on this machine, verified, read-only and shared by its processes.
+
+    Args:
+        version: None takes the newest.
+        store: see `DatasetStore`.
+
+    Example:
+        >>> load_dataset(str(local_copy("glue")))
+    """
+    datasets = DatasetStore(store)
+    return datasets.local_copy(datasets.find(name, version))
+
+
+def dataset_name(name: str) -> str:
+    """A name for a dataset, checked."""
+    try:
+        return folder_name(name)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"{name[:100]!r} cannot name a dataset. Use up to 64 letters, digits, '.', '_' and '-', and do not begin with "
+            "'checkpoint-', for example 'glue'."
+        ) from None
+
+
+class _Source(OutboxEntry):
+    """Files where they lie: nobody else writes or rotates them, and `check_unchanged` finds out if somebody does."""
+
+    def local_path(self, file: AcceptedFile) -> Path:
+        return self.home / file.path
+
+
+def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
+    paths: list[str] = []
+    for path in fresh_files(folder, 0) if folder.is_dir() else (folder.name,):
+        paths.append(path)
+        if len(paths) > MAX_FILES:
+            raise ConfigurationError(
+                f"{str(folder)!r} holds more than the {MAX_FILES} files that a dataset may have. Pack them, for example as "
+                "parquet."
+            )
+    if not paths:
+        raise ConfigurationError(f"{str(folder)!r} holds no file.")
+    check_paths([clean_path(path) for path in paths], f"folder {str(folder)!r}")
+    home = folder if folder.is_dir() else folder.parent
+    return _Source(
+        run_url=url,
+        key=CheckpointKey(0, 0),
+        nonce="",  # see data_upload.py
+        position=Position(global_step=0),
+        created=time.time(),
+        name=name,
+        origin={**origin(), "source": shown_url(source)},
+        boot=boot_id(),
+        files=tuple(_accepted(home, path) for path in sorted(paths)),
+        home=home,
+    )
+
+
+def _accepted(folder: Path, path: str) -> AcceptedFile:
+    found = os.stat(folder / path)
+    return AcceptedFile(path, found.st_size, found.st_ino, found.st_mtime_ns)
+
+
+def _bytes_there(catalog: Catalog, entry: OutboxEntry, before: Manifest) -> dict[str, tuple[str, str]]:
+    """Which files a version has already, under whatever name: the object there, and its digest, by path.
+
+    Only what has the size of a file there is read here.
+    """
+    # As they are, and not only as they are promised: to create it anew is how a person heals a damaged one.
+    sizes_there = {info.path: info.size for info in catalog.storage.list(before.folder)}
+    whole = [file for file in before.files if sizes_there.get(before.object_path(file)) == file.size]
+    by_digest = {(file.size, file.digest): before.object_path(file) for file in whole}
+    sizes = {file.size for file in whole}
+    candidates = [file for file in entry.files if file.size in sizes]
+    return {
+        file.path: (by_digest[file.size, digest], digest)
+        for file, digest in zip(candidates, digests(entry, candidates), strict=True)
+        if (file.size, digest) in by_digest
+    }
+
+
+def _is_same(entry: OutboxEntry, before: Manifest, there: dict[str, tuple[str, str]]) -> bool:
+    here = {(file.path, there[file.path][1]) for file in entry.files if file.path in there}
+    return len(here) == len(entry.files) and here == {(file.path, file.digest) for file in before.files}
+
+
+@contextlib.contextmanager
+def _at_hand(source: str, options: dict[str, Any], progress: Progress) -> Iterator[Path]:
+    """A folder or file of this machine with what a path or URL names."""
+    if is_local(source):
+        path = Path(local_path(source))
+        if not path.is_dir() and not path.is_file():
+            raise ConfigurationError(f"{source!r} is neither a folder nor a file of this machine, nor a URL.")
+        yield path
+        return
+    place = Path(env.cache(None), "fetched")
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.iterdir():
+        if is_left_over(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    work = place / f"fetch-{temp_suffix()}"
+    work.mkdir()
+    try:
+        _fetch(source, options, work, progress)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress) -> None:
+    """Bring here what a URL names: all that is below it, or the one object that it is."""
+    storage, prefix = Storage(source, options), ""
+    sizes = _sizes(storage, prefix)
+    above, _, name = source.rpartition("/")
+    if not sizes and name and not above.endswith("/"):
+        storage, prefix = Storage(above, options), name
+        sizes = {path: size for path, size in _sizes(storage, prefix).items() if path == name}
+    shown = shown_url(source)
+    if not sizes:
+        raise ConfigurationError(f"There is no file at {shown!r}.")
+    check_paths([clean_path(path) for path in sizes], f"listing of {shown!r}")
+    total = sum(sizes.values())
+    check_free_space(work, total, work)
+    progress.begin(f"Fetching {shown}", total)
+
+    def fetch(path: str) -> None:
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(path, str(work / path), sizes[path], on_bytes=progress.add)
+
+    large = [path for path, size in sizes.items() if size > PART_SIZE]
+    small = [path for path, size in sizes.items() if size <= PART_SIZE]
+    in_threads(fetch, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
+    if _sizes(storage, prefix) != sizes:  # what has grown was cut off at the size that it had
+        raise CorruptCheckpointError(
+            f"{shown!r} was written to meanwhile, so nothing was stored. Try again when nobody does."
+        )
+
+
+def _sizes(storage: Storage, prefix: str) -> dict[str, int]:
+    return {info.path: info.size for info in storage.list(prefix) if not info.path.startswith(f"{META}/")}
+
+
+def key_of(name: str, version: int) -> str:
+    """Name of a version's manifest."""
+    return f"{name}-{version:06d}"

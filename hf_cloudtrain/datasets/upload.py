@@ -1,0 +1,116 @@
+"""What this machine remembers of an upload of a dataset until it is committed, so that one that was cut off goes on.
+
+    <cache>/sending/<store>-<name>.json     nonce of the upload, and digest of how its files looked
+    <cache>/sending/<store>-<name>.lock     held by the process that sends; it ends with that process
+
+The same nonce claims the same folder again. What has arrived there is not sent again, as long as no file looks
+different; if one does, what has arrived is taken away, and another folder is claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.download import file_digest
+from hf_cloudtrain.checkpoints.freeze import AcceptedFile
+from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
+from hf_cloudtrain.checkpoints.outbox import OutboxEntry
+from hf_cloudtrain.datasets.cache import alone
+from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.threads import in_threads
+
+HASHES_AT_ONCE = 4
+"""Files hashed at once: xxh3 is faster than most disks."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One upload of a dataset from this machine.
+
+    Args:
+        record: the file that remembers it.
+
+    Example:
+        >>> with sending(cache, catalog, entry) as (upload, entry):
+        ...     there = upload.arrived(entry)
+        ...     manifest = send_folder(catalog, entry, progress, there)
+        ...     upload.forget()
+    """
+
+    catalog: Catalog
+    record: Path
+    resumed: bool
+    """Whether it was begun before."""
+
+    def arrived(self, entry: OutboxEntry) -> dict[str, tuple[str, str]]:
+        """What is in the upload's own folder already: the object there, and its digest, by path."""
+        if not self.resumed or entry.name is None:
+            return {}
+        _, folder = self.catalog.begin_folder(entry.name, entry.nonce)
+        sizes = {info.path: info.size for info in self.catalog.storage.list(folder)}
+        # An object appears whole or not at all.
+        found = [file for file in entry.files if sizes.get(f"{folder}/{file.path}") == file.size]
+        return {
+            file.path: (f"{folder}/{file.path}", digest)
+            for file, digest in zip(found, digests(entry, found), strict=True)
+        }
+
+    def forget(self) -> None:
+        """It is committed, or was not needed."""
+        self.record.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sending(cache: Path, catalog: Catalog, entry: OutboxEntry) -> Iterator[tuple[Upload, OutboxEntry]]:
+    """Send an entry as the only process of this machine that sends this dataset.
+
+    Gives the upload, and the entry with its nonce.
+    """
+    store = hashlib.sha256(catalog.storage.url.encode()).hexdigest()[:12]
+    record = cache / "sending" / f"{store}-{entry.name}.json"
+    looks = _looks(entry)
+    with alone(record.with_suffix(".lock"), f"sends the dataset {entry.name!r}"):
+        nonce, known = _read(record)
+        resumed = known == looks
+        if not resumed:
+            if nonce and entry.name:
+                _take_away(catalog, entry.name, nonce)
+            nonce = secrets.token_hex(16)
+            beside = record.with_name(f".{record.name}-{temp_suffix()}")
+            beside.write_bytes(encode_record({"nonce": nonce, "looks": looks}))
+            os.replace(beside, record)
+        yield Upload(catalog, record, resumed), dataclasses.replace(entry, nonce=nonce)
+
+
+def digests(entry: OutboxEntry, files: list[AcceptedFile]) -> list[str]:
+    """Digests of files of an entry."""
+    (found,) = in_threads(lambda file: file_digest(entry.local_path(file)), (files, HASHES_AT_ONCE))
+    return found
+
+
+def _take_away(catalog: Catalog, name: str, nonce: str) -> None:
+    key, folder = catalog.begin_folder(name, nonce)  # the one that it has claimed
+    if not catalog.holds_folder(key):
+        catalog.storage.delete([info.path for info in catalog.storage.list(folder)])
+
+
+def _looks(entry: OutboxEntry) -> str:
+    files = [dataclasses.asdict(file) for file in entry.files]
+    return hashlib.sha256(encode_record({"home": str(entry.home), "files": files})).hexdigest()
+
+
+def _read(record: Path) -> tuple[str, str]:
+    try:
+        found = decode_record(record.read_bytes(), "record of an upload")
+    except (OSError, ManifestError):
+        return "", ""
+    return str(found.get("nonce", "")), str(found.get("looks", ""))

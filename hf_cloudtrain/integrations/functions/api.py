@@ -1,0 +1,313 @@
+"""Any PyTorch loop, function by function. All ranks call everything.
+
+    import hf_cloudtrain as ct
+
+    ct.init(total_train_steps=1_000, run_url="s3://bucket/runs/cifar", checkpoint_dir="ckpt")
+    folder = ct.restore()                       # None on the first start
+    while ct.processed_steps() < 1_000:
+        with ct.train_step():
+            ...
+        ct.metric({"loss": loss})
+        if ct.processed_steps() % 100 == 0 or ct.is_emergency_save():
+            if rank == 0:
+                torch.save(state, "ckpt/checkpoint.pt")
+            ct.upload_checkpoint()
+
+Names, meaning and order are those of the SDK of PeriFlow, so a script written for it needs another import only.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.retention import Policy
+from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
+from hf_cloudtrain.integrations.functions.modes import LocalRun, Mode, RemoteRun
+from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.tracking.exit_record import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+def init(
+    total_train_steps: int | None,
+    run_url: str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    local_log_name: str | os.PathLike[str] | None = None,
+    *,
+    save_total_limit: int | None = None,
+    keep_every_n_steps: int | None = None,
+) -> None:
+    """Begin; the first of these functions. It may come before or without a process group.
+
+    Without a run URL it is in local mode: metrics go to a file, and nothing is uploaded or restored.
+
+    Args:
+        total_train_steps: steps of the whole run; None where nobody knows.
+        run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        checkpoint_dir: the folder that the script saves into; None takes `HF_CLOUDTRAIN_CHECKPOINT_DIR`.
+        local_log_name: file for the metrics of local mode; None: `hf_cloudtrain_<time>[_<rank>].log`.
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+            pinned and the one that was resumed from stay.
+        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
+
+    Raises:
+        RunCompleteError: the steps that are done already are all.
+        ConfigurationError: an argument that cannot work.
+
+    Example:
+        >>> init(total_train_steps=1_000, run_url="s3://bucket/runs/cifar", checkpoint_dir="ckpt")
+    """
+    total = _checked_total(total_train_steps)
+    policy = Policy(save_total_limit, keep_every_n_steps)
+    if _Current.run is not None:
+        _Current.run.close()
+        _Current.run = None
+    url = env.run_url_or_none(run_url)
+    if url is None:
+        _Current.run = _Run(total, LocalRun(local_log_name), 0)
+        return
+    restored = _restored_by_launcher()
+    place = RemoteRun(url, env.checkpoint_dir(checkpoint_dir), total, restored, policy)
+    _Current.run = _Run(total, place, restored.step if restored else 0)
+
+
+def restore() -> str | None:
+    """Put the newest committed checkpoint back into the checkpoint folder; call it after `init`, before the first step.
+
+    Returns:
+        The folder; None on the first start of a run, and in local mode.
+
+    Raises:
+        RunCompleteError: that checkpoint is the end of the run.
+        CorruptCheckpointError: there are checkpoints, and not one of them is whole.
+        StorageError: the storage does not answer.
+
+    Example:
+        >>> if (folder := restore()) is not None:
+        ...     state = torch.load(f"{folder}/checkpoint.pt")
+    """
+    return _opened("restore").restore()
+
+
+def start_step() -> None:
+    """A training step begins.
+
+    Raises:
+        ConfigurationError: the step before has not ended.
+        RunHasCheckpointsError: the first step is step 1 of a run that has checkpoints.
+    """
+    _opened("start_step").start_step()
+
+
+def end_step() -> None:
+    """The training step is over, and counts as done.
+
+    Raises:
+        ConfigurationError: no step was started.
+    """
+    _opened("end_step").end_step()
+
+
+@contextmanager
+def train_step() -> Iterator[None]:
+    """`start_step` and `end_step` around a block; a block that raises is no step done.
+
+    Example:
+        >>> with train_step():
+        ...     loss.backward()
+        ...     optimizer.step()
+    """
+    run = _opened("train_step")
+    run.start_step()
+    try:
+        yield
+    except BaseException:
+        run.give_up_step()
+        raise
+    run.end_step()
+
+
+def upload_checkpoint() -> None:
+    """Take over the checkpoint folder, which was just written for this step; the upload is in the background.
+
+    It returns when the folder is copied (blocks are shared where the file system can), so it may be written again.
+    `.cloudtrain/` and temporary files are no part of it. After the last step it returns when it is committed.
+
+    Raises:
+        NotCommittedError: after the last step: the storage did not take it in time; it is kept here.
+        OvertakenError: a newer attempt of the run has begun, and it alone goes on.
+        ConfigurationError: nobody said which folder.
+    """
+    _opened("upload_checkpoint").upload_checkpoint()
+
+
+def metric(msg: dict[str, Any]) -> None:
+    """Record metrics of the current step: in the run, from rank 0; in local mode in a file of JSON lines.
+
+    Tensors of one value are kept as they are and read every few calls, so that no step waits for the device.
+
+    Example:
+        >>> metric({"loss": loss, "learning_rate": 0.1})
+    """
+    _opened("metric").metric(msg)
+
+
+def is_emergency_save() -> bool:
+    """Whether this step should be saved at once, because the machine is about to go: the same answer on all ranks.
+
+    The first call begins to listen: to SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and the notices of the cloud. Call it once a
+    step, on all ranks; the `upload_checkpoint` that follows waits until the checkpoint is committed or the time is up,
+    and ends the process. Local mode listens to nothing.
+
+    Raises:
+        PreemptedExit: from `upload_checkpoint`; a SystemExit with the code 75, in a notebook a PreemptedError.
+
+    Example:
+        >>> if step % 100 == 0 or is_emergency_save():
+        ...     torch.save(state, "ckpt/checkpoint.pt")
+        ...     upload_checkpoint()
+    """
+    return _opened("is_emergency_save").is_emergency_save()
+
+
+def processed_steps() -> int:
+    """Steps that are done, those of earlier attempts included."""
+    return _opened("processed_steps").done
+
+
+class _Run:
+    """The steps of one run in this process: what was called, and what may come next."""
+
+    def __init__(self, total: int | None, place: Mode, done: int) -> None:
+        self.done = done
+        self._total = total
+        self._place = place
+        self._started = False
+        self._begun = False
+        self._check_not_complete(done)
+
+    @property
+    def step(self) -> int:
+        """The step under way, else the last one."""
+        return self.done + self._started
+
+    def restore(self) -> str | None:
+        if self._begun:
+            raise ConfigurationError(
+                "restore() was called after training began. Call it right after init(), and load what it returns."
+            )
+        found = self._place.restore()
+        if found is None:
+            return None
+        folder, step = found
+        self._check_not_complete(step)
+        self.done = step
+        return folder
+
+    def start_step(self) -> None:
+        if self._started:
+            raise ConfigurationError(
+                f"start_step() was called twice: step {self.step} has not ended. Call end_step() after each step, or use "
+                "`with train_step():`."
+            )
+        self._begin()
+        if self.done == self._total:
+            logger.warning("Training goes on after step %d, the last one that init() was told of.", self.done)
+        self._started = True
+        self._place.begin_step()
+
+    def end_step(self) -> None:
+        if not self._started:
+            raise ConfigurationError(
+                "end_step() was called without start_step(). Call start_step() before each step, or use `with train_step():`."
+            )
+        self._started = False
+        self.done += 1
+        self._place.end_step(self.done)
+
+    def give_up_step(self) -> None:
+        self._started = False
+        self._place.end_step(None)
+
+    def upload_checkpoint(self) -> None:
+        self._begin()
+        self._place.upload(self.step, last=self._total is not None and self.step >= self._total)
+
+    def metric(self, msg: dict[str, Any]) -> None:
+        self._place.metric(self.step, msg)
+
+    def is_emergency_save(self) -> bool:
+        self._begin()
+        return self._place.is_emergency(self.step)
+
+    def close(self) -> None:
+        """The end of this run in this process, by a second `init` or by the end of the process."""
+        complete = self._total is not None and self.done >= self._total
+        error = getattr(sys, "last_value", None)  # set where an exception ends the process
+        state: Outcome
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            state = "failed"
+        else:
+            state = "finished" if complete or (error is None and self._total is None) else "stopped"
+        self._place.close(self.done, state)
+
+    def _begin(self) -> None:
+        """The first step, or an upload before it: by now a process group exists, if there will be one."""
+        if not self._begun:
+            self._place.begin(self.done)
+            self._begun = True
+            before_exit(self.close)
+
+    def _check_not_complete(self, done: int) -> None:
+        if self._total is not None and done >= self._total:
+            raise RunCompleteError(
+                f"total_train_steps={self._total} is not above the {done} steps that are done. Use the checkpoint as it "
+                "is, or raise total_train_steps."
+            )
+
+
+class _Current:
+    """The run of this process."""
+
+    run: _Run | None = None
+
+
+def _opened(function: str) -> _Run:
+    if _Current.run is None:
+        raise ConfigurationError(f"Call hf_cloudtrain.init(total_train_steps=…) before {function}().")
+    return _Current.run
+
+
+def _checked_total(total: Any) -> int | None:
+    if total is None:
+        return None
+    try:
+        number = operator.index(total)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(total, bool):
+        raise ConfigurationError(
+            f"total_train_steps={total!r} is no number of steps. Pass a whole number above 0, or None where nobody knows."
+        )
+    return number
+
+
+def _restored_by_launcher() -> CheckpointKey | None:
+    text = env.restored_checkpoint()
+    if text is None:
+        return None
+    key = parse_checkpoint_key(text)
+    if key is None:
+        raise ConfigurationError(
+            f"{env.RESTORED_CHECKPOINT}={text!r} is no key of a checkpoint, such as 000003-0000000500."
+        )
+    return CheckpointKey(*key)

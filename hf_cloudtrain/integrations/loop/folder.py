@@ -1,0 +1,287 @@
+"""How a loop's state gets into a checkpoint folder, out of it again, and into `best/` and `last/`.
+
+save    every rank writes into `.cloudtrain/saving-…`; when all have, it is renamed to `checkpoint-<step>`, the
+        Checkpointer takes it over, and the one before goes
+load    what the Checkpointer restored and verified is set on the live objects, on every rank
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer, Restored
+from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.checkpoints.manifest import Manifest, Position
+from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.integrations.loop import topology
+from hf_cloudtrain.integrations.loop.state import (
+    TRAINING_STATE,
+    LoopState,
+    is_for_people,
+    publish,
+    read_state,
+    remove_later,
+    repair,
+    repair_state,
+    wanted_by,
+    write_state,
+)
+from hf_cloudtrain.resume.data_position import DataPosition
+from hf_cloudtrain.resume.random_state import RandomState
+from hf_cloudtrain.resume.topology import Conversion
+from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.storage.names import META
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where this process stands in the data and in its random numbers."""
+
+    place: dict[str, Any] | None
+    """Position in the epoch's data; None between two epochs."""
+    now: RandomState
+    seed: int | None = None
+    """That of Accelerate's seedable sampler."""
+    inexact_reason: str | None = None
+
+    @classmethod
+    def of(cls, place: DataPosition, *, between_epochs: bool) -> Cursor:
+        """The present; an epoch that is over needs no place in its data."""
+        if between_epochs:
+            return cls(None, place.random_state(), place.seed)
+        return cls(place.state_dict(), place.random_state(), place.seed, place.inexact_reason)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint says of this process."""
+
+    state: LoopState
+    here: Cursor
+    manifest: Manifest
+    position: Position
+    """What decides the meaning of a step, as it is now."""
+
+
+class LoopFolder:
+    """The local folder of a loop: the newest checkpoint, `best/` and `last/`.
+
+    Args:
+        processing_class: saved beside the model.
+    """
+
+    def __init__(self, accelerator: Any, checkpointer: Checkpointer, processing_class: Any) -> None:
+        self._accelerator = accelerator
+        self._checkpointer = checkpointer
+        self._ranks = checkpointer.ranks
+        self._output_dir = checkpointer.output_dir
+        self._processing_class = processing_class
+        self._newest: Path | None = None
+        self._token = ""
+        self._shown = _InOrder(None)
+
+    def load(self) -> Resumed | None:
+        """Bring the newest checkpoint here and set it on the live objects; None where the run has none.
+
+        Raises:
+            PositionError: its place cannot be found with the processes, batches and accumulation of today.
+        """
+        self._ranks.each_leader(lambda: repair(self._output_dir), f"tidy {str(self._output_dir)!r}")
+        conversions: dict[str, Conversion | None] = {}
+
+        def accept(manifest: Manifest) -> None:
+            conversion = topology.plan(self._accelerator, manifest)
+            conversions[manifest.key] = conversion
+            renumbered = conversion is not None and conversion.is_renumbered
+            self._checkpointer.renumber(
+                manifest.key, conversion.global_step if conversion and renumbered else None
+            )
+
+        # Process 0's files tell the place to processes that did not exist.
+        wanted = wanted_by([0, *self._ranks.neighbours])
+        restored = self._checkpointer.restore(wanted=wanted, accept=accept)
+        if restored is None:
+            return None
+        conversion = conversions[restored.manifest.key]
+        if conversion is not None and self._ranks.is_main:
+            more = (conversion.now.world_size or 1) > (conversion.saved.world_size or 1)
+            logger.warning("%s", conversion.story(restored.manifest.folder, derived=more))
+        return self._ranks.here(lambda: self._set(restored, conversion), f"load {restored.path.name}")
+
+    def save(
+        self,
+        state: LoopState,
+        here: Cursor,
+        position: Position,
+        *,
+        metrics: dict[str, float],
+        best: bool,
+    ) -> None:
+        """Save everything as `checkpoint-<step>`. `here` is where a resume goes on."""
+        # Named after rank 0's process, so that what it leaves behind is known as such, and one that is alive is spared.
+        self._token = self._token or self._ranks.agree(temp_suffix, "name a folder")
+        folder = self._output_dir / f"checkpoint-{state.step}"
+        beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
+        try:
+            self._ranks.here(lambda: self._write(beside, here), f"write {folder.name}")
+            self._ranks.here(
+                lambda: self._move_in(beside, folder, state), f"put {folder.name} into its place"
+            )
+        except Exception:
+            shutil.rmtree(beside, ignore_errors=True)  # the disk may be full
+            raise
+        self._checkpointer.save(
+            folder,
+            position,
+            inexact_reason=here.inexact_reason,
+            metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
+            best=best,
+            all_written=True,
+        )
+        if self._ranks.is_main:
+            self._show(state, folder, ("last", "best") if best else ("last",))
+
+    def complete(self, state: LoopState) -> None:
+        """What was reached on another machine is brought here: `last/`, `best/`, and `log.json`. On one rank."""
+        self._shown.join()
+        if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
+            self._publish(self._newest, "last")
+        self._write_log(state)
+        if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
+            self._bring_best(state.best_step, state.best_nonce)
+
+    def _show(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
+        """Write what people look at: within an epoch while training goes on, at its end before the script does."""
+
+        def show() -> None:
+            for name in names:
+                self._publish(folder, name)
+            self._write_log(log)
+
+        log = dataclasses.replace(state, log=list(state.log))
+        self._shown = _InOrder(show)
+        if state.batches == 0:
+            self._shown.join()
+
+    def _bring_best(self, step: int, nonce: str) -> None:
+        catalog = self._checkpointer.catalog
+        manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
+        # Where hosts saved the step again, a number stands behind it.
+        best = next((found for found in manifests if f"{found.nonce}-".startswith(f"{nonce}-")), None)
+        if best is None:
+            logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
+            return
+        work = self._output_dir / META / f"best-{temp_suffix()}"
+        download(catalog, best, work / "files", wanted=is_for_people)
+        self._publish(work / "files", "best")
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _publish(self, folder: Path, name: str) -> None:
+        try:
+            publish(folder, self._output_dir / name)
+        except OSError as error:
+            logger.error(
+                "%r could not be written, and training goes on: %s", str(self._output_dir / name), error
+            )
+
+    def _write_log(self, state: LoopState) -> None:
+        try:
+            if state.log:
+                state.write_log(self._output_dir)
+        except OSError as error:
+            logger.error("'log.json' could not be written, and training goes on: %s", error)
+
+    def _set(self, restored: Restored, conversion: Conversion | None) -> Resumed:
+        manifest = restored.manifest
+        state = LoopState.read(restored.path)
+        if state.step != manifest.step:
+            raise ManifestError(f"{TRAINING_STATE!r} of {manifest.key} is of step {state.step}.")
+        read_state(self._accelerator, restored.path)
+        self._newest = restored.path
+        if conversion is None:
+            record = _record_of(restored.path, self._ranks.rank)
+            here = Cursor(record["place"], RandomState.from_record(record["now"]), record["seed"])
+            return Resumed(state, here, manifest, manifest.position)
+        return self._set_converted(restored, state, conversion)
+
+    def _set_converted(self, restored: Restored, state: LoopState, conversion: Conversion) -> Resumed:
+        rank, manifest = self._ranks.rank, restored.manifest
+        main = _record_of(restored.path, 0)
+        own = _record_of(restored.path, rank) if rank < (conversion.saved.world_size or 1) else None
+        topology.move_schedules(self._accelerator, conversion, manifest.folder)
+        place, now = topology.convert_here(main, own, conversion, state.seed, rank)
+        state = topology.convert_state(state, conversion)
+        # Where an accumulation ends is counted from here, and processes that did not exist have loaded no count.
+        self._accelerator.step = state.batches
+        return Resumed(state, Cursor(place, now, main["seed"]), manifest, conversion.now)
+
+    def _write(self, folder: Path, here: Cursor) -> None:
+        import torch
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(self._accelerator, folder)
+        record = {"place": here.place, "now": here.now.to_record(), "seed": here.seed}
+        torch.save(record, folder / f"loop_state_{self._ranks.rank}.pt")
+
+    def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
+        if not self._ranks.is_leader:
+            return
+        self._shown.join()  # it reads the folder that goes now
+        if self._ranks.is_main:
+            repair_state(self._accelerator, beside, self._processing_class)
+            (beside / TRAINING_STATE).write_text(state.encode())
+        if folder.exists():
+            _move_away(folder)
+        os.rename(beside, folder)
+        if self._newest is not None and self._newest != folder:
+            _move_away(self._newest)
+        self._newest = folder
+
+
+class _InOrder:
+    """Work in a thread of its own, which the end of the process waits for."""
+
+    def __init__(self, work: Callable[[], None] | None) -> None:
+        self._thread = threading.Thread(target=work, name="cloudtrain-show")
+        if work is not None:
+            self._thread.start()
+
+    def join(self) -> None:
+        """Wait until it is done."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+
+def _record_of(folder: Path, rank: int) -> dict[str, Any]:
+    import torch
+
+    record: dict[str, Any] = torch.load(
+        folder / f"loop_state_{rank}.pt", map_location="cpu", weights_only=True
+    )
+    return record
+
+
+def _nonce_in(folder: Path) -> str | None:
+    """Which save a published folder is of; None where there is none."""
+    try:
+        return LoopState.read(folder).nonce
+    except (OSError, ManifestError):
+        return None
+
+
+def _move_away(folder: Path) -> None:
+    gone = folder.parent / META / f"gone-{temp_suffix()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, gone)
+    remove_later(gone)

@@ -1,0 +1,162 @@
+"""What SkyPilot runs on each node: its variables become ours, paths are made, and the exit code says what comes next.
+
+    python3 -m hf_cloudtrain.jobs.engines.skypilot.node_main ~/hf_cloudtrain
+
+SkyPilot has one question at the end of a managed job, which the exit codes of the nodes answer:
+
+    0      do not start it again: finished; or stopped by a person, overtaken, nothing to train
+    75     saved and stopped, because the machine goes: start it again, as often as it takes (`recover_on_exit_codes`)
+    else   a crash: start it again, `max_restarts` times (`max_restarts_on_errors`)
+
+So a 0 need not be a success, and node 0 prints the verdict, which the engine reads. The first node that ends with
+another code than 0 makes SkyPilot kill the others at once (sky/backends/task_codegen.py, get_or_fail): one that has
+saved waits for those that still do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.engines.skypilot.task import SAVED, VERDICT
+from hf_cloudtrain.jobs.node.mounts import Mount, link
+from hf_cloudtrain.jobs.node.node import run_node
+from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.jobs.supervisor import Verdict, judge
+
+logger = logging.getLogger(__name__)
+
+WORKDIR = "~/sky_workdir"
+"""Where SkyPilot puts the workdir (sky/skylet/constants.py)."""
+PORT = 29500
+"""Torch's own default; the machines are the job's alone."""
+
+
+def run(home: Path, environment: Mapping[str, str] = os.environ) -> int:
+    """Do this node's part of one start; gives its exit code.
+
+    Raises:
+        ConfigurationError: the cluster is not what the job needs.
+    """
+    submission = Submission.load(home)
+    rank, master = place(submission, environment)
+    _find_workspace(submission)
+    start = _next_start(home)
+    code = run_node(
+        submission, node_rank=rank, master_addr=master, master_port=PORT, start=start, wrap=in_links
+    )
+    verdict = judge(submission, start, (code,) * submission.plan.nodes, None)
+    code = exit_code(verdict, code, managed=submission.job.skypilot.managed)
+    if rank == 0 and verdict.state is not None:
+        print(VERDICT + json.dumps({"state": verdict.state, "reason": verdict.reason}), flush=True)  # noqa: T201
+    if code == SAVED and submission.plan.nodes > 1:
+        _linger(submission.plan.grace)
+    return code
+
+
+def place(submission: Submission, environment: Mapping[str, str]) -> tuple[int, str]:
+    """This node's number and the address of node 0, from SkyPilot's variables.
+
+    https://docs.skypilot.co/en/latest/running-jobs/environment-variables.html
+
+    Raises:
+        ConfigurationError: there are too few nodes or GPUs, or this is none of SkyPilot's machines.
+    """
+    try:
+        rank = int(environment["SKYPILOT_NODE_RANK"])
+        addresses = environment["SKYPILOT_NODE_IPS"].split()
+        nodes = int(environment["SKYPILOT_NUM_NODES"])
+        gpus = int(float(environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or 0))
+        master = addresses[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigurationError(f"This is no node of SkyPilot's: {error} is not as it sets it.") from None
+    plan = submission.plan
+    if nodes != plan.nodes:
+        raise ConfigurationError(f"SkyPilot has started {nodes} nodes, and the job needs {plan.nodes}.")
+    if submission.job.vm is not None and gpus < plan.nproc_per_node:
+        raise ConfigurationError(f"The node has {gpus} GPUs, and the job needs {plan.nproc_per_node}.")
+    return rank, master
+
+
+def exit_code(verdict: Verdict, code: int, *, managed: bool) -> int:
+    """What SkyPilot is told; see the top."""
+    if verdict.state is None:
+        return SAVED if code == SAVED or not verdict.is_crash else 1
+    if verdict.state == "finished" or managed:
+        return 0
+    return 1  # a cluster of one start: nothing starts it again
+
+
+def in_links(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:  # noqa: ARG001 - see Wrap
+    """Make each mount path a link. The machine is the job's own: SkyPilot made it, in the job's image.
+
+    Raises:
+        ConfigurationError: a path holds something.
+    """
+    for mount in mounts:
+        target = Path(mount.target)
+        there = next(folder for folder in target.parents if folder.exists())
+        if not os.access(there, os.W_OK):
+            _link_as_root(mount.source.resolve(), target)
+    link(mounts)  # what is linked stays; it says what is wrong with the rest
+    return command
+
+
+def _link_as_root(source: Path, target: Path) -> None:
+    """SkyPilot's user of a machine without an image is an ordinary one, who may do everything by `sudo`."""
+    if target.resolve() == source:
+        return
+    steps = [["mkdir", "-p", "--", str(target.parent)], ["ln", "-sT", "--", str(source), str(target)]]
+    if target.exists():
+        steps.insert(1, ["rmdir", "--", str(target)])
+    for step in steps:
+        subprocess.run(["sudo", "-n", *step], stdin=subprocess.DEVNULL, check=False)
+
+
+def _find_workspace(submission: Submission) -> None:
+    if submission.workspace.exists():
+        return
+    synced = Path(WORKDIR).expanduser()
+    if submission.has_workspace:
+        submission.workspace.symlink_to(synced, target_is_directory=True)
+    else:
+        submission.workspace.mkdir()
+
+
+def _next_start(home: Path) -> int:
+    """SkyPilot may start a job again on the same machine, with what the start before has left."""
+    path = home / "start"
+    number = int(path.read_text()) + 1 if path.exists() else 1
+    path.write_text(str(number))
+    return number
+
+
+def _linger(seconds: float) -> None:
+    """Give the other nodes their grace. SIGTERM ends it."""
+    ended = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.append(True))
+    deadline = time.monotonic() + seconds
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def main() -> None:
+    """The command line above."""
+    logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
+    try:
+        sys.exit(run(Path(sys.argv[1]).expanduser()))
+    except ConfigurationError as error:
+        sys.exit(f"cloudtrain: {error}")
+
+
+if __name__ == "__main__":
+    main()

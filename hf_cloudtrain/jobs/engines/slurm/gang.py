@@ -1,0 +1,218 @@
+"""The nodes of a job within a Slurm allocation: one srun, one task a node.
+
+Nodes are told to stop by a signal to their job step, never by one to srun, which would kill them. That signal is SIGURG: the
+step's other processes ignore it unless they listen, and SIGTERM would end a `| tee` beside a training that saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from hf_cloudtrain.errors import PreemptedExit
+from hf_cloudtrain.jobs.engines.slurm.client import SlurmError, SlurmSilentError, call
+from hf_cloudtrain.jobs.node.node import MARGIN
+from hf_cloudtrain.jobs.submission import Submission
+
+logger = logging.getLogger(__name__)
+
+AGAIN = 2.0
+"""Seconds between two signals: a node that has not begun to listen has not heard the one before."""
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Below the ports that Linux hands out by itself: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
+OF_THE_JOB = (
+    *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
+    *("SLURM_EXPORT_ENV", "SLURM_DISTRIBUTION", "SLURM_SRUN_REDUCE_TASK_EXIT_MSG"),
+)
+"""Options of the allocation that srun would take for its own: it starts one task a node, which has all of it."""
+
+
+class SlurmGang:
+    """The nodes of a job; see `Gang`.
+
+    Args:
+        job: number of the Slurm job.
+    """
+
+    def __init__(self, submission: Submission, job: str) -> None:
+        self._submission = submission
+        self._job = job
+        self.number = 0
+        """Of the last start."""
+        self._srun: subprocess.Popen[str] | None = None
+        self._listener: threading.Thread | None = None
+        self._ends: dict[int, int | None] = {}
+        """Exit codes of the nodes that ended badly; None for one that was killed or lost."""
+        self._stopped_at: float | None = None
+        self._told_at = 0.0
+        self.codes: tuple[int | None, ...] = ()
+        """How the nodes of the last start ended."""
+        self.launch_failure: str | None = None
+        """Why Slurm could not begin a node of it."""
+
+    @property
+    def all_have_saved(self) -> bool:
+        """Whether the nodes ended because somebody told them all to, and not because one of them was in trouble."""
+        return self.launch_failure is None and set(self.codes) <= {0, PreemptedExit.CODE}
+
+    def start(self, number: int) -> None:
+        """Start every node. Raises OSError."""
+        self.number = number
+        self._ends = {}
+        self.launch_failure = None
+        self._stopped_at, self._told_at = None, 0.0
+        self._submission.log.mkdir(parents=True, exist_ok=True)
+        for rank in range(self._submission.plan.nodes):
+            with open(self._submission.node_log(rank), "ab") as log:
+                log.write(f"--- start {number} ---\n".encode())
+        try:
+            address = master_addr()
+        except SlurmError as error:
+            raise OSError(str(error)) from error
+        command = srun(self._submission, address, master_port(self._job, number), number)
+        self._srun = subprocess.Popen(
+            command,
+            env={name: value for name, value in os.environ.items() if name not in OF_THE_JOB},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        self._listener = threading.Thread(target=self._listen, args=(self._srun,), name="cloudtrain-srun")
+        self._listener.start()
+
+    def poll(self) -> tuple[int | None, ...] | None:
+        """Exit codes by node once all have ended, else None."""
+        assert self._srun is not None
+        assert self._listener is not None
+        code = self._srun.poll()
+        if code is not None:
+            self._listener.join()
+            self.codes = self._codes(code)
+            return self.codes
+        if self._stopped_at is None and (self._ends or self.launch_failure):
+            self.stop()
+        if self._stopped_at is not None:
+            now = time.monotonic()
+            if now > self._stopped_at + self._submission.plan.grace + 2 * MARGIN:
+                self.kill()
+            elif now > self._told_at + AGAIN:
+                self._tell("URG")
+        return None
+
+    def stop(self) -> None:
+        """Tell every node to stop."""
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            self._tell("URG")
+
+    def kill(self) -> None:
+        """End what is left, at once."""
+        if self._srun is None or self._srun.poll() is not None:
+            return
+        self._tell("KILL")
+        try:
+            self._srun.wait(MARGIN)
+        except subprocess.TimeoutExpired:
+            self._srun.kill()  # Slurm ends the nodes with the job
+            self._srun.wait()
+
+    def _tell(self, name: str) -> None:
+        self._told_at = time.monotonic()
+        assert self._srun is not None
+        try:
+            for step in self._steps():
+                call("scancel", f"--signal={name}", step)
+        except SlurmSilentError:
+            # srun passes this one on by itself, without the controller.
+            self._srun.send_signal(signal.SIGUSR1)
+        except SlurmError as error:
+            logger.info("%s", error)  # Slurm itself is ending the nodes, or they have ended
+
+    def _steps(self) -> list[str]:
+        """Number of the job step, once there is one."""
+        lines = call("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j").splitlines()
+        steps = [line.split() for line in lines]
+        return [words[0] for words in steps if words[1:] == [_step_name(self.number)]]
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "lacks support for cpu binding" not in line:  # we ask for none
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            self._ends.update(bad_ends(line))
+            if re.match(r"srun: error: .*\blaunch\b.*\bfailed", line):
+                self.launch_failure = self.launch_failure or line.strip()
+
+    def _codes(self, code: int) -> tuple[int | None, ...]:
+        ranks = range(self._submission.plan.nodes)
+        if (code == 0 or self._ends) and not self.launch_failure:
+            return tuple(self._ends.get(rank, 0) for rank in ranks)
+        return (None,) * len(ranks)  # srun itself failed, and has said why
+
+
+def srun(submission: Submission, address: str, port: int, number: int) -> list[str]:
+    """The command that starts the nodes."""
+    nodes = submission.plan.nodes
+    log = submission.log / "node-%n.log"
+    node = shlex.join([sys.executable, "-m", "hf_cloudtrain.jobs.node.node", str(submission.home)])
+    rest = shlex.join(["--master-addr", address, "--master-port", str(port), "--start", str(number)])
+    return [
+        *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+        # A node that has saved ends with 75 while others still save: the cluster's default must not kill those.
+        *("--kill-on-bad-exit=0", "--wait=0"),
+        *("--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
+        *(f"--job-name={_step_name(number)}", "--open-mode=append", f"--output={log}"),
+        *("bash", "-c", f"exec {node} --node-rank $SLURM_NODEID {rest}"),
+    ]
+
+
+def bad_ends(line: str) -> dict[int, int | None]:
+    """Exit codes by node in a line of srun's; it says nothing of the nodes that end with 0.
+
+    Example:
+        >>> bad_ends("srun: error: n[1-2]: tasks 0-1: Exited with exit code 75")
+        {0: 75, 1: 75}
+    """
+    match = re.search(r"\btasks? ([\d,-]+): (.*)", line)
+    if match is None or not line.startswith("srun: "):
+        return {}
+    code = re.match(r"Exited with exit code (\d+)", match[2])
+    if code is None and not re.match(
+        r"Killed|Terminated|Aborted|Segmentation|.*core dumped|unknown|.*[Ss]ignal", match[2]
+    ):
+        return {}
+    ends: dict[int, int | None] = {}
+    for part in filter(None, match[1].split(",")):
+        first, _, last = part.partition("-")
+        ends.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(code[1]) if code else None))
+    return ends
+
+
+def master_addr() -> str:
+    """How the nodes reach the first one: its name, or its address where the name means nothing."""
+    names = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    try:
+        socket.getaddrinfo(names[0], None)
+        return names[0]
+    except OSError:
+        match = re.search(r"\bNodeAddr=(\S+)", call("scontrol", "show", "node", "-o", names[0]))
+        return match[1] if match else names[0]
+
+
+def master_port(job: str, number: int) -> int:
+    """A port that another job or start does not take; should it be taken all the same, the next start has another."""
+    return FIRST_PORT + (int(job) * 101 + number) % PORTS
+
+
+def _step_name(number: int) -> str:
+    return f"start-{number}"

@@ -1,0 +1,229 @@
+"""What is known of each job, on the user's store: an engine may forget a job, and this does not.
+
+    <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
+    <store>/jobs/cancelled/mnli-2       somebody wants it to end
+
+and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder of that store below
+`~/.hf_cloudtrain/jobs/` where the store is elsewhere:
+
+    job.json      what its nodes are to do (submission.py)
+    workspace/    a copy of the folder that was given with -d
+    log/          node-0.log, node-1.log, … and supervisor.log
+    nodes/0/      exit files of node 0, one a start
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import re
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
+from hf_cloudtrain.errors import ManifestError, NoJobError
+from hf_cloudtrain.runtime.provenance import person
+from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.backends import is_local, local_path
+from hf_cloudtrain.storage.client import Storage
+
+State = Literal[
+    "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"
+]
+"""`preempted`: saved and stopped, and nobody starts it again by itself. `lost`: whoever watched over it is gone."""
+
+OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "cancelled"))
+"""States in which nothing of a job runs or waits."""
+READERS = 16
+"""Records that are read at once: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start of a job's nodes."""
+
+    number: int
+    began: float
+    """Seconds since 1970, as all times here."""
+    ended: float | None = None
+    outcome: str | None = None
+    """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken`, `failed`; None while it runs."""
+    reason: str | None = None
+    exit_codes: tuple[int | None, ...] = ()
+    """Of the nodes: 0 finished, 75 saved and stopped, 1 else; None for one that was lost. The reason has the command's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobRecord:
+    """One job, as it was last seen."""
+
+    id: str
+    """Name and number, such as `mnli-2`."""
+    name: str
+    engine: str
+    run_url: str
+    home: str
+    """Folder of the machine that submitted it."""
+    nodes: int
+    nproc_per_node: int
+    max_restarts: int
+    created: float
+    experiment: str | None = None
+    vm: str | None = None
+    submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
+    """User and host."""
+    submitter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The process that submits it (family.py): while there is no handle, nobody else would finish that."""
+    state: State = "queued"
+    reason: str | None = None
+    updated: float = 0.0
+    restarts: int = 0
+    """Starts after a crash."""
+    starts: tuple[Start, ...] = ()
+    handle: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What its engine finds it by, such as the number of a Slurm job."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it runs or waits."""
+        return self.state in OVER
+
+
+class JobStore:
+    """The jobs of one store.
+
+    Args:
+        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, and else a folder in the home folder.
+
+    Example:
+        >>> jobs = JobStore()
+        >>> jobs.read("mnli-2").state
+        'running'
+    """
+
+    def __init__(self, store: str | None = None) -> None:
+        self.url = env.store(store)
+        self._options = env.storage_options(None)
+        self.storage = Storage(self.below("jobs"), self._options)
+
+    def below(self, *names: str) -> str:
+        """URL of something in the store."""
+        return "/".join((self.url.rstrip("/"), *names))
+
+    def create(self, name: str, **facts: Any) -> JobRecord:
+        """Take the next number of a name. Facts are those of `JobRecord`; a missing run URL is one below the store."""
+        while True:
+            job_id = self.next_id(name)
+            run_url = facts.get("run_url") or self.below("runs", job_id)
+            record = JobRecord(
+                id=job_id,
+                name=name,
+                home=str(self.home(job_id)),
+                created=time.time(),
+                submitted_by=person(),
+                **{**facts, "run_url": run_url},
+            )
+            if self.storage.create(_path(job_id), _encode(record)):
+                return record
+
+    def next_id(self, name: str) -> str:
+        """The id that the next job of a name gets."""
+        numbers = [number for other, number in map(_split, self.ids()) if other == name]
+        return f"{name}-{max(numbers, default=0) + 1}"
+
+    def ids(self) -> list[str]:
+        """Every job, by name and number."""
+        paths = [info.path for info in self.storage.list("records")]
+        return sorted((path[8:-5] for path in paths if path.endswith(".json")), key=_split)
+
+    def records(self) -> list[JobRecord]:
+        """Every job whose record can be read, oldest first."""
+        (found,) = in_threads(self._read_or_none, (self.ids(), READERS))
+        return sorted((record for record in found if record is not None), key=lambda record: record.created)
+
+    def _read_or_none(self, job_id: str) -> JobRecord | None:
+        try:
+            return _decode(self.storage.read(_path(job_id)), job_id)
+        except (FileNotFoundError, ManifestError):
+            return None
+
+    def read(self, job_id: str) -> JobRecord:
+        """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", job_id):
+            try:
+                return _decode(self.storage.read(_path(job_id)), job_id)
+            except FileNotFoundError:
+                pass
+        ids = self.ids()
+        same = [other for other in ids if _split(other)[0] == job_id]
+        if not same:
+            near = difflib.get_close_matches(job_id, ids, n=1)
+            hint = f" The nearest is {near[0]!r}." if near else ""
+            raise NoJobError(
+                f"There is no job {job_id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
+            )
+        return _decode(self.storage.read(_path(same[-1])), same[-1])
+
+    def write(self, record: JobRecord, **changes: Any) -> JobRecord:
+        """Show a job's record as it is now. One process at a time writes a record: whoever watches over the job."""
+        record = dataclasses.replace(record, updated=time.time(), **changes)
+        self.storage.write(_path(record.id), _encode(record))
+        return record
+
+    def ask_to_cancel(self, job_id: str) -> bool:
+        """Note that a job is to end; False where somebody had asked already."""
+        return self.storage.create(f"cancelled/{job_id}", encode_record({"asked": time.time(), **person()}))
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """Whether somebody wants a job to end."""
+        try:
+            self.storage.read(f"cancelled/{job_id}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def forget_cancel(self, job_id: str) -> None:
+        """The job may go on."""
+        self.storage.delete([f"cancelled/{job_id}"])
+
+    def home(self, job_id: str) -> Path:
+        """Folder of a job on this machine."""
+        if is_local(self.url):
+            return Path(local_path(self.url), "jobs", job_id)
+        # Other stores have jobs of the same ids, and so has the folder itself, which is the store of whoever sets none.
+        return Path(
+            env.own_folder(), "jobs", hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:12], job_id
+        )
+
+
+def _path(job_id: str) -> str:
+    return f"records/{job_id}.json"
+
+
+def _split(job_id: str) -> tuple[str, int]:
+    name, _, number = job_id.rpartition("-")
+    return (name, int(number)) if re.fullmatch(r"\d{1,9}", number) else (job_id, 0)
+
+
+def _encode(record: JobRecord) -> bytes:
+    return encode_record(dataclasses.asdict(record))
+
+
+def _decode(data: bytes, job_id: str) -> JobRecord:
+    what = f"record of the job {job_id!r}"
+    facts = decode_record(data, what)
+    known = {field.name for field in dataclasses.fields(JobRecord)}
+    try:
+        facts["starts"] = tuple(
+            Start(**{**start, "exit_codes": tuple(start.get("exit_codes", ()))})
+            for start in facts.get("starts", ())
+        )
+        record = JobRecord(**{key: value for key, value in facts.items() if key in known})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ManifestError(f"The {what} is damaged: {error}") from error
+    if record.id != job_id:
+        raise ManifestError(f"The {what} is that of {record.id!r}.")
+    return record

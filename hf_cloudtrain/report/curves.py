@@ -1,0 +1,202 @@
+"""The charts of a report that show something by step: loss, learning rate, step time, evaluations."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from hf_cloudtrain.report.figure import (
+    COLOURS,
+    LOST,
+    MOST_POINTS,
+    MOST_ROWS,
+    Chart,
+    colour,
+    many,
+    new_figure,
+    safe,
+)
+from hf_cloudtrain.runtime.text import clean, duration_text
+from hf_cloudtrain.tracking.history import History
+
+MOST_METRICS = 6
+"""Metrics of evaluations that one chart can hold."""
+
+Point = tuple[float, float, int]
+"""x, y and the attempt."""
+
+
+def loss_chart(history: History) -> Chart | None:
+    """Training loss by step, and that of evaluations."""
+    kept, lost = _logged(history.logs, "loss"), _logged(history.superseded, "loss")
+    evals = _logged(history.logs, "eval_loss")
+    if not kept and not evals:
+        return None
+    traces = [
+        *_curves(kept, "loss", "loss %{y:.5g}"),
+        *_curves(lost, "done again", "loss %{y:.5g}", lost=True),
+    ]
+    if evals:
+        marks = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond", "color": "#7a64d1"}}
+        traces.append(
+            {**_line(_thin(evals), "evaluation loss %{y:.5g}"), **marks, "name": "evaluation"}
+            | {"line": {"width": 1, "dash": "dot", "color": "#7a64d1"}}
+        )
+    seen = kept or evals
+    first, last, least = seen[0], seen[-1], min(seen, key=lambda point: point[1])
+    title = f"Loss: {last[1]:.4g} at step {last[0]:,.0f}"
+    text = f"From {first[1]:.4g} at step {first[0]:,.0f}; lowest {least[1]:.4g} at step {least[0]:,.0f}. "
+    return Chart("loss", title, text + _lost_text(history), _by_step(traces, "loss", history), 380, True)
+
+
+def learning_rate_chart(history: History) -> Chart | None:
+    """Learning rate by step."""
+    kept = _logged(history.logs, "learning_rate")
+    if not kept:
+        return None
+    lost = _logged(history.superseded, "learning_rate")
+    label = "learning rate %{y:.4g}"
+    traces = [*_curves(kept, "rate", label), *_curves(lost, "done again", label, lost=True)]
+    highest = max(kept, key=lambda point: point[1])
+    title = f"Learning rate: {kept[-1][1]:.3g} at step {kept[-1][0]:,.0f}"
+    text = f"Highest {highest[1]:.3g} at step {highest[0]:,.0f}."
+    return Chart("rate", title, text, _by_step(traces, "learning rate", history))
+
+
+def step_time_chart(history: History) -> Chart | None:
+    """Seconds of each step."""
+    attempts = history.step_attempts
+    kept: list[Point] = [
+        (step, seconds, attempts.get(step, 0))
+        for step, seconds in sorted(history.step_seconds.items())
+        if seconds > 0
+    ]
+    if not kept:
+        return None
+    lost: list[Point] = sorted(
+        (step, seconds, number) for number, step, seconds in history.redone_step_seconds if seconds > 0
+    )
+    usual = statistics.median(seconds for _, seconds, _ in kept)
+    slowest = max(kept, key=lambda point: point[1])
+    label = "%{y:.4g} s"
+    traces = [*_curves(kept, "steps", label), *_curves(lost, "done again", label, lost=True)]
+    wide_range = slowest[1] > 10 * usual
+    figure = _by_step(traces, "seconds a step" + (" (logarithmic)" if wide_range else ""), history)
+    figure.update_yaxes({"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"})
+    title = f"Step time: usually {duration_text(usual)}"
+    text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:,.0f}."
+    if len(kept) > MOST_POINTS:
+        text += " Of each stretch of steps, the fastest and the slowest are drawn."
+    return Chart("steptime", title, text, figure)
+
+
+def metrics_chart(history: History) -> Chart | None:
+    """What evaluations reported besides their loss."""
+    noise = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    names = sorted(
+        {key for log in history.logs for key in log if key.startswith("eval_") and key not in noise}
+    )
+    found = [(name, _logged(history.logs, name)) for name in names]
+    found = [(name, points) for name, points in found if points][:MOST_METRICS]
+    if not found:
+        return None
+    traces = []
+    for number, (name, points) in enumerate(found):
+        shown = safe(name.removeprefix("eval_"), 40)
+        style = {"color": COLOURS[number % len(COLOURS)]}
+        trace = _line(_thin(points), f"{shown} %{{y:.5g}}")
+        traces.append({**trace, "mode": "lines+markers", "line": style, "marker": style, "name": shown})
+    title = "Evaluations: " + ", ".join(
+        f"{clean(name)[5:45]} {points[-1][1]:.4g}" for name, points in found[:3]
+    )
+    return Chart("metrics", title, "As last reported.", _by_step(traces, "", history))
+
+
+def _by_step(traces: list[dict[str, Any]], y: str, history: History) -> Any:
+    """Dashed lines where an attempt resumed, a band over the steps that were done again after it."""
+    figure = new_figure(traces, "step", y)
+    figure.update_xaxes(tickformat=",d")
+    for before, info in list(zip(history.attempts, history.attempts[1:], strict=False))[-MOST_ROWS:]:
+        if info.resumed_from is None:
+            continue
+        line = {"width": 1, "dash": "dash", "color": colour(info.number)}
+        figure.add_vline(info.first_step, line=line, opacity=0.5)
+        if before.redone_steps and before.last_step > info.first_step:
+            figure.add_vrect(
+                info.first_step, before.last_step, fillcolor=LOST, opacity=0.12, line_width=0, layer="below"
+            )
+    return figure
+
+
+def _logged(logs: Iterable[dict[str, Any]], name: str) -> list[Point]:
+    found = []
+    for log in logs:
+        value = log.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
+            found.append((float(log["step"]), float(value), int(log["attempt"])))
+    return found
+
+
+def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -> Iterator[dict[str, Any]]:
+    """One line for all attempts of one colour; at each change of attempt it is interrupted."""
+    by_attempt: dict[int, list[Point]] = {}
+    for point in points:
+        by_attempt.setdefault(point[2], []).append(point)
+    numbers = sorted(by_attempt)
+    shown: set[bool] = set()
+    for drawn in COLOURS:
+        mine = [number for number in numbers if colour(number) == drawn]
+        if not mine:
+            continue
+        joined: list[Point | None] = []
+        for number in mine:
+            joined += [*_thin(by_attempt[number], max(40, MOST_POINTS // len(numbers))), None]
+        # A line needs two points; one alone would be drawn as nothing.
+        single = any(len(by_attempt[number]) == 1 for number in mine)
+        style = {"color": drawn, "width": 2, "dash": "dot" if lost else "solid"}
+        yield {
+            **_line(joined, label),
+            "mode": "lines+markers" if lost or single else "lines",
+            "line": style,
+            "marker": {"size": 4, "color": drawn, "symbol": "circle-open" if lost else "circle"},
+            "opacity": 0.75 if lost else 1.0,
+            "name": name if lost else f"attempt {mine[0]}" + (" …" if len(mine) > 1 else ""),
+            "showlegend": (lost not in shown) if lost else len(numbers) > 1,
+        }
+        shown.add(lost)
+
+
+def _line(points: Sequence[Point | None], label: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "x": [None if point is None else point[0] for point in points],
+        "y": [None if point is None else float(f"{point[1]:.6g}") for point in points],
+        "customdata": [None if point is None else point[2] for point in points],
+        "hovertemplate": f"step %{{x:,d}}<br>{label}<br>attempt %{{customdata}}<extra></extra>",
+        "connectgaps": False,
+    }
+
+
+def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """Of each stretch, the lowest and the highest: peaks stay."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    kept: list[Point] = []
+
+    def height(index: int) -> float:
+        return points[index][1]
+
+    for start in range(0, len(points), size):
+        stretch = range(start, min(start + size, len(points)))
+        kept += [points[index] for index in sorted({min(stretch, key=height), max(stretch, key=height)})]
+    return kept
+
+
+def _lost_text(history: History) -> str:
+    lost = sum(info.redone_steps for info in history.attempts)
+    if not lost:
+        return "No step was done twice."
+    return f"{many(lost, 'step')} {'was' if lost == 1 else 'were'} done again after a restart; the band shows where."

@@ -1,0 +1,264 @@
+"""The charts of a report that show where the time went: attempts, saves, uploads, stalls, lost work."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from hf_cloudtrain.report.figure import (
+    LOST,
+    MOST_POINTS,
+    MOST_ROWS,
+    Chart,
+    clock,
+    colour,
+    many,
+    new_figure,
+    safe,
+    utc,
+)
+from hf_cloudtrain.runtime.text import duration_text, size_text
+from hf_cloudtrain.tracking.history import AttemptInfo, History
+from hf_cloudtrain.tracking.status import state_of
+
+KINDS = {
+    "steps": ("steps that count", "#2e9e6b"),
+    "again": ("steps done again later", LOST),
+    "start": ("starting, until the first step", "#6f8fb0"),
+    "evaluation": ("evaluation", "#7a64d1"),
+    "save": ("save", "#1f9fb5"),
+    "pause": ("other pause", "#b9a44c"),
+    "stall": ("stall: a step far slower than usual", "#e08a1e"),
+    "down": ("nobody trained", "#a3adb8"),
+    "rest": ("between steps, and not recorded", "#77828e"),
+}
+"""What time can go into: words and colour."""
+
+
+def timeline(history: History) -> Chart | None:
+    """A row for each attempt: what it did when, its saves and its uploads."""
+    rows = [info for info in history.attempts if info.last_seen > 0][-MOST_ROWS:]
+    if not rows:
+        return None
+    places = {info.number: -row for row, info in enumerate(rows)}
+    traces = [*_stretch_bars(rows, places), *_uploads(history, places), _ends(rows, places, history)]
+    thickness = max(14, min(46, 640 // len(rows)))
+    figure = new_figure(traces, "time (UTC)", "")
+    figure.update_layout(barmode="overlay")
+    every = math.ceil(len(rows) / 20)
+    shown = rows[::every]
+    figure.update_yaxes(
+        tickvals=[places[info.number] for info in shown],
+        ticktext=[f"attempt {info.number} " for info in shown],
+        range=[-len(rows) + 0.35, 0.6],
+        showgrid=False,
+        zeroline=False,
+    )
+    ends = [commit.committed for commit in history.commits.values() if commit.key.attempt in places]
+    first, last = min(info.started for info in rows), max(*(info.last_seen for info in rows), *ends, 0.0)
+    margin = max(1.0, 0.02 * (last - first))
+    figure.update_xaxes(type="date", range=[utc(first - margin), utc(last + margin)])
+    title = f"{many(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
+    left = len(history.attempts) - len(rows)
+    text = "A triangle is a save, the thin bar after it its upload."
+    if left > 0:
+        text += f" The newest {len(rows)} of {len(history.attempts)} attempts."
+    return Chart("timeline", title, text, figure, 78 + thickness * len(rows), True)
+
+
+def time_chart(history: History) -> Chart | None:
+    """Where the wall time of the run went."""
+    spent = time_spent(history)
+    wall = sum(spent.values())
+    if wall <= 0:
+        return None
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": ["run"],
+            "x": [seconds / wall * 100],
+            "name": f"{KINDS[kind][0]}: {duration_text(seconds)} ({seconds / wall:.1%})",
+            "marker": {"color": KINDS[kind][1], "line": {"width": 0}},
+            "hovertemplate": f"{KINDS[kind][0]}<br>{duration_text(seconds)}, %{{x:.1f}} %<extra></extra>",
+        }
+        for kind, seconds in spent.items()
+    ]
+    figure = new_figure(traces, "% of the time since the run began", "")
+    figure.update_layout(barmode="stack", margin={"l": 14})
+    figure.update_xaxes(range=[0, 100], showgrid=False)
+    figure.update_yaxes(visible=False)
+    goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
+    text = "From the start of the first attempt to the last heartbeat, restarts and all."
+    if spent.get("stall"):
+        text += " A stall is a step, too, and counts as one."
+    return Chart(
+        "goodput", f"Goodput: {goodput} of the time went into steps that count", text, figure, 118, True
+    )
+
+
+def commit_chart(history: History) -> Chart | None:
+    """Seconds from each save to its commit."""
+    commits = sorted(history.commits.values(), key=lambda commit: commit.saved)[-MOST_POINTS:]
+    if not commits:
+        return None
+    lags = [commit.lag for commit in commits]
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [utc(commit.saved) for commit in commits],
+        "y": lags,
+        "marker": {"size": 8, "color": [colour(commit.key.attempt) for commit in commits]},
+        "text": [
+            f"checkpoint-{commit.key.step}, attempt {commit.key.attempt}<br>on storage {duration_text(commit.lag)} after "
+            "its save" + (f"<br>{size_text(commit.size)}" if commit.size else "")
+            for commit in commits
+        ],
+        "hovertemplate": "%{text}<extra></extra>",
+        "showlegend": False,
+    }
+    figure = new_figure([trace], "time of the save (UTC)", "seconds to the commit")
+    figure.update_yaxes(rangemode="tozero")
+    usual, most = duration_text(statistics.median(lags)), duration_text(max(lags))
+    title = f"Upload lag: usually {usual}, at most {most}"
+    text = (
+        "From each save to the moment at which storage held it: what a loss of the machine would have cost."
+    )
+    return Chart("commits", title, text, figure)
+
+
+def time_spent(history: History) -> dict[str, float]:
+    """Seconds of the wall time by what they went into, without what is nothing."""
+    wall = history.wall_seconds
+    alive = _covered([(info.started, info.last_seen) for info in history.attempts])
+    steps = min(wall, sum(info.productive_seconds for info in history.attempts))
+    again = sum(info.redone_seconds for info in history.attempts)
+    stalls = sum(
+        stretch.seconds
+        for info in history.attempts
+        for stretch in info.stretches
+        if stretch.why == "stall" and stretch.began < info.kept_until
+    )
+    spent = {"steps": max(0.0, steps - stalls), "stall": min(steps, stalls), "again": again}
+    for kind in ("start", "evaluation", "save", "pause"):
+        spent[kind] = sum(
+            stretch.seconds for info in history.attempts for stretch in info.stretches if stretch.why == kind
+        )
+    spent["down"] = max(0.0, wall - alive)
+    left = wall
+    for kind, seconds in spent.items():  # attempts that overlap do more than the clock has
+        spent[kind] = min(seconds, max(0.0, left))
+        left -= spent[kind]
+    spent["rest"] = max(0.0, left)
+    return {kind: seconds for kind, seconds in spent.items() if seconds > 0}
+
+
+def _stretch_bars(rows: list[AttemptInfo], places: dict[int, int]) -> Iterator[dict[str, Any]]:
+    for kind, (name, shade) in KINDS.items():
+        bars = [(info, began, seconds) for info in rows for began, seconds in _stretches(info, kind)]
+        bars = sorted(bars, key=lambda bar: -bar[2])[:MOST_POINTS]
+        if bars:
+            yield _bar(bars, places, name, shade)
+
+
+def _stretches(info: AttemptInfo, kind: str) -> Iterator[tuple[float, float]]:
+    if kind == "steps" and info.kept_until > info.started and info.kept_steps:
+        yield info.started, info.kept_until - info.started
+    elif kind == "again" and info.redone_steps:
+        yield info.kept_until, info.last_seen - info.kept_until
+    elif kind == "start" and not info.kept_steps and not info.redone_steps:
+        yield info.started, max(0.0, info.last_seen - info.started)
+    else:
+        yield from ((item.began, item.seconds) for item in info.stretches if item.why == kind)
+
+
+def _bar(
+    bars: list[tuple[AttemptInfo, float, float]], places: dict[int, int], name: str, shade: str
+) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "base": [utc(began) for _, began, _ in bars],
+        "x": [seconds * 1000 for _, _, seconds in bars],  # a date axis counts milliseconds
+        "y": [places[info.number] for info, _, _ in bars],
+        "width": 0.5,
+        "name": name,
+        "marker": {"color": shade, "line": {"width": 0}},
+        "text": [
+            f"attempt {info.number}: {name}<br>{duration_text(seconds)}, from {clock(began)}"
+            for info, began, seconds in bars
+        ],
+        "textposition": "none",
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _uploads(history: History, places: dict[int, int]) -> Iterator[dict[str, Any]]:
+    commits = sorted(history.commits.values(), key=lambda commit: commit.saved)
+    commits = [commit for commit in commits if commit.key.attempt in places][-MOST_POINTS:]
+    if not commits:
+        return
+    rows = [places[commit.key.attempt] - 0.36 for commit in commits]
+    texts = [
+        f"checkpoint-{commit.key.step}<br>saved {clock(commit.saved)}<br>on storage {duration_text(commit.lag)} later"
+        for commit in commits
+    ]
+    common = {"text": texts, "hovertemplate": "%{text}<extra></extra>", "y": rows}
+    yield {
+        **common,
+        "type": "bar",
+        "orientation": "h",
+        "base": [utc(commit.saved) for commit in commits],
+        "x": [commit.lag * 1000 for commit in commits],
+        "width": 0.12,
+        "name": "upload",
+        "textposition": "none",
+        "marker": {"color": "#3b7dd8", "line": {"width": 0}},
+    }
+    yield {
+        **common,
+        "type": "scatter",
+        "mode": "markers",
+        "x": [utc(commit.saved) for commit in commits],
+        "name": "save",
+        "marker": {"symbol": "triangle-up", "size": 8, "color": "#3b7dd8"},
+    }
+
+
+def _ends(rows: list[AttemptInfo], places: dict[int, int], history: History) -> dict[str, Any]:
+    newest = history.attempts[-1].number
+    states = [state_of(info.state, info.last_seen, newest=info.number == newest) for info in rows]
+    symbols = {"finished": "circle", "training": "triangle-right", "started": "triangle-right"}
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [utc(info.last_seen) for info in rows],
+        "y": [places[info.number] for info in rows],
+        "text": [
+            f"attempt {info.number}: {safe(state)}<br>last heartbeat {clock(info.last_seen)}, step {info.last_step}"
+            for info, state in zip(rows, states, strict=True)
+        ],
+        "marker": {
+            "symbol": [symbols.get(state, "x") for state in states],
+            "size": 11,
+            "color": [_end_colour(state) for state in states],
+            "line": {"width": 1, "color": "#ffffff"},
+        },
+        "name": "end of an attempt",
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _end_colour(state: str) -> str:
+    return {"finished": "#1d7d53", "training": "#1d7d53", "started": "#6b7785"}.get(state, "#a11d33")
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds that at least one of them covers."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

@@ -1,0 +1,157 @@
+"""A sampler that goes on where training stopped, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from hf_cloudtrain.errors import ConfigurationError, PositionError
+from hf_cloudtrain.runtime.ranks import rank_and_size
+
+_KEYS = ("seed", "epoch", "samples_seen", "length", "shuffle")
+
+
+class ResumableSampler(Sampler[int]):
+    """Deals the indices of a data set to the processes of a job, from any place of an epoch.
+
+    The order of an epoch is a permutation by (seed, epoch) alone, the same as DistributedSampler's. The processes take
+    turns in it, beginning after the samples that were trained on in this epoch. So it is exact also when the number of
+    processes changes, and skipping costs nothing. The position moves by `advance` alone, never by what loader workers
+    fetched ahead.
+
+    Args:
+        data: a data set with a length, or the length.
+        num_replicas: number of processes; None asks torch.distributed, then the launcher; alone it is 1.
+        rank: of this process; None as above.
+        shuffle: False takes the data set's own order.
+        seed: the same on all processes.
+        drop_last: leave out the few samples at the end that do not go round; else the first few of the order fill up.
+
+    Raises:
+        ConfigurationError: a rank or a length that cannot be.
+
+    Example:
+        >>> sampler = ResumableSampler(dataset, seed=42)
+        >>> loader = DataLoader(dataset, batch_size=32, sampler=sampler, num_workers=2)
+        >>> if folder is not None:
+        ...     sampler.load_state_dict(torch.load(f"{folder}/checkpoint.pt")["sampler"])
+        >>> for epoch in range(sampler.epoch, 3):
+        ...     sampler.set_epoch(epoch)
+        ...     for inputs, labels in loader:
+        ...         train(inputs, labels)
+        ...         sampler.advance(len(labels))
+    """
+
+    def __init__(
+        self,
+        data: Sized | int,
+        *,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        found_rank, found_size = rank_and_size()
+        self.num_replicas = found_size if num_replicas is None else num_replicas
+        self.rank = found_rank if rank is None else rank
+        self.length = data if isinstance(data, int) else len(data)
+        if not 0 <= self.rank < self.num_replicas:
+            raise ConfigurationError(
+                f"rank={self.rank} is none of {self.num_replicas} processes. Pass both num_replicas and rank, or neither."
+            )
+        if self.length < 1:
+            raise ConfigurationError(f"{self.length} samples are none to choose from.")
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.samples_seen = 0
+        """Samples of this epoch that all processes together were trained on."""
+        self._handed_out = False
+        self._advanced = False
+
+    def __iter__(self) -> Iterator[int]:
+        if self._advanced and self.samples_seen == self.length:
+            raise ConfigurationError(
+                f"Epoch {self.epoch} is over. Call set_epoch({self.epoch + 1}) before going through the data again."
+            )
+        order = self._order()
+        first = self.samples_seen + self.rank
+        for position in range(first, first + len(self) * self.num_replicas, self.num_replicas):
+            self._handed_out = True
+            yield order[position % self.length]
+
+    def __len__(self) -> int:
+        """Samples of this epoch that are left for this process."""
+        left = self.length - self.samples_seen
+        return (left if self.drop_last else left + self.num_replicas - 1) // self.num_replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch: to its beginning, unless it is the one under way."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.samples_seen = 0
+            self._handed_out = self._advanced = False
+
+    def advance(self, samples: int) -> None:
+        """This process was trained on so many more samples, and every other one on as many.
+
+        Example:
+            >>> sampler.advance(len(batch))
+        """
+        if samples < 0:
+            raise ConfigurationError(
+                f"advance({samples}) goes back. Pass the number of samples in the batch."
+            )
+        # What fills up the last round has been seen before.
+        self.samples_seen = min(self.length, self.samples_seen + samples * self.num_replicas)
+        self._advanced = True
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, the same on every process; for the checkpoint.
+
+        Raises:
+            PositionError: samples went out, and `advance` was not called: the position would be wrong.
+        """
+        if self._handed_out and not self._advanced:
+            raise PositionError(
+                "Samples were taken from the sampler, and advance() was not called, so a resumed run would see them again. "
+                "Call sampler.advance(len(batch)) after each batch; advance(0) says that none was trained on."
+            )
+        return {name: getattr(self, name) for name in _KEYS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position.
+
+        Raises:
+            PositionError: it belongs to another data set or another order.
+        """
+        if not isinstance(state, dict) or any(not isinstance(state.get(name), int) for name in _KEYS):
+            raise PositionError(f"{state!r} is no state of a ResumableSampler.")
+        for name, words in (
+            ("length", "Use the same data set."),
+            ("seed", "Use the same seed."),
+            ("shuffle", "Use the same order."),
+        ):
+            if state[name] != getattr(self, name):
+                raise PositionError(
+                    f"The position was saved with {name}={state[name]}, and here it is {getattr(self, name)}: the same "
+                    f"place would mean other samples. {words}"
+                )
+        if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= self.length:
+            raise PositionError(f"{state!r} is no place in {self.length} samples.")
+        self.epoch = state["epoch"]
+        self.samples_seen = state["samples_seen"]
+        self._handed_out = self._advanced = False
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.length))
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order

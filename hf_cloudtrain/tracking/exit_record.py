@@ -1,0 +1,71 @@
+"""How an attempt ended, as a file for whoever started the process.
+
+Launchers turn every exit code into 1, so `HF_CLOUDTRAIN_EXIT_FILE` names a file that says it:
+
+    {"outcome": "preempted", "reason": "SIGTERM", "run_url": "s3://bucket/runs/mrpc", "attempt": 2, "step": 150,
+     "saved": "000002-0000000150", "committed": "000002-0000000150"}
+
+`outcome` is `finished`, `stopped`, `preempted`, `overtaken` or `failed`; `committed` the newest checkpoint that this
+process knows to be on storage. Each host has its own file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.errors import CloudTrainError, OvertakenError
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["finished", "stopped", "preempted", "overtaken", "failed"]
+
+
+def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None = None) -> None:
+    """Write the exit file, in one piece, where one is wanted; of this disk's ranks one writes it."""
+    name = env.exit_file()
+    if name is None or not checkpointer.ranks.is_leader:
+        return
+    saved, committed = checkpointer.last_saved, checkpointer.last_committed
+    record = {
+        "outcome": outcome,
+        "reason": reason,
+        "run_url": checkpointer.storage.url,
+        "attempt": None if checkpointer.attempt is None else checkpointer.attempt.number,
+        "step": None if saved is None else saved.step,
+        "saved": None if saved is None else str(saved),
+        "committed": None if committed is None else str(committed),
+    }
+    beside = Path(f"{name}.tmp")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(record) + "\n")
+        os.replace(beside, name)
+    except OSError as error:
+        logger.error("The exit file %r could not be written: %s", name, error)
+
+
+def read_end(path: Path) -> dict[str, Any] | None:
+    """The record in an exit file; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def outcome_of(error: CloudTrainError) -> Outcome:
+    """What an error at the end of training says."""
+    return "overtaken" if isinstance(error, OvertakenError) else "failed"
+
+
+def forget_end() -> None:
+    """Remove what an attempt before this one has left in the exit file: a process that is killed leaves none."""
+    name = env.exit_file()
+    if name is not None:
+        Path(name).unlink(missing_ok=True)

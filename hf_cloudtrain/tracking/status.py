@@ -1,0 +1,158 @@
+"""How a run stands now, for a few small requests: whatever its length, no step records are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+
+ALIVE = ("started", "training")
+"""States of an attempt that has not said how it ended."""
+MOST_STATE = 40
+"""Letters of a state that nobody vouches for."""
+SLOW = 20.0
+"""A run that has done no step for so many usual steps, and for `quiet_seconds` at least, is stalled."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run at one moment. Times are seconds since 1970 by the clock of the training, spans are seconds."""
+
+    run_url: str
+    state: str
+    """`waiting`: no attempt has begun; else of the newest attempt, as `cloudtrain run status` has it."""
+    attempt: int | None = None
+    """Number of the newest attempt."""
+    attempts: int = 0
+    stalled: str | None = None
+    """Why it looks as if nothing happens any more, in words; None where all is well, or the run is over."""
+    step: int | None = None
+    total_steps: int | None = None
+    step_seconds: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    """While it is training."""
+    loss: float | None = None
+    learning_rate: float | None = None
+    checkpoints: int = 0
+    last_committed: str | None = None
+    """Key of the newest committed checkpoint."""
+    commit_lag_seconds: float | None = None
+    """From the last save that is committed to its commit."""
+    uploading: str | None = None
+    """Key of the checkpoint that is saved, and not on storage yet, while it is training."""
+    uploading_seconds: float | None = None
+    """How long that has been so."""
+    last_seen: float | None = None
+    """Its last heartbeat; without one, its start."""
+    heartbeat_age_seconds: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the newest attempt has said that it ended. One that was killed cannot."""
+        return self.state not in (*ALIVE, "killed", "waiting")
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def run_state(catalog: Catalog) -> RunState:
+    """Look at a run: two listings and one or two small records.
+
+    Raises:
+        StorageError: the storage does not answer.
+
+    Example:
+        >>> state = run_state(Catalog(Storage("s3://bucket/runs/mrpc")))
+        >>> state.state, state.step, state.total_steps, state.stalled
+        ('training', 420, 1000, None)
+    """
+    url = catalog.storage.url
+    numbers = catalog.attempt_numbers()
+    if not numbers:
+        return RunState(url, "waiting")
+    progress = catalog.read_progress(numbers[-1]) or {}
+    keys = catalog.checkpoints()
+    last_seen = number(progress.get("time"))
+    if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
+        last_seen = max((attempt.started for attempt in catalog.attempts(last=1)), default=None)
+    state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
+    is_training = state == "training"
+    uploading = _uploading(progress, keys) if is_training else None
+    names = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
+    return RunState(
+        run_url=url,
+        state=state,
+        attempt=numbers[-1],
+        attempts=len(numbers),
+        stalled=_stalled(state, progress, last_seen),
+        step=count(progress.get("step")),
+        total_steps=count(progress.get("total_steps")),
+        **{name: number(progress.get(name)) for name in names},
+        eta_seconds=number(progress.get("eta_seconds")) if is_training else None,
+        checkpoints=len(keys),
+        last_committed=str(keys[-1]) if keys else None,
+        commit_lag_seconds=number(progress.get("commit_lag_seconds")),
+        uploading=None if uploading is None else str(uploading),
+        uploading_seconds=None if uploading is None else age(number(progress.get("last_saved_time"))),
+        last_seen=last_seen,
+        heartbeat_age_seconds=age(last_seen),
+    )
+
+
+def quiet_seconds() -> float:
+    """Seconds without a heartbeat after which a run counts as killed: four heartbeats, and at least a minute."""
+    return max(60.0, 4 * env.heartbeat())
+
+
+def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
+    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
+    if recorded not in ALIVE:
+        return recorded
+    if not newest:
+        return "killed"
+    return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
+
+
+def number(value: Any) -> float | None:
+    """A number of a record that nobody vouches for; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < 1e15 else None  # which no NaN is
+
+
+def count(value: Any) -> int | None:
+    """The same for what can be counted."""
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def age(moment: float | None) -> float | None:
+    """Seconds since then; 0 where the other machine's clock is ahead of ours."""
+    return None if moment is None else max(0.0, time.time() - moment)
+
+
+def _uploading(progress: dict[str, Any], keys: list[CheckpointKey]) -> CheckpointKey | None:
+    found = parse_checkpoint_key(str(progress.get("last_saved")))
+    key = CheckpointKey(*found) if found else None
+    return key if key is not None and key not in keys[-8:] else None
+
+
+def _stalled(state: str, progress: dict[str, Any], last_seen: float | None) -> str | None:
+    """A process that hangs in a step has a heart that beats on, so both are looked at."""
+    if state == "killed":
+        return "no heartbeat: it was killed, or its machine is gone, or storage takes nothing from it"
+    stepped = number(progress.get("last_step_time"))
+    if state != "training" or stepped is None or last_seen is None:
+        return None
+    limit = max(quiet_seconds(), SLOW * (number(progress.get("step_seconds")) or 0.0))
+    if last_seen - stepped <= limit:  # by one clock
+        return None
+    return f"no step for {last_seen - stepped:.0f} s: it hangs, or evaluates"

@@ -1,0 +1,285 @@
+"""How fast a run goes, and the record of it that outlives the machine.
+
+One thread of rank 0 writes, every 15 s, a heartbeat (`progress/<attempt>.json`) and what came since to the step and
+metric records (`steps/<attempt>-<batch>.jsonl`; object stores cannot append, so the newest batch is written anew until
+it is large enough). The training loop only notes times in memory: no device sync, no
+collective, no network.
+
+    {"kind": "steps", "first": 101, "seconds": [0.21, 0.2, …], "samples": 32, "time": 1790000000.0}
+    {"kind": "log", "step": 110, "time": 1790000002.1, "loss": 0.53, "learning_rate": 4.1e-05}
+    {"kind": "pause", "step": 150, "why": "evaluation", "time": 1790000010.0, "seconds": 31.2}
+    {"kind": "commit", "checkpoint": "000001-0000000150", "saved": 1790000041.0, "time": 1790000055.1, "size": 438000000}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.upload_status import Uploads
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.runtime.threads import before_exit
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 256 * 2**10
+"""Size at which a batch of records is left as it is: some 5,000 steps, and little to write again every 15 s."""
+SAVE_FLUSH_SECONDS = 2.0
+"""Shortest time between two writes of records where saves are very frequent."""
+PAUSE_SECONDS = 1.0
+"""Shortest time between two steps that is recorded as a pause: where each step has one, they must stay cheap."""
+RECENT_STEPS = 50
+"""Steps over which rate and eta are taken."""
+
+
+class StepTracker:
+    """Tracks the steps of one attempt.
+
+    Args:
+        samples_per_step: samples of all processes in one optimizer step; None where that is not known.
+        committed: asked for the last committed checkpoint at each heartbeat.
+        uploads: asked at each heartbeat how the uploads stand, and what was committed since.
+        overtaken_by: asked for a newer attempt at each heartbeat; where there is one, the state is `overtaken`.
+
+    Example:
+        >>> tracker = StepTracker(catalog, attempt=3, first_step=500, total_steps=1_000)
+        >>> tracker.start()
+        >>> tracker.begin_step(); train(); tracker.end_step(501)
+        >>> tracker.log(501, {"loss": 0.53})
+        >>> tracker.close("finished")
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        attempt: int,
+        *,
+        first_step: int,
+        total_steps: int | None,
+        samples_per_step: int | None = None,
+        committed: Callable[[], CheckpointKey | None] = lambda: None,
+        uploads: Callable[[], Uploads] = Uploads,
+        overtaken_by: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.step = first_step
+        self.productive_seconds = 0.0
+        self._catalog = catalog
+        self._attempt = attempt
+        self._total_steps = total_steps
+        self._samples_per_step = samples_per_step
+        self._committed = committed
+        self._ask_uploads = uploads
+        self._uploads = Uploads()
+        self._commit_lag: float | None = None
+        self._overtaken_by = overtaken_by
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._steps: list[tuple[int, float]] = []
+        self._logs: list[dict[str, Any]] = []
+        self._last_metrics: dict[str, Any] = {}
+        self._tokens: tuple[int, float] | None = None
+        self._tokens_per_second: float | None = None
+        self._mark: float | None = None
+        self._pause: tuple[float, str] | None = (time.perf_counter(), "start")
+        """Since when no step is done, and why."""
+        self._last_step_time = time.time()
+        """When the last step was done; before the first one, when tracking began."""
+        self._state = "training"
+        self._batch = 1
+        self._batch_data = b""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._flush_now = False
+        self._interval = env.heartbeat()
+        self._warned = False
+        self._thread = threading.Thread(target=self._beat, name="cloudtrain-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Write the first heartbeat soon, and go on."""
+        self._thread.start()
+        before_exit(self._close_as_failed)
+
+    def begin_step(self) -> None:
+        """A step begins; needed for the first one and after a pause, else a step begins where the last one ended."""
+        if self._mark is None:
+            self._mark = time.perf_counter()
+            self._end_pause(self._mark)
+
+    def end_step(self, step: int, tokens_seen: int | None = None) -> None:
+        """Optimizer step number `step` is over.
+
+        Args:
+            tokens_seen: tokens since the start of the run, where somebody counts them.
+        """
+        now = time.perf_counter()
+        seconds = now - self._mark if self._mark is not None else 0.0
+        self._mark = now
+        with self._lock:
+            self.step = step
+            self._last_step_time = time.time()
+            self.productive_seconds += seconds
+            self._recent.append(seconds)
+            self._steps.append((step, seconds))
+        if tokens_seen:
+            if self._tokens is not None and now > self._tokens[1]:
+                self._tokens_per_second = (tokens_seen - self._tokens[0]) / (now - self._tokens[1])
+            self._tokens = (tokens_seen, now)
+
+    def pause(self, why: str = "pause") -> None:
+        """What comes until `begin_step` (an `evaluation`, a `save`) is no step time, nor what came since the last step."""
+        if self._mark is not None:
+            self._pause = (self._mark, why)
+        self._mark = None
+
+    def _end_pause(self, now: float) -> None:
+        if self._pause is None:
+            return
+        (began, why), self._pause = self._pause, None
+        seconds = now - began
+        if seconds >= PAUSE_SECONDS:
+            record = {
+                "step": self.step,
+                "why": why,
+                "time": time.time() - seconds,
+                "seconds": round(seconds, 3),
+            }
+            with self._lock:
+                self._logs.append({"kind": "pause", **record})
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Note metrics as they were reported; what is no finite number or text is left out."""
+        kept = {key: value for key, value in metrics.items() if _storable(value)}
+        with self._lock:
+            self._last_metrics.update(kept)
+            self._logs.append({"kind": "log", "step": step, "time": time.time(), **kept})
+
+    def flush_soon(self) -> None:
+        """Store the records now rather than with the next heartbeat: what leads to a checkpoint should not be lost."""
+        self._flush_now = True
+        self._wake.set()
+
+    def close(self, state: str) -> None:
+        """Write the last records and the last heartbeat. `state` is `finished`, `failed` or `stopped`."""
+        if self._closed:
+            return
+        self._state = state
+        self._closed = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30.0)
+
+    def _close_as_failed(self) -> None:
+        self.close("failed")
+
+    def heartbeat(self) -> dict[str, Any]:
+        """What `progress/<attempt>.json` says now. Rates are per second over the last 50 steps, times in seconds."""
+        with self._lock:
+            typical = statistics.median(self._recent) if self._recent else None
+            mean = statistics.fmean(self._recent) if self._recent else None
+            step, metrics = self.step, dict(self._last_metrics)
+        left = max(0, self._total_steps - step) if self._total_steps is not None else None
+        committed = self._committed()
+        return {
+            "attempt": self._attempt,
+            "state": self._state if self._overtaken_by() is None else "overtaken",
+            "time": time.time(),
+            "interval_seconds": self._interval,
+            "step": step,
+            "total_steps": self._total_steps,
+            "step_seconds": typical,
+            "samples_per_second": self._samples_per_step / mean if self._samples_per_step and mean else None,
+            "tokens_per_second": self._tokens_per_second,
+            "eta_seconds": left * mean if left is not None and mean is not None else None,
+            "productive_seconds": self.productive_seconds,
+            "loss": metrics.get("loss"),
+            "learning_rate": metrics.get("learning_rate"),
+            "last_committed": None if committed is None else str(committed),
+            "last_step_time": self._last_step_time,
+            "last_saved": None if self._uploads.saved is None else str(self._uploads.saved),
+            "last_saved_time": self._uploads.saved_time,
+            "commit_lag_seconds": self._commit_lag,
+        }
+
+    def _beat(self) -> None:
+        last_flush = time.monotonic()
+        next_beat = last_flush
+        while True:
+            # The flag before the work: what `close` changed after it is seen in the next round.
+            closed = self._closed
+            self._wake.clear()
+            now = time.monotonic()
+            self._note_uploads()
+            try:
+                if closed or now >= self._next_flush(last_flush):
+                    self._flush_now, last_flush = False, now
+                    self._store_records()
+                if closed or now >= next_beat:
+                    next_beat = now + self._interval
+                    self._catalog.write_progress(self._attempt, self.heartbeat())
+            except CloudTrainError as error:
+                say = logger.debug if self._warned else logger.warning
+                say("The heartbeat could not be stored: %s", error)
+                self._warned = True
+            if closed:
+                return
+            if not self._closed:
+                self._wake.wait(max(0.0, min(next_beat, self._next_flush(last_flush)) - time.monotonic()))
+
+    def _next_flush(self, last: float) -> float:
+        return last + min(self._interval, SAVE_FLUSH_SECONDS if self._flush_now else self._interval)
+
+    def _note_uploads(self) -> None:
+        self._uploads = self._ask_uploads()
+        for commit in self._uploads.commits:
+            self._commit_lag = max(0.0, commit.committed - commit.saved)
+            record = {"saved": commit.saved, "time": commit.committed, "size": commit.size}
+            with self._lock:
+                self._logs.append({"kind": "commit", "checkpoint": str(commit.key), **record})
+
+    def _store_records(self) -> None:
+        with self._lock:
+            steps, self._steps = self._steps, []
+            logs, self._logs = self._logs, []
+        if not steps and not logs:
+            return
+        lines = [*_step_lines(steps, self._samples_per_step), *logs]
+        data = (
+            self._batch_data + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        )
+        try:
+            self._catalog.write_steps(self._attempt, self._batch, data)
+        except CloudTrainError:
+            with self._lock:  # kept for the next try
+                self._steps[:0] = steps
+                self._logs[:0] = logs
+            raise
+        self._batch_data = data
+        if len(data) > BATCH_BYTES:
+            self._batch, self._batch_data = self._batch + 1, b""
+
+
+def _step_lines(steps: list[tuple[int, float]], samples: int | None) -> list[dict[str, Any]]:
+    """One line for each stretch of consecutive steps."""
+    lines: list[dict[str, Any]] = []
+    for step, seconds in steps:
+        if not lines or step != lines[-1]["first"] + len(lines[-1]["seconds"]):
+            lines.append(
+                {"kind": "steps", "first": step, "seconds": [], "samples": samples, "time": time.time()}
+            )
+        lines[-1]["seconds"].append(round(seconds, 6))
+    return lines
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, (bool, str)):
+        return True
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300

@@ -1,0 +1,90 @@
+"""The fence of one attempt, and its words. What it is for is in tests/laws/test_law_6_one_writer.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.ownership import Ownership
+from hf_cloudtrain.errors import OvertakenError
+from tests.faults.runs import Machines
+
+
+@pytest.fixture
+def ownership(catalog: Catalog) -> Ownership:
+    """Of attempt 1, the newest so far."""
+    return Ownership(catalog, catalog.begin_attempt(10.0, 0, None, {}))
+
+
+def begun(catalog: Catalog, **record: Any) -> None:
+    """Attempt 2, as its record may be after anybody had it."""
+    catalog.storage.write(".cloudtrain/attempts/000002.json", json.dumps(record).encode())
+
+
+def test_a_look_costs_one_list(machines: Machines) -> None:
+    catalog = Catalog(machines.storage)
+    ownership = Ownership(catalog, catalog.begin_attempt(10.0, 0, None, {}))
+    machines.storage.calls.clear()
+    assert ownership.look() is None
+    assert [call.kind for call in machines.storage.calls] == ["list"]
+
+
+def test_nothing_is_asked_any_more_once_it_is_known(machines: Machines) -> None:
+    catalog = Catalog(machines.storage)
+    ownership = Ownership(catalog, Attempt(1, "nonce"))
+    catalog.begin_attempt(10.0, 0, None, {})
+    begun(catalog)
+    assert ownership.look() == 2
+    machines.storage.calls.clear()
+    with pytest.raises(OvertakenError):
+        ownership.check()
+    assert machines.storage.calls == []
+
+
+def test_what_is_known_stays_though_the_newer_record_is_removed(
+    catalog: Catalog, ownership: Ownership
+) -> None:
+    begun(catalog)
+    ownership.look()
+    catalog.storage.delete([".cloudtrain/attempts/000002.json"])
+    assert ownership.look() == 2
+
+
+def test_the_error_names_both_attempts_host_and_start_and_what_to_do(
+    catalog: Catalog, ownership: Ownership
+) -> None:
+    begun(catalog, started=1_790_000_000.0, facts={"host": "gpu-12"})
+    ownership.look()
+    assert str(ownership.error("Kept: checkpoint-5. ")) == (
+        f"Attempt 1 of {catalog.storage.url!r} was overtaken by attempt 2, which began on host 'gpu-12' at 2026-09-21 "
+        "14:13:20 UTC by its clock. So this one ends, and stores nothing more. Kept: checkpoint-5. Let attempt 2 go on, "
+        "or end it before you start the run again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "by attempt 2. "),
+        ({"started": "soon"}, "by attempt 2. "),
+        ({"started": 1e300}, "by attempt 2. "),
+        ({"facts": {"host": "\x1b[2J\n" + "x" * 500}}, r"on host '\x1b[2J\n" + "x" * 95 + "'. "),
+    ],
+)
+def test_a_record_that_nobody_vouches_for_does_no_harm(
+    catalog: Catalog, ownership: Ownership, record: dict[str, Any], words: str
+) -> None:
+    begun(catalog, **record)
+    assert ownership.look() == 2
+    assert words in str(ownership.error())
+
+
+def test_an_attempt_that_is_over_is_not_overtaken(catalog: Catalog, ownership: Ownership) -> None:
+    ownership.end()
+    begun(catalog)
+    assert ownership.look() is None
+    ownership.note(2)
+    assert ownership.overtaken_by is None

@@ -1,0 +1,81 @@
+"""Local checkpoints ahead of where an attempt begins move away, and a disk does not fill up with them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hf_cloudtrain.checkpoints.stale import move_stale
+from hf_cloudtrain.errors import OvertakenError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RUN = "s3://bucket/runs/mrpc"
+
+
+def begin(disk: Path, *there: int, after: int = 0, run: str = RUN) -> list[str]:
+    """An attempt begins after a step while checkpoints of the steps `there` lie around; what is in `stale/` then."""
+    for step in there:
+        (disk / f"checkpoint-{step}").mkdir(parents=True)
+        (disk / f"checkpoint-{step}" / "model").write_bytes(b"x")
+    (disk / ".cloudtrain").mkdir(exist_ok=True)
+    move_stale(disk, run, after)
+    return sorted(path.name for path in disk.glob(".cloudtrain/stale/*"))
+
+
+def test_only_what_is_ahead_moves_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert begin(tmp_path, 5, 10, 15, after=10) == ["checkpoint-15"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
+    assert "ahead of step 10" in caplog.text
+
+
+def test_of_what_the_run_itself_left_only_the_last_stays(tmp_path: Path) -> None:
+    assert begin(tmp_path) == []
+    assert begin(tmp_path, 15, after=10) == ["checkpoint-15"]
+    assert begin(tmp_path, after=10) == ["checkpoint-15"], "it stays until others come"
+    assert begin(tmp_path, 25, 30, after=20) == ["checkpoint-25", "checkpoint-30"]
+    assert begin(tmp_path, 30, after=20) == ["checkpoint-30"]
+
+
+def test_what_was_there_before_the_run_is_somebody_elses_and_stays(tmp_path: Path) -> None:
+    assert begin(tmp_path, 500, 600) == ["checkpoint-500", "checkpoint-600"]
+    assert begin(tmp_path, 15, after=10) == ["checkpoint-15", "checkpoint-500", "checkpoint-600"]
+    assert begin(tmp_path, 25, after=20) == ["checkpoint-25", "checkpoint-500", "checkpoint-600"]
+
+
+def test_what_another_run_left_stays_too(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, 15, after=10)
+    assert begin(tmp_path, 16, run="s3://bucket/runs/other") == ["checkpoint-15", "checkpoint-16"]
+    assert begin(tmp_path, 17, after=9, run="s3://bucket/runs/other") == [
+        *("checkpoint-15", "checkpoint-16", "checkpoint-17"),
+    ]
+
+
+def test_an_overtaken_attempt_moves_and_deletes_nothing(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, 15, after=10)
+    (tmp_path / "checkpoint-25").mkdir()
+
+    def refuse() -> None:
+        raise OvertakenError("attempt 5 has begun")
+
+    with pytest.raises(OvertakenError):
+        move_stale(tmp_path, RUN, 20, refuse)
+    assert (tmp_path / "checkpoint-25").is_dir()
+    assert [path.name for path in tmp_path.glob(".cloudtrain/stale/*")] == ["checkpoint-15"]
+
+
+def test_a_damaged_or_forged_record_deletes_nothing(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path, 15, after=10)
+    (tmp_path / ".cloudtrain/stale.json").write_bytes(b"{")
+    assert begin(tmp_path, 25, after=20) == ["checkpoint-15", "checkpoint-25"]
+    (tmp_path / "mine").mkdir()
+    forged = json.dumps({"run_url": RUN, "moved": ["../../mine", 5]})
+    (tmp_path / ".cloudtrain/stale.json").write_text(forged)
+    begin(tmp_path, 35, after=30)
+    assert (tmp_path / "mine").exists()

@@ -1,0 +1,316 @@
+"""`cloudtrain run watch`: what has changed is shown, trouble is looked over, and the end of the run is the end of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.cli import watch as cli_watch
+from hf_cloudtrain.cli.curve import curve
+from hf_cloudtrain.cli.watch import View, Watcher, picture
+from hf_cloudtrain.jobs.records import JobStore
+from tests.faults.runs import Machines
+from tests.recorded import commit, write
+
+Change = Callable[[], None]
+
+
+def beat(catalog: Catalog, attempt: int = 1, **progress: Any) -> None:
+    now = time.time()
+    told = {
+        "state": "training",
+        "time": now,
+        "last_step_time": now,
+        "step": 10,
+        "total_steps": 100,
+        **progress,
+    }
+    catalog.write_progress(attempt, told)
+
+
+@pytest.fixture
+def run(catalog: Catalog) -> Catalog:
+    """At step 10 of 100, with losses of its first steps."""
+    catalog.begin_attempt(time.time(), 0, None, {"host": "gpu-07"})
+    write(
+        catalog,
+        1,
+        [{"kind": "log", "step": step, "time": 1.0, "loss": 3.0 - step / 10} for step in (2, 4, 6)],
+    )
+    beat(catalog, loss=2.0)
+    return catalog
+
+
+@pytest.fixture
+def changes(monkeypatch: pytest.MonkeyPatch) -> list[Change]:
+    """What happens between two looks, one thing at a time; a watcher that waits for more is stopped."""
+    made: list[Change] = []
+    left: list[Iterator[Change]] = []
+
+    def wait() -> None:
+        if not left:
+            left.append(iter(made))
+        next(left[0], stop)()
+
+    def stop() -> None:
+        raise AssertionError("watches a run that is over")
+
+    monkeypatch.setattr(cli_watch, "wait", wait)
+    return made
+
+
+def watch(catalog: Catalog, *words: str, code: int = 0) -> list[str]:
+    result = CliRunner().invoke(app, ["run", "watch", catalog.storage.url, *words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return str(result.stdout).splitlines()
+
+
+def drawn(view: View, *, ascii_only: bool = False) -> str:
+    page = io.StringIO()
+    Console(file=page, width=120, color_system=None).print(picture(view, ascii_only=ascii_only))
+    return page.getvalue()
+
+
+def looked(catalog: Catalog) -> View:
+    return next(Watcher(catalog).views())
+
+
+def test_each_change_is_a_line_and_the_end_of_the_run_is_the_end(run: Catalog, changes: list[Change]) -> None:
+    changes += [
+        lambda: None,
+        lambda: beat(run, time=time.time() + 1),  # the heart beats: no news
+        lambda: beat(run, step=20, loss=1.5, eta_seconds=90.0),
+        lambda: commit(run, CheckpointKey(1, 20), 0.0),
+        lambda: beat(run, step=100, loss=1.0, state="finished"),
+    ]
+    lines = [line[21:] for line in watch(run)]
+    assert lines == [
+        "attempt 1 training, step 10/100 (10%), loss 2, last committed nothing yet",
+        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed nothing yet",
+        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed 000001-0000000020",
+        "attempt 1 finished, step 100/100 (100%), loss 1, last committed 000001-0000000020",
+    ]
+
+
+def test_each_change_is_an_object_for_programs(run: Catalog, changes: list[Change]) -> None:
+    changes += [lambda: beat(run, step=20), lambda: beat(run, step=20, state="stopped")]
+    records = [json.loads(line) for line in watch(run, "--json")]
+    assert [(item["state"], item["step"]) for item in records] == [
+        ("training", 10),
+        ("training", 20),
+        ("stopped", 20),
+    ]
+
+
+def test_every_key_of_the_objects_is_in_the_documentation(run: Catalog) -> None:
+    beat(run, state="finished")
+    (line,) = watch(run, "--json")
+    page = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
+    section = page.read_text().split("## cloudtrain run watch\n")[1].split("\n## ")[0]
+    assert {key for key in json.loads(line) if f"`{key}`" not in section} == set()
+
+
+def test_a_new_attempt_is_followed(run: Catalog, changes: list[Change]) -> None:
+    def restarted() -> None:
+        run.begin_attempt(time.time(), 4, CheckpointKey(1, 4), {})
+        beat(run, 2, step=5)
+
+    changes += [lambda: beat(run, time=time.time() - 100), restarted, lambda: beat(run, 2, state="finished")]
+    found = [json.loads(line) for line in watch(run, "--json")]
+    assert [(item["attempt"], item["state"]) for item in found] == [
+        (1, "training"),
+        (1, "killed"),
+        (2, "training"),
+        (2, "finished"),
+    ]
+
+
+@pytest.mark.parametrize("state", ["failed", "overtaken"])
+def test_a_run_that_ended_badly_is_exit_code_1(run: Catalog, state: str) -> None:
+    beat(run, state=state)
+    assert len(watch(run, code=1)) == 1
+
+
+def test_a_heart_that_stopped_is_said_and_watched_on(run: Catalog, changes: list[Change]) -> None:
+    changes += [lambda: beat(run, time=time.time() - 100), lambda: beat(run, state="finished")]
+    lines = watch(run)
+    assert "stalled, no heartbeat" in lines[1]
+    assert len(lines) == 3
+
+
+def test_trouble_with_the_storage_is_said_and_looked_over(
+    machines: Machines, changes: list[Change], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Catalog(machines.storage)
+    machines.catalog.begin_attempt(time.time(), 0, None, {})
+    beat(machines.catalog)
+    changes += [
+        lambda: machines.storage.fail("list", times=1000),
+        lambda: None,
+        machines.storage.heal,
+        lambda: beat(machines.catalog, step=20, state="finished"),
+    ]
+    lines = watch(run)
+    assert "cannot look: Could not list" in lines[1]
+    assert ["cannot look" in line for line in lines] == [False, True, False, False]
+    assert "step 10/100" in lines[1]
+
+
+def test_a_damaged_heartbeat_is_not_said_at_every_look(
+    run: Catalog, changes: list[Change], caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage() -> None:
+        run.storage.write(".cloudtrain/progress/000001.json", b"{")
+
+    changes += [damage, lambda: None, lambda: None, lambda: beat(run, state="finished")]
+    watch(run)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert logging.getLogger("hf_cloudtrain").level == logging.NOTSET
+
+
+def test_a_run_that_is_not_there_is_no_run_to_wait_for(catalog: Catalog) -> None:
+    result = CliRunner().invoke(app, ["run", "watch", catalog.storage.url])
+    assert result.exit_code == 1
+    assert "There is no run at" in result.stderr
+
+
+def test_the_run_of_a_job_is_waited_for_before_its_first_attempt_and_between_two(
+    catalog: Catalog, changes: list[Change], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    store = JobStore()
+    facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+    record = store.create("toy", run_url=f"{catalog.storage.url}/", **facts)
+    store.write(record, state="starting", handle={"host": "another"})
+
+    def begin() -> None:
+        catalog.begin_attempt(time.time(), 0, None, {})
+
+    changes += [
+        begin,
+        lambda: beat(catalog, state="failed"),
+        begin,
+        lambda: beat(catalog, 2, state="stopped"),
+        lambda: store.write(record, state="cancelled"),
+        lambda: None,
+    ]
+    lines = watch(catalog)
+    states = ("started", "failed", "started", "stopped")
+    assert all(state in line for state, line in zip(states, lines, strict=True)), lines
+
+
+def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(
+    run: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_watch, "wait", interrupt)
+    before = sorted(info.path for info in run.storage.list(""))
+    assert len(watch(run, code=130)) == 1
+    assert sorted(info.path for info in run.storage.list("")) == before
+    assert not run.stop_requested(1)
+
+
+class TestPicture:
+    """What a terminal shows."""
+
+    def test_it_shows_all_that_is_asked_of_it(self, run: Catalog) -> None:
+        beat(
+            run,
+            loss=2.0,
+            step_seconds=2.0,
+            samples_per_second=16.0,
+            eta_seconds=180.0,
+            last_saved="000001-0000000010",
+            last_saved_time=time.time() - 75,
+            commit_lag_seconds=14.2,
+        )
+        commit(run, CheckpointKey(1, 5), 0.0)
+        text = drawn(looked(run))
+        for part in (
+            *("training", "attempt 1, heartbeat", "10/100 (10%)", "2 s a step, 16 samples/s", "3 min", "━━"),
+            *("checkpoint-5 (attempt 1), 14.2 s after its save", "checkpoint-10 (attempt 1), for 1 min 1"),
+            *("loss 2.8 at step 2 to 2.4 at step 6", "gpu-07", "0 to 10"),
+        ):
+            assert part in text, part
+
+    def test_a_run_without_steps_losses_or_heartbeat_is_shown_too(self, catalog: Catalog) -> None:
+        catalog.begin_attempt(time.time(), 0, None, {})
+        text = drawn(looked(catalog))
+        assert "started  attempt 1" in text
+        assert "nothing yet" in text
+
+    def test_a_stall_and_trouble_are_said(self, run: Catalog) -> None:
+        beat(run, last_step_time=time.time() - 500)
+        view = looked(run)
+        assert "Stalled, no step for 500 s" in drawn(view)
+        view.trouble = "no answer"
+        assert "Cannot look: no answer" in drawn(view)
+
+    def test_what_storage_says_moves_no_cursor(self, catalog: Catalog) -> None:
+        catalog.begin_attempt(time.time(), 0, None, {"host": "\x1b[2Jgone[bold]"})
+        beat(catalog, state="\x1b[31mred")
+        text = drawn(looked(catalog))
+        assert "\x1b" not in text
+        assert "\\x1b[2Jgone[bold]" in text
+
+    def test_losses_are_remembered_from_look_to_look(self, run: Catalog, changes: list[Change]) -> None:
+        changes += [lambda: beat(run, step=20, loss=1.5), lambda: beat(run, step=20, loss=1.4)]
+        views = Watcher(run).views()
+        seen = [next(views).losses for _ in range(3)]
+        assert seen[0] == [(2, 2.8), (4, 2.6), (6, 2.4)]
+        assert seen[1] == seen[2] == [*seen[0], (20, 1.5)]
+
+    def test_a_terminal_gets_a_picture_and_the_last_one_stays(
+        self, run: Catalog, changes: list[Change], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changes += [lambda: beat(run, step=20), lambda: beat(run, step=100, state="finished")]
+        page = io.StringIO()
+        console = Console(file=page, force_terminal=True, width=100, color_system=None)
+        monkeypatch.setattr("rich.console.Console", lambda **_: console)
+        assert cli_watch.watch(run, as_json=False).state == "finished"
+        assert "20/100 (20%)" in page.getvalue()
+        assert "100/100 (100%)" in page.getvalue().rpartition("\x1b[2K")[2]
+
+
+class TestCurve:
+    """A few lines of text that look like the values."""
+
+    def test_it_falls_where_the_values_fall(self) -> None:
+        assert curve([4, 3, 2, 1], 4, 4, ascii_only=True) == ["*", " *", "  *", "   *"]
+        assert curve([4, 3, 2, 1], 2, 1) == ["⠑⢄"]
+
+    def test_many_values_become_the_means_of_their_places(self) -> None:
+        assert curve([1, 1, 3, 3], 2, 2, ascii_only=True) == [" *", "*"]
+        lines = curve([math.exp(-step / 3000) for step in range(10_000)], 48, 5)
+        assert {len(line) for line in lines} == {48}
+        assert lines[0][0] != "⠀"
+        assert lines[-1][-1] != "⠀"
+
+    def test_a_steep_slope_is_a_line(self) -> None:
+        lines = curve([0, 1], 1, 3)
+        assert all(line != "⠀" for line in lines)
+
+    @pytest.mark.parametrize("values", [[], [math.nan], [math.inf]])
+    def test_nothing_to_draw_is_nothing(self, values: list[float]) -> None:
+        assert curve(values, 10, 3) == []
+
+    def test_one_value_and_equal_values_are_a_level_line(self) -> None:
+        assert curve([5.0], 3, 1) != []
+        assert curve([5.0, 5.0, 5.0], 3, 3, ascii_only=True) == ["", "***", ""]

@@ -1,0 +1,301 @@
+"""What runs on SkyPilot's machines: its variables become ours, and the exit code says whether to start again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.engines.skypilot import node_main as entry
+from hf_cloudtrain.jobs.node.mounts import Mount
+from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.jobs.supervisor import Verdict
+from hf_cloudtrain.preemption.sources import RUN_STOP
+from tests.fake_sky import job_text, submission_of
+
+GPUS = ("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8")
+
+
+def variables(rank: int = 0, **changes: str) -> dict[str, str]:
+    found = {
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5\n",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "4",
+        **changes,
+    }
+    return {name: value for name, value in found.items() if value != "-"}
+
+
+def saved(tmp_path: Path, *lines: str, workspace: bool = False) -> Submission:
+    submission = submission_of(job_text(*lines), f"file://{tmp_path}/run", home=tmp_path, workspace=workspace)
+    submission = dataclasses.replace(submission, home=tmp_path / "home")
+    submission.save()
+    return submission
+
+
+class TestPlace:
+    """Which node this is."""
+
+    def test_the_first_address_is_that_of_node_0(self, tmp_path: Path) -> None:
+        assert entry.place(saved(tmp_path, *GPUS), variables(1)) == (1, "10.0.0.4")
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"SKYPILOT_NODE_RANK": "-"}, "no node of SkyPilot's: 'SKYPILOT_NODE_RANK'"),
+            ({"SKYPILOT_NODE_IPS": " "}, "no node of SkyPilot's"),
+            ({"SKYPILOT_NODE_RANK": "head"}, "no node of SkyPilot's"),
+            ({"SKYPILOT_NUM_NODES": "1"}, "started 1 nodes, and the job needs 2"),
+            ({"SKYPILOT_NUM_GPUS_PER_NODE": "2"}, "has 2 GPUs, and the job needs 4"),
+            ({"SKYPILOT_NUM_GPUS_PER_NODE": "-"}, "has 0 GPUs"),
+        ],
+    )
+    def test_a_cluster_that_is_not_what_the_job_needs_is_refused(
+        self, tmp_path: Path, changes: dict[str, str], words: str
+    ) -> None:
+        with pytest.raises(ConfigurationError, match=words):
+            entry.place(saved(tmp_path, *GPUS), variables(**changes))
+
+    def test_a_job_without_gpus_needs_none(self, tmp_path: Path) -> None:
+        alone = variables(SKYPILOT_NUM_NODES="1", SKYPILOT_NUM_GPUS_PER_NODE="0")
+        assert entry.place(saved(tmp_path), alone) == (0, "10.0.0.4")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "managed", "told"),
+    [
+        (Verdict("finished", "finished", None), 0, True, 0),
+        (Verdict("finished", "finished", "and then it failed"), 1, False, 0),
+        (Verdict(None, "preempted", None), 75, True, 75),
+        (
+            Verdict(None, "failed", None, is_crash=True),
+            75,
+            True,
+            75,
+        ),  # stopped, by a script that says nothing
+        (Verdict(None, "failed", None, is_crash=True), 1, True, 1),
+        (Verdict("failed", "overtaken", None), 1, True, 0),
+        (Verdict("cancelled", "stopped", None), 75, True, 0),
+        (Verdict("failed", "failed", "trained nothing"), 0, True, 0),
+        (Verdict("failed", "overtaken", None), 1, False, 1),
+    ],
+)
+def test_only_a_crash_and_a_preemption_make_skypilot_start_a_job_again(
+    verdict: Verdict, code: int, managed: bool, told: int
+) -> None:
+    assert entry.exit_code(verdict, code, managed=managed) == told
+
+
+class TestRun:
+    """With a node of ours in place of the real one."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+
+        def run_node(submission: Submission, *, node_rank: int, start: int, **given: Any) -> int:
+            found.append({"node_rank": node_rank, "start": start, **given})
+            code, outcome = self.ends
+            outcome, _, reason = outcome.partition(": ")
+            path = submission.exit_file(node_rank, start)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"outcome": outcome, "reason": reason or "because"}))
+            submission.node_file(node_rank, start).write_text(json.dumps({"exit_code": code}))
+            return code
+
+        monkeypatch.setattr(entry, "run_node", run_node)
+        monkeypatch.setattr(entry, "_linger", lambda seconds: found.append({"waited": seconds}))
+        return found
+
+    ends: tuple[int, str] = (0, "finished")
+
+    def test_a_node_is_told_who_it_is(self, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+        submission = saved(tmp_path, *GPUS)
+        assert entry.run(submission.home, variables(1)) == 0
+        assert calls == [
+            {
+                "node_rank": 1,
+                "start": 1,
+                "master_addr": "10.0.0.4",
+                "master_port": 29500,
+                "wrap": entry.in_links,
+            }
+        ]
+        assert submission.workspace.is_dir()
+
+    def test_a_start_on_the_same_machine_is_the_next_one(
+        self, tmp_path: Path, calls: list[dict[str, Any]]
+    ) -> None:
+        submission = saved(tmp_path, *GPUS)
+        entry.run(submission.home, variables())
+        entry.run(submission.home, variables(1))
+        assert [call["start"] for call in calls] == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("ends", "told", "state"),
+        [
+            ((1, "overtaken"), 0, "failed"),
+            ((75, f"preempted: {RUN_STOP} for attempt 1"), 0, "cancelled"),
+            ((0, "finished"), 0, "finished"),
+        ],
+    )
+    def test_node_0_says_how_a_job_ended_that_is_not_to_be_started_again(
+        self,
+        tmp_path: Path,
+        calls: list[dict[str, Any]],
+        capfd: pytest.CaptureFixture[str],
+        ends: tuple[int, str],
+        told: int,
+        state: str,
+    ) -> None:
+        type(self).ends = ends
+        submission = saved(tmp_path, *GPUS)
+        assert entry.run(submission.home, variables()) == told
+        line = capfd.readouterr().out.strip()
+        assert line.startswith("cloudtrain-verdict: ")
+        assert json.loads(line.split(" ", 1)[1])["state"] == state
+        assert entry.run(submission.home, variables(1)) == told
+        assert capfd.readouterr().out == ""
+
+    def test_who_has_saved_waits_for_the_others_whom_skypilot_would_kill(
+        self, tmp_path: Path, calls: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        type(self).ends = (75, "preempted")
+        submission = saved(tmp_path, *GPUS, "env: {HF_CLOUDTRAIN_GRACE: 12}")
+        assert entry.run(submission.home, variables()) == 75
+        assert calls[-1] == {"waited": 12.0}
+        assert capfd.readouterr().out == ""
+
+    def test_a_single_node_waits_for_nobody(self, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+        type(self).ends = (75, "preempted")
+        submission = saved(tmp_path)
+        assert entry.run(submission.home, variables(SKYPILOT_NUM_NODES="1")) == 75
+        assert {"waited": 30.0} not in calls
+
+
+def test_waiting_for_others_ends_with_the_machine() -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), 15)).start()
+    before = time.monotonic()
+    entry._linger(60.0)
+    assert time.monotonic() - before < 50
+
+
+class TestLinks:
+    """The paths of the job on a machine of its own."""
+
+    def test_each_path_leads_to_its_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "work").mkdir()
+        (tmp_path / "mnli").mkdir()
+        target = tmp_path / "a" / "workspace"
+        mounts = [Mount(tmp_path / "mnli", f"{target}/data", True), Mount(tmp_path / "work", str(target))]
+        for _ in range(2):  # a restart does it again
+            assert entry.in_links(saved(tmp_path), mounts, ["x"]) == ["x"]
+            assert target.resolve() == tmp_path / "work"
+            assert (target / "data").resolve() == tmp_path / "mnli"
+
+    def test_where_only_root_may_sudo_makes_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sudo = tmp_path / "bin" / "sudo"
+        sudo.parent.mkdir()
+        sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\nshift\nexec "$@"\n')
+        sudo.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{sudo.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(entry.os, "access", lambda *_: False)
+        (tmp_path / "work").mkdir()
+        target = tmp_path / "theirs" / "workspace"
+        target.mkdir(parents=True)
+        for _ in range(2):
+            entry.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(target))], [])
+        assert target.resolve() == tmp_path / "work"
+        assert (tmp_path / "asked").read_text().splitlines() == [
+            f"-n mkdir -p -- {target.parent}",
+            f"-n rmdir -- {target}",
+            f"-n ln -sT -- {tmp_path}/work {target}",
+        ]
+
+    def test_a_path_that_holds_something_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "work").mkdir()
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "file").touch()
+        with pytest.raises(ConfigurationError, match="would hide"):
+            entry.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(tmp_path / "theirs"))], [])
+
+
+SCRIPTS = {
+    "hello": 'import os\nprint(os.environ["NODE_RANK"], os.environ["PET_MASTER_ADDR"], os.environ["LR"], os.environ["PWD"])\n',
+    "saves": """\
+import json, os, signal, sys, time
+
+def save(number, frame):
+    with open(os.environ["HF_CLOUDTRAIN_EXIT_FILE"], "w") as file:
+        json.dump({"outcome": "preempted", "reason": "SIGTERM"}, file)
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+""",
+}
+
+
+class Started:
+    """A node of SkyPilot's: a home folder with what it has synced, and its command in a process."""
+
+    given: ClassVar[dict[str, str]] = {"LR": "2e-5", "HF_CLOUDTRAIN_GRACE": "1"}
+
+    def __init__(self, folder: Path, script: str, **changes: str) -> None:
+        synced = folder / "machine" / "sky_workdir"
+        synced.mkdir(parents=True)
+        (synced / "train.py").write_text(SCRIPTS[script])
+        content = (
+            f"name: x\njob_setting:\n  docker: {{command: {sys.executable} train.py}}\n"
+            f"  workspace: {{mount_path: {folder}/workspace}}\nenv: {{LR: 2e-5, HF_CLOUDTRAIN_GRACE: 1}}\n"
+        )
+        submission = submission_of(content.encode(), f"file://{folder}/run", workspace=True)
+        plan = dataclasses.replace(submission.plan, nodes=int(changes.get("SKYPILOT_NUM_NODES", 2)))
+        home = folder / "machine" / "hf_cloudtrain"
+        dataclasses.replace(submission, home=home, plan=plan).save()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hf_cloudtrain.jobs.engines.skypilot.node_main", "~/hf_cloudtrain"],
+            env={**os.environ, **variables(**changes), **self.given, "HOME": str(folder / "machine")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self.process
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+
+def test_a_node_runs_as_skypilot_starts_it(tmp_path: Path) -> None:
+    with Started(tmp_path, "hello", SKYPILOT_NUM_NODES="1") as process:
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+    hello, verdict = said.splitlines()
+    assert hello == f"0 10.0.0.4 2e-5 {tmp_path}/workspace"
+    assert "trained nothing" in verdict
+
+
+def test_a_node_that_is_told_to_go_saves_and_is_to_be_started_again(tmp_path: Path) -> None:
+    with Started(tmp_path, "saves") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+        assert (process.returncode, said) == (75, "")
+    exit_file = tmp_path / "machine" / "hf_cloudtrain" / "nodes" / "0" / "exit-1.json"
+    assert json.loads(exit_file.read_text())["outcome"] == "preempted"

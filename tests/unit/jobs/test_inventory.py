@@ -1,0 +1,291 @@
+"""`cloudtrain vm list`: each source as it really answers, and what is said where it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.errors import JobFileError
+from hf_cloudtrain.jobs import inventory
+from hf_cloudtrain.jobs.spec.machine import Machine
+
+
+class Machines:
+    """A computer with the programs and files that a test gives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.store = folder / "store"
+        self.store.mkdir()
+        self.catalogs = folder / "sky" / ".sky" / "catalogs"
+
+    def program(self, name: str, says: str, code: int = 0) -> None:
+        path = self.bin / name
+        (self.bin / f"{name}.says").write_text(says)
+        path.write_text(f'#!/bin/sh\ncat "$0.says"{" >&2" if code else ""}\nexit {code}\n')
+        path.chmod(0o755)
+
+    def catalog(self, cloud: str, text: str, version: str = "v10") -> None:
+        path = self.catalogs / version / cloud / "vms.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+
+    def own(self, text: str) -> None:
+        (self.store / "vms.yml").write_text(text)
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    found = Machines(tmp_path)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("PATH", f"{found.bin}:/bin")
+    monkeypatch.setattr(
+        inventory.shutil, "which", lambda name: path if (path := found.bin / name).exists() else None
+    )
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(found.store))
+    monkeypatch.setenv("SKY_RUNTIME_DIR", str(tmp_path / "sky"))
+    monkeypatch.setattr(inventory.platform, "node", lambda: "box")
+    monkeypatch.setattr(inventory, "_cores", lambda: 16)
+    return found
+
+
+def shown(*words: str) -> list[str]:
+    """The lines of the table, without its head."""
+    result = CliRunner().invoke(app, ["vm", "list", *words])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    if lines:
+        assert lines[0].split() == ["VM", "Cloud", "Region", "Device", "Quota", "Spot"]
+    return [" ".join(line.split()) for line in lines[1:]]
+
+
+def listed(*words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["vm", "list", "--json", *words])
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+class TestThisMachine:
+    """`nvidia-smi`, or else the cores."""
+
+    def test_without_a_gpu_there_are_cores(self, machines: Machines) -> None:
+        assert shown() == ["local box 16 CPU cores no"]
+
+    @pytest.mark.parametrize(
+        ("names", "lines"),
+        [
+            (["NVIDIA H200, 143771"], ["local-141gb-h200-1g-box local box 1 x H200 141 GB no"]),
+            (["Tesla V100-SXM2-16GB, 16160"] * 4, ["local-16gb-v100-4g-box local box 4 x V100 16 GB no"]),
+            (["NVIDIA A100-SXM4-80GB, 81920"] * 8, ["local-80gb-a100-8g-box local box 8 x A100 80 GB no"]),
+            (["NVIDIA H100 80GB HBM3, 81559"], ["local-80gb-h100-1g-box local box 1 x H100 80 GB no"]),
+            (["NVIDIA RTX A6000, 49140"], ["local-48gb-rtx-a6000-1g-box local box 1 x RTX-A6000 48 GB no"]),
+            (
+                ["NVIDIA L4, 23034", "Tesla T4, 15360"],
+                [
+                    "local-24gb-l4-1g-box local box 1 x L4 24 GB no",
+                    "local-16gb-t4-1g-box local box 1 x T4 16 GB no",
+                ],
+            ),
+            (["NVIDIA GB10, [N/A]"], ["local box 1 x GB10 no"]),
+        ],
+    )
+    def test_gpus_are_counted_by_kind(self, machines: Machines, names: list[str], lines: list[str]) -> None:
+        machines.program("nvidia-smi", "\n".join(names) + "\n")
+        assert shown() == lines
+
+    def test_a_driver_without_a_gpu_is_a_machine_without_one(self, machines: Machines) -> None:
+        machines.program("nvidia-smi", "No devices were found\n", code=6)
+        assert shown() == ["local box 16 CPU cores no"]
+        assert listed()["problems"] == []
+
+    def test_a_driver_that_does_not_answer_is_told(self, machines: Machines) -> None:
+        machines.program("nvidia-smi", "NVIDIA-SMI has failed because it couldn't communicate\n", code=9)
+        assert listed()["vms"] == []
+        assert "couldn't communicate" in listed()["problems"][0]
+
+
+class TestSlurm:
+    """What `sinfo` of Slurm 22.05 says; one of ours repeats it."""
+
+    SAYS = (
+        "spot|gpu:v100:4|0/2/0/2|REQUEUE|up|16\n"
+        "prod|gpu:v100:4|1/1/0/2|OFF|up|16\n"
+        "cpu|(null)|0/3/1/4|SUSPEND,GANG|up|64+\n"
+        "old|gpu:k80:2(S:0-1),gpu:2,shard:8|0/0/1/1|CANCEL|down|8\n"
+    )
+
+    def test_partitions_are_regions(self, machines: Machines) -> None:
+        machines.program("sinfo", self.SAYS)
+        assert shown("--cloud", "slurm") == [
+            "slurm-16gb-v100-4g-spot-spot slurm spot 4 x V100 16 GB 2 of 2 nodes idle yes",
+            "slurm-16gb-v100-4g-prod slurm prod 4 x V100 16 GB 1 of 2 nodes idle no",
+            "slurm cpu 64 CPU cores 3 of 4 nodes idle no",
+            "slurm-12gb-k80-2g-old-spot slurm old 2 x K80 12 GB partition down yes",
+            "slurm old 2 x GPU partition down yes",
+        ]
+
+    @pytest.mark.parametrize(
+        ("gres", "gpus"),
+        [
+            ("(null)", []),
+            ("gpu:4", [("", 4)]),
+            ("gpu", [("", 1)]),
+            ("gpu:a100", [("a100", 1)]),
+            ("gpu:a100_80gb:2(S:0,1),nic:1", [("a100_80gb", 2)]),
+        ],
+    )
+    def test_gres_of_every_form_is_read(self, gres: str, gpus: list[tuple[str, int]]) -> None:
+        assert list(inventory._gres(gres)) == gpus
+
+    def test_the_memory_in_the_name_of_a_type_counts(self, machines: Machines) -> None:
+        machines.program("sinfo", "big|gpu:a100_80gb:8|0/1/0/1|OFF|up|16\n")
+        assert shown("--gpu", "A100") == [
+            "slurm-80gb-a100-8g-big slurm big 8 x A100 80 GB 1 of 1 nodes idle no"
+        ]
+
+    @pytest.mark.parametrize(
+        ("says", "code", "told"),
+        [
+            (
+                "sinfo: error: one\nsinfo: fatal: Could not establish a configuration source\n",
+                1,
+                "fatal: Could not",
+            ),
+            ("PARTITION AVAIL\n", 0, "no list of partitions"),
+        ],
+    )
+    def test_a_slurm_that_does_not_answer_is_told_and_the_others_are_shown(
+        self, machines: Machines, says: str, code: int, told: str
+    ) -> None:
+        machines.program("sinfo", says, code)
+        result = CliRunner().invoke(app, ["vm", "list"])
+        assert result.exit_code == 0
+        assert "16 CPU cores" in result.stdout
+        assert result.stderr.startswith("Warning: `sinfo`")
+        assert told in result.stderr
+
+    def test_a_program_that_hangs_is_left(self, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(inventory, "ANSWER", 0.2)
+        (machines.bin / "sinfo").write_text("#!/bin/sh\nexec sleep 60\n")
+        (machines.bin / "sinfo").chmod(0o755)
+        assert listed()["problems"] == ["`sinfo` gives no answer within 0.2 s."]
+
+
+class TestOwn:
+    """`vms.yml`."""
+
+    def test_machines_of_ones_own_are_listed(self, machines: Machines) -> None:
+        machines.own(
+            "vms:\n- vm: rack-80gb-h100-8g-berlin\n  quota: 4\n- vm: lab-24gb-rtx-4090-2g-attic-spot\n"
+        )
+        assert shown()[1:] == [
+            "rack-80gb-h100-8g-berlin rack berlin 8 x H100 80 GB 4 no",
+            "lab-24gb-rtx-4090-2g-attic-spot lab attic 2 x RTX-4090 24 GB yes",
+        ]
+
+    def test_that_of_the_home_folder_counts_where_the_store_has_none(self, machines: Machines) -> None:
+        home = Path.home() / ".hf_cloudtrain"
+        home.mkdir()
+        (home / "vms.yml").write_text("vms:\n- vm: rack-80gb-h100-8g-berlin\n")
+        assert [vm["source"] for vm in listed()["vms"]] == ["local", "vms.yml"]
+        machines.own("vms: []\n")
+        assert [vm["source"] for vm in listed()["vms"]] == ["local"]
+
+    def test_every_mistake_is_told_by_line_and_the_others_are_shown(self, machines: Machines) -> None:
+        machines.own(
+            "vms:\n- vm: rack-80gb-h100-8g-berlin\n- vm: 4 big ones\n- vm: rack-80gb-h100-8g-berlin\n  qouta: 3\n"
+            "- quota: -1\n"
+        )
+        result = CliRunner().invoke(app, ["vm", "list"])
+        assert result.exit_code == 1
+        assert "16 CPU cores" in result.stdout
+        lines = [line.removeprefix(f"{machines.store}/") for line in result.stderr.splitlines()]
+        assert [line.split(": ")[0] for line in lines] == [
+            "vms.yml:3",
+            "vms.yml:4",
+            "vms.yml:5",
+            "vms.yml:6",
+            "vms.yml:6",
+        ]
+        assert "'4 big ones' is no machine" in lines[0]
+        assert "here a second time" in lines[1]
+        assert "unknown key 'vms.2.qouta'. The nearest known key is 'quota'" in lines[2]
+        assert listed()["problems"][0].endswith(lines[0].removeprefix("vms.yml:3: "))
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"- a", b"vms: 3", b"\xff", b"vms: &a []", b"machines: []", b"x" * 200_000]
+    )
+    def test_what_is_no_such_file_is_refused(self, content: bytes) -> None:
+        with pytest.raises(JobFileError, match=r"vms.yml:1: "):
+            inventory.parse_own(content)
+
+    def test_a_store_that_does_not_answer_is_told(
+        self, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_STORE", "nosuch://bucket")
+        found = listed()
+        assert len(found["problems"]) == 1
+        assert "nosuch" in found["problems"][0]
+        assert len(found["vms"]) == 1
+
+
+AWS = """\
+InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,AvailabilityZone,Arch
+a1.large,,,2.0,4.0,,0.0642,0.064200,us-east-1,use1-az2,arm64
+p3.8xlarge,V100,4.0,32.0,244.0,"{'Gpus': [{'Name': 'V100', 'MemoryInfo': {'SizeInMiB': 16384}}]}",12.24,3.7,us-east-1,a,x86_64
+p3.8xlarge,V100,4.0,32.0,244.0,"{'Gpus': [{'Name': 'V100', 'MemoryInfo': {'SizeInMiB': 16384}}]}",12.24,3.9,us-east-1,b,x86_64
+p3dn.24xlarge,V100-32GB,8.0,96.0,768.0,"{'Gpus': [{'MemoryInfo': {'SizeInMiB': 32768}}]}",31.2,,us-east-1,a,x86_64
+g6f.large,L4,0.125,2.0,8.0,,0.2,,us-east-1,a,x86_64
+odd.large,V100,many,2.0,8.0,,0.2,,us-east-1,a,x86_64
+"""
+AZURE = """\
+InstanceType,AcceleratorName,AcceleratorCount,vCPUs,MemoryGiB,GpuInfo,Price,SpotPrice,Region,Generation
+Standard_NC24s_v3,V100,4.0,24.0,448.0,V100,12.24,1.2,eastus,gen1
+Standard_ND96,MI300X,8.0,96.0,1900.0,MI300X,48.0,,eastus,gen2
+"""
+
+
+class TestSkypilot:
+    """The catalog that SkyPilot keeps on this disk; the rows are in the form of version 8."""
+
+    def test_machines_with_gpus_are_listed_with_and_without_spot(self, machines: Machines) -> None:
+        machines.catalog("aws", AWS)
+        machines.catalog("azure", AZURE)
+        machines.catalog("gcp", "not,a\ncatalog,\n")
+        machines.catalog("old", AZURE, version="v9")
+        assert shown()[1:] == [
+            "aws-16gb-v100-4g-us-east-1 aws us-east-1 4 x V100 16 GB no",
+            "aws-16gb-v100-4g-us-east-1-spot aws us-east-1 4 x V100 16 GB yes",
+            "aws-32gb-v100-8g-us-east-1 aws us-east-1 8 x V100 32 GB no",
+            "azure eastus 8 x MI300X no",
+            "azure-16gb-v100-4g-eastus azure eastus 4 x V100 16 GB no",
+            "azure-16gb-v100-4g-eastus-spot azure eastus 4 x V100 16 GB yes",
+        ]
+        assert len(shown("--cloud", "AZURE", "--gpu", "v100")) == 2
+        assert Machine.parse(shown("--cloud", "azure", "--gpu", "v100")[1].split()[0]).is_spot
+
+    def test_a_long_catalog_is_cut_and_that_is_said(
+        self, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(inventory, "MOST", 2)
+        machines.catalog("aws", AWS)
+        assert len(shown()) == 3
+        result = CliRunner().invoke(app, ["vm", "list"])
+        assert "1 more of SkyPilot's catalog are not shown" in result.stderr
+        assert listed()["left_out"] == 1
+
+    def test_a_skypilot_without_a_catalog_is_told(self, machines: Machines) -> None:
+        machines.program("sky", "")
+        assert "`sky show-gpus` downloads it" in listed()["problems"][0]
+
+    def test_where_nothing_fits_it_is_said(self, machines: Machines) -> None:
+        result = CliRunner().invoke(app, ["vm", "list", "--cloud", "mars"])
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert "no such machine" in result.stderr

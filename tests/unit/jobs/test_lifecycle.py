@@ -1,0 +1,345 @@
+"""Jobs: what is decided and refused before anything starts, and what an engine's trouble leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_cloudtrain.cli import app, job_actions
+from hf_cloudtrain.datasets.store import DatasetStore
+from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
+from hf_cloudtrain.jobs import lifecycle
+from hf_cloudtrain.jobs.engines import EngineStatus
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
+from hf_cloudtrain.runtime.files import locked
+from hf_cloudtrain.runtime.process_tree import this_process
+from hf_cloudtrain.tracking.status import RunState
+
+FILES = Path(__file__).resolve().parents[2] / "data"
+TEXT = "name: toy\nengine: {engine}\njob_setting: {{docker: {{command: torchrun train.py}}}}\n"
+
+
+class Pretended:
+    """An engine that starts nothing."""
+
+    def __init__(self) -> None:
+        self.submitted: list[Submission] = []
+        self.trouble: Exception | None = None
+        self.seen: EngineStatus | None = None
+        self.cancelled: list[str] = []
+
+    def check(self, submission: Submission) -> None:
+        pass
+
+    def show(self, submission: Submission) -> str:
+        return "nothing"
+
+    def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
+        if self.trouble is not None:
+            raise self.trouble
+        self.submitted.append(submission)
+        return store.write(record, state="running")
+
+    def look(self, record: JobRecord) -> EngineStatus | None:
+        return self.seen
+
+    def cancel(self, record: JobRecord, store: JobStore) -> None:
+        self.cancelled.append(record.id)
+
+    def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
+        yield "said"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobStore:
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+    return JobStore()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    pretended = Pretended()
+    monkeypatch.setattr(lifecycle, "engine", lambda name: pretended)
+    return pretended
+
+
+def submitted(store: JobStore, text: str = TEXT.format(engine="local")) -> JobRecord:
+    return lifecycle.submit(lifecycle.prepare(parse_job(text.encode()), store), store)
+
+
+@pytest.mark.parametrize("engine_name", ["local", "slurm", "skypilot", "sagemaker"])
+@pytest.mark.parametrize(("file", "dataset"), [("glue", "mnli"), ("cifar", "cifar100")])
+def test_periflows_files_are_two_nodes_of_four_processes_on_every_engine(
+    store: JobStore, tmp_path: Path, engine_name: str, file: str, dataset: str
+) -> None:
+    (tmp_path / "data.txt").write_text("data")
+    for words in (
+        ("data", "create", dataset, str(tmp_path / "data.txt")),
+        ("job", "run", "-f", str(FILES / f"periflow_{file}.yml"), "--engine", engine_name, "--dry-run"),
+    ):
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == 0, result.output
+    assert f"by the engine {engine_name}: 2 nodes of 4 processes" in result.stdout
+    assert store.ids() == []
+    assert not (tmp_path / "store" / "jobs").exists()
+
+
+def test_an_engine_that_cannot_start_a_job_leaves_a_record_that_says_so(
+    store: JobStore, engine: Pretended
+) -> None:
+    engine.trouble = ConfigurationError("sbatch says no")
+    with pytest.raises(ConfigurationError, match="sbatch says no"):
+        submitted(store)
+    record = store.read("toy")
+    assert (record.state, record.reason) == ("failed", "It could not be started: sbatch says no")
+
+
+def test_a_folder_goes_to_the_home_and_what_its_nodes_need_stands_beside_it(
+    store: JobStore, engine: Pretended, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "train.py").write_text("print()")
+    job = parse_job(b"name: toy\nenv: {KEY: value}\njob_setting: {docker: {command: echo}}")
+    record = lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
+    home = Path(record.home)
+    assert (home / "workspace" / "train.py").read_text() == "print()"
+    assert Submission.load(home).id == record.id
+    assert "value" not in (home / "job.json").read_text()
+    assert engine.submitted[0].home == home
+
+
+def test_what_jobs_keep_is_no_part_of_a_workspace_that_it_is_in(engine: Pretended, tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    (code / "run").mkdir(parents=True)
+    for name in ("train.py", "run/weights"):
+        (code / name).write_text("x")
+    store = JobStore(str(code / "store"))
+    job = parse_job(f"name: toy\nrun_url: {code}/run\njob_setting: {{docker: {{command: echo}}}}".encode())
+    for _ in range(2):
+        record = lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
+        store.write(record, state="failed")
+        assert [path.name for path in Path(record.home, "workspace").iterdir()] == ["train.py"]
+
+
+def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anything_starts(
+    store: JobStore, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    (code / "data").mkdir(parents=True)
+    (code / "data" / "mine.csv").write_text("rows")
+    DatasetStore(store.url).create("set", code / "data")
+    job = parse_job(
+        b"name: toy\njob_setting: {docker: {command: echo}}\ndata: {name: set, mount_path: /workspace/data}"
+    )
+    with pytest.raises(ConfigurationError, match=r"leave that out of the workspace \(\.cloudtrainignore\)"):
+        lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
+    assert [(record.state, record.starts) for record in store.records()] == [("failed", ())]
+
+
+def test_a_folder_that_is_none_and_a_dataset_that_is_none_are_refused(
+    store: JobStore, tmp_path: Path
+) -> None:
+    job = parse_job(
+        b"name: toy\ndata: {name: mnli@2, mount_path: /data}\njob_setting: {docker: {command: echo}}"
+    )
+    with pytest.raises(ConfigurationError, match="no folder"):
+        lifecycle.prepare(job, store, workspace=tmp_path / "nothing")
+    with pytest.raises(NoDatasetError, match="'mnli'"):
+        lifecycle.prepare(job, store)
+
+
+def test_only_one_job_at_a_time_writes_to_a_run(store: JobStore, engine: Pretended) -> None:
+    text = TEXT.format(engine="local") + "run_url: /runs/one\n"
+    first = submitted(store, text)
+    with pytest.raises(ConfigurationError, match=r"'toy-1' is running and writes to '/runs/one'"):
+        submitted(store, text)
+    store.write(first, state="cancelled")
+    assert submitted(store, text).id == "toy-2"
+
+
+def test_what_an_engine_sees_is_shown_and_an_end_is_kept(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store)
+    assert lifecycle.look(store, record) == record
+    engine.seen = EngineStatus("stopping", "asked")
+    assert lifecycle.look(store, record).state == "stopping"
+    assert store.read("toy").state == "running"
+    engine.seen = EngineStatus("lost", "gone")
+    assert lifecycle.look(store, record).state == "lost"
+    assert store.read("toy").state == "running"  # it may come back
+    engine.seen = EngineStatus("finished")
+    assert lifecycle.look(store, record).state == "finished"
+    assert store.read("toy").state == "finished"
+    engine.seen = EngineStatus("running")
+    assert lifecycle.look(store, store.read("toy")).state == "finished"
+
+
+def test_what_a_supervisor_wrote_last_beats_what_its_engine_makes_of_its_end(
+    store: JobStore, engine: Pretended
+) -> None:
+    before = submitted(store)
+    store.write(before, state="finished", reason="All done.")
+    engine.seen = EngineStatus("failed", "Slurm: COMPLETED")
+    assert lifecycle.look(store, before).reason == "All done."
+    assert store.read("toy").state == "finished"
+
+
+def test_a_start_that_nobody_closed_ends_with_its_job(store: JobStore, engine: Pretended) -> None:
+    record = store.write(submitted(store), starts=(Start(1, 1.0, 2.0, "preempted"), Start(2, 3.0)))
+    engine.seen = EngineStatus("cancelled", "scancel")
+    starts = lifecycle.look(store, record).starts
+    assert [start.outcome for start in starts] == ["preempted", "cancelled"]
+    assert starts[1].ended is not None
+    assert starts[0].ended == 2.0
+
+
+def test_a_job_is_asked_to_end_although_its_engine_does_not_answer(
+    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = submitted(store)
+
+    def no_answer(record: JobRecord) -> None:
+        raise ConfigurationError("Slurm does not answer")
+
+    monkeypatch.setattr(engine, "look", no_answer)
+    lifecycle.cancel(store, record.id)
+    assert store.is_cancelled(record.id)
+    assert engine.cancelled == [record.id]
+
+
+def test_a_job_that_is_over_is_not_cancelled_and_one_that_runs_is_not_resumed(
+    store: JobStore, engine: Pretended
+) -> None:
+    record = submitted(store)
+    with pytest.raises(ConfigurationError, match="is running"):
+        lifecycle.resume(store, "toy")
+    lifecycle.cancel(store, "toy")
+    assert store.is_cancelled("toy-1")
+    assert engine.cancelled == ["toy-1"]
+    store.write(record, state="finished")
+    with pytest.raises(ConfigurationError, match="is over: finished"):
+        lifecycle.cancel(store, "toy")
+    with pytest.raises(ConfigurationError, match="has finished"):
+        lifecycle.resume(store, "toy")
+
+
+def test_a_resume_forgets_the_cancel_and_counts_restarts_anew(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store)
+    lifecycle.cancel(store, "toy")
+    store.write(record, state="cancelled", restarts=2, starts=(Start(1, 0.0),))
+    resumed = lifecycle.resume(store, "toy")
+    assert (resumed.state, resumed.restarts, len(resumed.starts)) == ("running", 0, 1)
+    assert not store.is_cancelled("toy-1")
+
+
+def test_a_job_of_another_machine_is_not_resumed_here(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store)
+    store.write(record, state="failed", home="/nowhere/toy-1", submitted_by={"host": "far"})
+    with pytest.raises(ConfigurationError, match="submitted on 'far'"):
+        lifecycle.resume(store, "toy")
+
+
+def test_a_job_whose_submitter_was_killed_is_in_nobodys_way(store: JobStore, engine: Pretended) -> None:
+    url = str(store.url) + "/run"
+    facts = {"engine": "local", "run_url": url, "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+    record = store.create("toy", submitter=this_process(), **facts)
+    assert lifecycle.look(store, record) == record, "we live, and may still copy the workspace"
+    for change in ({"pid": 999999999}, {"boot": "another"}, {"began": -1}):
+        gone = store.write(record, submitter={**record.submitter, **change})
+        assert (lifecycle.look(store, gone).state, store.read("toy-1").state) == ("failed", "failed")
+    Path(record.home).mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="broken off"):
+        lifecycle.resume(store, "toy-1")
+    far = store.write(record, submitter={**record.submitter, "host": "far", "boot": "another"})
+    assert lifecycle.look(store, far).state == "queued", "of another machine nobody here can tell"
+    store.write(record, submitter={**record.submitter, "pid": 999999999})
+    text = TEXT.format(engine="local") + f"run_url: {url}\n"
+    assert submitted(store, text).id == "toy-2"
+
+
+def test_the_grace_of_a_job_needs_no_shell_when_it_is_resumed(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store, TEXT.format(engine="local") + "env: {HF_CLOUDTRAIN_GRACE: 7, DEBUG: 1}\n")
+    loaded = Submission.load(record.home)
+    assert (loaded.plan.grace, dict(loaded.plan.variables)) == (
+        7.0,
+        {"HF_CLOUDTRAIN_GRACE": "7", "DEBUG": None},
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "began", "now", "words"),
+    [
+        ("running", 50.0, RunState("r", "training", stalled="no step", last_seen=100.0), "no step"),
+        ("running", 150.0, RunState("r", "killed", stalled="no heartbeat", last_seen=100.0), None),
+        ("running", 50.0, RunState("r", "training", last_seen=100.0), None),
+        ("starting", 50.0, RunState("r", "waiting"), "no training has begun for 50 s"),
+        ("starting", 60.0, RunState("r", "waiting"), None),
+        ("finished", 50.0, RunState("r", "finished", stalled="x", last_seen=100.0), None),
+        ("running", 50.0, None, None),
+    ],
+)
+def test_a_job_that_does_not_get_on_is_shown_as_stalled(
+    store: JobStore,
+    engine: Pretended,
+    monkeypatch: pytest.MonkeyPatch,
+    state: Any,
+    began: float,
+    now: RunState | None,
+    words: str | None,
+) -> None:
+    record = store.write(submitted(store), state=state, starts=(Start(1, began),))
+    monkeypatch.setattr(job_actions, "LATE", 45.0)
+    monkeypatch.setattr(job_actions.time, "time", lambda: 100.0)
+    monkeypatch.setattr(job_actions, "run_state", lambda catalog: now)
+    assert job_actions._stall(record, now) == words
+
+
+def test_an_engine_that_does_not_answer_hides_no_job(
+    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(store)
+
+    def no_answer(record: JobRecord) -> EngineStatus:
+        raise ConfigurationError("slurmctld is down")
+
+    monkeypatch.setattr(engine, "look", no_answer)
+    result = CliRunner().invoke(app, ["job", "list", "--json"])
+    assert [job["state"] for job in json.loads(result.stdout)["jobs"]] == ["running"]
+    assert "slurmctld is down" in result.stderr
+
+
+def test_a_start_that_fails_does_not_write_over_the_record_of_a_job_that_somebody_has_taken_over(
+    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_over(submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
+        store.write(record, state="starting", handle={"pid": 1})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "submit", taken_over)
+    with pytest.raises(KeyboardInterrupt):
+        submitted(store)
+    assert store.read("toy").state == "starting"
+
+
+def test_of_two_who_resume_a_job_at_once_one_does(store: JobStore, engine: Pretended) -> None:
+    record = submitted(store)
+    store.write(record, state="lost")
+    with locked(Path(record.home, "resume.lock")), pytest.raises(ConfigurationError, match="just now"):
+        lifecycle.resume(store, record.id)
+    assert store.read(record.id).state == "lost"
+    assert lifecycle.resume(store, record.id).state == "running"
+
+
+def test_the_home_of_a_job_that_runs_is_not_cleared_for_another(store: JobStore, engine: Pretended) -> None:
+    home = store.home("toy-1")
+    with locked(home / SUPERVISOR_LOCK), pytest.raises(ConfigurationError, match="a job runs"):
+        submitted(store)
+    assert (home / SUPERVISOR_LOCK).exists()

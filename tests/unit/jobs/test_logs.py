@@ -1,0 +1,65 @@
+"""Logs of a job: growing files, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_cloudtrain.jobs import logs
+from hf_cloudtrain.jobs.logs import LONGEST, follow_files, last_lines
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def test_lines_of_several_files_have_their_label_and_those_of_one_have_none(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"{name} 1\n{name} 2\n")
+    files = {"node 0": tmp_path / "a", "node 1": tmp_path / "b"}
+    assert list(follow_files(files, False, lambda: True)) == [
+        "[node 0] a 1",
+        "[node 0] a 2",
+        "[node 1] b 1",
+        "[node 1] b 2",
+    ]
+    assert list(follow_files({"node 1": tmp_path / "b"}, False, lambda: True)) == ["b 1", "b 2"]
+
+
+def test_following_shows_what_comes_until_the_job_is_over_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "node-0.log"
+    steps: Iterator[str] = iter(("first\nhal", "f\n", "last, without an end"))
+
+    def is_over() -> bool:
+        text = next(steps, None)
+        if text is None:
+            return True
+        with path.open("a") as file:
+            file.write(text)
+        return False
+
+    monkeypatch.setattr(logs, "POLL", 0.0)
+    assert list(follow_files({"node 0": path}, True, is_over)) == ["first", "half", "last, without an end"]
+
+
+def test_of_a_progress_bar_the_last_state_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"0%\r50%\r100%\r\ndone \xff\n")
+    assert list(follow_files({"x": path}, False, lambda: True)) == ["100%", "done \ufffd"]
+
+
+def test_a_line_without_an_end_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * (5 * LONGEST) + b"\nend\n")
+    lines = list(follow_files({"x": path}, False, lambda: True))
+    assert max(map(len, lines)) <= LONGEST
+    assert lines[-1] == "end"
+
+
+def test_the_last_lines_of_a_large_file_and_of_none(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"line {number}\n\n" for number in range(50_000)))
+    assert last_lines(path, 2) == ["line 49998", "line 49999"]
+    assert last_lines(tmp_path / "nothing", 2) == []

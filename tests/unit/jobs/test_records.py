@@ -1,0 +1,155 @@
+"""Job records: one a job, numbered by name, whatever store holds them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain.errors import ManifestError, NoJobError
+from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, Start
+
+FACTS = {"engine": "local", "nodes": 2, "nproc_per_node": 4, "max_restarts": 3}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> JobStore:
+    return JobStore(str(tmp_path / "store"))
+
+
+def test_jobs_of_one_name_are_numbered_and_have_runs_and_homes_of_their_own(store: JobStore) -> None:
+    first, second, other = (store.create(name, **FACTS) for name in ("mnli", "mnli", "mnli-2x"))
+    assert [first.id, second.id, other.id] == ["mnli-1", "mnli-2", "mnli-2x-1"]
+    assert first.run_url != second.run_url
+    assert first.home != second.home
+    assert store.next_id("mnli") == "mnli-3"
+    assert store.ids() == ["mnli-1", "mnli-2", "mnli-2x-1"]
+
+
+def test_jobs_of_two_stores_that_are_elsewhere_have_homes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HF_CLOUDTRAIN_STORE", raising=False)
+    stores = [JobStore(url) for url in (None, "memory://one", "memory://two", "memory://two/")]
+    here, one, two, same = (store.home("mnli-1") for store in stores)
+    assert len({here, one, two}) == 3
+    assert two == same
+    assert all(home.is_relative_to(tmp_path / ".hf_cloudtrain" / "jobs") for home in (here, one, two))
+
+
+def test_a_store_that_is_named_from_here_is_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", "store")
+    assert JobStore().create("mnli", **FACTS).run_url == str(tmp_path / "store" / "runs" / "mnli-1")
+
+
+def test_two_who_create_at_once_get_two_numbers(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(name: str) -> str:
+        monkeypatch.undo()
+        store.create(name, **FACTS)
+        return "mnli-1"
+
+    monkeypatch.setattr(store, "next_id", too_late)
+    assert store.create("mnli", **FACTS).id == "mnli-2"
+
+
+def test_a_run_url_of_ones_own_is_kept(store: JobStore) -> None:
+    assert store.create("mnli", run_url="s3://bucket/run", **FACTS).run_url == "s3://bucket/run"
+
+
+def test_what_was_written_is_read(store: JobStore) -> None:
+    record = store.create("mnli", **FACTS)
+    starts = (Start(1, 5.0, 6.0, "failed", "a crash", (1, None)), Start(2, 7.0))
+    written = store.write(record, state="running", starts=starts, restarts=1, handle={"pid": 3})
+    assert written.updated > 0
+    assert store.read(record.id) == written
+    assert store.records() == [written]
+
+
+def test_a_name_means_its_newest_job_and_an_id_that_very_one(store: JobStore) -> None:
+    ids = [store.create("mnli", **FACTS).id for _ in range(11)]
+    assert store.read("mnli").id == "mnli-11"
+    assert store.read("mnli-2").id == ids[1]
+
+
+def test_a_job_that_nobody_knows_is_told_with_the_nearest(store: JobStore) -> None:
+    store.create("mnli", **FACTS)
+    with pytest.raises(NoJobError, match=r"no job 'mnly-1' .* The nearest is 'mnli-1'"):
+        store.read("mnly-1")
+    with pytest.raises(NoJobError):
+        store.read("../../secrets")
+
+
+def test_records_are_read_several_at_a_time(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [store.create("mnli", **FACTS).id for _ in range(4)]
+    together = threading.Barrier(4, timeout=20.0)
+    read = store.storage.read
+
+    def slow_read(path: str) -> bytes:
+        together.wait()
+        return read(path)
+
+    monkeypatch.setattr(store.storage, "read", slow_read)
+    assert [record.id for record in store.records()] == ids
+
+
+def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_path: Path) -> None:
+    record = store.create("mnli", **FACTS)
+    folder = tmp_path / "store" / "jobs" / "records"
+    (folder / "bad-1.json").write_text("{")
+    (folder / "bad-2.json").write_text(json.dumps({"id": "bad-2"}))
+    (folder / "bad-3.json").write_bytes((folder / "mnli-1.json").read_bytes())
+    assert store.records() == [record]
+    for name in ("bad-1", "bad-2", "bad-3"):
+        with pytest.raises(ManifestError):
+            store.read(name)
+
+
+def test_a_key_of_a_newer_version_is_passed_over(store: JobStore, tmp_path: Path) -> None:
+    record = store.create("mnli", **FACTS)
+    path = tmp_path / "store" / "jobs" / "records" / "mnli-1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "blue"}))
+    assert store.read("mnli-1") == record
+
+
+def test_who_asks_first_that_a_job_ends_is_told_so(store: JobStore) -> None:
+    record = store.create("mnli", **FACTS)
+    assert not store.is_cancelled(record.id)
+    assert [store.ask_to_cancel(record.id), store.ask_to_cancel(record.id)] == [True, False]
+    assert store.is_cancelled(record.id)
+    store.forget_cancel(record.id)
+    assert not store.is_cancelled(record.id)
+
+
+@pytest.mark.parametrize("state", ["preempted", "lost", "finished", "failed", "cancelled"])
+def test_what_is_over(store: JobStore, state: str) -> None:
+    record = store.create("mnli", **FACTS)
+    assert not record.is_over
+    assert state in OVER
+    assert store.write(record, state=state).is_over
+
+
+def test_jobs_of_several_stores_elsewhere_have_homes_of_their_own_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HF_CLOUDTRAIN_STORE", raising=False)
+    stores = [JobStore(url) for url in (None, "memory://a", "memory://b")]
+    homes = [store.home("mnli-1") for store in stores]
+    assert len(set(homes)) == 3
+    assert homes[0] == tmp_path / ".hf_cloudtrain" / "jobs" / "mnli-1"
+    assert all(home.is_relative_to(homes[0].parent) for home in homes)
+    assert homes == [store.home("mnli-1") for store in stores]
+    assert JobStore(f"file://{tmp_path}/here").home("mnli-1") == tmp_path / "here" / "jobs" / "mnli-1"
+
+
+def test_a_store_elsewhere_holds_records_too() -> None:
+    store = JobStore("memory://jobs-elsewhere")
+    record: JobRecord = store.create("mnli", **FACTS)
+    assert record.run_url == "memory://jobs-elsewhere/runs/mnli-1"
+    assert store.read("mnli") == record

@@ -1,0 +1,148 @@
+"""Signals are noted and nothing else, by the process that asked for them, and are given back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.preemption.signals import STOPPING, SignalWatch
+
+FOREVER = 1e9
+
+
+@pytest.fixture
+def seen() -> Iterator[list[int]]:
+    """What was heard; whatever was there before is there again afterwards."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield []
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def watch_of(seen: list[int], patience: float = FOREVER, **arguments: Any) -> SignalWatch:
+    watch = SignalWatch(seen.append, patience=lambda: patience, **arguments)
+    watch.start()
+    return watch
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_the_first_signal_is_heard_and_the_process_lives(seen: list[int], number: int) -> None:
+    watch_of(seen)
+    send(number)
+    assert seen == [number]
+
+
+def test_further_ones_are_no_news(seen: list[int]) -> None:
+    watch_of(seen)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        send(number)
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_second_ctrl_c_quits(seen: list[int]) -> None:
+    watch_of(seen)
+    send(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+    assert seen == [signal.SIGINT]
+
+
+def test_after_its_time_a_signal_goes_to_who_was_there_before(seen: list[int]) -> None:
+    before: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
+    watch_of(seen, patience=-1.0)
+    send(signal.SIGTERM)
+    assert (seen, before) == ([signal.SIGTERM], [])
+    send(signal.SIGTERM)
+    assert (seen, before) == ([signal.SIGTERM], [signal.SIGTERM])
+
+
+def test_what_was_there_before_is_there_again(seen: list[int]) -> None:
+    before = [signal.getsignal(number) for number in STOPPING]
+    watch = watch_of(seen)
+    assert signal.getsignal(signal.SIGTERM) != before[0]
+    watch.close()
+    assert [signal.getsignal(number) for number in STOPPING] == before
+
+
+def test_a_handler_that_somebody_has_set_since_stays(seen: list[int]) -> None:
+    def mine(number: int, frame: FrameType | None) -> None: ...
+
+    watch = watch_of(seen)
+    signal.signal(signal.SIGUSR1, mine)
+    watch.close()
+    assert signal.getsignal(signal.SIGUSR1) is mine
+
+
+def test_an_ignored_signal_stays_ignored(seen: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+    watch_of(seen)
+    send(signal.SIGINT)
+    assert seen == []
+
+
+def test_handlers_of_others_hear_it_afterwards_but_not_pythons_own(seen: list[int]) -> None:
+    before: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: before.append(number))
+    watch = watch_of(seen)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        send(number)
+    assert before == []
+    watch.call_others()
+    assert before == [signal.SIGUSR1]
+
+
+def test_a_forked_child_has_what_was_there_before(seen: list[int]) -> None:
+    watch_of(seen)
+    child = os.fork()
+    if child == 0:
+        send(signal.SIGTERM)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert seen == []
+    send(signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+
+
+def test_a_loader_worker_is_not_in_the_group_that_a_launcher_signals(seen: list[int]) -> None:
+    torch = pytest.importorskip("torch")
+    loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=lambda rows: os.getpgrp())
+    (group,) = loader
+    assert group != os.getpgrp()
+    assert group > 0
+
+
+def test_outside_of_the_training_signals_do_what_they_did_before(seen: list[int]) -> None:
+    before: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
+
+    def train() -> None:
+        send(signal.SIGTERM)
+
+    watch_of(seen, within=train.__code__)
+    send(signal.SIGTERM)
+    assert (seen, before) == ([], [signal.SIGTERM])
+    train()
+    assert (seen, before) == ([signal.SIGTERM], [signal.SIGTERM])
+
+
+def test_on_another_thread_nothing_is_installed_and_it_is_said(
+    seen: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=watch_of, args=(seen,))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "no save on SIGTERM" in caplog.text

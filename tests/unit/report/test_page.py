@@ -1,0 +1,355 @@
+"""`cloudtrain run report`: a page of any run whatsoever, that shows storage's words as text and keeps secrets to itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.cli import app
+from hf_cloudtrain.report import curves
+from hf_cloudtrain.report.charts import charts_of
+from hf_cloudtrain.report.curves import MOST_POINTS
+from hf_cloudtrain.report.figure import Chart
+from hf_cloudtrain.report.page import MOST_CHECKPOINTS
+from hf_cloudtrain.report.timeline import time_spent
+from hf_cloudtrain.tracking.history import history_of
+from tests.recorded import BEGAN, commit, record_attempt, record_run, write
+
+
+@pytest.fixture(autouse=True)
+def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's own 5 MB are the browser's matter (tests/integration/test_report.py)."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "plotly")
+
+
+def report(catalog: Catalog, output: Path, *words: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["run", "report", catalog.storage.url, "-o", str(output), *words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def page_of(catalog: Catalog, tmp_path: Path) -> str:
+    report(catalog, tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text()
+
+
+def text_of(page: str) -> str:
+    """Its words, without tags, scripts and styles."""
+    body = re.sub(r"<(script|style|noscript)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
+
+
+def figures_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert found
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+def charts(catalog: Catalog) -> dict[str, Chart]:
+    return {chart.name: chart for chart in charts_of(history_of(catalog))}
+
+
+def points(chart: Chart, name: str) -> list[tuple[float, float]]:
+    """Of the curve with that name."""
+    (trace,) = (trace for trace in chart.figure.data if trace.name == name)
+    return [point for point in zip(trace.x, trace.y, strict=True) if point[0] is not None]
+
+
+class TestPage:
+    """One file that says what there is to know."""
+
+    def test_it_shows_key_figures_charts_attempts_checkpoints_and_facts(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        record_run(catalog)
+        page = page_of(catalog, tmp_path)
+        text = text_of(page)
+        for part in (
+            *("finished", "400 / 400", "10 min 25 s", "46.3%", "30 15.2 s of work lost", "on 2 hosts"),
+            *("Loss: 0.3386 at step 400", "30 steps were done again", "3 attempts in 10 min 25 s"),
+            *("Upload lag: usually 8 s", "Slowest 1 min 30 s, step 220", "Evaluations: accuracy 0.8647"),
+            *("killed", "failed", "000002-0000000250", "gpu-12", "checkpoint-200", "best", "440.0 MB"),
+            *("world size 4", "per device train batch size 16", "exact yes", "train.py --lr 1e-4", "2.13.0"),
+        ):
+            assert part in text, part
+        assert set(figures_of(page)) == {
+            *("loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics")
+        }
+
+    def test_it_asks_nobody_for_anything(self, catalog: Catalog, tmp_path: Path) -> None:
+        record_run(catalog)
+        page = page_of(catalog, tmp_path)
+        assert re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:)[^"'\s>]+""", page) == []
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+        assert policy
+        assert policy[1].startswith("default-src 'none'; script-src 'nonce-")
+        assert "http" not in policy[1]
+
+    def test_it_says_where_the_file_is(self, catalog: Catalog, tmp_path: Path) -> None:
+        record_run(catalog)
+        found = json.loads(report(catalog, tmp_path / "x.html", "--json").stdout)
+        size = (tmp_path / "x.html").stat().st_size
+        assert found == {"run_url": catalog.storage.url, "path": str(tmp_path / "x.html"), "size": size}
+
+    def test_a_page_is_replaced_whole_or_not_at_all(
+        self, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        record_run(catalog)
+        (tmp_path / "report.html").write_text("before")
+        assert "No such file" in report(catalog, tmp_path / "nowhere" / "report.html", code=1).stderr
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x"))
+            )
+            assert "No space left" in report(catalog, tmp_path / "report.html", code=1).stderr
+        assert (tmp_path / "report.html").read_text() == "before"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+        assert "<!doctype html>" in page_of(catalog, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+
+    def test_a_library_that_is_missing_is_named_with_its_command(
+        self, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        record_run(catalog)
+        monkeypatch.setitem(sys.modules, "plotly", None)
+        stderr = report(catalog, tmp_path / "report.html", code=1).stderr
+        assert "pip install 'hf_cloudtrain[report]'" in stderr
+        assert stderr.count("\n") == 1
+
+    def test_a_run_that_is_not_there_makes_no_page(self, catalog: Catalog, tmp_path: Path) -> None:
+        assert "There is no run at" in report(catalog, tmp_path / "report.html", code=1).stderr
+        assert not (tmp_path / "report.html").exists()
+
+
+class TestAnyRun:
+    """Short, long, damaged, forged: there is a page of it."""
+
+    def test_a_run_without_a_step(self, catalog: Catalog, tmp_path: Path) -> None:
+        catalog.begin_attempt(time.time(), 0, None, {})
+        text = text_of(page_of(catalog, tmp_path))
+        assert "started" in text
+        assert "None is committed" in text
+        assert "this page shows how it was" in text
+
+    def test_a_run_of_one_step(self, catalog: Catalog, tmp_path: Path) -> None:
+        record_attempt(catalog, began=BEGAN, steps=range(1, 2), log_steps=1, save_steps=1, state="finished")
+        page = page_of(catalog, tmp_path)
+        assert "Loss: " in text_of(page)
+        (trace,) = figures_of(page)["loss"]["data"][:1]
+        assert trace["mode"] == "lines+markers"  # a line of one point is nothing
+
+    def test_a_run_without_loss_or_checkpoints(self, catalog: Catalog, tmp_path: Path) -> None:
+        record_attempt(catalog, began=BEGAN, steps=range(1, 20), log_steps=999, save_steps=999)
+        assert set(figures_of(page_of(catalog, tmp_path))) == {"timeline", "goodput", "steptime"}
+
+    def test_a_run_of_100_000_steps(self, catalog: Catalog, tmp_path: Path) -> None:
+        """And the one slow step among them is still to be seen."""
+        seconds = [0.1] * 100_000
+        seconds[70_012] = 7.0
+        catalog.begin_attempt(BEGAN, 0, None, {})
+        logs = [
+            {"kind": "log", "step": step, "time": BEGAN + step / 10, "loss": 1 + (step == 50_030)}
+            for step in range(0, 100_000, 10)
+        ]
+        write(catalog, 1, [{"kind": "steps", "first": 1, "seconds": seconds}, *logs])
+        catalog.write_progress(1, {"time": BEGAN + 10_000, "step": 100_000, "state": "finished"})
+        assert len(page_of(catalog, tmp_path)) < 1_000_000
+        found = charts(catalog)
+        drawn = points(found["steptime"], "attempt 1")
+        assert len(drawn) <= MOST_POINTS
+        assert (70_013, 7.0) in drawn
+        assert (50_030, 2.0) in points(found["loss"], "attempt 1")
+        assert drawn == sorted(drawn)
+
+    def test_a_run_of_hundreds_of_attempts(self, catalog: Catalog, tmp_path: Path) -> None:
+        for number in range(300):
+            catalog.begin_attempt(BEGAN + 10 * number, 0, None, {})
+            write(catalog, number + 1, [{"kind": "steps", "first": 1, "seconds": [1.0] * 5}])
+        page = page_of(catalog, tmp_path)
+        assert "The newest 60 of 300 attempts" in text_of(page)
+        assert "The newest 200; 100 older ones are left out" in text_of(page)
+        assert len(page) < 500_000
+
+    def test_a_run_of_hundreds_of_checkpoints_shows_the_newest_and_the_best(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        catalog.begin_attempt(BEGAN, 0, None, {})
+        for step in range(1, MOST_CHECKPOINTS + 20):
+            commit(catalog, CheckpointKey(1, step), BEGAN)
+        catalog.point("best", CheckpointKey(1, 3))
+        text = text_of(page_of(catalog, tmp_path))
+        assert "18 older ones are left out" in text
+        assert "checkpoint-3 3 " in text
+        assert "checkpoint-4 4 " not in text
+
+    def test_attempts_that_overlap(self, catalog: Catalog, tmp_path: Path) -> None:
+        for began in (BEGAN, BEGAN + 10):
+            record_attempt(catalog, began=began, steps=range(1, 101), save_steps=999, start_seconds=5.0)
+        history = history_of(catalog)
+        assert sum(time_spent(history).values()) == pytest.approx(history.wall_seconds)
+        page_of(catalog, tmp_path)
+
+    @pytest.mark.parametrize(
+        "where", ["steps/000002-0001.jsonl", "progress/000002.json", "attempts/000002.json"]
+    )
+    def test_damaged_records(self, catalog: Catalog, tmp_path: Path, where: str) -> None:
+        record_run(catalog)
+        catalog.storage.write(f".cloudtrain/{where}", b'{"kind": "log", "step": 1, \xff')
+        assert "finished" in text_of(page_of(catalog, tmp_path))
+
+    def test_a_damaged_manifest_is_named(self, catalog: Catalog, tmp_path: Path) -> None:
+        record_run(catalog)
+        catalog.storage.write(".cloudtrain/checkpoints/000003-0000000400.json", b"{}")
+        text = text_of(page_of(catalog, tmp_path))
+        assert "damaged manifest" in text
+        assert "1 manifests are damaged" in text
+        assert "How checkpoint-350 was made" in text
+
+    @pytest.mark.parametrize("value", [1e300, -1e300, float("nan"), float("inf"), "x", None, 10**400])
+    def test_numbers_that_nobody_can_mean(self, catalog: Catalog, tmp_path: Path, value: Any) -> None:
+        record = {"number": 1, "nonce": "n", "started": value, "global_step": 0, "facts": {}}
+        log = {
+            "kind": "log",
+            "step": 5,
+            "time": value,
+            "loss": value,
+            "learning_rate": value,
+            "eval_f1": value,
+        }
+        told = {
+            "kind": "commit",
+            "checkpoint": "000001-0000000005",
+            "saved": value,
+            "time": value,
+            "size": value,
+        }
+        pause = {"kind": "pause", "step": 5, "why": "save", "time": value, "seconds": value}
+        catalog.begin_attempt(BEGAN, 0, None, {})
+        catalog.storage.write(
+            ".cloudtrain/attempts/000002.json", json.dumps({**record, "number": 2}).encode()
+        )
+        for number in (1, 2):
+            steps = {"kind": "steps", "first": 1, "seconds": [value, 1.0]}
+            write(catalog, number, [log, {**log, "time": BEGAN, "loss": 1.0}, told, pause, steps])
+            beat = {"time": value, "state": "training", "step": value, "total_steps": value, "loss": value}
+            catalog.storage.write(f".cloudtrain/progress/00000{number}.json", json.dumps(beat).encode())
+        page = page_of(catalog, tmp_path)
+        assert "NaN" not in json.dumps(figures_of(page))
+
+
+class TestDistrust:
+    """Whoever can write to the storage writes text, not pages."""
+
+    HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)>\x1b[2J"
+
+    def test_names_and_reasons_are_text(self, catalog: Catalog, tmp_path: Path) -> None:
+        facts = {"host": self.HOSTILE, self.HOSTILE: self.HOSTILE}
+        number = record_attempt(
+            catalog, began=BEGAN, steps=range(1, 61), save_steps=999, state=self.HOSTILE, facts=facts
+        )
+        log = {"kind": "log", "step": 30, "time": BEGAN, f"eval_{self.HOSTILE}": 0.5, "loss": 1.0}
+        write(catalog, number, [log], 2)
+        commit(
+            catalog,
+            CheckpointKey(number, 50),
+            BEGAN,
+            exact=False,
+            inexact_reason=self.HOSTILE,
+            metrics={self.HOSTILE: 1.0},
+            origin={self.HOSTILE: self.HOSTILE},
+        )
+        page = page_of(catalog, tmp_path)
+        assert page.count("<script") == page.count("</script>") == 3
+        assert "<img" not in page
+        assert "\x1b" not in page
+        assert page.count("&lt;/script&gt;&lt;script&gt;alert(1)") >= 5
+        data = re.search(r'id="figures"[^>]*>(.*?)</script>', page, re.DOTALL)
+        assert data
+        assert "<" not in data[1]
+        assert "<" not in json.dumps(figures_of(page)).replace("<br>", "").replace("<extra></extra>", "")
+
+    def test_secrets_are_not_shown(self, catalog: Catalog, tmp_path: Path) -> None:
+        token = "hf_" + "a" * 34
+        facts = {
+            "command": f"train.py --hub_token={token}",
+            "host": "https://user:pass-word@host/x?sig=abcdef",
+        }
+        record_attempt(catalog, began=BEGAN, steps=range(1, 11), facts=facts)
+        page = page_of(catalog, tmp_path)
+        for secret in (token, "pass-word", "abcdef"):
+            assert secret not in page
+        assert "--hub_token=***" in page
+
+    def test_no_text_is_longer_than_a_person_reads(self, catalog: Catalog, tmp_path: Path) -> None:
+        facts = {"host": "x" * 1_000_000, **{f"fact-{number}": "y" for number in range(5_000)}}
+        record_attempt(catalog, began=BEGAN, steps=range(1, 11), facts=facts, state="z" * 1_000_000)
+        assert len(page_of(catalog, tmp_path)) < 200_000
+
+
+class TestCharts:
+    """What the titles say is what the records say."""
+
+    def test_attempts_have_their_colour_and_lost_steps_are_dotted(self, catalog: Catalog) -> None:
+        record_run(catalog)
+        chart = charts(catalog)["loss"]
+        assert [entry[0::2] for entry in chart.legend] == [
+            ("line", "attempt 1"),
+            ("line", "attempt 2"),
+            ("line", "attempt 3"),
+            ("dotted", "done again"),
+            ("dotted", "evaluation"),
+        ]
+        assert len({entry[1] for entry in chart.legend[:3]}) == 3
+        assert [step for step, _ in points(chart, "attempt 2")] == list(range(155, 255, 5))
+        bands = [(shape.x0, shape.x1) for shape in chart.figure.layout.shapes if shape.type == "rect"]
+        assert bands == [(150, 170), (250, 260)]
+
+    def test_the_timeline_tells_lost_work_stalls_pauses_and_uploads(self, catalog: Catalog) -> None:
+        record_run(catalog)
+        traces = {trace.name: trace for trace in charts(catalog)["timeline"].figure.data}
+        assert list(traces["stall: a step far slower than usual"].x) == [90_000]
+        lost = traces["steps done again later"]
+        assert (
+            len(lost.x) == 2
+        )  # 20 steps of the first attempt, and 10 of the second with an evaluation before
+        assert lost.x[0] == pytest.approx(10_000, rel=0.01)
+        assert len(traces["evaluation"].x) == 8
+        assert set(traces["upload"].x) == {8_000.0}
+        assert "killed" in traces["end of an attempt"].text[0]
+
+    def test_the_time_is_all_accounted_for(self, catalog: Catalog) -> None:
+        record_run(catalog)
+        history = history_of(catalog)
+        spent = time_spent(history)
+        assert sum(spent.values()) == pytest.approx(history.wall_seconds)
+        assert spent["stall"] == 90.0
+        assert spent["start"] == pytest.approx(36.0)
+        assert spent["evaluation"] == pytest.approx(48.0)
+        assert (spent["steps"] + spent["stall"]) / history.wall_seconds == pytest.approx(history.goodput)
+
+    def test_a_step_time_that_varies_much_is_logarithmic(self, catalog: Catalog) -> None:
+        record_attempt(catalog, began=BEGAN, steps=range(1, 51))
+        assert charts(catalog)["steptime"].figure.layout.yaxis.type is None
+        record_attempt(catalog, began=BEGAN, steps=range(1, 51), stall_at=30)
+        assert charts(catalog)["steptime"].figure.layout.yaxis.type == "log"
+
+    def test_thinning_keeps_order_ends_and_peaks(self) -> None:
+        curve = [(float(step), float(step % 97), 1) for step in range(10_000)]
+        thin = curves._thin(curve, 100)
+        assert len(thin) <= 100
+        assert thin == sorted(thin)
+        assert {point[1] for point in thin} >= {0.0, 96.0}
+        assert curves._thin(curve[:100], 100) == curve[:100]

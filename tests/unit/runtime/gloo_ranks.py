@@ -1,0 +1,95 @@
+"""What each of three real processes does with Ranks, for test_ranks.py; the answers go to a file a rank."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hf_cloudtrain.errors import RunHasCheckpointsError
+from hf_cloudtrain.runtime import ranks
+from hf_cloudtrain.runtime.ranks import Ranks
+
+SIZE = 3
+GROUP_SECONDS = 4.0
+"""Timeout of every collective here, the user's and ours."""
+SLOW_SECONDS = 6.0
+"""Work that lasts longer than any collective may."""
+
+
+def told(ask: Callable[[], Any]) -> Any:
+    """The answer, or the kind and words of the error."""
+    try:
+        return ask()
+    except Exception as error:  # noqa: BLE001 - a test looks at it
+        return [type(error).__name__, str(error)]
+
+
+def fails(error: Exception) -> Any:
+    raise error
+
+
+def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    rank = ranks.rank
+    found: dict[str, Any] = {"who": [rank, ranks.size, ranks.is_main]}
+    found["agree"] = ranks.agree(lambda: f"from {rank}", "think")
+    found["each"] = ranks.each(lambda: rank * 10, "think")
+    found["agree fails"] = told(lambda: ranks.agree(lambda: fails(RunHasCheckpointsError("it has")), "start"))
+    found["each fails"] = told(
+        lambda: ranks.each(lambda: fails(OSError("full")) if rank == 1 else rank, "write")
+    )
+    found["each fails with ours"] = told(
+        lambda: ranks.each(lambda: fails(RunHasCheckpointsError("it has")) if rank == 2 else rank, "start")
+    )
+    found["after errors"] = ranks.each(lambda: rank, "think")
+
+    began = time.monotonic()
+    found["slow"] = ranks.agree(lambda: (time.sleep(SLOW_SECONDS), "slept")[1], "sleep")
+    assert time.monotonic() - began >= SLOW_SECONDS
+    dist.barrier()  # the user's own group is as well as before
+    found["the user's group"] = "alive"
+
+    for name, mine in (
+        ("one disk", "shared"),
+        ("own disks", f"disk-{rank}"),
+        ("two disks", f"half-{rank // 2}"),
+    ):
+        ranks.meet_disks(folder / name / mine)
+        found[name] = {
+            "leaders": ranks.leaders,
+            "neighbours": ranks.neighbours,
+            "leads": ranks.is_leader,
+            "answers": ranks.each_leader(lambda: rank, "lead"),
+            "left": sorted(path.name for path in (folder / name).rglob(".meet-*")),
+        }
+        ranks.barrier()
+    found["no disk"] = told(
+        lambda: ranks.meet_disks(Path("/dev/null/nowhere") if rank == 2 else folder / "x")
+    )
+    found["after no disk"] = ranks.each(lambda: rank, "think")
+    return found
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    ranks.GROUP_TIMEOUT = datetime.timedelta(seconds=GROUP_SECONDS)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=SIZE,
+        timeout=ranks.GROUP_TIMEOUT,
+    )
+    found = scenarios(Ranks.current(), folder)
+    (folder / f"answers-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How a run stands now, told from its newest heartbeat: what hangs is told from what is slow, and from what is over."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.tracking.status import SLOW, run_state
+from tests.faults.runs import Machines
+from tests.recorded import commit
+
+
+def begin(catalog: Catalog, **progress: Any) -> None:
+    """An attempt whose heart beat just now."""
+    now = time.time()
+    number = catalog.begin_attempt(now - 600, 0, None, {}).number
+    if progress:
+        beat = {"state": "training", "time": now, "last_step_time": now, "step": 42, "total_steps": 100}
+        catalog.write_progress(number, {**beat, **progress})
+
+
+def test_a_run_that_nobody_has_started_waits(catalog: Catalog) -> None:
+    now = run_state(catalog)
+    assert (now.state, now.attempt, now.attempts, now.step, now.is_over) == ("waiting", None, 0, None, False)
+
+
+def test_an_attempt_without_a_heartbeat_has_started(catalog: Catalog) -> None:
+    catalog.begin_attempt(time.time(), 0, None, {})
+    now = run_state(catalog)
+    assert (now.state, now.attempt, now.step, now.stalled, now.is_over) == ("started", 1, None, None, False)
+    assert now.heartbeat_age_seconds == pytest.approx(0, abs=30)
+
+
+def test_a_run_that_trains_tells_its_step_rate_loss_and_eta(catalog: Catalog) -> None:
+    begin(catalog, step_seconds=2.0, samples_per_second=16.0, loss=0.5, eta_seconds=116.0)
+    now = run_state(catalog)
+    assert (now.state, now.step, now.total_steps, now.stalled) == ("training", 42, 100, None)
+    assert (now.step_seconds, now.samples_per_second, now.loss, now.eta_seconds) == (2.0, 16.0, 0.5, 116.0)
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "stopped", "overtaken"])
+def test_a_run_that_said_how_it_ended_is_over_and_has_no_eta(catalog: Catalog, state: str) -> None:
+    begin(catalog, state=state, eta_seconds=116.0, time=time.time() - 4000, last_saved="000001-0000000040")
+    now = run_state(catalog)
+    assert (now.state, now.is_over, now.eta_seconds, now.stalled, now.uploading) == (
+        state,
+        True,
+        None,
+        None,
+        None,
+    )
+
+
+def test_a_heart_that_stopped_is_stalled_and_not_over(catalog: Catalog) -> None:
+    begin(catalog, time=time.time() - 61)
+    now = run_state(catalog)
+    assert (now.state, now.is_over) == ("killed", False)
+    assert now.stalled is not None
+    assert "no heartbeat" in now.stalled
+
+
+def test_a_heart_that_beats_without_a_step_is_stalled(catalog: Catalog) -> None:
+    """A process that hangs in a collective has a heart that beats on."""
+    begin(catalog, last_step_time=time.time() - 70, step_seconds=0.5)
+    now = run_state(catalog)
+    assert now.state == "training"
+    assert now.stalled == "no step for 70 s: it hangs, or evaluates"
+
+
+def test_steps_that_take_long_are_no_stall(catalog: Catalog) -> None:
+    begin(catalog, last_step_time=time.time() - 70, step_seconds=70 / SLOW + 1)
+    assert run_state(catalog).stalled is None
+
+
+def test_a_stall_is_told_by_the_clock_of_the_training(catalog: Catalog) -> None:
+    ahead = time.time() + 5000
+    begin(catalog, time=ahead, last_step_time=ahead - 10)
+    now = run_state(catalog)
+    assert (now.state, now.stalled, now.heartbeat_age_seconds) == ("training", None, 0.0)
+    begin(catalog, time=ahead, last_step_time=ahead - 100)
+    assert run_state(catalog).stalled == "no step for 100 s: it hangs, or evaluates"
+
+
+def test_what_is_saved_and_not_committed_is_uploading(catalog: Catalog) -> None:
+    saved = {"last_saved": "000001-0000000040", "last_saved_time": time.time() - 20}
+    begin(catalog, **saved, commit_lag_seconds=3.5)
+    now = run_state(catalog)
+    assert (now.uploading, now.last_committed, now.checkpoints) == ("000001-0000000040", None, 0)
+    assert now.uploading_seconds == pytest.approx(20, abs=10)
+    commit(catalog, CheckpointKey(1, 40), 0.0)
+    now = run_state(catalog)
+    assert (now.uploading, now.uploading_seconds) == (None, None)
+    assert (now.last_committed, now.checkpoints, now.commit_lag_seconds) == ("000001-0000000040", 1, 3.5)
+
+
+def test_a_look_costs_two_listings_and_one_record_however_long_the_run(machines: Machines) -> None:
+    for step in (1, 2, 3):
+        begin(machines.catalog, step=step)
+        commit(machines.catalog, CheckpointKey(step, step), 0.0)
+    machines.storage.calls.clear()
+    assert run_state(Catalog(machines.storage)).step == 3
+    assert sorted(call.kind for call in machines.storage.calls) == ["list", "list", "read"]
+
+
+@pytest.mark.parametrize("value", ["x", None, True, 1e300, float("nan"), [], {"a": 1}, -(10**400)])
+def test_what_is_no_number_is_not_known(catalog: Catalog, value: Any) -> None:
+    names = ("step", "total_steps", "loss", "last_step_time", "step_seconds", "eta_seconds", "last_saved")
+    catalog.begin_attempt(time.time(), 0, None, {})
+    beat = {"state": "training", "time": time.time(), **dict.fromkeys(names, value)}
+    catalog.storage.write(".cloudtrain/progress/000001.json", json.dumps(beat).encode())
+    now = run_state(catalog)
+    assert (now.step, now.total_steps, now.loss, now.eta_seconds, now.uploading) == (None,) * 5
+    assert now.stalled is None

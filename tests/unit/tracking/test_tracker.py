@@ -1,0 +1,329 @@
+"""Steps are timed in memory; one thread stores them, and the heartbeat, and survives trouble."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hf_cloudtrain.checkpoints.checkpointer import uploads_of
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.upload_status import Uploads
+from hf_cloudtrain.errors import StorageError
+from hf_cloudtrain.tracking import tracker as module
+from hf_cloudtrain.tracking.tracker import StepTracker
+from tests.faults.runs import Machines, wait_until
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", made.perf_counter)
+    return made
+
+
+@pytest.fixture
+def tracker(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Iterator[StepTracker]:
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
+    monkeypatch.setattr(module, "SAVE_FLUSH_SECONDS", 0.0)
+    made = StepTracker(machines.catalog, 3, first_step=500, total_steps=1_000, samples_per_step=32)
+    yield made
+    made.close("stopped")
+
+
+def run(tracker: StepTracker, clock: Clock, steps: range, seconds: float = 0.5) -> None:
+    for step in steps:
+        tracker.begin_step()
+        clock.now += seconds
+        tracker.end_step(step)
+
+
+def stored(machines: Machines) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for batch in machines.catalog.read_steps().get(3, []) for line in batch.splitlines()
+    ]
+
+
+def test_a_heartbeat_before_the_first_step_has_no_rates(tracker: StepTracker) -> None:
+    beat = tracker.heartbeat()
+    assert (beat["step"], beat["total_steps"], beat["state"], beat["attempt"]) == (500, 1_000, "training", 3)
+    for name in ("step_seconds", "samples_per_second", "tokens_per_second", "eta_seconds", "loss"):
+        assert beat[name] is None
+
+
+def test_a_heartbeat_says_how_long_one_is(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants to know whether it still beats has no other way to find out how long to wait."""
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "40")
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    assert tracker.heartbeat()["interval_seconds"] == 40
+
+
+def test_rates_and_eta_are_of_the_last_steps(tracker: StepTracker, clock: Clock) -> None:
+    run(tracker, clock, range(501, 521), seconds=8.0)  # slow at first, and long ago
+    run(tracker, clock, range(521, 521 + module.RECENT_STEPS), seconds=0.5)
+    beat = tracker.heartbeat()
+    assert beat["step"] == 570
+    assert beat["step_seconds"] == pytest.approx(0.5)
+    assert beat["samples_per_second"] == pytest.approx(64.0)
+    assert beat["eta_seconds"] == pytest.approx(430 * 0.5)
+    assert beat["productive_seconds"] == pytest.approx(20 * 8.0 + 50 * 0.5)
+
+
+def test_time_between_a_pause_and_the_next_step_is_no_step_time(tracker: StepTracker, clock: Clock) -> None:
+    run(tracker, clock, range(501, 503))
+    tracker.pause()
+    clock.now += 1_000.0  # an evaluation
+    run(tracker, clock, range(503, 504))
+    assert tracker.productive_seconds == pytest.approx(1.5)
+
+
+def test_time_between_two_steps_belongs_to_the_second(tracker: StepTracker, clock: Clock) -> None:
+    """Waiting for data is step time."""
+    run(tracker, clock, range(501, 502))
+    clock.now += 2.0
+    run(tracker, clock, range(502, 503))
+    assert tracker.productive_seconds == pytest.approx(3.0)
+
+
+def test_tokens_a_second_only_where_somebody_counts_them(tracker: StepTracker, clock: Clock) -> None:
+    tracker.begin_step()
+    tracker.end_step(501, 0)
+    assert tracker.heartbeat()["tokens_per_second"] is None
+    for step, tokens in ((502, 1_000), (503, 1_500)):
+        clock.now += 2.0
+        tracker.end_step(step, tokens)
+    assert tracker.heartbeat()["tokens_per_second"] == pytest.approx(250.0)
+
+
+def test_an_unknown_number_of_steps_has_no_eta(machines: Machines, clock: Clock) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    run(tracker, clock, range(1, 3))
+    assert tracker.heartbeat()["eta_seconds"] is None
+    assert tracker.heartbeat()["samples_per_second"] is None
+
+
+def test_the_heartbeat_shows_the_last_loss_and_commit(machines: Machines) -> None:
+    tracker = StepTracker(
+        machines.catalog, 3, first_step=0, total_steps=10, committed=lambda: CheckpointKey(3, 5)
+    )
+    tracker.log(5, {"loss": 0.5, "learning_rate": 1e-4})
+    tracker.log(6, {"loss": 0.4})
+    beat = tracker.heartbeat()
+    assert (beat["loss"], beat["learning_rate"]) == (0.4, 1e-4)
+    assert beat["last_committed"] == "000003-0000000005"
+
+
+def test_steps_and_logs_are_stored_as_they_were(
+    tracker: StepTracker, clock: Clock, machines: Machines
+) -> None:
+    tracker.start()
+    run(tracker, clock, range(501, 504), seconds=0.25)
+    tracker.log(503, {"loss": 0.5, "note": "warm", "flag": True})
+    run(tracker, clock, range(510, 511))  # a gap begins another line
+    tracker.close("finished")
+    found = stored(machines)
+    lines = [(line["first"], line["seconds"]) for line in found if line["kind"] == "steps"]
+    assert [seconds for first, seconds in lines if first == 510] == [[0.5]]
+    assert [second for first, seconds in lines if first < 510 for second in seconds] == [0.25] * 3
+    [log] = [line for line in found if line["kind"] == "log"]
+    assert (log["step"], log["loss"], log["note"], log["flag"]) == (503, 0.5, "warm", True)
+
+
+def test_what_cannot_be_stored_is_left_out_of_a_log(tracker: StepTracker) -> None:
+    metrics = {
+        "loss": 0.5,
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "list": [1],
+        "none": None,
+        "object": object(),
+        "huge": 10**400,
+    }
+    tracker.log(501, metrics)
+    [noted] = tracker._logs
+    assert set(noted) == {"kind", "step", "time", "loss"}
+
+
+def test_heartbeats_go_on_by_themselves_and_end_with_the_state(
+    tracker: StepTracker, clock: Clock, machines: Machines
+) -> None:
+    tracker.start()
+    wait_until(lambda: machines.catalog.read_progress(3), "the first heartbeat")
+    run(tracker, clock, range(501, 502))
+    wait_until(lambda: (machines.catalog.read_progress(3) or {}).get("step") == 501, "the next one")
+    tracker.close("finished")
+    beat = machines.catalog.read_progress(3)
+    assert beat is not None
+    assert (beat["state"], beat["step"]) == ("finished", 501)
+    tracker.close("failed")
+    assert machines.catalog.read_progress(3) == beat, "it is closed once"
+
+
+def test_records_survive_an_outage(
+    tracker: StepTracker, clock: Clock, machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    machines.storage.fail("write", times=6 * 3)
+    tracker.start()
+    run(tracker, clock, range(501, 504))
+    tracker.log(503, {"loss": 0.5})
+    wait_until(lambda: stored(machines), "the records")
+    tracker.close("finished")
+    seconds = [second for line in stored(machines) for second in line.get("seconds", [])]
+    assert seconds == [0.5] * 3
+    assert [line["loss"] for line in stored(machines) if line["kind"] == "log"] == [0.5]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1, "an outage is said once"
+
+
+def test_records_whose_answer_was_lost_are_there_once(
+    tracker: StepTracker, clock: Clock, machines: Machines
+) -> None:
+    machines.storage.lose_answer("write", path="*/steps/*", times=6)
+    tracker.start()
+    run(tracker, clock, range(501, 504))
+    tracker.flush_soon()
+    wait_until(lambda: machines.storage.count("write", "*/steps/*") > 6, "a write that is answered")
+    run(tracker, clock, range(504, 506))
+    tracker.close("finished")
+    seconds = [second for line in stored(machines) for second in line.get("seconds", [])]
+    assert seconds == [0.5] * 5
+
+
+def test_a_refusal_at_the_end_is_no_error_of_the_training(
+    tracker: StepTracker, machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker.start()
+    wait_until(lambda: machines.catalog.read_progress(3), "the first heartbeat")
+    machines.storage.fail("write", StorageError("refused"), times=1_000)
+    tracker.log(501, {"loss": 0.5})
+    tracker.close("finished")
+    assert not tracker._thread.is_alive()
+    assert "refused" in caplog.text
+
+
+def test_a_batch_grows_in_place_until_it_is_large_enough(
+    machines: Machines, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 300)
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    for step in range(1, 7):
+        run(tracker, clock, range(step, step + 1))
+        tracker._store_records()
+    assert 1 < len(machines.catalog.read_steps().get(3, [])) < 6
+    assert [second for line in stored(machines) for second in line["seconds"]] == [0.5] * 6
+
+
+def test_nothing_new_is_nothing_stored(machines: Machines) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    tracker._store_records()
+    assert machines.catalog.read_steps().get(3, []) == []
+
+
+def test_closing_before_the_start_is_fine(machines: Machines) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
+    tracker.close("failed")
+    assert tracker.heartbeat()["state"] == "failed"
+
+
+class TestPauses:
+    """Time in which no step is done is recorded, where it is long enough to matter."""
+
+    def test_the_start_an_evaluation_and_a_save_are_told_with_their_time(
+        self, clock: Clock, tracker: StepTracker, machines: Machines
+    ) -> None:
+        clock.now += 12.0
+        run(tracker, clock, range(501, 503))
+        clock.now += 1.0  # between the last step and the evaluation's end nothing is done, either
+        tracker.pause("evaluation")
+        clock.now += 3.0
+        tracker.pause("save")
+        run(tracker, clock, range(503, 504))
+        tracker.start()
+        tracker.close("finished")
+        pauses = [item for item in stored(machines) if item["kind"] == "pause"]
+        assert [(item["why"], item["step"], item["seconds"]) for item in pauses] == [
+            ("start", 500, 12.0),
+            ("evaluation", 502, 4.0),
+        ]
+        assert pauses[0]["time"] == pytest.approx(module.time.time() - 12.0, abs=30)
+
+    def test_a_short_pause_after_each_step_costs_no_record(
+        self, tracker: StepTracker, machines: Machines, clock: Clock
+    ) -> None:
+        for step in range(501, 521):
+            run(tracker, clock, range(step, step + 1))
+            tracker.pause()
+            clock.now += module.PAUSE_SECONDS * 0.9
+        tracker.start()
+        tracker.close("finished")
+        assert {item["kind"] for item in stored(machines)} == {"steps"}
+
+
+class TestUploads:
+    """What becomes of a save is told by the records and by the heartbeat."""
+
+    def test_each_commit_is_recorded_with_the_time_of_its_save(
+        self, machines: Machines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
+        machine = machines.new()
+        machine.start()
+        tracker = StepTracker(
+            machines.catalog, 3, first_step=0, total_steps=9, uploads=uploads_of(machine.checkpointer)
+        )
+        tracker.start()
+        began = module.time.time()
+        for step in (4, 8):
+            machine.save(step)
+            machine.wait()
+        tracker.close("finished")
+        commits = [item for item in stored(machines) if item["kind"] == "commit"]
+        assert [item["checkpoint"] for item in commits] == ["000001-0000000004", "000001-0000000008"]
+        for item in commits:
+            assert began <= item["saved"] <= item["time"] <= module.time.time()
+            assert item["size"] > 1_000_000
+        beat = machines.catalog.read_progress(3)
+        assert beat is not None
+        assert beat["last_saved"] == "000001-0000000008"
+        assert beat["last_saved_time"] == commits[-1]["saved"]
+
+    def test_a_save_that_the_storage_does_not_take_is_saved_and_not_committed(
+        self, machines: Machines
+    ) -> None:
+        machine = machines.new()
+        machine.start()
+        machines.storage.fail("upload", times=1000)
+        machine.save(4)
+        uploads = uploads_of(machine.checkpointer)()
+        assert (uploads.saved, uploads.commits) == (CheckpointKey(1, 4), ())
+
+    def test_who_asks_does_not_keep_the_checkpointer_alive(self, machines: Machines) -> None:
+        machine = machines.new()
+        ask = uploads_of(machine.checkpointer)
+        machines.made.remove(machine)
+        del machine
+        gc.collect()
+        assert ask() == Uploads()
+
+
+def test_records_are_stored_as_often_as_the_heart_beats_after_a_save_too(machines: Machines) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=9)
+    tracker._interval = 0.2
+    tracker.flush_soon()
+    assert tracker._next_flush(100.0) == pytest.approx(100.2)
+    tracker._interval = 15.0
+    assert tracker._next_flush(100.0) == pytest.approx(100.0 + module.SAVE_FLUSH_SECONDS)
