@@ -54,6 +54,7 @@ from hf_cloudtrain.runtime.provenance import facts, origin
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.runtime.redaction import visible
 from hf_cloudtrain.runtime.threads import answer_in_time
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
 
@@ -104,6 +105,7 @@ class Checkpointer:
         >>> checkpointer.wait()
     """
 
+    @short_traceback
     def __init__(
         self,
         run_url: str | None,
@@ -154,6 +156,7 @@ class Checkpointer:
         """The newer attempt that has begun (law 6), as soon as this rank knows: rank 0 within a heartbeat. Costs nothing."""
         return self._ownership.overtaken_by if self._ownership is not None else None
 
+    @short_traceback
     def restore(
         self,
         *,
@@ -262,6 +265,7 @@ class Checkpointer:
         """A launcher put this checkpoint here before the process began."""
         self._restored = key
 
+    @short_traceback
     def begin(self, global_step: int, *, started_over: bool = False) -> Attempt:
         """Start an attempt at `global_step`, once for all ranks, and the uploads of this process.
 
@@ -292,6 +296,7 @@ class Checkpointer:
             self._watch = CommitWatch(self.catalog)
         return self.attempt
 
+    @short_traceback
     def save(
         self,
         folder: Path,
@@ -370,6 +375,7 @@ class Checkpointer:
         """The newest committed checkpoint of the run, on all ranks."""
         return self.ranks.agree(self.catalog.newest, "find the newest checkpoint")
 
+    @short_traceback
     def wait(self, timeout: float | None = None, *, in_time: bool = False) -> None:
         """Return, on all ranks together, when everything that was saved is committed.
 

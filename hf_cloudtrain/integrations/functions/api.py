@@ -32,11 +32,13 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
 from hf_cloudtrain.integrations.functions.modes import LocalRun, Mode, RemoteRun
 from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.tracking.exit_record import Outcome
 
 logger = logging.getLogger(__name__)
 
 
+@short_traceback
 def init(
     total_train_steps: int | None,
     run_url: str | None = None,
@@ -80,6 +82,7 @@ def init(
     _Current.run = _Run(total, place, restored.step if restored else 0)
 
 
+@short_traceback
 def restore() -> str | None:
     """Put the newest committed checkpoint back into the checkpoint folder; call it after `init`, before the first step.
 
@@ -98,6 +101,7 @@ def restore() -> str | None:
     return _opened("restore").restore()
 
 
+@short_traceback
 def start_step() -> None:
     """A training step begins.
 
@@ -108,6 +112,7 @@ def start_step() -> None:
     _opened("start_step").start_step()
 
 
+@short_traceback
 def end_step() -> None:
     """The training step is over, and counts as done.
 
@@ -136,6 +141,7 @@ def train_step() -> Iterator[None]:
     run.end_step()
 
 
+@short_traceback
 def upload_checkpoint() -> None:
     """Take over the checkpoint folder, which was just written for this step; the upload is in the background.
 
@@ -150,6 +156,7 @@ def upload_checkpoint() -> None:
     _opened("upload_checkpoint").upload_checkpoint()
 
 
+@short_traceback
 def metric(msg: dict[str, Any]) -> None:
     """Record metrics of the current step: in the run, from rank 0; in local mode in a file of JSON lines.
 

@@ -34,6 +34,7 @@ from hf_cloudtrain.integrations.trainer.state import (
 )
 from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
 from hf_cloudtrain.resume.topology import Conversion
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class CloudTrainCallback(TrainerCallback):
         >>> trainer.train(resume_from_checkpoint=cloud.restore(args))
     """
 
+    @short_traceback
     def __init__(
         self,
         run_url: str | None = None,
@@ -97,14 +99,17 @@ class CloudTrainCallback(TrainerCallback):
         )
         self._parts: tuple[TrainerCallback, ...] = (self._uploads, self._steps, self._emergency)
 
+    @short_traceback
     def restore(self, args: TrainingArguments) -> str | None:
         """See `CheckpointUploadCallback.restore`."""
         return self._uploads.restore(args)
 
+    @short_traceback
     def wait(self, timeout: float | None = None) -> None:
         """See `CheckpointUploadCallback.wait`."""
         self._uploads.wait(timeout)
 
+    @short_traceback
     def save(self, folder: str | os.PathLike[str], name: str) -> str:
         """See `CheckpointUploadCallback.save`."""
         return self._uploads.save(folder, name)
@@ -122,6 +127,7 @@ class CloudTrainCallback(TrainerCallback):
 class CheckpointUploadCallback(TrainerCallback):
     """Uploads every checkpoint in the background and restores the newest. Arguments as `CloudTrainCallback`."""
 
+    @short_traceback
     def __init__(
         self,
         run_url: str | None = None,
@@ -139,6 +145,7 @@ class CheckpointUploadCallback(TrainerCallback):
         self._save_began_ns = 0
         self._epoch = EpochLength()
 
+    @short_traceback
     def restore(self, args: TrainingArguments) -> str | None:
         """Bring the newest whole checkpoint of the run into `args.output_dir`. Call it on all ranks.
 
@@ -173,6 +180,7 @@ class CheckpointUploadCallback(TrainerCallback):
             topology.repair(checkpointer, restored, conversion, args)
         return str(restored.path)
 
+    @short_traceback
     def wait(self, timeout: float | None = None) -> None:
         """Return, on all ranks together, when all that was saved is committed; training's end does it by itself.
 
@@ -185,6 +193,7 @@ class CheckpointUploadCallback(TrainerCallback):
         """
         self._session.opened().wait(timeout)
 
+    @short_traceback
     def save(self, folder: str | os.PathLike[str], name: str) -> str:
         """Commit any folder of rank 0, such as a final model, under `name`; returns its URL. Call it on all ranks.
 
