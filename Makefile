@@ -1,11 +1,12 @@
 # Every target does its own set-up, and finds it done the second time.
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
-#   make test    the test suite              make bench   the benchmarks, as one table
+#   make test    the test suite              make test-slow     sweeps, long kills, Slurm
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
+#   make bench   the benchmarks, as one table
 #   make test-skypilot   SkyPilot's own parser on what we give it
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test chaos test-lowest test-skypilot demo bench clean
+.PHONY: help check test test-slow chaos test-lowest test-skypilot demo bench clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
@@ -40,6 +41,10 @@ check: $(INSTALLED)
 
 test: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv/bin/python -m pytest tests $(TESTS)
+
+# What takes minutes: sweeps over every request and every change of a disk, kills of whole torchrun jobs, a real Slurm.
+test-slow: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
+	.venv/bin/python -m pytest tests -m slow $(TESTS)
 
 chaos: $(INSTALLED) $(SERVERS)
 	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)

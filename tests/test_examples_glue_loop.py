@@ -58,6 +58,7 @@ class TestScript:
         assert (record["epoch"], record["step"], record["train"].keys()) == (0, 2, {"loss"})
         assert (tmp_path / "runs" / task_name / "checkpoint-2" / "model.safetensors").is_file()
 
+    @pytest.mark.slow
     def test_the_loss_on_the_synthetic_set_goes_down(self, train, tmp_path):
         train.main(["--num_train_epochs", "1", "--max_eval_samples", "64"])
         losses = [log["loss"] for log in read_history("runs/mrpc").logs if "loss" in log]
@@ -84,7 +85,10 @@ class TestScript:
         train.main(TINY)
         assert (tmp_path / "elsewhere" / "checkpoint-2").is_dir()
 
-    @pytest.mark.parametrize(("stop", "accumulation"), [(3, 1), (8, 1), (11, 1), (5, 2)])
+    @pytest.mark.parametrize(
+        ("stop", "accumulation"),
+        [(3, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1), (11, 1), (5, 2)))],
+    )
     def test_a_run_that_stopped_ends_with_the_weights_of_one_that_never_did(self, train, stop, accumulation):
         options = [*TINY, "--max_train_samples", "128", "--num_train_epochs", "2", "--save_steps", "4"]
         options += ["--gradient_accumulation_steps", str(accumulation)]
@@ -134,6 +138,7 @@ class TestNotebook:
         assert installing
         assert all("    %pip" in source and "find_spec" in source for source in installing)
 
+    @pytest.mark.slow
     def test_it_trains_stops_goes_on_elsewhere_and_shows_the_run(
         self, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

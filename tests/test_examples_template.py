@@ -77,6 +77,7 @@ def test_what_was_cut_off_goes_on_elsewhere_with_the_weights_of_a_run_that_was_n
     assert max(float((whole[key] - resumed[key]).abs().max()) for key in whole) == 0.0
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_only_when_it_gets_more_epochs(project: Path) -> None:
     again = python(project, "train.py", "--output_dir", "again")
     assert "The run is complete: 3 of 3 epochs" in again.stderr

@@ -137,6 +137,7 @@ class TestExclusiveCreate:
 
 
 class TestList:
+    @pytest.mark.slow
     def test_all_pages_of_2500_keys_in_order(self, place: Place, storage: Storage) -> None:
         names = [f"checkpoint-1/{number:04d}.bin" for number in range(2500)]
         place.fill(names)

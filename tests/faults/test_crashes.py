@@ -7,7 +7,8 @@ import multiprocessing
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pytest
 
 from hf_cloudtrain.checkpoints.leftovers import find
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
@@ -17,25 +18,23 @@ from tests.faults.aftermath import is_one, what_goes_wrong_next
 from tests.faults.killed_run import ACCEPTED, DISK, FAILED, killed_run, take_for_granted
 from tests.faults.runs import DEADLINE, Machines
 
-if TYPE_CHECKING:
-    import pytest
-
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.faults.killed_run"])
 AT_ONCE = 2
 
 
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_change_of_its_disk_loses_nothing_and_shows_nothing_partial(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """Change 1, then 2, and so on, until a run is over before its change comes."""
+    """Change 1, then 1 + `every`, and so on, until a run is over before its change comes."""
     caplog.set_level(logging.CRITICAL)  # each of hundreds of starts says what it resumes from
     monkeypatch.setattr(Storage, "check", take_for_granted)
     problems: dict[int, str] = {}
     killed = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for first in range(1, 10_000, AT_ONCE):
-            numbers = range(first, first + AT_ONCE)
+        for first in range(1, 10_000, AT_ONCE * every):
+            numbers = range(first, first + AT_ONCE * every, every)
             folders = [tmp_path / str(number) for number in numbers]
             endings = list(pool.map(run_until_killed, folders, numbers))
             for number, folder, ended in zip(numbers, folders, endings, strict=True):
@@ -47,7 +46,7 @@ def test_a_run_killed_at_any_change_of_its_disk_loses_nothing_and_shows_nothing_
             if 0 in endings:
                 break
     assert not problems, "\n".join(f"change {number}: {problem}" for number, problem in problems.items())
-    assert killed > 100, "the sweep saw the whole run"
+    assert killed > 100 // every, "the sweep saw the whole run"
 
 
 def run_until_killed(folder: Path, number: int) -> int | None:

@@ -14,7 +14,7 @@ from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime import files
 from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.aftermath import is_one, what_goes_wrong_next
-from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, left_overs
+from tests.faults.runs import one_fast, DEADLINE, Machine, Machines, bytes_of, left_overs
 from tests.faults.small_disk import why_impossible
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,7 +42,7 @@ def changes(folder: Path) -> int:
         return len(disk.seen)
 
 
-@pytest.mark.parametrize("trouble", ERRORS)
+@pytest.mark.parametrize("trouble", one_fast(ERRORS))
 def test_a_disk_that_takes_nothing_from_any_change_on_loses_nothing_that_was_accepted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:

@@ -15,7 +15,7 @@ from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointErr
 from hf_cloudtrain.storage import client
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.aftermath import what_goes_wrong_next
-from tests.faults.runs import DEADLINE, Machines, bytes_of
+from tests.faults.runs import one_fast, DEADLINE, Machines, bytes_of
 
 FOR_EVER = 1_000_000
 
@@ -86,7 +86,7 @@ ONCE: dict[str, Callable[[FaultyStorage, int], None]] = {
 }
 
 
-@pytest.mark.parametrize("trouble", ONCE)
+@pytest.mark.parametrize("trouble", one_fast(ONCE))
 def test_trouble_that_passes_is_not_noticed_at_any_request(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
@@ -125,7 +125,7 @@ LIES: dict[str, tuple[tuple[str, ...], Lie]] = {
 """What is said that is not so, about which requests, and how the n-th of them is told so."""
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("lie", one_fast(LIES))
 def test_one_wrong_answer_is_not_noticed_or_said_before_anything_is_lost(
     undisturbed: FaultyStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: str
 ) -> None:
@@ -165,6 +165,7 @@ STAYS: dict[str, Callable[[FaultyStorage, int], None]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_request_that_is_never_answered_is_made_again(
     places: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +184,7 @@ def test_a_request_that_is_never_answered_is_made_again(
     each(places, tmp_path, caplog, check)
 
 
-@pytest.mark.parametrize("trouble", STAYS)
+@pytest.mark.parametrize("trouble", one_fast(STAYS))
 def test_trouble_that_stays_from_any_request_on_loses_nothing_that_was_accepted(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
@@ -212,7 +213,7 @@ STAYS_UNSEEN: dict[str, Callable[[FaultyStorage, int], None]] = {
 }
 
 
-@pytest.mark.parametrize("trouble", STAYS_UNSEEN)
+@pytest.mark.parametrize("trouble", one_fast(STAYS_UNSEEN))
 def test_a_storage_that_says_nothing_or_lies_from_any_request_on_loses_nothing_that_was_accepted(
     places: list[int],
     tmp_path: Path,

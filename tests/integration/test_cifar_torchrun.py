@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
+import pytest
 import torch
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
@@ -78,6 +79,7 @@ def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     assert mean(list(losses.values())[-5:]) < mean(list(expected.values())[:5]) - 0.1
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_at_the_same_image(tmp_path: Path) -> None:
     write_set(tmp_path / "data", "cifar10")  # 200 images
     run_url = str(tmp_path / "run")

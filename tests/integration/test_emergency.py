@@ -91,6 +91,7 @@ def test_law_7_one_rank_is_told_and_both_save_the_same_step(lab: Lab, told: int)
     assert not lab.outbox("first")
 
 
+@pytest.mark.slow
 def test_law_7_a_launcher_that_is_told_to_go_lets_all_ranks_save_before_it_ends(lab: Lab) -> None:
     """It signals the whole group of each rank's process, and a loader worker that died of it would end the training."""
     finish(lab.start_ranks("plain", run_url=None))

@@ -80,6 +80,7 @@ def shards(lab: Lab) -> Shards:
     return Shards(lab)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) -> None:
     plain = shards.plain()
     ranks = shards.start("first", hold={"step": HELD, "rank": 1})
@@ -103,6 +104,7 @@ def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) ->
     assert shards.lab.problems() == []
 
 
+@pytest.mark.slow
 def test_two_torchruns_without_a_shared_disk_one_killed_both_started_anew_on_empty_disks(
     shards: Shards,
 ) -> None:

@@ -98,6 +98,7 @@ def runs(lab: Lab) -> Runs:
     return Runs(lab)
 
 
+@pytest.mark.slow
 def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrupted(
     moto: MotoServer, tmp_path: Path, runs: Runs
 ) -> None:

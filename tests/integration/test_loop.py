@@ -79,6 +79,7 @@ def test_law_7_a_checkpoint_between_two_epochs_is_exact_with(tmp_path: Path, nam
     assert found["resumed_at"] == 10
 
 
+@pytest.mark.slow
 def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with torchrun("-m", "tests.integration._loops", str(tmp_path), log=log) as launcher:

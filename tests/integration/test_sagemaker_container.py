@@ -168,6 +168,7 @@ def handed_over(
     return submission, sent[0], store
 
 
+@pytest.mark.slow
 def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
     instances: Instances, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from hf_cloudtrain.storage.client import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
 from tests.slurm_cluster import SlurmCluster
 
+pytestmark = pytest.mark.slow
+
 SECRET = "sesame-2c9e"
 STEPS = 60
 DDP = """

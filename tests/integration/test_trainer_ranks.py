@@ -19,6 +19,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+@pytest.mark.slow
 def test_law_7_torchrun_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(lab: Lab) -> None:
     finish(lab.start_ranks("plain", run_url=None))
     first, second = (lab.folder / f"{machine}.log" for machine in ("first", "second"))

@@ -134,6 +134,7 @@ class Cluster:
         return [entry.path for entry in manifest.files]
 
 
+@pytest.mark.slow
 def test_requests_of_a_host_do_not_grow_with_the_number_of_hosts(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, 1_000)
     counts = [cluster.send(cluster.entry(host)) for host in range(cluster.size)]
