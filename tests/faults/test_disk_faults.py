@@ -14,7 +14,7 @@ from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime import files
 from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.aftermath import is_one, what_goes_wrong_next
-from tests.faults.runs import one_fast, DEADLINE, Machine, Machines, bytes_of, left_overs
+from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, left_overs, one_fast
 from tests.faults.small_disk import why_impossible
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -15,7 +15,7 @@ from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointErr
 from hf_cloudtrain.storage import client
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.aftermath import what_goes_wrong_next
-from tests.faults.runs import one_fast, DEADLINE, Machines, bytes_of
+from tests.faults.runs import DEADLINE, Machines, bytes_of, one_fast
 
 FOR_EVER = 1_000_000
 
