@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.logs import last_lines
-from hf_cloudtrain.jobs.node.node import MARGIN, STOP_SIGNALS
+from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.preemption.sources import RUN_STOP
@@ -54,22 +55,6 @@ HINTS = {
     r"OutOfMemoryError|out of memory": "The memory did not suffice.",
 }
 """What is said after a crash, by what is in the last lines of the log."""
-
-
-class Gang(Protocol):
-    """The nodes of a job, started and stopped together."""
-
-    def start(self, number: int) -> None:
-        """Start every node, for the number-th time; returns at once."""
-
-    def poll(self) -> tuple[int | None, ...] | None:
-        """Exit codes by node once all have ended, else None. Where one has failed, the others are told to stop."""
-
-    def stop(self) -> None:
-        """Tell every node to stop; each has its grace."""
-
-    def kill(self) -> None:
-        """End what is left, at once."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +111,24 @@ class Supervisor:
 
     def run(self) -> JobRecord:
         """Start the nodes until the job is over; gives its last record."""
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
-        try:
-            while True:
-                verdict = self._start_once()
-                if verdict.state is None and self._is_told():
-                    verdict = dataclasses.replace(verdict, state=self._told_state())
-                verdict = self._review(verdict)
-                restarts = self._record.restarts + (verdict.is_crash and verdict.state is None)
-                self._show(state=verdict.state or "starting", reason=verdict.reason, restarts=restarts)
-                if verdict.state is not None:
-                    return self._record
-                logger.info("%s All nodes are started again.", verdict.reason)
-                self._wake.wait(min(FIRST_PAUSE * 2 ** min(self._idle, 10), LONGEST_PAUSE))
-        finally:
-            self._gang.kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with stop_handler(self._hear):
+            try:
+                return self._start_until_over()
+            finally:
+                self._gang.kill()
+
+    def _start_until_over(self) -> JobRecord:
+        while True:
+            verdict = self._start_once()
+            if verdict.state is None and self._is_told():
+                verdict = dataclasses.replace(verdict, state=self._told_state())
+            verdict = self._review(verdict)
+            restarts = self._record.restarts + (verdict.is_crash and verdict.state is None)
+            self._show(state=verdict.state or "starting", reason=verdict.reason, restarts=restarts)
+            if verdict.state is not None:
+                return self._record
+            logger.info("%s All nodes are started again.", verdict.reason)
+            self._wake.wait(min(FIRST_PAUSE * 2 ** min(self._idle, 10), LONGEST_PAUSE))
 
     def _start_once(self) -> Verdict:
         if self._is_told():
@@ -181,7 +167,7 @@ class Supervisor:
         self._show(starts=(*self._record.starts[:-1], ended))
         return verdict
 
-    def _watch(self, known: int | None) -> tuple[int | None, ...]:
+    def _watch(self, known: int | None) -> ExitCodes:
         """Wait for the nodes to end, and see to it that they do where somebody wants it."""
         asked_to_stop = False
         looked = 0.0

@@ -14,16 +14,17 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines import EngineStatus
+from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
 from hf_cloudtrain.jobs.logs import follow_files, last_lines
 from hf_cloudtrain.jobs.node.mounts import Mount, check, has_docker
-from hf_cloudtrain.jobs.node.node import MARGIN, folder_mounts
+from hf_cloudtrain.jobs.node.node import folder_mounts
+from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
@@ -133,26 +134,23 @@ class LocalEngine:
         return follow_files(files, follow, is_over)
 
 
-class LocalGang:
+class LocalGang(GracefulGang):
     """The nodes of a job on this machine, each a process with a session of its own."""
 
     def __init__(self, submission: Submission) -> None:
-        self._submission = submission
+        super().__init__(submission)
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._stopped_at: float | None = None
 
-    def start(self, number: int) -> None:
-        """Start every node."""
+    def _start_nodes(self) -> None:
         port = free_port()
         self._processes = []
-        self._stopped_at = None
         for rank in range(self._submission.plan.nodes):
             with open(self._submission.node_log(rank), "ab") as log:
-                log.write(f"--- start {number} ---\n".encode())
+                log.write(f"--- start {self.number} ---\n".encode())
                 log.flush()
                 self._processes.append(
                     subprocess.Popen(
-                        _command(self._submission, rank, port, number),
+                        _command(self._submission, rank, port, self.number),
                         cwd=self._submission.home,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -161,24 +159,17 @@ class LocalGang:
                     )
                 )
 
-    def poll(self) -> tuple[int | None, ...] | None:
-        """Exit codes once all have ended."""
+    def _exit_codes(self) -> ExitCodes | None:
         codes = [process.poll() for process in self._processes]
-        if all(code is not None for code in codes):
-            kill_children()  # a node that was killed leaves its workers to us
-            return tuple(None if code is not None and code < 0 else code for code in codes)
-        if self._stopped_at is None and any(codes):
-            self.stop()
-        if (
-            self._stopped_at is not None
-            and time.monotonic() > self._stopped_at + self._submission.plan.grace + 2 * MARGIN
-        ):
-            self.kill()
-        return None
+        if None in codes:
+            return None
+        kill_children()  # a node that was killed leaves its workers to us
+        return tuple(None if code is not None and code < 0 else code for code in codes)
 
-    def stop(self) -> None:
-        """SIGTERM to every node."""
-        self._stopped_at = self._stopped_at or time.monotonic()
+    def _has_failed(self) -> bool:
+        return any(process.returncode for process in self._processes)
+
+    def _ask_to_stop(self) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()

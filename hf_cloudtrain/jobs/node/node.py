@@ -18,7 +18,6 @@ import os
 import platform
 import posixpath
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from hf_cloudtrain.datasets.cache import alone
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError, PreemptedExit
 from hf_cloudtrain.jobs.node.mounts import Mount, argv, docker_argv, has_docker
+from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.runtime.files import locked
@@ -45,12 +45,8 @@ from hf_cloudtrain.tracking.exit_record import read_end
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
-"""SIGURG is for Slurm, which can only signal all processes of a node at once: others than us ignore it."""
 POLL = 0.1
 """Seconds between two looks at the command."""
-MARGIN = 5.0
-"""Seconds beyond the grace: torchrun ends its workers when the grace is over, and must end itself."""
 BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
 """Files of a `Trainer`'s and a `TrainLoop`'s checkpoint, which is a folder of its own below the checkpoint folder."""
 SHELL = """\
@@ -108,32 +104,36 @@ class Node:
         self._start = start
         self._wrap = wrap
         self._stopped_at: float | None = None
-        self._running = False
+        self._can_interrupt = False
+        """Whether a signal may break off what the main thread does."""
         self._parent = os.getppid()
 
     def run(self) -> Ending:
         """Everything, from the dataset to the outcome."""
         forget_launcher(self._submission.plan.variables)
         adopt_orphans()
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        with stop_handler(self._hear):
+            ending = self._run_until_ended()
+        self._record(ending)
+        return ending
+
+    def _run_until_ended(self) -> Ending:
         try:
+            self._can_interrupt = True
+            self._check_not_stopped()
             # A node whose supervisor was killed may still be saving: what it saves is what this one resumes from.
             with locked(self._submission.node_file(self._rank, 0).with_name("lock"), self._patience):
                 exit_code = self._work()
-            ending = Ending(exit_code, self._outcome(), stopped=self._stopped_at is not None)
+            return Ending(exit_code, self._outcome(), stopped=self._stopped_at is not None)
         except _Stopped:
-            ending = Ending(None, None, stopped=True)
+            return Ending(None, None, stopped=True)
         except (CloudTrainError, OSError) as error:
             logger.error("%s", error)
             hopeless = isinstance(error, (ConfigurationError, NoDatasetError))
-            ending = Ending(None, None, str(error), hopeless, stopped=self._stopped_at is not None)
+            return Ending(None, None, str(error), hopeless, stopped=self._stopped_at is not None)
         finally:
-            self._running = True  # nothing is interrupted any more
+            self._can_interrupt = False
             kill_children()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        self._record(ending)
-        return ending
 
     @property
     def _patience(self) -> float:
@@ -196,19 +196,17 @@ class Node:
             if done.exists() and done.read_text() == str(self._start):
                 return
             code = self._call(text, mounts, folder, environment)
-            if self._stopped_at is not None:
-                raise _Stopped
+            self._check_not_stopped()
             if code != 0:
                 raise CloudTrainError(f"The setup of the job ended with exit code {code}.")
             done.write_text(str(self._start))
 
     def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:
-        if self._stopped_at is not None:
-            raise _Stopped
+        self._check_not_stopped()
         bash = ["bash", "-c", f"cd -- {shlex.quote(folder)} || exit 1\n{SHELL}{text}\n"]
         wrapped = self._wrap(self._submission, mounts, bash)
         process = subprocess.Popen(wrapped, env=environment, stdin=subprocess.DEVNULL)
-        self._running = True
+        self._can_interrupt = False
         told = False
         while process.poll() is None:
             if os.getppid() != self._parent and self._stopped_at is None:
@@ -222,7 +220,7 @@ class Node:
                     logger.warning("The command did not end within its grace, so it is killed.")
                     kill_children()
             time.sleep(POLL)
-        self._running = False
+        self._can_interrupt = True
         kill_children()
         if wrapped[0] == "docker":  # a client that was killed leaves its container
             subprocess.run(
@@ -233,8 +231,12 @@ class Node:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
-            if not self._running:
+            if self._can_interrupt:
                 raise _Stopped
+
+    def _check_not_stopped(self) -> None:
+        if self._stopped_at is not None:
+            raise _Stopped
 
     def _outcome(self) -> str | None:
         found = read_end(self._submission.exit_file(self._rank, self._start))

@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.jobs.node.node import MARGIN, run_node
+from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.node.node import run_node
+from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.runtime.process_tree import kill_children
 from hf_cloudtrain.tracking.exit_record import read_end
@@ -118,7 +120,7 @@ class NodeProcess:
             kill_children()
 
 
-class ContainerGang:
+class ContainerGang(GracefulGang):
     """The nodes of a job, as the first container has them; see `Gang`.
 
     Args:
@@ -127,12 +129,10 @@ class ContainerGang:
     """
 
     def __init__(self, submission: Submission, node: NodeProcess, port: int) -> None:
-        self._submission = submission
+        super().__init__(submission)
         self._node = node
         self._lines: dict[int, Line] = {}
         self._codes: dict[int, int | None] = {}
-        self._number = 0
-        self._stopped_at: float | None = None
         self._listener = socket.create_server(("", port)) if submission.plan.nodes > 1 else None
 
     @property
@@ -162,45 +162,35 @@ class ContainerGang:
             self._lines[rank] = line
             missing.remove(rank)
 
-    def start(self, number: int) -> None:
-        """Start every node. Raises OSError."""
+    def _start_nodes(self) -> None:
         if self.lost:
             raise OSError(f"The containers of nodes {self.lost} are gone.")
-        self._number, self._codes, self._stopped_at = number, {}, None
+        self._codes = {}
         for line in self._lines.values():
-            line.send(start=number)
-        self._node.start(number)
+            line.send(start=self.number)
+        self._node.start(self.number)
 
-    def poll(self) -> tuple[int | None, ...] | None:
-        """Exit codes by node once all have ended, else None."""
+    def _exit_codes(self) -> ExitCodes | None:
         self._listen()
         code = self._node.poll()
         if code is not None:
             self._codes[0] = code if code >= 0 else None
-        if len(self._codes) == self._submission.plan.nodes:
-            return tuple(self._codes[rank] for rank in range(self._submission.plan.nodes))
-        if self._stopped_at is None and any(code != 0 for code in self._codes.values()):
-            self.stop()
-        if (
-            self._stopped_at is not None
-            and time.monotonic() > self._stopped_at + self._submission.plan.grace + 2 * MARGIN
-        ):
-            self.kill()
-        return None
+        ranks = range(self._submission.plan.nodes)
+        return tuple(self._codes[rank] for rank in ranks) if len(self._codes) == len(ranks) else None
 
-    def stop(self) -> None:
-        """Tell every node to stop."""
-        if self._stopped_at is None:
-            self._stopped_at = time.monotonic()
+    def _has_failed(self) -> bool:
+        return any(code != 0 for code in self._codes.values())
+
+    def _ask_to_stop(self) -> None:
         for line in self._lines.values():
-            line.send(stop=self._number)
+            line.send(stop=self.number)
         if 0 not in self._codes:
             self._node.terminate()
 
     def kill(self) -> None:
         """End what is left of all nodes, at once."""
         for line in self._lines.values():
-            line.send(kill=self._number)
+            line.send(kill=self.number)
         self._node.kill()
 
     def end(self, state: str, reason: str | None) -> None:
@@ -214,7 +204,7 @@ class ContainerGang:
     def _listen(self) -> None:
         for rank, line in self._lines.items():
             for message in line.messages(0.0):
-                if message.get("ended") == self._number:
+                if message.get("ended") == self.number:
                     self._note_end(rank, message)
             if not line.is_open:
                 self._codes.setdefault(rank, None)
@@ -222,8 +212,8 @@ class ContainerGang:
     def _note_end(self, rank: int, message: Mapping[str, Any]) -> None:
         """Put what a node wrote to where its own would be: the supervisor reads it there."""
         paths = {
-            "exit": self._submission.exit_file(rank, self._number),
-            "node": self._submission.node_file(rank, self._number),
+            "exit": self._submission.exit_file(rank, self.number),
+            "node": self._submission.node_file(rank, self.number),
         }
         for name, path in paths.items():
             if isinstance(message.get(name), dict):

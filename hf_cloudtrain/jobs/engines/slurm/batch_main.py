@@ -19,7 +19,7 @@ import time
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmClient, SlurmError, SlurmJob, call
 from hf_cloudtrain.jobs.engines.slurm.gang import SlurmGang
-from hf_cloudtrain.jobs.node.node import MARGIN
+from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.jobs.supervisor import Supervisor, Verdict, judge

@@ -19,7 +19,8 @@ import time
 
 from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmError, SlurmSilentError, call
-from hf_cloudtrain.jobs.node.node import MARGIN
+from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ OF_THE_JOB = (
 """Options of the allocation that srun would take for its own: it starts one task a node, which has all of it."""
 
 
-class SlurmGang:
+class SlurmGang(GracefulGang):
     """The nodes of a job; see `Gang`.
 
     Args:
@@ -43,17 +44,14 @@ class SlurmGang:
     """
 
     def __init__(self, submission: Submission, job: str) -> None:
-        self._submission = submission
+        super().__init__(submission)
         self._job = job
-        self.number = 0
-        """Of the last start."""
         self._srun: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
         self._ends: dict[int, int | None] = {}
         """Exit codes of the nodes that ended badly; None for one that was killed or lost."""
-        self._stopped_at: float | None = None
-        self._told_at = 0.0
-        self.codes: tuple[int | None, ...] = ()
+        self._signalled_at = 0.0
+        self.codes: ExitCodes = ()
         """How the nodes of the last start ended."""
         self.launch_failure: str | None = None
         """Why Slurm could not begin a node of it."""
@@ -63,21 +61,19 @@ class SlurmGang:
         """Whether the nodes ended because somebody told them all to, and not because one of them was in trouble."""
         return self.launch_failure is None and set(self.codes) <= {0, PreemptedExit.CODE}
 
-    def start(self, number: int) -> None:
-        """Start every node. Raises OSError."""
-        self.number = number
+    def _start_nodes(self) -> None:
         self._ends = {}
         self.launch_failure = None
-        self._stopped_at, self._told_at = None, 0.0
+        self._signalled_at = 0.0
         self._submission.log.mkdir(parents=True, exist_ok=True)
         for rank in range(self._submission.plan.nodes):
             with open(self._submission.node_log(rank), "ab") as log:
-                log.write(f"--- start {number} ---\n".encode())
+                log.write(f"--- start {self.number} ---\n".encode())
         try:
             address = master_addr()
         except SlurmError as error:
             raise OSError(str(error)) from error
-        command = srun(self._submission, address, master_port(self._job, number), number)
+        command = srun(self._submission, address, master_port(self._job, self.number), self.number)
         self._srun = subprocess.Popen(
             command,
             env={name: value for name, value in os.environ.items() if name not in OF_THE_JOB},
@@ -89,44 +85,39 @@ class SlurmGang:
         self._listener = threading.Thread(target=self._listen, args=(self._srun,), name="cloudtrain-srun")
         self._listener.start()
 
-    def poll(self) -> tuple[int | None, ...] | None:
-        """Exit codes by node once all have ended, else None."""
+    def _exit_codes(self) -> ExitCodes | None:
         assert self._srun is not None
         assert self._listener is not None
         code = self._srun.poll()
-        if code is not None:
-            self._listener.join()
-            self.codes = self._codes(code)
-            return self.codes
-        if self._stopped_at is None and (self._ends or self.launch_failure):
-            self.stop()
-        if self._stopped_at is not None:
-            now = time.monotonic()
-            if now > self._stopped_at + self._submission.plan.grace + 2 * MARGIN:
-                self.kill()
-            elif now > self._told_at + AGAIN:
-                self._tell("URG")
-        return None
+        if code is None:
+            return None
+        self._listener.join()
+        self.codes = self._codes(code)
+        return self.codes
 
-    def stop(self) -> None:
-        """Tell every node to stop."""
-        if self._stopped_at is None:
-            self._stopped_at = time.monotonic()
-            self._tell("URG")
+    def _has_failed(self) -> bool:
+        return bool(self._ends or self.launch_failure)
+
+    def _ask_to_stop(self) -> None:
+        self._signal("URG")
+
+    def _remind(self) -> None:
+        if time.monotonic() > self._signalled_at + AGAIN:
+            self._signal("URG")
 
     def kill(self) -> None:
         """End what is left, at once."""
         if self._srun is None or self._srun.poll() is not None:
             return
-        self._tell("KILL")
+        self._signal("KILL")
         try:
             self._srun.wait(MARGIN)
         except subprocess.TimeoutExpired:
             self._srun.kill()  # Slurm ends the nodes with the job
             self._srun.wait()
 
-    def _tell(self, name: str) -> None:
-        self._told_at = time.monotonic()
+    def _signal(self, name: str) -> None:
+        self._signalled_at = time.monotonic()
         assert self._srun is not None
         try:
             for step in self._steps():
@@ -153,7 +144,7 @@ class SlurmGang:
             if re.match(r"srun: error: .*\blaunch\b.*\bfailed", line):
                 self.launch_failure = self.launch_failure or line.strip()
 
-    def _codes(self, code: int) -> tuple[int | None, ...]:
+    def _codes(self, code: int) -> ExitCodes:
         ranks = range(self._submission.plan.nodes)
         if (code == 0 or self._ends) and not self.launch_failure:
             return tuple(self._ends.get(rank, 0) for rank in ranks)
