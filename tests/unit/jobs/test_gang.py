@@ -11,7 +11,9 @@ from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
 
-FILE = b"name: toy\nenv: {HF_CLOUDTRAIN_GRACE: '20'}\njob_setting: {docker: {command: true}}\nlocal: {nodes: 2}"
+FILE = (
+    b"name: toy\nenv: {HF_CLOUDTRAIN_GRACE: '20'}\njob_setting: {docker: {command: true}}\nlocal: {nodes: 2}"
+)
 
 
 class Clock:
