@@ -1,4 +1,4 @@
-"""Jobs for SkyPilot, and a command `sky` of ours that answers as that of SkyPilot 0.14 does."""
+"""Jobs for SkyPilot, and a fake command `sky` that prints what SkyPilot 0.14 prints."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ LAUNCHED = "Submitted.\n📋 Useful Commands\nManaged Job ID: 12\n├── To c
 
 FAKE = """\
 #!/bin/sh
-# Says what it is told to say, and notes how it was called.
+# Prints what the test has written, and records its arguments.
 printf '%s\\n' "$*" >> "$FAKE_SKY/calls"
 env | grep -e '^TOKEN=' >> "$FAKE_SKY/environment"
-case "$*" in
+case "$1 $2" in
 *queue*) name=queue ;;
 *logs*) name=logs ;;
 *launch*) name=launch ;;
@@ -71,7 +71,7 @@ cat "$FAKE_SKY/$name" 2>/dev/null
 
 
 class FakeSky:
-    """The command `sky`, with answers of ours."""
+    """A fake command `sky`: the test decides what it prints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,25 +81,25 @@ class FakeSky:
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Be what is found as `sky`."""
+        """Put it on the PATH, as `sky`."""
         monkeypatch.setenv("PATH", f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_SKY", str(self.folder))
         monkeypatch.setattr(sys, "executable", str(self.folder / "no" / "python"))
 
-    def says(self, what: str, text: str, code: int = 0) -> None:
+    def prints(self, what: str, text: str, code: int = 0) -> None:
         (self.folder / what).write_text(text)
         if code:
             (self.folder / f"{what}.code").write_text(str(code))
 
-    def has(self, *rows: dict[str, Any]) -> None:
-        self.says("queue", "Hint: a newer version is there.\n" + json.dumps(list(rows), indent=2) + "\n")
+    def lists(self, *rows: dict[str, Any]) -> None:
+        self.prints("queue", "Hint: a newer version is there.\n" + json.dumps(list(rows), indent=2) + "\n")
 
     @property
     def calls(self) -> list[str]:
         return (self.folder / "calls").read_text().splitlines()
 
 
-def handed_over(store: JobStore, sky: FakeSky, *lines: str, run_url: str = "s3://bucket/runs/x") -> JobRecord:
+def submitted(store: JobStore, sky: FakeSky, *lines: str, run_url: str = "s3://bucket/runs/x") -> JobRecord:
     submission = submission_of(job_text(*lines), run_url, home=Path(store.below("jobs")), workspace=True)
     submission.workspace.mkdir(parents=True)
     record = store.create(

@@ -1,4 +1,4 @@
-"""Run by the Python that has SkyPilot: what its own code makes of our tasks and command lines, as JSON."""
+"""Run by the Python that has SkyPilot: what its own code reads in our tasks and command lines, as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def parsed(task: dict[str, Any]) -> dict[str, Any]:
-    """A task as SkyPilot has understood it, or what it says is wrong."""
+    """A task as SkyPilot reads it, or its error."""
     import sky
 
     try:
         found = sky.Task.from_yaml_config(task)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+    except Exception as error:  # noqa: BLE001 - any error is the answer
         return {"error": str(error)}
     (resources,) = found.resources
     return {
@@ -39,27 +39,27 @@ def parsed(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def options(line: str) -> dict[str, Any]:
-    """The options and arguments of a command line, or what is wrong with it."""
+    """The options and arguments of a command line, or its error."""
     import click
     from sky.client.cli import command
 
-    words = shlex.split(line)
+    argv = shlex.split(line)
     group: Any = command.cli
     context = click.Context(group, info_name="sky")
     try:
         while hasattr(group, "get_command"):
-            name = words.pop(0)
+            name = argv.pop(0)
             group = group.get_command(context, name)
             if group is None:
                 return {"error": f"no command {name}"}
-        found = group.make_context(group.name, words)
+        found = group.make_context(group.name, argv)
     except click.ClickException as error:
         return {"error": error.format_message()}
     return {name: value for name, value in found.params.items() if value not in (None, (), False)}
 
 
 def restarts(recovery: dict[str, Any], codes: list[list[int]]) -> list[bool]:
-    """Whether a managed job is started again after each of these ends of its nodes."""
+    """Whether SkyPilot restarts a managed job after each of these ends of its nodes."""
     from sky.jobs.recovery_strategy import StrategyExecutor
 
     executor = object.__new__(StrategyExecutor)

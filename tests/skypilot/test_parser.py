@@ -1,4 +1,4 @@
-"""What SkyPilot's own code makes of what we give it (`make test-skypilot`); nothing is launched.
+"""Our tasks and command lines, read by SkyPilot's own code (`make test-skypilot`); nothing is launched.
 
 It has an environment of its own: 460 MB, and versions that ours cannot have.
 """
@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_cloudtrain.jobs.engines.skypilot import engine
+from hf_cloudtrain.jobs.engines.skypilot import client, engine
 from hf_cloudtrain.jobs.engines.skypilot.task import SAVED, as_task
 from hf_cloudtrain.jobs.records import JobStore
 from tests.conftest import missing
-from tests.fake_sky import DATA, GOLDEN, SKYPILOT, FakeSky, handed_over, job_text, submission_of
+from tests.fake_sky import DATA, GOLDEN, SKYPILOT, FakeSky, job_text, submission_of, submitted
 
 pytestmark = pytest.mark.skypilot
 
@@ -34,17 +34,17 @@ def golden(name: str) -> dict[str, Any]:
 
 
 def lines_of_the_engine(folder: Path) -> list[str]:
-    """Every command line that the engine has for SkyPilot, with its program left out."""
+    """Every command line that the engine passes to `sky`, without the program."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         sky = FakeSky(folder / "sky")
         sky.install(monkeypatch)
         monkeypatch.setenv("TOKEN", "hunter2")
         for managed in ("true", "false"):
-            sky.says("launch", "Managed Job ID: 12\n")
-            sky.says("queue", "[]" if managed == "true" else "{}")
+            sky.prints("launch", "Managed Job ID: 12\n")
+            sky.prints("queue", "[]" if managed == "true" else "{}")
             store = JobStore(str(folder / managed))
             job = (f"skypilot: {{managed: {managed}}}", "env: {TOKEN: }")
-            record = dataclasses.replace(handed_over(store, sky, *job), run_url=str(folder / "run"))
+            record = dataclasses.replace(submitted(store, sky, *job), run_url=str(folder / "run"))
             unnumbered = dataclasses.replace(record, handle={**record.handle, "job": None})
             for found in (record, unnumbered):
                 SKYPILOT.look(dataclasses.replace(found, state="running"))
@@ -55,8 +55,8 @@ def lines_of_the_engine(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """SkyPilot's answers to everything that this file asks."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """SkyPilot's answers to all questions of this file."""
     if not PYTHON.exists():
         missing(f"no SkyPilot at {PYTHON}: make test-skypilot")
     folder = tmp_path_factory.mktemp("skypilot")
@@ -71,7 +71,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             task["workdir"] = str(folder)
         for path, source in task.get("file_mounts", {}).items():
             if isinstance(source, str):
-                task["file_mounts"][path] = __file__  # SkyPilot wants files that are there
+                task["file_mounts"][path] = __file__  # SkyPilot requires that the files exist
     questions = {
         "tasks": tasks,
         "lines": [*lines_of_the_engine(folder), "jobs launch --nonsense task.yaml"],
@@ -92,8 +92,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["skypilot_glue.txt", "skypilot_cifar.txt"])
-def test_skypilot_understands_periflows_jobs(said: dict[str, Any], name: str) -> None:
-    task = said["tasks"][name]
+def test_skypilot_understands_periflows_jobs(answers: dict[str, Any], name: str) -> None:
+    task = answers["tasks"][name]
     assert (task["cloud"], task["region"], task["accelerators"]) == ("azure", "eastus", {"V100": 4})
     assert (task["use_spot"], task["num_nodes"]) == (True, 2)
     assert "docker:friendliai/periflow:sdk" in task["image_id"].values()
@@ -103,22 +103,22 @@ def test_skypilot_understands_periflows_jobs(said: dict[str, Any], name: str) ->
 
 
 @pytest.mark.parametrize("name", [*GOLDEN, "odd"])
-def test_skypilot_takes_every_task(said: dict[str, Any], name: str) -> None:
-    task = said["tasks"][name]
+def test_skypilot_accepts_every_task(answers: dict[str, Any], name: str) -> None:
+    task = answers["tasks"][name]
     assert "error" not in task
     assert task["run"] == "exec python3 -m hf_cloudtrain.jobs.engines.skypilot.node_main ~/hf_cloudtrain"
     assert set(task["file_mounts"]) == {"~/hf_cloudtrain/job.json"}
 
 
-def test_skypilot_finds_what_is_wrong_with_a_task(said: dict[str, Any]) -> None:
-    assert "use_spott" in said["tasks"]["broken"]["error"]
+def test_skypilot_finds_what_is_wrong_with_a_task(answers: dict[str, Any]) -> None:
+    assert "use_spott" in answers["tasks"]["broken"]["error"]
 
 
-def test_skypilot_knows_every_command_and_option(said: dict[str, Any]) -> None:
-    wrong = {line: found["error"] for line, found in said["lines"].items() if "error" in found}
+def test_skypilot_knows_every_command_and_option(answers: dict[str, Any]) -> None:
+    wrong = {line: found["error"] for line, found in answers["lines"].items() if "error" in found}
     assert set(wrong) == {"jobs launch --nonsense task.yaml"}
     launches = {
-        line: found for line, found in said["lines"].items() if "launch" in line and line not in wrong
+        line: found for line, found in answers["lines"].items() if "launch" in line and line not in wrong
     }
     assert len(launches) == 2
     for found in launches.values():
@@ -127,19 +127,19 @@ def test_skypilot_knows_every_command_and_option(said: dict[str, Any]) -> None:
         assert found["yes"]
 
 
-def test_skypilot_starts_what_saved_again_without_counting_and_a_crash_three_times(
-    said: dict[str, Any],
+def test_skypilot_restarts_what_saved_without_counting_and_a_crash_three_times(
+    answers: dict[str, Any],
 ) -> None:
-    assert said["restarts"] == [True, True, True, True, True, False, True]
+    assert answers["restarts"] == [True, True, True, True, True, False, True]
 
 
-def test_every_state_of_skypilot_is_known(said: dict[str, Any]) -> None:
-    states = {*said["managed"], *said["own"]}
+def test_every_state_of_skypilot_is_known(answers: dict[str, Any]) -> None:
+    states = {*answers["managed"], *answers["own"]}
     assert {state for state in states if not state.startswith("FAILED")} == set(engine.STATES)
 
 
-@pytest.mark.parametrize(("words", "number"), [("launched", "12"), ("cluster", "7")])
-def test_the_number_of_a_job_is_found_in_what_a_launch_says(
-    said: dict[str, Any], words: str, number: str
+@pytest.mark.parametrize(("hint", "number"), [("launched", "12"), ("cluster", "7")])
+def test_the_number_of_a_job_is_found_in_the_output_of_a_launch(
+    answers: dict[str, Any], hint: str, number: str
 ) -> None:
-    assert engine.JOB_ID.findall(engine._COLOR.sub("", said[words])) == [number]
+    assert client.JOB_ID.findall(client._COLOR.sub("", answers[hint])) == [number]

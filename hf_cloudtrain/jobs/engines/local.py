@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.engines import EngineStatus
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
 from hf_cloudtrain.jobs.logs import follow_files, last_lines
 from hf_cloudtrain.jobs.node.mounts import Mount, check, has_docker

@@ -26,7 +26,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, JobFileError
-from hf_cloudtrain.jobs.engines import EngineStatus, as_text
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text
 from hf_cloudtrain.jobs.engines.sagemaker.api import (
     Logs,
     UnknownError,

@@ -1,16 +1,16 @@
-"""What SkyPilot runs on each node: its variables become ours, paths are made, and the exit code says what comes next.
+"""What SkyPilot runs on each machine: it reads SkyPilot's variables, runs the node, and chooses the exit code.
 
     python3 -m hf_cloudtrain.jobs.engines.skypilot.node_main ~/hf_cloudtrain
 
-SkyPilot has one question at the end of a managed job, which the exit codes of the nodes answer:
+At the end of a managed job SkyPilot decides by the exit codes of the nodes whether to restart it:
 
-    0      do not start it again: finished; or stopped by a person, overtaken, nothing to train
-    75     saved and stopped, because the machine goes: start it again, as often as it takes (`recover_on_exit_codes`)
-    else   a crash: start it again, `max_restarts` times (`max_restarts_on_errors`)
+    0      do not restart: finished; or stopped by a person, overtaken, nothing to train
+    75     saved and stopped, because the machine is preempted: restart, without a limit (`recover_on_exit_codes`)
+    else   a crash: restart, at most `max_restarts` times (`max_restarts_on_errors`)
 
-So a 0 need not be a success, and node 0 prints the verdict, which the engine reads. The first node that ends with
-another code than 0 makes SkyPilot kill the others at once (sky/backends/task_codegen.py, get_or_fail): one that has
-saved waits for those that still do.
+So 0 need not mean success: node 0 prints the verdict, and the engine reads it. SkyPilot kills the other nodes at once
+when the first one ends with a code other than 0 (sky/backends/task_codegen.py, get_or_fail): a node that has saved
+waits for those that are still saving.
 """
 
 from __future__ import annotations
@@ -35,19 +35,15 @@ from hf_cloudtrain.jobs.supervisor import Verdict, judge
 logger = logging.getLogger(__name__)
 
 WORKDIR = "~/sky_workdir"
-"""Where SkyPilot puts the workdir (sky/skylet/constants.py)."""
+"""Where SkyPilot syncs the workdir (sky/skylet/constants.py)."""
 PORT = 29500
-"""Torch's own default; the machines are the job's alone."""
+"""Torch's default; no other job runs on these machines."""
 
 
 def run(home: Path, environment: Mapping[str, str] = os.environ) -> int:
-    """Do this node's part of one start; gives its exit code.
-
-    Raises:
-        ConfigurationError: the cluster is not what the job needs.
-    """
+    """Run this node for one start; return the exit code for SkyPilot. Raises ConfigurationError as `rank_and_master`."""
     submission = Submission.load(home)
-    rank, master = place(submission, environment)
+    rank, master = rank_and_master(submission, environment)
     _find_workspace(submission)
     start = _next_start(home)
     code = run_node(
@@ -62,13 +58,13 @@ def run(home: Path, environment: Mapping[str, str] = os.environ) -> int:
     return code
 
 
-def place(submission: Submission, environment: Mapping[str, str]) -> tuple[int, str]:
-    """This node's number and the address of node 0, from SkyPilot's variables.
+def rank_and_master(submission: Submission, environment: Mapping[str, str]) -> tuple[int, str]:
+    """This node's rank and the address of node 0, from SkyPilot's variables.
 
     https://docs.skypilot.co/en/latest/running-jobs/environment-variables.html
 
     Raises:
-        ConfigurationError: there are too few nodes or GPUs, or this is none of SkyPilot's machines.
+        ConfigurationError: there are too few nodes or GPUs, or SkyPilot's variables are missing.
     """
     try:
         rank = int(environment["SKYPILOT_NODE_RANK"])
@@ -77,41 +73,41 @@ def place(submission: Submission, environment: Mapping[str, str]) -> tuple[int, 
         gpus = int(float(environment.get("SKYPILOT_NUM_GPUS_PER_NODE") or 0))
         master = addresses[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise ConfigurationError(f"This is no node of SkyPilot's: {error} is not as it sets it.") from None
+        raise ConfigurationError(f"SkyPilot's variables are missing or wrong here: {error}.") from None
     plan = submission.plan
     if nodes != plan.nodes:
-        raise ConfigurationError(f"SkyPilot has started {nodes} nodes, and the job needs {plan.nodes}.")
+        raise ConfigurationError(f"SkyPilot started {nodes} nodes, but the job needs {plan.nodes}.")
     if submission.job.vm is not None and gpus < plan.nproc_per_node:
-        raise ConfigurationError(f"The node has {gpus} GPUs, and the job needs {plan.nproc_per_node}.")
+        raise ConfigurationError(f"The node has {gpus} GPUs, but the job needs {plan.nproc_per_node}.")
     return rank, master
 
 
 def exit_code(verdict: Verdict, code: int, *, managed: bool) -> int:
-    """What SkyPilot is told; see the top."""
+    """The exit code for SkyPilot; the module's docstring has the table."""
     if verdict.state is None:
         return SAVED if code == SAVED or not verdict.is_crash else 1
     if verdict.state == "finished" or managed:
         return 0
-    return 1  # a cluster of one start: nothing starts it again
+    return 1  # a cluster for one start: SkyPilot never restarts it
 
 
 def in_links(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:  # noqa: ARG001 - see Wrap
-    """Make each mount path a link. The machine is the job's own: SkyPilot made it, in the job's image.
+    """Make each mount path a link: SkyPilot made this machine for the job, in its image.
 
     Raises:
         ConfigurationError: a path holds something.
     """
     for mount in mounts:
         target = Path(mount.target)
-        there = next(folder for folder in target.parents if folder.exists())
-        if not os.access(there, os.W_OK):
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not os.access(parent, os.W_OK):
             _link_as_root(mount.source.resolve(), target)
-    link(mounts)  # what is linked stays; it says what is wrong with the rest
+    link(mounts)  # keeps the links that exist, and says what is wrong with the rest
     return command
 
 
 def _link_as_root(source: Path, target: Path) -> None:
-    """SkyPilot's user of a machine without an image is an ordinary one, who may do everything by `sudo`."""
+    """On a machine without an image, SkyPilot's user is an ordinary one, who may use `sudo` for everything."""
     if target.resolve() == source:
         return
     steps = [["mkdir", "-p", "--", str(target.parent)], ["ln", "-sT", "--", str(source), str(target)]]
@@ -132,7 +128,7 @@ def _find_workspace(submission: Submission) -> None:
 
 
 def _next_start(home: Path) -> int:
-    """SkyPilot may start a job again on the same machine, with what the start before has left."""
+    """SkyPilot may restart a job on the same machine, where the files of the earlier start still are."""
     path = home / "start"
     number = int(path.read_text()) + 1 if path.exists() else 1
     path.write_text(str(number))
@@ -140,7 +136,7 @@ def _next_start(home: Path) -> int:
 
 
 def _linger(seconds: float) -> None:
-    """Give the other nodes their grace. SIGTERM ends it."""
+    """Wait while the other nodes use their grace. SIGTERM ends the wait."""
     ended = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.append(True))
@@ -150,7 +146,7 @@ def _linger(seconds: float) -> None:
 
 
 def main() -> None:
-    """The command line above."""
+    """The command line that the module's docstring shows."""
     logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
     try:
         sys.exit(run(Path(sys.argv[1]).expanduser()))

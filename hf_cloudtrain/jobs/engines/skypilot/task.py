@@ -1,4 +1,4 @@
-"""A job as SkyPilot's task: the YAML, and the words of the command that hands it over. Data alone, nothing is started."""
+"""A job as SkyPilot's task: the YAML, and the command line that launches it. Only data; nothing is started here."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.jobs.spec.machine import Machine
 from hf_cloudtrain.jobs.submission import FILE, Submission
+from hf_cloudtrain.storage.backends import is_local
 
 HOME = "~/hf_cloudtrain"
-"""Home of the job on SkyPilot's machines."""
+"""The job's home on SkyPilot's machines."""
 BUCKET = f"{HOME}/bucket"
-"""Where the bucket of the run is mounted there."""
+"""Where the run's bucket is mounted there."""
 ENTRY = "hf_cloudtrain.jobs.engines.skypilot.node_main"
 SAVED = 75
-"""Exit code of a node that saved and stopped: the job is started again, and that counts as no error."""
+"""Exit code of a node that saved and stopped: SkyPilot restarts the job, and does not count an error."""
 VERDICT = "cloudtrain-verdict: "
-"""Begins the line that node 0 ends with: a state and a reason, as JSON."""
+"""Prefix of the last line of node 0: a state and a reason, as JSON."""
 SOURCES = {"s3": "s3", "gs": "gs", "gcs": "gs"}
-"""Protocols of run URLs whose bucket is mounted, and SkyPilot's word for them. Azure's is below."""
+"""Protocols of run URLs whose bucket is mounted, and SkyPilot's name for each. Azure is below."""
 AZURE = ("az", "abfs", "abfss")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", **dict.fromkeys(AZURE, "azure")}
-"""What of hf_cloudtrain a protocol needs on the machines."""
+"""The extra of hf_cloudtrain that a protocol needs on the machines."""
 MEMORIES = {
     "a100": {40: "A100", 80: "A100-80GB"},
     "v100": {16: "V100", 32: "V100-32GB"},
 }
-"""GPUs that SkyPilot has by their memory (`sky show-gpus --all`); of any other, the name says enough."""
+"""GPUs whose name in SkyPilot depends on their memory, in GB (`sky show-gpus --all`)."""
 
 
 def as_task(submission: Submission, shell: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The task (https://docs.skypilot.co/en/latest/reference/yaml-spec.html). No value of a variable is in it.
+    """The task (https://docs.skypilot.co/en/latest/reference/yaml-spec.html), without the value of any variable.
 
     Args:
-        submission: the job.
-        shell: of whoever submits it; storage options and accounts may be there.
-
-    What `problems` finds is left out of it.
+        submission: the job. What `problems` finds is missing from the task.
+        shell: the environment of the submitter, for storage options and accounts.
     """
     task = {
         "name": task_name(submission.id),
@@ -58,58 +57,60 @@ def as_task(submission: Submission, shell: Mapping[str, str] = os.environ) -> di
 
 
 def problems(submission: Submission, shell: Mapping[str, str] = os.environ) -> list[str]:
-    """What SkyPilot would refuse, or its machines could not do, a sentence each."""
-    job, found = submission.job, submission.job.machine
-    told = []
+    """What SkyPilot would refuse, or its machines could not do: one sentence each, with what to write."""
+    job, machine = submission.job, submission.job.machine
+    found = []
     if _is_local(submission.run_url):
-        told.append(
-            f"The run URL {submission.run_url!r} is on this machine, which SkyPilot's machines do not reach. Write "
+        found.append(
+            f"The run URL {submission.run_url!r} is on this machine, and SkyPilot's machines cannot reach it. Write "
             f"`run_url: s3://bucket/runs/{job.name}`."
         )
     elif submission.run_url.partition("://")[0] in AZURE and _bucket(submission, shell) is None:
-        told.append(
-            f"The run URL {submission.run_url!r} does not say whose container it is. Write AZURE_STORAGE_ACCOUNT_NAME "
-            "below `env`."
+        found.append(
+            f"The run URL {submission.run_url!r} does not name the account of its container. Write "
+            "AZURE_STORAGE_ACCOUNT_NAME below `env`."
         )
     if job.data is not None and _is_local(submission.store):
-        told.append(
-            f"The dataset {job.data.name!r} is in the store {submission.store!r}, on this machine, which SkyPilot's "
-            f"machines do not reach. Set a store that they do: export {env.STORE}=s3://bucket/store"
+        found.append(
+            f"The dataset {job.data.name!r} is in the store {submission.store!r}, on this machine, and SkyPilot's "
+            f"machines cannot reach it. Use a remote store: export {env.STORE}=s3://bucket/store"
         )
-    if found is not None and submission.plan.nproc_per_node > found.gpus:
-        told.append(
-            f"{submission.plan.nproc_per_node} processes a node are more than the {found.gpus} GPUs of {job.vm!r}."
+    if machine is None:
+        return found
+    if submission.plan.nproc_per_node > machine.gpus:
+        found.append(
+            f"{submission.plan.nproc_per_node} processes per node are more than the {machine.gpus} GPUs of {job.vm!r}."
         )
-    memories = MEMORIES.get(found.gpu) if found is not None else None
-    if found is not None and memories is not None and found.memory_gb not in memories:
-        told.append(
-            f"There is no {found.gpu.upper()} of {found.memory_gb} GB ({job.vm!r}), only of "
-            f"{' and '.join(map(str, memories))} GB."
+    memories = MEMORIES.get(machine.gpu)
+    if memories is not None and machine.memory_gb not in memories:
+        found.append(
+            f"`vm` is {job.vm!r}, but SkyPilot has the {machine.gpu.upper()} only with "
+            f"{' or '.join(map(str, memories))} GB."
         )
-    return told
+    return found
 
 
 def launch_argv(submission: Submission, task: str, shell: Mapping[str, str] = os.environ) -> list[str]:
-    """The command that hands over the task in a file."""
-    secrets = [word for name in variables(submission, shell) for word in ("--secret", name)]
+    """The command that launches the task in a file."""
+    secrets = [part for name in variables(submission, shell) for part in ("--secret", name)]
     if submission.job.skypilot.managed:
         return ["sky", "jobs", "launch", "-n", task_name(submission.id), "-y", "-d", *secrets, task]
     return ["sky", "launch", "-c", cluster_name(submission.id), "-y", "-d", "--down", *secrets, task]
 
 
 def task_name(job_id: str) -> str:
-    """A name that SkyPilot takes: no three of '.', '_' and '-' in a row, none at an end (sky/task.py)."""
+    """A name that SkyPilot accepts: no three of '.', '_' and '-' in a row, and none at an end (sky/task.py)."""
     return re.sub(r"([._-]{2})[._-]+", r"\1", job_id).strip("._-")
 
 
 def cluster_name(job_id: str) -> str:
-    """Of a cluster, the first is a letter."""
+    """The name of a cluster, which must begin with a letter."""
     name = task_name(job_id)
     return name if name[0].isalpha() else f"job-{name}"
 
 
 def variables(submission: Submission, shell: Mapping[str, str]) -> list[str]:
-    """Names of the variables that the nodes get: the job's own, and how to reach the storage."""
+    """Names of the variables that the nodes receive: the job's own, and the storage options."""
     names = set(submission.job.env)
     if shell.get(env.STORAGE_OPTIONS):
         names.add(env.STORAGE_OPTIONS)
@@ -117,13 +118,13 @@ def variables(submission: Submission, shell: Mapping[str, str]) -> list[str]:
 
 
 def _resources(submission: Submission) -> dict[str, Any]:
-    job, found = submission.job, submission.job.machine
+    job, machine = submission.job, submission.job.machine
     resources: dict[str, Any] = {}
-    if found is not None:
+    if machine is not None:
         resources = {
-            "infra": f"{found.cloud}/{found.region}",
-            "accelerators": f"{accelerator(found)}:{found.gpus}",
-            "use_spot": found.is_spot,
+            "infra": f"{machine.cloud}/{machine.region}",
+            "accelerators": f"{accelerator(machine)}:{machine.gpus}",
+            "use_spot": machine.is_spot,
         }
     if job.job_setting.docker.image is not None:
         resources["image_id"] = f"docker:{job.job_setting.docker.image}"
@@ -136,7 +137,7 @@ def _resources(submission: Submission) -> dict[str, Any]:
 
 
 def accelerator(machine: Machine) -> str:
-    """SkyPilot's name of a GPU.
+    """SkyPilot's name for a GPU.
 
     Example:
         >>> accelerator(Machine.parse("aws-80gb-a100-8g-us-east-1"))
@@ -151,7 +152,7 @@ def _bucket_mount(submission: Submission, shell: Mapping[str, str]) -> dict[str,
 
 
 def _bucket(submission: Submission, shell: Mapping[str, str]) -> str | None:
-    """The bucket to mount, as SkyPilot names it; None where it knows no such storage."""
+    """The bucket to mount, by SkyPilot's name; None if SkyPilot cannot mount this storage."""
     given = submission.job.skypilot.bucket
     protocol, _, rest = (given or submission.run_url).partition("://")
     name = rest.partition("/")[0]
@@ -161,11 +162,11 @@ def _bucket(submission: Submission, shell: Mapping[str, str]) -> str | None:
         container, _, host = name.partition("@")
         account = host.partition(".")[0] or _azure_account(submission, shell)
         return f"https://{account}.blob.core.windows.net/{container}" if account else None
-    return given  # in SkyPilot's own words
+    return given  # as SkyPilot itself writes it
 
 
 def _is_local(url: str) -> bool:
-    return "://" not in url or url.startswith(("file://", "local://", "memory://"))
+    return is_local(url) or url.startswith("memory://")
 
 
 def _azure_account(submission: Submission, shell: Mapping[str, str]) -> str | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.engines import EngineStatus
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.engines.slurm.batch_main import CANCEL, EARLY, notice
 from hf_cloudtrain.jobs.engines.slurm.client import (
     SlurmClient,

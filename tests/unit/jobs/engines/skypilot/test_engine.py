@@ -1,4 +1,4 @@
-"""The engine `skypilot`: the task by golden files, and a `sky` of ours that answers as SkyPilot 0.14 does."""
+"""The engine `skypilot`: the task by golden files, and a fake `sky` that prints what SkyPilot 0.14 prints."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from typer.testing import CliRunner
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.engines.skypilot import engine as module
 from hf_cloudtrain.jobs.engines.skypilot.task import accelerator, as_task, cluster_name, task_name
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.machine import Machine
 from hf_cloudtrain.storage.client import Storage
-from tests.fake_sky import DATA, GOLDEN, LAUNCHED, SKYPILOT, FakeSky, handed_over, job_text, submission_of
+from tests.fake_sky import DATA, GOLDEN, LAUNCHED, SKYPILOT, FakeSky, job_text, submission_of, submitted
 
 
 class TestTask:
-    """What SkyPilot is given. `make test-skypilot` reads the same files with SkyPilot's own parser."""
+    """The task. `make test-skypilot` reads the same golden files with SkyPilot's own parser."""
 
     @pytest.mark.parametrize("golden", GOLDEN)
-    def test_what_would_be_started_is_in_the_golden_file(self, golden: str) -> None:
+    def test_a_dry_run_is_the_golden_file(self, golden: str) -> None:
         name, workspace, run_url = GOLDEN[golden]
         shown = SKYPILOT.show(submission_of(DATA / name, run_url, workspace=workspace))
         assert shown.replace(f"=={version('hf_cloudtrain')}", "==0.1.0") == (DATA / golden).read_text()
 
     @pytest.mark.parametrize("name", ["periflow_glue.yml", "periflow_cifar.yml"])
-    def test_periflows_machines_are_asked_for(self, name: str) -> None:
+    def test_the_machines_of_periflows_files_are_requested(self, name: str) -> None:
         task = as_task(submission_of(DATA / name))
         resources = task["resources"]
         assert (resources["infra"], resources["accelerators"]) == ("azure/eastus", "V100:4")
@@ -46,7 +47,7 @@ class TestTask:
         assert "2e-5" not in shown
         assert "--secret LR --secret TOKEN" in shown
 
-    def test_storage_options_go_along_where_the_shell_has_them(self) -> None:
+    def test_storage_options_of_the_shell_are_passed_on(self) -> None:
         shell = {"HF_CLOUDTRAIN_STORAGE_OPTIONS": '{"key": "hunter2"}'}
         task = as_task(submission_of(job_text()), shell)
         assert task["secrets"] == {"HF_CLOUDTRAIN_STORAGE_OPTIONS": None}
@@ -67,16 +68,16 @@ class TestTask:
             ("gcp-16gb-t4-1g-us-central1-spot", "T4"),
         ],
     )
-    def test_gpus_have_skypilots_names(self, vm: str, name: str) -> None:
+    def test_a_gpu_has_skypilots_name(self, vm: str, name: str) -> None:
         assert accelerator(Machine.parse(vm)) == name
 
     @pytest.mark.parametrize(
         ("job_id", "name"), [("a-1", "a-1"), ("a---b-1", "a--b-1"), ("a_._-2", "a_.2"), ("a--2", "a--2")]
     )
-    def test_names_are_such_as_skypilot_takes(self, job_id: str, name: str) -> None:
+    def test_a_task_name_is_one_that_skypilot_accepts(self, job_id: str, name: str) -> None:
         assert task_name(job_id) == name
 
-    def test_names_of_clusters_begin_with_a_letter(self) -> None:
+    def test_a_cluster_name_begins_with_a_letter(self) -> None:
         assert cluster_name("7up-1") == "job-7up-1"
         assert cluster_name("up-1") == "up-1"
 
@@ -102,41 +103,45 @@ class TestTask:
             "env: {AZURE_STORAGE_CONNECTION_STRING: 'Protocol=https;AccountName=acc;AccountKey=abc='}",
         ],
     )
-    def test_azures_account_is_found(self, line: str) -> None:
+    def test_the_azure_account_is_found(self, line: str) -> None:
         shell = {"AZURE_STORAGE_ACCOUNT_NAME": "acc"} if ": }" in line else {}
         mounts = as_task(submission_of(job_text(line), "az://c/x"), shell)["file_mounts"]
         assert mounts["~/hf_cloudtrain/bucket"]["source"] == "https://acc.blob.core.windows.net/c"
 
 
-class TestRefused:
-    """Before anything is started."""
+class TestRefusals:
+    """What `check` refuses, before anything is started."""
 
     @pytest.mark.parametrize(
-        ("lines", "run_url", "words"),
+        ("lines", "run_url", "message"),
         [
             ((), "/home/me/runs/x", "'/home/me/runs/x' is on this machine"),
             ((), "file:///home/me/runs/x", "on this machine"),
             ((), "az://c/x", "AZURE_STORAGE_ACCOUNT_NAME"),
-            (("vm: aws-24gb-v100-4g-us-east-1",), "s3://b/x", "only of 16 and 32 GB"),
-            (("vm: aws-16gb-v100-4g-us-east-1",), "s3://b/x", "8 processes a node are more than the 4 GPUs"),
+            (("vm: aws-24gb-v100-4g-us-east-1",), "s3://b/x", "only with 16 or 32 GB"),
+            (
+                ("vm: aws-16gb-v100-4g-us-east-1",),
+                "s3://b/x",
+                "8 processes per node are more than the 4 GPUs",
+            ),
         ],
     )
-    def test_what_cannot_run_there(self, lines: tuple[str, ...], run_url: str, words: str) -> None:
+    def test_a_job_that_cannot_run_there(self, lines: tuple[str, ...], run_url: str, message: str) -> None:
         submission = submission_of(job_text(*lines), run_url)
-        if "8 processes" in words:
+        if "8 processes" in message:
             plan = submission.job.plan("skypilot", nodes=1, nproc_per_node=8)
             submission = dataclasses.replace(submission, plan=plan)
-        with pytest.raises(ConfigurationError, match=words):
+        with pytest.raises(ConfigurationError, match=message):
             SKYPILOT.check(submission)
 
-    def test_a_dataset_of_a_store_on_this_machine(self) -> None:
+    def test_a_dataset_in_a_store_on_this_machine(self) -> None:
         submission = submission_of(job_text("data: {name: mnli, mount_path: /data}"))
         with pytest.raises(
             ConfigurationError, match="'mnli' is in the store '/home/me/store', on this machine"
         ):
             SKYPILOT.check(dataclasses.replace(submission, store="/home/me/store"))
 
-    def test_what_is_missing_is_shown_by_a_dry_run_that_goes_on(self) -> None:
+    def test_a_dry_run_names_what_is_missing_and_shows_the_task_all_the_same(self) -> None:
         shown = SKYPILOT.show(submission_of(job_text("vm: aws-24gb-v100-4g-us-east-1"), "/home/me/runs/x"))
         assert [line[:11] for line in shown.splitlines()[:3]] == ["# Missing: ", "# Missing: ", "name: x-1"]
 
@@ -163,15 +168,15 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(str(tmp_path / "store"))
 
 
-class TestTalk:
-    """With SkyPilot's command."""
+class TestCommands:
+    """The engine with the fake `sky`."""
 
-    def test_a_job_is_handed_over_and_found_again(
+    def test_a_job_is_submitted_and_found_again(
         self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TOKEN", "hunter2")
-        sky.says("launch", LAUNCHED)
-        record = handed_over(store, sky, "env: {TOKEN: }")
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky, "env: {TOKEN: }")
         home = Path(record.home)
         assert store.read("x-1").handle == {"managed": True, "name": "x-1", "job": 12}
         assert sky.calls == [f"jobs launch -n x-1 -y -d --secret TOKEN {home / 'task.yaml'}"]
@@ -180,26 +185,28 @@ class TestTalk:
         assert {path.name for path in written} == {"job.json", "task.yaml", ".skyignore"}
         assert not any("hunter2" in path.read_text() for path in written)
 
-    def test_a_job_whose_number_is_not_said_is_looked_up_by_its_name(
+    def test_a_job_whose_number_is_not_printed_is_found_by_its_name(
         self, sky: FakeSky, store: JobStore
     ) -> None:
-        sky.says("launch", "Done.\n")
-        sky.has(
+        sky.prints("launch", "Done.\n")
+        sky.lists(
             {"job_id": 3, "job_name": "x-1"},
             {"job_id": 8, "job_name": "x-1"},
             {"job_id": 9, "job_name": "y-1"},
         )
-        assert handed_over(store, sky).handle["job"] == 8
+        assert submitted(store, sky).handle["job"] == 8
 
-    def test_a_launch_that_fails_is_told_with_the_last_lines(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", "token=hunter2\nNoCloudAccessError: run: sky check\n", code=1)
+    def test_a_failed_launch_is_reported_with_the_last_lines_and_without_secrets(
+        self, sky: FakeSky, store: JobStore
+    ) -> None:
+        sky.prints("launch", "token=hunter2\nNoCloudAccessError: run: sky check\n", code=1)
         with pytest.raises(
             ConfigurationError, match=r"`sky jobs launch` ended with exit code 1: token=\*\*\* \| .*sky check"
         ):
-            handed_over(store, sky)
+            submitted(store, sky)
 
     @pytest.mark.parametrize(
-        ("status", "state"),
+        ("theirs", "state"),
         [
             ("PENDING", "queued"),
             ("STARTING", "starting"),
@@ -213,47 +220,47 @@ class TestTalk:
             ("SOMETHING_NEW", "running"),
         ],
     )
-    def test_skypilots_states_are_ours(self, sky: FakeSky, store: JobStore, status: str, state: str) -> None:
-        sky.says("launch", LAUNCHED)
-        record = store.write(handed_over(store, sky), state="running")
-        sky.has(
-            {"job_id": 12, "status": status, "failure_reason": "key=hunter2"},
+    def test_each_state_of_skypilot_has_one_of_ours(
+        self, sky: FakeSky, store: JobStore, theirs: str, state: str
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = store.write(submitted(store, sky), state="running")
+        sky.lists(
+            {"job_id": 12, "status": theirs, "failure_reason": "key=hunter2"},
             {"job_id": 1, "status": "FAILED"},
         )
-        seen = SKYPILOT.look(record)
-        assert seen is not None
-        assert seen.state == state
-        assert "hunter2" not in str(seen.reason)
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert status.state == state
+        assert "hunter2" not in str(status.reason)
 
-    def test_a_success_is_what_node_0_said_it_was(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", LAUNCHED)
-        record = handed_over(store, sky)
-        sky.has({"job_id": 12, "status": "SUCCEEDED"})
-        sky.says(
+    def test_a_success_is_what_node_0_printed_at_its_end(self, sky: FakeSky, store: JobStore) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky)
+        sky.lists({"job_id": 12, "status": "SUCCEEDED"})
+        sky.prints(
             "logs",
             "(head, rank=0, pid=12, ip=10.0.0.4) step 5\n"
             '(head, rank=0, pid=12, ip=10.0.0.4) cloudtrain-verdict: {"state": "failed", "reason": "Overtaken."}\n'
             "Job finished (status: SUCCEEDED).\n",
         )
-        seen = SKYPILOT.look(record)
-        assert seen is not None
-        assert (seen.state, seen.reason) == ("failed", "Overtaken.")
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert (status.state, status.reason) == ("failed", "Overtaken.")
 
     @pytest.mark.parametrize("status", ["SUCCEEDED", "CANCELLED", "FAILED"])
-    def test_what_was_cancelled_ends_as_that(self, sky: FakeSky, store: JobStore, status: str) -> None:
-        sky.says("launch", LAUNCHED)
-        record = store.write(handed_over(store, sky), state="stopping")
-        sky.has({"job_id": 12, "status": status})
-        assert SKYPILOT.look(record) == module.EngineStatus(
-            "cancelled", "Stopped by `cloudtrain job cancel`."
-        )
-        sky.has({"job_id": 12, "status": "RUNNING"})
-        assert SKYPILOT.look(record) == module.EngineStatus("stopping")
+    def test_a_cancelled_job_ends_as_cancelled(self, sky: FakeSky, store: JobStore, status: str) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = store.write(submitted(store, sky), state="stopping")
+        sky.lists({"job_id": 12, "status": status})
+        assert SKYPILOT.look(record) == EngineStatus("cancelled", "Stopped by `cloudtrain job cancel`.")
+        sky.lists({"job_id": 12, "status": "RUNNING"})
+        assert SKYPILOT.look(record) == EngineStatus("stopping")
 
-    def test_a_skypilot_that_does_not_answer_is_told(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", LAUNCHED)
-        record = handed_over(store, sky)
-        sky.says("queue", "Could not connect to the API server.\n", code=1)
+    def test_a_failure_of_sky_is_reported(self, sky: FakeSky, store: JobStore) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky)
+        sky.prints("queue", "Could not connect to the API server.\n", code=1)
         with pytest.raises(
             ConfigurationError, match=r"`sky jobs queue` ended with exit code 1: Could not connect"
         ):
@@ -270,61 +277,61 @@ class TestTalk:
             (None, "lost"),
         ],
     )
-    def test_of_a_cluster_that_is_gone_the_run_says_how_it_ended(
+    def test_the_run_says_how_a_job_ended_whose_cluster_is_gone(
         self, sky: FakeSky, store: JobStore, tmp_path: Path, ended: str | None, state: str
     ) -> None:
-        sky.says("launch", "Job submitted, ID: 1\n")
-        record = handed_over(store, sky, "skypilot: {managed: false}")
+        sky.prints("launch", "Job submitted, ID: 1\n")
+        record = submitted(store, sky, "skypilot: {managed: false}")
         assert record.handle == {"managed": False, "name": "x-1", "job": 1}
-        sky.says("queue", json.dumps({"x-1": [{"job_id": 1, "status": "SETTING_UP"}]}))
-        assert SKYPILOT.look(record) == module.EngineStatus("starting")
-        sky.says("queue", "Fetching job queue for: x-1\n{}")
+        sky.prints("queue", json.dumps({"x-1": [{"job_id": 1, "status": "SETTING_UP"}]}))
+        assert SKYPILOT.look(record) == EngineStatus("starting")
+        sky.prints("queue", "Fetching job queue for: x-1\n{}")
         record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
         if ended is not None:
             Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
             Catalog(Storage(record.run_url)).write_progress(1, {"state": ended, "time": record.created})
-        seen = SKYPILOT.look(record)
-        assert seen is not None
-        assert seen.state == state
-        assert "SkyPilot has forgotten it" in str(seen.reason)
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert status.state == state
+        assert "SkyPilot no longer knows it" in str(status.reason)
 
-    def test_an_end_before_the_job_began_is_another_jobs(
+    def test_an_attempt_that_ended_before_the_job_began_belongs_to_an_earlier_job(
         self, sky: FakeSky, store: JobStore, tmp_path: Path
     ) -> None:
-        sky.says("launch", LAUNCHED)
-        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "run"))
         Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
         Catalog(Storage(record.run_url)).write_progress(
             1, {"state": "finished", "time": record.created - 3600}
         )
-        sky.has()
-        seen = SKYPILOT.look(record)
-        assert seen is not None
-        assert seen.state == "lost"
+        sky.lists()
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert status.state == "lost"
 
-    def test_a_controller_that_is_not_there_runs_nothing(
+    def test_without_a_controller_no_managed_job_runs(
         self, sky: FakeSky, store: JobStore, tmp_path: Path
     ) -> None:
-        sky.says("launch", LAUNCHED)
-        record = dataclasses.replace(handed_over(store, sky), run_url=str(tmp_path / "run"))
-        sky.says("queue", "sky.exceptions.ClusterNotUpError: No in-progress managed jobs.\n", code=1)
-        seen = SKYPILOT.look(record)
-        assert seen is not None
-        assert seen.state == "lost"
-        assert "sky jobs logs 12" in str(seen.reason)
-        sky.says("other", "ClusterNotUpError: All managed jobs should have finished.\n", code=1)
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "run"))
+        sky.prints("queue", "sky.exceptions.ClusterNotUpError: No in-progress managed jobs.\n", code=1)
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert status.state == "lost"
+        assert "sky jobs logs 12" in str(status.reason)
+        sky.prints("other", "ClusterNotUpError: All managed jobs should have finished.\n", code=1)
         SKYPILOT.cancel(record, store)
-        assert SKYPILOT.look(store.read("x-1")) == module.EngineStatus(
+        assert SKYPILOT.look(store.read("x-1")) == EngineStatus(
             "cancelled", "Stopped by `cloudtrain job cancel`."
         )
-        sky.says("other", "PermissionError: not yours\n", code=1)
+        sky.prints("other", "PermissionError: not yours\n", code=1)
         with pytest.raises(ConfigurationError, match="not yours"):
             SKYPILOT.cancel(record, store)
 
-    def test_lines_are_those_of_the_nodes(self, sky: FakeSky, store: JobStore) -> None:
-        sky.says("launch", LAUNCHED)
-        record = dataclasses.replace(handed_over(store, sky), nodes=2)
-        sky.says(
+    def test_lines_are_labelled_by_node(self, sky: FakeSky, store: JobStore) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), nodes=2)
+        sky.prints(
             "logs",
             "├── Waiting for task resources\n"
             "\x1b[36m(head, rank=0, pid=12, ip=10.0.0.4)\x1b[0m loss 1.5\n"
@@ -341,26 +348,26 @@ class TestTalk:
         assert sky.calls[-1] == "jobs logs 12 --follow --tail 0"
 
     @pytest.mark.parametrize(
-        ("lines", "words"),
+        ("lines", "command"),
         [((), "jobs cancel -y 12"), (("skypilot: {managed: false}",), "down -y x-1")],
     )
-    def test_cancel_ends_it_where_nothing_trains(
-        self, sky: FakeSky, store: JobStore, tmp_path: Path, lines: tuple[str, ...], words: str
+    def test_cancel_ends_a_job_without_a_training_at_once(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, lines: tuple[str, ...], command: str
     ) -> None:
-        sky.says("launch", LAUNCHED)
-        record = handed_over(store, sky, *lines)
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky, *lines)
         SKYPILOT.cancel(dataclasses.replace(record, run_url=str(tmp_path / "run")), store)
         assert store.read("x-1").state == "stopping"
-        assert sky.calls[-1] == words
+        assert sky.calls[-1] == command
 
     @pytest.mark.parametrize("obeys", [True, False])
-    def test_cancel_lets_the_run_save_first_and_insists_after_its_grace(
+    def test_cancel_lets_the_run_save_first_and_ends_it_after_its_grace(
         self, sky: FakeSky, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
     ) -> None:
         monkeypatch.setattr(module, "MARGIN", 0.3)
         monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "60" if obeys else "0.1")
-        sky.says("launch", LAUNCHED)
-        record = handed_over(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
         record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
         catalog = Catalog(Storage(record.run_url))
         attempt = catalog.begin_attempt(0.0, 0, None, {}).number
@@ -385,8 +392,8 @@ class TestTalk:
 def test_a_job_goes_through_the_command_line(
     sky: FakeSky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cloudtrain(*words: str) -> str:
-        result = CliRunner().invoke(app, ["job", *words])
+    def cloudtrain(*argv: str) -> str:
+        result = CliRunner().invoke(app, ["job", *argv])
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -397,15 +404,15 @@ def test_a_job_goes_through_the_command_line(
     file.write_bytes(
         job_text("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8", "run_url: s3://bucket/x")
     )
-    words = ("run", "-f", str(file), "-d", str(tmp_path / "code"), "--engine", "skypilot")
-    assert "x-1 by the engine skypilot: 2 nodes of 4 processes" in cloudtrain(*words, "--dry-run")
+    argv = ("run", "-f", str(file), "-d", str(tmp_path / "code"), "--engine", "skypilot")
+    assert "x-1 by the engine skypilot: 2 nodes of 4 processes" in cloudtrain(*argv, "--dry-run")
     assert not (sky.folder / "calls").exists()
-    sky.says("launch", LAUNCHED)
-    cloudtrain(*words)
-    sky.has({"job_id": 12, "status": "RECOVERING"})
+    sky.prints("launch", LAUNCHED)
+    cloudtrain(*argv)
+    sky.lists({"job_id": 12, "status": "RECOVERING"})
     (job,) = json.loads(cloudtrain("list", "--json"))["jobs"]
     assert (job["id"], job["state"], job["nodes"], job["nproc_per_node"]) == ("x-1", "starting", 2, 4)
-    assert "starts it again" in job["reason"]
+    assert "restarting it on a different machine" in job["reason"]
     assert (Path(job["home"]) / "workspace" / "train.py").exists()
-    sky.says("logs", "(worker1, rank=1, pid=1, ip=10.0.0.5) hello\n")
+    sky.prints("logs", "(worker1, rank=1, pid=1, ip=10.0.0.5) hello\n")
     assert cloudtrain("logs", "x") == "[node 1] hello\n"

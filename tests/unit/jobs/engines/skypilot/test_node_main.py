@@ -1,4 +1,4 @@
-"""What runs on SkyPilot's machines: its variables become ours, and the exit code says whether to start again."""
+"""What runs on SkyPilot's machines: it reads SkyPilot's variables, and chooses the exit code that restarts a job or does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.engines.skypilot import node_main as entry
+from hf_cloudtrain.jobs.engines.skypilot import node_main
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.jobs.supervisor import Verdict
@@ -43,36 +43,36 @@ def saved(tmp_path: Path, *lines: str, workspace: bool = False) -> Submission:
     return submission
 
 
-class TestPlace:
+class TestRankAndMaster:
     """Which node this is."""
 
     def test_the_first_address_is_that_of_node_0(self, tmp_path: Path) -> None:
-        assert entry.place(saved(tmp_path, *GPUS), variables(1)) == (1, "10.0.0.4")
+        assert node_main.rank_and_master(saved(tmp_path, *GPUS), variables(1)) == (1, "10.0.0.4")
 
     @pytest.mark.parametrize(
-        ("changes", "words"),
+        ("changes", "message"),
         [
-            ({"SKYPILOT_NODE_RANK": "-"}, "no node of SkyPilot's: 'SKYPILOT_NODE_RANK'"),
-            ({"SKYPILOT_NODE_IPS": " "}, "no node of SkyPilot's"),
-            ({"SKYPILOT_NODE_RANK": "head"}, "no node of SkyPilot's"),
-            ({"SKYPILOT_NUM_NODES": "1"}, "started 1 nodes, and the job needs 2"),
-            ({"SKYPILOT_NUM_GPUS_PER_NODE": "2"}, "has 2 GPUs, and the job needs 4"),
+            ({"SKYPILOT_NODE_RANK": "-"}, "missing or wrong here: 'SKYPILOT_NODE_RANK'"),
+            ({"SKYPILOT_NODE_IPS": " "}, "missing or wrong here"),
+            ({"SKYPILOT_NODE_RANK": "head"}, "missing or wrong here"),
+            ({"SKYPILOT_NUM_NODES": "1"}, "started 1 nodes, but the job needs 2"),
+            ({"SKYPILOT_NUM_GPUS_PER_NODE": "2"}, "has 2 GPUs, but the job needs 4"),
             ({"SKYPILOT_NUM_GPUS_PER_NODE": "-"}, "has 0 GPUs"),
         ],
     )
-    def test_a_cluster_that_is_not_what_the_job_needs_is_refused(
-        self, tmp_path: Path, changes: dict[str, str], words: str
+    def test_a_cluster_that_does_not_fit_the_job_is_refused(
+        self, tmp_path: Path, changes: dict[str, str], message: str
     ) -> None:
-        with pytest.raises(ConfigurationError, match=words):
-            entry.place(saved(tmp_path, *GPUS), variables(**changes))
+        with pytest.raises(ConfigurationError, match=message):
+            node_main.rank_and_master(saved(tmp_path, *GPUS), variables(**changes))
 
     def test_a_job_without_gpus_needs_none(self, tmp_path: Path) -> None:
         alone = variables(SKYPILOT_NUM_NODES="1", SKYPILOT_NUM_GPUS_PER_NODE="0")
-        assert entry.place(saved(tmp_path), alone) == (0, "10.0.0.4")
+        assert node_main.rank_and_master(saved(tmp_path), alone) == (0, "10.0.0.4")
 
 
 @pytest.mark.parametrize(
-    ("verdict", "code", "managed", "told"),
+    ("verdict", "code", "managed", "expected"),
     [
         (Verdict("finished", "finished", None), 0, True, 0),
         (Verdict("finished", "finished", "and then it failed"), 1, False, 0),
@@ -82,7 +82,7 @@ class TestPlace:
             75,
             True,
             75,
-        ),  # stopped, by a script that says nothing
+        ),  # stopped, by a script that writes no exit file
         (Verdict(None, "failed", None, is_crash=True), 1, True, 1),
         (Verdict("failed", "overtaken", None), 1, True, 0),
         (Verdict("cancelled", "stopped", None), 75, True, 0),
@@ -90,14 +90,14 @@ class TestPlace:
         (Verdict("failed", "overtaken", None), 1, False, 1),
     ],
 )
-def test_only_a_crash_and_a_preemption_make_skypilot_start_a_job_again(
-    verdict: Verdict, code: int, managed: bool, told: int
+def test_only_a_crash_and_a_preemption_make_skypilot_restart_a_job(
+    verdict: Verdict, code: int, managed: bool, expected: int
 ) -> None:
-    assert entry.exit_code(verdict, code, managed=managed) == told
+    assert node_main.exit_code(verdict, code, managed=managed) == expected
 
 
 class TestRun:
-    """With a node of ours in place of the real one."""
+    """With a fake in place of the node."""
 
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -113,97 +113,99 @@ class TestRun:
             submission.node_file(node_rank, start).write_text(json.dumps({"exit_code": code}))
             return code
 
-        monkeypatch.setattr(entry, "run_node", run_node)
-        monkeypatch.setattr(entry, "_linger", lambda seconds: found.append({"waited": seconds}))
+        monkeypatch.setattr(node_main, "run_node", run_node)
+        monkeypatch.setattr(node_main, "_linger", lambda seconds: found.append({"lingered": seconds}))
         return found
 
     ends: tuple[int, str] = (0, "finished")
 
-    def test_a_node_is_told_who_it_is(self, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    def test_a_node_receives_its_rank_and_the_address_of_node_0(
+        self, tmp_path: Path, calls: list[dict[str, Any]]
+    ) -> None:
         submission = saved(tmp_path, *GPUS)
-        assert entry.run(submission.home, variables(1)) == 0
+        assert node_main.run(submission.home, variables(1)) == 0
         assert calls == [
             {
                 "node_rank": 1,
                 "start": 1,
                 "master_addr": "10.0.0.4",
                 "master_port": 29500,
-                "wrap": entry.in_links,
+                "wrap": node_main.in_links,
             }
         ]
         assert submission.workspace.is_dir()
 
-    def test_a_start_on_the_same_machine_is_the_next_one(
+    def test_a_second_start_on_the_same_machine_has_the_next_number(
         self, tmp_path: Path, calls: list[dict[str, Any]]
     ) -> None:
         submission = saved(tmp_path, *GPUS)
-        entry.run(submission.home, variables())
-        entry.run(submission.home, variables(1))
+        node_main.run(submission.home, variables())
+        node_main.run(submission.home, variables(1))
         assert [call["start"] for call in calls] == [1, 2]
 
     @pytest.mark.parametrize(
-        ("ends", "told", "state"),
+        ("ends", "expected", "state"),
         [
             ((1, "overtaken"), 0, "failed"),
             ((75, f"preempted: {RUN_STOP} for attempt 1"), 0, "cancelled"),
             ((0, "finished"), 0, "finished"),
         ],
     )
-    def test_node_0_says_how_a_job_ended_that_is_not_to_be_started_again(
+    def test_node_0_prints_how_a_job_ended_that_must_not_be_restarted(
         self,
         tmp_path: Path,
         calls: list[dict[str, Any]],
         capfd: pytest.CaptureFixture[str],
         ends: tuple[int, str],
-        told: int,
+        expected: int,
         state: str,
     ) -> None:
         type(self).ends = ends
         submission = saved(tmp_path, *GPUS)
-        assert entry.run(submission.home, variables()) == told
+        assert node_main.run(submission.home, variables()) == expected
         line = capfd.readouterr().out.strip()
         assert line.startswith("cloudtrain-verdict: ")
         assert json.loads(line.split(" ", 1)[1])["state"] == state
-        assert entry.run(submission.home, variables(1)) == told
+        assert node_main.run(submission.home, variables(1)) == expected
         assert capfd.readouterr().out == ""
 
-    def test_who_has_saved_waits_for_the_others_whom_skypilot_would_kill(
+    def test_a_node_that_saved_waits_for_the_others_which_skypilot_would_kill(
         self, tmp_path: Path, calls: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
     ) -> None:
         type(self).ends = (75, "preempted")
         submission = saved(tmp_path, *GPUS, "env: {HF_CLOUDTRAIN_GRACE: 12}")
-        assert entry.run(submission.home, variables()) == 75
-        assert calls[-1] == {"waited": 12.0}
+        assert node_main.run(submission.home, variables()) == 75
+        assert calls[-1] == {"lingered": 12.0}
         assert capfd.readouterr().out == ""
 
-    def test_a_single_node_waits_for_nobody(self, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
+    def test_a_single_node_does_not_wait(self, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
         type(self).ends = (75, "preempted")
         submission = saved(tmp_path)
-        assert entry.run(submission.home, variables(SKYPILOT_NUM_NODES="1")) == 75
-        assert {"waited": 30.0} not in calls
+        assert node_main.run(submission.home, variables(SKYPILOT_NUM_NODES="1")) == 75
+        assert {"lingered": 30.0} not in calls
 
 
-def test_waiting_for_others_ends_with_the_machine() -> None:
+def test_sigterm_ends_the_wait_for_the_others() -> None:
     threading.Timer(0.3, os.kill, (os.getpid(), 15)).start()
     before = time.monotonic()
-    entry._linger(60.0)
+    node_main._linger(60.0)
     assert time.monotonic() - before < 50
 
 
 class TestLinks:
-    """The paths of the job on a machine of its own."""
+    """The mount paths, on a machine that was made for the job."""
 
-    def test_each_path_leads_to_its_folder(self, tmp_path: Path) -> None:
+    def test_each_mount_path_is_a_link_to_its_folder(self, tmp_path: Path) -> None:
         (tmp_path / "work").mkdir()
         (tmp_path / "mnli").mkdir()
         target = tmp_path / "a" / "workspace"
         mounts = [Mount(tmp_path / "mnli", f"{target}/data", True), Mount(tmp_path / "work", str(target))]
-        for _ in range(2):  # a restart does it again
-            assert entry.in_links(saved(tmp_path), mounts, ["x"]) == ["x"]
+        for _ in range(2):  # a restart repeats it
+            assert node_main.in_links(saved(tmp_path), mounts, ["x"]) == ["x"]
             assert target.resolve() == tmp_path / "work"
             assert (target / "data").resolve() == tmp_path / "mnli"
 
-    def test_where_only_root_may_sudo_makes_them(
+    def test_sudo_makes_the_links_where_only_root_may(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sudo = tmp_path / "bin" / "sudo"
@@ -211,12 +213,12 @@ class TestLinks:
         sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\nshift\nexec "$@"\n')
         sudo.chmod(0o755)
         monkeypatch.setenv("PATH", f"{sudo.parent}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(entry.os, "access", lambda *_: False)
+        monkeypatch.setattr(node_main.os, "access", lambda *_: False)
         (tmp_path / "work").mkdir()
         target = tmp_path / "theirs" / "workspace"
         target.mkdir(parents=True)
         for _ in range(2):
-            entry.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(target))], [])
+            node_main.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(target))], [])
         assert target.resolve() == tmp_path / "work"
         assert (tmp_path / "asked").read_text().splitlines() == [
             f"-n mkdir -p -- {target.parent}",
@@ -229,7 +231,7 @@ class TestLinks:
         (tmp_path / "theirs").mkdir()
         (tmp_path / "theirs" / "file").touch()
         with pytest.raises(ConfigurationError, match="would hide"):
-            entry.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(tmp_path / "theirs"))], [])
+            node_main.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(tmp_path / "theirs"))], [])
 
 
 SCRIPTS = {
@@ -250,7 +252,7 @@ time.sleep(60)
 
 
 class Started:
-    """A node of SkyPilot's: a home folder with what it has synced, and its command in a process."""
+    """A machine of SkyPilot's: a home folder with the synced files, and SkyPilot's command in a process."""
 
     given: ClassVar[dict[str, str]] = {"LR": "2e-5", "HF_CLOUDTRAIN_GRACE": "1"}
 
@@ -283,19 +285,19 @@ class Started:
 
 def test_a_node_runs_as_skypilot_starts_it(tmp_path: Path) -> None:
     with Started(tmp_path, "hello", SKYPILOT_NUM_NODES="1") as process:
-        said, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == 0
-    hello, verdict = said.splitlines()
+    hello, verdict = output.splitlines()
     assert hello == f"0 10.0.0.4 2e-5 {tmp_path}/workspace"
     assert "trained nothing" in verdict
 
 
-def test_a_node_that_is_told_to_go_saves_and_is_to_be_started_again(tmp_path: Path) -> None:
+def test_a_node_saves_on_sigterm_and_ends_with_the_exit_code_that_restarts_it(tmp_path: Path) -> None:
     with Started(tmp_path, "saves") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.terminate()
-        said, _ = process.communicate(timeout=60)
-        assert (process.returncode, said) == (75, "")
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, output) == (75, "")
     exit_file = tmp_path / "machine" / "hf_cloudtrain" / "nodes" / "0" / "exit-1.json"
     assert json.loads(exit_file.read_text())["outcome"] == "preempted"
