@@ -1,8 +1,8 @@
-"""What a cloud's metadata service says of the machine: that it is about to be taken away.
+"""Preemption notices of EC2, Google Compute Engine and Azure, from the metadata service of the machine.
 
-Each service answers on a link-local address, over plain HTTP. Nothing is asked on a machine that is not that cloud's
-(its firmware says so), no proxy and no redirect leads a question elsewhere, and how long is left is counted from the
-answer's own `Date`: this machine's clock may be hours off.
+Each service answers on a link-local address, over plain HTTP. A service is asked only where the firmware says that the
+machine belongs to that cloud; no proxy and no redirect can lead a request elsewhere. The time left is counted from the
+`Date` of the answer, because the clock of this machine may be hours off.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from urllib.parse import urlsplit
 from hf_cloudtrain import env
 
 DMI = Path("/sys/class/dmi/id")
-"""Where Linux shows what the firmware says of the machine."""
+"""Where Linux shows what the firmware knows of the machine."""
 TIMEOUT = 2.0
-"""Seconds for one question. These services answer within milliseconds, from the machine's own host."""
+"""Seconds for one request. These services answer within milliseconds, from the machine's own host."""
 MAX_ANSWER = 2**20
-"""Bytes of an answer. Azure names all events of a scale set: a hundred of them make 50 kB."""
+"""Bytes of an answer. Azure lists all events of a scale set: a hundred of them take 50 kB."""
 LONGEST_GRACE = 86_400.0
-"""Seconds. No cloud says it a day ahead, so what is longer is no time."""
+"""Seconds. No cloud announces a preemption a day ahead, so a longer time is ignored."""
 
 _AZURE_ENDS = {"Preempt": "evicted", "Terminate": "deleted"}
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Somebody wants the training to save and stop."""
+    """A request to save and stop."""
 
     source: str
-    """Who says so, for people: "SIGTERM", "EC2: the instance is reclaimed (terminate)"."""
+    """Where it comes from, for people: "SIGTERM", "EC2: the instance is reclaimed (terminate)"."""
     grace: float | None = None
-    """Seconds left when it was noticed; None where the source does not say."""
+    """Seconds left when it was received; None where the source names no time."""
 
 
 class Ec2:
-    """A Spot instance that EC2 takes back, two minutes ahead, or at once where it hibernates.
+    """A Spot instance that EC2 takes back: two minutes ahead, or at once where it hibernates.
 
     Protocol: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html, with the session
-    tokens of IMDSv2. AWS asks to look every 5 s.
+    tokens of IMDSv2. AWS recommends to poll every 5 s.
     """
 
     pause = 5.0
@@ -63,14 +63,14 @@ class Ec2:
         record = answer.record()
         action = record.get("action")
         if not isinstance(action, str) or not re.fullmatch("[a-z-]{1,40}", action):
-            raise _OddAnswerError(f"no action in {answer.text[:200]!r}")
+            raise _UnexpectedAnswerError(f"no action in {answer.text[:200]!r}")
         return Notice(
             f"EC2: the instance is reclaimed ({action})", _left(_iso_time(record.get("time")), answer.date)
         )
 
     def _get(self, path: str) -> _Answer:
         answer = self._try(path) if self._token else None
-        if answer is None or answer.status == 401:  # no token yet, or it is too old
+        if answer is None or answer.status == 401:  # no token yet, or it has expired
             lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
             self._token = _ask(self._endpoint, "/latest/api/token", lifetime, method="PUT").ok().text.strip()
             answer = self._try(path)
@@ -96,7 +96,7 @@ class Gce:
 
     def look(self) -> Notice | None:
         """A notice, if there is one. Raises OSError, HTTPException, ValueError."""
-        # It may be as old as the pause between two looks.
+        # The notice may be as old as the pause between two looks.
         if self._get("preempted") == "TRUE":
             return Notice("GCE: the instance is preempted", self.PREEMPTION_SECONDS - self.pause)
         if self._get("maintenance-event").startswith("TERMINATE"):
@@ -111,16 +111,16 @@ class Gce:
         if answer.status == 404:
             return ""
         if answer.ok().headers.get("Metadata-Flavor") != "Google":
-            raise _OddAnswerError(f"no answer of Google's metadata service: {answer.text[:200]!r}")
+            raise _UnexpectedAnswerError(f"not an answer of Google's metadata service: {answer.text[:200]!r}")
         return answer.text.strip()
 
 
 class Azure:
     """A Spot machine that Azure evicts (30 s ahead at least), or one of a scale set that is deleted.
 
-    Protocol: https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events. All machines of a set hear the
-    events of all, so an event counts if it names this one. Restarts are left out: their SIGTERM comes in time, and the
-    machine stays ours.
+    Protocol: https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events. Every machine of a set receives
+    the events of all, so an event counts if it names this one. Restarts do not count: their SIGTERM comes in time, and the
+    machine and its disk stay.
     """
 
     pause = 1.0
@@ -135,18 +135,18 @@ class Azure:
         answer = self._get("/metadata/scheduledevents?api-version=2020-07-01").ok()
         events = answer.record().get("Events")
         if not isinstance(events, list):
-            raise _OddAnswerError(f"no events in {answer.text[:200]!r}")
+            raise _UnexpectedAnswerError(f"no events in {answer.text[:200]!r}")
         for event in events:
             kind = str(event.get("EventType")) if isinstance(event, dict) else ""
-            if kind in _AZURE_ENDS and self._is_meant(event.get("Resources")):
-                # Empty once it has begun.
+            if kind in _AZURE_ENDS and self._is_named_in(event.get("Resources")):
+                # NotBefore is empty once the event has begun.
                 left = _left(_http_time(event.get("NotBefore")), answer.date)
                 return Notice(f"Azure: the machine is {_AZURE_ENDS[kind]} ({kind})", left)
         return None
 
-    def _is_meant(self, resources: Any) -> bool:
+    def _is_named_in(self, resources: Any) -> bool:
         if not isinstance(resources, list):
-            raise _OddAnswerError("an event names no resources")
+            raise _UnexpectedAnswerError("an event names no resources")
         if not self._name:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._name = self._get(path).ok().text.strip()
@@ -157,10 +157,10 @@ class Azure:
 
 
 def cloud_sources(dmi: Path | None = None) -> list[Ec2 | Gce | Azure]:
-    """The metadata service to ask on this machine, if it is a cloud's; `HF_CLOUDTRAIN_CLOUD_NOTICES` beats what it is.
+    """The metadata service to ask on this machine: the one that `HF_CLOUDTRAIN_CLOUD_NOTICES` names, else by the firmware.
 
     Args:
-        dmi: what the firmware says, a file a fact; None takes `/sys/class/dmi/id`.
+        dmi: folder of the firmware's facts, a file each; None takes `/sys/class/dmi/id`.
     """
     wanted = env.cloud_notices()
     cloud = find_cloud(dmi or DMI) if wanted == "auto" else wanted
@@ -173,10 +173,10 @@ def cloud_sources(dmi: Path | None = None) -> list[Ec2 | Gce | Azure]:
 
 
 def find_cloud(dmi: Path) -> str | None:
-    """Whose machine this is, without asking anybody: `ec2`, `gce`, `azure`, or None.
+    """The cloud that this machine belongs to, without a request: `ec2`, `gce`, `azure`, or None.
 
-    By the same facts as cloud-init's ds-identify: a vendor alone is not enough, for Google makes laptops, and Hyper-V
-    runs in any cellar.
+    It uses the same facts as cloud-init's ds-identify. A vendor name alone is not enough: Google makes laptops, and Hyper-V
+    runs on any PC.
     """
     if _fact(dmi, "sys_vendor") == "Amazon EC2" or "amazon" in _fact(dmi, "bios_version").lower():
         return "ec2"
@@ -188,12 +188,12 @@ def find_cloud(dmi: Path) -> str | None:
 def _fact(dmi: Path, name: str) -> str:
     try:
         return (dmi / name).read_text(errors="replace").strip()
-    except OSError:  # none such, or a container that hides it
+    except OSError:  # it does not exist, or a container hides it
         return ""
 
 
-class _OddAnswerError(ValueError):
-    """Whoever answered, it was not the service as its page describes it."""
+class _UnexpectedAnswerError(ValueError):
+    """The answer differs from what the cloud documents."""
 
 
 @dataclass(frozen=True)
@@ -209,21 +209,21 @@ class _Answer:
 
     def ok(self) -> _Answer:
         if self.status != 200:
-            raise _OddAnswerError(f"the metadata service answers {self.status}: {self.text[:200]!r}")
+            raise _UnexpectedAnswerError(f"the metadata service answers {self.status}: {self.text[:200]!r}")
         return self
 
     def record(self) -> dict[str, Any]:
         record = json.loads(self.text)
         if not isinstance(record, dict):
-            raise _OddAnswerError(f"no object: {self.text[:200]!r}")
+            raise _UnexpectedAnswerError(f"not a JSON object: {self.text[:200]!r}")
         return record
 
 
 def _ask(endpoint: str, path: str, headers: dict[str, str], method: str = "GET") -> _Answer:
-    """One question. `http.client` itself: urllib would take a proxy from the environment, and follow redirects."""
+    """One request. `http.client` itself: urllib would take a proxy from the environment, and follow redirects."""
     parts = urlsplit(endpoint)
     if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{endpoint!r} is no URL of a metadata service")
+        raise ValueError(f"{endpoint!r} is not the URL of a metadata service")
     connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=TIMEOUT)
     with contextlib.closing(connection):
         connection.request(method, parts.path.rstrip("/") + path, headers=headers)

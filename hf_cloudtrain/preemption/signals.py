@@ -1,9 +1,9 @@
-"""Signals that ask a process to go, heard without ending it, and given back afterwards.
+"""Signals that ask a process to stop: noted without ending it, and given back to the previous handlers afterwards.
 
-A handler only notes what came: it runs between two lines of anybody's code. Handlers act in the process that
-installed them alone; a forked child (a loader worker, a pool) gets back what was there before, and a loader worker leaves
-the process group. Under some launchers
-one notice arrives as three signals, so a second one is no news, except for Ctrl-C: a second one quits.
+A handler only takes a note, because it runs between two lines of anybody's code. Handlers act only in the process that
+installed them: a forked child (a loader worker, a pool) gets the previous ones back, and a loader worker leaves the process
+group. Some launchers send three signals for one preemption, so only the first one counts. The exception is Ctrl-C: a second
+one quits.
 """
 
 from __future__ import annotations
@@ -29,59 +29,59 @@ STOPPING = tuple(
 
 
 class SignalWatch:
-    """Listens to the signals of `STOPPING`, on the main thread; elsewhere Python has no handlers.
+    """Handlers for the signals of `STOPPING`, on the main thread: Python runs none on other threads.
 
     Args:
-        tell: hears the number of the first signal, within the handler: it must only note it.
-        patience: seconds after the first signal in which others are no news; later ones go to who was there before.
-        within: code of a function; while that is not running, signals go to who was there before.
+        on_signal: receives the number of the first signal, inside the handler: it must only note it.
+        patience: seconds after the first signal during which further ones are ignored; later ones go to the previous handler.
+        within: code of a function; while it is not running, signals go to the previous handler.
 
     Example:
         >>> watch = SignalWatch(seen.append, patience=lambda: 30.0)
         >>> watch.start()
-        >>> watch.close()          # what was there before is there again
+        >>> watch.close()          # the previous handlers are back
     """
 
     def __init__(
         self,
-        tell: Callable[[int], None],
+        on_signal: Callable[[int], None],
         *,
         patience: Callable[[], float],
         within: CodeType | None = None,
     ) -> None:
-        self._tell = tell
+        self._on_signal = on_signal
         self._patience = patience
         self._within = within
-        self._before: dict[int, Any] = {}
-        self._came: dict[int, float] = {}
+        self._previous: dict[int, Any] = {}
+        self._received: dict[int, float] = {}
         self._pid = os.getpid()
 
     def start(self) -> None:
         """Install the handlers; a signal that is ignored, or handled in C, stays as it is."""
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
-                "Signals are heard on the main thread only, and this is another: no save on SIGTERM."
+                "Signal handlers can only be installed on the main thread, so SIGTERM causes no emergency save."
             )
             return
         for number in STOPPING:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._before[number] = signal.signal(number, self._handle)
+                self._previous[number] = signal.signal(number, self._handle)
         _live.add(self)
 
     def close(self) -> None:
-        """Give back what was there before, unless somebody has taken it since."""
+        """Restore the previous handlers, except where other code has replaced ours since."""
         _live.discard(self)
         if os.getpid() != self._pid or threading.current_thread() is not threading.main_thread():
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
-    def call_others(self) -> None:
-        """Let the handlers that were there before hear, after all, what came. Python's own for Ctrl-C is none of them."""
-        for number in self._came:
-            handler = self._before.get(number)
+    def call_previous(self) -> None:
+        """Pass the signals that came to the previous handlers, late; not to Python's own for Ctrl-C."""
+        for number in self._received:
+            handler = self._previous.get(number)
             if callable(handler) and handler is not signal.default_int_handler:
                 handler(number, None)
 
@@ -89,18 +89,18 @@ class SignalWatch:
         now = time.monotonic()
         if os.getpid() != self._pid or not _is_running(self._within, frame):
             self._pass_on(number, frame)
-        elif not self._came:
-            self._came[number] = now
-            self._tell(number)
-        elif number == signal.SIGINT and number in self._came:
+        elif not self._received:
+            self._received[number] = now
+            self._on_signal(number)
+        elif number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
-        elif now - min(self._came.values()) > self._patience():
+        elif now - min(self._received.values()) > self._patience():
             self._pass_on(number, frame)
         else:
-            self._came.setdefault(number, now)
+            self._received.setdefault(number, now)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        handler = self._before.get(number, signal.SIG_DFL)
+        handler = self._previous.get(number, signal.SIG_DFL)
         if callable(handler):
             handler(number, frame)
         else:
@@ -111,23 +111,23 @@ class SignalWatch:
 _live: weakref.WeakSet[SignalWatch] = weakref.WeakSet()
 
 
-def _give_back_in_child() -> None:
+def _restore_in_child() -> None:
     if _is_loader_worker():
         # torchrun, Slurm and terminals signal a whole process group. A worker that dies of it would end the training
-        # before its save; torch's workers notice by themselves when their parent is gone.
+        # before its save; torch's workers end by themselves when their parent is gone.
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
     for watch in list(_live):
-        for number, handler in watch._before.items():
+        for number, handler in watch._previous.items():
             signal.signal(number, handler)
         _live.discard(watch)
 
 
-os.register_at_fork(after_in_child=_give_back_in_child)
+os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _is_loader_worker() -> bool:
-    """Whether this process was just forked by torch's DataLoader; asked in the child, whose stack is still its parent's."""
+    """Whether torch's DataLoader has just forked this process: the child's stack is still that of its parent."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.data.dataloader":

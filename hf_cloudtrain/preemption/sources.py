@@ -1,11 +1,10 @@
-"""Who may want the training to save and stop, signals aside: a file, a person through storage, the cloud.
+"""Where notices come from, signals aside: a file, `cloudtrain run stop` through the run's storage, and the cloud.
 
-    sources = default_sources(catalog, attempt=3)
-    watcher = NoticeWatcher(sources, on_notice)     a thread a source, until the first notice
+    watcher = NoticeWatcher(default_sources(catalog, attempt=3), on_notice)     # a thread a source, until the first notice
     watcher.start()
 
-A source is looked at where nobody waits for it: each has a thread of its own, so one that hangs keeps no other from
-being heard. The threads end with the process, and a forked child has none.
+Each source has a thread of its own, so one that hangs delays no other and not the training. The threads end with the
+process, and a forked child has none of them.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ logger = logging.getLogger(__name__)
 PENDING_SECONDS = 5.0
 """How long `pending` waits for all sources together; a metadata service answers within milliseconds."""
 CLOSE_SECONDS = 1.0
-"""How long `close` waits for looks under way: a storage that hangs must not eat the time that a notice leaves."""
+"""How long `close` waits for looks under way: storage that hangs must not use up the time that a notice leaves."""
 
 RUN_STOP = "`cloudtrain run stop`"
-"""How the reason of a person begins, whom nobody should gainsay by starting the run again."""
+"""How the source of a person's request begins; a launcher must not start the run again after it."""
 
 
 class Source(Protocol):
-    """Somebody who may give notice."""
+    """A place that a notice may appear in."""
 
     pause: float
     """Seconds between two looks."""
 
     def look(self) -> Notice | None:
-        """A notice, if there is one now. What it raises is logged, and it is looked at again."""
+        """A notice, if there is one now. What it raises is logged, and the next look comes as usual."""
         ...
 
 
 class StopFile:
-    """A file that somebody makes, wherever the training can see it."""
+    """A file that a person or a script creates."""
 
     pause = 1.0
 
@@ -64,8 +63,8 @@ class StopRequest:
     """`cloudtrain run stop URL`, through the run's storage.
 
     Args:
-        attempt: the one that trains here. None before it has begun: then the request to the attempt before counts, if
-            the launcher has started it again; a person who starts the run again wants it to train.
+        attempt: the one that trains here. None before it has begun: then a request to the attempt before counts if the
+            launcher has restarted this process; a person who starts the run again wants it to train.
     """
 
     def __init__(self, catalog: Catalog, attempt: int | None) -> None:
@@ -75,17 +74,17 @@ class StopRequest:
 
     def look(self) -> Notice | None:
         """A notice where the attempt was asked to stop. Raises StorageError."""
-        attempt = self._before() if self._attempt is None else self._attempt
+        attempt = self._previous_attempt() if self._attempt is None else self._attempt
         if attempt is None or not self._catalog.stop_requested(attempt):
             return None
         return Notice(f"{RUN_STOP} for attempt {attempt}")
 
-    def _before(self) -> int | None:
+    def _previous_attempt(self) -> int | None:
         return max(self._catalog.attempt_numbers(), default=None) if env.is_restart() else None
 
 
 class NoticeWatcher:
-    """Looks at sources until one of them gives notice, which `on_notice` hears once, in another thread.
+    """Looks at all sources until one has a notice, and passes that one on, once, in another thread.
 
     Example:
         >>> watcher = NoticeWatcher(default_sources(catalog, attempt=3), lambda notice: stop.set())
@@ -104,13 +103,13 @@ class NoticeWatcher:
         ]
 
     def start(self) -> None:
-        """Look now, and go on."""
+        """Look now, and then after each pause."""
         for thread in self._threads:
             thread.start()
         before_exit(self.close)
 
     def close(self) -> None:
-        """Look no more. `on_notice` is not called after this, but may still be at work if a source hangs meanwhile."""
+        """Stop looking. No call of `on_notice` starts after this; one under way may still run where a source hangs."""
         with self._lock:
             self._over.set()
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -119,14 +118,14 @@ class NoticeWatcher:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _watch(self, source: Source) -> None:
-        looker = _Looker(source)
+        quiet = _QuietSource(source)
         while not self._over.is_set():
-            notice = looker.look()
+            notice = quiet.look()
             if notice is not None:
-                self._tell(notice)
+                self._pass_on(notice)
             self._over.wait(source.pause)
 
-    def _tell(self, notice: Notice) -> None:
+    def _pass_on(self, notice: Notice) -> None:
         with self._lock:
             if self._over.is_set():
                 return
@@ -135,21 +134,20 @@ class NoticeWatcher:
 
 
 def pending(sources: Iterable[Source], seconds: float = PENDING_SECONDS) -> Notice | None:
-    """A notice that stands right now, by one look at every source.
+    """A notice that is pending right now, by one look at every source.
 
     Args:
-        seconds: how long to wait for all of them; one that has not answered by then has none.
+        seconds: how long to wait for all of them; one that has not answered by then counts as quiet.
     """
-    lookers = [_Looker(source) for source in sources]
+    quiet_sources = [_QuietSource(source) for source in sources]
     answers: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
-    for looker in lookers:
+    for quiet in quiet_sources:
         # A daemon: a look that hangs must not keep the process alive.
-        look = threading.Thread(
-            target=lambda looker=looker: answers.put(looker.look()), name="cloudtrain-notice", daemon=True
-        )
-        look.start()
+        threading.Thread(
+            target=lambda quiet=quiet: answers.put(quiet.look()), name="cloudtrain-notice", daemon=True
+        ).start()
     deadline = time.monotonic() + seconds
-    for _ in lookers:
+    for _ in quiet_sources:
         try:
             notice = answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -161,10 +159,10 @@ def pending(sources: Iterable[Source], seconds: float = PENDING_SECONDS) -> Noti
 
 
 def default_sources(catalog: Catalog | None = None, attempt: int | None = None) -> list[Source]:
-    """Everybody who may give notice here. One process a host is enough to listen to its cloud, and one a run to its storage.
+    """All sources of this process. One process a host suffices for its cloud, and one a run for the run's storage.
 
     Args:
-        catalog: of the run; None where another process of the job listens to its storage.
+        catalog: of the run; None where another process of the job watches its storage.
         attempt: the one that trains here; None before it has begun (see StopRequest).
     """
     sources: list[Source] = [*cloud_sources()]
@@ -176,19 +174,19 @@ def default_sources(catalog: Catalog | None = None, attempt: int | None = None) 
     return sources
 
 
-class _Looker:
-    """Looks at one source; trouble is no notice, and is told once."""
+class _QuietSource:
+    """A source whose errors are logged, once, instead of raised: they are not notices."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._told = False
+        self._reported = False
 
     def look(self) -> Notice | None:
         try:
             return self._source.look()
-        except Exception as error:  # noqa: BLE001 - whatever a client raises, it must not end the listening
-            if not self._told:
+        except Exception as error:  # noqa: BLE001 - whatever a client raises, it must not end the watching
+            if not self._reported:
                 name = type(self._source).__name__
-                logger.debug("%s does not say whether there is a notice: %s", name, error)
-                self._told = True
+                logger.debug("%s could not be asked for notices: %s", name, error)
+                self._reported = True
             return None

@@ -41,7 +41,7 @@ from hf_cloudtrain import (
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.preemption import agreement
-from hf_cloudtrain.preemption.agreement import Preemption
+from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.storage.client import Storage
 
 torch.set_num_threads(1)  # sums in one order
@@ -175,13 +175,13 @@ class SignalLauncherAt(TrainerCallback):
         self.came = threading.Event()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hear = Preemption.hear
+        receive = Preemption.receive
 
         def note(preemption: Preemption, notice: Any) -> None:
-            hear(preemption, notice)
+            receive(preemption, notice)
             self.came.set()
 
-        Preemption.hear = note
+        Preemption.receive = note
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:

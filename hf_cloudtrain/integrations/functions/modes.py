@@ -17,7 +17,8 @@ from hf_cloudtrain.checkpoints.in_place import InPlaceCheckpointer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
-from hf_cloudtrain.preemption.agreement import Preemption, StopDecision, check_no_pending_notice
+from hf_cloudtrain.preemption.agreement import StopDecision
+from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
 from hf_cloudtrain.runtime.ranks import rank_and_size
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, record_end
 from hf_cloudtrain.tracking.tracker import StepTracker

@@ -31,7 +31,8 @@ from hf_cloudtrain.integrations.loop.log import number, train_bar
 from hf_cloudtrain.integrations.loop.position import position, samples_per_step, total_steps
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, as_eval
 from hf_cloudtrain.integrations.loop.state import LoopState, storable_args
-from hf_cloudtrain.preemption.agreement import Preemption, StopDecision, check_no_pending_notice
+from hf_cloudtrain.preemption.agreement import StopDecision
+from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
 from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.dataloaders import batch_size_of, leave, length
 from hf_cloudtrain.resume.topology import check_same_topology
@@ -305,7 +306,7 @@ class TrainLoop:
         if problem is not None:  # now that the epoch is saved
             raise ConfigurationError(problem)
         if self._preemption is not None and self.epoch + 1 < self.num_epochs:
-            self._obey(self._preemption.ask_now())
+            self._obey(self._preemption.decide_now())
             if self._leaving:
                 self._leave()
 
@@ -356,7 +357,7 @@ class TrainLoop:
         self._report.end_step(self.global_step, bar)
         if self._preemption is not None and not self._leaving:
             # After an epoch's last step comes an evaluation of unknown length, so here the ranks wait for each other.
-            ask = self._preemption.ask_now if _is_last(place) else self._preemption.step_ended
+            ask = self._preemption.decide_now if _is_last(place) else self._preemption.step_ended
             self._obey(ask())
         planned = self._is_save_step(self.global_step)
         if planned or (self._save_asked and self._can_be_saved(place)):

@@ -18,7 +18,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.integrations.trainer.session import Session
 from hf_cloudtrain.integrations.trainer.state import epoch_ends
-from hf_cloudtrain.preemption.agreement import Preemption, StopDecision
+from hf_cloudtrain.preemption.agreement import StopDecision
+from hf_cloudtrain.preemption.preemption import Preemption
 
 
 class EmergencySaveCallback(TrainerCallback):
@@ -99,7 +100,7 @@ class EmergencySaveCallback(TrainerCallback):
             return
         now = time.monotonic()
         self._evaluation_seconds, self._busy_since = now - self._busy_since, now
-        order = self._preemption.ask_now()
+        order = self._preemption.decide_now()
         if order is StopDecision.QUIT:
             self._quit()
         # With save_strategy='best' Trainer alone decides what is saved after an evaluation; then at the next step.

@@ -13,9 +13,9 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
-from hf_cloudtrain.preemption.agreement import check_no_pending_notice
+from hf_cloudtrain.preemption.preemption import check_no_pending_notice
 from hf_cloudtrain.storage.client import shown_url
-from hf_cloudtrain.tracking.exit_record import forget_end, outcome_of, record_end
+from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -51,7 +51,7 @@ class Session:
         """Whether the training was cut short, so that whoever cut it waits for the uploads within the time there is."""
         self.inexact_reason: str | None = None
         """Why a resume from that save cannot equal an uninterrupted run, if so."""
-        self.close_tracker: Callable[[str], None] = _no_tracker
+        self.close_tracker: Callable[[Outcome], None] = _no_tracker
         self._run_url = run_url
         self._storage_options = storage_options
         self._fresh = fresh
@@ -154,5 +154,5 @@ def check_no_jit_checkpoint(args: TrainingArguments) -> None:
         )
 
 
-def _no_tracker(state: str) -> None:
+def _no_tracker(outcome: Outcome) -> None:
     """Nobody tracks steps here."""

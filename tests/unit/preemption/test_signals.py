@@ -1,4 +1,4 @@
-"""Signals are noted and nothing else, by the process that asked for them, and are given back."""
+"""Handlers only take a note, act in one process, and give the signals back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOREVER = 1e9
 
 @pytest.fixture
 def seen() -> Iterator[list[int]]:
-    """What was heard; whatever was there before is there again afterwards."""
+    """Signals that the watch received; the previous handlers are restored afterwards."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     yield []
     for number, handler in before.items():
@@ -36,13 +36,13 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_the_first_signal_is_heard_and_the_process_lives(seen: list[int], number: int) -> None:
+def test_the_first_signal_is_noted_and_does_not_end_the_process(seen: list[int], number: int) -> None:
     watch_of(seen)
     send(number)
     assert seen == [number]
 
 
-def test_further_ones_are_no_news(seen: list[int]) -> None:
+def test_further_signals_are_ignored(seen: list[int]) -> None:
     watch_of(seen)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         send(number)
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_quits(seen: list[int]) -> None:
     assert seen == [signal.SIGINT]
 
 
-def test_after_its_time_a_signal_goes_to_who_was_there_before(seen: list[int]) -> None:
+def test_after_the_grace_time_a_signal_goes_to_the_previous_handler(seen: list[int]) -> None:
     before: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
     watch_of(seen, patience=-1.0)
@@ -67,7 +67,7 @@ def test_after_its_time_a_signal_goes_to_who_was_there_before(seen: list[int]) -
     assert (seen, before) == ([signal.SIGTERM], [signal.SIGTERM])
 
 
-def test_what_was_there_before_is_there_again(seen: list[int]) -> None:
+def test_close_restores_the_previous_handlers(seen: list[int]) -> None:
     before = [signal.getsignal(number) for number in STOPPING]
     watch = watch_of(seen)
     assert signal.getsignal(signal.SIGTERM) != before[0]
@@ -75,7 +75,7 @@ def test_what_was_there_before_is_there_again(seen: list[int]) -> None:
     assert [signal.getsignal(number) for number in STOPPING] == before
 
 
-def test_a_handler_that_somebody_has_set_since_stays(seen: list[int]) -> None:
+def test_close_keeps_a_handler_that_was_installed_since(seen: list[int]) -> None:
     def mine(number: int, frame: FrameType | None) -> None: ...
 
     watch = watch_of(seen)
@@ -91,18 +91,18 @@ def test_an_ignored_signal_stays_ignored(seen: list[int]) -> None:
     assert seen == []
 
 
-def test_handlers_of_others_hear_it_afterwards_but_not_pythons_own(seen: list[int]) -> None:
+def test_call_previous_passes_signals_on_but_not_to_pythons_own_handler(seen: list[int]) -> None:
     before: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: before.append(number))
     watch = watch_of(seen)
     for number in (signal.SIGINT, signal.SIGUSR1):
         send(number)
     assert before == []
-    watch.call_others()
+    watch.call_previous()
     assert before == [signal.SIGUSR1]
 
 
-def test_a_forked_child_has_what_was_there_before(seen: list[int]) -> None:
+def test_a_forked_child_has_the_previous_handlers(seen: list[int]) -> None:
     watch_of(seen)
     child = os.fork()
     if child == 0:
@@ -115,7 +115,7 @@ def test_a_forked_child_has_what_was_there_before(seen: list[int]) -> None:
     assert seen == [signal.SIGTERM]
 
 
-def test_a_loader_worker_is_not_in_the_group_that_a_launcher_signals(seen: list[int]) -> None:
+def test_a_loader_worker_leaves_the_process_group_that_a_launcher_signals(seen: list[int]) -> None:
     torch = pytest.importorskip("torch")
     loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=lambda rows: os.getpgrp())
     (group,) = loader
@@ -123,7 +123,7 @@ def test_a_loader_worker_is_not_in_the_group_that_a_launcher_signals(seen: list[
     assert group > 0
 
 
-def test_outside_of_the_training_signals_do_what_they_did_before(seen: list[int]) -> None:
+def test_outside_of_the_training_signals_go_to_the_previous_handlers(seen: list[int]) -> None:
     before: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
 
@@ -137,7 +137,7 @@ def test_outside_of_the_training_signals_do_what_they_did_before(seen: list[int]
     assert (seen, before) == ([signal.SIGTERM], [signal.SIGTERM])
 
 
-def test_on_another_thread_nothing_is_installed_and_it_is_said(
+def test_on_another_thread_no_handler_is_installed_and_a_warning_says_so(
     seen: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
