@@ -26,7 +26,8 @@ from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.node.workspace import workspace_size
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
-from hf_cloudtrain.jobs.spec.job_file import EngineName, read_job
+from hf_cloudtrain.jobs.spec.job import EngineName
+from hf_cloudtrain.jobs.spec.job_file import read_job
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.runtime.text import clean, duration_text, size_text, time_text
 from hf_cloudtrain.tracking.status import RunState, run_state

@@ -24,7 +24,7 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines import Engine, EngineStatus, engine
 from hf_cloudtrain.jobs.node.workspace import copy_workspace
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
-from hf_cloudtrain.jobs.spec.job_file import EngineName, Job
+from hf_cloudtrain.jobs.spec.job import EngineName, Job
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.process_tree import is_alive, this_process

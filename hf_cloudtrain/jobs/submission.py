@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.spec.job_file import Job
+from hf_cloudtrain.jobs.spec.job import Job
 from hf_cloudtrain.jobs.spec.node_plan import Plan
 
 FILE = "job.json"

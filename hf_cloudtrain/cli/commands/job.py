@@ -12,7 +12,7 @@ from hf_cloudtrain.cli.arguments import Json, examples
 from hf_cloudtrain.cli.output import print_json
 
 if TYPE_CHECKING:
-    from hf_cloudtrain.jobs.spec.job_file import EngineName
+    from hf_cloudtrain.jobs.spec.job import EngineName
 
 app = typer.Typer(
     help="Jobs: what runs, where, and how it is doing.",
@@ -235,6 +235,6 @@ def schema(
     as_json: Json = False,  # noqa: ARG001 - every command has the option, and this one prints nothing else
 ) -> None:
     """Print the JSON schema of job files, which editors complete and check them by."""
-    from hf_cloudtrain.jobs.spec.job_file import Job
+    from hf_cloudtrain.jobs.spec.job import Job
 
     print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()})

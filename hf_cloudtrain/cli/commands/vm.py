@@ -52,7 +52,7 @@ def list_(
             {
                 "vms": [{"vm": vm.vm, "device": vm.device, **dataclasses.asdict(vm)} for vm in found.vms],
                 "problems": [*found.problems, *found.mistakes],
-                "left_out": found.left_out,
+                "left_out": found.omitted,
             }
         )
     elif found.vms:
@@ -65,8 +65,8 @@ def list_(
         )
     else:
         say("There is no such machine.")
-    if found.left_out:
-        say(f"{found.left_out} more of SkyPilot's catalog are not shown: name a --cloud or a --gpu.")
+    if found.omitted:
+        say(f"{found.omitted} more of SkyPilot's catalog are not shown: name a --cloud or a --gpu.")
     if found.mistakes:
         for mistake in found.mistakes:
             say(mistake)

@@ -1,197 +1,198 @@
-"""YAML that nobody vouches for: plain data, and the line on which each part of it stands.
-
-Only YAML's parser runs, none of its constructors, so every value is the text that somebody wrote: `no`, `1:30`, `010`
-and `2026-01-01` stay what they are, and whoever knows what a key means decides what its text is. What a list of
-settings has no use for is refused: anchors and aliases (a few of them make a document of gigabytes), tags (which name
-types to build), a key twice (of which YAML takes the last), several documents.
-"""
+"""All problems of a document at once, as sentences: the line, the key, the value, and what to write instead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
-import yaml
+from pydantic import BaseModel, ValidationError
 
+from hf_cloudtrain.errors import JobFileError
+from hf_cloudtrain.jobs.spec.document import Document, KeyPath, Problem, dotted, read_document
 from hf_cloudtrain.runtime.redaction import redact, visible
 
-Place = tuple[str | int, ...]
-"""Keys and list indices that lead to a value: `("data", "name")`."""
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
-MAX_BYTES = 128 * 1024
-"""Largest document. A command that is longer could not be started: Linux takes so much in one argument (MAX_ARG_STRLEN)."""
-MAX_DEPTH = 8
-"""Deepest nesting. Of a job file it is four."""
+MAX_PROBLEMS = 50
+"""Problems that are shown of one document; one with more is another kind of file."""
+MAX_QUOTED = 100
+"""Characters of a key or a value that are quoted."""
 
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one place of a document: its line, counted from 1, and a sentence."""
-
-    line: int
-    text: str
-    place: Place = ()
-
-    def __str__(self) -> str:
-        return f"{self.line}: {self.text}"
+Model = TypeVar("Model", bound=BaseModel)
+Relations = Callable[[dict[str, Any]], Iterator[tuple[KeyPath, str]]]
+"""Checks the data for values that are valid alone and wrong together: yields the key and a sentence for each."""
 
 
-@dataclass(frozen=True)
-class Document:
-    """A mapping with text, None, lists and mappings in it, and where they stand."""
+class DocumentFormat(Generic[Model]):
+    """What a kind of document must look like.
 
-    data: dict[str, Any] | None
-    """None where it could not be read to its end."""
-    lines: dict[Place, int]
-    problems: tuple[Problem, ...]
-    """What is refused; `data` holds the rest, so that all that is wrong can be told at once."""
-
-    def line(self, place: Place) -> int:
-        """The line of a value, or of the nearest thing around it that was written."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        return self.lines.get(place, 1)
-
-
-def read_document(content: bytes) -> Document:
-    r"""The document in a file. Never fails: what is wrong is in `problems`.
-
-    Example:
-        >>> read_document(b"name: a\nenv:\n  DEBUG: yes\n").line(("env", "DEBUG"))
-        3
+    Args:
+        model: the keys and their values.
+        relations: further checks. They run on the data as it was written, so that all problems are reported at once.
+        hints: what to do about certain unknown keys, by their path, such as "checkpoint.input".
+        secret: keys of the top level below which no value is quoted.
     """
-    if len(content) > MAX_BYTES:
-        return _unreadable(1, f"there are more than the {MAX_BYTES} bytes that are accepted.")
-    try:
-        text = content.decode("utf-8")  # the parser skips a byte order mark
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return _unreadable(
-            line, f"byte 0x{content[error.start]:02x} is not UTF-8 text. Save the file as UTF-8."
-        )
-    reader = _Reader(text)
-    data: dict[str, Any] | None = None
-    try:
-        data = reader.document()
-    except _StopError as stop:
-        reader.problems.append(stop.problem)
-    return Document(data, reader.lines, tuple(reader.problems))
+
+    def __init__(
+        self,
+        model: type[Model],
+        relations: Relations,
+        *,
+        hints: Mapping[str, str] | None = None,
+        secret: frozenset[str] = frozenset(),
+    ) -> None:
+        self._model = model
+        self._relations = relations
+        self._hints = hints or {}
+        self._secret = secret
+
+    def parse(self, content: bytes, source: str) -> Model:
+        """The content of a file as a model.
+
+        Args:
+            source: name of the file, for the error.
+
+        Raises:
+            JobFileError: with all problems, each with its line.
+        """
+        document = read_document(content)
+        problems = list(document.problems)
+        parsed = None
+        if document.data is not None:
+            try:
+                parsed = self._model.model_validate(document.data)
+            except ValidationError as error:
+                problems += self._explain(error, document)
+            for path, text in self._relations(document.data):
+                problems.append(Problem(document.line(path), text, path))
+        if parsed is None or problems:
+            problems.sort(key=lambda problem: problem.line)
+            shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
+            if len(problems) > MAX_PROBLEMS:
+                shown.append(f"{problems[MAX_PROBLEMS].line}: … and {len(problems) - MAX_PROBLEMS} more.")
+            raise JobFileError("\n".join(visible(f"{source}:{line}") for line in shown))
+        return parsed
+
+    def _explain(self, error: ValidationError, document: Document) -> Iterator[Problem]:
+        """A problem for each error, in the order of the lines. Those after the first `MAX_PROBLEMS` are only counted."""
+        refused = {problem.path for problem in document.problems if problem.path}
+        details = [(_written_path(detail, document), detail) for detail in error.errors(include_url=False)]
+        details.sort(key=lambda item: document.line(item[0]))
+        count = 0
+        for path, detail in details:
+            # The parser has removed what it refused from the data: do not report it as missing too.
+            if any(path[:end] in refused for end in range(1, len(path) + 1)):
+                continue
+            count += 1
+            # Finding the nearest of all keys takes a millisecond, and a file may have 30,000 unknown ones.
+            text = self._text(path, detail) if count <= MAX_PROBLEMS else "one more."
+            yield Problem(document.line(path), text, path)
+
+    def _text(self, path: KeyPath, detail: ErrorDetails) -> str:
+        if detail["type"] == "extra_forbidden":
+            return self._unknown(path)
+        if detail["type"] == "missing":
+            return f"{dotted((*path, detail['loc'][-1]))} is missing."
+        if detail["input"] is None:
+            return f"{dotted(path)} is empty."
+        return f"{dotted(path)} {self._verdict(detail, path)}"
+
+    def _verdict(self, detail: ErrorDetails, path: KeyPath) -> str:
+        kind, context = detail["type"], detail.get("ctx", {})
+        if kind == "value_error":
+            return str(context["error"])
+        if kind in ("model_type", "model_attributes_type"):
+            return f"must be a mapping with these keys: {', '.join(known_keys(self._model, path))}."
+        value = "" if path[:1] and path[0] in self._secret else f", not {quoted(detail['input'])}"
+        if kind == "string_type":
+            return f"must be one text{value}."
+        if kind in ("dict_type", "mapping_type"):
+            return f"must be a mapping: `NAME: value`, one on each line{value}."
+        if kind == "list_type":
+            return f"must be a list: `- item`, one on each line{value}."
+        if kind in ("int_parsing", "int_type", "int_from_float", "int_parsing_size"):
+            return f"must be a whole number{value}."
+        if kind in ("bool_parsing", "bool_type"):
+            return f"must be true or false{value}."
+        if kind == "literal_error":
+            return f"must be {context['expected']}{value}."
+        limits = {"greater_than_equal": "at least", "less_than_equal": "at most"}
+        if kind in limits:
+            return f"must be {limits[kind]} {next(iter(context.values()))}{value}."
+        return f"has an invalid value ({kind})."
+
+    def _unknown(self, path: KeyPath) -> str:
+        hint = self._hints.get(".".join(map(str, path)))
+        if hint:
+            return f"{dotted(path)} is not supported: {hint}"
+        return f"unknown key {dotted(path)}. {self._nearest(path)}"
+
+    def _nearest(self, path: KeyPath) -> str:
+        key = str(path[-1])[:MAX_QUOTED]
+        siblings = known_keys(self._model, path[:-1])
+        parents: dict[str, list[str]] = {}
+        for known in every_key(self._model):
+            parents.setdefault(known[-1], []).append(".".join(known[:-1]))
+        if key in parents:  # in most cases the indentation is wrong
+            where = " and ".join(_below(parent) for parent in parents[key])
+            return f"It is known {where}: check the indentation."
+        if near := difflib.get_close_matches(key, siblings, n=1):
+            return f"The nearest known key is {near[0]!r}."
+        if far := difflib.get_close_matches(key, list(parents), n=1):
+            return f"The nearest known key is {far[0]!r}, {_below(parents[far[0]][0])}."
+        return f"Known here: {', '.join(siblings)}."
 
 
-def _unreadable(line: int, text: str) -> Document:
-    return Document(None, {}, (Problem(line, text),))
+def quoted(value: Any) -> str:
+    """A value in quotes for messages: short, and without what looks like a secret."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    text = redact(str(value))
+    return repr(text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…")
 
 
-def dotted(place: Place) -> str:
-    """A place for people, in quotes: "'data.name'". Who writes `{TOKEN=abc}` has made a key of the value."""
-    keys = (f"{key.partition('=')[0]}=***" if "=" in key else redact(key) for key in map(str, place))
-    return repr(visible(".".join(keys))[:100])
+def known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys that may be written below a path; empty where any key may."""
+    for key in path:
+        if isinstance(key, int):  # an index: the items of a list have the model that was found for the list
+            continue
+        field = model.model_fields.get(key)
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
 
 
-class _StopError(Exception):
-    """What follows cannot be understood."""
-
-    def __init__(self, line: int, text: str, place: Place = ()) -> None:
-        self.problem = Problem(line, text, place)
-        super().__init__(text)
-
-
-class _Reader:
-    def __init__(self, text: str) -> None:
-        self.lines: dict[Place, int] = {}
-        self.problems: list[Problem] = []
-        self._text = text
-        self._events = yaml.parse(text, Loader=yaml.SafeLoader)
-
-    def document(self) -> dict[str, Any]:
-        """The one mapping that the document is."""
-        self._next()  # the stream begins
-        event = self._next()
-        if isinstance(event, yaml.StreamEndEvent):
-            raise _StopError(1, "the document is empty.")
-        event = self._next()
-        if not isinstance(event, yaml.MappingStartEvent):
-            raise _StopError(_line(event), "the document is not a mapping: write `key: value`, one a line.")
-        data: dict[str, Any] = self._value(event, ())
-        self._next()  # the document ends
-        event = self._next()
-        if not isinstance(event, yaml.StreamEndEvent):
-            self._refuse(
-                event, "a second document begins here. Only one is read: put it into a file of its own."
-            )
-        return data
-
-    def _value(self, event: Any, place: Place) -> Any:
-        self.lines.setdefault(place, _line(event))
-        if len(place) > MAX_DEPTH:
-            raise _StopError(_line(event), f"the nesting is deeper than {MAX_DEPTH}.", place)
-        if isinstance(event, yaml.AliasEvent):
-            self._refuse(event, "aliases (*name) are not accepted. Write the value out.", place)
-            return None
-        if event.tag not in (None, "!"):  # "!" alone says: text
-            self._refuse(event, "tags (!name) are not accepted. Leave it out.", place)
-        if event.anchor is not None:
-            self._refuse(event, "anchors (&name) are not accepted. Leave it out.", place)
-        if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, place)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._list(place)
-        return self._mapping(place)
-
-    def _mapping(self, place: Place) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            if not isinstance(event, yaml.ScalarEvent):
-                raise _StopError(_line(event), "a key is one word, not a list, a mapping or an alias.", place)
-            key = self._scalar(event, place)
-            if not key:
-                raise _StopError(_line(event), "a key is empty.", place)
-            here = (*place, key)
-            if key in found:
-                self._refuse(
-                    event, f"{dotted(here)} is here a second time, after line {self.lines[here]}.", here
-                )
-            self.lines.setdefault(here, _line(event))
-            value = self._value(self._next(), here)
-            found.setdefault(key, value)
-        return found
-
-    def _list(self, place: Place) -> list[Any]:
-        found: list[Any] = []
-        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            found.append(self._value(event, (*place, len(found))))
-        return found
-
-    def _scalar(self, event: Any, place: Place) -> str | None:
-        text: str = event.value
-        if event.style is None and text.lower() in ("", "~", "null"):
-            return None
-        # Both come from escapes in double quotes, and neither can be a name of anything or an argument.
-        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-            self._refuse(event, "a text holds a character that no text can hold (\\0 or half a pair).", place)
-            return None
-        return text
-
-    def _refuse(self, event: Any, text: str, place: Place = ()) -> None:
-        self.problems.append(Problem(_line(event), text, place))
-
-    def _next(self) -> Any:
-        try:
-            return next(self._events)
-        except yaml.reader.ReaderError as error:
-            line = self._text.count("\n", 0, error.position) + 1
-            raise _StopError(line, f"the character #x{error.character:04x} is not accepted.") from None
-        except yaml.MarkedYAMLError as error:
-            # Not str(error): it shows the line, which may hold a secret.
-            mark = error.problem_mark or error.context_mark
-            line = 1 if mark is None else mark.line + 1
-            hint = " Indent with spaces." if "'\\t'" in str(error.problem) else ""
-            raise _StopError(line, f"this is not YAML: {error.problem or error.context}.{hint}") from None
-        except (ValueError, OverflowError):  # chr(): "\UFFFFFFFF"
-            last = max(self.lines.values(), default=1)
-            raise _StopError(last, "here or below, an escape in double quotes is no character.") from None
+def every_key(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all keys of a model."""
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from every_key(inner, (*above, name))
 
 
-def _line(event: Any) -> int:
-    line: int = event.start_mark.line
-    return line + 1
+def _below(parent: str) -> str:
+    return f"below {parent!r}" if parent else "at the top level"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model`, `Model | None`, `list[Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _written_path(detail: ErrorDetails, document: Document) -> KeyPath:
+    """The part of an error's path that is in the document: a missing key is not, and pydantic adds parts such as '[key]'."""
+    path: KeyPath = ()
+    for part in detail["loc"]:
+        if (*path, part) not in document.lines:
+            break
+        path = (*path, part)
+    return path

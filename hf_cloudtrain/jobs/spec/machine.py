@@ -1,4 +1,4 @@
-"""Kinds of machines by name, and how many of them some devices are."""
+"""Machine types by name, and how many nodes and processes a number of devices makes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 
 from hf_cloudtrain.errors import ConfigurationError
 
-LONGEST = 200
-"""Characters of the longest name; its memory and its GPUs have up to four digits."""
+MAX_LENGTH = 200
+"""Characters of the longest name; memory and GPU count have up to four digits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A kind of machine: `[cloud]-[memory]-[gpu]-[count]g-[region][-spot]`.
+    """A machine type: `[cloud]-[memory]-[gpu]-[count]g-[region][-spot]`.
 
     Example:
         >>> Machine.parse("azure-16gb-v100-4g-eastus-spot").gpus
@@ -30,15 +30,17 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str) -> Machine:
-        """The machine that a text names. Raises ConfigurationError."""
+        """The machine type of a name. Raises ConfigurationError."""
         match = re.fullmatch(
             r"([a-z0-9]+)-([1-9][0-9]{0,3})gb-([a-z0-9]+(?:-[a-z0-9]+)*)-([1-9][0-9]{0,3})g"
             r"-(?!spot$)([a-z0-9]+(?:-[a-z0-9]+)*?)(-spot)?",
-            text if len(text) <= LONGEST else "",  # what it costs grows with the square of the length
+            text
+            if len(text) <= MAX_LENGTH
+            else "",  # the cost of the search grows with the square of the length
         )
         if match is None:
             raise ConfigurationError(
-                f"{text[:100]!r} is no machine: names are [cloud]-[memory]-[gpu]-[count]g-[region][-spot], such as "
+                f"{text[:100]!r} is not a machine type. Write it as [cloud]-[memory]-[gpu]-[count]g-[region][-spot], such as "
                 "'azure-16gb-v100-4g-eastus-spot'."
             )
         cloud, memory, gpu, gpus, region, spot = match.groups()
@@ -52,10 +54,10 @@ class Machine:
 def shape(
     num_devices: int | None, vm: str | None, nodes: int | None, nproc_per_node: int | None
 ) -> tuple[int, int]:
-    """Nodes and processes a node; what is asked for beats what the machine has.
+    """Number of nodes, and of processes on each; `nodes` and `nproc_per_node` override what `vm` has.
 
     Raises:
-        ConfigurationError: the devices cannot be divided so.
+        ConfigurationError: the devices cannot be divided evenly.
 
     Example:
         >>> shape(8, "azure-16gb-v100-4g-eastus-spot", None, None)
@@ -66,7 +68,7 @@ def shape(
         devices = num_devices or gpus
         if devices % gpus:
             raise ConfigurationError(
-                f"'num_devices' is {devices}, which is no multiple of the {gpus} GPUs of {vm!r}. {_multiples(devices, gpus)}"
+                f"'num_devices' must be a multiple of the {gpus} GPUs of {vm!r}, not {devices}. {_multiples(devices, gpus)}"
             )
         return nodes or devices // gpus, nproc_per_node or gpus
     if nodes and nproc_per_node:
@@ -75,11 +77,11 @@ def shape(
     parts, key = (nodes, "nodes") if nodes else (nproc_per_node or devices, "nproc_per_node")
     if devices % parts:
         raise ConfigurationError(
-            f"'num_devices' is {devices}, which is no multiple of {key}={parts}. {_multiples(devices, parts)}"
+            f"'num_devices' must be a multiple of {key}={parts}, not {devices}. {_multiples(devices, parts)}"
         )
     return (parts, devices // parts) if nodes else (devices // parts, parts)
 
 
 def _multiples(count: int, of: int) -> str:
     below = count // of * of
-    return f"Take {below} or {below + of}." if below else f"Take {of}."
+    return f"Use {below} or {below + of}." if below else f"Use {of}."

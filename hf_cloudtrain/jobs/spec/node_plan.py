@@ -1,4 +1,4 @@
-"""What each node of a job is told: data, the same for every engine."""
+"""Nodes and processes of a job, and the environment of each node: data, the same for every engine."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CONTRACT = (
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     *(env.RUN_URL, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
 )
-"""What every engine tells the script; the restored checkpoint once there is one. Of these a job's `env` may set the grace time alone."""
+"""Variables that every engine sets for the script. Of these a job's `env` may set the grace time only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Nodes, processes, and what each node is told. Nothing is started by it."""
+    """Nodes, processes, and the variables of the job. Data only: it starts nothing."""
 
     nodes: int
     nproc_per_node: int
     checkpoint_dir: str | None = None
     """The checkpoint folder as the script sees it, absolute."""
     variables: Mapping[str, str | None] = dataclasses.field(default_factory=dict, repr=False)
-    """The job's own variables; None where the shell that submits the job has the value."""
+    """The job's own variables; None: the shell that submits the job has the value."""
     grace_seconds: float | None = None
-    """Seconds between the notice and the end; None: the variables say it."""
+    """Seconds between the notice and the end; None: take it from the variables."""
 
     @property
     def world_size(self) -> int:
@@ -56,26 +56,28 @@ class Plan:
         grace: float | None = None,
         shell: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """What the command of one node finds in its environment, the same on every engine.
+        """The environment of the command on one node, the same on every engine.
 
-        A launcher knows its node, not its processes: `RANK` and `LOCAL_RANK` are those of the node's first one, and
-        torchrun writes those of each. Restarts come from outside: with a static rendezvous torchrun's own hang
-        (pytorch #135712, #167288), which is also why its store is not shared.
+        A launcher knows its node, not its processes: `RANK` and `LOCAL_RANK` are those of the node's first process, and
+        torchrun sets those of each. The supervisor restarts all nodes: torchrun's own restarts hang with a static
+        rendezvous (pytorch #135712, #167288), which is also why its store is not shared.
 
         Args:
             node_rank: 0 to `nodes` - 1.
             master_addr: host of node 0, as the other nodes reach it.
-            master_port: port on it that is free.
-            run_url: where the run goes.
-            exit_file: file in which the script says how it ended.
-            grace: seconds between the notice and the end; None takes the job's.
-            shell: where variables without a value are taken from, such as `os.environ`.
+            master_port: free port on it.
+            run_url: URL of the run.
+            exit_file: file in which the script records how it ended.
+            grace: seconds between the notice and the end; None: the job's.
+            shell: where to take variables without a value from, such as `os.environ`.
 
         Raises:
-            ConfigurationError: there is no such node, or the shell lacks a variable.
+            ConfigurationError: `node_rank` is out of range, or the shell lacks a variable.
         """
         if not 0 <= node_rank < self.nodes:
-            raise ConfigurationError(f"node_rank={node_rank!r} is not one of the {self.nodes} nodes from 0.")
+            raise ConfigurationError(
+                f"node_rank={node_rank!r} is out of range: the job has {self.nodes} nodes, numbered from 0."
+            )
         seconds = self.grace if grace is None else grace
         rank = node_rank * self.nproc_per_node
         contract: dict[str, object] = {
@@ -93,7 +95,7 @@ class Plan:
             "PET_MASTER_ADDR": master_addr,
             "PET_MASTER_PORT": master_port,
             "PET_MAX_RESTARTS": 0,
-            "PET_SHUTDOWN_TIMEOUT": math.ceil(seconds),  # torchrun takes whole seconds
+            "PET_SHUTDOWN_TIMEOUT": math.ceil(seconds),  # torchrun accepts whole seconds only
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1,
             env.RUN_URL: run_url,
             env.EXIT_FILE: exit_file,
@@ -104,20 +106,20 @@ class Plan:
         return {**self.own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}
 
     def shown(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """The environment for people and records: of the job's own variables only the names."""
+        """The environment for display: the values of the job's own variables are hidden."""
         return {
             name: "***" if name in self.variables and name not in CONTRACT else value
             for name, value in environment.items()
         }
 
     def own_variables(self, shell: Mapping[str, str]) -> dict[str, str]:
-        """The job's own variables with their values. Raises ConfigurationError where the shell lacks one."""
+        """The job's own variables with their values. Raises ConfigurationError if the shell lacks one."""
         missing = sorted(
             name for name, value in self.variables.items() if value is None and name not in shell
         )
         if missing:
             raise ConfigurationError(
-                f"The job takes {', '.join(map(repr, missing))} from this shell, which has no such variable. A job file's own "
-                f"values are kept nowhere, so a resume needs them again. Set it: export {missing[0]}=…"
+                f"The job takes {', '.join(map(repr, missing))} from this shell, where it is not set. Values are not stored with "
+                f"the job, so a resume needs them again. Set it: export {missing[0]}=…"
             )
         return {name: shell[name] if value is None else value for name, value in self.variables.items()}

@@ -1,4 +1,4 @@
-"""What a value in a job file may be: checks that raise a sentence without its subject, and the types made of them."""
+"""The types of the values in a job file. A check raises the end of a sentence that begins with the key: "is 'x': …"."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pydantic_core import PydanticCustomError
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import folder_name
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.spec.explainer import quoted
+from hf_cloudtrain.jobs.spec.diagnostics import quoted
 from hf_cloudtrain.jobs.spec.machine import Machine
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.runtime.redaction import has_user_part, redact
 
 MAX_DEVICES = 65_536
-"""Largest count of anything: more than the largest cluster has."""
+"""Largest count of nodes, processes or devices: more than the largest cluster has."""
 MAX_LENGTH = 2048
-"""Characters of the longest path or URL. Linux takes 4096 bytes in a path (PATH_MAX), and some go below this one."""
+"""Characters of the longest path or URL. Linux accepts 4096 bytes in a path (PATH_MAX), and files go below this one."""
 
 
 def _name(text: str) -> str:
@@ -28,7 +28,7 @@ def _name(text: str) -> str:
         better = re.sub(r"[^A-Za-z0-9._-]+", "-", redact(text))[:63].strip("-._")
         hint = f" Try {better!r}." if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", better) else ""
         raise ValueError(
-            f"is {quoted(text)}: up to 63 letters, digits, '.', '_' and '-', of which the first is a letter or digit."
+            f"must be at most 63 letters, digits, '.', '_' and '-', the first a letter or digit, not {quoted(text)}."
             + hint
         )
     return text
@@ -37,56 +37,56 @@ def _name(text: str) -> str:
 def _dataset(text: str) -> str:
     if text.startswith("huggingface:"):
         raise ValueError(
-            f"is {quoted(text)}: PeriFlow's public datasets are not here. Load it in the script, or make a dataset of it."
+            f"is {quoted(text)}: PeriFlow's public datasets are not available. Load it in the script, or upload it as a dataset."
         )
     name, separator, version = text.partition("@")
     try:
         folder_name(name)
     except ConfigurationError:
         raise ValueError(
-            f"is {quoted(text)}: the name of a dataset, such as 'mnli', or of one of its versions, such as 'mnli@2', is "
-            "needed. `cloudtrain data list` shows those that exist."
+            f"must be the name of a dataset, such as 'mnli', or of one of its versions, such as 'mnli@2', not {quoted(text)}. "
+            "List the existing ones with `cloudtrain data list`."
         ) from None
     if separator and not re.fullmatch(r"[1-9][0-9]{0,8}", version):
-        raise ValueError(f"is {quoted(text)}: a version is a whole number from 1, such as 'mnli@2'.")
+        raise ValueError(f"is {quoted(text)}: the version must be a whole number from 1, such as 'mnli@2'.")
     return text
 
 
 def check_vm(text: str) -> str:
-    """The name of a machine. Raises ValueError."""
+    """The name of a machine type. Raises ValueError."""
     try:
         Machine.parse(text)
     except ConfigurationError as error:
-        raise ValueError(f"is wrong: {error}") from None
+        raise ValueError(f"is invalid: {error}") from None
     return text
 
 
-def check_mount(text: str) -> str:
-    """An absolute path that hides nothing a program needs, without '//' and a last '/'. Raises ValueError."""
+def check_mount_path(text: str) -> str:
+    """An absolute path that hides nothing programs need, without '//' and the '/' at its end. Raises ValueError."""
     path = _path(text)
     if not path.startswith("/"):
-        raise ValueError(f"is {quoted(text)}: an absolute path is needed, such as '/workspace'.")
+        raise ValueError(f"must be an absolute path, such as '/workspace', not {quoted(text)}.")
     hidden = _hidden_by(path)
     if hidden is not None:
         raise ValueError(
-            f"is {quoted(text)}, which would hide the machine's own {hidden!r}. Name another, such as '/workspace'."
+            f"is {quoted(text)}, which would hide the machine's own {hidden!r}. Use another path, such as '/workspace'."
         )
     return path
 
 
 def check_folder(text: str) -> str:
-    """Such a path, or a relative one that stays below. Raises ValueError."""
-    return check_mount(text) if text.startswith("/") else _path(text)
+    """A mount path, or a relative path without '..'. Raises ValueError."""
+    return check_mount_path(text) if text.startswith("/") else _path(text)
 
 
 def _path(text: str) -> str:
     if not text or not text.isprintable() or ".." in text.split("/") or len(text) > MAX_LENGTH:
-        raise ValueError(f"is {quoted(text)}: a path without '..' and control characters is needed.")
+        raise ValueError(f"must be a path without '..' and control characters, not {quoted(text)}.")
     return posixpath.normpath(re.sub("/+", "/", text))
 
 
 def _hidden_by(path: str) -> str | None:
-    """What of the machine's own a mount at an absolute path would hide."""
+    """The system folder that a mount at an absolute path would hide."""
     top, *below = path.split("/")[1:3]
     if top in _WHOLE or (top == "usr" and below and below[0] not in _FREE_BELOW_USR):
         return f"/{top}"
@@ -96,7 +96,7 @@ def _hidden_by(path: str) -> str | None:
 _WHOLE = frozenset("bin boot dev etc lib lib32 lib64 libx32 proc sbin sys".split())
 """Folders of the kernel and of the Filesystem Hierarchy Standard, with all that is below."""
 _FREE_BELOW_USR = frozenset(("local", "src"))
-"""Where images keep what their makers have added, such as `/usr/src/app`."""
+"""Where images keep their own programs, such as `/usr/src/app`."""
 _SYSTEM = frozenset(
     [
         *"home opt root run tmp usr usr/local usr/src var".split(),
@@ -104,7 +104,12 @@ _SYSTEM = frozenset(
         *(f"var/{name}" for name in "cache lib lock log mail run spool tmp".split()),
     ]
 )
-"""Folders that programs need; what is below them may be used."""
+"""Folders that programs need; folders below them may be mount paths."""
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether an absolute path is a folder or in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _command(text: str) -> str:
@@ -115,15 +120,15 @@ def _command(text: str) -> str:
 
 def _run_url(text: str) -> str:
     if len(text) > MAX_LENGTH:
-        raise ValueError(f"is {quoted(text)}, which is longer than {MAX_LENGTH} characters.")
+        raise ValueError(f"must be at most {MAX_LENGTH} characters long, not {quoted(text)}.")
     if has_user_part(text):
         raise ValueError(
-            "has a user and a password in it, and would be in every log. Give them as the storage's own variables, or "
+            "contains a user and a password, which would appear in every log. Set them in the storage's own variables, or "
             f"in {env.STORAGE_OPTIONS}."
         )
     if not re.match(r"[a-z][a-z0-9+.-]*://[^/]|(?:file|local)://|/|~/", text) or not text.isprintable():
         raise ValueError(
-            f"is {quoted(text)}: a URL is needed, such as 's3://bucket/runs/mnli', or an absolute path. The script "
+            f"must be a URL, such as 's3://bucket/runs/mnli', or an absolute path, not {quoted(text)}. The script "
             "does not run in this folder."
         )
     return text
@@ -131,41 +136,43 @@ def _run_url(text: str) -> str:
 
 def _s3_url(text: str) -> str:
     if not re.fullmatch(r"s3://[^/\s]\S*", text):
-        raise ValueError(f"is {quoted(text)}: it is at S3 alone, such as 's3://bucket/folder'.")
+        raise ValueError(f"must be an S3 URL, such as 's3://bucket/folder', not {quoted(text)}.")
     return text
 
 
 def _word(text: str) -> str:
     # It becomes one argument, or a line of a script.
     if not re.fullmatch(r"[^\s-]\S*", text) or not text.isprintable():
-        raise ValueError(f"is {quoted(text)}: one word is needed, without spaces, that begins with no '-'.")
+        raise ValueError(f"must be one word without spaces that does not begin with '-', not {quoted(text)}.")
     return text
 
 
 def _slurm_time(text: str) -> str:
     if not re.fullmatch(r"(?:[0-9]{1,4}-[0-9]{1,2}|[0-9]{1,6})(?::[0-9]{1,2}){0,2}", text):
         raise ValueError(
-            f"is {quoted(text)}: minutes, 'minutes:seconds', 'hours:minutes:seconds' or 'days-hours:minutes:seconds'."
+            f"must be minutes, 'minutes:seconds', 'hours:minutes:seconds' or 'days-hours:minutes:seconds', not {quoted(text)}."
         )
     return text
 
 
 def _whole(value: Any) -> Any:
-    # pydantic would take 6_0 and 6.0 as well, which mean something else elsewhere, or nothing.
+    # pydantic accepts 6_0 and 6.0 too, which other programs read as something else, or not at all.
     if isinstance(value, str) and not re.fullmatch("-?[0-9]+", value):
-        raise PydanticCustomError("int_parsing", "no whole number")
+        raise PydanticCustomError("int_parsing", "not a whole number")
     return value
 
 
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError("is no name of a variable: letters, digits and '_', of which the first is no digit.")
+        raise ValueError(
+            "is not the name of a variable: use letters, digits and '_', and do not begin with a digit."
+        )
     if name == env.RUN_URL:
-        raise ValueError("is set by the engine. Write `run_url`, at the top.")
+        raise ValueError("is set by the engine. Write `run_url` at the top level.")
     if name == env.CHECKPOINT_DIR:
-        raise ValueError("is set by the engine. Write `output_checkpoint_dir`, below `checkpoint`.")
+        raise ValueError("is set by the engine. Write `output_checkpoint_dir` below `checkpoint`.")
     if name in CONTRACT and name != env.GRACE:
-        raise ValueError("is set by the engine. Leave it out.")
+        raise ValueError("is set by the engine. Remove it.")
     return name
 
 
@@ -174,7 +181,7 @@ def _text_schema(pattern: str) -> WithJsonSchema:
 
 
 Name = Annotated[str, AfterValidator(_name), _text_schema(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-Mount = Annotated[str, AfterValidator(check_mount), _text_schema("^/")]
+MountPath = Annotated[str, AfterValidator(check_mount_path), _text_schema("^/")]
 Word = Annotated[str, AfterValidator(_word), _text_schema(r"^[^\s-]\S*$")]
 Whole = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
 Count = Annotated[Whole, Field(ge=1, le=MAX_DEVICES)]

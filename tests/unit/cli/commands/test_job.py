@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from hf_cloudtrain.cli import _Root, app
-from hf_cloudtrain.jobs.spec.job_file import Job, parse_job, read_job
+from hf_cloudtrain.jobs.spec.job import Job
+from hf_cloudtrain.jobs.spec.job_file import parse_job, read_job
 
 
 def cloudtrain(*words: str) -> Any:
