@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from hf_cloudtrain.jobs.records import JobRecord, JobStore
+from hf_cloudtrain.jobs.submission import Submission
+
 POLL = 0.3
 """Seconds between two looks at the files."""
 LONGEST = 64 * 1024
@@ -37,6 +40,29 @@ def follow_files(files: Mapping[str, Path], follow: bool, is_over: Callable[[], 
                 return
             if not found:
                 time.sleep(POLL)
+
+
+def follow_nodes(
+    record: JobRecord, node_rank: int | None, follow: bool, is_over: Callable[[JobRecord], bool]
+) -> Iterator[str]:
+    """The lines of one node, or of all, from the files in the job's home.
+
+    Args:
+        is_over: whether a job with this record, just read, writes nothing more.
+    """
+    submission = Submission.load_here(record.home)
+    store = JobStore(submission.store)
+    ranks = range(record.nodes) if node_rank is None else [node_rank]
+    files = {f"node {rank}": submission.node_log(rank) for rank in ranks}
+    return follow_files(files, follow, lambda: is_over(store.read(record.id)))
+
+
+def mark_start(submission: Submission, number: int) -> None:
+    """Write into the log of every node that a start begins."""
+    submission.log.mkdir(parents=True, exist_ok=True)
+    for rank in range(submission.plan.nodes):
+        with open(submission.node_log(rank), "ab") as log:
+            log.write(f"--- start {number} ---\n".encode())
 
 
 def last_lines(path: Path, count: int) -> list[str]:

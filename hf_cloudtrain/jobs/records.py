@@ -91,6 +91,11 @@ class JobRecord:
         """Whether nothing of it runs or waits."""
         return self.state in OVER
 
+    @property
+    def resume_hint(self) -> str:
+        """The sentence with the command that starts the job again."""
+        return f"Resume it with `cloudtrain job run --resume {self.id}`."
+
 
 class JobStore:
     """The jobs of one store.

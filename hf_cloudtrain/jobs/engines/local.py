@@ -1,6 +1,9 @@
-"""This machine: one or several agents under a supervisor that outlives the terminal.
+"""The engine `local`: the nodes of a job as processes of this machine, under a supervisor that outlives the terminal.
 
 python -m hf_cloudtrain.jobs.engines.local HOME     the supervisor of a job
+
+job run -> supervisor, in a session of its own -> node 0 -> bash -> torchrun -> workers
+                                               -> node 1 -> …
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,9 +25,9 @@ from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
-from hf_cloudtrain.jobs.logs import follow_files, last_lines
+from hf_cloudtrain.jobs.logs import follow_nodes, last_lines, mark_start
 from hf_cloudtrain.jobs.node.mounts import Mount, check, has_docker
-from hf_cloudtrain.jobs.node.node import folder_mounts
+from hf_cloudtrain.jobs.node.node import folder_mounts, node_argv
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
@@ -34,12 +38,11 @@ from hf_cloudtrain.runtime.process_tree import adopt_orphans, is_alive, kill_chi
 
 HOST = "127.0.0.1"
 PORT = 29500
-"""Shown by `--dry-run`; a start takes one that is free."""
-_SUPERVISOR = [sys.executable, "-m", "hf_cloudtrain.jobs.engines.local"]
+"""What `--dry-run` shows; a start uses a free port."""
 
 
 class LocalEngine:
-    """Agents of this machine. See `Engine`."""
+    """This machine. See `Engine`."""
 
     def check(self, submission: Submission) -> None:
         """Refuse what cannot run here."""
@@ -53,85 +56,73 @@ class LocalEngine:
             check(_all_mounts(submission))
 
     def show(self, submission: Submission) -> str:
-        """One command line a node, with what is around it."""
-        shown = []
-        for rank in range(submission.plan.nodes):
-            environment = submission.plan.shown(
-                submission.plan.environment(
-                    rank,
-                    master_addr=HOST,
-                    master_port=PORT,
-                    run_url=submission.run_url,
-                    exit_file=str(submission.exit_file(rank, 1)),
-                    shell=_any_value(submission),
-                )
+        """The command line of each node with its environment, the mounts, and the job's commands."""
+        plan, command = submission.plan, submission.job.command
+        shell = {**dict.fromkeys(plan.variables, ""), **os.environ}  # a variable may be missing here
+        text = ""
+        for rank in range(plan.nodes):
+            environment = plan.environment(
+                rank,
+                master_addr=HOST,
+                master_port=PORT,
+                run_url=submission.run_url,
+                exit_file=str(submission.exit_file(rank, 1)),
+                shell=shell,
             )
-            ours = "\n".join(f"  {name}={shlex.quote(value)}" for name, value in environment.items())
-            shown.append(f"node {rank}: {shlex.join(_command(submission, rank, PORT, 1))}\n{ours}")
-        job = submission.job
-        mounts = "\n".join(
-            f"  {mount.target}  <- {mount.source}{' (to read)' if mount.read_only else ''}"
+            text += f"node {rank}: {shlex.join([*node_argv(submission.home, HOST, PORT, 1), str(rank)])}\n"
+            text += "".join(
+                f"  {name}={shlex.quote(value)}\n" for name, value in plan.shown(environment).items()
+            )
+        mounts = "".join(
+            f"  {mount.target}  <- {mount.source}{' (read-only)' if mount.read_only else ''}\n"
             for mount in _all_mounts(submission)
         )
-        setup = f"setup:\n{_indented(job.command.setup)}\n" if job.command.setup else ""
-        return (
-            "\n".join(shown)
-            + (f"\nmounts:\n{mounts}" if mounts else "")
-            + f"\n{setup}command:\n{_indented(job.command.run)}\n"
-        )
+        sections = {
+            "mounts": mounts,
+            "setup": command.setup and _indented(command.setup),
+            "command": _indented(command.run),
+        }
+        return text + "".join(f"{name}:\n{section}" for name, section in sections.items() if section)
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Start the supervisor, in a session of its own."""
-        self.check(submission)  # once more: now there is a workspace, with folders that a mount would hide
+        self.check(submission)  # again: now there is a workspace, with folders that a mount could hide
         submission.log.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in CONTRACT}
         environment |= submission.plan.own_variables(os.environ)
-        # Absolute: the supervisor is elsewhere.
+        # Absolute paths: the supervisor runs in a different folder.
         environment |= {env.CACHE: env.cache(None), env.STORE: submission.store}
-        with open(submission.log / "supervisor.log", "ab") as log:
-            answer = subprocess.run(
-                [*_SUPERVISOR, str(submission.home)],
+        log_file = submission.log / "supervisor.log"
+        with open(log_file, "ab") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "hf_cloudtrain.jobs.engines.local", str(submission.home)],
                 env={**environment, "PATH": _path(environment)},
-                # Not here, where `-m` would take a `queue.py` of the user's for Python's own.
+                # Not in the user's folder, where `-m` would import a `queue.py` of the user instead of Python's own.
                 cwd=submission.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
             )
-        if answer.returncode != 0:
-            log_file = submission.log / "supervisor.log"
-            said = " ".join(last_lines(log_file, 1)) or f"It ended with exit code {answer.returncode}."
+        if done.returncode != 0:
+            reason = " ".join(last_lines(log_file, 1)) or f"It ended with exit code {done.returncode}."
             raise ConfigurationError(
-                f"The supervisor of the job did not start. {said} ({str(log_file)!r} says more.)"
+                f"The supervisor of the job did not start. {reason} See {str(log_file)!r}."
             )
         return store.read(record.id)
 
     def look(self, record: JobRecord) -> EngineStatus | None:
-        """Whether the supervisor is still there, where it ran on this machine."""
-        if record.is_over or record.handle.get("host") != platform.node():
+        """Whether the supervisor still runs, if it ran on this machine."""
+        if record.is_over or record.handle.get("host") != platform.node() or is_alive(record.handle):
             return None
-        if is_alive(record.handle):
-            return None
-        return EngineStatus(
-            "lost", f"Its supervisor is gone. `cloudtrain job run --resume {record.id}` goes on."
-        )
+        return EngineStatus("lost", f"Its supervisor process has disappeared. {record.resume_hint}")
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Nothing but the mark in the store, which the supervisor looks at."""
+        """Nothing: the supervisor sees the cancel mark in the store."""
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From the nodes' files."""
-        submission = Submission.load_here(record.home)
-        ranks = range(record.nodes) if node_rank is None else [node_rank]
-        files = {f"node {rank}": submission.node_log(rank) for rank in ranks}
-        store = JobStore(submission.store)
-
-        def is_over() -> bool:
-            now = store.read(record.id)
-            return now.is_over or self.look(now) is not None
-
-        return follow_files(files, follow, is_over)
+        return follow_nodes(record, node_rank, follow, lambda now: now.is_over or self.look(now) is not None)
 
 
 class LocalGang(GracefulGang):
@@ -142,15 +133,14 @@ class LocalGang(GracefulGang):
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def _start_nodes(self) -> None:
-        port = free_port()
         self._processes = []
+        mark_start(self._submission, self.number)
+        argv = node_argv(self._submission.home, HOST, free_port(), self.number)
         for rank in range(self._submission.plan.nodes):
             with open(self._submission.node_log(rank), "ab") as log:
-                log.write(f"--- start {self.number} ---\n".encode())
-                log.flush()
                 self._processes.append(
                     subprocess.Popen(
-                        _command(self._submission, rank, port, self.number),
+                        [*argv, str(rank)],
                         cwd=self._submission.home,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -163,7 +153,7 @@ class LocalGang(GracefulGang):
         codes = [process.poll() for process in self._processes]
         if None in codes:
             return None
-        kill_children()  # a node that was killed leaves its workers to us
+        kill_children()  # the workers of a node that was killed are ours now
         return tuple(None if code is not None and code < 0 else code for code in codes)
 
     def _has_failed(self) -> bool:
@@ -180,7 +170,7 @@ class LocalGang(GracefulGang):
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
+    """A port of the loopback that no process listens on now."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         port: int = found.getsockname()[1]
@@ -188,51 +178,35 @@ def free_port() -> int:
 
 
 def main() -> None:
-    """The supervisor of a job: this process ends once its child has taken the job over."""
+    """Start the supervisor of a job as a child, and exit once the job's record names it."""
     reading, writing = os.pipe()
     if os.fork() > 0:
         os.close(writing)
         with os.fdopen(reading, "rb") as answer:
             sys.exit(0 if answer.read() else 1)
     os.close(reading)
-    os.setsid()  # the terminal's end is not ours
+    os.setsid()  # the end of the terminal must not end the job
 
-    def say_taken_over() -> None:
+    def announce() -> None:
         os.write(writing, b"1")
         os.close(writing)
 
-    supervise(Submission.load(sys.argv[1]), say_taken_over)
+    supervise(Submission.load(sys.argv[1]), announce)
 
 
-def supervise(submission: Submission, say_taken_over: Callable[[], None]) -> None:
+def supervise(submission: Submission, announce: Callable[[], None]) -> None:
     """Be the supervisor of a job, the only one on this machine.
 
     Args:
-        say_taken_over: called once the record says who the supervisor is.
+        announce: called once the record names this process as the supervisor.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     adopt_orphans()
     store = JobStore(submission.store)
     with locked(submission.home / SUPERVISOR_LOCK, patience=submission.plan.grace + 3 * MARGIN):
         record = store.write(store.read(submission.id), state="starting", reason=None, handle=this_process())
-        say_taken_over()
+        announce()
         Supervisor(submission, store, record, LocalGang(submission)).run()
-
-
-def _command(submission: Submission, rank: int, port: int, number: int) -> list[str]:
-    return [
-        *(sys.executable, "-m", "hf_cloudtrain.jobs.node.node", str(submission.home)),
-        *(
-            "--node-rank",
-            str(rank),
-            "--master-addr",
-            HOST,
-            "--master-port",
-            str(port),
-            "--start",
-            str(number),
-        ),
-    ]
 
 
 def _all_mounts(submission: Submission) -> list[Mount]:
@@ -244,16 +218,12 @@ def _all_mounts(submission: Submission) -> list[Mount]:
 
 
 def _path(environment: Mapping[str, str]) -> str:
-    """Where commands are found: first beside this interpreter, which need not be activated."""
+    """The PATH, with the folder of this Python first: its environment need not be activated."""
     return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
 
 
-def _any_value(submission: Submission) -> dict[str, str]:
-    return {**dict.fromkeys(submission.plan.variables, ""), **os.environ}
-
-
 def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.strip().splitlines())
+    return textwrap.indent(text.strip(), "  ") + "\n"
 
 
 ENGINE = LocalEngine()

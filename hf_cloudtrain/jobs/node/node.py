@@ -1,6 +1,6 @@
 """What happens on each node of a job, the same on every engine.
 
-    python -m hf_cloudtrain.jobs.node.node HOME --node-rank 0 --master-addr localhost --master-port 29500 --start 1
+    python -m hf_cloudtrain.jobs.node.node HOME --master-addr localhost --master-port 29500 --start 1 --node-rank 0
 
     dataset -> newest checkpoint -> mounts -> setup -> command -> outcome
 
@@ -389,25 +389,33 @@ def restore(run_url: str, folder: Path, chosen: Path) -> CheckpointKey | None:
     return key
 
 
-def main() -> None:
-    """The command line above."""
-    parser = argparse.ArgumentParser(prog="python -m hf_cloudtrain.jobs.node.node")
+def node_argv(
+    home: Path, master_addr: str, master_port: int, start: int, module: str = "hf_cloudtrain.jobs.node.node"
+) -> list[str]:
+    """The command line of one start's nodes, all but its last part: the rank."""
+    return [
+        *(sys.executable, "-m", module, str(home), "--master-addr", master_addr),
+        *("--master-port", str(master_port), "--start", str(start), "--node-rank"),
+    ]
+
+
+def main(prepare: Callable[[Submission], Submission] | None = None, wrap: Wrap | None = None) -> None:
+    """The command line above.
+
+    Args:
+        prepare: changes the submission for the machine that the node runs on.
+        wrap: as `run_node`.
+    """
+    parser = argparse.ArgumentParser()
     parser.add_argument("home")
     parser.add_argument("--node-rank", type=int, required=True)
     parser.add_argument("--master-addr", required=True)
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--start", type=int, required=True)
-    given = parser.parse_args()
+    given = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
-    sys.exit(
-        run_node(
-            Submission.load(given.home),
-            node_rank=given.node_rank,
-            master_addr=given.master_addr,
-            master_port=given.master_port,
-            start=given.start,
-        )
-    )
+    submission = Submission.load(given.pop("home"))
+    sys.exit(run_node(prepare(submission) if prepare else submission, **given, wrap=wrap))
 
 
 def _kind(catalog: Catalog, key: CheckpointKey) -> type[Checkpointer]:

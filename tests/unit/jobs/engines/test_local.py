@@ -23,7 +23,7 @@ def test_the_supervisor_is_started_elsewhere_and_with_the_variables_of_the_job(
 ) -> None:
     started: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        subprocess, "run", lambda words, **options: started.append(options) or SimpleNamespace(returncode=0)
+        subprocess, "run", lambda argv, **options: started.append(options) or SimpleNamespace(returncode=0)
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(env.STORE, "store")
