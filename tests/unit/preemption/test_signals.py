@@ -145,4 +145,4 @@ def test_on_another_thread_no_handler_is_installed_and_a_warning_says_so(
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "no save on SIGTERM" in caplog.text
+    assert "SIGTERM causes no emergency save" in caplog.text

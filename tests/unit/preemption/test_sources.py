@@ -72,7 +72,7 @@ class TestStopRequest:
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert pending(default_sources(catalog)) is None, "there is no attempt yet"
+        assert pending(default_sources(catalog)) is None, "the run has no attempt yet"
         self.begin(catalog)
         assert pending(default_sources(catalog)) is None
         catalog.request_stop(1.8e9, {})
