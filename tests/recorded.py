@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
+from hf_cloudtrain.tracking.records import StepRecords
 
 BEGAN = 1_795_000_000.0
 """Seconds since 1970: any day."""
@@ -37,7 +38,7 @@ def record_attempt(
     facts: dict[str, str] | None = None,
 ) -> int:
     """One attempt that did `steps`: a save and an evaluation every `save_steps`; returns its number."""
-    number = catalog.begin_attempt(began, steps.start - 1, resumed_from, facts or FACTS).number
+    number = catalog.attempts.begin(began, steps.start - 1, resumed_from, facts or FACTS).number
     now = began + start_seconds
     lines: list[dict[str, Any]] = [
         {"kind": "pause", "step": steps.start - 1, "why": "start", "time": began, "seconds": start_seconds}
@@ -73,7 +74,7 @@ def record_attempt(
     write(catalog, number, lines)
     beat = {"attempt": number, "state": state, "time": now, "step": steps.stop - 1, "total_steps": total}
     beat |= {"step_seconds": step_seconds, "last_committed": committed and str(committed), "loss": 0.31}
-    catalog.write_progress(number, beat)
+    catalog.attempts.write_progress(number, beat)
     return number
 
 
@@ -131,4 +132,6 @@ def commit(catalog: Catalog, key: CheckpointKey, created: float, **more: Any) ->
 
 def write(catalog: Catalog, number: int, records: list[dict[str, Any]], batch: int = 1) -> None:
     """Step and metric records."""
-    catalog.write_steps(number, batch, "".join(json.dumps(item) + "\n" for item in records).encode())
+    StepRecords(catalog.storage).write(
+        number, batch, "".join(json.dumps(item) + "\n" for item in records).encode()
+    )

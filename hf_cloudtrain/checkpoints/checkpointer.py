@@ -26,12 +26,14 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import rehearsal
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
 from hf_cloudtrain.checkpoints.download import download, is_whole
 from hf_cloudtrain.checkpoints.freeze import fresh_files
 from hf_cloudtrain.checkpoints.host_shares import HostShares, Look, Share
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position, folder_name
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
@@ -595,7 +597,7 @@ class Checkpointer:
         resumed_from = self._restored
         if resumed_from is None or self._number_here(resumed_from) != global_step:
             resumed_from = self._checked_start(global_step, started_over)
-        return self.catalog.begin_attempt(time.time(), global_step, resumed_from, facts())
+        return self.catalog.attempts.begin(time.time(), global_step, resumed_from, facts())
 
     def _checked_start(self, global_step: int, started_over: bool) -> CheckpointKey | None:
         keys = self.catalog.known_checkpoints()
@@ -649,8 +651,8 @@ class Checkpointer:
         else:
             upload_queue.submit(entry)
             upload_queue.wait(env.drain_timeout())
-        for key in reversed(self.catalog.folders()):
-            manifest = self.catalog.read_folder(key)
+        for key in reversed(NamedFolders(self.catalog).keys()):
+            manifest = NamedFolders(self.catalog).read(key)
             if manifest.nonce == entry.nonce:
                 return f"{self.storage.url}/{manifest.folder}"
         raise NotCommittedError(f"{name!r} was not committed to {self.storage.url!r}.")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints.catalog import Attempt
+from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download, put_in_place
 from hf_cloudtrain.checkpoints.freeze import own_files

@@ -27,7 +27,9 @@ from typing import Any, TypeVar
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageError, StorageUnavailableError
 from hf_cloudtrain.storage.backends import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.names import META
@@ -89,9 +91,9 @@ def remove(catalog: Catalog, left: LeftOver) -> bool:
     """
     if left.what == "deletion":
         if left.key is not None:
-            return catalog.finish_retiring(left.key)
+            return finish_retiring(catalog, left.key)
         with contextlib.suppress(NoCheckpointError):  # somebody else has finished it
-            catalog.retire_folder(catalog.half_deleted_folders().get(left.name, ""))
+            NamedFolders(catalog).retire(NamedFolders(catalog).half_deleted().get(left.name, ""))
         return True
     whole = left.what == "upload"
     if whole and _is_committed(catalog, left):
@@ -114,9 +116,11 @@ class Watch:
     def __init__(self, catalog: Catalog, left: Sequence[LeftOver]) -> None:
         self._catalog = catalog
         self._left = list(left)
-        self._attempts = catalog.attempt_numbers()
+        self._attempts = catalog.attempts.numbers()
         owners = {item.attempt for item in left if item.attempt is not None} & {*self._attempts}
-        self._beats = {number: catalog.read_progress(number) for number in (*owners, *self._attempts[-1:])}
+        self._beats = {
+            number: catalog.attempts.read_progress(number) for number in (*owners, *self._attempts[-1:])
+        }
         beats = [_seconds(beat.get("interval_seconds")) for beat in self._beats.values() if beat]
         self.seconds = min(
             LONGEST_WATCH, max(WATCH_SECONDS, *(4 * beat for beat in (*beats, env.heartbeat())))
@@ -131,11 +135,13 @@ class Watch:
                 break
             sleep(self.seconds / LOOKS)
             moved |= {
-                number for number, beat in self._beats.items() if self._catalog.read_progress(number) != beat
+                number
+                for number, beat in self._beats.items()
+                if self._catalog.attempts.read_progress(number) != beat
             }
         # Only now: what was committed or has grown meanwhile is another thing, or none.
         there = {(item.what, item.name): item for item in find(self._catalog)}
-        begun = self._catalog.attempt_numbers() != self._attempts
+        begun = self._catalog.attempts.numbers() != self._attempts
         for item in self._left:
             reason = self._stays(item, moved)
             now = there.get((item.what, item.name))
@@ -166,9 +172,9 @@ class _Finder:
         objects = catalog.storage.list("")
         # After the listing: what was committed since is no left-over.
         self._keys = catalog.checkpoints()
-        self._named = catalog.named_folders()
-        self._retiring = set(catalog.retiring()) - set(self._keys)
-        self._half_deleted = set(catalog.half_deleted_folders()) - self._named
+        self._named = NamedFolders(catalog).folders()
+        self._retiring = set(retiring(catalog)) - set(self._keys)
+        self._half_deleted = set(NamedFolders(catalog).half_deleted()) - self._named
         self._records = {info.path: info for info in objects if info.path.startswith(f"{META}/")}
         self._parts = self._parts_without_manifest()
         self._objects = _by_folder(objects)
@@ -297,7 +303,7 @@ def _by_folder(items: Iterable[T]) -> dict[str, list[T]]:
 
 
 def _is_committed(catalog: Catalog, left: LeftOver) -> bool:
-    return left.name in catalog.named_folders() if left.key is None else catalog.holds(left.key)
+    return left.name in NamedFolders(catalog).folders() if left.key is None else catalog.holds(left.key)
 
 
 def _seconds(value: Any) -> float:

@@ -353,6 +353,14 @@ class CheckpointKey:
     def __str__(self) -> str:
         return checkpoint_key(self.attempt, self.step)
 
+    @classmethod
+    def parse(cls, record: Any, what: str) -> CheckpointKey:
+        """The attempt and step that a record names. Raises ManifestError."""
+        values = (record.get("attempt"), record.get("step")) if isinstance(record, dict) else (None, None)
+        if not all(type(value) is int and 0 <= value < 2**53 for value in values):
+            raise ManifestError(f"The {what} is damaged: it names no attempt and step.")
+        return cls(*values)  # type: ignore[arg-type]
+
     def may_be_in(self, folder: str) -> bool:
         """Whether a folder's name is one of this checkpoint: the plain one, or with `.a<attempt>`, or its n-th save's."""
         plain = f"checkpoint-{self.step}"

@@ -16,7 +16,8 @@ import logging
 import threading
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, OvertakenError
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class Ownership:
     def look(self) -> int | None:
         """Ask the storage now. Raises a StorageError where it does not answer: nobody may go on unseen."""
         if self.overtaken_by is None:
-            newer = self._catalog.overtaken_by(self.attempt.number)
-            if newer is None and not self._catalog.is_holder(self.attempt):
+            newer = self._catalog.attempts.overtaken_by(self.attempt.number)
+            if newer is None and not self._catalog.attempts.is_holder(self.attempt):
                 newer = self.attempt.number
             if newer is not None:
                 self.note(newer)
@@ -66,7 +67,7 @@ class Ownership:
             return
         record = None
         try:
-            record = self._catalog.attempt(newer)
+            record = self._catalog.attempts.read(newer)
         except CloudTrainError as error:
             logger.debug("The newer attempt's record: %s", error)
         with self._lock:

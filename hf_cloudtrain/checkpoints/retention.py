@@ -16,8 +16,11 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import finish_retiring, retire, retiring
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, encode_record
+from hf_cloudtrain.checkpoints.paths import PINS
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NoCheckpointError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,48 @@ def to_retire(
     return [key for key in ordered if key not in kept]
 
 
+def protected(catalog: Catalog) -> dict[CheckpointKey, str]:
+    """Checkpoints that no automatic deletion touches, each with the reason (law 10)."""
+    keys = catalog.checkpoints()
+    reasons: dict[CheckpointKey, str] = {}
+    for attempt in catalog.attempts.read_all(last=1):
+        # Once the attempt has committed a checkpoint of its own, the run resumes from that.
+        if attempt.resumed_from is not None and not any(key.attempt >= attempt.number for key in keys):
+            reasons[attempt.resumed_from] = f"attempt {attempt.number} resumed from it"
+    reasons |= dict.fromkeys(pins(catalog), "it is pinned")
+    best = catalog.pointer("best")
+    if best is not None:
+        reasons[best] = "it is the best one"
+    if keys:
+        reasons[keys[-1]] = "it is the newest one"
+    return reasons
+
+
+def pins(catalog: Catalog) -> list[CheckpointKey]:
+    """Checkpoints that a user wants to keep, oldest first."""
+    return catalog.keys_in(PINS)
+
+
+def pin(catalog: Catalog, key: CheckpointKey) -> None:
+    """Keep a checkpoint from every automatic deletion. Raises NoCheckpointError if it does not exist."""
+    catalog.storage.write(_pin_path(key), encode_record({"attempt": key.attempt, "step": key.step}))
+    try:
+        catalog.read(key)  # after the pin is written: a process that deletes looks for pins first
+    except NoCheckpointError:
+        unpin(catalog, key)
+        raise
+
+
+def unpin(catalog: Catalog, key: CheckpointKey) -> None:
+    """Remove a pin, if there is one."""
+    catalog.storage.delete([_pin_path(key)])
+
+
+def is_pinned(catalog: Catalog, key: CheckpointKey) -> bool:
+    """Whether a checkpoint is pinned; one small request."""
+    return catalog.exists(_pin_path(key))
+
+
 class Retention:
     """Retires, for one attempt, what a policy lets go. One pass at a time.
 
@@ -126,10 +171,10 @@ class Retention:
     def _finish_others(self, go_on: Callable[[], bool]) -> None:
         if not self._unfinished:
             return
-        for key in self._catalog.retiring():
+        for key in retiring(self._catalog):
             if not self._may_delete(go_on):
                 return
-            if self._catalog.finish_retiring(key, go_on=go_on):
+            if finish_retiring(self._catalog, key, go_on=go_on):
                 logger.info("%s was half deleted, and is gone now.", key)
         self._unfinished = not go_on()
 
@@ -137,11 +182,11 @@ class Retention:
         for key in self._due():
             if not self._may_delete(go_on):
                 return
-            if self._catalog.is_pinned(key):
+            if is_pinned(self._catalog, key):
                 continue  # since the listing
             self._unfinished = True
             try:
-                if not self._catalog.retire(key, go_on=go_on):
+                if not retire(self._catalog, key, go_on=go_on):
                     return
                 logger.info("%s was deleted from %r: newer ones are there.", key, self._catalog.storage.url)
             except NoCheckpointError:
@@ -156,14 +201,20 @@ class Retention:
         keys = [key for key in self._catalog.checkpoints() if key not in self._unreadable]
         if not to_retire(keys, self.policy, protected=()):
             return []  # one request after most commits
-        protected = {*self._catalog.protected(), *([self._best] if self._best else [])}
-        return to_retire(keys, self.policy, protected)
+        kept = {*protected(self._catalog), *([self._best] if self._best else [])}
+        return to_retire(keys, self.policy, kept)
 
     def _may_delete(self, go_on: Callable[[], bool]) -> bool:
         if self.attempt is None or not go_on():
             return False
         # Not by the attempt's fence: that one rests once the attempt is over, and a pass may still be under way.
-        if self._catalog.overtaken_by(self.attempt.number) is None and self._catalog.is_holder(self.attempt):
+        if self._catalog.attempts.overtaken_by(
+            self.attempt.number
+        ) is None and self._catalog.attempts.is_holder(self.attempt):
             return True
         logger.info("Attempt %d deletes nothing any more: it was overtaken.", self.attempt.number)
         return False
+
+
+def _pin_path(key: CheckpointKey) -> str:
+    return f"{PINS}/{key}.json"

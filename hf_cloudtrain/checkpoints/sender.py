@@ -9,6 +9,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.freeze import AcceptedFile
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import (
@@ -77,9 +78,11 @@ class EntrySender:
             manifest_key = str(entry.key)
             folder = self._parts(entry).folder(exclusive=entry.exclusive)
         else:
-            manifest_key, folder = self._catalog.begin_folder(entry.name, entry.nonce, entry.key.attempt)
-            if self._catalog.holds_folder(manifest_key):
-                self.manifest = self._catalog.read_folder(manifest_key)
+            manifest_key, folder = NamedFolders(self._catalog).begin(
+                entry.name, entry.nonce, entry.key.attempt
+            )
+            if NamedFolders(self._catalog).holds(manifest_key):
+                self.manifest = NamedFolders(self._catalog).read(manifest_key)
                 return True
         files = self._send_part(entry, folder, on_bytes)
         if files is None:
@@ -126,7 +129,7 @@ class EntrySender:
         if self._ownership is not None:
             self._ownership.check()
         if entry.name is not None:
-            return self._catalog.commit_folder(manifest)
+            return NamedFolders(self._catalog).commit(manifest)
         if not self._catalog.commit(manifest):
             logger.warning("%s of attempt %d was committed before.", entry.title, entry.key.attempt)
         self._move_pointers(entry)
@@ -134,7 +137,7 @@ class EntrySender:
 
     def _move_pointers(self, entry: OutboxEntry) -> None:
         # An overtaken attempt may commit what it had saved, under its own number, but moves no pointer (law 6).
-        if self._catalog.overtaken_by(entry.key.attempt) is not None:
+        if self._catalog.attempts.overtaken_by(entry.key.attempt) is not None:
             return
         if entry.best:
             self._best = entry

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.catalog import Catalog, check_run_exists
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.storage.client import Storage
@@ -92,7 +93,7 @@ def newest(catalog: Catalog) -> CheckpointKey:
     """The newest checkpoint. Raises NoCheckpointError where there is none, which says whether there is a run."""
     key = catalog.newest()
     if key is None:
-        check_run_exists(catalog)
+        catalog.attempts.check_any()
         raise NoCheckpointError(f"The run {catalog.storage.url!r} has no checkpoint yet.")
     return key
 
@@ -123,13 +124,13 @@ def _read_if_whole(catalog: Catalog, key: CheckpointKey) -> Manifest | None:
 
 def _named_folder(catalog: Catalog, which: str) -> Manifest:
     """By key (`final-000002`), by folder (`final.2`), or by name (`final`: its newest version)."""
-    keys = catalog.folders()
+    keys = NamedFolders(catalog).keys()
     versions = [key for key in keys if re.fullmatch(re.escape(which) + r"-\d{6,}", key)]
     name, _, version = which.rpartition(".")
     of_folder = f"{name}-{int(version):06d}" if re.fullmatch(r"\d{1,9}", version) else None
     for key in (which, *reversed(versions), of_folder):
         if key in keys:
-            return catalog.read_folder(key)
+            return NamedFolders(catalog).read(key)
     raise _none_such(catalog, which)
 
 

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hf_cloudtrain.checkpoints.catalog import READS_AT_ONCE, Catalog
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import finish_retiring, retire, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.retention import Policy, to_retire
+from hf_cloudtrain.checkpoints.retention import Policy, protected, to_retire
 from hf_cloudtrain.cli.output import say, show_table
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.report.summary import Found, look_at
 from hf_cloudtrain.runtime.text import size_text
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.client import READS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Plan:
 
     def carry_out(self) -> list[Found]:
         """Delete, the oldest first, each looked at once more; those that are gone now."""
-        for key in self.catalog.retiring():
-            self.catalog.finish_retiring(key)
+        for key in retiring(self.catalog):
+            finish_retiring(self.catalog, key)
         return [found for found in self.going if self._retire(found)]
 
     def record(self, gone: list[Found]) -> dict[str, Any]:
@@ -74,12 +76,12 @@ class Plan:
     def _retire(self, found: Found) -> bool:
         key = found.checkpoint_key
         assert key is not None
-        reason = self.catalog.protected().get(key)  # a training may go on meanwhile
+        reason = protected(self.catalog).get(key)  # a training may go on meanwhile
         if reason is not None:
             say(f"{found.title} stays: {reason}, since a moment ago.")
             return False
         try:
-            self.catalog.retire(key)
+            retire(self.catalog, key)
         except NoCheckpointError:
             pass  # the training's own limit was faster
         except ManifestError as error:
@@ -92,14 +94,14 @@ class Plan:
 def plan(catalog: Catalog, policy: Policy) -> Plan:
     """What a policy lets go of a run as it is now."""
     keys = catalog.checkpoints()
-    protected = catalog.protected()
+    kept = protected(catalog)
     by_number = to_retire(keys, policy, protected=())
-    going = to_retire(keys, policy, protected)
+    going = to_retire(keys, policy, kept)
     (looked,) = in_threads(lambda key: look_at(catalog, key), (going, READS_AT_ONCE))
     found = [item for item in looked if item is not None]
     return Plan(
         catalog,
         going=[item for item in found if item.manifest],
         damaged=[item for item in found if not item.manifest],
-        protected={key: protected[key] for key in by_number if key in protected},
+        protected={key: kept[key] for key in by_number if key in kept},
     )

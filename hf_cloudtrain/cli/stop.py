@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.catalog import Catalog, check_run_exists
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli.output import fail, say
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import duration_text
@@ -45,11 +45,11 @@ class Standing:
 
 def ask(catalog: Catalog) -> Standing:
     """Ask the newest attempt to stop, unless it has ended; ends the command where there is none to ask."""
-    check_run_exists(catalog)
-    standing = _standing(catalog, catalog.attempt_numbers()[-1])
+    catalog.attempts.check_any()
+    standing = _standing(catalog, catalog.attempts.numbers()[-1])
     if not standing.is_alive:
         fail(f"Nobody trains {standing.run_url!r}: {standing}. Nothing was asked.")
-    number = catalog.request_stop(time.time(), person())
+    number = catalog.attempts.request_stop(time.time(), person())
     if number != standing.attempt and number is not None:  # it began just now
         standing = _standing(catalog, number)
     say(
@@ -73,7 +73,7 @@ def follow(catalog: Catalog, standing: Standing) -> tuple[Standing, str | None]:
         time.sleep(LOOK_SECONDS)
         before, standing = standing, _standing(catalog, standing.attempt)
         if standing.is_alive:
-            newer = catalog.overtaken_by(standing.attempt)
+            newer = catalog.attempts.overtaken_by(standing.attempt)
             if newer is not None:
                 return standing, f"Attempt {newer} has begun meanwhile, and was not asked to stop."
         # Its clock may be hours off from ours: only its heart's beating is looked at.
@@ -89,9 +89,9 @@ def follow(catalog: Catalog, standing: Standing) -> tuple[Standing, str | None]:
 
 
 def _standing(catalog: Catalog, attempt: int) -> Standing:
-    progress = catalog.read_progress(attempt)
+    progress = catalog.attempts.read_progress(attempt)
     if progress is None:  # it is about to begin, or ended before its first heartbeat
-        started = [found.started for found in catalog.attempts(last=1) if found.number == attempt]
+        started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
         progress = {"state": "started", "time": max(started, default=None)}
     step, last_committed, seen = (progress.get(name) for name in ("step", "last_committed", "time"))
     return Standing(

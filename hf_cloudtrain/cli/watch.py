@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_cloudtrain.checkpoints.catalog import Catalog, check_run_exists
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import parse_checkpoint_key
 from hf_cloudtrain.cli.curve import curve
 from hf_cloudtrain.cli.output import print_json
@@ -87,9 +87,9 @@ class Watcher:
     def __init__(self, catalog: Catalog, is_awaited: Callable[[], bool] = bool) -> None:
         self._catalog = catalog
         self._is_awaited = is_awaited
-        while not catalog.attempt_numbers() and is_awaited():
+        while not catalog.attempts.numbers() and is_awaited():
             wait()
-        check_run_exists(catalog)
+        catalog.attempts.check_any()
         self._view = self._whole(run_state(catalog))
 
     def views(self) -> Iterator[View]:

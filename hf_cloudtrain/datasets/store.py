@@ -39,6 +39,7 @@ from hf_cloudtrain.checkpoints.manifest import (
     folder_name,
     parse_folder_key,
 )
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.checkpoints.sender import send_folder
 from hf_cloudtrain.datasets.cache import LocalCopy
@@ -127,7 +128,7 @@ class DatasetStore:
     def versions(self) -> dict[str, list[int]]:
         """Every dataset by its name, and its versions, ascending; by one LIST."""
         found: dict[str, list[int]] = {}
-        for name, version in sorted(filter(None, map(parse_folder_key, self.catalog.folders()))):
+        for name, version in sorted(filter(None, map(parse_folder_key, NamedFolders(self.catalog).keys()))):
             found.setdefault(name, []).append(version)
         return found
 
@@ -145,20 +146,20 @@ class DatasetStore:
                 f"{'is' if len(versions) == 1 else 'are'}: {there}."
             )
         try:
-            return Dataset(name, wanted, self.catalog.read_folder(key_of(name, wanted)))
+            return Dataset(name, wanted, NamedFolders(self.catalog).read(key_of(name, wanted)))
         except NoCheckpointError:  # deleted since the listing
             raise self._none_such(name, []) from None
 
     def delete(self, name: str, version: int) -> None:
         """Delete one version. Raises NoDatasetError, ManifestError, StorageError."""
         try:
-            self.catalog.retire_folder(key_of(name, version))
+            NamedFolders(self.catalog).retire(key_of(name, version))
         except NoCheckpointError:
             raise self._none_such(name, []) from None
 
     def half_deleted(self, name: str) -> list[int]:
         """Versions whose deletion was cut off, ascending; `delete` finishes it."""
-        found = map(parse_folder_key, self.catalog.retiring_folders())
+        found = map(parse_folder_key, NamedFolders(self.catalog).retiring())
         return sorted(item[1] for item in found if item and item[0] == name)
 
     def local_copy(

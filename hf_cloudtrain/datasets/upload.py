@@ -22,6 +22,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import file_digest
 from hf_cloudtrain.checkpoints.freeze import AcceptedFile
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.datasets.cache import alone
 from hf_cloudtrain.errors import ManifestError
@@ -55,7 +56,7 @@ class Upload:
         """What is in the upload's own folder already: the object there, and its digest, by path."""
         if not self.resumed or entry.name is None:
             return {}
-        _, folder = self.catalog.begin_folder(entry.name, entry.nonce)
+        _, folder = NamedFolders(self.catalog).begin(entry.name, entry.nonce)
         sizes = {info.path: info.size for info in self.catalog.storage.list(folder)}
         # An object appears whole or not at all.
         found = [file for file in entry.files if sizes.get(f"{folder}/{file.path}") == file.size]
@@ -98,8 +99,8 @@ def digests(entry: OutboxEntry, files: list[AcceptedFile]) -> list[str]:
 
 
 def _take_away(catalog: Catalog, name: str, nonce: str) -> None:
-    key, folder = catalog.begin_folder(name, nonce)  # the one that it has claimed
-    if not catalog.holds_folder(key):
+    key, folder = NamedFolders(catalog).begin(name, nonce)  # the one that it has claimed
+    if not NamedFolders(catalog).holds(key):
         catalog.storage.delete([info.path for info in catalog.storage.list(folder)])
 
 

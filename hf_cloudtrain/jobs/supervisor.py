@@ -240,7 +240,7 @@ class Supervisor:
         if known is None or newest is None or newest <= known:
             return {}
         try:
-            return _catalog(self._submission).read_progress(newest) or {}
+            return _catalog(self._submission).attempts.read_progress(newest) or {}
         except CloudTrainError as error:
             logger.warning("%s", error)
             return {}
@@ -248,7 +248,7 @@ class Supervisor:
     def _newest_attempt(self) -> int | None:
         """0 before the first; None where the storage does not answer."""
         try:
-            return max(_catalog(self._submission).attempt_numbers(), default=0)
+            return max(_catalog(self._submission).attempts.numbers(), default=0)
         except CloudTrainError as error:
             logger.warning("%s", error)
             return None

@@ -75,12 +75,12 @@ class StopRequest:
     def look(self) -> Notice | None:
         """A notice where the attempt was asked to stop. Raises StorageError."""
         attempt = self._previous_attempt() if self._attempt is None else self._attempt
-        if attempt is None or not self._catalog.stop_requested(attempt):
+        if attempt is None or not self._catalog.attempts.stop_requested(attempt):
             return None
         return Notice(f"{RUN_STOP} for attempt {attempt}")
 
     def _previous_attempt(self) -> int | None:
-        return max(self._catalog.attempt_numbers(), default=None) if env.is_restart() else None
+        return max(self._catalog.attempts.numbers(), default=None) if env.is_restart() else None
 
 
 class NoticeWatcher:

@@ -17,13 +17,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.checkpoints.catalog import READS_AT_ONCE, Catalog, check_run_exists
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import ManifestError, MissingExtraError
 from hf_cloudtrain.report.summary import Found, Standing, look_at
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, duration_text, size_text
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.client import READS_AT_ONCE
 from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
 from hf_cloudtrain.tracking.status import RunState, run_state, state_of
 
@@ -58,7 +59,7 @@ class Report:
 
     def __init__(self, catalog: Catalog) -> None:
         _check_extra_installed()
-        check_run_exists(catalog)
+        catalog.attempts.check_any()
         self.state: RunState = run_state(catalog)
         self.history: History = history_of(catalog)
         if not self.history.attempts:

@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
+from hf_cloudtrain.checkpoints.retention import pins, protected
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.runtime.text import size_text, time_text
 
@@ -25,7 +27,7 @@ class Standing:
     def of(cls, catalog: Catalog) -> Standing:
         """As the run is now."""
         return cls(
-            catalog.checkpoints(), catalog.pointer("best"), catalog.protected(), frozenset(catalog.pins())
+            catalog.checkpoints(), catalog.pointer("best"), protected(catalog), frozenset(pins(catalog))
         )
 
     def losses(self, key: CheckpointKey) -> list[str]:
@@ -128,7 +130,7 @@ class Found:
 def look_at(catalog: Catalog, key: CheckpointKey | str) -> Found | None:
     """Read one manifest, damaged or not; None where it was deleted since the listing."""
     try:
-        return Found(str(key), catalog.read_folder(key) if isinstance(key, str) else catalog.read(key))
+        return Found(str(key), NamedFolders(catalog).read(key) if isinstance(key, str) else catalog.read(key))
     except NoCheckpointError:
         return None
     except ManifestError as error:

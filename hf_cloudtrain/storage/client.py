@@ -64,6 +64,8 @@ SAY_AFTER = 60.0
 """Seconds of silence after which it is said that somebody waits."""
 
 DELETES_AT_ONCE = 8
+READS_AT_ONCE = 8
+"""Small records read at once: they wait for answers, not for bandwidth."""
 
 MAX_RECORD_READ = 64 * 2**20
 """Bytes of the largest record that is read into memory."""

@@ -10,10 +10,12 @@ from itertools import accumulate
 from typing import Any, TypeGuard
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.catalog import READS_AT_ONCE, Attempt, Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
+from hf_cloudtrain.tracking.records import StepRecords
 
 SLOW_STEP = 10.0
 """A step that takes so many times as long as the usual one, and a second at least, is a stall."""
@@ -136,13 +138,13 @@ def read_history(run_url: str | None, storage_options: dict[str, Any] | None = N
 
 def history_of(catalog: Catalog) -> History:
     """The same, of an open catalog."""
-    attempts = catalog.attempts()
+    attempts = catalog.attempts.read_all()
     committed = catalog.checkpoints()
     limits, scales = kept_steps(attempts), step_scales(attempts)
     numbers = [attempt.number for attempt in attempts]
-    (beats,) = in_threads(catalog.read_progress, (numbers, READS_AT_ONCE))
+    (beats,) = in_threads(catalog.attempts.read_progress, (numbers, READS_AT_ONCE))
     heartbeats = dict(zip(numbers, beats, strict=True))
-    steps = catalog.read_steps()
+    steps = StepRecords(catalog.storage).read()
     history = History(catalog.storage.url, [], [], [], {})
     for attempt in attempts:
         progress = heartbeats[attempt.number] or {}

@@ -75,14 +75,14 @@ def run_state(catalog: Catalog) -> RunState:
         ('training', 420, 1000, None)
     """
     url = catalog.storage.url
-    numbers = catalog.attempt_numbers()
+    numbers = catalog.attempts.numbers()
     if not numbers:
         return RunState(url, "waiting")
-    progress = catalog.read_progress(numbers[-1]) or {}
+    progress = catalog.attempts.read_progress(numbers[-1]) or {}
     keys = catalog.checkpoints()
     last_seen = number(progress.get("time"))
     if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
-        last_seen = max((attempt.started for attempt in catalog.attempts(last=1)), default=None)
+        last_seen = max((attempt.started for attempt in catalog.attempts.read_all(last=1)), default=None)
     state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
     is_training = state == "training"
     uploading = _uploading(progress, keys) if is_training else None

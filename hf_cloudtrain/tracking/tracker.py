@@ -28,6 +28,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.upload_status import Uploads
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.tracking.records import StepRecords
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class StepTracker:
                     self._store_records()
                 if closed or now >= next_beat:
                     next_beat = now + self._interval
-                    self._catalog.write_progress(self._attempt, self.heartbeat())
+                    self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
             except CloudTrainError as error:
                 say = logger.debug if self._warned else logger.warning
                 say("The heartbeat could not be stored: %s", error)
@@ -256,7 +257,7 @@ class StepTracker:
             self._batch_data + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         )
         try:
-            self._catalog.write_steps(self._attempt, self._batch, data)
+            StepRecords(self._catalog.storage).write(self._attempt, self._batch, data)
         except CloudTrainError:
             with self._lock:  # kept for the next try
                 self._steps[:0] = steps

@@ -197,7 +197,7 @@ class Chaos:
     def _attempt(self, run: Run) -> bool:
         """Whether it got to the end of the training."""
         accepted = {entry.key for entry in Outbox(run.machine).entries()}
-        before = run.catalog.attempt_numbers()
+        before = run.catalog.attempts.numbers()
         state = run.folder / "state"
         state.unlink(missing_ok=True)
         aim = self._draw(run, accepted) if self.tally.kills < self._kills else None
@@ -261,7 +261,7 @@ class Chaos:
         keys = set(catalog.checkpoints())
         new = keys - run.seen
         tally.checkpoints += len(new)
-        attempts = catalog.attempts()
+        attempts = catalog.attempts.read_all()
         resumed_from = attempts[-1].resumed_from if attempts else None
         kept = sorted(keys)[-KEPT:][0] if keys else CheckpointKey(0, 0)
 

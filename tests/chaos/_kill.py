@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-Phases = Mapping[str, tuple[type, str]]
-"""Phases by name: the method that is one."""
+Phases = Mapping[str, tuple[Any, str]]
+"""Phases by name: the class or module, and the method or function of it."""
 STATE_BYTES = 128
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import s3fs  # noqa: F401 - paid for before the fork
 
-from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints import deletion, upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
 from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.checkpoints.retention import protected
 from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.runtime.provenance import origin
 from hf_cloudtrain.storage.client import Storage
@@ -31,7 +32,7 @@ PHASES: Phases = {
     "save": (Checkpointer, "save"),
     "upload": (Storage, "upload"),
     "commit": (EntrySender, "_commit"),
-    "delete": (Catalog, "retire"),
+    "delete": (deletion, "retire"),
     "end": (Checkpointer, "wait"),
 }
 STEPS, SAVE_STEPS, KEPT = 12, 2, 2
@@ -137,10 +138,10 @@ def rotate(output_dir: Path, at: int) -> None:
 
 def retire_old(catalog: Catalog) -> None:
     """The same on storage."""
-    protected = catalog.protected()
+    kept = protected(catalog)
     for key in catalog.checkpoints()[:-KEPT]:
-        if key not in protected:
-            catalog.retire(key)
+        if key not in kept:
+            deletion.retire(catalog, key)
 
 
 def difference(one: Path, other: Path) -> float:

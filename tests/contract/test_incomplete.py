@@ -111,8 +111,8 @@ def test_run_clean_gives_up_the_uploads_of_a_killed_attempt_and_of_whole_folders
 ) -> None:
     catalog = Catalog(storage)
     for attempt, step in ((1, 5), (1, 10), (2, 7)):
-        if attempt not in catalog.attempt_numbers():
-            catalog.begin_attempt(0.0, 0, None, {})
+        if attempt not in catalog.attempts.numbers():
+            catalog.attempts.begin(0.0, 0, None, {})
         key = CheckpointKey(attempt, step)
         folder = catalog.claim(key, f"nonce-{key}", exclusive=True)
         begin(place, f"{folder}/model", parts=1)

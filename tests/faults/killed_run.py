@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.storage import client
 from hf_cloudtrain.testing import CrashPoint
@@ -51,7 +52,7 @@ def run(folder: Path, at: int) -> None:
         machine.rotate(10)  # written again in place, the first would be noticed as changed: see law 5
         machine.save(10, salt="second", best=True)
         machine.wait()
-        machine.checkpointer.catalog.retire(CheckpointKey(1, 5))
+        retire(machine.checkpointer.catalog, CheckpointKey(1, 5))
         elsewhere = Machine(disk / "elsewhere", url)
         elsewhere.start()
         elsewhere.stop()

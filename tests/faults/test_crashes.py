@@ -82,7 +82,7 @@ def what_is_wrong(folder: Path, *, over: bool) -> str:
             return f"a partial folder is in sight: {partial}"
         if problem := what_goes_wrong_next(machines, saved[-1] if saved else 0):
             return problem
-        newest = machines.catalog.attempts()[-1]
+        newest = machines.catalog.attempts.read_all()[-1]
         Retention(machines.catalog, Policy(1), newest).run()
         half = [left.name for left in find(machines.catalog) if left.what == "deletion"]
         return f"half deleted for ever: {half}" if half else ""

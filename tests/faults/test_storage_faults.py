@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError, StoragePermissionError
 from hf_cloudtrain.storage import client
@@ -31,7 +32,7 @@ def whole_run(machines: Machines, accepted: list[int], timeout: float = DEADLINE
     machine.save(10, best=True)
     accepted.append(10)
     machine.checkpointer.wait(timeout)
-    machine.checkpointer.catalog.retire(CheckpointKey(1, 5))
+    retire(machine.checkpointer.catalog, CheckpointKey(1, 5))
     elsewhere = machines.new("elsewhere")
     assert elsewhere.start() == 10
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints import download, upload_queue
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime import threads
 from hf_cloudtrain.storage import client
@@ -53,7 +54,7 @@ def during_a_snapshot(machine: Machine, disk: Path) -> None:
     """Links need little, copies of small files need some. Training goes on, and its end says so."""
     machine.save(10)  # the folder is there ...
     machine.wait()
-    machine.checkpointer.catalog.retire(machine.checkpointer.last_saved)
+    retire(machine.checkpointer.catalog, machine.checkpointer.last_saved)
     machine.rotate(10)
     begun = machine.checkpointer.outbox.accept
 

@@ -43,6 +43,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.records import StepRecords
 
 torch.set_num_threads(1)  # sums in one order
 agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
@@ -399,8 +400,10 @@ def committed_step(run_url: str) -> int:
 def has_records(run_url: str) -> bool:
     """Whether the newest attempt has stored what it logged; only one that tracks steps ever does."""
     catalog = Catalog(Storage(run_url, env.storage_options(None)))
-    attempt = catalog.attempt_numbers()[-1]
-    return catalog.read_progress(attempt) is None or bool(catalog.read_steps().get(attempt))
+    attempt = catalog.attempts.numbers()[-1]
+    return catalog.attempts.read_progress(attempt) is None or bool(
+        StepRecords(catalog.storage).read().get(attempt)
+    )
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -281,7 +281,7 @@ def through_kills(
         "difference": difference(weights, resumed),
         "batches": [item[1:] for item in seen + rest],
         "uninterrupted": [item[1:] for item in whole],
-        "attempts": Catalog(Storage(str(run))).attempt_numbers(),
+        "attempts": Catalog(Storage(str(run))).attempts.numbers(),
         "position": _newest_position(run),
         "resumed_at": rest[0][0] - 1,
         "steps": loop.global_step,

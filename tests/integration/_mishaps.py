@@ -66,7 +66,7 @@ def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
 def zombie(at: int, run_url: str, **arguments: Any) -> Any:
     """Sleeps after a step until a newer attempt has begun."""
     catalog = Catalog(Storage(run_url))
-    callbacks = [CallAt(at, lambda: wait_until(lambda: catalog.overtaken_by(1) is not None))]
+    callbacks = [CallAt(at, lambda: wait_until(lambda: catalog.attempts.overtaken_by(1) is not None))]
     return train(run_url=run_url, callbacks=callbacks, **arguments)
 
 

@@ -131,7 +131,7 @@ def test_the_exit_file_and_the_heartbeat_say_that_it_was_preempted(lab: Lab) -> 
         "saved": "000001-0000000007",
         "committed": "000001-0000000007",
     }
-    progress = lab.catalog.read_progress(1)
+    progress = lab.catalog.attempts.read_progress(1)
     assert progress is not None
     assert (progress["state"], progress["step"]) == ("preempted", 7)
     lab.train("second", env=env)

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from tests.integration._lab import Lab, max_difference
@@ -91,7 +92,7 @@ def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) ->
     before = {str(size): shards.folder / f"loaded-{size}.safetensors" for size in (1, 2)}
     alone = finish(shards.start("alone", size=1, loaded=str(before["1"])))
     # A run of its own, from the same checkpoint.
-    shards.lab.catalog.retire(CheckpointKey(2, STEPS))
+    retire(shards.lab.catalog, CheckpointKey(2, STEPS))
     together = finish(shards.start("together", loaded=str(before["2"])))
 
     assert max_difference(shards.result("together"), shards.result("plain")) == 0.0
@@ -121,7 +122,10 @@ def test_two_torchruns_without_a_shared_disk_one_killed_both_started_anew_on_emp
     second = shards.agents("second")
     finish(second)
     assert max_difference(shards.result("second"), shards.result("plain")) == 0.0
-    assert [attempt.resumed_from for attempt in shards.lab.catalog.attempts()] == [None, CheckpointKey(1, 8)]
+    assert [attempt.resumed_from for attempt in shards.lab.catalog.attempts.read_all()] == [
+        None,
+        CheckpointKey(1, 8),
+    ]
     for step in (8, STEPS):
         files = {entry.path for entry in shards.lab.manifest(1 if step == 8 else 2, step).files}
         assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}

@@ -135,7 +135,7 @@ def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrup
     assert "Resuming from checkpoint-8 (attempt 1)" in log.read_text()
     assert max_difference(tmp_path / "second.safetensors", runs.result("plain")) == 0.0
     assert catalog.newest() == CheckpointKey(2, TOTAL)
-    assert [attempt.resumed_from for attempt in catalog.attempts()] == [None, CheckpointKey(1, 8)]
+    assert [attempt.resumed_from for attempt in catalog.attempts.read_all()] == [None, CheckpointKey(1, 8)]
     assert problems(catalog) == []
 
 
@@ -150,7 +150,7 @@ def test_a_script_that_loads_before_init_goes_on_where_its_platform_says(runs: R
     for rank in range(2):
         seen = runs.samples("first", rank, until=8) + runs.samples("second", rank)
         assert seen == runs.samples("plain", rank)
-    assert [attempt.global_step for attempt in runs.catalog.attempts()] == [0, 8]
+    assert [attempt.global_step for attempt in runs.catalog.attempts.read_all()] == [0, 8]
     alone = [json.loads(line) for line in (runs.folder / "plain.jsonl").read_text().splitlines()]
     of_rank_0 = [line["loss"] for line in alone if line["rank"] == 0]
     assert len(alone) == 2 * TOTAL, "both ranks share the file"
@@ -179,7 +179,7 @@ def test_law_7_one_rank_is_told_to_go_and_all_save_the_same_step_and_leave(runs:
     assert runs.lab.steps() == [4, 6]
     said = json.loads(exit_file.read_text())
     assert (said["outcome"], said["reason"]) == ("preempted", "SIGTERM")
-    progress = runs.catalog.read_progress(1)
+    progress = runs.catalog.attempts.read_progress(1)
     assert progress is not None
     assert progress["state"] == "preempted"
     runs.train("second", restore=True, env=env)
@@ -200,13 +200,13 @@ def test_ranks_that_never_make_a_process_group_are_one_attempt(runs: Runs) -> No
     first = runs.start("first", function="shards", total_steps=3)
     finish(first)
     assert [rank.value for rank in first] == [[0, None]] * 2
-    assert runs.catalog.attempt_numbers() == [1]
+    assert runs.catalog.attempts.numbers() == [1]
     manifest = runs.catalog.read(CheckpointKey(1, 3))
     assert {file.path for file in manifest.files} == {"shard-0", "shard-1"}
     second = runs.start("second", function="shards", total_steps=4)
     finish(second)
     assert [rank.value for rank in second] == [[3, f"shard-{rank} at step 3"] for rank in range(2)]
-    assert runs.catalog.attempt_numbers() == [1, 2]
+    assert runs.catalog.attempts.numbers() == [1, 2]
     assert runs.lab.problems() == []
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import max_difference, problems
 from tests.integration._torchrun import kill_family, torchrun
@@ -62,7 +63,7 @@ def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     assert metrics(tmp_path / "second") == metrics(tmp_path / "plain")
     assert {"eval_accuracy", "eval_f1", "eval_loss"} <= metrics(tmp_path / "plain").keys()
     assert problems(catalog) == []
-    assert len(catalog.folders()) == 1
+    assert len(NamedFolders(catalog).keys()) == 1
 
 
 def script(data: Path, machine: Path, *more: str) -> list[str]:

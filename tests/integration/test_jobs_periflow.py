@@ -71,7 +71,7 @@ def finishes_after_a_kill(desk: Desk, name: str, steps: int, tmp_path: Path) -> 
     desk.wait_until(lambda: not desk.processes())
 
     catalog = Catalog(Storage(record.run_url))
-    attempts = catalog.attempts()
+    attempts = catalog.attempts.read_all()
     assert len(attempts) == 2
     assert attempts[1].resumed_from is not None
     status = desk.status(name)

@@ -450,7 +450,7 @@ class TestResume:
         _, seen, loop = train(tmp_path / "run", tmp_path / "two", Rows(20))
         assert (seen, loop.global_step, loop.epoch) == ([], 10, 2)
         assert "The run is complete: 2 of 2 epochs" in caplog.text
-        assert Catalog(Storage(str(tmp_path / "run"))).attempt_numbers() == [1]
+        assert Catalog(Storage(str(tmp_path / "run"))).attempts.numbers() == [1]
 
     def test_a_complete_run_goes_on_when_it_gets_more_epochs(self, tmp_path: Path) -> None:
         whole, _, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), epochs=3)

@@ -64,7 +64,7 @@ def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_wi
     assert [(rank["step"], rank["schedule"]) for rank in last] == [(steps, size * steps)] * size
     assert lab.manifest(1, step).position.epoch == 1.5
     assert (lab.machine("last") / "best/model.safetensors").exists()
-    attempts = lab.catalog.attempts()
+    attempts = lab.catalog.attempts.read_all()
     assert [one.global_step for one in attempts] == [0, place, place + 1]
     assert str(attempts[1].resumed_from) == f"000001-{step:010d}"
     assert lab.problems() == []

@@ -43,11 +43,11 @@ def test_law_6_a_loop_that_is_overtaken_ends_and_stores_nothing_more(
     def overtake(loop: TrainLoop) -> None:
         if loop.global_step == 3 and loop._checkpointer.overtaken_by is None:
             loop._checkpointer.wait()
-            catalog.begin_attempt(0.0, 2, None, {"host": "elsewhere"})
+            catalog.attempts.begin(0.0, 2, None, {"host": "elsewhere"})
             wait_until(lambda: loop._checkpointer.overtaken_by, "the look")
 
     with pytest.raises(OvertakenError, match=r"attempt 2, which began on host 'elsewhere'"):
         _loops.train(tmp_path / "run", tmp_path / "out", _loops.Rows(20), inside=overtake)
     _loops.forget_accelerate()
     assert [key.step for key in catalog.checkpoints()] == [2]
-    assert catalog.read_progress(1)["state"] == "overtaken"
+    assert catalog.attempts.read_progress(1)["state"] == "overtaken"

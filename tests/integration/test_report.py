@@ -99,7 +99,7 @@ def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browse
 
 def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browser) -> None:
     catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
-    catalog.begin_attempt(BEGAN, 0, None, {})
+    catalog.attempts.begin(BEGAN, 0, None, {})
     path = report(tmp_path / "mnli", tmp_path / "report.html")
     page = browser.open(path, 390, dark=True)
     page.wait("document.querySelectorAll('.chart').length === 0 || " + DRAWN)

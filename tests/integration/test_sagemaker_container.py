@@ -194,7 +194,7 @@ def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
     codes = {host: container.wait(PATIENCE) for host, container in second.items()}
     assert codes == {"algo-1": 0, "algo-2": 0}, logs(second)
     assert catalog.newest() == CheckpointKey(3, TOTAL)
-    resumed_from = [attempt.resumed_from for attempt in catalog.attempts()]
+    resumed_from = [attempt.resumed_from for attempt in catalog.attempts.read_all()]
     assert resumed_from == [None, CheckpointKey(1, SAVED), CheckpointKey(2, HELD)]
     record = store.read(submission.id)
     assert (record.state, record.restarts) == ("finished", 1)

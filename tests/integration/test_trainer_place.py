@@ -65,7 +65,7 @@ def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(la
     assert [record["epoch"] for record in resumed["log"] if record["step"] > same_place] == epochs[
         same_place:
     ]
-    attempt = lab.catalog.attempts()[-1]
+    attempt = lab.catalog.attempts.read_all()[-1]
     assert (attempt.global_step, str(attempt.resumed_from)) == (same_place, f"000001-{step:010d}")
     assert lab.keys()[-1] == f"000002-{plain['step']:010d}"
     assert lab.problems() == []
@@ -109,7 +109,7 @@ def test_law_8_a_place_is_converted_once_however_often_it_is_restored(lab: Lab) 
     back = trained(lab, "first", ONE)
     assert back["restored"] == str(lab.machine("first") / "checkpoint-8")
     assert samples_of(lab, "first", 1) == samples_of_plain(lab, ONE)[32:]
-    assert [attempt.global_step for attempt in lab.catalog.attempts()] == [0, 4, 4, 8]
+    assert [attempt.global_step for attempt in lab.catalog.attempts.read_all()] == [0, 4, 4, 8]
 
 
 def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_counted_otherwise(lab: Lab) -> None:
@@ -186,7 +186,7 @@ class TestWhatCannotBeConvertedIsRefused:
     def test_law_8_other_data_or_another_order(self, lab: Lab, change: dict[str, Any], words: str) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8)
         assert words in failed(lab, "second", (1, {**ONE[1], **change}))
-        assert lab.catalog.attempt_numbers() == [1]
+        assert lab.catalog.attempts.numbers() == [1]
 
     def test_law_8_a_stream_of_which_trainer_knows_no_place(self, lab: Lab) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8, stream=True, max_steps=18)

@@ -35,7 +35,7 @@ def test_law_7_torchrun_killed_and_resumed_in_an_empty_folder_equals_uninterrupt
         seen = lab.batches("first", rank=rank, until=2) + lab.batches("second", rank=rank, after=2)
         assert seen == lab.batches("plain", rank=rank)
     assert {entry.path for entry in lab.manifest(1, 2).files} >= {"rng_state_0.pth", "rng_state_1.pth"}
-    assert lab.catalog.attempt_numbers() == [1, 2]
+    assert lab.catalog.attempts.numbers() == [1, 2]
     assert lab.problems() == []
 
 

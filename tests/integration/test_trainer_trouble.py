@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.tracking.history import read_history
 from tests.integration._lab import Lab
 from tests.proxy import Proxy, s3_error
@@ -33,7 +34,7 @@ class TestRefusedBeforeTheFirstStep:
         assert "RunHasCheckpointsError" in said
         assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in said
         assert FIRST_STEP not in said
-        assert lab.catalog.attempt_numbers() == [1]
+        assert lab.catalog.attempts.numbers() == [1]
         # Nothing is touched: the corrected script finds all as it was.
         assert (lab.machine("first") / "checkpoint-12" / "model.safetensors").is_file()
 
@@ -41,7 +42,7 @@ class TestRefusedBeforeTheFirstStep:
         said = lab.fails("first", "search", module=MISHAPS)
         assert "A hyperparameter search trains many runs, and a run URL names one" in said
         assert FIRST_STEP not in said
-        assert lab.catalog.attempt_numbers() == []
+        assert lab.catalog.attempts.numbers() == []
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -87,7 +88,7 @@ class TestCallbacks:
     def test_parts_make_one_attempt_and_resume(self, lab: Lab, parts: str) -> None:
         lab.killed("first", kill_at=6, committed=4, parts=parts)
         assert lab.train("second", parts=parts).value["restored"]
-        assert lab.catalog.attempt_numbers() == [1, 2]
+        assert lab.catalog.attempts.numbers() == [1, 2]
         assert lab.steps() == [4, 8, 12]
 
     def test_steps_alone_are_tracked_and_upload_nothing(self, lab: Lab) -> None:
@@ -112,7 +113,7 @@ class TestCallbacks:
     def test_a_final_model_is_committed_by_its_own_manifest_each_time_anew(self, lab: Lab) -> None:
         value = lab.train("first", "saves_model", module=MISHAPS, times=2).value
         assert value["urls"] == [f"{lab.run_url}/final", f"{lab.run_url}/final.2"]
-        manifest = lab.catalog.read_folder(lab.catalog.folders()[0])
+        manifest = NamedFolders(lab.catalog).read(NamedFolders(lab.catalog).keys()[0])
         assert {entry.path for entry in manifest.files} >= {"config.json", "model.safetensors"}
         assert lab.steps()[-1] == 12
 
@@ -161,12 +162,12 @@ class TestStartsAgain:
         value = lab.train("first", "notebook", module=MISHAPS, first=first, second=second).value
         assert value["first"] == "ZeroDivisionError('a bug of the user')"
         assert value["restored"] == str(lab.machine("second") / "checkpoint-4")
-        assert lab.catalog.attempt_numbers() == [1, 2]
+        assert lab.catalog.attempts.numbers() == [1, 2]
 
     @pytest.mark.parametrize("at", [1, 6])
     def test_auto_find_batch_size_makes_a_new_attempt(self, lab: Lab, at: int) -> None:
         lab.train("first", "out_of_memory", module=MISHAPS, at=at)
-        assert lab.catalog.attempt_numbers() == [1, 2]
+        assert lab.catalog.attempts.numbers() == [1, 2]
         newest = lab.catalog.newest()
         assert newest
         assert newest.attempt == 2

@@ -65,7 +65,7 @@ def test_a_script_that_does_not_save_what_it_draws_from_is_found_at_its_first_st
             f"{record['folder']}/interrupted/runs/{os.listdir(record['folder'] + '/interrupted/runs')[0]}"
         )
     )
-    assert kept.attempt_numbers() == [1, 2]
+    assert kept.attempts.numbers() == [1, 2]
 
 
 def test_a_script_that_is_not_seeded_is_found_before_its_kill(project: Path) -> None:

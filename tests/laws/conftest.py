@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints import catalog as catalog_module
+from hf_cloudtrain.checkpoints import attempts as attempts_module
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.storage import client
 from tests.faults.runs import Machines
@@ -17,7 +17,7 @@ from tests.faults.runs import Machines
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "RETRY_PAUSES", (0.0,) * len(client.RETRY_PAUSES))
     monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
-    monkeypatch.setattr(catalog_module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture

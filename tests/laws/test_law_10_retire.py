@@ -10,8 +10,9 @@ import pytest
 
 from hf_cloudtrain.checkpoints import checkpointer
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.retention import Policy, Retention
+from hf_cloudtrain.checkpoints.retention import Policy, Retention, pin, protected, unpin
 from hf_cloudtrain.errors import NoCheckpointError, OvertakenError, StorageError
 from tests.faults.runs import DEADLINE, Machine, Machines, bytes_of, contents, wait_until
 
@@ -31,7 +32,7 @@ def machine(machines: Machines) -> Machine:
 
 def test_law_10_the_manifest_goes_before_any_data(machines: Machines, machine: Machine) -> None:
     machines.storage.calls.clear()
-    machines.catalog.retire(OLD)
+    retire(machines.catalog, OLD)
     deleted = [call.path for call in machines.storage.calls if call.kind == "delete"]
     assert deleted[0] == ".cloudtrain/checkpoints/000001-0000000005.json"
     assert deleted[-1] == ".cloudtrain/retiring/000001-0000000005.json", "until then it can be finished"
@@ -52,7 +53,7 @@ def test_law_10_a_retirement_that_breaks_off_leaves_no_half_checkpoint(
     machines.storage.calls.clear()
     machines.storage.fail("delete", StorageError("broken off"), call=call, times=100)
     try:
-        machines.catalog.retire(OLD)
+        retire(machines.catalog, OLD)
     except StorageError:
         broken = True
     else:
@@ -70,7 +71,7 @@ def test_law_10_what_a_broken_retirement_left_is_never_written_into_by_another_a
 ) -> None:
     machines.storage.fail("delete", StorageError("broken off"), path="checkpoint-5/*", times=100)
     with pytest.raises(StorageError):
-        machines.catalog.retire(OLD)
+        retire(machines.catalog, OLD)
     machines.storage.heal()
 
     second = machines.new("second", fresh=True)
@@ -91,7 +92,7 @@ def test_law_10_the_newest_the_best_and_the_one_resumed_from_are_protected_with_
     assert resumed.start() == 20
     resumed.save(25)
     resumed.wait()
-    assert machines.catalog.protected() == {
+    assert protected(machines.catalog) == {
         CheckpointKey(1, 15): "it is the best one",
         CheckpointKey(2, 25): "it is the newest one",
     }
@@ -103,7 +104,7 @@ def test_law_10_the_one_resumed_from_is_protected_until_a_newer_is_committed(
     """The newer attempt has saved nothing yet: without what it began from, its work so far is lost."""
     resumed = machines.new("resumed")
     resumed.checkpointer.begin(5)
-    assert machines.catalog.protected() == {
+    assert protected(machines.catalog) == {
         OLD: "attempt 2 resumed from it",
         NEW: "it is the newest one",
     }
@@ -111,32 +112,32 @@ def test_law_10_the_one_resumed_from_is_protected_until_a_newer_is_committed(
     late = CheckpointKey(1, 15)
     changes = {"key": str(late), "step": 15, "folder": "checkpoint-15", "nonce": "late"}
     machines.catalog.commit(replace(machines.catalog.read(NEW), **changes))
-    assert machines.catalog.protected() == {
+    assert protected(machines.catalog) == {
         OLD: "attempt 2 resumed from it",
         late: "it is the newest one",
     }
     resumed.save(6)
     resumed.checkpointer.wait()
-    assert machines.catalog.protected() == {CheckpointKey(2, 6): "it is the newest one"}
+    assert protected(machines.catalog) == {CheckpointKey(2, 6): "it is the newest one"}
 
 
 def test_law_10_a_pinned_one_is_protected_until_it_is_unpinned(machines: Machines, machine: Machine) -> None:
-    machines.catalog.pin(OLD)
-    assert machines.catalog.protected()[OLD] == "it is pinned"
-    machines.catalog.unpin(OLD)
-    assert list(machines.catalog.protected()) == [NEW]
+    pin(machines.catalog, OLD)
+    assert protected(machines.catalog)[OLD] == "it is pinned"
+    unpin(machines.catalog, OLD)
+    assert list(protected(machines.catalog)) == [NEW]
 
 
 def test_law_10_a_checkpoint_that_is_gone_cannot_be_retired_twice(
     machines: Machines, machine: Machine
 ) -> None:
-    machines.catalog.retire(OLD)
+    retire(machines.catalog, OLD)
     with pytest.raises(NoCheckpointError, match="000001-0000000005"):
-        machines.catalog.retire(OLD)
+        retire(machines.catalog, OLD)
 
 
 def test_law_10_a_step_that_was_retired_can_be_saved_again(machines: Machines, machine: Machine) -> None:
-    machines.catalog.retire(OLD)
+    retire(machines.catalog, OLD)
     again = machines.new("again", fresh=True)
     again.start()
     again.save(5, salt="again")
@@ -168,7 +169,7 @@ def test_law_10_a_training_with_a_limit_keeps_the_newest_the_best_the_pinned_and
         machine.wait()
         settled(machine)
         if step == 15:
-            machines.catalog.pin(CheckpointKey(1, 15))
+            pin(machines.catalog, CheckpointKey(1, 15))
     assert machines.committed() == [(1, 10), (1, 15), (1, 20), (1, 30), (1, 35)]
     assert not (machines.run / "checkpoint-5").exists()
 
@@ -221,7 +222,7 @@ def test_law_10_the_end_of_training_gives_the_last_deletes_a_moment(machines: Ma
     opening = threading.Timer(0.3, machines.gate.set)
     opening.start()
     machine.checkpointer.finish()
-    assert machines.catalog.retiring() == []
+    assert retiring(machines.catalog) == []
     assert machines.committed() == [(1, 10)]
     opening.join()
 
@@ -246,12 +247,12 @@ def test_law_10_deleting_stops_while_there_is_something_to_upload(machines: Mach
     assert upload_queue is not None
     wait_until(lambda: not upload_queue._retiring, "the pass is over")
     assert machines.storage.count("delete", "*/checkpoints/*") == 1
-    assert machines.catalog.retiring() == [CheckpointKey(1, 5)], "cut off in the middle"
+    assert retiring(machines.catalog) == [CheckpointKey(1, 5)], "cut off in the middle"
     machines.gate.set()
     machine.wait()
     settled(machine)
     assert machines.committed() == [(2, 25)]
-    assert machines.catalog.retiring() == []
+    assert retiring(machines.catalog) == []
 
 
 def test_law_10_a_new_checkpoint_does_not_wait_for_a_delete_that_hangs(machines: Machines) -> None:
@@ -317,7 +318,7 @@ def test_law_10_a_retirement_killed_at_any_request_is_finished_by_the_next_pass(
             for step in (5, 10):
                 machine.save(step)
                 machine.wait()
-            first = machines.catalog.attempt(1)
+            first = machines.catalog.attempts.read(1)
             machines.storage.fail("any", StorageError("killed"), call=number, times=10_000)
             Retention(Catalog(machines.storage), Policy(1), first).run()
             over = machines.storage.count() and not machines.storage._faults[0].seen >= number
@@ -326,7 +327,7 @@ def test_law_10_a_retirement_killed_at_any_request_is_finished_by_the_next_pass(
             Retention(machines.catalog, Policy(1), first).run()
             assert machines.committed() == [(1, 10)]
             assert not (machines.run / "checkpoint-5").exists(), number
-            assert machines.catalog.retiring() == []
+            assert retiring(machines.catalog) == []
             if over:
                 break
     assert number > 10, "the sweep saw the whole pass"

@@ -244,7 +244,7 @@ def test_law_11_names_on_storage_that_are_no_records_are_passed_over(machines: M
         machines.storage.write(f".cloudtrain/checkpoints/{name}", b"{}")
         machines.storage.write(f".cloudtrain/attempts/{name}", b"{}")
     assert machines.committed() == [(1, 5)]
-    assert machines.catalog.attempt_numbers() == [1]
+    assert machines.catalog.attempts.numbers() == [1]
     assert machines.restored("elsewhere") == bytes_of(5)
 
 

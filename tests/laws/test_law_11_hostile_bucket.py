@@ -28,11 +28,13 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download, file_digest, move_aside, verify
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position, checkpoint_key
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.tracking.history import read_history
+from hf_cloudtrain.tracking.records import StepRecords
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("LAW_11_EXAMPLES", "25"))
@@ -143,12 +145,14 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "loss": 0.5,
         "step_seconds": 0.1,
     }
-    checkpointer.catalog.write_progress(1, beat)
+    checkpointer.catalog.attempts.write_progress(1, beat)
     lines = [
         {"kind": "steps", "first": 1, "seconds": [0.1] * 10, "samples": 8, "time": 1e9},
         {"kind": "log", "step": 10, "time": 1e9, "loss": 0.5},
     ]
-    checkpointer.catalog.write_steps(1, 1, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    StepRecords(checkpointer.catalog.storage).write(
+        1, 1, "".join(json.dumps(line) + "\n" for line in lines).encode()
+    )
     checkpointer.close()
     return folder / "run"
 
@@ -447,7 +451,7 @@ def test_law_11_a_name_that_only_looks_like_an_attempt_is_none(
 ) -> None:
     shutil.copytree(honest, sandbox / "run")
     (sandbox / "run" / META / "attempts" / f"{name}.json").write_bytes(b"{}")
-    assert Catalog(Storage(f"file://{sandbox}/run")).attempt_numbers() == [1]
+    assert Catalog(Storage(f"file://{sandbox}/run")).attempts.numbers() == [1]
 
 
 def test_law_11_after_the_last_possible_attempt_comes_an_error_that_names_the_record(
@@ -456,7 +460,8 @@ def test_law_11_after_the_last_possible_attempt_comes_an_error_that_names_the_re
     shutil.copytree(honest, sandbox / "run")
     (sandbox / "run" / META / "attempts/999999999.json").write_bytes(b"{}")
     with pytest.raises(
-        ManifestError, match=r"999999999, which no training has made. Delete '.cloudtrain/attempts/999999999"
+        ManifestError,
+        match=r"999999999, which no training can have made. Delete '.cloudtrain/attempts/999999999",
     ):
         Checkpointer(f"file://{sandbox}/run", sandbox / "out", fresh=True).begin(0)
 
@@ -467,7 +472,7 @@ def test_law_11_a_folder_of_a_name_that_nobody_could_give_is_none(
 ) -> None:
     shutil.copytree(honest, sandbox / "run")
     (sandbox / "run" / META / f"folders/{name}-000001.json").write_bytes(b"{}")
-    assert Catalog(Storage(f"file://{sandbox}/run")).folders() == ["final-000001"]
+    assert NamedFolders(Catalog(Storage(f"file://{sandbox}/run"))).keys() == ["final-000001"]
 
 
 @pytest.mark.parametrize(

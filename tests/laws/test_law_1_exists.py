@@ -153,7 +153,7 @@ def test_law_1_an_upload_that_was_cut_off_goes_on_in_its_own_folder(machines: Ma
 
 def test_law_1_ranks_of_one_start_take_one_attempt_and_starts_at_once_take_two(machines: Machines) -> None:
     first, second = machines.new("first").checkpointer, machines.new("second").checkpointer
-    numbers = first.catalog.attempt_numbers
+    numbers = first.catalog.attempts.numbers
 
     def and_another_was_faster() -> list[int]:
         found = numbers()
@@ -161,7 +161,7 @@ def test_law_1_ranks_of_one_start_take_one_attempt_and_starts_at_once_take_two(m
             second.begin(0)
         return found
 
-    first.catalog.attempt_numbers = and_another_was_faster
+    first.catalog.attempts.numbers = and_another_was_faster
     assert first.begin(0).number == 2
     assert second.attempt.number == 1
 

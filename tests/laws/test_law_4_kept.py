@@ -50,7 +50,6 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.faults.runs import Machines
-from hf_cloudtrain import storage
 
 with Machines(Path(sys.argv[1])) as machines:
     machine = machines.new("killed")

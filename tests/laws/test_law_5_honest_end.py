@@ -165,12 +165,13 @@ def test_law_5_a_second_save_of_a_step_after_its_commit_is_no_new_checkpoint(mac
 ENDS_EARLY = """
 import contextlib, os, signal, sys
 from pathlib import Path
-from hf_cloudtrain import storage
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.storage import client
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import Machine
 
 folder, end, down = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "down"
-storage.RETRY_PAUSES = (0.5,)  # only who waits for the upload lives to see its second try
+client.RETRY_PAUSES = (0.5,)  # only a process that waits for the upload sees its second try
 cloud = FaultyStorage(f"file://{folder}/run")
 contextlib.ExitStack().enter_context(keep := cloud.everywhere())
 machine = Machine(folder / "out", cloud.url)
@@ -178,7 +179,7 @@ machine.start()
 cloud.fail("upload", path="*/model.safetensors", times=1_000 if down else 1)
 machine.save(5)
 if end == "waited and went on":
-    with contextlib.suppress(storage.CloudTrainError):
+    with contextlib.suppress(CloudTrainError):
         machine.checkpointer.wait(0.01)
     machine.save(6)
     raise RuntimeError("the script broke later")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints import catalog as catalog_module
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints import attempts as attempts_module
+from hf_cloudtrain.checkpoints.attempts import Attempt, Attempts
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import verify
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.runtime.ranks import Ranks
@@ -100,27 +102,27 @@ class TestTwoLiveAttempts:
     def test_law_6_of_starts_at_once_exactly_one_goes_on(
         self, place: Place, no_pauses: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(catalog_module, "SETTLE_SECONDS", 0.5)
+        monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.5)
         together = threading.Barrier(3)
         before = Catalog(place.open())
         before.storage.check()
-        before.begin_attempt(0.0, 0, None, {})  # rclone may hang where several make one folder at once
+        before.attempts.begin(0.0, 0, None, {})  # rclone may hang where several make one folder at once
 
         def start(number: int) -> Attempt:
             catalog = Catalog(place.open())
             catalog.storage.exclusive = before.storage.exclusive
             together.wait(DEADLINE)
-            return catalog.begin_attempt(0.0, 0, None, {})
+            return catalog.attempts.begin(0.0, 0, None, {})
 
         with ThreadPoolExecutor(3) as pool:
             attempts = list(pool.map(start, range(3)))
         catalog = Catalog(place.open())
         left = [attempt for attempt in attempts if Ownership(catalog, attempt).look() is None]
-        assert [attempt.number for attempt in left] == [max(catalog.attempt_numbers())]
+        assert [attempt.number for attempt in left] == [max(catalog.attempts.numbers())]
         if (
             place.exclusive
         ):  # elsewhere a start that is held up for longer than the others settle shares its number
-            assert catalog.attempt_numbers() == [1, 2, 3, 4]
+            assert catalog.attempts.numbers() == [1, 2, 3, 4]
 
 
 class TestTheOvertakenOne:
@@ -294,7 +296,7 @@ class TestTheOvertakenOne:
         machines.new("new").start()
         with pytest.raises(OvertakenError):
             old.checkpointer.save_folder(folder, "final")
-        assert machines.catalog.folders() == []
+        assert NamedFolders(machines.catalog).keys() == []
         assert old.waiting() == [], "and a flush finds none"
 
     def test_law_6_moves_no_local_folder_that_a_newer_one_may_have_saved(
@@ -302,16 +304,16 @@ class TestTheOvertakenOne:
     ) -> None:
         """On a disk that both see, it wakes between taking its number and tidying up."""
         slow = machines.new("shared")
-        begin_attempt = Catalog.begin_attempt
+        begin = Attempts.begin
 
-        def and_sleeps(self: Catalog, *arguments: object) -> Attempt:
-            taken = begin_attempt(self, *arguments)
+        def and_sleeps(self: Attempts, *arguments: object) -> Attempt:
+            taken = begin(self, *arguments)
             monkeypatch.undo()
-            machines.catalog.begin_attempt(0.0, 0, None, {})
+            machines.catalog.attempts.begin(0.0, 0, None, {})
             write_checkpoint(slow.output_dir, 7)
             return taken
 
-        monkeypatch.setattr(Catalog, "begin_attempt", and_sleeps)
+        monkeypatch.setattr(Attempts, "begin", and_sleeps)
         with pytest.raises(OvertakenError):
             slow.start()
         assert contents(slow.output_dir / "checkpoint-7") == bytes_of(7)
@@ -324,7 +326,7 @@ class TestTheOvertakenOne:
             checkpointer.begin(0)
             checkpointer.check_not_overtaken()
             if checkpointer.ranks.is_main:
-                machines.catalog.begin_attempt(0.0, 0, None, {"host": "elsewhere"})
+                machines.catalog.attempts.begin(0.0, 0, None, {"host": "elsewhere"})
                 checkpointer._ownership.look()
             checkpointer.check_not_overtaken()
 
@@ -348,7 +350,7 @@ class TestTheOvertakenOne:
             checkpointer.save(folder, Position(global_step=5))
             wait_until(lambda: machines.storage.count("upload", "*/of-rank-1"), "the upload")
             if ranks.is_main:
-                machines.catalog.begin_attempt(0.0, 0, None, {})
+                machines.catalog.attempts.begin(0.0, 0, None, {})
                 wait_until(lambda: checkpointer.overtaken_by, "the look")
             ranks.barrier()
             with pytest.raises(OvertakenError):
@@ -476,8 +478,8 @@ class TestWithoutExclusiveCreate:
         starting.start()
         wait_until(lambda: machines.storage.count("write", "*/attempts/*"), "it saw number 1 free")
         # The second one writes the same number, and settles; only then the first one's write arrives.
-        monkeypatch.setattr(catalog_module, "SETTLE_SECONDS", 0.0)
-        sleep = catalog_module.time.sleep
+        monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
+        sleep = attempts_module.time.sleep
 
         def settle(seconds: float) -> None:
             if seconds == 0.0 and not seen_free.is_set():
@@ -486,14 +488,14 @@ class TestWithoutExclusiveCreate:
             else:
                 sleep(seconds)
 
-        monkeypatch.setattr(catalog_module.time, "sleep", settle)
+        monkeypatch.setattr(attempts_module.time, "sleep", settle)
         second.start()
         seen_free.set()  # where nobody settles
         starting.join(DEADLINE)
         monkeypatch.undo()
         numbers = (first.checkpointer.attempt.number, second.checkpointer.attempt.number)
         assert numbers == (1, 2)
-        assert machines.catalog.attempt_numbers() == [1, 2]
+        assert machines.catalog.attempts.numbers() == [1, 2]
 
     def test_law_6_a_number_that_another_one_is_just_writing_is_not_ours(self, machines: Machines) -> None:
         """`rclone serve s3` says then that there is no such object."""

@@ -54,7 +54,7 @@ def test_law_9_beyond_the_padding_the_newest_is_still_the_highest_attempt(machin
         machines.storage.write(f".cloudtrain/attempts/{number:06d}.json", b"{}")
         machines.storage.write(f".cloudtrain/checkpoints/{number:06d}-0000000005.json", b"{}")
     assert machines.catalog.newest() == CheckpointKey(1_000_000, 5)
-    assert machines.catalog.attempt_numbers() == [999_999, 1_000_000]
+    assert machines.catalog.attempts.numbers() == [999_999, 1_000_000]
 
 
 def test_law_9_a_start_at_step_0_on_a_run_with_checkpoints_is_stopped(machines: Machines) -> None:
@@ -66,7 +66,7 @@ def test_law_9_a_start_at_step_0_on_a_run_with_checkpoints_is_stopped(machines: 
         machines.new("forgetful").checkpointer.begin(0)
     assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in str(told.value)
     assert "fresh=True" in str(told.value)
-    assert machines.catalog.attempt_numbers() == [1], "it is stopped before it takes a number"
+    assert machines.catalog.attempts.numbers() == [1], "it is stopped before it takes a number"
 
 
 def test_law_9_a_fresh_start_ranks_above_all_that_was(machines: Machines) -> None:

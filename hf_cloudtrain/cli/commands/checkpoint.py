@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_cloudtrain.checkpoints.catalog import Catalog, check_run_exists
+from hf_cloudtrain.checkpoints import retention
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import Manifest, folder_name, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.cli.arguments import (
     BY_NAME,
@@ -59,9 +62,9 @@ def list_(run_url: RunUrl, as_json: Json = False) -> None:
     """List the checkpoints of a run. The newest is the last; folders saved by name come after them."""
     catalog = open_catalog(run_url)
     standing = Standing.of(catalog)
-    names = catalog.folders()
+    names = NamedFolders(catalog).keys()
     if not standing.keys and not names:
-        check_run_exists(catalog)
+        catalog.attempts.check_any()
         say(f"The run {catalog.storage.url!r} has no checkpoint yet.")
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = [
@@ -225,7 +228,7 @@ def delete(
     if losses:
         say(f"Warning: {' '.join(losses)}")
     confirm(f"Delete {what} from {catalog.storage.url!r}?", yes)
-    catalog.retire(key)
+    retire(catalog, key)
     say(f"Deleted {what}.")
     if as_json:
         print_json({"run_url": catalog.storage.url, **found.record(), "losses": losses})
@@ -248,7 +251,7 @@ def pin(
     found = _of_a_checkpoint(find(catalog, checkpoint), "is pinned")
     key = found.checkpoint_key
     assert key is not None
-    (catalog.unpin if unpin else catalog.pin)(key)
+    (retention.unpin if unpin else retention.pin)(catalog, key)
     say(f"{found.title} (attempt {key.attempt}) is {'not pinned any more' if unpin else 'pinned'}.")
     if as_json:
         print_json({"run_url": catalog.storage.url, **found.record(), "pinned": not unpin})
@@ -281,7 +284,7 @@ def prune(
     from hf_cloudtrain.cli import prune as cli_prune
 
     catalog = open_catalog(run_url)
-    check_run_exists(catalog)
+    catalog.attempts.check_any()
     plan = cli_prune.plan(catalog, Policy(keep_last, keep_every))
     if not as_json:
         plan.show()
@@ -355,7 +358,7 @@ def _to_verify(catalog: Catalog, checkpoint: str | None, every: bool) -> Iterato
         manifest = find(catalog, checkpoint)
         yield Found(manifest.key, manifest)
         return
-    keys: list[CheckpointKey | str] = [*catalog.checkpoints(), *catalog.folders()] if every else []
+    keys: list[CheckpointKey | str] = [*catalog.checkpoints(), *NamedFolders(catalog).keys()] if every else []
     for key in keys or [newest(catalog)]:
         found = look_at(catalog, key)
         if found is not None:

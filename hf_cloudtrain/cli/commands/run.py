@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.catalog import Catalog, check_run_exists, run_urls
+from hf_cloudtrain.checkpoints.attempts import run_urls
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli.arguments import Json, RunUrl, examples, open_catalog
 from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts, show_table
 from hf_cloudtrain.errors import CloudTrainError, ManifestError
@@ -48,7 +49,7 @@ def list_(
     names = run_urls(storage)
     if not names:
         say(f"There is no run below {storage.url!r}.")
-        if Catalog(storage).attempt_numbers():
+        if Catalog(storage).attempts.numbers():
             say(f"It is a run itself: `cloudtrain run status {storage.url}` shows it.")
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
         records = list(pool.map(lambda name: _run_record(_Below(storage, name), name), names))
@@ -70,7 +71,7 @@ def status(run_url: RunUrl, as_json: Json = False) -> None:
     catalog = open_catalog(run_url)
     history = history_of(catalog)
     if not history.attempts:
-        check_run_exists(catalog)
+        catalog.attempts.check_any()
         raise ManifestError(f"No record of an attempt of {catalog.storage.url!r} can be read.")
     record = {**_status_record(history), "stalled": run_state(catalog).stalled}
     if as_json:
@@ -176,7 +177,7 @@ def clean(
     from hf_cloudtrain.cli import clean as cli_clean
 
     catalog = open_catalog(run_url)
-    check_run_exists(catalog)
+    catalog.attempts.check_any()
     left_over = cli_clean.clean(catalog, dry_run=dry_run, yes=yes, quiet=as_json)
     if as_json:
         print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": left_over})
@@ -222,7 +223,7 @@ def run_facts(catalog: Catalog) -> dict[str, Any]:
         now.total_steps,
         now.checkpoints,
         now.last_committed,
-        number((catalog.run_facts() or {}).get("created")),
+        number((catalog.attempts.run_facts() or {}).get("created")),
         now.last_seen,
     )
     return dict(zip(_RUN_FACTS, values, strict=True))

@@ -151,7 +151,7 @@ def step_to_kill_after(seen: dict[CheckpointKey, Manifest]) -> int:
 
 
 def _resumed_from(catalog: Catalog) -> CheckpointKey:
-    attempt = catalog.attempts(last=1)[-1]
+    attempt = catalog.attempts.read_all(last=1)[-1]
     if attempt.resumed_from is None:
         raise ScriptError(
             f"The script was started again and did not resume: it began at step {attempt.global_step}. Have it restore, "

@@ -20,7 +20,8 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import rehearsal
-from hf_cloudtrain.checkpoints.catalog import Catalog, run_urls
+from hf_cloudtrain.checkpoints.attempts import run_urls
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
 from hf_cloudtrain.storage.client import Storage
@@ -168,15 +169,15 @@ class Trial:
                     self.seen[key] = catalog.read(key)
         except (ScriptError, NoCheckpointError):
             return  # not yet, or not any more
-        numbers = catalog.attempt_numbers()
-        self._told((catalog.read_progress(numbers[-1]) if numbers else None) or {})
+        numbers = catalog.attempts.numbers()
+        self._told((catalog.attempts.read_progress(numbers[-1]) if numbers else None) or {})
 
     def _wait_for_records(self, step: int) -> None:
         """What was logged before the kill shows whether the script repeats itself; not every script logs."""
         deadline = time.monotonic() + RECORDS
         while time.monotonic() < deadline:
             catalog = self.catalog
-            progress = catalog.read_progress(catalog.attempt_numbers()[-1]) or {}
+            progress = catalog.attempts.read_progress(catalog.attempts.numbers()[-1]) or {}
             if progress.get("step", -1) >= step:
                 return
             time.sleep(POLL)

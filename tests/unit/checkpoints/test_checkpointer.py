@@ -80,7 +80,7 @@ def test_all_ranks_are_one_attempt_and_one_of_them_uploads(
         ),
     )
     assert answers == [(None, 1, True), (None, 1, False), (None, 1, False)]
-    assert machines.catalog.attempt_numbers() == [1]
+    assert machines.catalog.attempts.numbers() == [1]
     assert machines.committed() == [(1, 5)]
     files = {file.path for file in machines.catalog.read(CheckpointKey(1, 5)).files}
     assert files == {*bytes_of(5), "rng_0.pth", "rng_1.pth", "rng_2.pth"}
@@ -409,7 +409,7 @@ def test_metrics_that_json_does_not_know_end_no_training(machines: Machines) -> 
 
 def test_the_attempts_record_names_what_ran_where(machines: Machines) -> None:
     machines.new().start()
-    [attempt] = machines.catalog.attempts()
+    [attempt] = machines.catalog.attempts.read_all()
     assert {"host", "pid", "command", "python"} <= set(attempt.facts)
     assert attempt.started > 0
 

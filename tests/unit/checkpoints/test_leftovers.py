@@ -11,9 +11,11 @@ import pytest
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import leftovers
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire, retiring
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.leftovers import LeftOver, Watch, find, remove
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
@@ -36,11 +38,11 @@ def storage(tmp_path: Path, no_pauses: None) -> FaultyStorage:
 def catalog(storage: FaultyStorage) -> Catalog:
     """Two attempts: the first has committed step 5, the second began there, and its heart beats."""
     catalog = Catalog(storage)
-    catalog.begin_attempt(0.0, 0, None, {})
+    catalog.attempts.begin(0.0, 0, None, {})
     save(catalog, CheckpointKey(1, 5))
-    catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
+    catalog.attempts.begin(0.0, 5, CheckpointKey(1, 5), {})
     for number in (1, 2):
-        catalog.write_progress(number, {"time": 1.0})
+        catalog.attempts.write_progress(number, {"time": 1.0})
     return catalog
 
 
@@ -77,10 +79,10 @@ class TestFind:
         save(catalog, CheckpointKey(2, 5))
         save(catalog, CheckpointKey(2, 10))
         catalog.claim(CheckpointKey(2, 15), "nonce", exclusive=True)
-        catalog.begin_folder("claimed-only", "nonce", 2)
-        key, folder = catalog.begin_folder("final", "nonce", 2)
+        NamedFolders(catalog).begin("claimed-only", "nonce", 2)
+        key, folder = NamedFolders(catalog).begin("final", "nonce", 2)
         catalog.storage.write(f"{folder}/model", b"x")
-        catalog.commit_folder(Manifest(key, folder, 2, 10, "nonce", (FILE,), Position(10)))
+        NamedFolders(catalog).commit(Manifest(key, folder, 2, 10, "nonce", (FILE,), Position(10)))
         assert find(catalog) == []
 
     def test_an_upload_that_was_cut_off_is_its_attempts(self, catalog: Catalog) -> None:
@@ -158,7 +160,7 @@ class TestFind:
 
     def test_a_named_folder_without_a_manifest_is_one(self, catalog: Catalog) -> None:
         for nonce, attempt in (("nonce-1", 1), ("nonce-2", 0)):
-            _, folder = catalog.begin_folder("final", nonce, attempt)
+            _, folder = NamedFolders(catalog).begin("final", nonce, attempt)
             catalog.storage.write(f"{folder}/model", b"x")
         assert [(left.name, left.attempt, left.free) for left in find(catalog)] == [
             ("final", 1, False),
@@ -187,13 +189,13 @@ class TestFind:
         storage.fail("delete", StorageError("cut off"), path="checkpoint-7.a2/*", times=9)
         storage.fail("delete", StorageError("cut off"), path="checkpoint-7/*", times=9)
         with pytest.raises(StorageError):
-            catalog.retire(CheckpointKey(2, 7))
+            retire(catalog, CheckpointKey(2, 7))
         storage.heal()
         (left,) = find(catalog)
         assert (left.what, left.name, left.free) == ("deletion", "checkpoint-7", True)
         assert remove(catalog, left)
         assert find(catalog) == []
-        assert catalog.retiring() == []
+        assert retiring(catalog) == []
 
     def test_a_deletion_that_only_lacks_its_end_is_found_too(self, catalog: Catalog) -> None:
         manifest = catalog.read(CheckpointKey(1, 5))
@@ -285,12 +287,12 @@ class TestWatch:
     def test_an_attempt_whose_heart_beats_keeps_its_uploads(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
-        reasons = watched(catalog, find(catalog), lambda: catalog.write_progress(2, {"time": 0.5}))
+        reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 0.5}))
         assert reasons == {"checkpoint-10": "attempt 2 is alive", ".cloudtrain/probe-0123456789abcdef": None}
 
     def test_the_newest_attempt_may_be_sending_what_one_before_has_saved(self, catalog: Catalog) -> None:
         cut_off(catalog, 1, 10)
-        reasons = watched(catalog, find(catalog), lambda: catalog.write_progress(2, {"time": 2.0}))
+        reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 2.0}))
         assert reasons == {"checkpoint-10": "attempt 2 is alive"}
 
     def test_an_upload_that_grows_is_somebodys(self, catalog: Catalog) -> None:
@@ -301,7 +303,7 @@ class TestWatch:
 
     def test_an_attempt_that_begins_meanwhile_may_own_everything(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
-        reasons = watched(catalog, find(catalog), lambda: catalog.begin_attempt(0.0, 5, None, {}))
+        reasons = watched(catalog, find(catalog), lambda: catalog.attempts.begin(0.0, 5, None, {}))
         assert reasons == {"checkpoint-10": "a new attempt has begun"}
 
     def test_what_was_committed_meanwhile_is_not_named_any_more(self, catalog: Catalog) -> None:
@@ -309,7 +311,7 @@ class TestWatch:
         assert watched(catalog, find(catalog), lambda: save(catalog, CheckpointKey(2, 10))) == {}
 
     def test_without_a_heartbeat_nobody_knows(self, catalog: Catalog) -> None:
-        catalog.begin_attempt(0.0, 5, None, {})
+        catalog.attempts.begin(0.0, 5, None, {})
         cut_off(catalog, 2, 10)
         (reason,) = watched(catalog, find(catalog)).values()
         assert reason is not None
@@ -324,7 +326,7 @@ class TestWatch:
         (reason,) = watched(catalog, find(catalog)).values()
         assert reason is not None
         assert "cloudtrain checkpoint flush" in reason
-        catalog.begin_attempt(0.0, 5, None, {})
+        catalog.attempts.begin(0.0, 5, None, {})
         save(catalog, CheckpointKey(3, 7))
         assert [left.free for left in find(catalog)] == [True]
 
@@ -339,9 +341,9 @@ class TestWatch:
     ) -> None:
         cut_off(catalog, 2, 10)
         assert Watch(catalog, find(catalog)).seconds == leftovers.WATCH_SECONDS == 60
-        catalog.write_progress(2, {"time": 1.0, "interval_seconds": 100.0})
+        catalog.attempts.write_progress(2, {"time": 1.0, "interval_seconds": 100.0})
         assert Watch(catalog, find(catalog)).seconds == 400
-        catalog.write_progress(2, {"time": 1.0, "interval_seconds": "soon"})
+        catalog.attempts.write_progress(2, {"time": 1.0, "interval_seconds": "soon"})
         monkeypatch.setenv(env.HEARTBEAT, "30")
         assert Watch(catalog, find(catalog)).seconds == 120
 
@@ -351,7 +353,7 @@ class TestWatch:
 
         def pause(seconds: float) -> None:
             pauses.append(seconds)
-            catalog.write_progress(2, {"time": 2.0})
+            catalog.attempts.write_progress(2, {"time": 2.0})
 
         assert list(Watch(catalog, find(catalog)).wait(pause)) == [(find(catalog)[0], "attempt 2 is alive")]
         assert len(pauses) == 1
@@ -364,7 +366,7 @@ class TestWhoeverSendsAfterwards:
         self, machines: Machines, tmp_path: Path
     ) -> None:
         catalog, outbox = machines.catalog, Outbox(tmp_path / "disk")
-        catalog.begin_attempt(0.0, 0, None, {})
+        catalog.attempts.begin(0.0, 0, None, {})
 
         def saved() -> None:
             folder = write_checkpoint(outbox.output_dir, 5)
@@ -386,7 +388,7 @@ class TestWhoeverSendsAfterwards:
         self, machines: Machines, tmp_path: Path
     ) -> None:
         catalog, outbox = Catalog(machines.storage), Outbox(tmp_path / "disk")
-        catalog.begin_attempt(0.0, 0, None, {})
+        catalog.attempts.begin(0.0, 0, None, {})
         folder = write_checkpoint(outbox.output_dir, 5)
         entry = outbox.accept(folder, entry_of(machines.storage.url, 1, 5))
         machines.storage.fail("create", path="*/checkpoints/*", times=10_000)

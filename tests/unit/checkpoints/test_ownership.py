@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import OvertakenError
 from tests.faults.runs import Machines
@@ -16,7 +17,7 @@ from tests.faults.runs import Machines
 @pytest.fixture
 def ownership(catalog: Catalog) -> Ownership:
     """Of attempt 1, the newest so far."""
-    return Ownership(catalog, catalog.begin_attempt(10.0, 0, None, {}))
+    return Ownership(catalog, catalog.attempts.begin(10.0, 0, None, {}))
 
 
 def begun(catalog: Catalog, **record: Any) -> None:
@@ -26,7 +27,7 @@ def begun(catalog: Catalog, **record: Any) -> None:
 
 def test_a_look_costs_one_list(machines: Machines) -> None:
     catalog = Catalog(machines.storage)
-    ownership = Ownership(catalog, catalog.begin_attempt(10.0, 0, None, {}))
+    ownership = Ownership(catalog, catalog.attempts.begin(10.0, 0, None, {}))
     machines.storage.calls.clear()
     assert ownership.look() is None
     assert [call.kind for call in machines.storage.calls] == ["list"]
@@ -35,7 +36,7 @@ def test_a_look_costs_one_list(machines: Machines) -> None:
 def test_nothing_is_asked_any_more_once_it_is_known(machines: Machines) -> None:
     catalog = Catalog(machines.storage)
     ownership = Ownership(catalog, Attempt(1, "nonce"))
-    catalog.begin_attempt(10.0, 0, None, {})
+    catalog.attempts.begin(10.0, 0, None, {})
     begun(catalog)
     assert ownership.look() == 2
     machines.storage.calls.clear()

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
-from hf_cloudtrain.checkpoints.retention import Policy, Retention, to_retire
+from hf_cloudtrain.checkpoints.retention import Policy, Retention, pin, pins, protected, to_retire, unpin
 from hf_cloudtrain.errors import ConfigurationError, StorageError
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage
@@ -76,13 +78,13 @@ class TestPass:
     def catalog(self, storage: FaultyStorage) -> Catalog:
         """Attempt 1 has saved the steps 1 to 5."""
         catalog = Catalog(storage)
-        catalog.begin_attempt(0.0, 0, None, {})
+        catalog.attempts.begin(0.0, 0, None, {})
         for step in range(1, 6):
             save(catalog, CheckpointKey(1, step))
         return catalog
 
     def test_a_pass_leaves_what_the_policy_says_and_no_data_of_others(self, catalog: Catalog) -> None:
-        Retention(catalog, Policy(2), catalog.attempt(1)).run()
+        Retention(catalog, Policy(2), catalog.attempts.read(1)).run()
         assert catalog.checkpoints() == keys("1/4", "1/5")
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")}
         assert folders == {".cloudtrain", "checkpoint-4", "checkpoint-5"}
@@ -90,7 +92,7 @@ class TestPass:
     def test_a_pass_that_has_nothing_to_do_costs_one_request(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
-        retention = Retention(catalog, Policy(2), catalog.attempt(1))
+        retention = Retention(catalog, Policy(2), catalog.attempts.read(1))
         retention.run()
         storage.calls.clear()
         retention.run()
@@ -99,20 +101,20 @@ class TestPass:
     def test_without_a_limit_or_on_another_host_nothing_is_asked(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
-        idle = Retention(catalog, Policy(), catalog.attempt(1)), Retention(catalog, Policy(1), None)
+        idle = Retention(catalog, Policy(), catalog.attempts.read(1)), Retention(catalog, Policy(1), None)
         storage.calls.clear()
         for retention in idle:
             retention.run()
         assert storage.calls == []
 
     def test_an_overtaken_attempt_deletes_nothing(self, catalog: Catalog) -> None:
-        catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
-        Retention(catalog, Policy(1), catalog.attempt(1)).run()
+        catalog.attempts.begin(0.0, 5, CheckpointKey(1, 5), {})
+        Retention(catalog, Policy(1), catalog.attempts.read(1)).run()
         assert len(catalog.checkpoints()) == 5
 
     def test_one_whose_number_another_has_taken_deletes_nothing(self, catalog: Catalog) -> None:
         """Where the storage does not honour exclusive create, the other one is the attempt."""
-        attempt = dataclasses.replace(catalog.attempt(1), exclusive=False)
+        attempt = dataclasses.replace(catalog.attempts.read(1), exclusive=False)
         retention = Retention(catalog, Policy(1), attempt)
         other = dataclasses.asdict(dataclasses.replace(attempt, nonce="another"))
         catalog.storage.write(".cloudtrain/attempts/000001.json", json.dumps(other).encode())
@@ -126,10 +128,10 @@ class TestPass:
             nonlocal asked
             asked += 1
             if asked == 3:
-                catalog.begin_attempt(0.0, 5, CheckpointKey(1, 5), {})
+                catalog.attempts.begin(0.0, 5, CheckpointKey(1, 5), {})
             return True
 
-        Retention(catalog, Policy(1), catalog.attempt(1)).run(overtaken_at_the_third_request)
+        Retention(catalog, Policy(1), catalog.attempts.read(1)).run(overtaken_at_the_third_request)
         assert catalog.checkpoints() == keys("1/2", "1/3", "1/4", "1/5")
 
     def test_one_that_is_pinned_during_the_pass_stays(self, catalog: Catalog, storage: FaultyStorage) -> None:
@@ -139,17 +141,17 @@ class TestPass:
             nonlocal asked
             asked += 1
             if asked == 2:  # the first delete
-                catalog.pin(CheckpointKey(1, 3))
+                pin(catalog, CheckpointKey(1, 3))
             return True
 
-        Retention(catalog, Policy(1), catalog.attempt(1)).run(pin_one)
+        Retention(catalog, Policy(1), catalog.attempts.read(1)).run(pin_one)
         assert catalog.checkpoints() == keys("1/3", "1/5")
 
     def test_one_that_was_saved_as_the_best_stays_before_its_pointer_has_moved(
         self, catalog: Catalog
     ) -> None:
         catalog.point("best", CheckpointKey(1, 1))
-        retention = Retention(catalog, Policy(1), catalog.attempt(1))
+        retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
         retention.hear_of_best(CheckpointKey(1, 3))
         retention.run()
         assert catalog.checkpoints() == keys("1/1", "1/3", "1/5")
@@ -159,17 +161,17 @@ class TestPass:
     ) -> None:
         for stop_at in range(1, 6):
             answers = iter([True] * stop_at)
-            Retention(catalog, Policy(1), catalog.attempt(1)).run(lambda: next(answers, False))  # noqa: B023
+            Retention(catalog, Policy(1), catalog.attempts.read(1)).run(lambda: next(answers, False))  # noqa: B023
         assert catalog.checkpoints()[-1:] == keys("1/5")
-        Retention(catalog, Policy(1), catalog.attempt(1)).run()
+        Retention(catalog, Policy(1), catalog.attempts.read(1)).run()
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")}
         assert folders == {".cloudtrain", "checkpoint-5"}
-        assert catalog.retiring() == []
+        assert retiring(catalog) == []
 
     def test_trouble_is_warned_about_once_and_the_next_pass_tries_again(
         self, catalog: Catalog, storage: FaultyStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        retention = Retention(catalog, Policy(1), catalog.attempt(1))
+        retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
         storage.fail("delete", StorageError("not allowed"), path="checkpoint-1/*", times=100)
         retention.run()
         retention.run()
@@ -185,7 +187,7 @@ class TestPass:
         self, catalog: Catalog, caplog: pytest.LogCaptureFixture
     ) -> None:
         catalog.storage.write(".cloudtrain/checkpoints/000001-0000000002.json", b"{")
-        retention = Retention(catalog, Policy(1), catalog.attempt(1))
+        retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
         retention.run()
         retention.run()
         assert catalog.checkpoints() == keys("1/2", "1/5")
@@ -203,7 +205,7 @@ class History:
     def begin(self, choice: int) -> None:
         there = self.catalog.checkpoints()
         resumed = there[choice % len(there)] if there and choice % 4 else (there or [None])[-1]
-        made = self.catalog.begin_attempt(0.0, resumed.step if resumed else 0, resumed, {})
+        made = self.catalog.attempts.begin(0.0, resumed.step if resumed else 0, resumed, {})
         self.steps[made.number] = made.global_step
 
     def save(self, choice: int) -> None:
@@ -213,22 +215,22 @@ class History:
             self.steps[attempt] += 10
             key = CheckpointKey(attempt, self.steps[attempt])
             save(self.catalog, key)
-            if choice % 3 == 0 and self.catalog.overtaken_by(attempt) is None:
+            if choice % 3 == 0 and self.catalog.attempts.overtaken_by(attempt) is None:
                 self.catalog.point("best", key)
 
     def pin(self, choice: int) -> None:
-        self.on_one(choice, self.catalog.pin)
+        self.on_one(choice, partial(pin, self.catalog))
 
     def unpin(self, choice: int) -> None:
-        self.on_one(choice, self.catalog.unpin)
+        self.on_one(choice, partial(unpin, self.catalog))
 
     def delete(self, choice: int) -> None:
         """A person deletes what is protected by nothing, and may stop in the middle."""
-        needed = self.catalog.protected()
+        needed = protected(self.catalog)
         answers = iter([True] * (choice % 3))
         self.on_one(
             choice,
-            lambda key: key in needed or self.catalog.retire(key, go_on=lambda: next(answers, False)),
+            lambda key: key in needed or retire(self.catalog, key, go_on=lambda: next(answers, False)),
         )
 
     def on_one(self, choice: int, do: Callable[[CheckpointKey], object]) -> None:
@@ -244,10 +246,10 @@ class History:
         before, needed = self.catalog.checkpoints(), self.needed(policy)
         answers = iter([True] * (choice % 7))
         go_on = (lambda: True) if choice % 2 else (lambda: next(answers, False))
-        Retention(self.catalog, policy, self.catalog.attempt(attempt)).run(go_on)
+        Retention(self.catalog, policy, self.catalog.attempts.read(attempt)).run(go_on)
         after = self.catalog.checkpoints()
         assert needed <= set(after), "one that somebody needs is gone"
-        if self.catalog.overtaken_by(attempt) is not None:
+        if self.catalog.attempts.overtaken_by(attempt) is not None:
             assert before == after, "an overtaken attempt deleted something"
         elif go_on():
             assert set(after) == needed, "one that nobody needs stayed"
@@ -258,8 +260,8 @@ class History:
         needed = {
             key for key in there if sum(other > key for other in there) < (policy.save_total_limit or 0)
         }
-        needed |= set(self.catalog.pins()) | {self.catalog.pointer("best")} - {None}
-        newest = self.catalog.attempts()[-1]
+        needed |= set(pins(self.catalog)) | {self.catalog.pointer("best")} - {None}
+        newest = self.catalog.attempts.read_all()[-1]
         if newest.resumed_from and all(key.attempt < newest.number for key in there):
             needed.add(newest.resumed_from)
         if policy.keep_every_n_steps:
@@ -289,7 +291,7 @@ def test_law_10_whatever_a_run_has_been_through_the_protected_ones_survive(
             getattr(history, what)(choice)
         catalog = history.catalog
         newest = max(history.steps)
-        Retention(catalog, Policy(1), catalog.attempt(newest)).run()
+        Retention(catalog, Policy(1), catalog.attempts.read(newest)).run()
         for key in catalog.checkpoints():
             manifest = catalog.read(key)
             there = {info.path for info in catalog.storage.list(manifest.folder)}

@@ -12,6 +12,7 @@ from hf_cloudtrain.checkpoints import sender as module
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
 from hf_cloudtrain.checkpoints.sender import flush
@@ -126,7 +127,7 @@ def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     upload_queue.submit(disk.entry(5, name="final"))
     upload_queue.wait(DEADLINE)
-    assert disk.catalog.folders() == ["final-000001"]
+    assert NamedFolders(disk.catalog).keys() == ["final-000001"]
     assert upload_queue.last_committed is None
 
 
@@ -135,8 +136,8 @@ def test_a_named_folder_keeps_its_version_through_a_failed_try(disk: Disk) -> No
     disk.storage.fail("upload", times=12)
     upload_queue.submit(disk.entry(5, name="final"))
     upload_queue.wait(DEADLINE)
-    assert disk.catalog.folders() == ["final-000001"]
-    assert disk.catalog.read_folder("final-000001").folder == "final"
+    assert NamedFolders(disk.catalog).keys() == ["final-000001"]
+    assert NamedFolders(disk.catalog).read("final-000001").folder == "final"
 
 
 def test_bytes_are_counted_once_even_when_tries_fail(disk: Disk) -> None:
@@ -232,7 +233,7 @@ def test_the_manifest_carries_what_the_entry_says(disk: Disk) -> None:
 
 
 def test_the_pointers_follow_a_commit(disk: Disk) -> None:
-    disk.catalog.begin_attempt(0.0, 0, None, {})
+    disk.catalog.attempts.begin(0.0, 0, None, {})
     disk.entry(5, best=True, metrics={"best_metric": 0.9})
     flush(disk.catalog, disk.outbox, Progress())
     disk.entry(10)
@@ -302,7 +303,7 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
 
 
 def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointer(disk: Disk) -> None:
-    first = disk.catalog.begin_attempt(0.0, 0, None, {})
+    first = disk.catalog.attempts.begin(0.0, 0, None, {})
     upload_queue = UploadQueue(disk.catalog, disk.outbox, retention=Retention(disk.catalog, Policy(1), first))
     disk.upload_queues.append(upload_queue)
     upload_queue.start()

@@ -20,6 +20,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import sender
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.cli import app, stop
 from hf_cloudtrain.runtime import text as runtime_text
@@ -28,6 +29,7 @@ from hf_cloudtrain.storage import client
 from hf_cloudtrain.storage.backends import LocalBackend
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage, flip_bit
+from hf_cloudtrain.tracking.records import StepRecords
 
 ENTRY_POINT = Path(sys.executable).with_name("cloudtrain")
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
@@ -46,7 +48,9 @@ class Run:
 
     def begin(self, *, ago: float = 0.0, resumed_from: CheckpointKey | None = None, **facts: str) -> int:
         step = resumed_from.step if resumed_from else 0
-        attempt = self.catalog.begin_attempt(time.time() - ago, step, resumed_from, {"host": "tern", **facts})
+        attempt = self.catalog.attempts.begin(
+            time.time() - ago, step, resumed_from, {"host": "tern", **facts}
+        )
         return attempt.number
 
     def accept(
@@ -66,7 +70,7 @@ class Run:
         sender.flush(self.catalog, self.outbox, Progress())
 
     def beat(self, attempt: int, *, ago: float = 0.0, state: str = "training", **progress: Any) -> None:
-        self.catalog.write_progress(attempt, {"time": time.time() - ago, "state": state, **progress})
+        self.catalog.attempts.write_progress(attempt, {"time": time.time() - ago, "state": state, **progress})
 
     def committed(self) -> list[str]:
         return [str(key) for key in self.catalog.checkpoints()]
@@ -452,7 +456,7 @@ class TestFlush:
     def test_commits_folders_that_were_saved_by_name(self, empty: Run) -> None:
         empty.accept(empty.begin(), 100, name="final")
         assert "final" in cloudtrain("checkpoint", "flush", str(empty.work)).stdout
-        assert empty.catalog.folders() == ["final-000001"]
+        assert NamedFolders(empty.catalog).keys() == ["final-000001"]
 
     def test_overwrites_nothing_on_a_storage_that_ignores_exclusive_create(
         self, empty: Run, monkeypatch: pytest.MonkeyPatch
@@ -556,7 +560,7 @@ class TestRunStatus:
         assert answer("run", "status", empty.url)["attempts"][0]["state"] == "overtaken"
 
     def test_counts_what_was_done_again(self, run: Run) -> None:
-        run.catalog.write_steps(
+        StepRecords(run.catalog.storage).write(
             1, 1, json.dumps({"kind": "steps", "first": 1, "seconds": [2.0] * 320}).encode()
         )
         status = answer("run", "status", run.url)
@@ -583,7 +587,7 @@ class TestRunStatus:
     )
     def test_nonsense_in_a_heartbeat_shows_as_nothing(self, empty: Run, progress: dict[str, Any]) -> None:
         empty.begin()
-        empty.catalog.write_progress(1, progress)
+        empty.catalog.attempts.write_progress(1, progress)
         cloudtrain("run", "status", empty.url)
         assert answer("run", "status", empty.url)["eta_seconds"] is None
         cloudtrain("run", "list", str(empty.folder.parent))
@@ -642,8 +646,8 @@ class TestRunStop:
         assert result.stdout == ""
         assert result.stderr.startswith(f"Asked attempt 2 of {run.url!r} to stop.")
         assert result.stderr.count("\n") == 1
-        assert run.catalog.stop_requested(2)
-        assert not run.catalog.stop_requested(3)
+        assert run.catalog.attempts.stop_requested(2)
+        assert not run.catalog.attempts.stop_requested(3)
         record = json.loads((run.folder / ".cloudtrain/stop.json").read_text())
         assert record["user"]
         assert record["host"]
@@ -655,7 +659,7 @@ class TestRunStop:
 
         monkeypatch.setattr("getpass.getuser", nameless)
         cloudtrain("run", "stop", run.url)
-        assert run.catalog.stop_requested(2)
+        assert run.catalog.attempts.stop_requested(2)
 
     def test_gives_how_it_stands_as_json(self, run: Run) -> None:
         run.beat(2, step=420, last_committed="000002-0000000400")
@@ -671,7 +675,7 @@ class TestRunStop:
     def test_asks_an_attempt_that_has_no_heartbeat_yet(self, empty: Run) -> None:
         empty.begin()
         assert answer("run", "stop", empty.url)["state"] == "started"
-        assert empty.catalog.stop_requested(1)
+        assert empty.catalog.attempts.stop_requested(1)
 
     @pytest.mark.parametrize("state", ["finished", "failed", "stopped", f"{ESC}training"])
     def test_of_an_attempt_that_has_ended_is_refused(self, empty: Run, state: str) -> None:
@@ -681,7 +685,7 @@ class TestRunStop:
         assert "Nothing was asked" in text
         assert "at step 7" in text
         assert ESC not in text
-        assert not empty.catalog.stop_requested(1)
+        assert not empty.catalog.attempts.stop_requested(1)
 
     def test_of_no_run_is_an_error(self, empty: Run) -> None:
         assert "There is no run at" in sentence("run", "stop", empty.url)
@@ -693,7 +697,7 @@ class TestRunStop:
         empty.beat(1, ago=7 * 3600, step=7)
         asked = cloudtrain("run", "stop", empty.url)
         assert "Warning: by this machine's clock its last heartbeat is 7 h old" in asked.stderr
-        assert empty.catalog.stop_requested(1)
+        assert empty.catalog.attempts.stop_requested(1)
 
     @pytest.mark.parametrize("ago", [0, 7 * 3600, -7 * 3600])
     def test_waits_until_it_has_stopped_whatever_the_clocks_say(
@@ -704,7 +708,7 @@ class TestRunStop:
         beats = [lambda step=step: empty.beat(1, ago=ago, step=step) for step in range(101, 120)]
         meanwhile = Meanwhile(
             monkeypatch,
-            lambda: empty.catalog.stop_requested(1) or pytest.fail("it waits and has not asked"),
+            lambda: empty.catalog.attempts.stop_requested(1) or pytest.fail("it waits and has not asked"),
             *beats,
             lambda: empty.beat(1, ago=ago, state="stopped", step=119, last_committed="000001-0000000119"),
         )

@@ -6,8 +6,10 @@ import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import leftovers
-from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempts
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.retention import pin, pins
 from hf_cloudtrain.cli.commands import checkpoint
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.testing import FaultyStorage
@@ -44,7 +46,7 @@ class TestPin:
     def test_by_force_a_pinned_one_goes_with_its_pin(self, run: Run) -> None:
         cloudtrain("checkpoint", "pin", run.url, "-c", "100")
         cloudtrain("checkpoint", "delete", run.url, "-c", "100", "--yes", "--force")
-        assert run.catalog.pins() == []
+        assert pins(run.catalog) == []
 
     def test_both_reasons_are_named_where_the_best_is_pinned(self, run: Run) -> None:
         cloudtrain("checkpoint", "pin", run.url, "-c", "200")
@@ -59,7 +61,7 @@ class TestPin:
 
 class TestPrune:
     def test_deletes_all_but_the_newest_and_what_is_protected(self, run: Run) -> None:
-        run.catalog.pin(CheckpointKey(1, 300))
+        pin(run.catalog, CheckpointKey(1, 300))
         pruned = answer("checkpoint", "prune", run.url, "--keep-last", "1", "--yes")
         assert pruned["deleted"] == [ALL[0], ALL[3]]
         assert pruned["protected"] == {ALL[1]: "it is the best one", ALL[2]: "it is pinned"}
@@ -136,7 +138,7 @@ class TestClean:
         for attempt, step in ((1, 310), (2, 500)):
             folder = run.catalog.claim(CheckpointKey(attempt, step), "nonce", exclusive=True)
             run.catalog.storage.write(f"{folder}/config.json", b"{}")
-        run.catalog.retire(CheckpointKey(1, 100), go_on=lambda: False)
+        retire(run.catalog, CheckpointKey(1, 100), go_on=lambda: False)
         run.catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
         return run
 
@@ -169,9 +171,9 @@ class TestClean:
         self, left: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         beats = iter(range(1_000))
-        read = Catalog.read_progress
+        read = Attempts.read_progress
         monkeypatch.setattr(
-            Catalog, "read_progress", lambda *a: {**(read(*a) or {}), "time": float(next(beats))}
+            Attempts, "read_progress", lambda *a: {**(read(*a) or {}), "time": float(next(beats))}
         )
         record = answer("run", "clean", left.url, "--yes")
         states = {item["name"]: (item["state"], item["reason"]) for item in record["left_over"]}

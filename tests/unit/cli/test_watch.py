@@ -38,13 +38,13 @@ def beat(catalog: Catalog, attempt: int = 1, **progress: Any) -> None:
         "total_steps": 100,
         **progress,
     }
-    catalog.write_progress(attempt, told)
+    catalog.attempts.write_progress(attempt, told)
 
 
 @pytest.fixture
 def run(catalog: Catalog) -> Catalog:
     """At step 10 of 100, with losses of its first steps."""
-    catalog.begin_attempt(time.time(), 0, None, {"host": "gpu-07"})
+    catalog.attempts.begin(time.time(), 0, None, {"host": "gpu-07"})
     write(
         catalog,
         1,
@@ -127,7 +127,7 @@ def test_every_key_of_the_objects_is_in_the_documentation(run: Catalog) -> None:
 
 def test_a_new_attempt_is_followed(run: Catalog, changes: list[Change]) -> None:
     def restarted() -> None:
-        run.begin_attempt(time.time(), 4, CheckpointKey(1, 4), {})
+        run.attempts.begin(time.time(), 4, CheckpointKey(1, 4), {})
         beat(run, 2, step=5)
 
     changes += [lambda: beat(run, time=time.time() - 100), restarted, lambda: beat(run, 2, state="finished")]
@@ -157,7 +157,7 @@ def test_trouble_with_the_storage_is_said_and_looked_over(
     machines: Machines, changes: list[Change], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Catalog(machines.storage)
-    machines.catalog.begin_attempt(time.time(), 0, None, {})
+    machines.catalog.attempts.begin(time.time(), 0, None, {})
     beat(machines.catalog)
     changes += [
         lambda: machines.storage.fail("list", times=1000),
@@ -199,7 +199,7 @@ def test_the_run_of_a_job_is_waited_for_before_its_first_attempt_and_between_two
     store.write(record, state="starting", handle={"host": "another"})
 
     def begin() -> None:
-        catalog.begin_attempt(time.time(), 0, None, {})
+        catalog.attempts.begin(time.time(), 0, None, {})
 
     changes += [
         begin,
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(
     before = sorted(info.path for info in run.storage.list(""))
     assert len(watch(run, code=130)) == 1
     assert sorted(info.path for info in run.storage.list("")) == before
-    assert not run.stop_requested(1)
+    assert not run.attempts.stop_requested(1)
 
 
 class TestPicture:
@@ -251,7 +251,7 @@ class TestPicture:
             assert part in text, part
 
     def test_a_run_without_steps_losses_or_heartbeat_is_shown_too(self, catalog: Catalog) -> None:
-        catalog.begin_attempt(time.time(), 0, None, {})
+        catalog.attempts.begin(time.time(), 0, None, {})
         text = drawn(looked(catalog))
         assert "started  attempt 1" in text
         assert "nothing yet" in text
@@ -264,7 +264,7 @@ class TestPicture:
         assert "Cannot look: no answer" in drawn(view)
 
     def test_what_storage_says_moves_no_cursor(self, catalog: Catalog) -> None:
-        catalog.begin_attempt(time.time(), 0, None, {"host": "\x1b[2Jgone[bold]"})
+        catalog.attempts.begin(time.time(), 0, None, {"host": "\x1b[2Jgone[bold]"})
         beat(catalog, state="\x1b[31mred")
         text = drawn(looked(catalog))
         assert "\x1b" not in text

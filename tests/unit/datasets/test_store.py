@@ -21,7 +21,7 @@ import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import sender
-from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.datasets import cache
 from hf_cloudtrain.datasets import store as datasets_module
 from hf_cloudtrain.datasets.store import Dataset, DatasetStore, local_copy
@@ -213,7 +213,7 @@ def test_a_commit_that_was_damaged_on_its_way_or_taken_is_none(glue: Path) -> No
         with pytest.raises(StorageUnavailableError, match="does not hold what was written"):
             store.create("glue", glue)
     with (
-        mock.patch.object(Catalog, "commit_folder", return_value=False),
+        mock.patch.object(NamedFolders, "commit", return_value=False),
         pytest.raises(NotCommittedError, match="'glue' was not committed: somebody else"),
     ):
         store.create("glue", glue)

@@ -327,8 +327,8 @@ def test_a_start_is_judged_by_the_attempt_that_it_began_and_by_no_older_one(
     catalog = Catalog(Storage(record.run_url))
 
     def begins_one_that_finishes() -> Any:
-        attempt = catalog.begin_attempt(0.0, 0, None, {})
-        catalog.write_progress(attempt.number, {"state": "finished", "step": 5})
+        attempt = catalog.attempts.begin(0.0, 0, None, {})
+        catalog.attempts.write_progress(attempt.number, {"state": "finished", "step": 5})
         return [None, None], (None, 1)
 
     last, _ = run(begins_one_that_finishes)
@@ -350,8 +350,10 @@ def test_a_start_that_made_steps_and_saved_nothing_is_not_idle(
     catalog = Catalog(Storage(record.run_url))
 
     def made_a_step() -> Any:
-        attempt = catalog.begin_attempt(0.0, 0, None, {})
-        catalog.write_progress(attempt.number, {"state": "training", "step": 5, "productive_seconds": 1.0})
+        attempt = catalog.attempts.begin(0.0, 0, None, {})
+        catalog.attempts.write_progress(
+            attempt.number, {"state": "training", "step": 5, "productive_seconds": 1.0}
+        )
         return [{"outcome": "preempted", "reason": "SIGTERM"}, None], (75, 75)
 
     last, _ = run(made_a_step, made_a_step, made_a_step, ([FINISHED, None], (0, 0)))

@@ -93,7 +93,7 @@ class TestAlone:
         preemption.receive(Notice("EC2", 20.0))
         save(made, 5)
         made.wait()
-        made.catalog.begin_attempt(0.0, 0, None, {})
+        made.catalog.attempts.begin(0.0, 0, None, {})
         states: list[str] = []
         with pytest.raises(OvertakenError):
             preemption.leave(5, states.append)
@@ -155,7 +155,7 @@ class TestAlone:
             preemption.leave(5)
 
     def test_an_overtaken_attempt_quits_without_a_save(self, made: Checkpointer, tmp_path: Path) -> None:
-        made.catalog.begin_attempt(0.0, 0, None, {})
+        made.catalog.attempts.begin(0.0, 0, None, {})
         assert made._ownership is not None
         made._ownership.look()
         preemption = Preemption(made)

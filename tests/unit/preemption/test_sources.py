@@ -48,23 +48,23 @@ class TestStopFile:
 
 class TestStopRequest:
     def begin(self, catalog: Catalog) -> int:
-        return catalog.begin_attempt(0.0, 0, None, {}).number
+        return catalog.attempts.begin(0.0, 0, None, {}).number
 
     def test_stops_the_newest_attempt_of_that_moment(self, catalog: Catalog) -> None:
         attempt = self.begin(catalog)
         source = StopRequest(catalog, attempt)
         assert source.look() is None
-        assert catalog.request_stop(1.8e9, {"user": "ada"}) == 1
+        assert catalog.attempts.request_stop(1.8e9, {"user": "ada"}) == 1
         assert source.look() == Notice("`cloudtrain run stop` for attempt 1", None)
 
     def test_stops_an_overtaken_attempt_too(self, catalog: Catalog) -> None:
         old, _ = self.begin(catalog), self.begin(catalog)
-        catalog.request_stop(1.8e9, {})
+        catalog.attempts.request_stop(1.8e9, {})
         assert StopRequest(catalog, old).look() is not None
 
     def test_does_not_stop_an_attempt_that_a_person_starts_later(self, catalog: Catalog) -> None:
         self.begin(catalog)
-        catalog.request_stop(1.8e9, {})
+        catalog.attempts.request_stop(1.8e9, {})
         assert pending(default_sources(catalog)) is None
         assert StopRequest(catalog, self.begin(catalog)).look() is None
 
@@ -75,18 +75,18 @@ class TestStopRequest:
         assert pending(default_sources(catalog)) is None, "the run has no attempt yet"
         self.begin(catalog)
         assert pending(default_sources(catalog)) is None
-        catalog.request_stop(1.8e9, {})
+        catalog.attempts.request_stop(1.8e9, {})
         assert pending(default_sources(catalog)) == Notice("`cloudtrain run stop` for attempt 1", None)
         self.begin(catalog)  # by hand, and this one crashes: the launcher may restart it
         assert pending(default_sources(catalog)) is None
 
     def test_for_a_run_without_attempts_writes_nothing(self, catalog: Catalog) -> None:
-        assert catalog.request_stop(1.8e9, {}) is None
+        assert catalog.attempts.request_stop(1.8e9, {}) is None
         assert catalog.storage.list("") == []
 
     def test_records_user_and_time(self, catalog: Catalog) -> None:
         self.begin(catalog)
-        catalog.request_stop(1.8e9, {"user": "ada", "attempt": "99"})
+        catalog.attempts.request_stop(1.8e9, {"user": "ada", "attempt": "99"})
         record = json.loads(catalog.storage.read(".cloudtrain/stop.json"))
         assert record == {"user": "ada", "attempt": 1, "time": 1.8e9}
 
@@ -96,7 +96,7 @@ class TestStopRequest:
     def test_a_damaged_request_stops_nothing(self, catalog: Catalog, record: str) -> None:
         self.begin(catalog)
         catalog.storage.write(".cloudtrain/stop.json", record.encode())
-        assert not catalog.stop_requested(1)
+        assert not catalog.attempts.stop_requested(1)
 
     def test_is_looked_for_at_every_heartbeat(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +111,7 @@ class TestStopRequest:
         faulty = FaultyStorage(f"file://{tmp_path / 'run'}")
         catalog = Catalog(faulty)
         self.begin(catalog)
-        catalog.request_stop(1.8e9, {})
+        catalog.attempts.request_stop(1.8e9, {})
         faulty.fail("read", times=1000)
         source = StopRequest(catalog, 1)
         with pytest.raises(StorageUnavailableError):
@@ -127,7 +127,7 @@ class TestStopRequest:
         source = StopRequest(catalog, attempt)
         assert source.look() is None
         another = Catalog(Storage(storage.url, moto.storage_options))
-        another.request_stop(1.8e9, {})
+        another.attempts.request_stop(1.8e9, {})
         assert source.look() is not None
 
 

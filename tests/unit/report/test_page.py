@@ -138,7 +138,7 @@ class TestAnyRun:
     """Short, long, damaged, forged: there is a page of it."""
 
     def test_a_run_without_a_step(self, catalog: Catalog, tmp_path: Path) -> None:
-        catalog.begin_attempt(time.time(), 0, None, {})
+        catalog.attempts.begin(time.time(), 0, None, {})
         text = text_of(page_of(catalog, tmp_path))
         assert "started" in text
         assert "None is committed" in text
@@ -159,13 +159,13 @@ class TestAnyRun:
         """And the one slow step among them is still to be seen."""
         seconds = [0.1] * 100_000
         seconds[70_012] = 7.0
-        catalog.begin_attempt(BEGAN, 0, None, {})
+        catalog.attempts.begin(BEGAN, 0, None, {})
         logs = [
             {"kind": "log", "step": step, "time": BEGAN + step / 10, "loss": 1 + (step == 50_030)}
             for step in range(0, 100_000, 10)
         ]
         write(catalog, 1, [{"kind": "steps", "first": 1, "seconds": seconds}, *logs])
-        catalog.write_progress(1, {"time": BEGAN + 10_000, "step": 100_000, "state": "finished"})
+        catalog.attempts.write_progress(1, {"time": BEGAN + 10_000, "step": 100_000, "state": "finished"})
         assert len(page_of(catalog, tmp_path)) < 1_000_000
         found = charts(catalog)
         drawn = points(found["steptime"], "attempt 1")
@@ -176,7 +176,7 @@ class TestAnyRun:
 
     def test_a_run_of_hundreds_of_attempts(self, catalog: Catalog, tmp_path: Path) -> None:
         for number in range(300):
-            catalog.begin_attempt(BEGAN + 10 * number, 0, None, {})
+            catalog.attempts.begin(BEGAN + 10 * number, 0, None, {})
             write(catalog, number + 1, [{"kind": "steps", "first": 1, "seconds": [1.0] * 5}])
         page = page_of(catalog, tmp_path)
         assert "The newest 60 of 300 attempts" in text_of(page)
@@ -186,7 +186,7 @@ class TestAnyRun:
     def test_a_run_of_hundreds_of_checkpoints_shows_the_newest_and_the_best(
         self, catalog: Catalog, tmp_path: Path
     ) -> None:
-        catalog.begin_attempt(BEGAN, 0, None, {})
+        catalog.attempts.begin(BEGAN, 0, None, {})
         for step in range(1, MOST_CHECKPOINTS + 20):
             commit(catalog, CheckpointKey(1, step), BEGAN)
         catalog.point("best", CheckpointKey(1, 3))
@@ -237,7 +237,7 @@ class TestAnyRun:
             "size": value,
         }
         pause = {"kind": "pause", "step": 5, "why": "save", "time": value, "seconds": value}
-        catalog.begin_attempt(BEGAN, 0, None, {})
+        catalog.attempts.begin(BEGAN, 0, None, {})
         catalog.storage.write(
             ".cloudtrain/attempts/000002.json", json.dumps({**record, "number": 2}).encode()
         )

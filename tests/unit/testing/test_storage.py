@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import ObjectNotFoundError, StoragePermissionError, StorageUnavailableError
@@ -26,6 +27,7 @@ from hf_cloudtrain.testing import (
     FaultyStorage,
     flip_bit,
 )
+from hf_cloudtrain.tracking.records import StepRecords
 from tests.faults.runs import DEADLINE, Machines, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -163,10 +165,10 @@ def test_every_named_request_is_one_that_a_run_makes(machines: Machines) -> None
     machine.wait()
     machines.restored("elsewhere")
     machines.catalog = Catalog(machines.storage)
-    machines.catalog.retire(CheckpointKey(1, 5))
+    retire(machines.catalog, CheckpointKey(1, 5))
     HostParts(machines.catalog, CheckpointKey(1, 7), "nonce", save=1, hosts=2).put(0, [])
-    machines.catalog.write_progress(1, {})
-    machines.catalog.write_steps(1, 1, b"")
+    machines.catalog.attempts.write_progress(1, {})
+    StepRecords(machines.catalog.storage).write(1, 1, b"")
     assert [point for point in POINTS if not machines.storage.count(point)] == []
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.checkpoints.catalog import Attempt, Catalog
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.tracking.history import History, history_of, kept_steps, read_history
+from hf_cloudtrain.tracking.records import StepRecords
 
 
 def attempt(number: int, resumed_from: tuple[int, int] | None = None) -> Attempt:
@@ -22,12 +24,12 @@ def begin(
 ) -> int:
     key = CheckpointKey(*resumed_from) if resumed_from else None
     step = at if at is not None else key.step if key else 0
-    return catalog.begin_attempt(started, step, key, {"host": "a"}).number
+    return catalog.attempts.begin(started, step, key, {"host": "a"}).number
 
 
 def record(catalog: Catalog, number: int, *records: dict[str, Any], batch: int = 1) -> None:
     lines = "".join(json.dumps(item) + "\n" for item in records)
-    catalog.write_steps(number, batch, lines.encode())
+    StepRecords(catalog.storage).write(number, batch, lines.encode())
 
 
 def steps(first: int, count: int, seconds: float = 1.0) -> dict[str, Any]:
@@ -77,10 +79,10 @@ def killed_and_resumed(catalog: Catalog) -> History:
     first = begin(catalog, started=100.0)
     record(catalog, first, steps(1, 4), log(4, 0.4, 104.0))
     record(catalog, first, steps(5, 4), log(8, 0.8, 108.0), batch=2)
-    catalog.write_progress(first, {"time": 108.0, "state": "training", "step": 8})
+    catalog.attempts.write_progress(first, {"time": 108.0, "state": "training", "step": 8})
     second = begin(catalog, started=118.0, resumed_from=(first, 5))
     record(catalog, second, steps(6, 5, seconds=2.0), log(8, 0.7, 124.0), log(10, 0.5, 128.0))
-    catalog.write_progress(second, {"time": 130.0, "state": "finished", "step": 10})
+    catalog.attempts.write_progress(second, {"time": 130.0, "state": "finished", "step": 10})
     return history_of(catalog)
 
 
@@ -118,7 +120,7 @@ def test_without_a_step_there_is_no_goodput(catalog: Catalog) -> None:
 def test_steps_of_the_last_seconds_before_a_kill_are_counted_by_the_heartbeat(catalog: Catalog) -> None:
     first = begin(catalog, started=100.0)
     record(catalog, first, steps(1, 5))
-    catalog.write_progress(first, {"time": 110.0, "step": 9})
+    catalog.attempts.write_progress(first, {"time": 110.0, "step": 9})
     begin(catalog, started=120.0, resumed_from=(first, 5))
     info = history_of(catalog).attempts[0]
     assert (info.kept_steps, info.redone_steps, info.last_step) == (5, 4, 9)
@@ -154,7 +156,9 @@ DAMAGED = [
 def test_a_damaged_line_does_not_take_the_others_with_it(catalog: Catalog, line: bytes) -> None:
     number = begin(catalog, started=100.0)
     good = json.dumps(log(3, 0.5, 103.0)).encode()
-    catalog.write_steps(number, 1, good + b"\n" + line + b"\n" + json.dumps(log(4, 0.4)).encode() + b"\n")
+    StepRecords(catalog.storage).write(
+        number, 1, good + b"\n" + line + b"\n" + json.dumps(log(4, 0.4)).encode() + b"\n"
+    )
     losses = [item["loss"] for item in history_of(catalog).logs if "loss" in item]
     assert {0.5, 0.4} <= set(losses)
 
@@ -181,7 +185,7 @@ class TestWhereTheTimeWent:
         record(
             catalog, number, {**later, "why": "<b>"}, {**pause, "why": "evaluation"}, {**later, "why": ["x"]}
         )
-        catalog.write_progress(number, {"time": 200.0, "step": 4})
+        catalog.attempts.write_progress(number, {"time": 200.0, "step": 4})
         (info,) = history_of(catalog).attempts
         assert [(item.why, item.step, item.began, item.seconds) for item in info.stretches] == [
             ("evaluation", 4, 110.0, 5.0),
@@ -192,7 +196,7 @@ class TestWhereTheTimeWent:
     def test_a_step_far_slower_than_usual_is_a_stall_at_its_time(self, catalog: Catalog) -> None:
         number = begin(catalog, 100.0)
         record(catalog, number, steps(1, 4), log(4, 0.5, 104.0), steps(5, 1), steps(6, 1, 30.0), steps(7, 2))
-        catalog.write_progress(number, {"time": 200.0, "step": 8})
+        catalog.attempts.write_progress(number, {"time": 200.0, "step": 8})
         (info,) = history_of(catalog).attempts
         assert [(item.why, item.step, item.began, item.seconds) for item in info.stretches] == [
             ("stall", 6, 105.0, 30.0)
@@ -203,7 +207,7 @@ class TestWhereTheTimeWent:
         usual = 0.01 if seconds < 1 else 1.0
         number = begin(catalog, 100.0)
         record(catalog, number, steps(1, 9, usual), steps(10, 1, seconds))
-        catalog.write_progress(number, {"time": 200.0})
+        catalog.attempts.write_progress(number, {"time": 200.0})
         assert history_of(catalog).attempts[0].stretches == []
 
     def test_work_counts_until_the_step_from_which_the_next_attempt_resumed(self, catalog: Catalog) -> None:
@@ -214,7 +218,7 @@ class TestWhereTheTimeWent:
     def test_an_attempt_of_which_nothing_counts_kept_nothing(self, catalog: Catalog) -> None:
         first = begin(catalog, 100.0)
         record(catalog, first, steps(1, 4))
-        catalog.write_progress(first, {"time": 104.0, "step": 4})
+        catalog.attempts.write_progress(first, {"time": 104.0, "step": 4})
         begin(catalog, 200.0)  # fresh=True
         info = history_of(catalog).attempts[0]
         assert (info.kept_steps, info.kept_until) == (0, 100.0)
@@ -258,7 +262,7 @@ class TestWhereTheTimeWent:
     )
     def test_a_damaged_one_is_left_out(self, catalog: Catalog, line: bytes) -> None:
         number = begin(catalog, 100.0)
-        catalog.write_steps(number, 1, line)
+        StepRecords(catalog.storage).write(number, 1, line)
         history = history_of(catalog)
         assert (history.commits, history.logs, history.step_seconds) == ({}, [], {})
         assert history.attempts[0].stretches == []

@@ -18,10 +18,10 @@ from tests.recorded import commit
 def begin(catalog: Catalog, **progress: Any) -> None:
     """An attempt whose heart beat just now."""
     now = time.time()
-    number = catalog.begin_attempt(now - 600, 0, None, {}).number
+    number = catalog.attempts.begin(now - 600, 0, None, {}).number
     if progress:
         beat = {"state": "training", "time": now, "last_step_time": now, "step": 42, "total_steps": 100}
-        catalog.write_progress(number, {**beat, **progress})
+        catalog.attempts.write_progress(number, {**beat, **progress})
 
 
 def test_a_run_that_nobody_has_started_waits(catalog: Catalog) -> None:
@@ -30,7 +30,7 @@ def test_a_run_that_nobody_has_started_waits(catalog: Catalog) -> None:
 
 
 def test_an_attempt_without_a_heartbeat_has_started(catalog: Catalog) -> None:
-    catalog.begin_attempt(time.time(), 0, None, {})
+    catalog.attempts.begin(time.time(), 0, None, {})
     now = run_state(catalog)
     assert (now.state, now.attempt, now.step, now.stalled, now.is_over) == ("started", 1, None, None, False)
     assert now.heartbeat_age_seconds == pytest.approx(0, abs=30)
@@ -110,7 +110,7 @@ def test_a_look_costs_two_listings_and_one_record_however_long_the_run(machines:
 @pytest.mark.parametrize("value", ["x", None, True, 1e300, float("nan"), [], {"a": 1}, -(10**400)])
 def test_what_is_no_number_is_not_known(catalog: Catalog, value: Any) -> None:
     names = ("step", "total_steps", "loss", "last_step_time", "step_seconds", "eta_seconds", "last_saved")
-    catalog.begin_attempt(time.time(), 0, None, {})
+    catalog.attempts.begin(time.time(), 0, None, {})
     beat = {"state": "training", "time": time.time(), **dict.fromkeys(names, value)}
     catalog.storage.write(".cloudtrain/progress/000001.json", json.dumps(beat).encode())
     now = run_state(catalog)

@@ -15,6 +15,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.upload_status import Uploads
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.tracking import tracker as module
+from hf_cloudtrain.tracking.records import StepRecords
 from hf_cloudtrain.tracking.tracker import StepTracker
 from tests.faults.runs import Machines, wait_until
 
@@ -54,7 +55,9 @@ def run(tracker: StepTracker, clock: Clock, steps: range, seconds: float = 0.5) 
 
 def stored(machines: Machines) -> list[dict[str, Any]]:
     return [
-        json.loads(line) for batch in machines.catalog.read_steps().get(3, []) for line in batch.splitlines()
+        json.loads(line)
+        for batch in StepRecords(machines.catalog.storage).read().get(3, [])
+        for line in batch.splitlines()
     ]
 
 
@@ -162,15 +165,15 @@ def test_heartbeats_go_on_by_themselves_and_end_with_the_state(
     tracker: StepTracker, clock: Clock, machines: Machines
 ) -> None:
     tracker.start()
-    wait_until(lambda: machines.catalog.read_progress(3), "the first heartbeat")
+    wait_until(lambda: machines.catalog.attempts.read_progress(3), "the first heartbeat")
     run(tracker, clock, range(501, 502))
-    wait_until(lambda: (machines.catalog.read_progress(3) or {}).get("step") == 501, "the next one")
+    wait_until(lambda: (machines.catalog.attempts.read_progress(3) or {}).get("step") == 501, "the next one")
     tracker.close("finished")
-    beat = machines.catalog.read_progress(3)
+    beat = machines.catalog.attempts.read_progress(3)
     assert beat is not None
     assert (beat["state"], beat["step"]) == ("finished", 501)
     tracker.close("failed")
-    assert machines.catalog.read_progress(3) == beat, "it is closed once"
+    assert machines.catalog.attempts.read_progress(3) == beat, "it is closed once"
 
 
 def test_records_survive_an_outage(
@@ -207,7 +210,7 @@ def test_a_refusal_at_the_end_is_no_error_of_the_training(
     tracker: StepTracker, machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker.start()
-    wait_until(lambda: machines.catalog.read_progress(3), "the first heartbeat")
+    wait_until(lambda: machines.catalog.attempts.read_progress(3), "the first heartbeat")
     machines.storage.fail("write", StorageError("refused"), times=1_000)
     tracker.log(501, {"loss": 0.5})
     tracker.close("finished")
@@ -223,14 +226,14 @@ def test_a_batch_grows_in_place_until_it_is_large_enough(
     for step in range(1, 7):
         run(tracker, clock, range(step, step + 1))
         tracker._store_records()
-    assert 1 < len(machines.catalog.read_steps().get(3, [])) < 6
+    assert 1 < len(StepRecords(machines.catalog.storage).read().get(3, [])) < 6
     assert [second for line in stored(machines) for second in line["seconds"]] == [0.5] * 6
 
 
 def test_nothing_new_is_nothing_stored(machines: Machines) -> None:
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
     tracker._store_records()
-    assert machines.catalog.read_steps().get(3, []) == []
+    assert StepRecords(machines.catalog.storage).read().get(3, []) == []
 
 
 def test_closing_before_the_start_is_fine(machines: Machines) -> None:
@@ -296,7 +299,7 @@ class TestUploads:
         for item in commits:
             assert began <= item["saved"] <= item["time"] <= module.time.time()
             assert item["size"] > 1_000_000
-        beat = machines.catalog.read_progress(3)
+        beat = machines.catalog.attempts.read_progress(3)
         assert beat is not None
         assert beat["last_saved"] == "000001-0000000008"
         assert beat["last_saved_time"] == commits[-1]["saved"]

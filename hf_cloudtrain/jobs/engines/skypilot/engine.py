@@ -165,7 +165,7 @@ def _forgotten(record: JobRecord) -> EngineStatus:
         return CANCELLED
     try:
         catalog = _catalog(record)
-        progress = catalog.read_progress(max(catalog.attempt_numbers(), default=0)) or {}
+        progress = catalog.attempts.read_progress(max(catalog.attempts.numbers(), default=0)) or {}
     except CloudTrainError as error:
         return EngineStatus("lost", f"SkyPilot no longer knows it, and its run cannot be read. {error}")
     written = progress.get("time")
@@ -182,17 +182,17 @@ def _forgotten(record: JobRecord) -> EngineStatus:
 def _stop_run(record: JobRecord, grace: float) -> None:
     """Ask the newest attempt to save and stop; return when it has, or when the time for it is over."""
     catalog = _catalog(record)
-    attempt = max(catalog.attempt_numbers(), default=None)
+    attempt = max(catalog.attempts.numbers(), default=None)
     if attempt is None or not _is_training(catalog, attempt):
         return
-    catalog.request_stop(time.time(), person())
+    catalog.attempts.request_stop(time.time(), person())
     deadline = time.monotonic() + env.heartbeat() + grace + MARGIN
     while _is_training(catalog, attempt) and time.monotonic() < deadline:
         time.sleep(POLL)
 
 
 def _is_training(catalog: Catalog, attempt: int) -> bool:
-    return (catalog.read_progress(attempt) or {}).get("state", "started") in ("started", "training")
+    return (catalog.attempts.read_progress(attempt) or {}).get("state", "started") in ("started", "training")
 
 
 def _catalog(record: JobRecord) -> Catalog:

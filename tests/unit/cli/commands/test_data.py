@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import leftovers
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli import app, output
 from hf_cloudtrain.datasets.store import DatasetStore
 from tests.unit.datasets.test_store import contents
@@ -192,7 +193,7 @@ def test_clean_takes_what_was_cut_off_and_no_version(
     records = store.catalog.storage
     records.write(".cloudtrain/retiring/nsmc-000001.json", going.manifest.encode())
     records.delete([".cloudtrain/folders/nsmc-000001.json"])
-    _, folder = store.catalog.begin_folder("glue", "of a machine that is no more")
+    _, folder = NamedFolders(store.catalog).begin("glue", "of a machine that is no more")
     records.write(f"{folder}/meta.json", b"{}")
     shown = cloudtrain("clean", "--dry-run").stdout.splitlines()[1:]
     assert [(line.split()[0], line.split("  ")[-1]) for line in shown] == [

@@ -382,7 +382,7 @@ class TestRestore:
         assert ct.processed_steps() == 3
         steps()
         assert ct.processed_steps() == 4
-        assert machines.catalog.attempts()[-1].resumed_from == CheckpointKey(1, 3)
+        assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
         assert sorted(path.name for path in folder.iterdir()) == [".cloudtrain", "checkpoint.pt"]
         assert not (folder / ".cloudtrain/restored").exists()
 
@@ -470,7 +470,7 @@ class TestRestore:
         begin(name="other")
         with pytest.raises(RunHasCheckpointsError, match=r"Call hf_cloudtrain\.restore\(\) after init\(\)"):
             ct.start_step()
-        assert machines.catalog.attempt_numbers() == [1]
+        assert machines.catalog.attempts.numbers() == [1]
 
     def test_law_4_what_was_saved_and_not_uploaded_is_finished_first(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
@@ -496,8 +496,8 @@ class TestALauncherThatRestored:
         assert ct.processed_steps() == 3
         steps()
         assert ct.processed_steps() == 4
-        assert machines.catalog.attempts()[-1].resumed_from == CheckpointKey(1, 3)
-        assert machines.catalog.attempts()[-1].global_step == 3
+        assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
+        assert machines.catalog.attempts.read_all()[-1].global_step == 3
 
     def test_a_total_that_is_reached_is_said_by_init(self, begin: Callable[..., Path]) -> None:
         with pytest.raises(RunCompleteError, match="total_train_steps=3 is not above the 3 steps"):
@@ -519,7 +519,7 @@ class TestALauncherThatRestored:
         machine.wait()
         begin()
         steps()
-        assert machines.catalog.attempts()[-1].resumed_from == CheckpointKey(1, 3)
+        assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
 
     def test_after_a_restore_what_it_said_does_not_matter(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -553,7 +553,7 @@ class TestALauncherThatRestored:
         begin()
         steps()
         assert "but the newest checkpoint" in caplog.text
-        assert machines.catalog.attempts()[-1].resumed_from == CheckpointKey(1, 3)
+        assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
 
     def test_a_key_that_is_none(self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_RESTORED_CHECKPOINT", "checkpoint-3")
@@ -585,9 +585,9 @@ class TestTheRun:
         begin()
         ct.metric({"stage": "before"})
         ct.restore()
-        assert machines.catalog.attempt_numbers() == []
+        assert machines.catalog.attempts.numbers() == []
         ct.start_step()
-        assert machines.catalog.attempt_numbers() == [1]
+        assert machines.catalog.attempts.numbers() == [1]
 
     def test_url_and_folder_may_come_from_the_environment(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -704,9 +704,10 @@ class TestTheRun:
         monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
         folder = begin()
         steps()
-        machines.catalog.begin_attempt(0.0, 0, None, {})
+        machines.catalog.attempts.begin(0.0, 0, None, {})
         wait_until(
-            lambda: (machines.catalog.read_progress(1) or {}).get("state") == "overtaken", "a heartbeat"
+            lambda: (machines.catalog.attempts.read_progress(1) or {}).get("state") == "overtaken",
+            "a heartbeat",
         )
         save(folder)
         with pytest.raises(OvertakenError, match=r"Attempt 1 of .* was overtaken by attempt 2"):
@@ -720,7 +721,7 @@ class TestTheRun:
     ) -> None:
         folder = begin(1)
         steps()
-        machines.catalog.begin_attempt(0.0, 0, None, {})
+        machines.catalog.attempts.begin(0.0, 0, None, {})
         save(folder)
         with pytest.raises(OvertakenError, match=r"not on storage: checkpoint-1"):
             ct.upload_checkpoint()
@@ -735,7 +736,7 @@ class TestTheRun:
         steps()
         save(folder)
         ct.upload_checkpoint()
-        machines.catalog.begin_attempt(0.0, 0, None, {})
+        machines.catalog.attempts.begin(0.0, 0, None, {})
         steps()
         save(folder)
         with pytest.raises(OvertakenError):

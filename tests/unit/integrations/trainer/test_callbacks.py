@@ -119,7 +119,7 @@ class TestStart:
         for part in parts:
             part.on_train_begin(args, state, TrainerControl(), train_dataloader=loader(10, 2))
         assert parts[0]._session is parts[1]._session
-        assert parts[0]._session.opened().catalog.attempt_numbers() == [1]
+        assert parts[0]._session.opened().catalog.attempts.numbers() == [1]
 
     def test_over_with_a_smaller_batch_is_another_attempt(
         self, args: TrainingArguments, url: str, tmp_path: Path
@@ -133,7 +133,7 @@ class TestStart:
         callback.on_save(args, state_at(5), TrainerControl())
         callback.wait()
         callback.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 1))
-        assert callback._session.opened().catalog.attempt_numbers() == [1, 2]
+        assert callback._session.opened().catalog.attempts.numbers() == [1, 2]
 
         args.auto_find_batch_size = False
         with pytest.raises(RunHasCheckpointsError, match=r"cloud\.restore\(args\)"):

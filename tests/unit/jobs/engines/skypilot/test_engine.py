@@ -288,8 +288,10 @@ class TestCommands:
         sky.prints("queue", "Fetching job queue for: x-1\n{}")
         record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
         if ended is not None:
-            Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
-            Catalog(Storage(record.run_url)).write_progress(1, {"state": ended, "time": record.created})
+            Catalog(Storage(record.run_url)).attempts.begin(0.0, 0, None, {})
+            Catalog(Storage(record.run_url)).attempts.write_progress(
+                1, {"state": ended, "time": record.created}
+            )
         status = SKYPILOT.look(record)
         assert status is not None
         assert status.state == state
@@ -300,8 +302,8 @@ class TestCommands:
     ) -> None:
         sky.prints("launch", LAUNCHED)
         record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "run"))
-        Catalog(Storage(record.run_url)).begin_attempt(0.0, 0, None, {})
-        Catalog(Storage(record.run_url)).write_progress(
+        Catalog(Storage(record.run_url)).attempts.begin(0.0, 0, None, {})
+        Catalog(Storage(record.run_url)).attempts.write_progress(
             1, {"state": "finished", "time": record.created - 3600}
         )
         sky.lists()
@@ -370,20 +372,20 @@ class TestCommands:
         record = submitted(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
         record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
         catalog = Catalog(Storage(record.run_url))
-        attempt = catalog.begin_attempt(0.0, 0, None, {}).number
-        catalog.write_progress(attempt, {"state": "training"})
+        attempt = catalog.attempts.begin(0.0, 0, None, {}).number
+        catalog.attempts.write_progress(attempt, {"state": "training"})
         calls_before_it_ended: list[str] = []
 
         def look(seconds: float) -> None:
-            if obeys and catalog.stop_requested(attempt):
+            if obeys and catalog.attempts.stop_requested(attempt):
                 calls_before_it_ended.extend(sky.calls)
-                catalog.write_progress(attempt, {"state": "stopped"})
+                catalog.attempts.write_progress(attempt, {"state": "stopped"})
             assert time.monotonic() < deadline
 
         deadline = time.monotonic() + 20
         monkeypatch.setattr(module.time, "sleep", look)
         SKYPILOT.cancel(record, store)
-        assert catalog.stop_requested(attempt)
+        assert catalog.attempts.stop_requested(attempt)
         assert sky.calls[-1] == "jobs cancel -y 12"
         assert not any(call.startswith("jobs cancel") for call in calls_before_it_ended)
         assert bool(calls_before_it_ended) is obeys
