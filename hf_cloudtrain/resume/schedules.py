@@ -31,6 +31,12 @@ def check_same_schedule(kind: str | None, what: str, changes: str) -> None:
         )
 
 
+def check_movable(scheduler: Any, what: str, changes: str) -> None:
+    """The same, for a live schedule."""
+    if not is_movable(scheduler):
+        check_same_schedule(type(scheduler).__name__, what, changes)
+
+
 def move_to(scheduler: Any, position: int) -> None:
     """Set a LambdaLR, and the rates of its optimizer, as they are after `position` steps of it.
 

@@ -36,6 +36,18 @@ class Epoch:
     step_samples: int
     """Samples of all processes in one optimizer step."""
 
+    @classmethod
+    def of(cls, samples: int, batches: int, *, batch: int, accumulation: int, processes: int) -> Epoch:
+        """The epoch of a loader.
+
+        Args:
+            batches: that each process gets in one epoch.
+            batch: samples in one of them.
+            accumulation: batches of each process in one optimizer step.
+        """
+        # At least one step, as Trainer.set_initial_training_values has it.
+        return cls(samples, max(math.ceil(batches / accumulation), 1), batch * accumulation * processes)
+
     def samples_at(self, step: int) -> int:
         """Samples seen after that many optimizer steps from the beginning."""
         epochs, into = divmod(step, self.steps)
@@ -76,6 +88,8 @@ class Conversion:
     new: Epoch
     global_step: int
     """Where it stands, in steps of today."""
+    what: str
+    """The checkpoint, for messages."""
 
     @property
     def is_renumbered(self) -> bool:
@@ -87,16 +101,29 @@ class Conversion:
         """What is different, in words."""
         return "; ".join(_changes(self.saved, self.now))
 
-    def story(self, what: str, *, derived: bool) -> str:
+    @property
+    def samples_into_epoch(self) -> int:
+        """Samples of the epoch under way that were seen."""
+        return (self.saved.samples_seen or 0) % self.new.samples
+
+    @property
+    def has_same_batches(self) -> bool:
+        """Whether each process gets the same batches as before, so that accumulation alone is different."""
+        return not {"world_size", "per_device_train_batch_size"} & set(_changed(self.saved, self.now))
+
+    def refusal(self, why: str) -> PositionError:
+        """The error that says what is different, why the conversion stops here after all, and what to do."""
+        return refusal(self.saved, self.now, self.what, why)
+
+    def story(self, *, derived: bool) -> str:
         """What was converted and what is no longer exact, for the log.
 
         Args:
-            what: the checkpoint.
             derived: whether random states of processes that did not exist were derived.
         """
         begin = ", and processes that did not exist begin with numbers of their own" if derived else ""
         return (
-            f"{what}: {self.changes}. Step {self.saved.global_step} of then is step {self.global_step} here, after the same "
+            f"{self.what}: {self.changes}. Step {self.saved.global_step} of then is step {self.global_step} here, after the same "
             f"{self.saved.samples_seen} samples. The resumed run will not equal an uninterrupted one: random numbers are "
             f"drawn for other batches{begin}."
         )
@@ -160,7 +187,7 @@ def convert(saved: Position, now: Position, new: Epoch | None, what: str) -> Con
             f"It stands at {saved.samples_seen} samples, {saved.samples_seen % new.samples} of them in this epoch, "
             f"which is no multiple of the {new.step_samples} samples that a step has now.",
         )
-    return Conversion(saved, now, old, new, step)
+    return Conversion(saved, now, old, new, step, what)
 
 
 def check_same_topology(saved: Position, now: Position, what: str) -> None:
@@ -202,12 +229,15 @@ def refusal(saved: Position, now: Position, what: str, why: str) -> PositionErro
 
 def _changes(saved: Position, now: Position) -> list[str]:
     return [
-        f"{before} {words} before, {after} now"
-        for name, words in _WORDS.items()
-        if (before := getattr(saved, name)) is not None
-        and (after := getattr(now, name)) is not None
-        and before != after
+        f"{before} {_WORDS[name]} before, {after} now"
+        for name, (before, after) in _changed(saved, now).items()
     ]
+
+
+def _changed(saved: Position, now: Position) -> dict[str, tuple[int, int]]:
+    """What both sides know and is different, by the name of the field."""
+    both = {name: (getattr(saved, name), getattr(now, name)) for name in _WORDS}
+    return {name: pair for name, pair in both.items() if None not in pair and pair[0] != pair[1]}
 
 
 def _epoch_of(saved: Position) -> Epoch | None:
@@ -222,5 +252,7 @@ def _epoch_of(saved: Position) -> Epoch | None:
     steps = saved.epoch_steps
     if steps is None:  # saved before this was noted
         batches = batches_per_epoch(saved.dataset_length, batch, processes, drop_last=False)
-        steps = math.ceil(batches / accumulation)
+        return Epoch.of(
+            saved.dataset_length, batches, batch=batch, accumulation=accumulation, processes=processes
+        )
     return Epoch(saved.dataset_length, max(steps, 1), processes * batch * accumulation)

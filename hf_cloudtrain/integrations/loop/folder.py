@@ -116,7 +116,7 @@ class LoopFolder:
         conversion = conversions[restored.manifest.key]
         if conversion is not None and self._ranks.is_main:
             more = (conversion.now.world_size or 1) > (conversion.saved.world_size or 1)
-            logger.warning("%s", conversion.story(restored.manifest.folder, derived=more))
+            logger.warning("%s", conversion.story(derived=more))
         return self._ranks.here(lambda: self._set(restored, conversion), f"load {restored.path.name}")
 
     def save(
@@ -219,7 +219,7 @@ class LoopFolder:
         rank, manifest = self._ranks.rank, restored.manifest
         main = _record_of(restored.path, 0)
         own = _record_of(restored.path, rank) if rank < (conversion.saved.world_size or 1) else None
-        topology.move_schedules(self._accelerator, conversion, manifest.folder)
+        topology.move_schedules(self._accelerator, conversion)
         place, now = topology.convert_here(main, own, conversion, state.seed, rank)
         state = topology.convert_state(state, conversion)
         # Where an accumulation ends is counted from here, and processes that did not exist have loaded no count.

@@ -9,17 +9,15 @@ convert_here     the place in the epoch's data and the random states of one proc
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
-from hf_cloudtrain.errors import PositionError
 from hf_cloudtrain.integrations.loop.position import topology
 from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.resume.data_position import BY_READING, DataPosition, moved
 from hf_cloudtrain.resume.dataloaders import batch_size_of, innermost_sampler, keeps_state, length
 from hf_cloudtrain.resume.random_state import RandomState, derived_seed
-from hf_cloudtrain.resume.schedules import check_same_schedule, is_movable, move_to
+from hf_cloudtrain.resume.schedules import check_movable, move_to
 from hf_cloudtrain.resume.topology import Conversion, Epoch, convert, refusal, same_topology
 
 _FEW_SKIPPED = 0.9
@@ -43,22 +41,18 @@ def plan(accelerator: Any, manifest: Manifest) -> Conversion | None:
         why = f"No prepared loader has its {saved.dataset_length} samples: call accelerator.prepare before the loop."
         raise refusal(saved, now, what, why)
     conversion = convert(saved, now, _epoch_of(accelerator, loader), what)
-    _check_same_order(conversion, loader, what)
+    _check_same_order(conversion, loader)
     for scheduler in accelerator._schedulers:
-        kind = getattr(scheduler, "scheduler", scheduler)
-        if not is_movable(kind):
-            check_same_schedule(type(kind).__name__, what, conversion.changes)
+        check_movable(getattr(scheduler, "scheduler", scheduler), what, conversion.changes)
     return conversion
 
 
 def convert_state(state: LoopState, conversion: Conversion) -> LoopState:
     """The same place in steps and batches of today. The best step stays what it was called: its checkpoint is."""
-    into = (conversion.saved.samples_seen or 0) % conversion.new.samples
-    batch = conversion.new.step_samples // int(conversion.now.gradient_accumulation_steps or 1)
-    return dataclasses.replace(state, step=conversion.global_step, batches=into // batch)
+    return dataclasses.replace(state, step=conversion.global_step, batches=_batches_of_epoch(conversion))
 
 
-def move_schedules(accelerator: Any, conversion: Conversion, what: str) -> None:
+def move_schedules(accelerator: Any, conversion: Conversion) -> None:
     """Set every schedule and its learning rates to where they are after the converted steps.
 
     Raises:
@@ -70,7 +64,7 @@ def move_schedules(accelerator: Any, conversion: Conversion, what: str) -> None:
         each = getattr(scheduler, "step_with_optimizer", False) and not scheduler.split_batches
         old = int(conversion.saved.world_size or 1) if each else 1
         new = int(accelerator.num_processes) if each else 1
-        move_to(inner, _schedule_at(inner.last_epoch, old, new, conversion, what))
+        move_to(inner, _schedule_at(inner.last_epoch, old, new, conversion))
 
 
 def convert_here(
@@ -83,7 +77,7 @@ def convert_here(
         own: what this process has saved; None where it did not exist.
         seed: of the saved run.
     """
-    saved, now = conversion.saved, conversion.now
+    saved = conversion.saved
     if own is None:
         random = RandomState.derived(
             derived_seed(seed, rank, saved.global_step),
@@ -91,14 +85,12 @@ def convert_here(
         )
     else:
         random = RandomState.from_record(own["now"])
-    if own is not None and _same_batches(saved, now):
+    if own is not None and conversion.has_same_batches:
         return own["place"], random
     if main["place"] is None:
         return None, random
-    batch = conversion.new.step_samples // int(now.gradient_accumulation_steps or 1)
-    into = (saved.samples_seen or 0) % conversion.new.samples
     old = (int(saved.world_size or 1), int(saved.per_device_train_batch_size or 1))
-    return moved(main["place"], batches=into // batch, old=old), random
+    return moved(main["place"], batches=_batches_of_epoch(conversion), old=old), random
 
 
 def _training_loader(accelerator: Any, saved: Position) -> Any:
@@ -117,16 +109,13 @@ def _epoch_of(accelerator: Any, loader: Any) -> Epoch | None:
     samples = None if loader is None else length(loader.dataset)
     if not (batch and batches and samples):
         return None
-    accumulation = accelerator.gradient_accumulation_steps
-    return Epoch(
-        samples, math.ceil(batches / accumulation), batch * accumulation * int(accelerator.num_processes)
-    )
+    accumulation, processes = accelerator.gradient_accumulation_steps, int(accelerator.num_processes)
+    return Epoch.of(samples, batches, batch=batch, accumulation=accumulation, processes=processes)
 
 
-def _check_same_order(conversion: Conversion, loader: Any, what: str) -> None:
+def _check_same_order(conversion: Conversion, loader: Any) -> None:
     """The order itself is compared once it is drawn; here what cannot be cut into other pieces."""
-    into = (conversion.saved.samples_seen or 0) % conversion.old.samples
-    if not into or _same_batches(conversion.saved, conversion.now):
+    if not conversion.samples_into_epoch or conversion.has_same_batches:
         return
     why = None
     drawn = length(innermost_sampler(getattr(loader, "base_dataloader", loader)))
@@ -137,17 +126,16 @@ def _check_same_order(conversion: Conversion, loader: Any, what: str) -> None:
     elif drawn not in (None, conversion.new.samples):
         why = f"Its sampler draws {drawn} of {conversion.new.samples} samples."
     if why is not None:
-        raise refusal(conversion.saved, conversion.now, what, why)
+        raise conversion.refusal(why)
 
 
-def _same_batches(saved: Position, now: Position) -> bool:
-    return (
-        saved.world_size == now.world_size
-        and saved.per_device_train_batch_size == now.per_device_train_batch_size
-    )
+def _batches_of_epoch(conversion: Conversion) -> int:
+    """Batches of the epoch under way that each process has trained on."""
+    batch = conversion.new.step_samples // int(conversion.now.gradient_accumulation_steps or 1)
+    return conversion.samples_into_epoch // batch
 
 
-def _schedule_at(last: int, old: int, new: int, conversion: Conversion, what: str) -> int:
+def _schedule_at(last: int, old: int, new: int, conversion: Conversion) -> int:
     """Where a schedule stands that moves `today` times a step and did `then` times."""
     saved = conversion.saved
     steps = old * saved.global_step
@@ -158,8 +146,7 @@ def _schedule_at(last: int, old: int, new: int, conversion: Conversion, what: st
         return new * epochs
     if _FEW_SKIPPED * steps <= last < steps:
         return round(last * new * conversion.global_step / steps)
-    raise PositionError(
-        f"{what} cannot be resumed here: {conversion.changes}. A schedule of its learning rate stands at {last}, which is "
-        f"neither its {saved.global_step} steps nor its {epochs} epochs. Use the same numbers, or start a run of its own "
-        "from the model in that checkpoint."
+    raise conversion.refusal(
+        f"A schedule of its learning rate stands at {last}, which is neither its {saved.global_step} steps nor its {epochs} "
+        "epochs."
     )

@@ -288,7 +288,7 @@ class CheckpointUploadCallback(TrainerCallback):
             return
         topology.check(manifest, args, state, self._epoch)
         if conversion is not None:
-            topology.go_on(conversion, manifest.folder, state, live)
+            topology.go_on(conversion, state, live)
 
     def _mark_save_begin(self) -> None:
         """The time of the file system, so that its clock and ours need not agree."""

@@ -20,7 +20,7 @@ from hf_cloudtrain.errors import PositionError
 from hf_cloudtrain.integrations.trainer.state import EpochLength, batch_of, localize_state, topology
 from hf_cloudtrain.resume.dataloaders import sampler_name
 from hf_cloudtrain.resume.random_state import RandomState, derived_seed
-from hf_cloudtrain.resume.schedules import check_same_schedule, is_movable, move_to
+from hf_cloudtrain.resume.schedules import check_movable, check_same_schedule, move_to
 from hf_cloudtrain.resume.topology import (
     Conversion,
     Epoch,
@@ -57,7 +57,7 @@ def plan(args: TrainingArguments, manifest: Manifest) -> Conversion | None:
         raise refusal(saved, now, what, why)
     conversion = convert(saved, now, _epoch_of(args, saved), what)
     check_same_schedule(saved.lr_scheduler, what, conversion.changes)
-    _check_same_end(args, conversion, what)
+    _check_same_end(args, conversion)
     return conversion
 
 
@@ -78,7 +78,7 @@ def repair(
         "derive random states",
     )
     if ranks.is_main:
-        _say(conversion, restored.manifest.folder, args)
+        _say(conversion, args)
 
 
 def convert_state(record: dict[str, Any], conversion: Conversion, args: TrainingArguments) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def check_converted(saved: Manifest, args: TrainingArguments) -> None:
         raise refusal(saved.position, now, saved.folder, why)
 
 
-def go_on(conversion: Conversion, what: str, state: TrainerState, live: dict[str, Any]) -> None:
+def go_on(conversion: Conversion, state: TrainerState, live: dict[str, Any]) -> None:
     """Set the live schedule and learning rate to where they are after the converted steps.
 
     Args:
@@ -177,10 +177,9 @@ def go_on(conversion: Conversion, what: str, state: TrainerState, live: dict[str
         PositionError: the order of the data depends on more than a seed, or the schedule on more than a step.
     """
     scheduler: Any = live.get("lr_scheduler")
-    _check_same_order(conversion, what, live.get("train_dataloader"))
-    if not is_movable(scheduler):
-        check_same_schedule(type(scheduler).__name__, what, conversion.changes)
-    _check_steps_left(conversion, what, state)
+    _check_same_order(conversion, live.get("train_dataloader"))
+    check_movable(scheduler, conversion.what, conversion.changes)
+    _check_steps_left(conversion, state)
     step = conversion.saved.global_step
     # A step that the gradient scaler skipped moved no schedule; their share stays the same.
     move_to(scheduler, round(scheduler.last_epoch * conversion.global_step / step) if step else 0)
@@ -194,46 +193,42 @@ def _epoch_of(args: TrainingArguments, saved: Position) -> Epoch | None:
     batches = batches_per_epoch(
         saved.dataset_length, batch, args.world_size, drop_last=args.dataloader_drop_last
     )
-    accumulation = args.gradient_accumulation_steps
-    # At least one, as Trainer.set_initial_training_values has it.
-    return Epoch(
-        saved.dataset_length,
-        max(math.ceil(batches / accumulation), 1),
-        batch * accumulation * args.world_size,
+    accumulation, processes = args.gradient_accumulation_steps, args.world_size
+    return Epoch.of(
+        saved.dataset_length, batches, batch=batch, accumulation=accumulation, processes=processes
     )
 
 
-def _say(conversion: Conversion, what: str, args: TrainingArguments) -> None:
+def _say(conversion: Conversion, args: TrainingArguments) -> None:
     other_ranks = conversion.saved.world_size != conversion.now.world_size
-    logger.warning("%s", conversion.story(what, derived=other_ranks))
+    logger.warning("%s", conversion.story(derived=other_ranks))
     if args.warmup_steps >= 1 and conversion.is_renumbered:
         logger.warning("warmup_steps=%d counts steps of today, which are of another size.", args.warmup_steps)
 
 
-def _check_same_end(args: TrainingArguments, conversion: Conversion, what: str) -> None:
+def _check_same_end(args: TrainingArguments, conversion: Conversion) -> None:
     wanted = conversion.max_steps
     if args.max_steps > 0 and wanted is not None and args.max_steps != wanted:
         why = (
             f"max_steps={args.max_steps} counts steps of today, and after the same samples as then, at step "
             f"{conversion.saved.max_steps}, the schedule ends at step {wanted}: pass max_steps={wanted}."
         )
-        raise refusal(conversion.saved, conversion.now, what, why)
+        raise conversion.refusal(why)
 
 
-def _check_same_order(conversion: Conversion, what: str, dataloader: Any) -> None:
+def _check_same_order(conversion: Conversion, dataloader: Any) -> None:
     sampler = sampler_name(dataloader)
-    into = (conversion.saved.samples_seen or 0) % conversion.old.samples
-    if into and sampler not in _SAME_ORDER:
+    if conversion.samples_into_epoch and sampler not in _SAME_ORDER:
         why = f"Its data comes in the order of a {sampler!r}, which may be another with these numbers."
-        raise refusal(conversion.saved, conversion.now, what, why)
+        raise conversion.refusal(why)
 
 
-def _check_steps_left(conversion: Conversion, what: str, state: TrainerState) -> None:
+def _check_steps_left(conversion: Conversion, state: TrainerState) -> None:
     """There were steps to do then, so there are now: else nothing would be trained, and it would look like success."""
     planned = conversion.max_steps
     if planned is not None and conversion.global_step < planned and state.global_step >= state.max_steps:
         why = f"{planned} steps were planned, and this Trainer ends at {state.max_steps}."
-        raise refusal(conversion.saved, conversion.now, what, why)
+        raise conversion.refusal(why)
 
 
 def _max_steps(args: TrainingArguments, conversion: Conversion) -> int:

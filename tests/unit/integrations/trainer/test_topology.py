@@ -110,11 +110,11 @@ def test_warmup_in_steps_is_said_to_be_in_steps_of_today(
     args: TrainingArguments, caplog: pytest.LogCaptureFixture
 ) -> None:
     args.warmup_steps = 5
-    topology._say(planned(args), "checkpoint-9", args)
+    topology._say(planned(args), args)
     assert "warmup_steps=5 counts steps of today" in caplog.text
     args.warmup_steps = 0.1  # a share of all steps
     caplog.clear()
-    topology._say(planned(args), "checkpoint-9", args)
+    topology._say(planned(args), args)
     assert "warmup" not in caplog.text
 
 
@@ -159,13 +159,13 @@ class TestLiveObjects:
 
     def test_the_schedule_stands_where_the_data_does(self, args: TrainingArguments) -> None:
         live = self.live()
-        topology.go_on(planned(args), "checkpoint-9", self.state(), live)
+        topology.go_on(planned(args), self.state(), live)
         assert live["lr_scheduler"].get_last_lr() == [0.5]
 
     def test_steps_that_the_gradient_scaler_skipped_stay_skipped(self, args: TrainingArguments) -> None:
         live = self.live()
         live["lr_scheduler"].last_epoch = 6
-        topology.go_on(planned(args), "checkpoint-9", self.state(), live)
+        topology.go_on(planned(args), self.state(), live)
         assert live["lr_scheduler"].last_epoch == 2
 
     @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ class TestLiveObjects:
         self, args: TrainingArguments, given: dict[str, Any], max_steps: int, words: str
     ) -> None:
         with pytest.raises(PositionError, match=words):
-            topology.go_on(planned(args), "checkpoint-9", self.state(max_steps=max_steps), self.live(**given))
+            topology.go_on(planned(args), self.state(max_steps=max_steps), self.live(**given))
 
     def test_an_order_that_is_unknown_does_not_matter_between_two_epochs(
         self, args: TrainingArguments
@@ -196,7 +196,7 @@ class TestLiveObjects:
         between = replace(SAVED, global_step=12, samples_seen=48)
         loader = DataLoader(range(24), sampler=RandomSampler(range(24)), batch_size=4)
         live = self.live(train_dataloader=loader)
-        topology.go_on(planned(args, between), "checkpoint-12", self.state(4), live)
+        topology.go_on(planned(args, between), self.state(4), live)
 
     def check(self, args: TrainingArguments, loader: Any, step: int = 3) -> None:
         topology.check(manifest(), args, self.state(step), EpochLength(loader))
