@@ -26,8 +26,10 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
 from hf_cloudtrain.jobs.logs import follow_nodes, last_lines, mark_start
-from hf_cloudtrain.jobs.node.mounts import Mount, check, has_docker
-from hf_cloudtrain.jobs.node.node import folder_mounts, node_argv
+from hf_cloudtrain.jobs.node.docker import has_docker
+from hf_cloudtrain.jobs.node.folders import folder_mounts
+from hf_cloudtrain.jobs.node.mounts import Mount, check
+from hf_cloudtrain.jobs.node.node import node_argv
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT

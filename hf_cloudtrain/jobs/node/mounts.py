@@ -1,12 +1,11 @@
-"""Folders at the paths where a job expects them, without touching the machine's own.
+"""Folders at the paths where a job expects them, without a change to the machine.
 
-    refuse         says what cannot be, before anything is started
-    argv           the command in a mount namespace of its own (namespace.py), or in bubblewrap where only that may
-    docker_words   the command in a container of an image
-    link           links, on a machine that is the job's own: the containers of SageMaker and SkyPilot
+    check    refuse mounts that are not possible, before anything is started
+    argv     the command in a mount namespace of its own (namespace.py), or in bubblewrap where only that may make one
+    link     links, on a machine that belongs to the job: the containers of SageMaker and SkyPilot
 
-A target needs a folder to be mounted on. Where the machine lacks it, the deepest folder above that exists is made anew
-in memory for the job alone, with all it holds: nothing is ever created on the machine.
+docker.py has a fourth way, the container of an image. A target needs a folder to be mounted on. Where the machine has
+none, the deepest existing folder above is replaced, for the job alone, by a copy in memory that shows all it holds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -24,25 +22,10 @@ from pathlib import Path
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.node import namespace
+from hf_cloudtrain.jobs.spec.values import is_below
 
-PROBE_SECONDS = 20.0
-"""Seconds that the try of a namespace may take; it takes 0.05."""
-DOCKER_SECONDS = 5.0
-"""Seconds in which a Docker engine has to answer."""
-
-FIRST = """\
-trap '[ $$ != 1 ] && kill -TERM $! || kill -TERM -1' TERM
-"$@" &
-while :; do
-    wait $!
-    code=$?
-    kill -0 $! 2>/dev/null || exit $code
-done
-"""
-"""The first process of a container: the kernel lets it alone hear of signals, and gives it no default for them (pid_namespaces(7)).
-
--1 is all of the container; where an engine has been told to share the machine's processes, it would be all of those.
-"""
+PROBE_TIMEOUT = 20.0
+"""Seconds until a probe of a namespace counts as failed; it usually takes 0.05."""
 
 
 @dataclass(frozen=True)
@@ -58,119 +41,111 @@ class Mount:
     read_only: bool = False
 
 
-# --- Namespaces --------------------------------------------------------------------------------------------------------
+def argv(mounts: Sequence[Mount], command: Sequence[str]) -> list[str]:
+    """The command line under which `command` sees each source at its target; `command` itself if nothing is mounted.
 
-
-def argv(mounts: Sequence[Mount], command: Sequence[str], *, cwd: str | None = None) -> list[str]:
-    """The command line under which `command` sees each source at its target; `command` itself where nothing is mounted.
-
-    Signals, process group, environment and exit code are the command's: nothing stays between, but for bubblewrap, which
-    waits for it. 125 is the exit code where a folder could not be put in place.
-
-    Args:
-        mounts: in any order; a target may be inside another.
-        command: what to run.
-        cwd: folder to run in, as the job sees it, such as `/workspace`; None: that of the caller.
+    Signals, process group, environment and exit code are those of the command: no process stays in between, except
+    bubblewrap, which waits for it. The exit code is 125 if a folder could not be mounted. The targets may be inside one
+    another, in any order.
 
     Raises:
-        ConfigurationError: as `refuse`, but for what the machine allows.
+        ConfigurationError: as `check`, but for what the machine allows.
     """
     wanted = _wanted(mounts)
-    remade = _remade(wanted)
     if not wanted:
-        return [*_program({"cwd": cwd}), *command] if cwd else list(command)
+        return list(command)
+    replaced = _replaced(wanted)
     if _allows_namespaces() or not _allows_bubblewrap():
-        order = {"mounts": [(str(m.source), m.target, m.read_only) for m in wanted], "remade": remade}
-        return [*_program({**order, "cwd": cwd} if cwd else order), *command]
-    return _bubblewrap_words(wanted, remade, command, cwd)
+        rows = [(str(mount.source), mount.target, mount.read_only) for mount in wanted]
+        return [*_program({"mounts": rows, "replaced": replaced}), *command]
+    return _bubblewrap_argv(wanted, replaced, command)
 
 
 def check(mounts: Sequence[Mount]) -> None:
-    """Raise ConfigurationError where the folders cannot be at their paths, with what to do. Nothing is changed.
+    """Refuse mounts that are not possible, with what to do. Changes nothing.
 
     Raises:
-        ConfigurationError: a target holds something of the machine's own, or of the folder it is in; or this machine
-            allows no namespace.
+        ConfigurationError: a target would hide something of the machine or of the folder around it, or this machine
+            allows no mount namespace.
     """
     wanted = _wanted(mounts)
-    _remade(wanted)
+    _replaced(wanted)
     if wanted and not _allows_namespaces() and not _allows_bubblewrap():
         raise ConfigurationError(
-            f"This machine lets no process see {str(wanted[0].source)!r} at {wanted[0].target!r}: it allows neither "
-            f"root's mounts nor user namespaces ({_problem(_NAMESPACE_PROBE)}). Run the job as root, install "
-            "bubblewrap, or use docker with an image (job_setting.docker.image). In a container, start that with "
-            "--cap-add SYS_ADMIN."
+            f"{str(wanted[0].source)!r} cannot be mounted at {wanted[0].target!r}: this machine allows neither mounts "
+            f"as root nor user namespaces ({_failure(_NAMESPACE_PROBE)}). Run the job as root, install bubblewrap, or "
+            "use docker with an image (job_setting.docker.image). Start a container with --cap-add SYS_ADMIN."
         )
 
 
 def _wanted(mounts: Iterable[Mount]) -> list[Mount]:
-    """Those that are not where they belong already, parents first, absolute and without links."""
+    """The mounts whose source is not at its target already: outer ones first, with absolute paths and without links."""
     found = []
     for mount in mounts:
         source, target = mount.source.resolve(), os.path.realpath(mount.target)
         if str(source) != target:
             found.append(Mount(source, target, mount.read_only))
-    found.sort(key=lambda mount: mount.target.count("/"))
-    return found
+    return sorted(found, key=lambda mount: mount.target.count("/"))
 
 
-def _remade(mounts: Sequence[Mount]) -> list[str]:
-    """Existing folders that lack a place for a target. Raises ConfigurationError for what would hide something."""
-    remade: set[str] = set()
+def _replaced(mounts: Sequence[Mount]) -> list[str]:
+    """Existing folders that have no folder for a target. Raises ConfigurationError for a target that hides something."""
+    replaced: set[str] = set()
     for number, mount in enumerate(mounts):
-        around = [other for other in mounts[:number] if _is_below(mount.target, other.target)]
+        around = [other for other in mounts[:number] if is_below(mount.target, other.target)]
         if around:
-            _check_not_inside(mount, around[-1])
+            _check_inside(mount, around[-1])
             continue
-        _check_not_hidden(mount.target, mount.target)
+        _check_hides_nothing(mount.target, mount.target)
         if not os.path.isdir(mount.target):
             folder = _deepest_folder(mount.target)
-            _check_not_remade(folder, mount.target)
-            remade.add(folder)
-    return sorted(remade)
+            _check_replaceable(folder, mount.target)
+            replaced.add(folder)
+    return sorted(replaced)
 
 
-def _check_not_inside(mount: Mount, outer: Mount) -> None:
-    place = outer.source / os.path.relpath(mount.target, outer.target)
+def _check_inside(mount: Mount, outer: Mount) -> None:
+    folder = outer.source / os.path.relpath(mount.target, outer.target)
     if mount.target == outer.target:
-        raise ConfigurationError(f"Two folders are to be at {mount.target!r}. Give each a path of its own.")
-    _check_not_hidden(
-        str(place),
-        mount.target,
-        f"the folder that is at {outer.target!r}",
-        "or leave that out of the workspace (.cloudtrainignore)",
-    )
-    if outer.read_only and not place.is_dir():
         raise ConfigurationError(
-            f"{mount.target!r} is inside {outer.target!r}, which is there to read only, and has no such folder. "
-            "Name a path outside of it."
+            f"{mount.target!r} is the mount path of two folders. Give each its own path."
+        )
+    _check_hides_nothing(
+        str(folder),
+        mount.target,
+        f"the folder at {outer.target!r}",
+        "or exclude that from the workspace (.cloudtrainignore)",
+    )
+    if outer.read_only and not folder.is_dir():
+        raise ConfigurationError(
+            f"{mount.target!r} does not exist in {outer.target!r}, which is read-only. Use a path outside of it."
         )
 
 
-def _check_not_hidden(
-    place: str, target: str, owner: str = "this machine", otherwise: str = "or move what is there"
+def _check_hides_nothing(
+    folder: str, target: str, owner: str = "this machine", otherwise: str = "or move what is there"
 ) -> None:
     try:
-        mode = os.lstat(place).st_mode
-        held = not stat.S_ISDIR(mode) or bool(os.listdir(place))
+        mode = os.lstat(folder).st_mode
+        is_in_use = not stat.S_ISDIR(mode) or bool(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return
     except PermissionError:
-        held = True
-    if held:
+        is_in_use = True
+    if is_in_use:
         raise ConfigurationError(
             f"{target!r} would hide what {owner} has there. Set the mount path to one that is free or empty, such as "
             f"'/workspace' or '/workspace/data', {otherwise}."
         )
 
 
-def _check_not_remade(folder: str, target: str) -> None:
-    """A folder that people write to cannot be replaced for a while: new files would be missed, or lost."""
+def _check_replaceable(folder: str, target: str) -> None:
+    """A folder that users write to cannot be replaced: the job would miss new files, or lose its own."""
     found = os.stat(folder)
-    theirs = found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if folder != "/" and (theirs or _is_below(folder, os.path.expanduser("~"))):
+    is_writable = found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if folder != "/" and (is_writable or is_below(folder, os.path.expanduser("~"))):
         raise ConfigurationError(
-            f"{target!r} is not there, and {folder!r} is in use. Make an empty folder (mkdir -p {target}), or set the "
+            f"{target!r} does not exist, and {folder!r} is in use. Make an empty folder (mkdir -p {target}), or set the "
             "mount path to one like '/workspace', which needs none."
         )
 
@@ -180,162 +155,79 @@ def _deepest_folder(path: str) -> str:
     while not os.path.isdir(folder):
         if os.path.lexists(folder):
             raise ConfigurationError(
-                f"{path!r} cannot be a folder here: {folder!r} is a file. Name another mount path."
+                f"{path!r} cannot be a folder: {folder!r} is a file. Use another mount path."
             )
         folder = os.path.dirname(folder)
     return folder
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def _program(order: dict[str, object]) -> list[str]:
-    return [sys.executable, "-I", "-S", namespace.__file__, json.dumps(order)]
+def _program(request: dict[str, object]) -> list[str]:
+    return [sys.executable, "-I", "-S", namespace.__file__, json.dumps(request)]
 
 
 def _allows_namespaces() -> bool:
-    """Whether this user may do here what `argv` does: tried, because no setting tells."""
-    return _problem(_NAMESPACE_PROBE) is None
+    """Whether this user may make a mount namespace here: probed, because no setting says so."""
+    return _failure(_NAMESPACE_PROBE) is None
+
+
+def _allows_bubblewrap() -> bool:
+    return _failure(("bwrap", "--dev-bind", "/", "/", "true")) is None
 
 
 @functools.cache
-def _problem(words: tuple[str, ...]) -> str | None:
-    """Why a command cannot be run here: the last line that it says."""
+def _failure(command: tuple[str, ...]) -> str | None:
+    """Why a command fails here: the last line of its errors; None if it works."""
     try:
         done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_TIMEOUT, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if done.returncode == 0:
         return None
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return said[-1] if said else f"exit code {done.returncode}"
+    errors = done.stderr.decode(errors="replace").strip().splitlines()
+    return errors[-1] if errors else f"exit code {done.returncode}"
 
 
-_NAMESPACE_PROBE = (*_program({"mounts": [], "remade": ["/"]}), "true")
+_NAMESPACE_PROBE = (*_program({"mounts": [], "replaced": ["/"]}), "true")
 
 
-# --- Bubblewrap --------------------------------------------------------------------------------------------------------
+def _bubblewrap_argv(mounts: Sequence[Mount], replaced: Sequence[str], command: Sequence[str]) -> list[str]:
+    """See https://github.com/containers/bubblewrap (bwrap(1)).
 
-
-def _allows_bubblewrap() -> bool:
-    return _problem(("bwrap", "--dev-bind", "/", "/", "true")) is None
-
-
-def _bubblewrap_words(
-    mounts: Sequence[Mount], remade: Sequence[str], command: Sequence[str], cwd: str | None
-) -> list[str]:
-    """By https://github.com/containers/bubblewrap (bwrap(1)).
-
-    It stays as the parent, and dies of a signal to the group that the command would heed: signals are held back from it,
-    and let through for the command.
+    bubblewrap stays as the parent, and a stop signal to the process group would kill it: signals are blocked before it
+    starts, and unblocked again for the command.
     """
-    words = [*_program({"block": True}), "bwrap"]
-    if "/" not in remade:
-        words += ["--dev-bind", "/", "/"]
-    for folder in remade:
+    found = [*_program({"block": True}), "bwrap"]
+    if "/" not in replaced:
+        found += ["--dev-bind", "/", "/"]
+    for folder in replaced:
         if folder != "/":
-            words += ["--tmpfs", folder]
+            found += ["--tmpfs", folder]
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
-            words += (
-                ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--dev-bind", path, path]
-            )
+            is_link = os.path.islink(path)
+            found += ["--symlink", os.readlink(path), path] if is_link else ["--dev-bind", path, path]
     for mount in mounts:
-        words += ["--ro-bind" if mount.read_only else "--dev-bind", str(mount.source), mount.target]
-    for folder in remade:
-        words += ["--remount-ro", folder]
-    if cwd:
-        words += ["--chdir", cwd]
-    return [*words, "--", *_program({"block": False}), *command]
-
-
-# --- Docker ------------------------------------------------------------------------------------------------------------
-
-
-def has_docker() -> bool:
-    """Whether there is a client, and an engine that answers within 5 seconds."""
-    try:
-        done = subprocess.run(
-            ["docker", "version", "--format", "{{.Server.Version}}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=DOCKER_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0 and bool(done.stdout.strip())
-
-
-def docker_argv(
-    image: str,
-    mounts: Sequence[Mount],
-    command: Sequence[str],
-    environment_names: Iterable[str],
-    home: Path,
-    *,
-    cwd: str | None = None,
-    name: str | None = None,
-) -> list[str]:
-    """The command line that runs `command` in a container of an image. It was never run on an engine: written by its docs.
-
-    The client hands SIGTERM to the container, where a shell hands it to all processes; its exit code is the command's. A
-    client that is killed leaves the container behind: `docker kill NAME` ends it.
-
-    Values of variables are not in it: the client takes them from its own environment. The network and the shared memory
-    are the machine's, as torchrun and its workers need them. See https://docs.docker.com/reference/cli/docker/container/run.
-
-    Args:
-        image: name of the image.
-        mounts: as for `argv`; the job's home is mounted besides, at its own path.
-        command: what to run there.
-        environment_names: names of the variables to hand on.
-        home: folder of the job.
-        cwd: folder to run in, as the job sees it.
-        name: of the container.
-    """
-    words = ["docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host"]
-    if shutil.which("nvidia-smi"):
-        words += ["--gpus", "all"]
-    for mount in (Mount(home, str(home)), *sorted(mounts, key=lambda mount: mount.target.count("/"))):
-        words += ["--mount", _docker_mount(mount)]
-    for variable in sorted(set(environment_names)):
-        words += ["--env", variable]
-    if cwd:
-        words += ["--workdir", cwd]
-    if name:
-        words += ["--name", name]
-    return [*words, "--entrypoint", "sh", image, "-c", FIRST, "sh", *command]
-
-
-def _docker_mount(mount: Mount) -> str:
-    fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
-    fields += ["readonly"] if mount.read_only else []
-    # The value is a line of CSV.
-    return ",".join(
-        '"' + field.replace('"', '""') + '"' if set(field) & set(',"') else field for field in fields
-    )
-
-
-# --- Links -------------------------------------------------------------------------------------------------------------
+        found += ["--ro-bind" if mount.read_only else "--dev-bind", str(mount.source), mount.target]
+    for folder in replaced:
+        found += ["--remount-ro", folder]
+    return [*found, "--", *_program({"block": False}), *command]
 
 
 def link(mounts: Sequence[Mount]) -> None:
-    """Make each target a link to its source, on a machine that is the job's own. `read_only` is not heeded.
+    """Make each target a link to its source, on a machine that belongs to the job. Ignores `read_only`.
 
-    What is linked already stays, so that a restart may call it again.
+    Existing links to the right source stay, so that a restart may call it again.
 
     Raises:
-        ConfigurationError: a target holds something.
+        ConfigurationError: a target is in use, or cannot be made.
     """
     for mount in sorted(mounts, key=lambda mount: mount.target.count("/")):
         source, target = mount.source.resolve(), Path(mount.target)
         if target.resolve() == source:
             continue
-        _check_not_hidden(mount.target, mount.target)
+        _check_hides_nothing(mount.target, mount.target)
         try:
             if target.is_dir():
                 target.rmdir()
@@ -343,6 +235,6 @@ def link(mounts: Sequence[Mount]) -> None:
             target.symlink_to(source, target_is_directory=True)
         except OSError as error:
             raise ConfigurationError(
-                f"{mount.target!r} cannot be made a link to {str(source)!r}: {error.strerror}. Set the mount path to one "
-                "that is free, such as '/workspace'."
+                f"{mount.target!r} cannot be made a link to {str(source)!r}: {error.strerror}. Set the mount path to a "
+                "free one, such as '/workspace'."
             ) from error

@@ -1,12 +1,12 @@
-"""The program between a node and its command: it makes a mount namespace, puts folders there, and becomes the command.
+"""The program between a node and its command: it enters a new mount namespace, mounts folders, and becomes the command.
 
     python -I -S namespace.py '{"mounts": …}' COMMAND …
 
-It is a file by itself that needs the standard library alone, because it runs in the job's folder, where a `json.py` of
-the user may lie. It ends in exec, so no process is between: signals, process group and exit code are the command's. The
-namespace is gone with the last process in it, however that ends; the machine's own paths are never written.
+It imports only the standard library, because it runs in the job's folder, where the user may have a `json.py`. It ends in
+exec, so that no process stays in between: signals, process group and exit code are the command's. The kernel removes the
+namespace with its last process; nothing is ever written to the machine's own paths.
 
-The calls are those of mount(2), unshare(2), pivot_root(2) and user_namespaces(7): https://man7.org/linux/man-pages.
+The calls are described in mount(2), unshare(2), pivot_root(2) and user_namespaces(7): https://man7.org/linux/man-pages.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from typing import Any
 
 FAILED = 125
-"""Exit code where the folders could not be put in place; the command was not started."""
+"""Exit code if the folders could not be mounted; the command was not started."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-"""What may be sent to a job."""
+"""Signals that a job may receive."""
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -36,94 +36,92 @@ OLD = "/.old"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Put the folders in place and become the command; returns only where that failed."""
-    order, *command = arguments
+    """Mount the folders and become the command; returns only if that fails."""
+    request, *command = arguments
     try:
-        wanted = json.loads(order)
+        wanted = json.loads(request)
         if "block" in wanted:
             signal.pthread_sigmask(signal.SIG_BLOCK if wanted["block"] else signal.SIG_UNBLOCK, SIGNALS)
         if "mounts" in wanted:
             enter()
-            arrange(wanted["mounts"], wanted.get("remade", ()))
-        if wanted.get("cwd"):
-            os.chdir(wanted["cwd"])
+            mount_all(wanted["mounts"], wanted["replaced"])
     except OSError as error:
-        return _say(f"the folders of the job cannot be put in place: {error}", FAILED)
-    # Python ignores these two, and exec would hand that on.
+        return _report(f"the folders of the job cannot be mounted: {error}", FAILED)
+    # Python ignores these two, and the command would inherit that.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
-        os.execvpe(command[0], command, _given_environment())  # noqa: S606 - no shell
+        os.execvpe(command[0], command, _original_environment())  # noqa: S606 - no shell
     except FileNotFoundError:
-        return _say(f"{command[0]!r} is not found.", 127)
+        return _report(f"{command[0]!r} was not found.", 127)
     except OSError as error:
-        return _say(f"{command[0]!r} cannot be run: {error}", 126)
+        return _report(f"{command[0]!r} cannot be run: {error}", 126)
 
 
 def enter() -> None:
-    """Give this process a mount namespace of its own, by the right of root or else in a user namespace.
+    """Give this process a mount namespace of its own: as root, or else in a user namespace.
 
-    In a user namespace everybody keeps the user and group that they have outside. The rights there last until exec.
+    In a user namespace the user and group stay as they are outside; the capabilities there end with exec.
     """
     user, group = os.geteuid(), os.getegid()
     try:
         _call("unshare", CLONE_NEWNS)
     except PermissionError:
         _call("unshare", CLONE_NEWUSER | CLONE_NEWNS)
-        _write("/proc/self/setgroups", "deny")  # what gid_map asks for, user_namespaces(7)
+        _write("/proc/self/setgroups", "deny")  # required for gid_map, user_namespaces(7)
         _write("/proc/self/uid_map", f"{user} {user} 1")
         _write("/proc/self/gid_map", f"{group} {group} 1")
-    # What the machine mounts or unmounts later is seen here; what is mounted here is seen nowhere else.
+    # Later mounts of the machine appear here too; mounts made here appear nowhere else.
     _mount(None, "/", None, MS_REC | MS_SLAVE)
 
 
-def arrange(mounts: Sequence[tuple[str, str, bool]], remade: Sequence[str]) -> None:
-    """Put each source at its target, after the folders that lack a place for one were made anew.
+def mount_all(mounts: Sequence[tuple[str, str, bool]], replaced: Sequence[str]) -> None:
+    """Mount each source at its target.
 
     Args:
-        mounts: source, target, and whether it is to be read only; a target inside another comes after it.
-        remade: folders that are replaced by one in memory with all they hold.
+        mounts: source, target, and whether it is read-only; a target inside another comes after it.
+        replaced: folders to replace first by a folder in memory with all they hold, where targets can be made.
     """
-    for folder in remade:
-        _remake_root() if folder == "/" else _remake(folder)
+    for folder in replaced:
+        _replace_root() if folder == "/" else _replace(folder)
     for source, target, read_only in mounts:
         os.makedirs(target, exist_ok=True)
         _mount(source, target, None, MS_BIND | MS_REC)
         if read_only:
             _mount(None, target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | _kept_flags(target))
-    for folder in remade:
-        # What a job writes there would be gone with it: better that it hears so.
+    for folder in replaced:
+        # Files that a job writes there would be lost with the namespace: an error is better.
         _mount(None, folder, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
-def _remake_root() -> None:
-    base = "/tmp" if os.path.isdir("/tmp") else "/proc"  # noqa: S108 - a place to mount on, nothing is written there
+def _replace_root() -> None:
+    base = "/tmp" if os.path.isdir("/tmp") else "/proc"  # noqa: S108 - only a folder to mount on, nothing is written there
     _mount("cloudtrain", base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     os.mkdir(base + OLD)
     _pivot_root(base, base + OLD)
     os.chdir("/")
-    _bring(OLD, "/")
+    _bind_all(OLD, "/")
     _call("umount2", OLD.encode(), MNT_DETACH)
     os.rmdir(OLD)
 
 
-def _remake(folder: str) -> None:
+def _replace(folder: str) -> None:
     held = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         mode = stat.S_IMODE(os.fstat(held).st_mode)
         _mount("cloudtrain", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"mode={mode:o}")
-        _bring(f"/proc/self/fd/{held}", folder)
+        _bind_all(f"/proc/self/fd/{held}", folder)
     finally:
         os.close(held)
 
 
-def _bring(source: str, folder: str) -> None:
-    """All that one folder holds, in another that is empty."""
+def _bind_all(source: str, folder: str) -> None:
+    """Show everything in one folder in another, empty one."""
     for name in os.listdir(source):
         old, new = os.path.join(source, name), os.path.join(folder, name)
         try:
             mode = os.lstat(old).st_mode
-        except OSError:  # a mount whose server is gone: nobody can use it, here or outside
+        except OSError:  # a mount whose server is gone: it does not work outside either
             continue
         if stat.S_ISLNK(mode):
             os.symlink(os.readlink(old), new)
@@ -136,7 +134,7 @@ def _bring(source: str, folder: str) -> None:
 
 
 def _kept_flags(path: str) -> int:
-    """Flags of a mount that stay; in a user namespace the kernel refuses to take them away."""
+    """Flags that a mount must keep: in a user namespace the kernel refuses to remove them."""
     flags = os.statvfs(path).f_flag
     kept = flags & (MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME)
     return kept | (MS_RELATIME if flags & 4096 else 0)  # ST_RELATIME of <bits/statvfs.h>
@@ -162,7 +160,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 def _pivot_root(new: str, old: str) -> None:
     number = PIVOT_ROOT.get(os.uname().machine)
     if number is None:
-        raise OSError(errno.ENOSYS, f"No call is known that changes the root on {os.uname().machine}")
+        raise OSError(errno.ENOSYS, f"pivot_root is not supported on {os.uname().machine}")
     _call("syscall", ctypes.c_long(number), new.encode(), old.encode())
 
 
@@ -178,8 +176,8 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _given_environment() -> dict[bytes, bytes]:
-    """The environment as it was given: Python itself adds LC_CTYPE where the locale is C."""
+def _original_environment() -> dict[bytes, bytes]:
+    """The environment before Python started: it adds LC_CTYPE where the locale is C."""
     try:
         with open("/proc/self/environ", "rb") as file:
             items = [item.partition(b"=") for item in file.read().split(b"\0") if item]
@@ -188,8 +186,8 @@ def _given_environment() -> dict[bytes, bytes]:
     return {name: value for name, _, value in items}
 
 
-def _say(text: str, code: int) -> int:
-    print(f"cloudtrain: {text}", file=sys.stderr)  # noqa: T201 - the job's own log, there is no other
+def _report(text: str, code: int) -> int:
+    print(f"cloudtrain: {text}", file=sys.stderr)  # noqa: T201 - into the log of the job, there is no other
     return code
 
 

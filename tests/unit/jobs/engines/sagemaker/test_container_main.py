@@ -31,7 +31,7 @@ from hf_cloudtrain.jobs.engines.sagemaker.container_main import (
     write_failure,
 )
 from hf_cloudtrain.jobs.engines.sagemaker.gang import Agent, ContainerGang, Line
-from hf_cloudtrain.jobs.node import node
+from hf_cloudtrain.jobs.node.folders import real_checkpoint_dir
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
@@ -193,7 +193,7 @@ def test_the_job_finds_everything_at_its_paths(image: Image) -> None:
     assert FakeNode.starts == [(0, 1)]
     submission = Submission.load(image.root / "cloudtrain")
     assert submission.plan.grace == 105.0
-    found = node.real_checkpoint_dir(submission)
+    found = real_checkpoint_dir(submission)
     assert found is not None
     assert found.resolve() == (image.root / "checkpoints").resolve()
     kept = image.root / "output/data/cloudtrain/algo-1/0/exit-1.json"

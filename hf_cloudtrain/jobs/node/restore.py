@@ -1,0 +1,49 @@
+"""The newest checkpoint of the run, in the job's checkpoint folder before its command starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.in_place import InPlaceCheckpointer
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+
+BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
+"""Files in a checkpoint of `Trainer` or `TrainLoop`, which is a folder below the checkpoint folder."""
+
+
+def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
+    """Restore the newest checkpoint of a run into a folder; None where the run has none.
+
+    A checkpoint of `Trainer` or `TrainLoop` becomes a folder below it; any other checkpoint becomes the folder itself.
+
+    Args:
+        choice: file in which the first node on this disk records its choice; the other nodes restore the same one.
+    """
+    catalog = Catalog(Checkpointer(run_url, folder).storage)
+    if choice.exists():
+        chosen = json.loads(choice.read_text())
+        if chosen is None:
+            return None
+        key = CheckpointKey(*chosen)
+        _checkpointer(catalog, key)(run_url, folder).fetcher(catalog.read(key))()
+        return key
+    newest = catalog.newest()
+    checkpointer = (Checkpointer if newest is None else _checkpointer(catalog, newest))(run_url, folder)
+    try:
+        restored = checkpointer.restore()
+    finally:
+        checkpointer.close()
+    restored_key = (
+        None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step)
+    )
+    choice.parent.mkdir(parents=True, exist_ok=True)
+    choice.write_text(json.dumps(restored_key and [restored_key.attempt, restored_key.step]))
+    return restored_key
+
+
+def _checkpointer(catalog: Catalog, key: CheckpointKey) -> type[Checkpointer]:
+    by_framework = BY_FRAMEWORK & {file.path for file in catalog.read(key).files}
+    return Checkpointer if by_framework else InPlaceCheckpointer
