@@ -1,4 +1,4 @@
-"""Folders at a job's paths: seen by the job, never on the machine, and the command is as if nothing were between."""
+"""Folders at a job's paths: the job sees them, the machine does not, and the command behaves as without a mount."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.node import mounts
-from hf_cloudtrain.jobs.node.mounts import Mount, argv, check, docker_argv, has_docker, link
+from hf_cloudtrain.jobs.node.mounts import Mount, argv, check, link
 
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534
 ORDINARY = (
     *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-sys_admin"),
-    # The interpreter may be in root's home: it may be read there, and nothing else.
+    # The interpreter may be in the home folder of root: this lets the user read it there, and no more.
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
 PATIENCE = 20.0
 
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="an ordinary user may not")
+needs_root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
 
 
 @pytest.fixture
 def namespaces() -> None:
     if not unshares("--mount") and not unshares("--user", "--map-root-user", "--mount"):
         pytest.skip("this machine allows no namespaces")
-    assert mounts._problem(mounts._NAMESPACE_PROBE) is None
+    assert mounts._failure(mounts._NAMESPACE_PROBE) is None
 
 
 def unshares(*options: str, before: Sequence[str] = ()) -> bool:
-    """Whether the machine allows it, asked of somebody else than what is tested."""
+    """Whether the machine allows it, probed without the code under test."""
     command = [*before, "unshare", *options, "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -53,7 +53,7 @@ def unshares(*options: str, before: Sequence[str] = ()) -> bool:
 def user(
     request: pytest.FixtureRequest, namespaces: None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, ...]:
-    """What stands before the words: with root's rights or without, in a namespace of ours or in bubblewrap."""
+    """What to put before the command: as root or as an ordinary user, in a namespace of ours or in bubblewrap."""
     if request.param == "bwrap":
         if shutil.which("bwrap") is None:
             pytest.skip("bubblewrap is not installed")
@@ -66,7 +66,7 @@ def user(
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that any user may enter; pytest's own are for one alone."""
+    """A folder that any user may enter; those of pytest are private."""
     with tempfile.TemporaryDirectory(prefix="cloudtrain-test-") as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -86,14 +86,14 @@ def sources(open_folder: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def free() -> str:
-    """A path of the root that no machine has."""
+    """A path in the root folder that no machine has."""
     path = f"/cloudtrain-test-{os.getpid()}"
     assert not os.path.lexists(path)
     return path
 
 
 @pytest.fixture
-def host_stays_as_it_is() -> Iterator[None]:
+def host_is_unchanged() -> Iterator[None]:
     before = host()
     yield
     assert host() == before
@@ -107,7 +107,7 @@ def bash(text: str) -> list[str]:
     return ["bash", "-c", text]
 
 
-def said(command: Sequence[str], **options: object) -> str:
+def output(command: Sequence[str], **options: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
     return str(done.stdout)
@@ -120,9 +120,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.usefixtures("host_stays_as_it_is")
-class TestWords:
-    """What a job sees, and what is left of it."""
+@pytest.mark.usefixtures("host_is_unchanged")
+class TestArgv:
+    """What a job sees, and what stays after it."""
 
     def test_a_job_sees_each_folder_at_its_path(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str
@@ -132,32 +132,34 @@ class TestWords:
             Mount(sources["workspace"], free),
             Mount(sources["data"], f"{free}-data/mnli", read_only=True),
         ]
-        text = f"pwd; echo *; cat {free}-data/mnli/*; echo x > ckpt/new; touch {free}-data/mnli/new || echo refused"
-        seen = said([*user, *argv(wanted, bash(text), cwd=free)])
+        text = f"cd {free}; pwd; echo *; cat {free}-data/mnli/*; echo x > ckpt/new; touch {free}-data/mnli/new || echo refused"
+        seen = output([*user, *argv(wanted, bash(text))])
         assert seen.split() == [free, "ckpt", "of_workspace", "datarefused"]
         assert (sources["ckpt"] / "new").read_text() == "x\n"
         assert not os.path.lexists(free)
 
-    def test_what_a_machine_has_is_seen_as_ever(
+    def test_everything_else_of_the_machine_looks_as_before(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str
     ) -> None:
         text = "ls -a /; readlink /bin; id -un; cat /proc/$$/comm; : > /dev/null; cat $0"
         command = [*bash(text), str(Path(__file__))]
-        seen = said([*user, *argv([Mount(sources["workspace"], free)], command)]).splitlines()
-        outside = said([*user, *command]).splitlines()
+        seen = output([*user, *argv([Mount(sources["workspace"], free)], command)]).splitlines()
+        outside = output([*user, *command]).splitlines()
         assert sorted(seen) == sorted([*outside, free[1:]])
 
-    def test_a_new_folder_of_the_root_is_refused_rather_than_lost(
+    def test_a_new_folder_in_the_root_is_an_error_instead_of_lost_files(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str
     ) -> None:
         text = f"mkdir {free}-other 2>&1 || true"
-        assert "Read-only" in said([*user, *argv([Mount(sources["workspace"], free)], bash(text))])
+        assert "Read-only" in output([*user, *argv([Mount(sources["workspace"], free)], bash(text))])
 
-    def test_signals_to_the_group_reach_the_command_and_its_exit_code_comes_back(
+    def test_signals_to_the_group_reach_the_command_and_its_exit_code_is_returned(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str
     ) -> None:
-        text = "trap 'echo saved > saved; exit 75' TERM; touch ready; while :; do sleep 0.02; done"
-        command = [*user, *argv([Mount(sources["workspace"], free)], bash(text), cwd=free)]
+        text = (
+            f"cd {free}; trap 'echo saved > saved; exit 75' TERM; touch ready; while :; do sleep 0.02; done"
+        )
+        command = [*user, *argv([Mount(sources["workspace"], free)], bash(text))]
         process = subprocess.Popen(command, start_new_session=True)
         try:
             wait_for((sources["workspace"] / "ready").exists)
@@ -167,7 +169,7 @@ class TestWords:
             process.kill()
         assert (sources["workspace"] / "saved").exists()
 
-    def test_nothing_stays_after_a_job_that_is_killed(
+    def test_a_killed_job_leaves_nothing_behind(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str
     ) -> None:
         command = [*user, *argv([Mount(sources["workspace"], free)], bash(f"touch {free}/ready; sleep 60"))]
@@ -179,52 +181,52 @@ class TestWords:
         assert process.wait(PATIENCE) == -signal.SIGKILL
         wait_for(lambda: not is_group(process.pid))
 
-    def test_the_environment_and_the_signals_are_those_that_were_given(
+    def test_environment_and_signals_are_passed_on_unchanged(
         self, sources: dict[str, Path], namespaces: None, free: str
     ) -> None:
         # Python would add LC_CTYPE, and ignores SIGPIPE.
         given = {"PATH": os.environ["PATH"], "SECRET": "a=b\nc", "LANG": "C"}
         text = "tr '\\0' '|' < /proc/$$/environ; grep SigIgn /proc/self/status"
-        seen = said(argv([Mount(sources["workspace"], free)], bash(text)), env=given)
-        alone = said(bash(text), env=given)
+        seen = output(argv([Mount(sources["workspace"], free)], bash(text)), env=given)
+        alone = output(bash(text), env=given)
         assert "SECRET=a=b" in seen
         assert seen == alone
 
-    def test_modules_of_the_user_are_not_taken_for_ours(
+    def test_modules_of_the_user_are_not_imported(
         self, sources: dict[str, Path], namespaces: None, free: str
     ) -> None:
         for name in ("json.py", "ctypes.py", "signal.py", "sitecustomize.py"):
             (sources["workspace"] / name).write_text("raise SystemExit('of the user')")
         command = argv([Mount(sources["workspace"], free)], bash("echo fine"))
-        place = sources["workspace"]
-        assert said(command, cwd=place, env={**os.environ, "PYTHONPATH": str(place)}) == "fine\n"
+        folder = sources["workspace"]
+        assert output(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}) == "fine\n"
 
-    def test_a_command_that_is_not_there_and_a_folder_that_is_not_there_have_codes_of_their_own(
+    def test_a_missing_command_and_a_missing_folder_have_their_own_exit_codes(
         self, sources: dict[str, Path], namespaces: None, free: str
     ) -> None:
         wanted = [Mount(sources["workspace"], free)]
         done = subprocess.run(argv(wanted, ["no-such-command"]), capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (127, "cloudtrain: 'no-such-command' is not found.\n")
+        assert (done.returncode, done.stderr) == (127, "cloudtrain: 'no-such-command' was not found.\n")
         gone = [Mount(sources["workspace"] / "gone", free)]
         done = subprocess.run(argv(gone, bash("echo ran")), capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (125, "")
         assert str(sources["workspace"] / "gone") in done.stderr
 
-    def test_an_empty_folder_of_the_machine_serves_as_it_is(
+    def test_an_empty_folder_of_the_machine_is_used_as_it_is(
         self, sources: dict[str, Path], user: tuple[str, ...], open_folder: Path
     ) -> None:
-        place = open_folder / "empty"
-        place.mkdir()
-        text = f"cat {place}/*; touch {place}/new"
-        assert said([*user, *argv([Mount(sources["data"], str(place))], bash(text))]) == "data"
+        empty = open_folder / "empty"
+        empty.mkdir()
+        text = f"cat {empty}/*; touch {empty}/new"
+        assert output([*user, *argv([Mount(sources["data"], str(empty))], bash(text))]) == "data"
         assert (sources["data"] / "new").exists()
-        assert os.listdir(place) == []
+        assert os.listdir(empty) == []
 
     @needs_root
     def test_nothing_leaks_where_the_machine_shares_its_mounts_and_their_options_stay(
         self, sources: dict[str, Path], user: tuple[str, ...], free: str, open_folder: Path
     ) -> None:
-        # As systemd has it, and with a disk whose options an ordinary user cannot take away.
+        # Shared mounts, as with systemd, and a disk whose options an ordinary user cannot remove.
         (open_folder / "disk").mkdir()
         text = f"touch {free}/new 2>&1; findmnt -n -o OPTIONS {free}"
         order = argv([Mount(open_folder / "disk", free, read_only=True)], bash(text))
@@ -233,26 +235,26 @@ class TestWords:
             'before=$(cat /proc/self/mountinfo)\n"$@"\n[ "$before" = "$(cat /proc/self/mountinfo)" ]'
         )
         machine = ["unshare", "--mount", "--propagation", "shared", "bash", "-c", script, "bash"]
-        seen = said([*machine, *user, *order])
+        seen = output([*machine, *user, *order])
         assert "Read-only" in seen
         assert {"ro", "nosuid", "nodev", "noexec", "noatime"} <= set(seen.split("\n")[-2].split(","))
 
     @needs_root
-    def test_a_folder_of_the_system_that_lacks_the_place_keeps_what_it_holds(
+    def test_a_system_folder_without_the_target_keeps_what_it_holds(
         self, sources: dict[str, Path], user: tuple[str, ...], open_folder: Path
     ) -> None:
-        place = open_folder / "mnt"
-        (place / "disk").mkdir(parents=True)
-        (place / "disk").chmod(0o777)
-        (place / "disk" / "file").write_text("kept")
-        (place / "link").symlink_to("disk/file")
-        text = f"cat {place}/link {place}/sets/a/*; echo new > {place}/disk/new; touch {place}/lost || echo refused"
-        command = [*user, *argv([Mount(sources["data"], f"{place}/sets/a")], bash(text))]
-        assert said(command) == "keptdatarefused\n"
-        assert sorted(os.listdir(place)) == ["disk", "link"]
-        assert (place / "disk" / "new").exists()
+        system = open_folder / "mnt"
+        (system / "disk").mkdir(parents=True)
+        (system / "disk").chmod(0o777)
+        (system / "disk" / "file").write_text("kept")
+        (system / "link").symlink_to("disk/file")
+        text = f"cat {system}/link {system}/sets/a/*; echo new > {system}/disk/new; touch {system}/lost || echo refused"
+        command = [*user, *argv([Mount(sources["data"], f"{system}/sets/a")], bash(text))]
+        assert output(command) == "keptdatarefused\n"
+        assert sorted(os.listdir(system)) == ["disk", "link"]
+        assert (system / "disk" / "new").exists()
 
-    def test_what_is_where_it_belongs_needs_no_mount(self, sources: dict[str, Path], tmp_path: Path) -> None:
+    def test_a_folder_at_its_own_path_needs_no_mount(self, sources: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to(sources["data"])
         wanted = [
             Mount(sources["workspace"], str(sources["workspace"])),
@@ -270,10 +272,10 @@ def is_group(number: int) -> bool:
     return True
 
 
-class TestRefuse:
-    """What cannot be is said before anything is started."""
+class TestCheck:
+    """What is not possible is refused before anything is started."""
 
-    def test_a_path_that_hides_something_of_the_machine(
+    def test_a_path_that_hides_a_folder_of_the_machine(
         self, sources: dict[str, Path], tmp_path: Path
     ) -> None:
         for target in (sources["data"], sources["data"] / "of_data", Path("/etc")):
@@ -284,27 +286,27 @@ class TestRefuse:
         with pytest.raises(ConfigurationError, match="is a file"):
             check([Mount(sources["workspace"], f"{sources['data']}/of_data/below")])
 
-    def test_a_path_that_hides_something_of_the_workspace(self, sources: dict[str, Path], free: str) -> None:
+    def test_a_path_that_hides_a_folder_of_the_workspace(self, sources: dict[str, Path], free: str) -> None:
         workspace = Mount(sources["workspace"], free)
         (sources["workspace"] / "data").mkdir()
         wanted = [Mount(sources["data"], f"{free}/data"), workspace]
         check(wanted)
         (sources["workspace"] / "data" / "train.csv").write_text("mine")
-        with pytest.raises(ConfigurationError, match=f"would hide what the folder that is at '{free}' has"):
+        with pytest.raises(ConfigurationError, match=f"would hide what the folder at '{free}' has"):
             check(wanted)
         (sources["workspace"] / "link").symlink_to("data")
         with pytest.raises(ConfigurationError, match="would hide"):
             check([workspace, Mount(sources["data"], f"{free}/link")])
 
     def test_two_folders_at_one_path(self, sources: dict[str, Path], free: str) -> None:
-        with pytest.raises(ConfigurationError, match="Two folders"):
+        with pytest.raises(ConfigurationError, match="the mount path of two folders"):
             check([Mount(sources["workspace"], free), Mount(sources["data"], free)])
 
-    def test_a_path_in_a_folder_that_is_read_only(self, sources: dict[str, Path], free: str) -> None:
-        with pytest.raises(ConfigurationError, match="read only"):
+    def test_a_path_in_a_read_only_folder(self, sources: dict[str, Path], free: str) -> None:
+        with pytest.raises(ConfigurationError, match="read-only"):
             check([Mount(sources["data"], free, read_only=True), Mount(sources["ckpt"], f"{free}/ckpt")])
 
-    def test_a_path_in_a_folder_that_people_write_to(
+    def test_a_path_in_a_folder_that_users_write_to(
         self, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with pytest.raises(ConfigurationError, match=r"mkdir -p /tmp/.*'/tmp' is in use|'/tmp' is in use"):
@@ -313,7 +315,7 @@ class TestRefuse:
         with pytest.raises(ConfigurationError, match="is in use"):
             check([Mount(sources["data"], str(tmp_path / "new"))])
 
-    def test_nothing_is_made_by_asking(self, sources: dict[str, Path], free: str, namespaces: None) -> None:
+    def test_checking_changes_nothing(self, sources: dict[str, Path], free: str, namespaces: None) -> None:
         before = host(), sorted(sources["workspace"].rglob("*"))
         check([Mount(sources["workspace"], free), Mount(sources["data"], f"{free}/data")])
         assert (host(), sorted(sources["workspace"].rglob("*"))) == before
@@ -322,13 +324,13 @@ class TestRefuse:
     def test_a_machine_that_allows_no_namespace(
         self, sources: dict[str, Path], free: str, namespaces: None
     ) -> None:
-        # A user namespace in which there may be no other, for a user without rights: that is such a machine.
+        # A user without capabilities in a user namespace that allows no further one stands for such a machine.
         code = (
             "import sys; from pathlib import Path; from hf_cloudtrain.jobs.node.mounts import Mount, check\n"
             "try:\n    check([Mount(Path(sys.argv[1]), sys.argv[2])])\n"
             "except ValueError as error:\n    print(error)"
         )
-        seen = said(
+        seen = output(
             [
                 *("unshare", "--user", "--map-root-user", "sh", "-c"),
                 'echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all "$@"',
@@ -336,86 +338,29 @@ class TestRefuse:
             ],
             cwd=Path(__file__).parents[4],
         )
-        assert f"lets no process see '{sources['workspace']}' at '{free}'" in seen
+        assert f"'{sources['workspace']}' cannot be mounted at '{free}'" in seen
         assert "Run the job as root, install bubblewrap, or use docker" in seen
 
 
-def test_bubblewrap_gets_the_machine_with_the_folders_and_no_signal_of_ours(
+def test_bubblewrap_shows_the_machine_with_the_folders_and_receives_no_signal(
     sources: dict[str, Path], free: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_problem", lambda words: None if words[0] == "bwrap" else "not allowed")
+    monkeypatch.setattr(mounts, "_failure", lambda command: None if command[0] == "bwrap" else "not allowed")
     wanted = [Mount(sources["workspace"], free), Mount(sources["data"], f"{free}/data", read_only=True)]
     check(wanted)
-    found = argv(wanted, ["train"], cwd=free)
+    found = argv(wanted, ["train"])
     start, end = found.index("bwrap"), found.index("--")
     assert found[:start][-1] == '{"block": true}'
     assert found[end:][-2:] == ['{"block": false}', "train"]
     options = " ".join(found[start:end])
     assert "--dev-bind /dev /dev" in options
     assert options.endswith(
-        f"--dev-bind {sources['workspace']} {free} --ro-bind {sources['data']} {free}/data --remount-ro / --chdir {free}"
+        f"--dev-bind {sources['workspace']} {free} --ro-bind {sources['data']} {free}/data --remount-ro /"
     )
-
-
-class TestDocker:
-    """No engine is here: the words, and the first process of a container as the first of a namespace."""
-
-    def test_the_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-        found = docker_argv(
-            "me/train:1",
-            [Mount(Path("/s/data"), "/workspace/data", read_only=True), Mount(Path("/s/a,b"), "/workspace")],
-            ["bash", "-c", "torchrun main.py"],
-            ["RANK", "KEY", "RANK"],
-            Path("/home/me/jobs/mnli-1"),
-            cwd="/workspace",
-            name="mnli-1-0",
-        )
-        assert found == [
-            *("docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host", "--gpus", "all"),
-            *("--mount", "type=bind,source=/home/me/jobs/mnli-1,target=/home/me/jobs/mnli-1"),
-            *("--mount", 'type=bind,"source=/s/a,b",target=/workspace'),
-            *("--mount", "type=bind,source=/s/data,target=/workspace/data,readonly"),
-            *("--env", "KEY", "--env", "RANK", "--workdir", "/workspace", "--name", "mnli-1-0"),
-            *("--entrypoint", "sh", "me/train:1", "-c", mounts.FIRST, "sh", "bash", "-c", "torchrun main.py"),
-        ]
-
-    def test_without_a_gpu_none_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shutil, "which", lambda name: None)
-        assert "--gpus" not in docker_argv("image", [], ["true"], [], Path("/home/me/job"))
-
-    @pytest.mark.parametrize(
-        ("script", "answer"),
-        [("echo 24.0", True), ("echo; echo no engine >&2; exit 1", False), ("echo", False), (None, False)],
-    )
-    def test_a_client_without_an_engine_is_no_docker(
-        self, script: str | None, answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if script is not None:
-            (tmp_path / "docker").write_text(f"#!/bin/sh\n{script}\n")
-            (tmp_path / "docker").chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if script is not None else str(tmp_path))
-        assert has_docker() is answer
-
-    @needs_root
-    def test_the_first_process_hands_sigterm_on_and_gives_the_commands_exit_code(
-        self, tmp_path: Path, namespaces: None
-    ) -> None:
-        text = f"trap 'touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/ready; while :; do sleep 0.02; done"
-        first = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", mounts.FIRST, "sh"]
-        process = subprocess.Popen([*first, *bash(text)], stderr=subprocess.DEVNULL)
-        try:
-            wait_for((tmp_path / "ready").exists)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[0]), signal.SIGTERM)
-            assert process.wait(PATIENCE) == 75
-        finally:
-            process.kill()
-        assert (tmp_path / "saved").exists()
 
 
 class TestLink:
-    """A machine that is the job's own."""
+    """A machine that belongs to the job."""
 
     def test_each_path_becomes_a_link_and_stays_one(self, sources: dict[str, Path], tmp_path: Path) -> None:
         root = tmp_path / "root"
