@@ -1,23 +1,17 @@
-"""TODO docstring."""
+"""Names below a run URL: the folder of our own records, and which paths are safe."""
 
 from __future__ import annotations
 
 import re
 
-from hf_cloudtrain.errors import (
-    ManifestError,
-)
+from hf_cloudtrain.errors import ManifestError
 
 META = ".cloudtrain"
 """Folder of our own records, below a run URL and below an output folder."""
 
 
-DIGEST_ALGORITHM = "xxh3-128"
-"""10 GB/s a core, where sha256 at 1.2 would cost more than the upload."""
-
-
 def clean_path(path: str) -> str:
-    """The path itself, if it can only lead below its folder. Raises ManifestError otherwise."""
+    """The path itself, if it is relative and stays below its folder. Raises ManifestError otherwise."""
     parts = path.split("/")
     if (
         not path
