@@ -15,8 +15,8 @@ from benchmarks.report import Row
 from benchmarks.sink import Sink
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.names import META
-from hf_cloudtrain.storage.native import PART_SIZE
 
 
 def run(scale: Scale) -> list[Row]:

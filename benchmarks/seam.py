@@ -1,4 +1,4 @@
-"""obstore or opendal, behind the seam of `hf_cloudtrain/native.py`: the figures of docs/decisions/0001-native-client.md.
+"""obstore or opendal, behind the seam of `hf_cloudtrain/storage/native.py`: the figures of docs/decisions/0001-native-client.md.
 
 Both send and fetch the same folder by `upload(source, size, path, on_bytes)` and `download(path, target, size, on_bytes)`, with
 the digest taken on the way. One file after the other in four parts at a time, two files at once.
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from io import FileIO
 from typing import Any
 
-import xxhash
-
 from benchmarks.clients import Place, for_each_file, obstore_store, opendal_operator
 from benchmarks.measure import GB, LINKS, Checkpoint, Contestant, Scale, Timing, Workplace, side_by_side
 from benchmarks.report import Row
 from benchmarks.sink import Sink
-from hf_cloudtrain.storage.native import PART_SIZE, PARTS_IN_FLIGHT, NativeTransfer
+from hf_cloudtrain.storage.backend import PART_SIZE
+from hf_cloudtrain.storage.digest import Digest
+from hf_cloudtrain.storage.native import PARTS_IN_FLIGHT, NativeTransfer
 
 BLOCK = 2**20
 
@@ -28,24 +28,24 @@ class OpendalTransfer:
         self._operator = operator
 
     def upload(self, source: FileIO, size: int, path: str, on_bytes: Callable[[int], None]) -> str:
-        hasher = xxhash.xxh3_128()
+        digest = Digest()
         with self._operator.open(path, "wb", chunk=PART_SIZE // 2, concurrent=PARTS_IN_FLIGHT) as target:
             while block := source.read(BLOCK):
-                hasher.update(block)
+                digest.update(block)
                 target.write(block)
                 on_bytes(len(block))
-        return hasher.hexdigest()
+        return str(digest)
 
     def download(self, path: str, target: FileIO, size: int, on_bytes: Callable[[int], None]) -> str:
-        hasher = xxhash.xxh3_128()
+        digest = Digest()
         buffer = bytearray(BLOCK)
         view = memoryview(buffer)
         with self._operator.open(path, "rb") as source:
             while count := source.readinto(buffer):
-                hasher.update(view[:count])
+                digest.update(view[:count])
                 target.write(view[:count])
                 on_bytes(count)
-        return hasher.hexdigest()
+        return str(digest)
 
 
 def run(scale: Scale) -> list[Row]:

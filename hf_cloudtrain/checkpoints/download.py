@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.freeze import own_files
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest
@@ -25,8 +23,9 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.runtime.files import temp_suffix
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.names import DIGEST_ALGORITHM, META
-from hf_cloudtrain.storage.native import PART_SIZE
+from hf_cloudtrain.storage.backend import PART_SIZE
+from hf_cloudtrain.storage.digest import file_digest
+from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +119,6 @@ def is_whole(
         except OSError:
             return False
     return True
-
-
-def file_digest(path: Path) -> str:
-    """The digest of a local file."""
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(PART_SIZE):
-            hasher.update(block)
-    return f"{DIGEST_ALGORITHM}:{hasher.hexdigest()}"
 
 
 def put_in_place(verified: Path, folder: Path, manifest: Manifest) -> list[str]:

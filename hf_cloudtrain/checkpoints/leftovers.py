@@ -31,7 +31,7 @@ from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageError, StorageUnavailableError
-from hf_cloudtrain.storage.backends import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)

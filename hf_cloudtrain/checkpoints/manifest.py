@@ -19,7 +19,8 @@ from hf_cloudtrain.errors import (
     ManifestError,
     NewerFormatError,
 )
-from hf_cloudtrain.storage.names import DIGEST_ALGORITHM, clean_path
+from hf_cloudtrain.storage.digest import ALGORITHM, is_digest
+from hf_cloudtrain.storage.names import clean_path
 
 _Parser = Callable[[dict[str, Any], str, str], Any]
 
@@ -49,10 +50,8 @@ class FileEntry:
             raise ManifestError(f"The {what} is damaged: a file is not an object.")
         _only_known_keys(item, cls, what)
         digest = _text(item, "digest", what)
-        if not re.fullmatch(DIGEST_ALGORITHM + ":[0-9a-f]{32}", digest):
-            raise ManifestError(
-                f"The {what} has the digest {digest[:100]!r}; only {DIGEST_ALGORITHM!r} is known."
-            )
+        if not is_digest(digest):
+            raise ManifestError(f"The {what} has the digest {digest[:100]!r}; only {ALGORITHM!r} is known.")
         return cls(clean_path(_text(item, "path", what)), _count(item, "size", what), digest)
 
 

@@ -21,7 +21,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.native import PART_SIZE
+from hf_cloudtrain.storage.backend import PART_SIZE
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.threads import before_exit
-from hf_cloudtrain.storage.client import jittered
+from hf_cloudtrain.storage.retries import jittered
 
 logger = logging.getLogger(__name__)
 

@@ -55,10 +55,10 @@ from hf_cloudtrain.runtime.files import boot_id, is_left_over, temp_suffix
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.provenance import origin
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.backends import is_local, local_path
-from hf_cloudtrain.storage.client import Storage, shown_url
+from hf_cloudtrain.storage.backend import PART_SIZE
+from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META, clean_path
-from hf_cloudtrain.storage.native import PART_SIZE
+from hf_cloudtrain.storage.urls import is_local, local_path, shown_url
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.download import file_digest
 from hf_cloudtrain.checkpoints.freeze import AcceptedFile
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
@@ -28,6 +27,7 @@ from hf_cloudtrain.datasets.cache import alone
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import temp_suffix
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.digest import file_digest
 
 HASHES_AT_ONCE = 4
 """Files hashed at once: xxh3 is faster than most disks."""

@@ -28,8 +28,7 @@ from hf_cloudtrain.jobs.spec.job import EngineName, Job
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.process_tree import is_alive, this_process
-from hf_cloudtrain.storage.backends import is_local, local_path
-from hf_cloudtrain.storage.client import shown_url
+from hf_cloudtrain.storage.urls import is_local, local_path, shown_url
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.backends import is_local, local_path
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.urls import is_local, local_path
 
 State = Literal[
     "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"

@@ -28,11 +28,9 @@ from hf_cloudtrain.storage.urls import protocol_of, shown_url
 T = TypeVar("T")
 
 READS_AT_ONCE = 8
-"""Small records that callers read in parallel."""
+"""Small records that callers read in parallel: they wait for answers, not for bandwidth."""
 
 DELETES_AT_ONCE = 8
-READS_AT_ONCE = 8
-"""Small records read at once: they wait for answers, not for bandwidth."""
 
 MAX_RECORD_READ = 64 * 2**20
 """Bytes of the largest record that is read into memory."""

@@ -30,10 +30,9 @@ from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, NamedTuple, NoReturn, get_args
 from unittest import mock
 
-import xxhash
-
-from hf_cloudtrain.storage.backends import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
+from hf_cloudtrain.storage.digest import Digest
 from hf_cloudtrain.testing.disk import crash_now
 
 Kind = Literal["any", "read", "write", "create", "list", "delete", "copy", "upload", "download"]
@@ -330,7 +329,9 @@ class _FaultyBackend:
             data = change(self._backend.read(path, MAX_RECORD_READ))
             target.write(data)
             on_bytes(len(data))
-            return xxhash.xxh3_128(data).hexdigest()
+            received = Digest()
+            received.update(data)
+            return str(received)
 
 
 def _fits(kind: str, path: str, call: Call) -> bool:

@@ -127,7 +127,7 @@ def test_bytes_that_come_back_different(storage: Storage, proxy: Proxy, native: 
         )
 
     proxy.rules.append(flip)
-    with pytest.raises(errors.StorageError, match="other bytes"):
+    with pytest.raises(errors.StorageError, match="different bytes"):
         storage.check()
 
 

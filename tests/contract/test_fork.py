@@ -14,7 +14,7 @@ from tests.servers import REPOSITORY
 SCRIPT = """
 import json, os, signal, sys, tempfile, time, traceback
 
-from hf_cloudtrain.storage.native import PART_SIZE
+from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import Storage
 
 url, options = json.loads(sys.stdin.read())

@@ -11,7 +11,7 @@ import pytest
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.leftovers import find, remove
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
-from hf_cloudtrain.storage.backends import IncompleteUpload
+from hf_cloudtrain.storage.backend import IncompleteUpload
 from hf_cloudtrain.storage.client import Storage
 from tests.contract.conftest import Place
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
-from hf_cloudtrain.storage.client import ObjectInfo, Storage
+from hf_cloudtrain.storage.backend import ObjectInfo
+from hf_cloudtrain.storage.client import Storage
 from tests.contract.conftest import EVERY_KIND, EXCLUSIVE, Place, content, new_place
 
 

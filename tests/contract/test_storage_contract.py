@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
-from hf_cloudtrain.storage.client import ObjectInfo, Storage
-from hf_cloudtrain.storage.native import PART_SIZE
+from hf_cloudtrain.storage.backend import PART_SIZE, ObjectInfo
+from hf_cloudtrain.storage.client import Storage
 from tests.contract.conftest import Place, content, digest
 
 # adlfs hands azure-storage-blob whole blocks as bytes, which aiohttp would rather have as files.

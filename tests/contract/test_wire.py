@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.errors import StorageUnavailableError
-from hf_cloudtrain.storage import client as storage_module
+from hf_cloudtrain.storage import retries
+from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.native import PART_SIZE
 from tests.contract.conftest import NO_NATIVE_CLIENT
 from tests.proxy import Answer, Call, Forward, Proxy, cut_short, lost_answer, once, s3_error
 from tests.servers import Server
@@ -130,7 +130,7 @@ def test_a_storage_that_asks_to_slow_down_is_not_hammered(
 
     wire.proxy.rules.append(throttle)
     monkeypatch.setattr(time, "sleep", note)
-    monkeypatch.setattr(storage_module, "RETRY_PAUSES", (0.2,) * 10)
+    monkeypatch.setattr(retries, "PAUSES", (0.2,) * 10)
     wire.storage.upload(str(tmp_path / "source"), "model.bin")
     native = any(call.native for call in wire.proxy.calls if "model.bin" in call.path)
     assert len(refused) == 7

@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import client, retries
 from hf_cloudtrain.testing import CrashPoint
 from tests.faults.runs import Machine
 
@@ -32,7 +32,7 @@ def take_for_granted(self: client.Storage) -> None:
 
 def run(folder: Path, at: int) -> None:
     """Save, rotate, save again, commit, retire and restore."""
-    client.RETRY_PAUSES = (0.0,)
+    retries.PAUSES = (0.0,)
     client.Storage.check = take_for_granted  # a kill between the requests of the probe shows nothing
     upload_queue.PAUSES = (0.01,)
     logging.disable()

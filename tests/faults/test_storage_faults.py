@@ -13,7 +13,7 @@ import pytest
 from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError, StoragePermissionError
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import silence
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.aftermath import what_goes_wrong_next
 from tests.faults.runs import DEADLINE, Machines, bytes_of, one_fast
@@ -170,7 +170,7 @@ STAYS: dict[str, Callable[[FaultyStorage, int], None]] = {
 def test_a_request_that_is_never_answered_is_made_again(
     places: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SILENCE", 0.3)
+    monkeypatch.setattr(silence, "SILENCE", 0.3)
 
     def check(machines: Machines, number: int) -> str:
         machines.storage.hang("any", call=number)
@@ -229,7 +229,7 @@ def test_a_storage_that_says_nothing_or_lies_from_any_request_on_loses_nothing_t
         STAYS_UNSEEN[trouble](machines.storage, number)
         noticed = False
         with monkeypatch.context() as patched:
-            patched.setattr(client, "SILENCE", 0.05 if trouble == "no answer" else client.SILENCE)
+            patched.setattr(silence, "SILENCE", 0.05 if trouble == "no answer" else silence.SILENCE)
             try:
                 whole_run(machines, accepted, timeout=0.05)
             except CloudTrainError:

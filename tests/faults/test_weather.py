@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from hf_cloudtrain.checkpoints import upload_queue
-from hf_cloudtrain.errors import NotCommittedError, StoragePermissionError
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.errors import NotCommittedError, StoragePermissionError, StorageUnavailableError
+from hf_cloudtrain.storage import retries, silence
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until
 
 SCALE = 1_000
 """How much faster time goes: ten minutes are 0.6 s."""
-PAUSES, RETRY_PAUSES = upload_queue.PAUSES, client.RETRY_PAUSES
+PAUSES, RETRY_PAUSES = upload_queue.PAUSES, retries.PAUSES
 """As they are; those of the tests are shorter."""
 
 
@@ -22,7 +22,7 @@ def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_afte
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upload_queue, "PAUSES", tuple(pause / SCALE for pause in PAUSES))
-    monkeypatch.setattr(client, "RETRY_PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
+    monkeypatch.setattr(retries, "PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
     monkeypatch.setattr(upload_queue, "MAX_WAITING", 10)  # none is overtaken by a newer one
     machine = machines.new()
     machine.start()
@@ -48,7 +48,7 @@ def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_afte
 def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_turn(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SILENCE", 0.3)
+    monkeypatch.setattr(silence, "SILENCE", 0.3)
     machine = machines.new()
     machine.start()
     machines.storage.hang("files", path="checkpoint-5/model.safetensors", times=1_000_000)
@@ -77,8 +77,8 @@ def test_a_restore_that_hangs_ends_with_an_error(machines: Machines, monkeypatch
     machine.save(5)
     machine.wait()
     machines.storage.hang("fetch", times=1_000_000)
-    monkeypatch.setattr(client, "SILENCE", 0.2)
-    with pytest.raises(client.StorageUnavailableError, match=r"download .*no answer and no byte"):
+    monkeypatch.setattr(silence, "SILENCE", 0.2)
+    with pytest.raises(StorageUnavailableError, match=r"download .*no answer and no byte"):
         machines.restored("elsewhere")
 
 

@@ -9,7 +9,7 @@ from hf_cloudtrain.checkpoints import download, upload_queue
 from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime import threads
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import retries
 from tests.faults.runs import Machine, Machines, bytes_of, contents, left_overs
 from tests.faults.small_disk import full, make_read_only, mount_small_disk
 
@@ -19,7 +19,7 @@ SIZE = 6 * 2**20
 def main(folder: Path) -> None:
     disk = folder / "disk"
     mount_small_disk(disk, SIZE)
-    client.RETRY_PAUSES = (0.0,)
+    retries.PAUSES = (0.0,)
     upload_queue.PAUSES = (0.01,)
     threads.TURN = 0.01
     with Machines(folder) as machines:

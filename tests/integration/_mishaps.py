@@ -17,7 +17,7 @@ from hf_cloudtrain import CloudTrainCallback
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
@@ -46,7 +46,7 @@ def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
 
 def outage(first: int, last: int | None, run_url: str, **arguments: Any) -> Any:
     """Every request fails from one step until another, or for good."""
-    client.RETRY_PAUSES = (0.01, 0.01)
+    retries.PAUSES = (0.01, 0.01)
     upload_queue.PAUSES = (0.01,)
     script = FaultyStorage(run_url)
     callbacks = [CallAt(first, lambda: script.fail("any", times=10**9))]

@@ -8,7 +8,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import client, retries
 from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from tests.faults.small_disk import why_impossible
@@ -58,7 +58,7 @@ class TestLoop:
     def test_an_outage_during_training_harms_nothing_and_all_is_committed_at_the_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(client, "RETRY_PAUSES", (0.01,))
+        monkeypatch.setattr(retries, "PAUSES", (0.01,))
         monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
         monkeypatch.setattr(upload_queue, "MAX_WAITING", 100)
         plain, _, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))

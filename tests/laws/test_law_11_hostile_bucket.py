@@ -25,13 +25,14 @@ from typer.testing import CliRunner
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.download import download, file_digest, move_aside, verify
+from hf_cloudtrain.checkpoints.download import download, move_aside, verify
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position, checkpoint_key
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.digest import file_digest
 from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.tracking.history import read_history
 from hf_cloudtrain.tracking.records import StepRecords
@@ -163,7 +164,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "deep" / "down" / "sandbox"
     (folder / "tmp").mkdir(parents=True)
     monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
-    monkeypatch.setattr("hf_cloudtrain.storage.client.RETRY_PAUSES", ())
+    monkeypatch.setattr("hf_cloudtrain.storage.retries.PAUSES", ())
     monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
     return folder
 

@@ -6,7 +6,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.storage.backends import LocalBackend
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from hf_cloudtrain.testing import Call
 from tests.faults.runs import Machines, bytes_of, wait_until, write_checkpoint
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints.download import file_digest
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError
+from hf_cloudtrain.storage.digest import file_digest
 from hf_cloudtrain.testing import flip_bit
 from tests.faults.runs import Machines, bytes_of, contents, wait_until
 

@@ -166,12 +166,12 @@ ENDS_EARLY = """
 import contextlib, os, signal, sys
 from pathlib import Path
 from hf_cloudtrain.errors import CloudTrainError
-from hf_cloudtrain.storage import client
+from hf_cloudtrain.storage import retries
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import Machine
 
 folder, end, down = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "down"
-client.RETRY_PAUSES = (0.5,)  # only a process that waits for the upload sees its second try
+retries.PAUSES = (0.5,)  # only a process that waits for the upload sees its second try
 cloud = FaultyStorage(f"file://{folder}/run")
 contextlib.ExitStack().enter_context(keep := cloud.everywhere())
 machine = Machine(folder / "out", cloud.url)

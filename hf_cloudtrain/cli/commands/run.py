@@ -17,7 +17,7 @@ from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts
 from hf_cloudtrain.errors import CloudTrainError, ManifestError
 from hf_cloudtrain.runtime.text import clean as clean_text
 from hf_cloudtrain.runtime.text import duration_text, size_text, time_text
-from hf_cloudtrain.storage.backends import ObjectInfo
+from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
 from hf_cloudtrain.tracking.status import number, run_state, state_of
 

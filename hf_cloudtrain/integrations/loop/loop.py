@@ -37,7 +37,7 @@ from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.dataloaders import batch_size_of, leave, length
 from hf_cloudtrain.resume.topology import check_same_topology
 from hf_cloudtrain.runtime.tracebacks import short_traceback
-from hf_cloudtrain.storage.client import shown_url
+from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
 from hf_cloudtrain.preemption.preemption import check_no_pending_notice
-from hf_cloudtrain.storage.client import shown_url
+from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from hf_cloudtrain.errors import (
     StorageError,
 )
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.storage.backends import LocalBackend
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from tests.faults.ranks import on_ranks
 from tests.faults.runs import (
     DEADLINE,

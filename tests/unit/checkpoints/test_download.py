@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from hf_cloudtrain.checkpoints import download as module
-from hf_cloudtrain.checkpoints.download import download, file_digest, is_whole, move_aside, verify
+from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside, verify
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.errors import CorruptCheckpointError, StorageError
+from hf_cloudtrain.storage.digest import file_digest
 from tests.faults.runs import Machines, bytes_of, contents, left_overs, write_files
 
 

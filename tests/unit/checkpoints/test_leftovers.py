@@ -21,7 +21,8 @@ from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.errors import StorageError, StorageUnavailableError
 from hf_cloudtrain.runtime.progress import Progress
-from hf_cloudtrain.storage.backends import IncompleteUpload, LocalBackend, ObjectInfo
+from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import DEADLINE, Machines, bytes_of, entry_of, wait_until, write_checkpoint
 from tests.unit.checkpoints.test_retention import save

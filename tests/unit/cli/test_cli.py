@@ -25,9 +25,9 @@ from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.cli import app, stop
 from hf_cloudtrain.runtime import text as runtime_text
 from hf_cloudtrain.runtime.progress import Progress
-from hf_cloudtrain.storage import client
-from hf_cloudtrain.storage.backends import LocalBackend
+from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from hf_cloudtrain.testing import FaultyStorage, flip_bit
 from hf_cloudtrain.tracking.records import StepRecords
 
@@ -420,7 +420,7 @@ class TestFlush:
     def test_finishes_after_an_outage_what_it_could_not_during_it(
         self, empty: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(client, "RETRY_PAUSES", (0.0,))
+        monkeypatch.setattr(retries, "PAUSES", (0.0,))
         attempt = empty.begin()
         empty.accept(attempt, 100)
         empty.accept(attempt, 200)
@@ -440,7 +440,7 @@ class TestFlush:
     def test_goes_on_with_the_next_run_where_one_cannot_be_reached(
         self, empty: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(client, "RETRY_PAUSES", (0.0,))
+        monkeypatch.setattr(retries, "PAUSES", (0.0,))
         gone = FaultyStorage(f"file://{tmp_path}/runs/gone")
         gone.fail("any", times=10**6)
         empty.accept(empty.begin(), 100)

@@ -19,8 +19,10 @@ import pytest
 
 from hf_cloudtrain import errors
 from hf_cloudtrain.runtime import threads
-from hf_cloudtrain.storage import client
-from hf_cloudtrain.storage.client import RETRY_PAUSES, Storage, shown_url
+from hf_cloudtrain.storage import client, silence
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.retries import PAUSES, retry_after
+from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.testing import FaultyStorage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,9 +194,9 @@ class TestRetries:
         backend = FakeBackend(*[ConnectionResetError("reset")] * 100)
         with pytest.raises(errors.StorageUnavailableError):
             connected_to(monkeypatch, backend).write("record", b"x")
-        assert backend.calls == len(RETRY_PAUSES) + 1
-        assert list(RETRY_PAUSES) == sorted(RETRY_PAUSES)
-        assert all(0 < waited <= pause for waited, pause in zip(pauses, RETRY_PAUSES, strict=True))
+        assert backend.calls == len(PAUSES) + 1
+        assert list(PAUSES) == sorted(PAUSES)
+        assert all(0 < waited <= pause for waited, pause in zip(pauses, PAUSES, strict=True))
 
     @pytest.mark.parametrize(
         "error",
@@ -441,7 +443,7 @@ class TestProcess:
 class TestSilence:
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(client, "SILENCE", 0.1)
+        monkeypatch.setattr(silence, "SILENCE", 0.1)
         monkeypatch.setattr(threads, "TURN", 0.01)
 
     def test_a_request_that_hangs_is_given_up_and_made_again_by_a_new_connection(
@@ -481,7 +483,7 @@ class TestSilence:
                     on_bytes(1)
                 return "0" * 32
 
-        monkeypatch.setattr(client, "SILENCE", 0.6)
+        monkeypatch.setattr(silence, "SILENCE", 0.6)
         (tmp_path / "source").write_bytes(bytes(30))
         backend = Slow()
         connected_to(monkeypatch, backend).upload(str(tmp_path / "source"), "model.bin")
@@ -517,7 +519,7 @@ class TestSilence:
     def test_a_wait_of_a_minute_is_said(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(client, "SAY_AFTER", 0.02)
+        monkeypatch.setattr(silence, "SAY_AFTER", 0.02)
         faulty = FaultyStorage(f"file://{tmp_path}")
         faulty.hang("write")
         faulty.write("record", b"x")
@@ -570,12 +572,12 @@ class TestThrottling:
     def test_what_is_no_number_of_seconds_is_left_out_of_account(self, header: str, seconds: float) -> None:
         error = OSError("503")
         error.response = SimpleNamespace(headers={"Retry-After": header})  # type: ignore[attr-defined]
-        assert client._retry_after(error) == seconds
+        assert retry_after(error) == seconds
 
     def test_all_threads_wait_when_one_is_told_to_slow_down(
         self, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
     ) -> None:
-        backend = FakeBackend(*[self.asks_for_time({"retry-after": "30"})] * (len(RETRY_PAUSES) + 1))
+        backend = FakeBackend(*[self.asks_for_time({"retry-after": "30"})] * (len(PAUSES) + 1))
         store = connected_to(monkeypatch, backend)
         with pytest.raises(errors.StorageUnavailableError):
             store.write("record", b"x")

@@ -15,7 +15,8 @@ import xxhash
 from obstore.store import MemoryStore
 
 from hf_cloudtrain.storage import native
-from hf_cloudtrain.storage.native import PART_SIZE, NativeTransfer
+from hf_cloudtrain.storage.backend import PART_SIZE
+from hf_cloudtrain.storage.native import NativeTransfer
 
 CONTENT = os.urandom(2 * PART_SIZE + 5)
 
@@ -33,7 +34,7 @@ def _fetch(transfer: NativeTransfer, target: Path) -> str:
 
 
 def test_ranges_are_under_the_digest_as_they_lie_on_disk(transfer: NativeTransfer, tmp_path: Path) -> None:
-    assert _fetch(transfer, tmp_path / "got") == xxhash.xxh3_128_hexdigest(CONTENT)
+    assert _fetch(transfer, tmp_path / "got") == f"xxh3-128:{xxhash.xxh3_128_hexdigest(CONTENT)}"
     assert (tmp_path / "got").read_bytes() == CONTENT
 
 
@@ -47,7 +48,7 @@ def test_digest_is_the_same_where_the_file_system_maps_nothing(
         raise OSError(errno.ENODEV, "No such device")
 
     monkeypatch.setattr(mmap, "mmap", refuse)
-    assert _fetch(transfer, tmp_path / "got") == xxhash.xxh3_128_hexdigest(CONTENT)
+    assert _fetch(transfer, tmp_path / "got") == f"xxh3-128:{xxhash.xxh3_128_hexdigest(CONTENT)}"
     assert asked == [0, PART_SIZE, 2 * PART_SIZE]
 
 

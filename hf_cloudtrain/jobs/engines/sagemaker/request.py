@@ -14,7 +14,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.storage.backends import is_local
+from hf_cloudtrain.storage.urls import is_local
 
 ENTRY = ("python", "-m", "hf_cloudtrain.jobs.engines.sagemaker.container_main")
 """What runs in each container."""

@@ -12,7 +12,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.jobs.spec.machine import Machine
 from hf_cloudtrain.jobs.submission import FILE, Submission
-from hf_cloudtrain.storage.backends import is_local
+from hf_cloudtrain.storage.urls import is_local
 
 HOME = "~/hf_cloudtrain"
 """The job's home on SkyPilot's machines."""
