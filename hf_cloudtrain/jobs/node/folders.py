@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.spec.values import is_below
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.storage.backends import is_local, local_path
+from hf_cloudtrain.storage.urls import is_local, local_path
 
 
 def folder_mounts(submission: Submission) -> list[Mount]:
