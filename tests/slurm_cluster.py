@@ -1,11 +1,11 @@
 """A real Slurm of two nodes on free loopback ports, for tests: Debian's slurmctld, slurmd, slurm-client and munge.
 
     with SlurmCluster() as slurm:
-        slurm.env                                     # SLURM_CONF: what sbatch and its like need to find it
+        slurm.env                                     # SLURM_CONF: how sbatch and the other commands find it
         slurm.run("sbatch", "--parsable", "job.sh")
 
 Both nodes are this machine, by `slurmd -N`, and their names do not resolve. Each has `GPUS` fake GPUs. Jobs of the
-partition `spot` give way to those of `prod`. Daemons die with the thread that started them (Linux); jobs are cancelled,
+partition `prod` preempt those of `spot`. Daemons die with the thread that started them (Linux); jobs are cancelled,
 and waited for, before they are stopped.
 """
 
@@ -29,9 +29,9 @@ INSTALL = "apt-get install slurmctld slurmd slurm-client munge"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("n1", "n2")
 GPUS = 4
-"""A node, of the type v100."""
+"""Per node, of the type v100."""
 CPUS = 16
-"""A node, whatever the machine has: a test's job never waits for another test's."""
+"""Per node, whatever the machine has: a test's job never waits for the job of a different test."""
 START_SECONDS = 60
 STOP_SECONDS = 30
 KILL_WAIT = 10
@@ -87,7 +87,7 @@ class SlurmCluster:
 
     Args:
         min_job_age: seconds in which Slurm remembers a job that is over.
-        sends_user_signal: whether a preempted job hears the signal of its own `--signal`; few clusters do this.
+        sends_user_signal: whether a preempted job receives the signal of its own `--signal`; few clusters do this.
     """
 
     def __init__(self, *, min_job_age: int = 300, sends_user_signal: bool = False) -> None:
@@ -115,11 +115,11 @@ class SlurmCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What the environment holds for a user of this cluster."""
+        """Environment variables for a user of this cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str) -> str:
-        """What one of Slurm's commands prints. Raises RuntimeError with what it complains of."""
+        """The output of one of Slurm's commands. Raises RuntimeError with its error."""
         done = subprocess.run(
             command,
             check=False,
@@ -133,12 +133,12 @@ class SlurmCluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: the words of `scontrol show job`."""
+        """What Slurm knows about a job: the fields of `scontrol show job`."""
         text = self.run("scontrol", "show", "job", "-o", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def end_jobs(self, below: Path) -> None:
-        """End at once what was submitted from a folder, and wait until none of its processes is left."""
+        """End all jobs that were submitted from a folder, and wait until none of their processes is left."""
         lines = [line.split(" ", 1) for line in self.run("squeue", "-h", "-o", "%A %Z").splitlines()]
         numbers = [number for number, folder in lines if Path(folder).is_relative_to(below)]
         alive = ("squeue", "-h", "-t", "PENDING,CONFIGURING,RUNNING", "-o", "%A")
@@ -153,7 +153,7 @@ class SlurmCluster:
 
     @contextlib.contextmanager
     def down(self) -> Iterator[dict[str, str]]:
-        """The controller does not run; jobs do. Gives an environment in which commands notice after a second."""
+        """Without the controller; jobs still run. Yields an environment in which commands give up after a second."""
         stop(self._processes.pop("slurmctld"))
         impatient = self.folder / "impatient" / "slurm.conf"
         impatient.parent.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ class SlurmCluster:
 
     @contextlib.contextmanager
     def node_down(self, node: str) -> Iterator[None]:
-        """Slurm takes a node for lost."""
+        """With a node that Slurm considers down."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         try:
             yield
@@ -177,7 +177,7 @@ class SlurmCluster:
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """All GPUs are taken, by a job that gives way to none."""
+        """With all GPUs allocated to a job that no other job preempts."""
         wanted = ("--partition=prod", f"--nodes={len(NODES)}", f"--gres=gpu:v100:{GPUS}")
         job = self.run("sbatch", "--parsable", *wanted, "--output=/dev/null", "--wrap=sleep 600").strip()
         deadline = time.monotonic() + START_SECONDS
@@ -189,7 +189,7 @@ class SlurmCluster:
             self.run("scancel", job)
 
     def log(self) -> str:
-        """The last lines of what the daemons say."""
+        """The last lines of the daemons' logs."""
         texts = [
             f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log")
         ]
@@ -208,7 +208,7 @@ class SlurmCluster:
         self._wait_for((self.folder / "munge.socket").exists, "munged")
 
     def _start(self) -> bool:
-        """Whether all daemons answer; False where one ended, most likely because its port was taken."""
+        """Whether all daemons answer; False if one ended, most likely because its port was in use."""
         self._write_config()
         self._start_controller()
         for node in NODES:
@@ -247,7 +247,7 @@ class SlurmCluster:
         (self.folder / "gres.conf").write_text("".join(lines))
 
     def _gpus(self, node: str) -> list[str]:
-        """Character devices like GPUs' own, of which slurmd counts and hands out; a container may forbid to make them."""
+        """Character devices like those of GPUs, which slurmd counts and allocates; a container may forbid making them."""
         paths = [self.folder / f"dev-{node}" / f"nvidia{number}" for number in range(GPUS)]
         for path in paths:
             path.parent.mkdir(exist_ok=True)
@@ -277,7 +277,9 @@ class SlurmCluster:
                 if self._processes[name].poll() is not None:
                     raise ChildProcessError(f"{name} ended with {self._processes[name].returncode}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{', '.join(names)} silent for {START_SECONDS} s:\n{self.log()}")
+                raise TimeoutError(
+                    f"{', '.join(names)} did not answer within {START_SECONDS} s:\n{self.log()}"
+                )
             time.sleep(POLL)
 
     def _responds(self) -> bool:
@@ -292,7 +294,7 @@ class SlurmCluster:
         return False
 
     def _steps(self, job: str) -> list[Path]:
-        """Sockets of slurmstepd, which is in no daemon's process tree: each is there while it has processes to watch."""
+        """Sockets of slurmstepd, which is in no daemon's process tree: each exists while it watches processes."""
         return [path for node in NODES for path in self.folder.glob(f"spool-{node}/{node}_{job}.*")]
 
     def _stop(self) -> None:

@@ -32,9 +32,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 import hf_cloudtrain as ct
-from hf_cloudtrain import preemption
+from hf_cloudtrain.preemption import agreement
 
-preemption.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each
+agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds agree at each
 total, pause, result = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 path = Path(os.environ["HF_CLOUDTRAIN_CHECKPOINT_DIR"], "state.pt")
 state = torch.load(path) if path.exists() else None
@@ -68,7 +68,7 @@ dist.destroy_process_group()
 """
 """Two ranks; a batch depends on the step and the rank alone."""
 SLOW = "time.sleep(2 if ct.is_emergency_save() else 0); print('saving', flush=True); state.write_text"
-"""In the place of `state.write_text` of TRAIN: a save that takes its time, and says something on the way."""
+"""In place of `state.write_text` in TRAIN: a slow save that prints something on the way."""
 
 
 class Cluster(Desk):
@@ -79,11 +79,11 @@ class Cluster(Desk):
         self.slurm = slurm
 
     def number(self, job_id: str = "toy") -> str:
-        """Of a job, in Slurm."""
+        """The number of a job in Slurm."""
         return str(self.record(job_id).handle["job"])
 
     def in_slurm(self, job_id: str = "toy") -> str:
-        """State of a job in Slurm."""
+        """The state of a job in Slurm."""
         return self.slurm.job(self.number(job_id))["JobState"]
 
     def looked_at(self, job_id: str = "toy") -> JobRecord:
@@ -91,11 +91,11 @@ class Cluster(Desk):
         return lifecycle.look(self.store, self.record(job_id))
 
     def wait_until_left(self, state: str, job_id: str = "toy") -> None:
-        """Until Slurm has a job in a state that it keeps."""
+        """Wait until a job is in a state that Slurm keeps."""
         self.wait_until(lambda: self.in_slurm(job_id) == state)
 
     def supervisor_log(self, job_id: str = "toy") -> str:
-        """What the supervisor and srun have said."""
+        """The output of the supervisor and srun."""
         return Path(self.record(job_id).home, "log", "supervisor.log").read_text()
 
     def newest(self, job_id: str = "toy") -> str:
@@ -107,7 +107,9 @@ class Cluster(Desk):
 def desk(tmp_path: Path, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     desk = Cluster(tmp_path, slurm)
     set_up(desk, tmp_path, monkeypatch)
-    monkeypatch.setattr(ENGINE, "_client", SlurmClient())  # that of a test without a controller asks later
+    monkeypatch.setattr(
+        ENGINE, "_client", SlurmClient()
+    )  # a test without a controller leaves one that does not ask
     yield desk
     desk.slurm.end_jobs(tmp_path)
     desk.close()
@@ -122,7 +124,7 @@ def set_up(desk: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_its_partitions_are_machines_that_a_job_can_have(desk: Cluster) -> None:
+def test_its_partitions_are_listed_as_machines(desk: Cluster) -> None:
     found = find(cloud="slurm")
     assert found.problems == []
     assert [(vm.vm, vm.region, vm.is_spot) for vm in found.vms] == [
@@ -190,7 +192,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_weights_of_an_u
     assert not any(SECRET in text for text in texts)
 
 
-def test_scancel_saves_and_ends_a_job_and_resume_goes_on(desk: Cluster) -> None:
+def test_scancel_saves_and_ends_a_job_and_resume_finishes_it(desk: Cluster) -> None:
     desk.write(python("train.py", "60", "0.05"), "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
@@ -223,7 +225,7 @@ def test_an_administrators_requeue_saves_and_the_next_start_resumes(desk: Cluste
     assert f"ends with {value_after(60)!r}" in desk.log()
 
 
-def test_a_lost_node_has_the_job_queued_again(desk: Cluster) -> None:
+def test_slurm_queues_a_job_again_that_has_lost_a_node(desk: Cluster) -> None:
     desk.write(f"[ $NODE_RANK = 1 ] || {alone('60')}", "engine: slurm\nnum_devices: 2\nslurm: {nodes: 2}")
     desk.run()
     desk.wait_for_step(5)
@@ -233,7 +235,7 @@ def test_a_lost_node_has_the_job_queued_again(desk: Cluster) -> None:
     assert (record.state, record.restarts, len(record.starts)) == ("finished", 0, 2)
 
 
-def test_a_node_that_is_killed_is_started_again_within_the_allocation(desk: Cluster) -> None:
+def test_a_killed_node_is_restarted_within_the_allocation(desk: Cluster) -> None:
     desk.write(
         f"[ $NODE_RANK = 0 ] && {alone('60')} || sleep 600",
         "engine: slurm\nnum_devices: 2\nslurm: {nodes: 2}",
@@ -250,7 +252,7 @@ def test_a_node_that_is_killed_is_started_again_within_the_allocation(desk: Clus
     assert desk.wait_until_over().state == "cancelled"
 
 
-def test_a_job_in_the_queue_says_why_and_is_cancelled_at_once(desk: Cluster) -> None:
+def test_a_queued_job_shows_slurms_reason_and_is_cancelled_at_once(desk: Cluster) -> None:
     desk.write(python("train.py", "60", "0"), "engine: slurm\nslurm: {gres: 'gpu:v100:4', partition: prod}")
     with desk.slurm.busy():
         desk.run()
@@ -284,12 +286,12 @@ def test_a_job_that_is_cancelled_while_it_saves_for_a_preemption_is_not_queued_a
     record = desk.record()
     assert (record.state, len(record.starts)) == ("cancelled", 1)
     assert f"The newest checkpoint is {desk.newest()}." in (record.reason or "")
-    assert "saving\n" in desk.log()  # tee has not heard of it
+    assert "saving\n" in desk.log()  # tee received no signal
     assert (record.starts[0].reason or "").startswith("Stopped by `cloudtrain job cancel`.")
     desk.wait_until_left("CANCELLED")
 
 
-def test_a_script_that_does_not_end_is_killed_after_its_grace(desk: Cluster) -> None:
+def test_a_script_that_ignores_sigterm_is_killed_after_its_grace(desk: Cluster) -> None:
     (desk.project / "deaf.py").write_text(
         "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: None)\nprint('deaf', flush=True)\n"
         "while True: time.sleep(1)\n"
@@ -309,7 +311,7 @@ def test_a_job_whose_supervisor_is_killed_saves_and_has_failed(desk: Cluster) ->
     desk.write(python("train.py", "6000", "0.05"), "engine: slurm")
     desk.run()
     desk.wait_for_step(5)
-    desk.one_of("engines.slurm_watch").kill()
+    desk.one_of("slurm.batch_main").kill()
     desk.wait_until(lambda: desk.status()["state"] == "failed")
     record = desk.record()
     assert "Its supervisor was killed." in (record.reason or "")
@@ -318,7 +320,7 @@ def test_a_job_whose_supervisor_is_killed_saves_and_has_failed(desk: Cluster) ->
     assert f"checkpoint-{int(desk.newest()[-10:])} is on storage" in desk.log()
 
 
-def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_is_told_to_stop_all_the_same(
+def test_without_a_controller_submit_fails_status_shows_the_record_and_cancel_stops_the_job(
     desk: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (desk.project / "train.py").read_text()
@@ -342,15 +344,15 @@ def test_without_a_controller_nothing_is_submitted_a_record_is_shown_and_a_job_i
     desk.wait_until_left("CANCELLED", "toy-1")
 
 
-def test_what_slurm_refuses_is_said_and_no_job_is_left(desk: Cluster) -> None:
+def test_a_refusal_of_slurm_is_reported_and_no_job_is_left(desk: Cluster) -> None:
     desk.write(python("train.py", "1", "0"), "engine: slurm\nslurm: {partition: nowhere}")
     assert "invalid partition specified: nowhere" in desk.run(code=1).output
     assert desk.record().state == "failed"
     desk.write(python("train.py", "1", "0"), "engine: slurm\nslurm: {time: '1'}", name="short")
-    assert "told to stop as it starts" in desk.run(code=1).output
+    assert "asked to stop as it starts" in desk.run(code=1).output
 
 
-def test_a_job_that_slurm_does_not_know_any_more_is_lost_unless_its_record_says_how_it_ended(
+def test_a_job_that_slurm_has_forgotten_is_lost_unless_its_record_says_how_it_ended(
     desk: Cluster,
 ) -> None:
     record = desk.store.create("toy", engine="slurm", nodes=1, nproc_per_node=1, max_restarts=0)
@@ -371,7 +373,7 @@ def test_a_job_that_is_out_of_time_saves_is_queued_again_and_finishes(out_of_tim
     assert f"ends with {value_after(400)!r}" in desk.log()
 
 
-def test_a_cluster_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
+def test_a_test_cluster_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
     with SlurmCluster() as slurm:
         (tmp_path / "job").write_text(
             "#!/bin/bash\ntrap '' TERM\ntouch began\nwhile true; do sleep 1; done\n"
@@ -382,7 +384,7 @@ def test_a_cluster_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
             time.sleep(0.05)
         marked = processes_with(f"SLURM_CONF={slurm.env['SLURM_CONF']}")
         assert {"slurmctld", "slurmd", "munged", "slurm_script"} <= {name for _, name in marked}
-    # A process that was killed is there until whoever adopted it has looked.
+    # A killed process stays until its parent has collected its exit code.
     deadline = time.monotonic() + 10
     while (
         any(psutil.pid_exists(pid) and not is_dead(pid) for pid, _ in marked) and time.monotonic() < deadline
@@ -418,9 +420,9 @@ def first_save(record: JobRecord) -> int:
 
 
 def alone(steps: str) -> str:
-    """A training of one node, whatever the job has."""
+    """A training of a single node, whatever the job has."""
     return f"env WORLD_SIZE=1 {python('train.py', steps, '0.05')}"
 
 
-def torchrun(*words: str) -> str:
-    return python("-m", "torch.distributed.run", *words)
+def torchrun(*argv: str) -> str:
+    return python("-m", "torch.distributed.run", *argv)

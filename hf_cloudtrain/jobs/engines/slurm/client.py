@@ -1,6 +1,6 @@
-"""Slurm's own commands, and what they say of a job; no library.
+"""Slurm's own commands, and what they say about a job; no library.
 
-`scontrol show job -o` is parsed rather than `--json`, whose shape changes between Slurm's releases.
+`scontrol show job -o` is parsed rather than `--json`, whose structure changes between Slurm's releases.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from datetime import datetime
 from hf_cloudtrain.errors import ConfigurationError
 
 PATIENCE = 120.0
-"""Seconds for one command; without a controller they try for 9 to 18 s themselves (22.05)."""
+"""Seconds for one command; without a controller Slurm itself retries for 9 to 18 s (22.05)."""
 SILENCE = 30.0
-"""Seconds in which Slurm is not asked again after it did not answer: `job list` asks for every job."""
+"""Seconds without a new question after Slurm did not answer: `job list` asks about every job."""
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SLURM_TIME_FORMAT")
-"""Variables that change what the commands look at, or how they write what is read here."""
+"""Variables that filter what the commands show, or change its format."""
 UNKNOWN = ("invalid job id",)
 SILENT = (
     "unable to contact",
@@ -32,7 +32,7 @@ SILENT = (
 
 
 class SlurmError(ConfigurationError):
-    """A command of Slurm's failed; the message is Slurm's own."""
+    """A command of Slurm failed; the message is Slurm's own."""
 
 
 class SlurmSilentError(SlurmError):
@@ -41,42 +41,38 @@ class SlurmSilentError(SlurmError):
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm knows of a job."""
+    """What Slurm knows about a job."""
 
     state: str
-    """Such as `PENDING`. While nodes are given back it is `COMPLETING`, whatever comes after."""
+    """Such as `PENDING`. While Slurm takes the nodes back it is `COMPLETING`, whatever follows."""
     reason: str
     restarts: int
-    """How many times it was queued again."""
+    """How many times Slurm queued it again."""
     exit_code: str
     """Exit code and signal of the batch script, such as `1:0`."""
     began: float | None
     ended: float | None
-    """When it ended, or has to end. Seconds since 1970."""
+    """When it ended, or must end. Seconds since 1970."""
     limit: float | None
-    """Seconds; None: no limit."""
+    """In seconds; None: no limit."""
     preempted: float | None
-    """When it had to give way; None: it had not."""
+    """When it was preempted; None: it was not."""
 
     @property
     def was_preempted(self) -> bool:
-        """Whether this start of it had to give way to another job."""
+        """Whether this start of it was preempted."""
         return self.preempted is not None and self.preempted >= (self.began or 0.0)
 
     @property
     def is_out_of_time(self) -> bool:
-        """Whether it was ended by its time limit. Slurm counts in whole seconds; an end to come is no end."""
+        """Whether its time limit has ended it. Slurm counts in whole seconds."""
         if self.began is None or self.ended is None or self.limit is None or self.ended > time.time() + 1:
             return False
         return self.ended - self.began >= self.limit - 1
 
 
 def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints.
-
-    Raises:
-        SlurmSilentError: the controller does not answer. SlurmError: everything else.
-    """
+    """The output of a command. Raises SlurmSilentError if the controller does not answer, else SlurmError."""
     environment = {
         name: value
         for name, value in (os.environ if environment is None else environment).items()
@@ -94,32 +90,28 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
         )
     except FileNotFoundError:
         raise SlurmError(
-            f"{command[0]!r} is not found. Run this on a machine of the cluster, such as its login node."
+            f"{command[0]!r} is not found. Run this on a machine of the Slurm cluster, such as its login node."
         ) from None
     except subprocess.TimeoutExpired:
         raise SlurmSilentError(
-            f"Slurm does not answer: {command[0]} has said nothing for {PATIENCE:.0f} s."
+            f"Slurm does not answer: {command[0]} timed out after {PATIENCE:.0f} s."
         ) from None
-    said = " ".join(done.stderr.split())
-    if any(text in said.lower() for text in SILENT):
-        raise SlurmSilentError(f"Slurm does not answer: {said}. `scontrol ping` shows when it does again.")
+    problem = " ".join(done.stderr.split())
+    if any(text in problem.lower() for text in SILENT):
+        raise SlurmSilentError(f"Slurm does not answer: {problem}. `scontrol ping` shows when it does again.")
     if done.returncode:
-        raise SlurmError(said or f"{command[0]} ended with exit code {done.returncode}.")
+        raise SlurmError(problem or f"{command[0]} ended with exit code {done.returncode}.")
     return done.stdout
 
 
 class SlurmClient:
-    """Asks after jobs."""
+    """Asks Slurm about jobs."""
 
     def __init__(self) -> None:
         self._silence: tuple[float, SlurmSilentError] | None = None
 
     def job(self, number: str) -> SlurmJob | None:
-        """What Slurm knows of a job; None where it knows none of this number any more.
-
-        Raises:
-            SlurmError: it does not say.
-        """
+        """What Slurm knows about a job; None if it has forgotten this number. Raises SlurmError."""
         if self._silence is not None and time.monotonic() < self._silence[0]:
             raise self._silence[1]
         try:
@@ -134,7 +126,7 @@ class SlurmClient:
 
 
 def parse_job(text: str) -> SlurmJob | None:
-    """The job in one line of `scontrol show job -o`."""
+    """The job in a line of `scontrol show job -o`."""
     pairs = dict(re.findall(r"(?:^| )([A-Z][\w/:]*)=(.*?)(?= [A-Z][\w/:]*=|\s*$)", text.strip()))
     if "JobState" not in pairs:
         return None
@@ -145,22 +137,19 @@ def parse_job(text: str) -> SlurmJob | None:
         exit_code=pairs.get("ExitCode", ""),
         began=_time(pairs.get("StartTime")),
         ended=_time(pairs.get("EndTime")),
-        limit=_seconds(pairs.get("TimeLimit")),
+        limit=_limit(pairs.get("TimeLimit")),
         preempted=_time(pairs.get("PreemptTime")),
     )
 
 
-def minutes(text: str) -> float:
-    """A time limit as sbatch takes it: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours[:…]`."""
+def seconds(text: str) -> float:
+    """A time limit as sbatch reads it: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours[:…]`."""
     days, separator, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if separator:
-        hours, mins, seconds = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, mins, seconds = parts
-    else:
-        hours, (mins, seconds) = 0, (*parts, 0)[:2]
-    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+    if not separator and len(parts) < 3:
+        parts = [0, *parts]
+    hours, mins, secs = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + mins) * 60.0 + secs
 
 
 def _time(text: str | None) -> float | None:
@@ -170,9 +159,5 @@ def _time(text: str | None) -> float | None:
         return None
 
 
-def _seconds(text: str | None) -> float | None:
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text or "")
-    if match is None:
-        return None
-    days, hours, mins, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + mins) * 60.0 + seconds
+def _limit(text: str | None) -> float | None:
+    return seconds(text) if text and text[0].isdigit() else None  # UNLIMITED, Partition_Limit

@@ -1,11 +1,7 @@
-"""Slurm: a batch script of ours, whose supervisor starts the nodes and has itself queued again after a preemption.
-
-What runs within the allocation is in slurm_watch.py and slurm_gang.py.
-"""
+"""The engine `slurm`: a batch script that starts the supervisor, and has itself queued again after a preemption."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -25,11 +21,11 @@ from hf_cloudtrain.jobs.engines.slurm.client import (
     SlurmJob,
     SlurmSilentError,
     call,
-    minutes,
+    seconds,
 )
 from hf_cloudtrain.jobs.engines.slurm.gang import srun
-from hf_cloudtrain.jobs.logs import follow_files, last_lines
-from hf_cloudtrain.jobs.records import JobRecord, JobStore, State
+from hf_cloudtrain.jobs.logs import follow_nodes, last_lines
+from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, State
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.jobs.submission import Submission
 
@@ -37,18 +33,17 @@ logger = logging.getLogger(__name__)
 
 SCRIPT = "job.sbatch"
 LOOK = 5.0
-"""Seconds between two questions to Slurm while logs are followed."""
+"""Seconds between two questions to Slurm while a log is followed."""
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
 KEPT = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
-"""Of Slurm's variables, those that say which cluster. The others are of an allocation that we may be submitted from."""
-
+"""The variables of Slurm that name the cluster. The others belong to the allocation that a user may submit from."""
 CHOSEN = {"partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "time": "TIMELIMIT", "gres": "GRES"}
 """Options of the job file, and sbatch's variables for them."""
 DECIDED = (
     *("JOB_NAME", "OPEN_MODE", "OUTPUT", "ERROR", "INPUT", "REQUEUE", "NO_REQUEUE", "SIGNAL", "EXPORT"),
     *("GET_USER_ENV", "ARRAY_INX", "WAIT", "WAIT_ALL_NODES", "CLUSTERS", "NO_KILL"),
 )
-"""sbatch's variables for what is not the user's to say; all others count."""
+"""sbatch's variables for what this engine decides; all others apply."""
 
 WAITING: dict[str, State] = {
     "PENDING": "queued",
@@ -60,7 +55,7 @@ WAITING: dict[str, State] = {
     "CONFIGURING": "starting",
 }
 ENDED: dict[str, State] = {"CANCELLED": "cancelled", "PREEMPTED": "preempted"}
-"""Of a job whose supervisor could not say how it ended; every other end is a failure."""
+"""Ends of a job whose supervisor could not record its own; every other end is a failure."""
 
 
 class SlurmEngine:
@@ -70,34 +65,34 @@ class SlurmEngine:
         self._client = SlurmClient()
 
     def check(self, submission: Submission) -> None:
-        """Refuse what Slurm would take and could not do."""
+        """Refuse what Slurm would accept and could not do."""
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
         if missing:
             raise ConfigurationError(
-                f"{missing[0]!r} is not found. Submit on a machine of the Slurm cluster, such as its login node, or take "
-                "another engine."
+                f"{missing[0]!r} is not found. Submit on a machine of the Slurm cluster, such as its login node, or use a "
+                "different engine."
             )
         home = str(submission.home)
         if not submission.home.is_absolute():
             raise ConfigurationError(
-                f"{home!r} is relative, and a job runs in another folder. Set HF_CLOUDTRAIN_STORE to an absolute path."
+                f"{home!r} is relative, but a job runs in a different folder. Set HF_CLOUDTRAIN_STORE to an absolute path."
             )
         if "%" in home or not home.isprintable():
             raise ConfigurationError(
-                f"{home!r} has a character with a meaning in Slurm's file names. Set HF_CLOUDTRAIN_STORE to another folder."
+                f"{home!r} has a character with a meaning in Slurm's file names. Set HF_CLOUDTRAIN_STORE to a folder without it."
             )
-        limit, seconds = submission.job.slurm.time, notice(submission)
-        if limit is not None and 0 < minutes(limit) * 60 <= seconds + EARLY:
+        limit, least = submission.job.slurm.time, notice(submission) + EARLY
+        if limit is not None and 0 < seconds(limit) <= least:
             raise ConfigurationError(
-                f"'slurm.time' is {limit!r}, and the notice comes {seconds} s before its end and up to {EARLY} s early, so the "
-                f"job would be told to stop as it starts. Take more than {math.ceil((seconds + EARLY) / 60)} minutes, or a "
+                f"'slurm.time' is {limit!r}, but Slurm's notice comes {notice(submission)} s before its end and up to {EARLY} s "
+                f"early, so the job would be asked to stop as it starts. Set more than {math.ceil(least / 60)} minutes, or a "
                 "shorter HF_CLOUDTRAIN_GRACE."
             )
 
     def show(self, submission: Submission) -> str:
-        """The batch script, the command that submits it, and the one that starts the nodes from within."""
+        """The batch script, the command that submits it, and the command in it that starts the nodes."""
         names = ", ".join(submission.plan.variables)
-        variables = f"# in the environment of sbatch, which hands it on: {names}\n" if names else ""
+        variables = f"# in the environment of sbatch, which passes it on: {names}\n" if names else ""
         nodes = shlex.join(srun(submission, "ADDRESS", 0, 1)).replace(
             "--master-port 0 ", "--master-port PORT "
         )
@@ -108,37 +103,35 @@ class SlurmEngine:
         )
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
-        """Queue it."""
+        """Write the batch script and queue it."""
         submission.log.mkdir(parents=True, exist_ok=True)
         (submission.home / SCRIPT).write_text(script(submission))
         environment = {**_clean(os.environ, submission), **submission.plan.own_variables(os.environ)}
         try:
-            said = call(*_sbatch(submission), environment=environment)
+            number = call(*_sbatch(submission), environment=environment).strip().partition(";")[0]
         except SlurmSilentError as error:
             raise ConfigurationError(f"{error} Nothing was submitted.") from None
         except SlurmError as error:
-            raise ConfigurationError(f"Slurm does not take the job. {error}") from None
-        number = said.strip().partition(";")[0]
+            raise ConfigurationError(f"Slurm refused the job. {error}") from None
         now = store.read(record.id)
-        # It may run already, and then its supervisor writes the record.
+        # The job may run already, and then its supervisor writes the record.
         return now if now.handle.get("job") == number else store.write(now, handle={"job": number})
 
     def look(self, record: JobRecord) -> EngineStatus | None:
-        """What Slurm says where the supervisor cannot: before it runs, and after it was ended."""
+        """What Slurm says where the supervisor cannot: before it runs, and after Slurm has ended it."""
         number = record.handle.get("job")
         if record.is_over or number is None:
             return None
         job = self._client.job(str(number))
         if job is None:
-            return EngineStatus(
-                "lost",
-                f"Slurm knows no job {number} any more, and nothing says how it ended. `cloudtrain job run --resume "
-                f"{record.id}` goes on.",
+            reason = (
+                f"Slurm no longer knows job {number}, and no record says how it ended. {record.resume_hint}"
             )
-        return seen(record, job)
+            return EngineStatus("lost", reason)
+        return status_of(record, job)
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Take it out of the queue; one that runs is told to save, and its supervisor insists."""
+        """Take the job out of the queue. One that runs is asked to save, and its supervisor enforces the grace."""
         number = record.handle.get("job")
         if number is None:
             return
@@ -148,50 +141,41 @@ class SlurmEngine:
                 call("scancel", "--state=PENDING", str(number))  # also one that is about to be queued again
                 job = self._client.job(str(number))
             if job is not None and job.state == "CANCELLED":
-                store.write(store.read(record.id), state="cancelled", reason=f"{CANCEL}, while it was queued")
+                store.write(store.read(record.id), state="cancelled", reason=f"Cancelled by {CANCEL} while it was queued.")
             elif job is not None and job.state == "RUNNING":
                 call("scancel", "--batch", "--signal=USR1", str(number))
         except SlurmSilentError as error:
-            # The supervisor looks at the mark by itself.
+            # The supervisor sees the cancel mark by itself.
             logger.warning(
-                "%s The job ends where it runs, and where it is queued as soon as it starts.", error
+                "%s A job that runs ends all the same; one that is queued ends as soon as it starts.", error
             )
         except SlurmError as error:
-            logger.info("%s", error)  # it has ended in between
+            logger.info("%s", error)  # the job has ended in the meantime
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
-        """From the nodes' files."""
-        submission = Submission.load_here(record.home)
-        ranks = range(record.nodes) if node_rank is None else [node_rank]
-        files = {f"node {rank}": submission.node_log(rank) for rank in ranks}
-        return follow_files(files, follow, _IsOver(self, JobStore(submission.store), record.id))
+        """From the nodes' files. Slurm is asked every few seconds whether a job still exists."""
+        asked = time.monotonic()
+
+        def is_over(now: JobRecord) -> bool:
+            nonlocal asked
+            if now.is_over or time.monotonic() < asked + LOOK:
+                return now.is_over
+            asked = time.monotonic()
+            try:
+                status = self.look(now)
+            except SlurmError:
+                return False
+            return status is not None and status.state in OVER
+
+        return follow_nodes(record, node_rank, follow, is_over)
 
 
-class _IsOver:
-    """Whether a job is over; Slurm itself is asked now and then."""
-
-    def __init__(self, engine: SlurmEngine, store: JobStore, job_id: str) -> None:
-        self._engine, self._store, self._id = engine, store, job_id
-        self._asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        record = self._store.read(self._id)
-        if record.is_over or time.monotonic() < self._asked + LOOK:
-            return record.is_over
-        self._asked = time.monotonic()
-        try:
-            found = self._engine.look(record)
-        except SlurmError:
-            return False
-        return found is not None and dataclasses.replace(record, state=found.state).is_over
-
-
-def seen(record: JobRecord, job: SlurmJob) -> EngineStatus | None:
-    """What a job's state in Slurm adds to its record; None where the record says all."""
+def status_of(record: JobRecord, job: SlurmJob) -> EngineStatus | None:
+    """What a job's state in Slurm adds to its record; None if the record says everything."""
     if job.state in WAITING:
         before = record.reason if record.state == "queued" else None  # why it is queued again
-        words = [before, f"Slurm: {job.reason}." if job.reason != "None" else None]
-        return EngineStatus(WAITING[job.state], " ".join(filter(None, words)) or None)
+        reasons = [before, f"Slurm: {job.reason}." if job.reason != "None" else None]
+        return EngineStatus(WAITING[job.state], " ".join(filter(None, reasons)) or None)
     if job.state == "RUNNING":
         return EngineStatus("starting") if record.state == "queued" else None
     if job.state in ("SUSPENDED", "STOPPED"):
@@ -200,18 +184,21 @@ def seen(record: JobRecord, job: SlurmJob) -> EngineStatus | None:
         return None
     reason = f"Slurm: {job.state}" + (f", {job.reason}" if job.reason != "None" else "")
     if job.state not in ENDED:
-        reason += f", exit code {job.exit_code.partition(':')[0]}. {_last_words(record)}"
+        reason += f", exit code {job.exit_code.partition(':')[0]}. {_why_it_died(record)}"
     return EngineStatus(ENDED.get(job.state, "failed"), reason)
 
 
-def _last_words(record: JobRecord) -> str:
+def _why_it_died(record: JobRecord) -> str:
     """Why a supervisor ended that could not write it into the record."""
     last = last_lines(Path(record.home, "log", "supervisor.log"), 1)
     if last:
         return last[0]
     if record.starts:
-        return f"Its supervisor was killed. `cloudtrain job run --resume {record.id}` goes on."
-    return f"It said nothing in {record.home!r}: is that on a disk that all nodes share? HF_CLOUDTRAIN_STORE names another."
+        return f"Its supervisor was killed. {record.resume_hint}"
+    return (
+        f"It wrote nothing to {record.home!r}. Is that folder on a disk that all nodes share? HF_CLOUDTRAIN_STORE sets "
+        "a different one."
+    )
 
 
 def script(submission: Submission) -> str:
@@ -221,7 +208,7 @@ def script(submission: Submission) -> str:
 #!/bin/bash
 {options}
 
-# What comes before the supervisor listens must not end it: it looks for itself.
+# Signals before the supervisor's handlers must not end it: it asks Slurm by itself.
 trap '' TERM USR1
 exec {shlex.join([sys.executable, "-m", "hf_cloudtrain.jobs.engines.slurm.batch_main", str(submission.home)])}
 """
@@ -229,13 +216,14 @@ exec {shlex.join([sys.executable, "-m", "hf_cloudtrain.jobs.engines.slurm.batch_
 
 def _options(submission: Submission) -> dict[str, str | None]:
     job, plan = submission.job, submission.plan
-    block, machine = job.slurm, job.machine
-    gres = block.gres or (None if machine is None else f"gpu:{machine.gpu}:{machine.gpus}")
-    chosen = {option: getattr(block, option) for option in CHOSEN} | {"gres": gres}
+    machine = job.machine
+    chosen = {option: getattr(job.slurm, option) for option in CHOSEN}
+    if machine is not None:
+        chosen["gres"] = chosen["gres"] or f"gpu:{machine.gpu}:{machine.gpus}"
     return {
         "job-name": submission.id,
         "nodes": str(plan.nodes),
-        # A CPU a process, at least. Slurm's own variables ask for more: SBATCH_CPUS_PER_GPU, SBATCH_EXCLUSIVE.
+        # At least one CPU a process. Slurm's own variables request more: SBATCH_CPUS_PER_GPU, SBATCH_EXCLUSIVE.
         "ntasks-per-node": str(plan.nproc_per_node),
         **{name: value for name, value in chosen.items() if value is not None},
         "chdir": str(submission.home),
@@ -251,12 +239,12 @@ def _assigned(value: str | None) -> str:
 
 
 def _sbatch(submission: Submission) -> list[str]:
-    # The variables' values are in the environment alone, which no listing of processes shows to others.
+    # The values of variables are only in the environment, which process listings do not show to other users.
     return ["sbatch", "--parsable", "--export=ALL", str(submission.home / SCRIPT)]
 
 
 def _clean(environment: Mapping[str, str], submission: Submission) -> dict[str, str]:
-    """Without what would override the script (variables beat its lines), or is of another job."""
+    """Without what would override the script (variables beat its lines), or belongs to a different job."""
     block = submission.job.slurm
     chosen = [name for option, name in CHOSEN.items() if getattr(block, option) is not None]
     ours = {f"SBATCH_{name}" for name in (*DECIDED, *chosen)}

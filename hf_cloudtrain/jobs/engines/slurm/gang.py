@@ -1,7 +1,7 @@
-"""The nodes of a job within a Slurm allocation: one srun, one task a node.
+"""The nodes of a job within a Slurm allocation: one srun, one task per node.
 
-Nodes are told to stop by a signal to their job step, never by one to srun, which would kill them. That signal is SIGURG: the
-step's other processes ignore it unless they listen, and SIGTERM would end a `| tee` beside a training that saves.
+A signal to the job step asks the nodes to stop; a signal to srun would kill them. It is SIGURG, which processes without a
+handler ignore: SIGTERM would end a `| tee` beside a training that saves.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ import time
 from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmError, SlurmSilentError, call
 from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.logs import mark_start
+from hf_cloudtrain.jobs.node.node import node_argv
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.submission import Submission
 
 logger = logging.getLogger(__name__)
 
-AGAIN = 2.0
-"""Seconds between two signals: a node that has not begun to listen has not heard the one before."""
+SIGNAL_PAUSE = 2.0
+"""Seconds between two signals: a node that has not installed its handler yet has lost the first one."""
 FIRST_PORT, PORTS = 20_000, 12_000
-"""Below the ports that Linux hands out by itself: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
-OF_THE_JOB = (
+"""Below the ports that Linux assigns by itself: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
+ALLOCATION_OPTIONS = (
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
     *("SLURM_EXPORT_ENV", "SLURM_DISTRIBUTION", "SLURM_SRUN_REDUCE_TASK_EXIT_MSG"),
 )
-"""Options of the allocation that srun would take for its own: it starts one task a node, which has all of it."""
+"""Options of the allocation that srun would apply to itself: it starts one task per node, which has all of it."""
 
 
 class SlurmGang(GracefulGang):
@@ -49,26 +51,23 @@ class SlurmGang(GracefulGang):
         self._srun: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
         self._ends: dict[int, int | None] = {}
-        """Exit codes of the nodes that ended badly; None for one that was killed or lost."""
+        """Exit codes of the nodes that failed; None for one that was killed or lost."""
         self._signalled_at = 0.0
         self.codes: ExitCodes = ()
-        """How the nodes of the last start ended."""
+        """Exit codes of the last start."""
         self.launch_failure: str | None = None
-        """Why Slurm could not begin a node of it."""
+        """Why Slurm could not launch a node."""
 
     @property
     def all_have_saved(self) -> bool:
-        """Whether the nodes ended because somebody told them all to, and not because one of them was in trouble."""
+        """Whether all nodes were asked to stop from outside, and not because one of them failed."""
         return self.launch_failure is None and set(self.codes) <= {0, PreemptedExit.CODE}
 
     def _start_nodes(self) -> None:
         self._ends = {}
         self.launch_failure = None
         self._signalled_at = 0.0
-        self._submission.log.mkdir(parents=True, exist_ok=True)
-        for rank in range(self._submission.plan.nodes):
-            with open(self._submission.node_log(rank), "ab") as log:
-                log.write(f"--- start {self.number} ---\n".encode())
+        mark_start(self._submission, self.number)
         try:
             address = master_addr()
         except SlurmError as error:
@@ -76,7 +75,7 @@ class SlurmGang(GracefulGang):
         command = srun(self._submission, address, master_port(self._job, self.number), self.number)
         self._srun = subprocess.Popen(
             command,
-            env={name: value for name, value in os.environ.items() if name not in OF_THE_JOB},
+            env={name: value for name, value in os.environ.items() if name not in ALLOCATION_OPTIONS},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -102,7 +101,7 @@ class SlurmGang(GracefulGang):
         self._signal("URG")
 
     def _remind(self) -> None:
-        if time.monotonic() > self._signalled_at + AGAIN:
+        if time.monotonic() > self._signalled_at + SIGNAL_PAUSE:
             self._signal("URG")
 
     def kill(self) -> None:
@@ -123,21 +122,21 @@ class SlurmGang(GracefulGang):
             for step in self._steps():
                 call("scancel", f"--signal={name}", step)
         except SlurmSilentError:
-            # srun passes this one on by itself, without the controller.
+            # srun forwards this one without the controller.
             self._srun.send_signal(signal.SIGUSR1)
         except SlurmError as error:
-            logger.info("%s", error)  # Slurm itself is ending the nodes, or they have ended
+            logger.info("%s", error)  # Slurm is ending the nodes, or they have ended
 
     def _steps(self) -> list[str]:
-        """Number of the job step, once there is one."""
+        """The number of the job step, once there is one."""
         lines = call("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j").splitlines()
-        steps = [line.split() for line in lines]
-        return [words[0] for words in steps if words[1:] == [_step_name(self.number)]]
+        steps = [line.partition(" ") for line in lines]
+        return [number for number, _, name in steps if name.strip() == _step_name(self.number)]
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            if "lacks support for cpu binding" not in line:  # we ask for none
+            if "lacks support for cpu binding" not in line:  # --cpu-bind=none asks for no binding
                 sys.stderr.write(line)
                 sys.stderr.flush()
             self._ends.update(bad_ends(line))
@@ -148,27 +147,26 @@ class SlurmGang(GracefulGang):
         ranks = range(self._submission.plan.nodes)
         if (code == 0 or self._ends) and not self.launch_failure:
             return tuple(self._ends.get(rank, 0) for rank in ranks)
-        return (None,) * len(ranks)  # srun itself failed, and has said why
+        return (None,) * len(ranks)  # srun itself failed; its message is in the supervisor's log
 
 
 def srun(submission: Submission, address: str, port: int, number: int) -> list[str]:
     """The command that starts the nodes."""
     nodes = submission.plan.nodes
     log = submission.log / "node-%n.log"
-    node = shlex.join([sys.executable, "-m", "hf_cloudtrain.jobs.node.node", str(submission.home)])
-    rest = shlex.join(["--master-addr", address, "--master-port", str(port), "--start", str(number)])
+    node = shlex.join(node_argv(submission.home, address, port, number))
     return [
         *("srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"),
-        # A node that has saved ends with 75 while others still save: the cluster's default must not kill those.
+        # A node that has saved ends with 75 while others still save: the cluster's default could kill those.
         *("--kill-on-bad-exit=0", "--wait=0"),
         *("--cpu-bind=none", "--mpi=none", "--export=ALL", "--input=none"),
         *(f"--job-name={_step_name(number)}", "--open-mode=append", f"--output={log}"),
-        *("bash", "-c", f"exec {node} --node-rank $SLURM_NODEID {rest}"),
+        *("bash", "-c", f"exec {node} $SLURM_NODEID"),
     ]
 
 
 def bad_ends(line: str) -> dict[int, int | None]:
-    """Exit codes by node in a line of srun's; it says nothing of the nodes that end with 0.
+    """Exit codes by node in a line that srun prints; it prints none for nodes that end with 0.
 
     Example:
         >>> bad_ends("srun: error: n[1-2]: tasks 0-1: Exited with exit code 75")
@@ -190,7 +188,7 @@ def bad_ends(line: str) -> dict[int, int | None]:
 
 
 def master_addr() -> str:
-    """How the nodes reach the first one: its name, or its address where the name means nothing."""
+    """How the nodes reach the first one: its name, or its address if the name does not resolve."""
     names = call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     try:
         socket.getaddrinfo(names[0], None)
@@ -201,7 +199,7 @@ def master_addr() -> str:
 
 
 def master_port(job: str, number: int) -> int:
-    """A port that another job or start does not take; should it be taken all the same, the next start has another."""
+    """A port for one job and start; if another process holds it, the next start uses a different one."""
     return FIRST_PORT + (int(job) * 101 + number) % PORTS
 
 
