@@ -141,7 +141,8 @@ class SlurmEngine:
                 call("scancel", "--state=PENDING", str(number))  # also one that is about to be queued again
                 job = self._client.job(str(number))
             if job is not None and job.state == "CANCELLED":
-                store.write(store.read(record.id), state="cancelled", reason=f"Cancelled by {CANCEL} while it was queued.")
+                reason = f"Cancelled by {CANCEL} while it was queued."
+                store.write(store.read(record.id), state="cancelled", reason=reason)
             elif job is not None and job.state == "RUNNING":
                 call("scancel", "--batch", "--signal=USR1", str(number))
         except SlurmSilentError as error:
