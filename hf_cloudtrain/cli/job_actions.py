@@ -217,8 +217,8 @@ def _size_of(directory: Path | None, leave_out: list[Path]) -> int | None:
     if directory is None or not directory.is_dir():
         return None
     found = workspace_size(directory, leave_out=leave_out)
-    for text in found.left_out[:10]:
-        say(f"Left out: {text}")
+    for text in found.skipped[:10]:
+        say(f"Not copied: {text}")
     if found.advice is not None:
         say(f"Warning: {found.advice}")
     return found.size

@@ -1,8 +1,7 @@
-"""What the ignore files of a folder leave out: `.cloudtrainignore`, or else `.gitignore`, at every level, as git means it.
+"""What the ignore files of a folder exclude: `.cloudtrainignore`, or else `.gitignore`, at every level, as in git.
 
-The patterns are those of https://git-scm.com/docs/gitignore; `pathspec` makes expressions of them. Which of them decides
-is found here, because there a pattern also speaks of all that is below what it matches, which in git is only never
-looked at.
+The patterns are those of https://git-scm.com/docs/gitignore, which `pathspec` turns into expressions. This module decides
+which pattern applies: in `pathspec` a pattern also matches everything below what it matches, and git never looks there.
 """
 
 from __future__ import annotations
@@ -17,105 +16,105 @@ from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 OWN = ".cloudtrainignore"
 GIT = ".gitignore"
 ALWAYS = frozenset((".git", "__pycache__", ".cloudtrain"))
-"""Left out unless `.cloudtrainignore` names it (`!.git`): history, what Python makes again, checkpoints on their way."""
+"""Excluded unless `.cloudtrainignore` includes it (`!.git`): history, what Python makes again, checkpoints to upload."""
 MAX_BYTES = 2**20
-"""Longest ignore file; one that is larger is something else."""
+"""Bytes that are read of an ignore file; a larger file is something else."""
 
 Patterns = tuple[GitIgnoreSpecPattern, ...]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules that hold in one folder: those of its own file, and of those above it.
+    """The rules for one folder: those of its own ignore file, and of those above it.
 
     Example:
         >>> rules = Rules.of(Path("glue"))
-        >>> rules.leaves_out("output", is_folder=True)
+        >>> rules.excludes("output", is_folder=True)
         True
         >>> rules = rules.below("model")
     """
 
     file: str
-    """Name of the ignore files that are heeded, at all levels."""
+    """Name of the ignore files, at all levels."""
     folder: Path
     levels: tuple[tuple[str, Patterns], ...] = ()
-    """From the deepest up: the path of this folder from where the file is, with a last '/', and what the file says."""
-    asked_for: frozenset[str] = frozenset()
-    """Names that `.cloudtrainignore` takes back in so: they are copied though they seldom should be."""
+    """From the deepest up: the path of this folder relative to an ignore file, with a '/' at its end, and its patterns."""
+    included: frozenset[str] = frozenset()
+    """Names that the top `.cloudtrainignore` includes with '!': they are copied although they rarely should be."""
 
     @classmethod
     def of(cls, folder: Path) -> Rules:
-        """The rules of a folder, and of the repository that it is in.
+        """The rules of a folder and of the repository around it.
 
-        A `.cloudtrainignore` at its top takes the place of all `.gitignore`: a job may need what git does not keep.
+        A `.cloudtrainignore` at its top replaces all `.gitignore`: a job may need files that git does not track.
         """
         own = folder / OWN
         if own.is_file():
             names = (line[1:].strip().strip("/") for line in _lines(own) if line.startswith("!"))
-            return cls(OWN, folder, asked_for=frozenset(names)).with_file()
+            return cls(OWN, folder, included=frozenset(names)).with_file()
         return cls(GIT, folder, _levels_above(folder)).with_file()
 
     def below(self, name: str) -> Rules:
-        """The rules in a folder of this one."""
+        """The rules for a folder in this one."""
         return self.entered(name).with_file()
 
-    def leaves_out(self, name: str, *, is_folder: bool) -> bool:
-        """Whether something in this folder is left out: as the last pattern says that speaks of it, of the deepest file."""
-        if name in ALWAYS and name not in self.asked_for:
+    def excludes(self, name: str, *, is_folder: bool) -> bool:
+        """Whether a file or folder in this folder is excluded: the last matching pattern of the deepest file decides."""
+        if name in ALWAYS and name not in self.included:
             return True
         for path, patterns in self.levels:
             for pattern in reversed(patterns):
-                if _speaks_of(pattern, f"{path}{name}{'/' if is_folder else ''}"):
+                if _matches_itself(pattern, f"{path}{name}{'/' if is_folder else ''}"):
                     return bool(pattern.include)
         return False
 
     def entered(self, name: str) -> Rules:
-        """As `below`, without the file there."""
+        """As `below`, without the ignore file there."""
         levels = tuple((f"{path}{name}/", patterns) for path, patterns in self.levels)
-        return Rules(self.file, self.folder / name, levels, self.asked_for)
+        return Rules(self.file, self.folder / name, levels, self.included)
 
     def with_file(self) -> Rules:
-        """With the file of this folder, if there is one."""
+        """With the ignore file of this folder, if there is one."""
         file = self.folder / self.file
         if not file.is_file():
             return self
         patterns = tuple(_patterns(file))
-        return Rules(self.file, self.folder, (("", patterns), *self.levels), self.asked_for)
+        return Rules(self.file, self.folder, (("", patterns), *self.levels), self.included)
 
 
 def _levels_above(folder: Path) -> tuple[tuple[str, Patterns], ...]:
-    """The rules of the repository around a folder; none of them where they would leave out the folder itself."""
+    """The rules of the repository around a folder; none if they would exclude the folder itself."""
     folder = folder.resolve()
     around = [folder, *folder.parents]
-    top = next((number for number, place in enumerate(around) if (place / ".git").exists()), 0)
+    top = next((number for number, outer in enumerate(around) if (outer / ".git").exists()), 0)
     rules = Rules(GIT, around[top])
-    for place in reversed(around[:top]):
+    for inner in reversed(around[:top]):
         rules = rules.with_file()
-        if rules.leaves_out(place.name, is_folder=True):
+        if rules.excludes(inner.name, is_folder=True):
             return ()
-        rules = rules.entered(place.name)
+        rules = rules.entered(inner.name)
     return rules.levels
 
 
-def _speaks_of(pattern: GitIgnoreSpecPattern, path: str) -> bool:
-    """Whether a pattern matches a path itself, not only a folder that it is in."""
+def _matches_itself(pattern: GitIgnoreSpecPattern, path: str) -> bool:
+    """Whether a pattern matches a path itself, not only a folder around it."""
     return pattern.regex is not None and any(_is_whole(found) for found in pattern.regex.finditer(path))
 
 
 def _is_whole(found: re.Match[str]) -> bool:
-    if found.groupdict().get("ps_d") is not None:  # the '/' after a folder that is meant
+    if found.groupdict().get("ps_d") is not None:  # the '/' after a matched folder
         return found.end() == len(found.string)
-    # Another '/' at the end is that of 'folder/**': all in the folder, without itself.
+    # A '/' at the end otherwise comes from 'folder/**': everything in the folder, but not the folder.
     return not found[0].endswith("/") or found.end() < len(found.string)
 
 
 def _patterns(file: Path) -> Iterator[GitIgnoreSpecPattern]:
     for line in _lines(file):
-        # 'folder/**/' is the folders in a folder; pathspec 1.1 reads it as the folder itself.
+        # 'folder/**/' means the folders in a folder; pathspec 1.1 reads it as the folder itself.
         folders = line.rstrip().endswith("/**/")
         try:
             yield GitIgnoreSpecPattern(f"{line.rstrip()}*/" if folders else line)
-        except ValueError:  # git says nothing of a pattern that is none, such as '!'
+        except ValueError:  # git ignores an invalid pattern, such as '!'
             continue
 
 

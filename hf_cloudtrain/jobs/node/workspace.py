@@ -1,4 +1,4 @@
-"""The copy of the folder that a person gives with a job."""
+"""The copy of the folder that is submitted with a job."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_cloudtrain.jobs.node.ignore_files import OWN, Rules
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix
 
 LARGE = 10**9
-"""Bytes from which on a person is told what is large: a job's code is seldom more than its libraries."""
+"""Bytes above which the user learns what is large: a job's code is rarely larger than its libraries."""
 SHOWN = 3
-"""Largest folders that are named."""
+"""Largest files and folders that are named."""
 CHUNK = 64 * 2**20
 """Bytes copied between two calls of `on_bytes`."""
 SPACE_LEFT = 16 * 2**20
-"""Bytes of the disk that a copy must leave."""
+"""Bytes that a copy must leave free on the disk."""
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy holds, or would hold.
+    """What a copy contains, or would contain.
 
     Example:
         >>> found = workspace_size(Path("glue"))
@@ -38,21 +38,21 @@ class Copied:
     files: int
     size: int
     """Bytes of all files."""
-    left_out: tuple[str, ...] = ()
-    """What is not copied although no ignore file says so, each with the reason."""
+    skipped: tuple[str, ...] = ()
+    """What is not copied, or not as it is, although no ignore file excludes it: each with the reason."""
     largest: tuple[tuple[str, int], ...] = ()
-    """Largest files and folders at the top, with their bytes."""
+    """Largest files and folders of the top level, with their bytes."""
 
     @property
     def advice(self) -> str | None:
-        """What to do about a workspace of more than 1 GB; None for others."""
+        """What to do about a workspace larger than 1 GB; None for a smaller one."""
         if self.size <= LARGE:
             return None
         named = ", ".join(f"{name} ({_gigabytes(size)})" for name, size in self.largest)
         return (
-            f"The workspace has {_gigabytes(self.size)} in {self.files} files, and each job gets a copy; the largest: "
-            f"{named}. Name what the job does not need in {OWN}, which is written as .gitignore is; data belongs into a "
-            "dataset (`cloudtrain data create`)."
+            f"The workspace has {_gigabytes(self.size)} in {self.files} files, and each job gets a copy. The largest are "
+            f"{named}. Exclude what the job does not need in {OWN}, which has the syntax of .gitignore, and upload data "
+            "as a dataset (`cloudtrain data create`)."
         )
 
 
@@ -63,20 +63,20 @@ def copy_workspace(
     leave_out: Iterable[Path] = (),
     on_bytes: Callable[[int], None] | None = None,
 ) -> Copied:
-    """Copy a folder, without what its ignore files leave out. The target appears whole or not at all.
+    """Copy a folder without what its ignore files exclude. The target appears complete or not at all.
 
-    Links within the folder stay links; those that lead out of it lead to the same place still, and are named. File modes
-    and times stay. Blocks are shared with the source where the file system can.
+    Links inside the folder stay links; links out of it keep their target and are reported. File modes and times stay.
+    The copy shares blocks with the source where the file system supports it.
 
     Args:
         source: the folder.
-        target: the copy; it does not exist yet, or is an empty folder. It may be inside of the source.
-        leave_out: further folders that are no part of it, such as the store where jobs are kept.
-        on_bytes: hears of each file's bytes as they are copied.
+        target: the copy: a path that does not exist yet, or an empty folder. It may be inside the source.
+        leave_out: more folders to exclude, such as the store with the jobs.
+        on_bytes: called with the number of bytes after each piece is copied.
 
     Raises:
-        ConfigurationError: the source is no folder.
-        OSError: a file cannot be read or written, or the disk has no room.
+        ConfigurationError: the source is not a folder.
+        OSError: a file cannot be read or written, or the disk is full.
     """
     walk = _Walk.of(source, (target, *leave_out))
     copied = walk.copied()
@@ -89,11 +89,11 @@ def copy_workspace(
         for folder in walk.folders:
             (beside / folder).mkdir()
         for path, _ in walk.files:
-            _copy(source / path, beside / path, on_bytes or _nobody)
-        for path, leads_to in walk.links:
-            os.symlink(leads_to, beside / path)
+            _copy(source / path, beside / path, on_bytes or (lambda count: None))
+        for path, destination in walk.links:
+            os.symlink(destination, beside / path)
         for folder in reversed(walk.folders):
-            _copy_facts(source / folder, beside / folder, stat.S_IRWXU)
+            _copy_metadata(source / folder, beside / folder, stat.S_IRWXU)
         os.rename(beside, target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -108,28 +108,28 @@ def workspace_size(source: Path, *, leave_out: Iterable[Path] = ()) -> Copied:
 
 @dataclass
 class _Walk:
-    """All that belongs to a copy, by path from the source."""
+    """Everything that belongs to a copy, by path relative to the source."""
 
     source: Path
     omitted: frozenset[tuple[int, int]]
-    """Folders that are no part of it, by device and inode."""
+    """Folders to exclude, by device and inode."""
     folders: list[str] = field(default_factory=list)
     files: list[tuple[str, int]] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, source: Path, omitted: Iterable[Path]) -> _Walk:
         if not source.is_dir():
             raise ConfigurationError(
-                f"{str(source)!r} is no folder. Name the one with the job's code: -d DIR"
+                f"{str(source)!r} is not a folder. Name the folder with the job's code: -d DIR"
             )
         top = source.resolve()
-        if any(top == place.resolve() for place in omitted):
+        if any(top == folder.resolve() for folder in omitted):
             raise ConfigurationError(
-                f"{str(source)!r} is where jobs are kept. Name the folder with the job's code: -d DIR"
+                f"{str(source)!r} is where jobs are stored. Name the folder with the job's code: -d DIR"
             )
-        walk = cls(top, frozenset(_identity(place) for place in omitted if place.exists()))
+        walk = cls(top, frozenset(_identity(folder) for folder in omitted if folder.exists()))
         walk._add("", Rules.of(top))
         return walk
 
@@ -137,14 +137,14 @@ class _Walk:
         sizes: Counter[str] = Counter()
         for path, size in self.files:
             sizes[path.split("/")[0]] += size
-        return Copied(len(self.files), sizes.total(), tuple(self.left_out), tuple(sizes.most_common(SHOWN)))
+        return Copied(len(self.files), sizes.total(), tuple(self.skipped), tuple(sizes.most_common(SHOWN)))
 
     def _add(self, below: str, rules: Rules) -> None:
         try:
             with os.scandir(self.source / below) as found:
                 items = sorted(found, key=lambda item: item.name)
         except PermissionError:
-            self.left_out.append(f"{below} (cannot be read)")
+            self.skipped.append(f"{below} (cannot be read)")
             return
         if below:
             self.folders.append(below)
@@ -154,46 +154,43 @@ class _Walk:
     def _add_item(self, path: str, item: os.DirEntry[str], rules: Rules) -> None:
         try:
             found = item.stat(follow_symlinks=False)
-        except FileNotFoundError:  # gone meanwhile
+        except FileNotFoundError:  # deleted since the folder was listed
             return
         is_folder = stat.S_ISDIR(found.st_mode)
-        if rules.leaves_out(item.name, is_folder=is_folder) or (found.st_dev, found.st_ino) in self.omitted:
+        if rules.excludes(item.name, is_folder=is_folder) or (found.st_dev, found.st_ino) in self.omitted:
             return
         if stat.S_ISLNK(found.st_mode):
             self._add_link(path)
-        elif is_folder and item.name not in rules.asked_for and os.path.exists(f"{item.path}/pyvenv.cfg"):
-            self.left_out.append(f"{path} (a virtual environment: its programs work where it was made)")
+        elif is_folder and item.name not in rules.included and os.path.exists(f"{item.path}/pyvenv.cfg"):
+            self.skipped.append(f"{path} (a virtual environment: it works only at its own path)")
         elif is_folder:
             self._add(path, rules.below(item.name))
         elif not stat.S_ISREG(found.st_mode):
-            self.left_out.append(f"{path} (no file, folder or link)")
+            self.skipped.append(f"{path} (not a file, folder or link)")
         elif not os.access(item.path, os.R_OK):
-            self.left_out.append(f"{path} (cannot be read)")
+            self.skipped.append(f"{path} (cannot be read)")
         else:
             self.files.append((path, found.st_size))
 
     def _add_link(self, path: str) -> None:
         written = os.readlink(self.source / path)
-        leads_to = os.path.realpath(self.source / path)
-        if not os.path.exists(leads_to):
-            self.left_out.append(f"{path} (a link to {written!r}, where nothing is)")
+        destination = os.path.realpath(self.source / path)
+        if not os.path.exists(destination):
+            self.skipped.append(f"{path} (a broken link to {written!r})")
             return
-        inside = os.path.relpath(leads_to, self.source)
+        inside = os.path.relpath(destination, self.source)
         if inside.split("/")[0] == "..":
-            self.left_out.append(
-                f"{path} (a link out of the workspace: the copy has the link, to {leads_to!r})"
+            self.skipped.append(
+                f"{path} (a link out of the workspace; only the link to {destination!r} is copied)"
             )
-            self.links.append((path, leads_to))
+            self.links.append((path, destination))
         elif os.path.isabs(written) or os.path.normpath(
             os.path.join(os.path.dirname(path), written)
         ).startswith(".."):
-            # Written so that it would lead out of the copy, back into the source.
+            # As it is written, it would lead out of the copy, back into the source.
             self.links.append((path, os.path.relpath(inside, os.path.dirname(path) or ".")))
         else:
             self.links.append((path, written))
-
-
-# --- Copies ------------------------------------------------------------------------------------------------------------
 
 
 def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
@@ -201,35 +198,35 @@ def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
         with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
             for count in _copy_blocks(reader.fileno(), writer.fileno()):
                 on_bytes(count)
-    except FileNotFoundError:  # gone meanwhile
+    except FileNotFoundError:  # deleted since the folder was listed
         return
-    _copy_facts(source, target, 0)
+    _copy_metadata(source, target, 0)
 
 
 def _copy_blocks(reader: int, writer: int) -> Iterator[int]:
-    """Copy by the file system, which may share the blocks, and else by reading.
+    """Let the file system copy, which may share blocks; where it cannot, let the kernel read and write.
 
     https://man7.org/linux/man-pages/man2/copy_file_range.2.html
     """
-    shares = hasattr(os, "copy_file_range")
+    in_file_system = hasattr(os, "copy_file_range")
     while True:
         try:
             count = (
                 os.copy_file_range(reader, writer, CHUNK)
-                if shares
+                if in_file_system
                 else os.sendfile(writer, reader, None, CHUNK)
             )
         except OSError as error:
-            if not shares or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if not in_file_system or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            shares = False  # not between these file systems; what was copied stays, and both offsets with it
+            in_file_system = False  # not between these two; what was copied stays, and so do both offsets
             continue
         if not count:
             return
         yield count
 
 
-def _copy_facts(source: Path, target: Path, at_least: int) -> None:
+def _copy_metadata(source: Path, target: Path, at_least: int) -> None:
     try:
         found = source.stat()
     except FileNotFoundError:
@@ -243,27 +240,23 @@ def _check_free_space(folder: Path, size: int) -> None:
     if free < size + SPACE_LEFT:
         raise OSError(
             errno.ENOSPC,
-            f"The workspace has {_gigabytes(size)}, and {_gigabytes(free)} are free there. Name what the job does not need "
-            f"in {OWN}, or make room",
+            f"The workspace has {_gigabytes(size)}, and only {_gigabytes(free)} are free. Exclude what the job does not need "
+            f"in {OWN}, or free some space",
             str(folder),
         )
 
 
 def _clean(target: Path) -> None:
-    """Take away the halves of processes that are no more."""
-    for left in target.parent.glob(f".{target.name}-*"):
-        if is_left_over(left.name):
-            shutil.rmtree(left, ignore_errors=True)
+    """Delete the incomplete copies of processes that were killed."""
+    for folder in target.parent.glob(f".{target.name}-*"):
+        if is_left_over(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _identity(place: Path) -> tuple[int, int]:
-    found = place.stat()
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
     return found.st_dev, found.st_ino
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _nobody(count: int) -> None:
-    pass

@@ -1,4 +1,4 @@
-"""The copy of a job's folder: what belongs to it, what does not, and nothing half."""
+"""The copy of a job's folder: what belongs to it, what does not, and no incomplete copies."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ IS_ROOT = os.geteuid() == 0
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    place = tmp_path / "glue"
-    place.mkdir()
-    return place
+    folder = tmp_path / "glue"
+    folder.mkdir()
+    return folder
 
 
 def write(folder: Path, **files: str) -> None:
@@ -36,7 +36,7 @@ def write(folder: Path, **files: str) -> None:
         path.write_text(text)
 
 
-def os_refusal(path: object) -> None:
+def deny(path: object) -> None:
     if str(path).endswith("secret"):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -46,7 +46,7 @@ def content(folder: Path) -> list[str]:
 
 
 class TestCopy:
-    """What the copy is."""
+    """The content of the copy."""
 
     def test_files_folders_modes_and_times_are_copied(self, source: Path, tmp_path: Path) -> None:
         write(source, main_py="print(1)", model__net_py="x" * 10)
@@ -55,17 +55,19 @@ class TestCopy:
         (source / "run.sh").chmod(0o755)
         os.utime(source / "main.py", ns=(10**18, 10**18))
         (source / "model").chmod(0o555)
-        heard: list[int] = []
-        copied = copy_workspace(source, tmp_path / "jobs" / "1" / "workspace", on_bytes=heard.append)
+        counts: list[int] = []
+        copied = copy_workspace(source, tmp_path / "jobs" / "1" / "workspace", on_bytes=counts.append)
         target = tmp_path / "jobs" / "1" / "workspace"
         assert content(target) == ["data", "main.py", "model", "model/net.py", "run.sh"]
         assert (target / "main.py").read_text() == "print(1)"
         assert stat.S_IMODE((target / "run.sh").stat().st_mode) == 0o755
-        assert stat.S_IMODE((target / "model").stat().st_mode) == 0o755  # as it was, but ours to write to
+        assert (
+            stat.S_IMODE((target / "model").stat().st_mode) == 0o755
+        )  # as it was, but writable for the owner
         assert (target / "data").stat().st_mtime_ns == (source / "data").stat().st_mtime_ns
         assert (target / "main.py").stat().st_mtime_ns == 10**18
-        assert (copied.files, copied.size, copied.left_out) == (3, 28, ())
-        assert sum(heard) == 28
+        assert (copied.files, copied.size, copied.skipped) == (3, 28, ())
+        assert sum(counts) == 28
         assert copied == workspace_size(source)
         assert os.listdir(target.parent) == ["workspace"]
 
@@ -74,9 +76,9 @@ class TestCopy:
     ) -> None:
         monkeypatch.setattr(workspace, "CHUNK", 1000)
         (source / "weights").write_bytes(random.Random(0).randbytes(3500))
-        heard: list[int] = []
-        copy_workspace(source, tmp_path / "one", on_bytes=heard.append)
-        assert heard == [1000, 1000, 1000, 500]
+        counts: list[int] = []
+        copy_workspace(source, tmp_path / "one", on_bytes=counts.append)
+        assert counts == [1000, 1000, 1000, 500]
 
         real, calls = os.copy_file_range, []
 
@@ -92,7 +94,7 @@ class TestCopy:
         for name in ("one", "two"):
             assert (tmp_path / name / "weights").read_bytes() == (source / "weights").read_bytes()
 
-    def test_the_copy_may_be_inside_of_what_is_copied(self, source: Path) -> None:
+    def test_the_copy_may_be_inside_the_source(self, source: Path) -> None:
         write(source, main_py="x")
         for number in (1, 2):
             copied = copy_workspace(
@@ -103,7 +105,7 @@ class TestCopy:
         copy_workspace(source, source / "copy")
         assert "copy" not in content(source / "copy")
 
-    def test_an_empty_folder_at_the_target_is_taken_and_a_full_one_is_not(
+    def test_an_empty_folder_at_the_target_is_used_and_a_full_one_is_refused(
         self, source: Path, tmp_path: Path
     ) -> None:
         write(source, main_py="x")
@@ -115,7 +117,7 @@ class TestCopy:
         assert content(tmp_path / "there") == ["main.py"]
         assert sorted(os.listdir(tmp_path)) == ["glue", "there"]
 
-    def test_a_copy_that_is_cut_off_leaves_nothing(
+    def test_an_interrupted_copy_leaves_nothing(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(source, a_py="x", b_py="x", sub__c_py="x")
@@ -127,7 +129,7 @@ class TestCopy:
             copy_workspace(source, tmp_path / "target", on_bytes=cut_off)
         assert os.listdir(tmp_path) == ["glue"]
 
-    def test_what_a_killed_process_left_is_taken_away(self, source: Path, tmp_path: Path) -> None:
+    def test_the_incomplete_copy_of_a_killed_process_is_deleted(self, source: Path, tmp_path: Path) -> None:
         write(source, main_py="x")
         code = (
             "import os, sys; from pathlib import Path; from hf_cloudtrain.jobs.node.workspace import copy_workspace\n"
@@ -139,18 +141,18 @@ class TestCopy:
         copy_workspace(source, tmp_path / "target")
         assert sorted(os.listdir(tmp_path)) == ["glue", "target"]
 
-    def test_a_disk_without_room_is_told_before_anything_is_copied(
+    def test_a_full_disk_is_reported_before_anything_is_copied(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(source, main_py="x")
         monkeypatch.setattr(workspace, "SPACE_LEFT", 2**62)
         with pytest.raises(
-            OSError, match=r"are free there\. Name what the job does not need in \.cloudtrainignore"
+            OSError, match=r"are free\. Exclude what the job does not need in \.cloudtrainignore"
         ):
             copy_workspace(source, tmp_path / "target")
         assert os.listdir(tmp_path) == ["glue"]
 
-    def test_a_file_that_goes_meanwhile_is_no_matter(self, source: Path, tmp_path: Path) -> None:
+    def test_a_file_that_is_deleted_during_the_copy_is_skipped(self, source: Path, tmp_path: Path) -> None:
         write(source, a_py="x", b_py="x")
 
         def take_away(count: int) -> None:
@@ -159,17 +161,17 @@ class TestCopy:
         copy_workspace(source, tmp_path / "target", on_bytes=take_away)
         assert content(tmp_path / "target") == ["a.py"]
 
-    def test_what_is_no_folder_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigurationError, match="is no folder"):
+    def test_a_source_that_is_not_a_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="is not a folder"):
             workspace_size(tmp_path / "glut")
-        with pytest.raises(ConfigurationError, match="where jobs are kept"):
+        with pytest.raises(ConfigurationError, match="where jobs are stored"):
             copy_workspace(tmp_path, tmp_path / "x" / "workspace", leave_out=[tmp_path])
 
 
 class TestLinksAndOthers:
-    """What is neither file nor folder."""
+    """Links, sockets, pipes, and what cannot be read."""
 
-    def test_links_within_stay_links_to_the_copy(self, source: Path, tmp_path: Path) -> None:
+    def test_links_inside_stay_links_in_the_copy(self, source: Path, tmp_path: Path) -> None:
         write(source, data__train_csv="rows")
         (source / "relative").symlink_to("data/train.csv")
         (source / "data" / "absolute").symlink_to(source / "data" / "train.csv")
@@ -181,59 +183,59 @@ class TestLinksAndOthers:
         assert os.readlink(target / "relative") == "data/train.csv"
         for path in ("relative", "data/absolute", "data/around/train.csv", "folder/train.csv"):
             assert (target / path).read_text() == "rows"
-        assert copied.left_out == ()
+        assert copied.skipped == ()
         assert copied.files == 1
 
-    def test_a_link_out_leads_to_the_same_place_and_is_named(self, source: Path, tmp_path: Path) -> None:
+    def test_a_link_out_keeps_its_target_and_is_reported(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "big").mkdir()
         write(tmp_path / "big", rows_csv="rows")
         (source / "data").symlink_to("../big")
         copied = copy_workspace(source, tmp_path / "jobs" / "1" / "workspace")
         assert (tmp_path / "jobs" / "1" / "workspace" / "data" / "rows.csv").read_text() == "rows"
-        assert copied.left_out == (
-            f"data (a link out of the workspace: the copy has the link, to {str(tmp_path / 'big')!r})",
+        assert copied.skipped == (
+            f"data (a link out of the workspace; only the link to {str(tmp_path / 'big')!r} is copied)",
         )
         assert copied.files == 0
 
-    def test_what_cannot_be_copied_is_left_out_with_a_word(self, source: Path, tmp_path: Path) -> None:
+    def test_what_cannot_be_copied_is_reported(self, source: Path, tmp_path: Path) -> None:
         (source / "gone").symlink_to("nowhere")
         (source / "round").symlink_to("round")
         os.mkfifo(source / "pipe")
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(source / "sock"))
         copied = copy_workspace(source, tmp_path / "target")
-        assert copied.left_out == (
-            "gone (a link to 'nowhere', where nothing is)",
-            "pipe (no file, folder or link)",
-            "round (a link to 'round', where nothing is)",
-            "sock (no file, folder or link)",
+        assert copied.skipped == (
+            "gone (a broken link to 'nowhere')",
+            "pipe (not a file, folder or link)",
+            "round (a broken link to 'round')",
+            "sock (not a file, folder or link)",
         )
         assert content(tmp_path / "target") == []
 
-    def test_what_cannot_be_read_is_left_out_with_a_word(
+    def test_what_cannot_be_read_is_reported(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(source, a_py="x", secret__key="x")
         (source / "secret").chmod(0)
-        if IS_ROOT:  # who may read all of it
+        if IS_ROOT:  # root may read everything
             real = os.scandir
-            monkeypatch.setattr(os, "scandir", lambda path: os_refusal(path) or real(path))
+            monkeypatch.setattr(os, "scandir", lambda path: deny(path) or real(path))
         monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("a.py"))
         copied = copy_workspace(source, tmp_path / "target")
         (source / "secret").chmod(0o700)
-        assert copied.left_out == ("a.py (cannot be read)", "secret (cannot be read)")
+        assert copied.skipped == ("a.py (cannot be read)", "secret (cannot be read)")
 
-    def test_a_virtual_environment_is_left_out_with_a_word(self, source: Path) -> None:
+    def test_a_virtual_environment_is_not_copied_and_is_reported(self, source: Path) -> None:
         write(source, main_py="x", env__pyvenv_cfg="home = /usr", env__lib__x_py="x")
         found = workspace_size(source)
         assert found.files == 1
-        assert found.left_out == ("env (a virtual environment: its programs work where it was made)",)
+        assert found.skipped == ("env (a virtual environment: it works only at its own path)",)
         (source / ".cloudtrainignore").write_text("!env\n")
         assert workspace_size(source).files == 4
 
 
 class TestIgnoreFiles:
-    """What is left out because somebody said so."""
+    """What the ignore files exclude."""
 
     def copied(self, source: Path) -> list[str]:
         target = source.parent / "target"
@@ -242,7 +244,7 @@ class TestIgnoreFiles:
         shutil.rmtree(target)
         return found
 
-    def test_gitignore_is_heeded_at_every_level(self, source: Path) -> None:
+    def test_gitignore_counts_at_every_level(self, source: Path) -> None:
         write(
             source, a_log="x", keep_log="x", sub__a_log="x", sub__b_tmp="x", sub__deep__b_tmp="x", out__x="x"
         )
@@ -250,7 +252,7 @@ class TestIgnoreFiles:
         (source / "sub" / ".gitignore").write_text("# ours\n!a.log\n*.tmp\n")
         assert self.copied(source) == [".gitignore", "keep.log", "sub/.gitignore", "sub/a.log"]
 
-    def test_a_file_of_ours_takes_the_place_of_all_of_git(self, source: Path) -> None:
+    def test_cloudtrainignore_replaces_all_gitignore_files(self, source: Path) -> None:
         write(source, a_log="x", weights_pt="x", sub__b_pt="x", sub__c_log="x")
         (source / ".gitignore").write_text("*.pt\n")
         (source / "sub" / ".gitignore").write_text("*.pt\n")
@@ -258,25 +260,27 @@ class TestIgnoreFiles:
         (source / "sub" / ".cloudtrainignore").write_text("!c.log\n")
         assert self.copied(source) == ["sub/b.pt", "sub/c.log", "weights.pt"]
 
-    def test_history_caches_and_checkpoints_on_their_way_are_left_out(self, source: Path) -> None:
+    def test_history_caches_and_outboxes_are_excluded(self, source: Path) -> None:
         write(source, main_py="x")
-        left_out = [".git/config", "sub/__pycache__/a.pyc", "out/.cloudtrain/outbox/x"]
-        for name in (*left_out, "out/checkpoint-5/model"):
+        excluded = [".git/config", "sub/__pycache__/a.pyc", "out/.cloudtrain/outbox/x"]
+        for name in (*excluded, "out/checkpoint-5/model"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_text("x")
         assert self.copied(source) == ["main.py", "out/checkpoint-5/model"]
-        (source / ".gitignore").write_text("!**\n")  # says nothing of them
-        assert not {*left_out} & {*self.copied(source)}
+        (source / ".gitignore").write_text("!**\n")  # does not include them
+        assert not {*excluded} & {*self.copied(source)}
         (source / ".cloudtrainignore").write_text("!.git/\n")
         assert ".git/config" in self.copied(source)
 
-    def test_a_repository_around_the_folder_is_heeded(self, source: Path) -> None:
+    def test_the_gitignore_of_the_repository_around_the_folder_counts(self, source: Path) -> None:
         write(source, main_py="x", out__weights="x", a_log="x")
         (source.parent / ".git").mkdir()
         (source.parent / ".gitignore").write_text("/glue/out/\n*.log\n")
         assert self.copied(source) == ["main.py"]
 
-    def test_a_repository_that_leaves_out_the_folder_itself_is_not(self, source: Path) -> None:
+    def test_the_gitignore_of_a_repository_that_excludes_the_folder_does_not_count(
+        self, source: Path
+    ) -> None:
         write(source, main_py="x", a_log="x")
         (source.parent / ".git").mkdir()
         (source.parent / ".gitignore").write_text("/glue/\n*.log\n")
@@ -311,10 +315,10 @@ class TestIgnoreFiles:
 
 
 HARD = (
-    # A pattern that matches a folder says nothing of what is in it.
+    # A pattern that matches a folder does not match what is in it.
     "*/* !**/[ab]/ */*.py",
     "*.py !c*/ a/",
-    # All in a folder, and not the folder itself.
+    # Everything in a folder, but not the folder.
     "*/** !*/*.py",
     # Folders in a folder.
     "*/**/",
@@ -326,7 +330,7 @@ PARTS = ("a", "b", "*.py", "*.log", "build", "data", "*", "**", "?", "[ab]", "c*
 
 
 def plant(tree: Path, dice: random.Random, lines: list[str]) -> None:
-    """A repository with random files, patterns, and further random ones in some folders."""
+    """A repository with random files and patterns, and more patterns in some of its folders."""
     subprocess.run(["git", "init", "-q", str(tree)], check=True)
     folders = [tree]
     for _ in range(8):
@@ -350,7 +354,7 @@ def pattern(dice: random.Random) -> str:
 
 
 class TestAdvice:
-    """A large workspace is said, with what is large in it."""
+    """A large workspace is reported with its largest files and folders."""
 
     def test_a_workspace_of_two_gigabytes(self, source: Path) -> None:
         for name, size in (("weights.pt", 2_100_000_000), ("data/train", 300_000_000), ("data/x", 5)):
@@ -360,10 +364,10 @@ class TestAdvice:
         found = workspace_size(source)
         assert found.largest == (("weights.pt", 2_100_000_000), ("data", 300_000_005))
         assert found.advice == (
-            "The workspace has 2.4 GB in 3 files, and each job gets a copy; the largest: weights.pt (2.1 GB), data "
-            "(0.3 GB). Name what the job does not need in .cloudtrainignore, which is written as .gitignore is; "
-            "data belongs into a dataset (`cloudtrain data create`)."
+            "The workspace has 2.4 GB in 3 files, and each job gets a copy. The largest are weights.pt (2.1 GB), data "
+            "(0.3 GB). Exclude what the job does not need in .cloudtrainignore, which has the syntax of .gitignore, and "
+            "upload data as a dataset (`cloudtrain data create`)."
         )
 
-    def test_others_are_quiet(self) -> None:
+    def test_a_smaller_workspace_is_not_reported(self) -> None:
         assert Copied(3, 10**9).advice is None
