@@ -17,13 +17,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hf_cloudtrain as ct
-from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.cli import app
-from hf_cloudtrain.storage.client import Storage
 from tests.integration import _recorded_training as training
-from tests.integration._lab import problems
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "recorded"
 WAITING = "000003-0000000010"
@@ -62,7 +57,11 @@ def url(recorded: Path, name: str) -> str:
 
 
 def keys(run_url: str) -> list[str]:
-    return [str(key) for key in Catalog(Storage(run_url)).checkpoints()]
+    return [item["key"] for item in answer("checkpoint", "list", run_url)["checkpoints"]]
+
+
+def all_are_whole(run_url: str) -> bool:
+    return all(item["whole"] for item in answer("checkpoint", "verify", run_url, "--all")["checkpoints"])
 
 
 def check_continued(name: str, seen: training.Seen, weights: dict[str, torch.Tensor], *, after: int) -> None:
@@ -157,15 +156,14 @@ class TestCommandLine:
         ]
         assert found["unreadable"] == []
         assert keys(run_url)[-1] == WAITING
-        assert Outbox(out).entries() == []
-        catalog = Catalog(Storage(run_url))
-        assert problems(catalog) == []
+        assert answer("checkpoint", "flush", str(out))["entries"] == []
+        assert all_are_whole(run_url)
         newest = answer("checkpoint", "list", run_url)["checkpoints"][-1]
         assert (newest["key"], newest["newest"], newest["best"]) == (WAITING, True, True)
-        manifest = catalog.read(CheckpointKey(3, 10))
-        assert (manifest.position.samples_seen, manifest.exact) == (38, True)
-        assert manifest.metrics["eval_loss"] == pytest.approx(0.929251, abs=1e-6)
-        assert manifest.origin["host"] == "recorded-host"
+        manifest = answer("checkpoint", "view", run_url, "-c", WAITING)
+        assert (manifest["position"]["samples_seen"], manifest["exact"]) == (38, True)
+        assert manifest["metrics"]["eval_loss"] == pytest.approx(0.929251, abs=1e-6)
+        assert manifest["origin"]["host"] == "recorded-host"
 
     def test_data_list_and_download_give_both_versions(
         self, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,10 +221,9 @@ class TestTraining:
         weights = training.trainer(run_url, recorded / "trainer" / "out", seen=seen)
         check_continued("trainer", seen, weights, after=10)
         assert keys(run_url)[-2:] == [WAITING, "000004-0000000012"]
-        catalog = Catalog(Storage(run_url))
-        assert problems(catalog) == []
-        assert [attempt.resumed_from for attempt in catalog.attempts()][-1] == CheckpointKey(3, 10)
+        assert all_are_whole(run_url)
         status = answer("run", "status", run_url)
+        assert status["attempts"][-1]["resumed_from"] == WAITING
         assert (status["state"], status["step"], status["kept_steps"]) == ("finished", 12, 12)
         assert [item["folder"] for item in answer("checkpoint", "list", run_url)["folders"]] == [
             "final",
@@ -241,7 +238,8 @@ class TestTraining:
         weights = training.trainer(run_url, tmp_path / "new", seen=seen)
         check_continued("trainer", seen, weights, after=8)
         # Attempt 3 has claimed the plain name and may still commit it.
-        assert Catalog(Storage(run_url)).read(CheckpointKey(4, 10)).folder == "checkpoint-10.a4"
+        again = answer("checkpoint", "view", run_url, "-c", "000004-0000000010")
+        assert again["folder"] == "checkpoint-10.a4"
         late = answer("checkpoint", "flush", str(recorded / "trainer" / "out"))["entries"]
         assert [(item["attempt"], item["state"]) for item in late] == [(3, "committed")]
         assert keys(run_url)[-3:] == [WAITING, "000004-0000000010", "000004-0000000012"]
