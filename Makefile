@@ -2,11 +2,11 @@
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
 #   make test    the test suite              make test-slow     sweeps, long kills, Slurm
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
-#   make bench   the benchmarks, as one table
+#   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test test-slow chaos test-lowest test-skypilot demo bench clean
+.PHONY: help check test test-slow chaos test-lowest test-skypilot demo bench docs clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
@@ -27,6 +27,7 @@ INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 SERVERS := .servers/.azurite-$(AZURITE)
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
+SITE := .venv-docs/.installed
 
 CHROMIUM := .servers/.apt-chromium
 SLURM := .servers/.apt-slurm
@@ -62,8 +63,13 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(ALONE) .venv/bin/python -m benchmarks
 
+# A warning is an error: a broken link, a missing anchor, a page that the menu lacks.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "The site is site/index.html"
+
 clean:
-	rm -rf .venv .venv-lowest .venv-skypilot .servers build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-skypilot .venv-docs .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh clone takes minutes here, most of them for torch.
@@ -87,6 +93,12 @@ $(SERVERS):
 $(PARSER):
 	$(PYTHON) -m venv .venv-skypilot
 	.venv-skypilot/bin/python -m pip install --quiet --disable-pip-version-check skypilot==$(SKYPILOT)
+	@touch $@
+
+# Sources are read and not imported, so neither torch nor this package is installed.
+$(SITE): docs/site/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt -c constraints.txt
 	@touch $@
 
 # A browser looks at the page that `cloudtrain run report` writes.

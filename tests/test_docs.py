@@ -1,29 +1,52 @@
-"""The documentation cannot drift: every command has its help and its place, and every command that is shown exists."""
+"""The documentation matches the code: commands, options, links, public names, paths and counted requests."""
 
 from __future__ import annotations
 
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from typer.testing import CliRunner
 
-from hf_cloudtrain import env
+import hf_cloudtrain
+from benchmarks.sink import Sink
+from hf_cloudtrain import Checkpointer, Position, env
+from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.cli import app
+from hf_cloudtrain.preemption.sources import StopRequest
+from hf_cloudtrain.tracking.tracker import StepTracker
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 CLI_PAGE = ROOT / "docs" / "cli.md"
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+EXAMPLE_PAGES = sorted((ROOT / "examples").glob("*/README.md"))
+PAGES = sorted(
+    [
+        README,
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *EXAMPLE_PAGES,
+        *(ROOT / "docs").rglob("*.md"),
+    ]
+)
 SOURCES = sorted((ROOT / "hf_cloudtrain").rglob("*.py"))
 
 
+def blocks(page: Path, languages: str) -> list[str]:
+    """The fenced blocks of a page in some languages, such as `console|bash`."""
+    return re.findall(rf"^```(?:{languages})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command of the tree that does something, with the words that call it."""
+    """Every command of the tree that does something, with the arguments that call it."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, *path, name)
@@ -103,9 +126,7 @@ def test_every_variable_of_the_environment_is_in_the_documentation() -> None:
 SHOWN = [
     pytest.param(line, id=f"{page.relative_to(ROOT)}: {line}")
     for page in PAGES
-    for block in re.findall(
-        r"^```(?:console|bash|sh|shell)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
-    )
+    for block in blocks(page, "console|bash|sh|shell")
     for line in re.findall(r"^(?:\$ )?((?:\w+=\S+ )*cloudtrain .*)$", block, re.MULTILINE)
 ] + [
     pytest.param(line, id=f"--help: {line}")
@@ -130,6 +151,67 @@ def test_a_command_that_is_shown_can_be_typed(line: str, monkeypatch: pytest.Mon
 def test_shown_commands_are_found_at_all() -> None:
     found = " ".join(str(parameter.id) for parameter in SHOWN)
     assert all(place in found for place in ("README.md", "docs/cli.md", "--help"))
+
+
+SCRIPTS = [
+    pytest.param(script, id=f"{page.relative_to(ROOT)}: {script}")
+    for page in PAGES
+    for block in blocks(page, "console|bash|sh|shell")
+    for script in dict.fromkeys(
+        re.findall(r"(?:python|torchrun|launch)\b.*?((?:examples|docs|benchmarks)/\S+\.py)", block)
+    )
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_is_shown_exists(script: str) -> None:
+    assert (ROOT / script).is_file()
+
+
+def test_a_make_target_that_is_shown_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    shown = {
+        target
+        for page in PAGES
+        for text in (*blocks(page, "console|bash"), *re.findall(r"`(make [^`]*)`", page.read_text()))
+        for target in re.findall(r"^(?:\$ )?make ([a-z-]+)", text, re.MULTILINE)
+    }
+    assert {"demo", "test", "test-slow", "docs"} <= shown
+    assert {target for target in shown if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
+
+
+PYTHON = [
+    pytest.param(text, id=f"{page.relative_to(ROOT)}: {text.splitlines()[0]}")
+    for page in PAGES
+    for text in blocks(page, "python")
+]
+
+
+@pytest.mark.parametrize("text", PYTHON)
+def test_python_that_is_shown_parses(text: str) -> None:
+    ast.parse("\n".join(line for line in text.splitlines() if not line.startswith("%")))
+
+
+def test_names_that_a_page_imports_are_public() -> None:
+    imported = {
+        (node.module, alias.name)
+        for page in PAGES
+        for text in blocks(page, "python|diff")
+        for node in ast.walk(ast.parse(as_python(text)))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hf_cloudtrain")
+        for alias in node.names
+    }
+    assert ("hf_cloudtrain", "CloudTrainCallback") in imported
+    public = {"hf_cloudtrain", "hf_cloudtrain.errors", "hf_cloudtrain.datasets", "hf_cloudtrain.testing"}
+    assert {module for module, _ in imported} <= public
+    for module, name in imported:
+        exec(f"from {module} import {name}")
+
+
+def as_python(text: str) -> str:
+    """A block as it is after its change, without the magics of a notebook."""
+    lines = [line for line in text.splitlines() if not line.startswith(("%", "-"))]
+    return "\n".join(line.removeprefix("+") for line in lines)
 
 
 def test_messages_name_only_commands_that_exist() -> None:
@@ -159,14 +241,140 @@ def test_a_link_leads_somewhere(page: Path, target: str) -> None:
         assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_first_page_shows_three_ways_of_at_most_14_lines_that_parse() -> None:
-    section = (ROOT / "README.md").read_text().split("## Three ways")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["diff", "python", "python"]
-    for kind, text in blocks:
-        assert len(text.splitlines()) <= 14
-        lines = [line for line in text.splitlines() if not line.startswith("-")]
-        ast.parse("\n".join(line.removeprefix("+") for line in lines) if kind == "diff" else text)
+def test_no_page_is_an_orphan() -> None:
+    reached, waiting = {README}, [README]
+    while waiting:
+        page = waiting.pop()
+        for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)", page.read_text()):
+            found = (page.parent / target).resolve()
+            found = found / "README.md" if found.is_dir() else found
+            if found.suffix == ".md" and found not in reached:
+                reached.add(found)
+                waiting.append(found)
+    assert [page.relative_to(ROOT).as_posix() for page in PAGES if page not in reached] == []
+
+
+def test_the_menu_of_the_site_has_each_page_once() -> None:
+    def pages_of(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inner in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages_of(inner)
+
+    found = Counter(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    expected = {page.relative_to(ROOT).as_posix().removeprefix("docs/") for page in PAGES}
+    assert found == Counter(expected - {"README.md"} | {"index.md"})
+
+
+def test_the_first_page_shows_one_way_of_at_most_14_lines_that_parses() -> None:
+    (block,) = blocks(README, "diff")
+    assert len(block.splitlines()) <= 14
+    ast.parse(as_python(block))
+    assert blocks(README, "python") == []
+
+
+@pytest.mark.parametrize("name", ["loop", "functions"])
+def test_the_other_ways_begin_with_a_whole_example_of_at_most_14_lines(name: str) -> None:
+    first = blocks(ROOT / "docs" / f"{name}.md", "python")[0]
+    assert len(first.splitlines()) <= 14
+    ast.parse(first)
+
+
+def test_the_first_page_shows_one_picture_of_at_most_150_kb() -> None:
+    (picture,) = re.findall(r"!\[[^\]]{40,}\]\(([^)]+)\)", README.read_text())
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / picture).stat().st_size <= 150_000
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    names = {f"hf_cloudtrain.{name}" for name in hf_cloudtrain.__all__ if name != "CloudTrainError"}
+    assert sorted(listed) == sorted(
+        names | {f"hf_cloudtrain.{name}" for name in ("datasets", "errors", "testing")}
+    )
+
+
+def test_the_requests_of_the_cost_page_are_those_that_storage_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "1000")  # seconds: no heartbeat but those below
+    page = (ROOT / "docs" / "cost.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    written = {row[0]: dict(zip(KINDS, map(int, row[1:]), strict=True)) for row in rows}
+    with Sink() as sink:
+        assert written == dict(count_requests(sink, tmp_path))
+
+
+KINDS = {
+    "PUT": {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"},
+    "LIST": {"ListObjectsV2"},
+    "GET": {"GetObject"},
+    "HEAD": {"HeadObject"},
+    "DELETE": {"DeleteObject"},
+}
+"""What storage bills by one price, and the requests of S3 that it stands for."""
+SIZES = {"model.safetensors": 40 * 2**20, "trainer_state.json": 100, "rng_state.pth": 100}
+"""Files of a checkpoint: one in three parts of 16 MiB, and two small ones."""
+PUTS, GETS = 2 + (3 + 2), 2 + 3
+"""Requests of the files themselves, by the second table of the page."""
+
+
+def count_requests(sink: Sink, folder: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each event of the page, with the requests that it makes besides those of the files."""
+
+    def counted(work: Callable[[], object], *, puts: int = 0, gets: int = 0) -> dict[str, int]:
+        sink.reset()
+        work()
+        requests = Counter(sink.stats()["requests"])
+        assert requests.keys() <= set().union(*KINDS.values())
+        found = {kind: sum(requests[name] for name in names) for kind, names in KINDS.items()}
+        return found | {"PUT": found["PUT"] - puts, "GET": found["GET"] - gets}
+
+    def run(name: str) -> Checkpointer:
+        return Checkpointer("s3://bench/run", folder / name, storage_options=sink.storage_options)
+
+    def start(checkpointer: Checkpointer, step: int) -> None:
+        checkpointer.restore()
+        checkpointer.begin(step)
+
+    def save(step: int) -> None:
+        first.save(checkpoint, Position(global_step=step))
+        first.wait()
+
+    checkpoint = folder / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    for name, size in SIZES.items():
+        with (checkpoint / name).open("wb") as file:
+            file.truncate(size)
+    first, second = run("first"), run("second")
+    try:
+        yield "start of a new run", counted(lambda: start(first, 0))
+        save(1)  # the first save finds no pointer
+        yield "save, besides the files", counted(lambda: save(2), puts=PUTS)
+        yield "heartbeat", counted(lambda: heartbeat(first))
+        yield "start that resumes, besides the files", counted(lambda: start(second, 2), gets=GETS)
+    finally:
+        first.close()
+        second.close()
+
+
+def heartbeat(checkpointer: Checkpointer) -> None:
+    """What rank 0 does once in each interval, in three threads."""
+    catalog, attempt = checkpointer.catalog, checkpointer.attempt
+    assert attempt is not None
+    Ownership(catalog, attempt).look()
+    StopRequest(catalog, attempt.number).look()
+    tracker = StepTracker(catalog, attempt.number, first_step=0, total_steps=10)
+    tracker.begin_step()
+    tracker.end_step(1)
+    tracker.close("training")
+    tracker.start()  # closed already: it writes the records and the heartbeat once, and ends
+    deadline = time.monotonic() + 30
+    while tracker._thread.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_every_test_that_a_promise_names_is_there() -> None:

@@ -311,14 +311,14 @@ class TestDemo:
             demo.main(tmp_path)
         assert (tmp_path / "thesis.txt").read_text() == "years"
 
-    def test_losses_that_died_with_a_machine_are_read_from_what_it_said(self, tmp_path):
+    def test_losses_after_the_last_save_are_read_from_the_log_of_the_machine(self, tmp_path):
         demo = importlib.import_module("demo")
         log = tmp_path / "machine-1.log"
         log.write_text(
             "start\n{'loss': '0.7', 'epoch': '0.1'}\nsaved {'loss': '6.2e-01', 'epoch': '0.2'}\n{'eval_loss': '1'}"
         )
-        assert demo.losses_on_screen(log, beyond=0) == {5: 0.7, 10: 0.62}
-        assert demo.losses_on_screen(log, beyond=5) == {10: 0.62}
+        assert demo.losses_in_log(log, after=0) == {5: 0.7, 10: 0.62}
+        assert demo.losses_in_log(log, after=5) == {10: 0.62}
 
     @pytest.mark.slow
     @pytest.mark.timeout(600)

@@ -1,10 +1,10 @@
-"""A training run that is killed half-way and finished by another machine, watched from outside. `make demo` starts it.
+"""A training run is killed half-way, and a second machine finishes it. `make demo` starts this script.
 
     python examples/glue/demo.py [FOLDER]
 
-Two processes train a small BERT on a synthetic set (run_glue.py), with their checkpoints on a `file://` run URL. Once a few
-are committed, everything is killed by SIGKILL and the machine's folder is deleted. The same command in an empty folder
-continues the run. The whole story is read back from the run's own records: a table, and a picture of the loss.
+Two processes train a small BERT on a synthetic dataset (run_glue.py) and store their checkpoints at a `file://` run URL.
+After a few commits, the script kills all of them with SIGKILL and deletes the first machine's folder. The same command in an
+empty folder then resumes the run. The table and the picture of the loss are made from the run's own records.
 """
 
 import os
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from matplotlib.axes import Axes
@@ -28,14 +29,14 @@ from hf_cloudtrain.tracking.history import AttemptInfo, History, read_history
 HERE = Path(__file__).resolve().parent
 FOLDER = "demo-output"
 MARKER = ".made-by-demo"
-"""Says that a folder is ours, so that the next demo may empty it."""
+"""Marks a folder that this script created, so that the next demo may empty it."""
 
 MAX_STEPS, SAVE_STEPS, LOGGING_STEPS = 450, 50, 5
 CHECKPOINTS_BEFORE_KILL = 3
 STEPS_LOST_AT_KILL = 20
-"""The kill waits until so many steps are done since the last commit, so that something is lost."""
+"""Number of steps to wait after the last commit before the kill, so that some work is lost."""
 PATIENCE = 600.0
-"""Seconds that one phase may take on a slow and busy machine; they take about 30 on two cores."""
+"""Timeout of one phase in seconds. A phase takes about 30 s on two idle cores."""
 OPTIONS = {
     "--task_name": "mrpc",
     "--max_steps": MAX_STEPS,
@@ -66,13 +67,16 @@ class Machine:
             run_url,
         ]
         command += [str(word) for option in OPTIONS.items() for word in option]
-        environment = os.environ | {
-            "HF_CLOUDTRAIN_HEARTBEAT": "0.2",  # seconds: the demo looks on by it, a real run is fine with 15
-            "HF_HOME": str(self.disk / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",  # what is in a buffer dies unread
-        }
+        environment = (
+            os.environ
+            | {
+                "HF_CLOUDTRAIN_HEARTBEAT": "0.2",  # seconds, so that the demo sees progress quickly; the default is 15
+                "HF_HOME": str(self.disk / "cache"),
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",  # SIGKILL would discard buffered output
+            }
+        )
         self.disk.mkdir()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -84,29 +88,41 @@ class Machine:
         return self._process.poll()
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and everything below it: its workers are in sessions of their own."""
+        """Send SIGKILL to the launcher and all its descendants; torchrun puts its workers into sessions of their own."""
         launcher = psutil.Process(self._process.pid)
-        launcher.suspend()  # it must not start anything while we look
-        family = [launcher, *launcher.children(recursive=True)]
-        for process in family:
+        launcher.suspend()  # so that it starts no process while we list its children
+        processes = [launcher, *launcher.children(recursive=True)]
+        for process in processes:
             process.kill()
         self._process.wait()
-        wait_until(lambda: not any(map(_runs, family)), f"{self.name} to die", seconds=30)
+        wait_until(lambda: not any(map(_is_alive, processes)), f"{self.name} to die", seconds=30)
 
     def close(self) -> None:
         if self.exit_code is None:
             self.kill()
 
 
-def main(folder: Path) -> None:
+class Demo(NamedTuple):
+    """What happened, for the table and the picture."""
+
+    history: History
+    lost: dict[int, float]
+    """Losses of attempt 1 after its last checkpoint, by step. They are in no record, only in the output."""
+    killed_at: float
+    """Seconds since 1970."""
+
+
+def main(folder: Path) -> Demo:
     started = time.time()
     make_empty(folder)
     store = folder / "storage" / "mrpc"
     run_url = f"file://{store.resolve()}"
-    console.print(f"The run is {run_url}", soft_wrap=True)
-    console.print(f"What the machines say is in {folder}/machine-1.log and machine-2.log\n", soft_wrap=True)
+    console.print(f"Run URL: {run_url}", soft_wrap=True)
+    console.print(f"Output of the machines: {folder}/machine-1.log and machine-2.log\n", soft_wrap=True)
 
-    console.print("[bold]1.[/] machine-1 starts: 2 processes under torchrun, a small BERT, a synthetic MRPC")
+    console.print(
+        "[bold]1.[/] machine-1 starts: 2 processes under torchrun, a small BERT, synthetic MRPC data"
+    )
     with closing(Machine("machine-1", folder, run_url)) as machine:
         follow(machine, run_url, attempt=1, until=lost_enough)
         machine.kill()
@@ -114,45 +130,48 @@ def main(folder: Path) -> None:
     shutil.rmtree(machine.disk)
     killed = read_history(run_url).attempts[0]
     console.print(
-        f"[bold]2.[/] [red]SIGKILL[/] to everything at step {killed.last_step}; machine-1's disk is gone"
+        f"[bold]2.[/] [red]SIGKILL[/] to all processes at step {killed.last_step}; machine-1's disk is deleted"
     )
-    lost = losses_on_screen(machine.log, beyond=killed.checkpoints[-1].step)
+    lost = losses_in_log(machine.log, after=killed.checkpoints[-1].step)
 
     console.print("[bold]3.[/] machine-2 starts: the same command, an empty folder")
     with closing(Machine("machine-2", folder, run_url)) as machine:
         follow(machine, run_url, attempt=2, until=lambda _: machine.exit_code == 0)
-    history = read_history(run_url)
-    check(history, lost)
-    console.print(f"[bold]4.[/] finished at step {history.attempts[-1].last_step}\n")
+    demo = Demo(read_history(run_url), lost, killed_at)
+    check(demo)
+    console.print(f"[bold]4.[/] finished at step {demo.history.attempts[-1].last_step}\n")
 
-    console.print(make_table(history, killed_at))
+    console.print(make_table(demo))
     if lost:
-        console.print("The steps done twice gave the same losses again (grey in the picture).")
-    if history.goodput is not None:
+        console.print("The redone steps have the same losses as before the kill (grey in the picture).")
+    if demo.history.goodput is not None:
         console.print(
-            f"Goodput {history.goodput:.0%}: that share of the run's time went into steps that count."
+            f"Goodput {demo.history.goodput:.0%}: the share of the run's wall time spent on steps that count."
         )
     picture = folder / "loss.png"
-    draw(history, lost, killed_at, picture)
+    draw(demo, picture)
     console.print(f"The demo took {time.time() - started:.0f} s.\n")
     print(f"Picture: {picture}   Checkpoints and the final model: {store}")
+    return demo
 
 
 def make_empty(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise SystemExit(f"'{folder}' is not empty and no earlier demo made it: name another folder")
+            raise SystemExit(
+                f"'{folder}' is not empty, and it was not created by an earlier demo. Pass a different folder."
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
 
 
 def follow(machine: Machine, run_url: str, attempt: int, until: Callable[[AttemptInfo], bool]) -> AttemptInfo:
-    """Tell what happens in an attempt, as its records on storage show it, until something is the case."""
+    """Print the progress of an attempt from its records on storage until `until` is true."""
     seen: set[int] = set()
     found: AttemptInfo | None = None
 
-    def look() -> bool:
+    def poll() -> bool:
         nonlocal found
         infos = [info for info in read_history(run_url).attempts if info.number == attempt]
         for info in infos:
@@ -164,11 +183,11 @@ def follow(machine: Machine, run_url: str, attempt: int, until: Callable[[Attemp
                     console.print(f"   checkpoint-{key.step} is committed")
                     seen.add(key.step)
         if machine.exit_code is not None and not (found and until(found)):
-            give_up(machine, f"{machine.name} ended too early, with exit code {machine.exit_code}")
+            give_up(machine, f"{machine.name} exited too early, with code {machine.exit_code}")
         return found is not None and until(found)
 
     try:
-        wait_until(look, f"attempt {attempt}")
+        wait_until(poll, f"attempt {attempt}")
     except TimeoutError as error:
         give_up(machine, str(error))
     assert found is not None
@@ -176,51 +195,54 @@ def follow(machine: Machine, run_url: str, attempt: int, until: Callable[[Attemp
 
 
 def lost_enough(info: AttemptInfo) -> bool:
-    """A few checkpoints are committed, and some steps done since the last."""
+    """Whether a few checkpoints are committed and some steps follow the last of them."""
     steps = [key.step for key in info.checkpoints]
     return len(steps) >= CHECKPOINTS_BEFORE_KILL and info.last_step >= steps[-1] + STEPS_LOST_AT_KILL
 
 
-def losses_on_screen(log: Path, beyond: int) -> dict[int, float]:
-    """By step, the losses that Trainer printed and that died with the machine: records are stored with each save."""
+def losses_in_log(log: Path, after: int) -> dict[int, float]:
+    """The losses that Trainer printed, by step. Those after the last save are in no record: records are stored with each save."""
     printed = re.findall(r"\{'loss': '([^']+)'", log.read_text(errors="replace"))
     losses = {number * LOGGING_STEPS: float(loss) for number, loss in enumerate(printed, start=1)}
-    return {step: loss for step, loss in losses.items() if step > beyond}
+    return {step: loss for step, loss in losses.items() if step > after}
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+            raise TimeoutError(f"timed out after {seconds:.0f} s waiting for {what}")
         time.sleep(0.1)
 
 
 def give_up(machine: Machine, why: str) -> None:
     lines = machine.log.read_text(errors="replace").splitlines()
-    raise SystemExit("\n".join([*lines[-30:], f"\n{why}; the whole log is {machine.log}"]))
+    raise SystemExit("\n".join([*lines[-30:], f"\n{why}. The full log is {machine.log}."]))
 
 
-def check(history: History, lost: dict[int, float]) -> None:
-    """The demo must not show a success that was none."""
-    first, second = history.attempts
+def check(demo: Demo) -> None:
+    """Fail unless attempt 2 resumed where it should and the redone steps have the same losses."""
+    first, second = demo.history.attempts
     if second.first_step != first.checkpoints[-1].step or second.last_step != MAX_STEPS:
         raise SystemExit(
-            f"attempt 2 went from step {second.first_step} to {second.last_step}: not as it should"
+            f"Attempt 2 trained from step {second.first_step} to {second.last_step}; "
+            f"expected {first.checkpoints[-1].step} to {MAX_STEPS}."
         )
-    kept = {log["step"]: log["loss"] for log in history.logs if "loss" in log}
+    kept = {log["step"]: log["loss"] for log in demo.history.logs if "loss" in log}
     if list(kept) != list(range(LOGGING_STEPS, MAX_STEPS + 1, LOGGING_STEPS)):
-        raise SystemExit("the loss curve has a gap, or a step twice")
-    for step, loss in lost.items():
+        raise SystemExit("The loss curve has a gap or a duplicate step.")
+    for step, loss in demo.lost.items():
         if f"{kept[step]:.4g}" != f"{loss:.4g}":  # Trainer prints four digits
-            raise SystemExit(f"step {step} was done twice, with a loss of {loss} and then of {kept[step]}")
+            raise SystemExit(
+                f"Step {step} had a loss of {loss} in attempt 1 and of {kept[step]} in attempt 2."
+            )
 
 
-def make_table(history: History, killed_at: float) -> Table:
+def make_table(demo: Demo) -> Table:
     table = Table(title="The run, from its own records", title_justify="left")
     for column in ("attempt", "steps", "checkpoints", "end", "redone", "time lost"):
         table.add_column(column, justify="left" if column == "end" else "right", no_wrap=True)
-    first, second = history.attempts
+    first, second = demo.history.attempts
     table.add_row(
         "1", f"1 to {first.last_step}", _committed(first), f"[red]killed[/] at {first.last_step}", "", ""
     )
@@ -230,41 +252,40 @@ def make_table(history: History, killed_at: float) -> Table:
         _committed(second),
         f"[green]{second.state}[/]",
         str(first.last_step - second.first_step),
-        f"{seconds_lost(history, killed_at):.1f} s",
+        f"{seconds_lost(demo):.1f} s",
     )
     return table
 
 
-def seconds_lost(history: History, killed_at: float) -> float:
-    """From the kill until the run was again where it had been: start-up, restore, steps done again."""
-    first, second = history.attempts
-    return (
-        min(
-            log["time"]
-            for log in history.logs
-            if log["attempt"] == second.number and log["step"] >= first.last_step
-        )
-        - killed_at
-    )
+def seconds_lost(demo: Demo) -> float:
+    """Seconds from the kill until attempt 2 reached the same step: start-up, restore and redone steps."""
+    first, second = demo.history.attempts
+    caught_up = [
+        log["time"]
+        for log in demo.history.logs
+        if log["attempt"] == second.number and log["step"] >= first.last_step
+    ]
+    return float(min(caught_up) - demo.killed_at)
 
 
-def draw(history: History, lost: dict[int, float], killed_at: float, path: Path) -> None:
-    """The loss by step, and how far the run was by time, over both attempts."""
+def draw(demo: Demo, path: Path) -> None:
+    """Draw the loss over steps and the step over time, both for both attempts."""
     figure = Figure(figsize=(13, 5), layout="constrained")
-    figure.suptitle("One run, two machines: killed by SIGKILL, continued from storage")
+    figure.suptitle("One run on two machines: killed by SIGKILL, resumed from storage")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_loss(left, history, lost)
-    draw_way(right, history, killed_at)
+    draw_loss(left, demo)
+    draw_progress(right, demo)
     figure.savefig(path, dpi=120)
 
 
-def draw_loss(axes: Axes, history: History, lost: dict[int, float]) -> None:
+def draw_loss(axes: Axes, demo: Demo) -> None:
+    history, lost = demo.history, demo.lost
     first, second = history.attempts
     logs = [log for log in history.logs if "loss" in log]
     top = 1.15 * max(log["loss"] for log in logs)
     axes.axvspan(second.first_step, first.last_step, color=LOSS, alpha=0.1)
     for info in history.attempts:
-        # A curve begins where the one before ends: at the checkpoint.
+        # The curve of attempt 2 starts at the checkpoint that it resumed from.
         points = [log for log in logs if log["attempt"] == info.number or log["step"] == info.first_step]
         steps, losses = [log["step"] for log in points], [log["loss"] for log in points]
         axes.plot(steps, losses, color=COLOURS[info.number], label=f"attempt {info.number}")
@@ -272,7 +293,7 @@ def draw_loss(axes: Axes, history: History, lost: dict[int, float]) -> None:
         axes.plot(committed, [0.0] * len(committed), "^", color=COLOURS[info.number], clip_on=False, zorder=3)
     if lost:
         style = {"color": "grey", "linestyle": ":", "marker": "o", "fillstyle": "none"}
-        axes.plot(list(lost), list(lost.values()), label="attempt 1, superseded", **style)
+        axes.plot(list(lost), list(lost.values()), label="attempt 1, lost and redone", **style)
     axes.plot([], [], "^", color="black", label="committed checkpoint")
     axes.axvline(first.last_step, color=LOSS, linestyle="--")
     axes.annotate(f" killed at step {first.last_step}", (first.last_step, 0.97 * top), va="top", color=LOSS)
@@ -283,7 +304,8 @@ def draw_loss(axes: Axes, history: History, lost: dict[int, float]) -> None:
     axes.legend(loc="upper right")
 
 
-def draw_way(axes: Axes, history: History, killed_at: float) -> None:
+def draw_progress(axes: Axes, demo: Demo) -> None:
+    history, killed_at = demo.history, demo.killed_at
     first, second = history.attempts
     zero = first.started
     for info in history.attempts:
@@ -296,8 +318,10 @@ def draw_way(axes: Axes, history: History, killed_at: float) -> None:
     axes.plot(killed_at - zero, first.last_step, "x", color=LOSS, markersize=10, markeredgewidth=2)
     axes.axvspan(killed_at - zero, second.started - zero, color=LOSS, alpha=0.1)
     middle = (killed_at + second.started) / 2 - zero
-    axes.annotate("another machine\nstarts and restores", (middle, 10), ha="center", color=LOSS)
-    axes.set(xlabel="seconds since the run began", ylabel="step", ylim=(0, 1.03 * MAX_STEPS), xlim=(0, None))
+    axes.annotate("a second machine\nstarts and restores", (middle, 10), ha="center", color=LOSS)
+    axes.set(
+        xlabel="seconds since the start of the run", ylabel="step", ylim=(0, 1.03 * MAX_STEPS), xlim=(0, None)
+    )
 
 
 def _committed(info: AttemptInfo) -> str:
@@ -309,7 +333,7 @@ def _origin(info: AttemptInfo) -> str:
     return f"from checkpoint-{info.first_step}" if info.resumed_from else "at step 0"
 
 
-def _runs(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
