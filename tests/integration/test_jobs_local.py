@@ -307,7 +307,7 @@ def test_a_port_that_is_taken_is_told(desk: Desk) -> None:
             "max_restarts: 0\nnum_devices: 2",
         )
         desk.run("--wait", code=1)
-    assert "A port is taken" in (desk.record().reason or "")
+    assert "A port is in use" in (desk.record().reason or "")
 
 
 def test_records_and_data_of_a_store_on_s3_serve_jobs_of_this_machine(

@@ -183,7 +183,7 @@ class Node:
             code = self._call(text, mounts, folder, environment)
             self._check_not_stopped()
             if code != 0:
-                raise CloudTrainError(f"The setup of the job failed with exit code {code}.")
+                raise CloudTrainError(f"The setup of the job ended with exit code {code}.")
             done.write_text(str(self._start))
 
     def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:

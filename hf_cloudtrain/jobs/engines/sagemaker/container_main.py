@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imported late: until the handler is there, a SIGTERM would 
     from hf_cloudtrain.jobs.engines.sagemaker.gang import ContainerGang, NodeProcess
     from hf_cloudtrain.jobs.records import JobRecord, JobStore
     from hf_cloudtrain.jobs.submission import Submission
-    from hf_cloudtrain.jobs.supervisor import Verdict
+    from hf_cloudtrain.jobs.verdict import Verdict
 
 logger = logging.getLogger(
     "hf_cloudtrain.jobs.engines.sagemaker.container_main"
@@ -189,7 +189,7 @@ class Container:
             record = supervisor.run()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             state, reason = str(record.state), record.reason
-            if supervisor.told_by_signal is not None and state == "preempted":
+            if supervisor.stop_signal is not None and state == "preempted":
                 leave_to_sagemaker(store, record)
             return state, reason
         except _Left:

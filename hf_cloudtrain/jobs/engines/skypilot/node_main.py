@@ -30,7 +30,7 @@ from hf_cloudtrain.jobs.engines.skypilot.task import SAVED, VERDICT
 from hf_cloudtrain.jobs.node.mounts import Mount, link
 from hf_cloudtrain.jobs.node.node import run_node
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.jobs.supervisor import Verdict, judge
+from hf_cloudtrain.jobs.verdict import Verdict, judge
 
 logger = logging.getLogger(__name__)
 

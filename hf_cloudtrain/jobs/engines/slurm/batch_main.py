@@ -22,7 +22,8 @@ from hf_cloudtrain.jobs.engines.slurm.gang import SlurmGang
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.jobs.supervisor import Supervisor, Verdict, judge
+from hf_cloudtrain.jobs.supervisor import Supervisor
+from hf_cloudtrain.jobs.verdict import Verdict, judge
 from hf_cloudtrain.tracking.exit_record import read_end
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 
 from hf_cloudtrain.datasets.store import DatasetStore
-from hf_cloudtrain.jobs import supervisor
+from hf_cloudtrain.jobs import supervisor, verdict
 from hf_cloudtrain.jobs.engines.sagemaker import container_main
 from hf_cloudtrain.jobs.engines.sagemaker import gang as sagemaker_gang
 from hf_cloudtrain.jobs.engines.sagemaker.container_main import (
@@ -76,7 +76,7 @@ class FakeNode:
         elif ending == "told":
             signal.raise_signal(signal.SIGTERM)
         elif ending == "run stop":
-            self.end(75, "preempted", reason=f"{supervisor.RUN_STOP} by somebody")
+            self.end(75, "preempted", reason=f"{verdict.RUN_STOP} by somebody")
         elif ending == "stuck":
             self.stuck = True
         elif ending != "hold":
@@ -316,11 +316,11 @@ def test_an_archive_leads_nowhere_else(tmp_path: Path) -> None:
         (
             ["failed", 1, 3],
             1,
-            "failed: The command of node 0 ended with exit code 3. It has been started again 2 times",
+            "failed: The command of node 0 ended with exit code 3. It was restarted 2 times",
         ),
         (["told"], 75, "preempted: Stopped by SIGTERM. The newest checkpoint is 000001-0000000006."),
         (["preempted", "finished"], 0, None),
-        (["run stop"], 75, f"cancelled: Saved and stopped by {supervisor.RUN_STOP}"),
+        (["run stop"], 75, f"cancelled: Saved and stopped by {verdict.RUN_STOP}"),
         ([0], 1, "failed: The command ended with exit code 0 and trained nothing"),
     ],
 )
@@ -466,7 +466,7 @@ def test_every_container_hears_how_the_job_ended(image: Image, tmp_path: Path) -
     for end in others.ends.values():
         assert isinstance(end, tuple)
         assert end[0] == "failed"
-        assert "ended with exit code 1. It has been started again 2 times" in (end[1] or "")
+        assert "ended with exit code 1. It was restarted 2 times" in (end[1] or "")
 
 
 def test_what_other_nodes_wrote_counts(image: Image, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.skypilot import node_main
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.jobs.supervisor import Verdict
+from hf_cloudtrain.jobs.verdict import Verdict
 from hf_cloudtrain.preemption.sources import RUN_STOP
 from tests.fake_sky import job_text, submission_of
 

@@ -13,7 +13,7 @@ from hf_cloudtrain.jobs.engines.slurm import batch_main
 from hf_cloudtrain.jobs.engines.slurm.batch_main import SlurmWatch
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmError, SlurmJob, SlurmSilentError
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
-from hf_cloudtrain.jobs.supervisor import Verdict
+from hf_cloudtrain.jobs.verdict import Verdict
 from tests.unit.jobs.engines.slurm._jobs import slurm_job, submission
 
 SAVED = Verdict(None, "preempted", "Saved and stopped by SIGTERM.")
