@@ -97,7 +97,7 @@ class Agreement:
         answer, self._pending = self._pending, None
         assert answer is not None
         deadline: float | None = None
-        while not answer.is_there():
+        while not answer.is_ready():
             now = time.monotonic()
             if has_notice():
                 deadline = deadline or now + PEER_SECONDS

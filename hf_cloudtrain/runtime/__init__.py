@@ -1,1 +1,15 @@
-"""TODO room runtime."""
+"""What every room needs from the process, the machine and the other ranks. Nothing here knows about storage or checkpoints.
+
+In reading order:
+
+- `ranks`: which rank this process is, and how all ranks take one decision or raise one error (`Ranks.agree`, `Ranks.each`)
+- `rendezvous`: how ranks communicate before a process group exists
+- `threads`: parallel work, time limits, and work before the process ends
+- `files`: locks, and folders that a process is still making
+- `process_tree`: find and end the processes below this one
+- `tracebacks`: one short traceback for an expected error of ours
+- `redaction`: texts without credentials; `provenance`: host, versions and command line of a run
+- `progress`: the progress bar of a transfer; `text`: sizes, times and durations for people
+
+Imports only `errors`.
+"""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Files that processes of one machine share: locks, and the names of folders that are being made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_cloudtrain.runtime.threads import TURN
 
 @functools.cache
 def boot_id() -> str:
-    """Which life of the machine this is: another one after a power cut; empty where the system does not tell.
+    """The boot id of this machine, which changes with every start of it; empty if the system has none.
 
     https://man7.org/linux/man-pages/man5/proc_sys_kernel.5.html (random)
     """
@@ -29,41 +29,42 @@ def boot_id() -> str:
 
 
 _making: set[str] = set()
+"""The suffixes that this process has given out."""
 
 
 def temp_suffix() -> str:
-    """The end of the name of a folder that this process is making: says whose it is, if it is left behind."""
+    """A suffix for the name of a folder that this process is making, by which `is_left_over` finds out whether it ended."""
     token = f"{os.getpid()}-{secrets.token_hex(4)}"
     _making.add(token)
     return token
 
 
 def is_left_over(name: str) -> bool:
-    """Whether the process that was making the folder of this name is no more."""
+    """Whether the process that was making the folder of this name has ended."""
     match = re.search(r"-((\d+)-[0-9a-f]{8})$", name)
     if match is None:
         return False
     if int(match[2]) == os.getpid():
-        return match[1] not in _making  # in a container every life of a training has the same number
+        return match[1] not in _making  # in a container, every start of the training has the same process id
     try:
         os.kill(int(match[2]), 0)
     except ProcessLookupError:
         return True
-    except (PermissionError, OverflowError):  # another user's
+    except (PermissionError, OverflowError):  # the process of a different user
         return False
     return False
 
 
 @contextlib.contextmanager
 def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a lock that one process of this machine has at a time; it ends with its holder, however that ends.
+    """Hold a lock that one process of this machine can hold at a time. The system releases it when the process ends.
 
     Args:
-        path: the lock's file, which stays.
-        patience: seconds to wait for another one.
+        path: the lock file, which is never deleted.
+        patience: seconds to wait for the lock.
 
     Raises:
-        BlockingIOError: another process has it still.
+        BlockingIOError: another process still holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -79,5 +80,5 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
         try:
             yield
         finally:
-            # Said aloud, because a forked child (a loader worker) holds the same lock open.
+            # Closing the file is not enough: a forked child (a DataLoader worker) has the same lock open.
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""The processes that a node of a job, or its supervisor, has started, and what those have started: none is left behind."""
+"""Process trees: all processes that a node of a job, or its supervisor, has started, are found and ended."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ PATIENCE = 60.0
 
 
 def this_process() -> dict[str, Any]:
-    """What this process is known by later, on this machine or another: see `is_alive`."""
+    """The identity of this process, for `is_alive` on this machine or on a different one."""
     pid = os.getpid()
     return {"host": platform.node(), "pid": pid, "began": _began(pid), "boot": boot_id()}
 
 
 def is_alive(known: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine, as `this_process` described it, is still there."""
+    """Whether the process with this identity still runs on this machine."""
     if known.get("boot") != boot_id():
         return False
     try:
         pid = int(known.get("pid", -1))
-        return _began(pid) == known.get("began") and _lives(psutil.Process(pid))
+        return _began(pid) == known.get("began") and _is_running(psutil.Process(pid))
     except (psutil.Error, OSError, TypeError, ValueError):
         return False
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever our children leave behind, so that `kill_children` finds it.
+    """Become the parent of processes that our children leave behind, so that `kill_children` finds them.
 
     https://man7.org/linux/man-pages/man2/PR_SET_CHILD_SUBREAPER.2const.html
     """
@@ -50,13 +50,13 @@ def adopt_orphans() -> None:
 
 
 def terminate(pid: int) -> None:
-    """SIGTERM to those processes of a family that act on it, or to all of it where none does.
+    """Send SIGTERM to the processes of a tree that have a handler for it, or to all of them if none has.
 
-    `tee` and its like would end at once, and take the output of the training with them.
+    Programs such as `tee` have none: they would end at once, and the last output of the training would be lost.
     """
     family = _family(pid)
     listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
-    # Shells listen, too, for what comes after their command.
+    # Shells have a handler too, which only acts after their command has ended.
     if all(_name(process) in SHELLS for process in listening):
         listening = family
     for process in listening:
@@ -64,22 +64,22 @@ def terminate(pid: int) -> None:
 
 
 def kill_children(patience: float = PATIENCE) -> None:
-    """End everything that this process has started, and what that has started.
+    """Kill all processes below this one.
 
     Args:
-        patience: seconds; a process that waits for a dead disk or a driver does not end before that answers.
+        patience: seconds; a process that waits for a broken disk or a driver does not end before these answer.
     """
     deadline = time.monotonic() + patience
     while family := _family(os.getpid())[1:]:
         for process in family:
             _send(process, signal.SIGKILL)
-        # Not waited for: psutil would take the exit code from whoever has started a process, who then sees 0.
+        # No psutil.wait_procs: it would reap a process, and the code that started it would see exit code 0.
         soon = time.monotonic() + 1.0
-        while any(map(_lives, family)) and time.monotonic() < soon:
+        while any(map(_is_running, family)) and time.monotonic() < soon:
             time.sleep(0.01)
         if time.monotonic() > deadline:
             left = ", ".join(f"{process.pid} ({_name(process)})" for process in family)
-            logger.error("These processes do not end, and are left behind: %s.", left)
+            logger.error("These processes did not end after SIGKILL and keep running: %s.", left)
             return
 
 
@@ -88,7 +88,7 @@ def _send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
     except psutil.NoSuchProcess:
         pass
-    except psutil.Error as error:  # one that became another user's
+    except psutil.Error as error:  # it has changed to a different user
         logger.warning("%s", error)
 
 
@@ -100,17 +100,17 @@ def _name(process: psutil.Process) -> str:
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """A process and all below it that live, itself first."""
+    """A process and all running processes below it, itself first."""
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
     except psutil.Error:
         return []
-    return [process for process in family if process.pid == os.getpid() or _lives(process)]
+    return [process for process in family if process.pid == os.getpid() or _is_running(process)]
 
 
 def _began(pid: int) -> float:
-    """When a process began: in ticks since the machine did, as a clock that is set moves every other time.
+    """When a process started: in ticks since boot, because setting the clock changes every other measure.
 
     https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html (starttime)
     """
@@ -120,7 +120,7 @@ def _began(pid: int) -> float:
         return float(file.read().rpartition(b")")[2].split()[19])
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_running(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""Bytes under way, and the bar that shows them once a person has waited a second."""
+"""Progress of a transfer, and the bar that appears once it has taken a second."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 QUIET_SECONDS = 1.0
-"""Work that is over by then shows no bar."""
+"""A transfer that ends within this time shows no bar."""
 
 
 class Progress:
-    """Bytes of one transfer; added to by the threads that move them, read by whoever shows them."""
+    """Bytes of one transfer: written by the threads that move them, read by the bar."""
 
     def __init__(self) -> None:
         self.title = ""
@@ -21,14 +21,14 @@ class Progress:
         self._lock = threading.Lock()
 
     def begin(self, title: str, total: int) -> None:
-        """Start anew with a transfer of `total` bytes."""
+        """Begin a transfer of `total` bytes."""
         self.title, self.total, self.done = title, total, 0
 
     def add(self, count: int) -> None:
-        """Hear of bytes that moved; negative takes back a failed try."""
+        """Count bytes that were moved; a negative number subtracts a failed try."""
         with self._lock:
             self.done += count
-        bar = self.bar  # another thread may take it away
+        bar = self.bar  # another thread may remove it
         if bar is not None:
             bar.update()
 
@@ -61,7 +61,7 @@ class Bar:
             self._bar.close()
 
     def update(self) -> None:
-        """Draw, if it is time to."""
+        """Draw the bar, if it is due."""
         if not self._hidden and (self._bar is not None or time.monotonic() - self._started > QUIET_SECONDS):
             with self._lock:
                 self._draw()

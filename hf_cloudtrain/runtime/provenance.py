@@ -1,4 +1,4 @@
-"""Who runs this, with what: written beside a run for people, without secrets."""
+"""Where a run comes from: host, user, command line, library versions, git commit; without secrets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact, secrets_of_envi
 
 
 def origin() -> dict[str, str]:
-    """Host and library versions, as a manifest carries them."""
+    """Host and library versions, for manifests."""
     return {"host": platform.node(), **_versions()}
 
 
 def facts() -> dict[str, str]:
-    """Host, process, command line, versions and git commit, as the record of an attempt carries them."""
+    """Host, process, command line, versions and git commit, for the record of an attempt."""
     commit = _git_commit()
     return {
         **origin(),
@@ -32,16 +32,16 @@ def facts() -> dict[str, str]:
 
 
 def person() -> dict[str, str]:
-    """Who types a command, and where, as a request to a run carries it."""
+    """User and host, for a request to a run."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container whose user has no name
+    except (KeyError, OSError, ImportError):  # the user of a container may have no name
         user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
     return {"user": user, "host": platform.node()}
 
 
 def shown_command(argv: list[str]) -> str:
-    """The command line with secrets taken out.
+    """The command line without secrets.
 
     Example:
         >>> shown_command(["train.py", "--hub_token", "hf_abc", "--api-key=abc"])

@@ -1,10 +1,10 @@
-"""Which process this is, and how the processes of one job agree.
+"""Which rank this process is, and how the ranks of one job agree.
 
-A decision is taken once and broadcast, and an error anywhere is an error everywhere. Work that may wait for the
-network or the disk never runs inside a collective (those die at `ddp_timeout`): it runs in a thread, and the ranks
-meet in short turns until it is over. The group is our own gloo group; the user's is never touched. Where there is no
-process group yet, ranks may meet elsewhere (`meeting.py`). Without torch, or before `init_process_group` in a single
-process, the world has one rank.
+Each decision is taken once and broadcast, and an error on one rank is raised on all ranks. Work that may wait for the
+network or the disk never runs inside a collective, which would time out after `ddp_timeout`: it runs in a thread, and the
+ranks exchange its state in short turns until it is done. The group is a gloo group of our own; the user's group is never
+used. Before `init_process_group`, ranks communicate through `rendezvous.py`. A single process without a process group, or
+without torch, is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -21,29 +21,27 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PeerError
-from hf_cloudtrain.runtime.rendezvous import FolderStore, LauncherStore, Met, Rendezvous, Store
+from hf_cloudtrain.runtime.rendezvous import FolderStore, Known, LauncherStore, Rendezvous, Store
 from hf_cloudtrain.runtime.threads import at_exit
 
 T = TypeVar("T")
 
 QUICK_SECONDS = 0.02
-"""Work that is over by then needs one meeting of the ranks."""
+"""Work that ends within this time needs one turn."""
 TURN_SECONDS = 0.25
-"""Longest time between two meetings of the ranks while one of them works: what they may answer late."""
-
+"""Longest time between two turns, and so the longest delay of an answer."""
 SETTLE_SECONDS = 0.1
-"""What the threads of gloo get at the end of a process, see `_let_gloo_settle`."""
-
+"""Time for the threads of gloo at the end of a process, see `_let_gloo_settle`."""
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
-"""A rank that does not come to a meeting for this long is dead. Turns are short, so no upload is ever in it."""
+"""A rank that takes part in no turn for this long is assumed to have crashed. Turns never wait for uploads."""
 
 
 class Ranks:
-    """The processes of this job, as this process sees them.
+    """The ranks of this job, as this process sees them.
 
     Example:
         >>> ranks = Ranks.current()
-        >>> attempt = world.agree(lambda: take_attempt(), "start an attempt")   # rank 0 acts, all get the answer
+        >>> attempt = ranks.agree(lambda: take_attempt(), "start an attempt")   # rank 0 acts, all get the answer
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
@@ -51,19 +49,20 @@ class Ranks:
         self.size = size
         self._group = group
         self.leaders: list[int] = [0]
-        """The lowest rank of each disk: those that move bytes. Known after `meet_disks`."""
+        """The lowest rank of each disk, which moves the bytes. Known after `meet_disks`."""
         self.neighbours: list[int] = [rank]
-        """The ranks that share this one's disk, itself included."""
+        """The ranks that share the disk of this rank, itself included."""
 
     @classmethod
     def current(cls, folder: Path | None = None) -> Ranks:
-        """The world as torch.distributed has it now; one rank where there is no process group.
+        """The ranks of torch.distributed; one rank if there is no process group.
 
         Args:
-            folder: where ranks of one host that have no process group yet may meet; None: they must have one.
+            folder: a folder through which ranks of one host can communicate before a process group exists; None: several
+                ranks need a process group.
 
         Raises:
-            ConfigurationError: several processes that cannot meet.
+            ConfigurationError: several ranks that cannot communicate.
         """
         dist = _torch_distributed()
         if dist is not None:
@@ -73,26 +72,26 @@ class Ranks:
             return cls(rank := _rank(size), size, Rendezvous(_rendezvous_store(folder, size), rank, size))
         if size > 1 and "torch" in sys.modules:
             raise ConfigurationError(
-                f"WORLD_SIZE is {size}, but no process group exists yet. Make TrainingArguments (or Accelerator, or "
-                "torch.distributed.init_process_group) before restore()."
+                f"WORLD_SIZE is {size}, but no process group exists yet. Create TrainingArguments or Accelerator, or call "
+                "torch.distributed.init_process_group, before restore()."
             )
         return cls()
 
     @property
     def group_size(self) -> int:
-        """Ranks of the process group, where one has appeared since; else of this world."""
+        """Number of ranks, by the process group if one exists by now."""
         dist = _torch_distributed()
         return self.size if dist is None else int(dist.get_world_size())
 
     def with_group(self) -> Ranks:
-        """This world, by way of the process group where one has appeared since: it is quicker. On all ranks."""
+        """The same ranks over the process group, which is faster, if one exists by now. Call it on all ranks."""
         if isinstance(self._group, Rendezvous) and _torch_distributed() is not None:
             return Ranks.current()
         return self
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which talks to the catalog and to the person."""
+        """Whether this is rank 0, which writes the records of the run and the messages for the user."""
         return self.rank == 0
 
     @property
@@ -101,7 +100,7 @@ class Ranks:
         return self.rank in self.leaders
 
     def meet_disks(self, folder: Path) -> None:
-        """Find out which ranks share the disk of `folder`, by what each sees there: `leaders` and `neighbours`."""
+        """Set `leaders` and `neighbours`: each rank creates a file in `folder` and lists those that it sees there."""
         if self.size == 1:
             return
         rendezvous = self._broadcast(os.urandom(8).hex())
@@ -117,61 +116,61 @@ class Ranks:
             lambda: [int(name[len(prefix) :]) for name in os.listdir(folder) if name.startswith(prefix)],
             f"list {str(folder)!r}",
         )
-        self.barrier()  # nobody removes its mark before all have looked
+        self.barrier()  # no rank removes its file before all have listed the folder
         mine.unlink(missing_ok=True)
         self.neighbours = sorted({self.rank, *seen[self.rank]})
         self.leaders = sorted({min([rank, *ranks]) for rank, ranks in enumerate(seen)})
 
     def barrier(self) -> None:
-        """Wait until all ranks are here. Takes well under a millisecond on one host."""
+        """Wait for all ranks. Takes well under a millisecond on one host."""
         if self.size > 1:
             self._group.barrier()
 
     def agree(self, work: Callable[[], T], what: str) -> T:
-        """Run `work` on rank 0 and give every rank its answer, or raise its error on every rank.
+        """Run `work` on rank 0; every rank gets its answer, or raises its error.
 
         Args:
-            work: may take as long as it likes; must return something picklable.
-            what: the words of the error message on the other ranks, as in "rank 0 could not <what>".
+            work: may take any time; its answer must be picklable.
+            what: for the error message on the other ranks, as in "Rank 0 could not <what>".
         """
         return self._turns(work if self.is_main else None, what)[0]  # type: ignore[return-value]
 
     def each(self, work: Callable[[], T], what: str) -> list[T]:
-        """Run `work` on every rank; every rank gets all answers in order of rank, or the first error."""
+        """Run `work` on every rank; every rank gets all answers in order of rank, or raises the first error."""
         return self._turns(work, what)  # type: ignore[return-value]
 
     def each_leader(self, work: Callable[[], T], what: str) -> list[T]:
-        """Run `work` once a disk; every rank gets the leaders' answers, or the first error."""
+        """Run `work` once per disk; every rank gets the leaders' answers, or raises the first error."""
         answers = self._turns(work if self.is_leader else None, what)
         return [answers[rank] for rank in self.leaders]  # type: ignore[misc]
 
     def here(self, work: Callable[[], T], what: str) -> T:
-        """Run `work` on every rank in this thread, where frameworks expect their calls; an error of one is one of all."""
+        """Run `work` on every rank, in this thread because frameworks require it; an error on one rank is raised on all."""
         error: Exception | None = None
         try:
             answer = work()
         except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
             error = caught
-        # A number travels in a third of the time of an object, and errors are rare.
+        # A number takes a third of the time of an object, and errors are rare.
         (failed,) = self.begin_largest([float(error is not None)]).get()
 
-        def tell() -> None:
+        def raise_error() -> None:
             if error is not None:
                 raise error
 
         if failed:
-            self.each(tell, what)
+            self.each(raise_error, what)
         return answer
 
     def begin_largest(self, values: list[float]) -> Largest:
-        """Ask for the largest of each value among all ranks, and go on: the answer comes while they work."""
+        """Start to find the largest of each value among all ranks, without waiting for the answer."""
         if self.size == 1:
-            return Met(values)
+            return Known(values)
         found: Largest = self._group.begin_largest(values)
         return found
 
     def _turns(self, work: Callable[[], T] | None, what: str) -> list[T | None]:
-        """Meet in short turns until every rank's work is over; the core of all three above."""
+        """Exchange states in short turns until the work of every rank is done; what `agree` and `each` are made of."""
         if self.size == 1:
             return [work() if work else None]
         task = _Task(work)
@@ -181,7 +180,7 @@ class Ranks:
             states = self._gather(task.state())
             if all(done for done, _, _ in states):
                 break
-            # Short at first, so that quick work is answered quickly.
+            # Short at first, so that quick work does not wait.
             pause = min(TURN_SECONDS, pause * 2)
             task.wait(pause)
         for rank, (_, _, error) in enumerate(states):
@@ -201,17 +200,17 @@ class Ranks:
 
 
 class Largest(Protocol):
-    """An answer under way."""
+    """An answer in progress."""
 
-    def is_there(self) -> bool:
-        """Whether `get` answers at once."""
+    def is_ready(self) -> bool:
+        """Whether `get` returns at once."""
 
     def get(self) -> list[float]:
-        """The answer. Raises PeerError where a rank is gone."""
+        """The answer. Raises PeerError if a rank has crashed."""
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process among its like: as the process group says, else as the launcher does; (0, 1) where it is alone."""
+    """Rank and number of ranks, from the process group, else from the launcher's variables, else (0, 1)."""
     dist = _torch_distributed()
     if dist is not None:
         return int(dist.get_rank()), int(dist.get_world_size())
@@ -220,7 +219,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 class _GlooGroup:
-    """A group of our own: gloo works beside nccl, and a failed member cannot poison the user's."""
+    """A group of our own: gloo works beside nccl, and a failure in it does not affect the user's group."""
 
     def __init__(self, dist: Any) -> None:
         self._dist = dist
@@ -252,13 +251,13 @@ class _GlooGroup:
 
 
 class _Reduced:
-    """An all-reduce under way."""
+    """An all-reduce in progress."""
 
     def __init__(self, box: Any, work: Any) -> None:
         self._box = box
         self._work = work
 
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         return bool(self._work.is_completed())
 
     def get(self) -> list[float]:
@@ -270,15 +269,17 @@ class _Reduced:
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """A rank that has gone is told in our words."""
+    """Raise PeerError instead of gloo's error."""
     try:
         yield
-    except RuntimeError as error:  # every error of gloo is one
-        raise PeerError(f"Another rank is gone ({(str(error).splitlines() or [''])[0]}).") from error
+    except RuntimeError as error:  # the type of all errors of gloo
+        raise PeerError(
+            f"Lost the connection to another rank ({(str(error).splitlines() or [''])[0]}). See its log."
+        ) from error
 
 
 class _Task:
-    """Work in a thread of its own, and what the other ranks may know of it."""
+    """Work in a thread of its own, and its state for the other ranks."""
 
     def __init__(self, work: Callable[[], Any] | None) -> None:
         self.error: BaseException | None = None
@@ -288,18 +289,18 @@ class _Task:
             self._thread.start()
 
     def state(self) -> tuple[bool, Any, BaseException | None]:
-        """(over, answer, error), as it travels to the other ranks."""
+        """(done, answer, error), as sent to the other ranks."""
         if self._thread.is_alive():
             return False, None, None
         return True, self._answer, _picklable(self.error)
 
     def settle(self, seconds: float) -> None:
-        """Wait for the work, where there is any."""
+        """Wait for the work, if this rank has any."""
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def wait(self, seconds: float) -> None:
-        """Wait for the work, or as long for that of other ranks."""
+        """Wait for the work, or sleep if that of other ranks is still running."""
         if self._thread.is_alive():
             self._thread.join(seconds)
         else:
@@ -308,12 +309,12 @@ class _Task:
     def _run(self, work: Callable[[], Any]) -> None:
         try:
             self._answer = work()
-        except BaseException as error:  # noqa: BLE001 - it must reach every rank, whatever it is
+        except BaseException as error:  # noqa: BLE001 - every rank must receive it
             self.error = error
 
 
 def _torch_distributed() -> Any:
-    """torch.distributed if a process group exists. Never imports torch: who has a group has it imported."""
+    """torch.distributed if a process group exists. Never imports torch: a process with a group has imported it."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         return dist
@@ -327,11 +328,11 @@ def _settle_at_exit() -> None:
 
 
 def _let_gloo_settle() -> None:
-    """Let gloo's threads drop what the last collectives have left, while the interpreter still runs.
+    """Let gloo's threads release the objects of the last collectives while the interpreter still runs.
 
-    They do it some time after the collective is over, and need the interpreter's lock for it. One that asks for the
-    lock when the interpreter is ending aborts the process: "terminate called without an active exception" (PyTorch
-    2.13, `ProcessGroupGloo::runLoop`). Sleeping gives the lock, and the core, away.
+    They do it some time after the collective has ended, and need the GIL for it. A thread that asks for the GIL while the
+    interpreter shuts down aborts the process: "terminate called without an active exception" (PyTorch 2.13,
+    `ProcessGroupGloo::runLoop`). Sleeping releases the GIL and the core.
     """
     time.sleep(SETTLE_SECONDS)
 
@@ -340,19 +341,19 @@ def _rank(size: int) -> int:
     text = os.environ.get("RANK", "")
     if not text.isdecimal() or int(text) >= size:
         raise ConfigurationError(
-            f"WORLD_SIZE is {size}, and RANK={text!r} is none of its ranks. Start the script with torchrun, or call "
+            f"RANK={text!r} is out of range: WORLD_SIZE is {size}. Start the script with torchrun, or call "
             "torch.distributed.init_process_group first."
         )
     return int(text)
 
 
 def _rendezvous_store(folder: Path, size: int) -> Store:
-    """Where the ranks of this launch meet while they have no process group."""
+    """The store through which the ranks of this launch communicate without a process group."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return LauncherStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         raise ConfigurationError(
-            f"WORLD_SIZE is {size}, on several hosts, and there is no process group yet by which they could agree. Call "
+            f"The {size} ranks run on several hosts, and no process group exists yet. Call "
             "torch.distributed.init_process_group first."
         )
     return FolderStore(folder)
@@ -369,7 +370,7 @@ def _picklable(error: BaseException | None) -> BaseException | None:
 
 
 def _peer_error(error: BaseException, rank: int, what: str) -> CloudTrainError:
-    # Our own kinds keep their kind, so that `except RunHasCheckpointsError` works on every rank.
+    # Errors of ours keep their class, so that `except RunHasCheckpointsError` works on every rank.
     if isinstance(error, CloudTrainError) and not isinstance(error, PeerError):
         return error
     return PeerError(f"Rank {rank} could not {what}: {error}")

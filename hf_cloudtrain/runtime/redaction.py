@@ -1,4 +1,4 @@
-"""What may be shown and stored of texts that can carry credentials: URLs, options, command lines, error messages."""
+"""Redaction of texts that may contain credentials: URLs, options, command lines, error messages."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ SECRET_NAME = re.compile(
 """Names of options and arguments whose values are not shown."""
 
 MIN_LENGTH = 8
-"""Characters of the shortest value of the environment that counts as a secret: `false` and `1` are in many texts."""
+"""Characters of the shortest variable that counts as a secret: `false` and `1` occur in many texts."""
 
-# What a hostile text makes these patterns cost grows with its length, not with its square: a lookahead finds the word
-# in a name once, and how far one looks for the end of a user or a token is limited.
+# On hostile text the time of these patterns grows with its length, not with its square: a lookahead finds the word in a name
+# once, and the length of a user or a token is limited.
 _PARAMETER = re.compile(
     r"((?:^|[?&;\s])(?=[\w-]*?(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)))[\w-]+=)[^&\s'\";]+",
     re.IGNORECASE,
 )
-# As clients print their options and headers. Not any 'Key': of S3 that is the name of an object.
+# As clients print their options and headers. Not any 'Key', which in S3 is the name of an object, and not the name of an
+# exception such as NoCredentialsError.
 _FIELD = re.compile(
-    r"((?<![\w-])(?=[\w-]*?(?:token|secret|passw|credential|access_?key|account_?key|authorization))[\w-]+['\"]?\s*:\s*"
+    r"((?<![\w-])(?![\w-]*(?-i:Error|Exception)\b)"
+    r"(?=[\w-]*?(?:token|secret|passw|credential|access_?key|account_?key|authorization))[\w-]+['\"]?\s*:\s*"
     r"['\"]?(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
     re.IGNORECASE,
 )
-# What hubs and clouds hand out, known by its shape wherever it stands.
+# Tokens of hubs and clouds, recognised by their shape.
 _SHAPE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|"
     r"sk-[\w-]{20,}|xox[abprs]-[\w-]{20,}|eyJ[\w-]{10,2000}\.eyJ[\w-]+(?:\.[\w-]+)?)"
 )
-# Up to the last "@", because a secret key may have a slash; digits alone after the colon are a port.
+# Up to the last "@", because a secret key may contain a slash; digits alone after the colon are a port.
 _USER = re.compile(r"(\w://)([^/@\s]*:(?!\d+(?:/|$))\S{0,2048})@")
 
 
 def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
-    """The text without users in URLs, without values of secret parameters and fields, without tokens and `secrets`.
+    """The text without users in URLs, values of secret parameters and fields, tokens, and `secrets`.
 
     Example:
         >>> redact("s3://AKIA:abc@bucket/run and https://host/c?sv=1&sig=abc")
@@ -53,19 +55,19 @@ def redact(text: str, secrets: tuple[str, ...] = ()) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with everything escaped that is no visible character: a name with ESC in it must not move the cursor."""
+    """The text with all invisible characters escaped: a name that contains ESC must not move the cursor."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def has_user_part(url: str) -> bool:
-    """Whether a URL carries a user and a password."""
+    """Whether a URL contains a user and a password."""
     return _USER.search(url) is not None
 
 
 def secrets_in(url: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """The secret values in a URL and in storage options, the longest first, so that none leaves a piece of another."""
+    """The secret values in a URL and in storage options, the longest first, because one may contain another."""
     found = set(_secret_values(options))
     user = _USER.search(url)
     if user is not None:
@@ -74,7 +76,7 @@ def secrets_in(url: str, options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def secrets_of_environment() -> tuple[str, ...]:
-    """The values of variables whose names say that they are secret, the longest first. Paths and numbers are none."""
+    """The values of variables with secret names, the longest first. Paths and numbers are not secrets."""
     found = set()
     for name, value in os.environ.items():
         if SECRET_NAME.search(name):

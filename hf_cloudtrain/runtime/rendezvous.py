@@ -1,14 +1,14 @@
-"""How processes meet that have no process group: over the launcher's own store, or over a folder that all of them see.
+"""Communication of ranks without a process group: through the launcher's store, or a folder that all of them see.
 
-Neither place is empty: torchrun keeps its store when it restarts its workers, and a folder outlives every launch. So
-the ranks introduce themselves first, and what an earlier process left is told apart by what it cannot know:
+Both may hold values of earlier processes: torchrun keeps its store when it restarts its workers, and a folder outlives every
+launch. So the ranks of a launch first agree on a roster:
 
     every rank    hello-<rank> = a fresh nonce
     rank 0        roster = the nonces of all
     every rank    ack-<rank> = the roster, if its own nonce is in it
     rank 0        go = the roster, once all have acknowledged this one
 
-A process that is gone acknowledges no roster with a fresh nonce in it. What travels afterwards has the roster's name.
+A process that has ended cannot acknowledge a roster with a fresh nonce in it. All later keys contain the roster's name.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ from typing import Any, Protocol
 from hf_cloudtrain.errors import PeerError
 
 PATIENCE = 600.0
-"""Seconds after which a rank that does not come is dead. Meetings are short, so no upload is ever in one."""
+"""Seconds after which a silent rank is assumed to have crashed. Ranks never exchange values while they upload."""
 CONNECT_SECONDS = 60
 """Seconds in which the launcher's store must answer."""
 LONGEST_PAUSE = 0.01
-"""Seconds between two looks: what a meeting may come late."""
+"""Most seconds between two reads of the store, and so the longest delay of an answer."""
 
 
 class Store(Protocol):
-    """Where small values lie under names."""
+    """Small values by key, shared by all ranks."""
 
     def put(self, key: str, value: bytes) -> None:
-        """Store a value in one piece, over any other."""
+        """Store a value, replacing any other. Readers see all of it or none."""
 
     def get(self, key: str) -> bytes | None:
-        """The value, or None where there is none."""
+        """The value, or None if there is none."""
 
     def drop(self, key: str) -> None:
-        """Forget a value, if it is there."""
+        """Delete a value, if there is one."""
 
     def tidy(self, name: str) -> None:
-        """Forget what launches before this one, called `name`, have left."""
+        """Delete what earlier launches left; the keys of this one contain `name`."""
 
 
 class Rendezvous:
-    """The ranks of one launch, which have found each other.
+    """The ranks of one launch, connected through a store.
 
     Args:
-        store: a place that all ranks reach.
+        store: reached by all ranks.
         rank: of this process.
         size: number of ranks.
 
     Raises:
-        PeerError: a rank does not come.
+        PeerError: a rank does not answer.
 
     Example:
-        >>> meeting = Meeting(FolderStore(Path("out/.cloudtrain/ranks")), rank=1, size=2)
-        >>> meeting.gather("what rank 1 says")
-        ['what rank 0 says', 'what rank 1 says']
+        >>> rendezvous = Rendezvous(FolderStore(Path("out/.cloudtrain/ranks")), rank=1, size=2)
+        >>> rendezvous.gather("value of rank 1")
+        ['value of rank 0', 'value of rank 1']
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
@@ -74,57 +74,43 @@ class Rendezvous:
         self._rank = rank
         self._size = size
         self._count = 0
-        self._asked: Asked | None = None
-        self._name = hashlib.sha256(self._introduce().encode()).hexdigest()[:16]
+        self._pending: Round | None = None
+        self._name = hashlib.sha256(self._agree_on_roster().encode()).hexdigest()[:16]
         if rank == 0:
             store.tidy(self._name)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in order of rank."""
-        self._hear_out()
-        self._count += 1
-        self._store.put(self._key(self._count, self._rank), pickle.dumps(value))
-        found: list[Any] = []
-        for rank in range(self._size):
-            _wait_for(
-                lambda rank=rank: self._store.get(self._key(self._count, rank)) is not None,  # type: ignore[misc]
-                lambda rank=rank: [rank],  # type: ignore[misc]
-            )
-            data = self._store.get(self._key(self._count, rank))
-            assert data is not None
-            found.append(pickle.loads(data))  # noqa: S301 - from our own ranks; torch.distributed does the same
-        # Whoever has come to this meeting has read everything of the last one.
-        self._store.drop(self._key(self._count - 1, self._rank))
-        return found
+        """The values of all ranks, in order of rank."""
+        return self._begin(value).values()
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.gather(None)
 
     def broadcast(self, value: Any) -> Any:
-        """What rank 0 gives."""
+        """The value of rank 0."""
         return self.gather(value)[0]
 
-    def begin_largest(self, values: list[float]) -> Asked:
-        """The largest of each value among all ranks, once all have said theirs."""
-        self._hear_out()
-        self._count += 1
-        self._store.put(self._key(self._count, self._rank), pickle.dumps(values))
-        keys = [self._key(self._count, rank) for rank in range(self._size)]
-        self._asked = Asked(self._store, keys, self._key(self._count - 1, self._rank))
-        return self._asked
+    def begin_largest(self, values: list[float]) -> Round:
+        """Start to find the largest of each value among all ranks."""
+        self._pending = self._begin(values)
+        return self._pending
 
-    def _hear_out(self) -> None:
-        """Read what was asked before: who comes to the next meeting lets the others forget what they said in the last."""
-        if self._asked is not None:
-            self._asked.wait()
-            self._asked = None
+    def _begin(self, value: Any) -> Round:
+        if self._pending is not None:
+            # Read it before the next round, in which the other ranks delete their values of it.
+            self._pending.values()
+            self._pending = None
+        self._count += 1
+        self._store.put(self._key(self._count, self._rank), pickle.dumps(value))
+        keys = [self._key(self._count, rank) for rank in range(self._size)]
+        return Round(self._store, keys, self._key(self._count - 1, self._rank))
 
     def _key(self, count: int, rank: int) -> str:
         return f"{self._name}-{count}-{rank}"
 
-    def _introduce(self) -> str:
-        """The roster that all ranks of this launch agree on."""
+    def _agree_on_roster(self) -> str:
+        """The roster: the nonces of all ranks of this launch."""
         nonce = secrets.token_hex(8)
         self._store.put(f"hello-{self._rank}", nonce.encode())
         roster = ""
@@ -135,7 +121,7 @@ class Rendezvous:
             if not all(hellos):
                 return False
             if (now := ".".join(hellos)) != roster:
-                # A rank came whose predecessor had left a nonce.
+                # The nonce of an ended process was replaced by that of its successor.
                 roster = now
                 self._store.put("roster", roster.encode())
             if any(self._text(f"ack-{rank}") != roster for rank in range(1, self._size)):
@@ -167,43 +153,46 @@ class Rendezvous:
         return (self._store.get(key) or b"").decode()
 
 
-class Asked:
-    """What ranks say one after another."""
+class Round:
+    """One round, in which every rank sends one value."""
 
-    def __init__(self, store: Store, keys: list[str], before: str) -> None:
+    def __init__(self, store: Store, keys: list[str], last: str) -> None:
         self._store = store
         self._missing = keys
-        self._before = before
-        self._found: list[list[float]] = []
+        self._last = last
+        self._found: list[Any] = []
 
-    def is_there(self) -> bool:
-        """Whether all have said it."""
+    def is_ready(self) -> bool:
+        """Whether the values of all ranks have arrived."""
         while self._missing and (data := self._store.get(self._missing[0])) is not None:
-            self._found.append(pickle.loads(data))  # noqa: S301 - from our own ranks
+            self._found.append(pickle.loads(data))  # noqa: S301 - from our own ranks; torch.distributed does the same
             del self._missing[0]
             if not self._missing:
-                self._store.drop(
-                    self._before
-                )  # who has come to this meeting has read everything of the last one
+                # Every rank is in this round, so every rank has read all values of the last one.
+                self._store.drop(self._last)
         return not self._missing
 
-    def wait(self) -> None:
-        """Until all have said it. Raises PeerError where a rank does not come."""
-        _wait_for(self.is_there, lambda: [int(key.rpartition("-")[2]) for key in self._missing])
+    def values(self) -> list[Any]:
+        """The values, in order of rank. Raises PeerError if a rank does not answer."""
+        _wait_for(self.is_ready, self._silent)
+        return self._found
 
     def get(self) -> list[float]:
-        """The largest of each value. Raises PeerError where a rank does not come."""
-        self.wait()
-        return [max(column) for column in zip(*self._found, strict=True)]
+        """The largest of each value. Raises PeerError if a rank does not answer."""
+        return [max(column) for column in zip(*self.values(), strict=True)]
+
+    def _silent(self) -> list[int]:
+        missing = [key for key in self._missing if self._store.get(key) is None]
+        return [int(key.rpartition("-")[2]) for key in missing]
 
 
-class Met:
-    """What is known already."""
+class Known:
+    """An answer that is known already."""
 
     def __init__(self, values: list[float]) -> None:
         self._values = values
 
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         """It is."""
         return True
 
@@ -213,37 +202,33 @@ class Met:
 
 
 class FolderStore:
-    """Values as files of a folder that all ranks see."""
+    """Values as files in a folder that all ranks see."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, key: str, value: bytes) -> None:
-        """Store a value in one piece, over any other."""
         beside = self._folder / f".{key}-{os.getpid()}"
         beside.write_bytes(value)
         os.replace(beside, self._folder / key)
 
     def get(self, key: str) -> bytes | None:
-        """The value, or None where there is none."""
         with contextlib.suppress(FileNotFoundError):
             return (self._folder / key).read_bytes()
         return None
 
     def drop(self, key: str) -> None:
-        """Forget a value, if it is there."""
         (self._folder / key).unlink(missing_ok=True)
 
     def tidy(self, name: str) -> None:
-        """Forget what launches before this one, called `name`, have left."""
         for path in self._folder.iterdir():
             if re.fullmatch(r"\.?[0-9a-f]{16}-\d+-\d+(-\d+)?", path.name) and name not in path.name:
                 path.unlink(missing_ok=True)
 
 
 class LauncherStore:
-    """The store that torchrun serves for its workers.
+    """The store that torchrun serves to its workers.
 
     Raises:
         PeerError: it does not answer.
@@ -265,29 +250,26 @@ class LauncherStore:
         self._store = dist.PrefixStore("cloudtrain", self._ask(connect))
 
     def put(self, key: str, value: bytes) -> None:
-        """Store a value in one piece, over any other."""
         self._ask(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes | None:
-        """The value, or None where there is none."""
-        # `get` of a key that is not there would block.
+        # `get` of a missing key would block.
         value: bytes | None = self._ask(lambda: self._store.get(key) if self._store.check([key]) else None)
         return value
 
     def drop(self, key: str) -> None:
-        """Forget a value, if it is there."""
         self._ask(lambda: self._store.delete_key(key))
 
     def tidy(self, name: str) -> None:
-        """Nothing: it ends with the launcher, and each launch leaves one small value a rank."""
+        """Do nothing: each launch leaves one small value per rank, and the store ends with the launcher."""
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except RuntimeError as error:  # every error of torch's stores is one
+        except RuntimeError as error:  # the type of all errors of torch's stores
             raise PeerError(
-                f"The launcher's store at {self._where!r} does not answer ({str(error).splitlines()[0]}). Start the job "
-                "again, or call torch.distributed.init_process_group first."
+                f"The launcher's store at {self._where!r} does not answer ({str(error).splitlines()[0]}). Restart the job, "
+                "or call torch.distributed.init_process_group first."
             ) from error
 
 
@@ -298,7 +280,7 @@ def _wait_for(condition: Callable[[], bool], missing: Callable[[], list[int]]) -
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing()))
             raise PeerError(
-                f"Rank {ranks} did not come to a meeting of the ranks in {PATIENCE:.0f} s. Every rank must call the same "
+                f"Rank {ranks} did not answer within {PATIENCE:.0f} s. Every rank must call the same "
                 "functions. If the ranks share neither a launcher nor a disk, call torch.distributed.init_process_group "
                 "first."
             )

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Sizes, times and durations as text for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hf_cloudtrain.runtime.redaction import visible
 
 
 def clean(text: object) -> str:
-    """The text as a terminal may show it: see `redaction.visible`."""
+    """The text as it may be printed on a terminal: see `redaction.visible`."""
     return visible(str(text))
 
 
 def size_text(count: int) -> str:
-    """Bytes for people, in powers of ten: '1.3 GB'."""
+    """A number of bytes in powers of ten: '1.3 GB'."""
     if count < 1000:
         return f"{count} B"
     power = min(5, int(math.log10(count)) // 3)
@@ -22,17 +22,17 @@ def size_text(count: int) -> str:
 
 
 def time_text(seconds: float | None) -> str | None:
-    """A time in seconds since 1970, in this machine's zone: '2026-11-20 14:03:11'."""
+    """A time in seconds since 1970, in the time zone of this machine: '2026-11-20 14:03:11'."""
     if not seconds:
         return None
     try:
         return f"{datetime.datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
     except (OverflowError, ValueError, OSError):
-        return f"{seconds:.3g} s"  # no year that a calendar has
+        return f"{seconds:.3g} s"  # outside of the calendar's years
 
 
 def duration_text(seconds: float | None) -> str | None:
-    """A span of time for people, in its two largest units: '2 h 5 min'."""
+    """A duration in its two largest units: '2 h 5 min'."""
     if seconds is None or not math.isfinite(seconds):
         return None
     if seconds < 1:

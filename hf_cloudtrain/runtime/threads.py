@@ -1,4 +1,4 @@
-"""Threads of this process that must not outlive its work, and work that must come before its end."""
+"""Work in threads of this process: in parallel, with a time limit, or before the process ends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 TURN = 0.2
-"""Seconds of one wait for another thread, so that Ctrl-C is heard between them."""
+"""Seconds of one wait for another thread. Ctrl-C takes effect between two waits."""
 
 
 def before_exit(method: Callable[[], None]) -> None:
-    """Call a bound method when the interpreter ends by itself, an exception, Ctrl-C or sys.exit, while threads still work.
+    """Call a bound method while threads still run, when the script ends or an exception, Ctrl-C or sys.exit ends it.
 
-    `atexit` comes too late: by then no thread pool starts a thread. `concurrent.futures` itself uses the same hook.
-    The object is not kept alive, and a forked child does not inherit the duty.
+    `atexit` is too late: no thread pool starts a thread then. `concurrent.futures` uses the same hook. The object is not
+    kept alive, and a forked child does not call the method.
     """
     reference: Any = weakref.WeakMethod(method)
 
@@ -32,7 +32,7 @@ def before_exit(method: Callable[[], None]) -> None:
 
 
 def at_exit(call: Callable[[], None]) -> None:
-    """As `before_exit`, for a function that needs no object."""
+    """As `before_exit`, for a function."""
     pid = os.getpid()
 
     def call_here() -> None:
@@ -44,9 +44,9 @@ def at_exit(call: Callable[[], None]) -> None:
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
-    """What `work` gives or raises, done in a thread of its own; TimeoutError once `is_late` says so.
+    """The answer or the error of `work`, which runs in a thread of its own; TimeoutError once `is_late` returns True.
 
-    The thread cannot be ended: it stays behind, a daemon, and whatever `work` touches must be its own from then on.
+    The thread cannot be ended: it keeps running as a daemon, so from then on nothing else may use the objects of `work`.
     """
     over = threading.Event()
     answers: list[T] = []
@@ -68,18 +68,17 @@ def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
         try:
             raise errors[0]
         finally:
-            errors.clear()  # an error that refers to its own frame is freed late, with all that it saw
+            errors.clear()  # an error that refers to its own frame keeps all objects of the frame alive
     return answers[0]
 
 
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:
-    """Do `work` on every item of every group, each group with threads of its own; answers in order, or the first error.
+    """Call `work` on every item of every group, each group with its own threads; answers in order, or the first error.
 
-    The threads are daemons: a call that hangs must not keep a process alive whose work was given up, as the threads
-    of a ThreadPoolExecutor do.
+    The threads are daemons, unlike those of a ThreadPoolExecutor: a call that hangs must not keep the process alive.
 
     Args:
-        groups: items, and how many of them may be under way at once.
+        groups: items, and how many of them to work on at once.
     """
     answers: list[list[Any]] = [[None] * len(items) for items, _ in groups]
     errors: list[BaseException] = []
@@ -109,7 +108,7 @@ def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -
 
 
 class _Shared:
-    """An iterator that several threads may take from."""
+    """An iterator that several threads can share."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = iter(items)

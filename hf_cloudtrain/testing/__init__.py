@@ -1,7 +1,9 @@
-"""Public fault injection: storage and disks that fail on purpose, and crash points.
+"""Fault injection for tests of training scripts, public as `hf_cloudtrain.testing`. docs/testing.md shows examples.
 
-Reading order: `storage` (a storage that fails, hangs, is slow or lies), `disk` (a disk that fills up or turns read-only, and a
-process that dies at a chosen change of its disk). docs/testing.md shows how to try a training script with them.
+- `storage`: `FaultyStorage`, whose requests fail, hang, are slow or return wrong answers
+- `disk`: `FaultyDisk`, which is full or read-only, and `CrashPoint`, which ends the process at a chosen change of a folder
+
+May import every other room; no other room imports this one.
 """
 
 from hf_cloudtrain.testing.disk import CRASH_STATUS, DISK_POINTS, CrashPoint, FaultyDisk, crash_now

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.runtime.rendezvous import Met
+from hf_cloudtrain.runtime.rendezvous import Known
 from tests.faults.runs import DEADLINE
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class ThreadRanks(Ranks):
     def barrier(self) -> None:
         self._rendezvous.barrier.wait()
 
-    def begin_largest(self, values: list[float]) -> Met:
-        return Met([max(column) for column in zip(*self._gather(values), strict=True)])
+    def begin_largest(self, values: list[float]) -> Known:
+        return Known([max(column) for column in zip(*self._gather(values), strict=True)])
 
     def _gather(self, value: Any) -> list[Any]:
         self._rendezvous.values[self.rank] = value

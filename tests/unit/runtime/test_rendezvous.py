@@ -99,7 +99,7 @@ def test_a_rank_that_never_comes_is_named(place: Place, monkeypatch: pytest.Monk
     launch(place, 2, talk)
     monkeypatch.setattr(module, "PATIENCE", 0.05)
     for rank, missing in ((0, 1), (1, 0)):
-        with pytest.raises(PeerError, match=rf"Rank {missing} did not come.*init_process_group first"):
+        with pytest.raises(PeerError, match=rf"Rank {missing} did not answer.*init_process_group first"):
             Rendezvous(place(), rank, 2)
 
 
@@ -116,7 +116,7 @@ def test_a_rank_that_stays_away_from_a_later_meeting_is_named(
     first, second, _ = launch(place, 3, leave)
     assert isinstance(first, PeerError)
     assert isinstance(second, PeerError)
-    assert "Rank 2 did not come" in str(first)
+    assert "Rank 2 did not answer" in str(first)
 
 
 def test_what_was_asked_is_heard_although_another_meeting_comes_first(
@@ -187,7 +187,7 @@ class TestRanks:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setattr(module, "PATIENCE", 0.05)
-        with pytest.raises(PeerError, match="Rank 1 did not come"):
+        with pytest.raises(PeerError, match="Rank 1 did not answer"):
             Ranks.current(tmp_path / "ranks")
         assert (tmp_path / "ranks/hello-0").exists()
 
@@ -206,7 +206,7 @@ class TestRanks:
         monkeypatch.setenv("WORLD_SIZE", "2")
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
-        with pytest.raises(ConfigurationError, match=r"RANK='.*' is none of its ranks.*torchrun"):
+        with pytest.raises(ConfigurationError, match=r"RANK='.*' is out of range.*torchrun"):
             Ranks.current(tmp_path / "ranks")
 
     def test_a_folder_is_not_touched_by_one_process_alone(self, tmp_path: Path) -> None:
