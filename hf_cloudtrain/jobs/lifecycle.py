@@ -1,9 +1,11 @@
-"""Jobs from their file to their end: submit, look at, go on with, cancel.
+"""Jobs from submission to their end, as the command line uses them.
 
-submit      job file + folder -> record, home, copy of the folder -> engine
-look        record, and what the engine knows beyond it
-resume      a job that is over or was lost, from its newest checkpoint
-cancel      each node has its grace, and then the engine insists
+    prepare, submit    job file and folder -> record, home, copy of the folder -> engine
+    look               the record, and what the engine knows beyond it
+    resume             a job that is over or lost, from its newest checkpoint
+    cancel             each node has its grace, then the engine kills what is left
+
+The submitter writes the record until the engine has the job; from then on the supervisor does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +44,20 @@ def prepare(
     nproc_per_node: int | None = None,
     workspace: Path | None = None,
 ) -> Submission:
-    """Everything that can be decided, and refused, before anything is started or written.
+    """Decide everything about a job, and refuse what is impossible, before anything is started or written.
 
-    Its id, home and run URL are those of the next job of this name, until `submit` has taken them.
+    Id, home and run URL are those of the next job with this name, until `submit` reserves them.
 
     Args:
-        engine_name: instead of the job's own.
-        nodes: instead of what the job says.
-        nproc_per_node: instead of what the job says.
-        workspace: folder that is given with the job.
+        engine_name: overrides the job file, as do `nodes` and `nproc_per_node`.
+        workspace: folder to submit with the job.
 
     Raises:
         ConfigurationError: with what to do. NoDatasetError: there is no such dataset.
     """
     if workspace is not None and not workspace.is_dir():
         raise ConfigurationError(
-            f"{str(workspace)!r} is no folder. -d takes the folder with the code of the job."
+            f"{str(workspace)!r} is not a folder. Name the folder with the job's code: -d DIR"
         )
     job = job.model_copy(update={"engine": engine_name or job.engine})
     plan = job.plan(nodes=nodes, nproc_per_node=nproc_per_node)
@@ -81,19 +81,17 @@ def submit(
     *,
     on_bytes: Callable[[int], None] | None = None,
 ) -> JobRecord:
-    """Hand a job over to its engine; returns when it is there, and does not wait for its end.
+    """Submit a job to its engine; returns without waiting for its end.
 
     Args:
         submission: from `prepare`.
-        on_bytes: hears of the workspace's bytes as they are copied.
+        on_bytes: called with the number of bytes after each copied piece of the workspace.
 
     Raises:
         ConfigurationError: with what to do; nothing runs then.
     """
     job = submission.job
-    submission.plan.own_variables(os.environ)
-    starter(submission).check(submission)
-    _check_run_not_shared(job, store)
+    _check(submission, store)
     record = store.create(
         job.name,
         engine=job.engine,
@@ -106,23 +104,32 @@ def submit(
         submitter=this_process(),
     )
     submission = dataclasses.replace(submission, id=record.id, run_url=record.run_url, home=Path(record.home))
-    try:
+    with _failure_recorded(store, record):
         _clear(submission.home)
         submission.home.mkdir(parents=True)
         if workspace is not None:
-            copy_workspace(
-                workspace, submission.workspace, leave_out=own_folders(submission), on_bytes=on_bytes
-            )
+            excluded = own_folders(submission)
+            copy_workspace(workspace, submission.workspace, leave_out=excluded, on_bytes=on_bytes)
         submission.workspace.mkdir(exist_ok=True)
         submission.save()
         return starter(submission).submit(submission, store, record)
-    except BaseException as error:
-        _give_up(store, record, error)
-        raise
+
+
+def _check(submission: Submission, store: JobStore) -> None:
+    """Refuse a job that cannot start now. Raises ConfigurationError."""
+    submission.plan.own_variables(os.environ)
+    starter(submission).check(submission)
+    run_url = submission.job.run_url
+    record = None if run_url is None else writer_of(run_url, store)
+    if record is not None:  # two jobs that write to one run would overtake each other again and again
+        raise ConfigurationError(
+            f"The job {record.id!r} is {record.state} and writes to {run_url!r} already. Cancel it (`cloudtrain "
+            f"job cancel {record.id}`), or give this job a different 'run_url'."
+        )
 
 
 def _clear(home: Path) -> None:
-    """Remove what a job has left whose record was deleted. Raises ConfigurationError where it runs still."""
+    """Delete the home of an old job whose record was deleted. Raises ConfigurationError if that job still runs."""
     if not home.exists():
         return
     try:
@@ -130,35 +137,35 @@ def _clear(home: Path) -> None:
             shutil.rmtree(home)
     except BlockingIOError:
         raise ConfigurationError(
-            f"In {str(home)!r} a job runs that this store knows nothing of: its record was deleted, or it belongs to a store "
-            "of the same URL. End it, or give this job another name."
+            f"{str(home)!r} belongs to a running job without a record in this store: its record was deleted, or it belongs "
+            "to a different store with the same URL. Stop that job, or give this one a different name."
         ) from None
 
 
 def own_folders(submission: Submission) -> list[Path]:
-    """Where jobs and their runs are kept on this machine: no part of a workspace that they are in."""
+    """The folders of jobs and runs on this machine, to exclude from a workspace that contains them."""
     run = [Path(local_path(submission.run_url))] if is_local(submission.run_url) else []
     return [submission.home.parent.parent, *run]
 
 
 def resume(store: JobStore, job_id: str) -> JobRecord:
-    """Start a job again that is over, or whose supervisor is gone: the same code, the same run.
+    """Start a job again that is over or lost, with the same code and the same run.
 
     Raises:
-        NoJobError: there is none. ConfigurationError: it runs still, or cannot be started.
+        NoJobError: there is no such job. ConfigurationError: it still runs, or cannot be started.
     """
     record = store.read(job_id)
     if not Path(record.home).is_dir():
         host = record.submitted_by.get("host")
         raise ConfigurationError(
-            f"{record.home!r} is not on this machine: the job was submitted on {host!r}."
+            f"{record.home!r} is not on this machine. Resume the job on {host!r}, where it was submitted."
         )
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(Path(record.home, "resume.lock")))
         except BlockingIOError:
             raise ConfigurationError(
-                f"Another `cloudtrain job run --resume {record.id}` starts this job just now."
+                f"A second `cloudtrain job run --resume {record.id}` is already starting this job."
             ) from None
         return _resume(store, look(store, store.read(record.id)))
 
@@ -166,74 +173,75 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
 def _resume(store: JobStore, record: JobRecord) -> JobRecord:
     if not record.is_over:
         raise ConfigurationError(
-            f"The job {record.id!r} is {record.state}. `cloudtrain job cancel {record.id}` ends it."
+            f"The job {record.id!r} is {record.state}. Cancel it first: `cloudtrain job cancel {record.id}`."
         )
     if record.state == "finished":
-        raise ConfigurationError(f"The job {record.id!r} has finished. Submit the job file to train anew.")
+        raise ConfigurationError(
+            f"The job {record.id!r} has finished. Submit the job file again for a new training."
+        )
     submission = Submission.load_here(record.home)
-    submission.plan.own_variables(os.environ)
-    starter(submission).check(submission)
-    _check_run_not_shared(submission.job, store)
+    _check(submission, store)
     store.forget_cancel(record.id)
     record = store.write(record, state="queued", reason=None, restarts=0)
-    try:
+    with _failure_recorded(store, record):
         return starter(submission).submit(submission, store, record)
+
+
+@contextlib.contextmanager
+def _failure_recorded(store: JobStore, record: JobRecord) -> Iterator[None]:
+    """Record why a job could not be started, unless a supervisor has it already and writes the record."""
+    try:
+        yield
     except BaseException as error:
-        _give_up(store, record, error)
+        try:
+            if store.read(record.id).state == "queued":
+                reason = f"It could not be started: {error or type(error).__name__}"
+                store.write(record, state="failed", reason=reason)
+        except CloudTrainError as other:
+            logger.warning("%s", other)  # the first error is the one to raise
         raise
 
 
-def _give_up(store: JobStore, record: JobRecord, error: BaseException) -> None:
-    """Show why a job was not started, unless somebody has taken it over already and writes its record."""
-    try:
-        if store.read(record.id).state == "queued":
-            store.write(
-                record, state="failed", reason=f"It could not be started: {error or type(error).__name__}"
-            )
-    except CloudTrainError as other:
-        logger.warning("%s", other)  # the first error is the one to tell
-
-
 def look(store: JobStore, record: JobRecord) -> JobRecord:
-    """A record with what its engine knows now; what is over for good is kept."""
+    """A record with what its engine knows now. A final state is written to the store, except `lost`."""
     if record.is_over:
         return record
-    seen = _broken_off(record) or engine(record.engine).look(record)
-    if seen is None or (seen.state, seen.reason) == (record.state, record.reason):
+    status = _interrupted(record) or engine(record.engine).look(record)
+    if status is None or (status.state, status.reason) == (record.state, record.reason):
         return record
-    seen_record = dataclasses.replace(record, state=seen.state, reason=seen.reason)
-    # What is lost may come back: a disk that is mounted again, a clock that was set.
-    if not seen_record.is_over or seen.state == "lost":
-        return seen_record
+    current = dataclasses.replace(record, state=status.state, reason=status.reason)
+    # A lost job may come back, after its disk was mounted again or the clock was set.
+    if not current.is_over or status.state == "lost":
+        return current
     latest = store.read(record.id)
     if latest.is_over:
-        return latest  # its supervisor has written that, and ended, since the record was read
+        return latest  # its supervisor wrote this, and exited, after the record was read
     starts = tuple(
-        start if start.ended else dataclasses.replace(start, ended=time.time(), outcome=seen.state)
+        start if start.ended else dataclasses.replace(start, ended=time.time(), outcome=status.state)
         for start in latest.starts
     )
-    return store.write(latest, state=seen.state, reason=seen.reason, starts=starts)
+    return store.write(latest, state=status.state, reason=status.reason, starts=starts)
 
 
-def _broken_off(record: JobRecord) -> EngineStatus | None:
-    """What is known of a job whose submitter was killed before an engine had it."""
+def _interrupted(record: JobRecord) -> EngineStatus | None:
+    """The status of a job whose submitter was killed before an engine had it."""
     by = record.submitter
     if record.state != "queued" or record.handle or by.get("host") != platform.node() or is_alive(by):
         return None
-    return EngineStatus("failed", "Its submission was broken off, so nothing was started. Submit it again.")
+    return EngineStatus("failed", "Its submission was interrupted, so nothing was started. Submit it again.")
 
 
 def cancel(store: JobStore, job_id: str) -> JobRecord:
-    """Ask for the end of a job; returns at once.
+    """Ask a job to stop; returns at once.
 
     Raises:
-        NoJobError: there is none. ConfigurationError: it is over, or its engine does not answer.
+        NoJobError: there is no such job. ConfigurationError: it is over, or its engine fails.
     """
     record = store.read(job_id)
     try:
         record = look(store, record)
     except CloudTrainError as error:
-        logger.warning("%s", error)  # a supervisor that runs needs no engine to see the mark
+        logger.warning("%s", error)  # a running supervisor sees the mark without its engine
     if record.is_over:
         raise ConfigurationError(f"The job {record.id!r} is over: {record.state}.")
     store.ask_to_cancel(record.id)
@@ -247,7 +255,7 @@ def starter_of(record: JobRecord) -> Engine:
 
 
 def starter(submission: Submission) -> Engine:
-    """The engine of a job that is not started yet."""
+    """The engine of a job that has no record yet."""
     return engine(submission.job.engine)
 
 
@@ -258,18 +266,8 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
     return DatasetStore(store.url).find(name, int(version) if version else None).version
 
 
-def _check_run_not_shared(job: Job, store: JobStore) -> None:
-    """Two jobs that write to one run would overtake each other for ever."""
-    record = None if job.run_url is None else writer_of(job.run_url, store)
-    if record is not None:
-        raise ConfigurationError(
-            f"The job {record.id!r} is {record.state} and writes to {job.run_url!r} already. Cancel it (`cloudtrain "
-            f"job cancel {record.id}`), or give this job another 'run_url'."
-        )
-
-
 def writer_of(run_url: str, store: JobStore) -> JobRecord | None:
-    """The job that writes to a run and is not over; None where the store knows of none."""
+    """The job that writes to a run and is not over; None if this store has no such job."""
     url = shown_url(run_url)
     for record in store.records():
         if shown_url(record.run_url) == url and not (found := look(store, record)).is_over:

@@ -1,4 +1,4 @@
-"""What the nodes of a job say, from the files that they say it to."""
+"""The output of a job's nodes, from their log files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.submission import Submission
 
 POLL = 0.3
-"""Seconds between two looks at the files."""
-LONGEST = 64 * 1024
-"""Characters of a line that are shown; a progress bar can be one line of megabytes."""
+"""Seconds between two reads of the files."""
+MAX_LENGTH = 64 * 1024
+"""Characters of a line that are shown; the line of a progress bar can have megabytes."""
 
 
 def follow_files(files: Mapping[str, Path], follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:
-    """The lines of several growing files, each with its label before it where there is more than one.
+    """The lines of growing files, each with the label of its file if there are several.
 
     Args:
-        files: by label, such as "node 0"; one that is not there yet may come.
-        follow: wait for more until `is_over`.
+        files: by label, such as "node 0"; a file may appear later.
+        follow: wait for more lines until `is_over`.
     """
     with contextlib.ExitStack() as opened:
         tails = [
             _Tail(f"[{label}] " if len(files) > 1 else "", path, opened) for label, path in files.items()
         ]
         while True:
-            over = not follow or is_over()  # before the last look, so that nothing said until then is missed
+            over = not follow or is_over()  # before the last read, which then misses nothing
             found = False
             for tail in tails:
                 for line in tail.lines(last=over):
@@ -45,10 +45,10 @@ def follow_files(files: Mapping[str, Path], follow: bool, is_over: Callable[[], 
 def follow_nodes(
     record: JobRecord, node_rank: int | None, follow: bool, is_over: Callable[[JobRecord], bool]
 ) -> Iterator[str]:
-    """The lines of one node, or of all, from the files in the job's home.
+    """The lines of one node, or of all nodes, from the files in the job's home.
 
     Args:
-        is_over: whether a job with this record, just read, writes nothing more.
+        is_over: whether the job writes nothing more, by its newest record.
     """
     submission = Submission.load_here(record.home)
     store = JobStore(submission.store)
@@ -58,7 +58,7 @@ def follow_nodes(
 
 
 def mark_start(submission: Submission, number: int) -> None:
-    """Write into the log of every node that a start begins."""
+    """Mark the beginning of a start in the log of every node."""
     submission.log.mkdir(parents=True, exist_ok=True)
     for rank in range(submission.plan.nodes):
         with open(submission.node_log(rank), "ab") as log:
@@ -66,10 +66,10 @@ def mark_start(submission: Submission, number: int) -> None:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, without reading all of a large one; none where it is not there."""
+    """The last lines of a file, without reading all of a large one; empty if there is no file."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, io.SEEK_END) - LONGEST))
+            file.seek(max(0, file.seek(0, io.SEEK_END) - MAX_LENGTH))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
@@ -85,15 +85,15 @@ class _Tail:
         self._rest = b""
 
     def lines(self, *, last: bool) -> Iterator[str]:
-        """What has come since; an unfinished line too, if it is the last look."""
+        """The new lines; at the last read an unfinished line too."""
         if self._file is None:
             try:
                 self._file = self._opened.enter_context(self._path.open("rb"))
             except FileNotFoundError:
                 return
-        while block := self._file.read(LONGEST):
+        while block := self._file.read(MAX_LENGTH):
             *whole, self._rest = (self._rest + block).split(b"\n")
-            if len(self._rest) > LONGEST:
+            if len(self._rest) > MAX_LENGTH:
                 whole.append(self._rest)
                 self._rest = b""
             for line in whole:
@@ -104,5 +104,5 @@ class _Tail:
 
 
 def _shown(line: str) -> str:
-    """Of a progress bar that writes over itself, the last state."""
-    return line.rstrip("\r").rpartition("\r")[2][:LONGEST]
+    """The last state of a progress bar that overwrites itself."""
+    return line.rstrip("\r").rpartition("\r")[2][:MAX_LENGTH]

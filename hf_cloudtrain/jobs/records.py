@@ -1,15 +1,15 @@
-"""What is known of each job, on the user's store: an engine may forget a job, and this does not.
+"""The record of each job on the user's store, which stays when an engine forgets the job.
 
     <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
-    <store>/jobs/cancelled/mnli-2       somebody wants it to end
+    <store>/jobs/cancelled/mnli-2       the user has cancelled it
 
-and on the disk of whoever submits it, its home: `<store>/jobs/mnli-2/`, or a folder of that store below
-`~/.hf_cloudtrain/jobs/` where the store is elsewhere:
+and on the machine that submits the job its home: `<store>/jobs/mnli-2/` in a local store, or else a folder below
+`~/.hf_cloudtrain/jobs/`:
 
-    job.json      what its nodes are to do (submission.py)
-    workspace/    a copy of the folder that was given with -d
+    job.json      what its nodes run (submission.py)
+    workspace/    a copy of the folder given with -d
     log/          node-0.log, node-1.log, … and supervisor.log
-    nodes/0/      exit files of node 0, one a start
+    nodes/0/      exit files and node files of node 0, one of each for a start
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from hf_cloudtrain.storage.urls import is_local, local_path
 State = Literal[
     "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"
 ]
-"""`preempted`: saved and stopped, and nobody starts it again by itself. `lost`: whoever watched over it is gone."""
+"""`preempted`: saved and stopped, and not restarted automatically. `lost`: its supervisor has disappeared."""
 
 OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "cancelled"))
-"""States in which nothing of a job runs or waits."""
+"""States in which no process of a job runs or is queued."""
 READERS = 16
-"""Records that are read at once: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
+"""Records that are read in parallel: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Start:
 
     number: int
     began: float
-    """Seconds since 1970, as all times here."""
+    """Seconds since 1970, like all times here."""
     ended: float | None = None
     outcome: str | None = None
-    """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken`, `failed`; None while it runs."""
+    """As in the exit file: `finished`, `preempted`, `stopped`, `overtaken` or `failed`; None while it runs."""
     reason: str | None = None
     exit_codes: tuple[int | None, ...] = ()
-    """Of the nodes: 0 finished, 75 saved and stopped, 1 else; None for one that was lost. The reason has the command's."""
+    """Of the nodes: 0 finished, 75 saved and stopped, 1 failed, None lost. The reason has the exit code of the command."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JobRecord:
-    """One job, as it was last seen."""
+    """One job, in its last known state."""
 
     id: str
     """Name and number, such as `mnli-2`."""
@@ -66,7 +66,7 @@ class JobRecord:
     engine: str
     run_url: str
     home: str
-    """Folder of the machine that submitted it."""
+    """Folder on the machine that submitted it."""
     nodes: int
     nproc_per_node: int
     max_restarts: int
@@ -76,7 +76,7 @@ class JobRecord:
     submitted_by: dict[str, str] = dataclasses.field(default_factory=dict)
     """User and host."""
     submitter: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The process that submits it (family.py): while there is no handle, nobody else would finish that."""
+    """The process that submits it (see `this_process`). If it dies before there is a handle, the job never starts."""
     state: State = "queued"
     reason: str | None = None
     updated: float = 0.0
@@ -84,16 +84,16 @@ class JobRecord:
     """Starts after a crash."""
     starts: tuple[Start, ...] = ()
     handle: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What its engine finds it by, such as the number of a Slurm job."""
+    """What identifies it to its engine, such as the number of a Slurm job."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing of it runs or waits."""
+        """Whether no process of it runs or is queued."""
         return self.state in OVER
 
     @property
     def resume_hint(self) -> str:
-        """The sentence with the command that starts the job again."""
+        """A sentence with the command that resumes the job."""
         return f"Resume it with `cloudtrain job run --resume {self.id}`."
 
 
@@ -101,7 +101,7 @@ class JobStore:
     """The jobs of one store.
 
     Args:
-        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, and else a folder in the home folder.
+        store: any URL or folder; None: `HF_CLOUDTRAIN_STORE`, or else a folder in the home folder.
 
     Example:
         >>> jobs = JobStore()
@@ -111,41 +111,41 @@ class JobStore:
 
     def __init__(self, store: str | None = None) -> None:
         self.url = env.store(store)
-        self._options = env.storage_options(None)
-        self.storage = Storage(self.below("jobs"), self._options)
+        self.storage = Storage(self.below("jobs"), env.storage_options(None))
 
     def below(self, *names: str) -> str:
-        """URL of something in the store."""
+        """URL of a path in the store."""
         return "/".join((self.url.rstrip("/"), *names))
 
     def create(self, name: str, **facts: Any) -> JobRecord:
-        """Take the next number of a name. Facts are those of `JobRecord`; a missing run URL is one below the store."""
+        """Make a record with the next number of a name.
+
+        Args:
+            facts: fields of `JobRecord`; the default of `run_url` is a URL below the store.
+        """
         while True:
             job_id = self.next_id(name)
-            run_url = facts.get("run_url") or self.below("runs", job_id)
-            record = JobRecord(
-                id=job_id,
-                name=name,
-                home=str(self.home(job_id)),
-                created=time.time(),
-                submitted_by=person(),
-                **{**facts, "run_url": run_url},
-            )
+            facts = {
+                **facts,
+                "run_url": facts.get("run_url") or self.below("runs", job_id),
+                "home": str(self.home(job_id)),
+            }
+            record = JobRecord(id=job_id, name=name, created=time.time(), submitted_by=person(), **facts)
             if self.storage.create(_path(job_id), _encode(record)):
                 return record
 
     def next_id(self, name: str) -> str:
-        """The id that the next job of a name gets."""
+        """The id of the next job with a name."""
         numbers = [number for other, number in map(_split, self.ids()) if other == name]
         return f"{name}-{max(numbers, default=0) + 1}"
 
     def ids(self) -> list[str]:
-        """Every job, by name and number."""
+        """The ids of all jobs, by name and number."""
         paths = [info.path for info in self.storage.list("records")]
         return sorted((path[8:-5] for path in paths if path.endswith(".json")), key=_split)
 
     def records(self) -> list[JobRecord]:
-        """Every job whose record can be read, oldest first."""
+        """All jobs whose record can be read, oldest first."""
         (found,) = in_threads(self._read_or_none, (self.ids(), READERS))
         return sorted((record for record in found if record is not None), key=lambda record: record.created)
 
@@ -156,7 +156,7 @@ class JobStore:
             return None
 
     def read(self, job_id: str) -> JobRecord:
-        """The record of a job, by its id, or by its name: the newest. Raises NoJobError, ManifestError."""
+        """The record of a job by its id, or of the newest job with a name. Raises NoJobError, ManifestError."""
         if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", job_id):
             try:
                 return _decode(self.storage.read(_path(job_id)), job_id)
@@ -168,22 +168,22 @@ class JobStore:
             near = difflib.get_close_matches(job_id, ids, n=1)
             hint = f" The nearest is {near[0]!r}." if near else ""
             raise NoJobError(
-                f"There is no job {job_id[:100]!r} in {self.storage.url!r}.{hint} `cloudtrain job list` shows those that exist."
+                f"There is no job {job_id[:100]!r} in {self.storage.url!r}.{hint} List the jobs with `cloudtrain job list`."
             )
         return _decode(self.storage.read(_path(same[-1])), same[-1])
 
     def write(self, record: JobRecord, **changes: Any) -> JobRecord:
-        """Show a job's record as it is now. One process at a time writes a record: whoever watches over the job."""
+        """Write the record of a job with changes. Only one process at a time does: the submitter, then the supervisor."""
         record = dataclasses.replace(record, updated=time.time(), **changes)
         self.storage.write(_path(record.id), _encode(record))
         return record
 
     def ask_to_cancel(self, job_id: str) -> bool:
-        """Note that a job is to end; False where somebody had asked already."""
+        """Mark a job as cancelled; False if it is already."""
         return self.storage.create(f"cancelled/{job_id}", encode_record({"asked": time.time(), **person()}))
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Whether somebody wants a job to end."""
+        """Whether the user has cancelled a job."""
         try:
             self.storage.read(f"cancelled/{job_id}")
         except FileNotFoundError:
@@ -191,17 +191,16 @@ class JobStore:
         return True
 
     def forget_cancel(self, job_id: str) -> None:
-        """The job may go on."""
+        """Remove the cancel mark of a job."""
         self.storage.delete([f"cancelled/{job_id}"])
 
     def home(self, job_id: str) -> Path:
-        """Folder of a job on this machine."""
+        """The home folder of a job on this machine."""
         if is_local(self.url):
             return Path(local_path(self.url), "jobs", job_id)
-        # Other stores have jobs of the same ids, and so has the folder itself, which is the store of whoever sets none.
-        return Path(
-            env.own_folder(), "jobs", hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:12], job_id
-        )
+        # Other stores have jobs with the same ids, and so has this folder itself, which is the default store.
+        digest = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()
+        return Path(env.own_folder(), "jobs", digest[:12], job_id)
 
 
 def _path(job_id: str) -> str:
@@ -230,5 +229,5 @@ def _decode(data: bytes, job_id: str) -> JobRecord:
     except (TypeError, AttributeError, ValueError) as error:
         raise ManifestError(f"The {what} is damaged: {error}") from error
     if record.id != job_id:
-        raise ManifestError(f"The {what} is that of {record.id!r}.")
+        raise ManifestError(f"The {what} belongs to {record.id!r}.")
     return record

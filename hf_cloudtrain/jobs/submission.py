@@ -1,4 +1,4 @@
-"""A job as it is handed to an engine and to its nodes: `job.json` in the job's home, without the value of any variable."""
+"""A job as its engine and its nodes receive it: `job.json` in the job's home, without the values of variables."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hf_cloudtrain.jobs.spec.node_plan import Plan
 
 FILE = "job.json"
 SUPERVISOR_LOCK = "supervisor.lock"
-"""In the home: held by whoever watches over the job on this machine."""
+"""In the home: the lock of the job's supervisor on this machine."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """Everything that is decided about a job before its first process starts.
+    """All decisions about a job before its first process starts.
 
     Example:
         >>> submission = Submission.load("/home/me/.hf_cloudtrain/jobs/mnli-1")
@@ -36,45 +36,42 @@ class Submission:
     store: str
     home: Path
     has_workspace: bool = False
-    """Whether a copy of a folder is in `workspace/` of the home."""
+    """Whether `workspace/` in the home is a copy of the user's folder."""
     dataset_version: int | None = None
-    """Version of `job.data`, decided when the job was submitted: all starts of a job see one."""
+    """Version of `job.data`, chosen at submission so that all starts of a job see the same one."""
 
     @property
     def workspace(self) -> Path:
-        """The folder that the job finds at its workspace's mount path; empty where none was given."""
+        """The folder that the job finds at its workspace's mount path; empty without `-d`."""
         return self.home / "workspace"
 
     @property
     def log(self) -> Path:
-        """Folder of what the nodes say."""
+        """Folder of the nodes' output."""
         return self.home / "log"
 
     def node_log(self, node_rank: int) -> Path:
-        """What one node says."""
+        """Output of one node."""
         return self.log / f"node-{node_rank}.log"
 
     def exit_file(self, node_rank: int, start: int) -> Path:
-        """Where the script of one node says how it ended."""
+        """File in which the script on one node records how it ended."""
         return self.home / "nodes" / str(node_rank) / f"exit-{start}.json"
 
     def node_file(self, node_rank: int, start: int) -> Path:
-        """Where one node says how its command ended."""
+        """File in which one node records how its command ended."""
         return self.home / "nodes" / str(node_rank) / f"node-{start}.json"
 
     def restored_file(self, start: int) -> Path:
-        """Which checkpoint the nodes that share this folder take for one start."""
+        """File with the checkpoint that the nodes on this disk restore in one start."""
         return self.home / "nodes" / f"restored-{start}"
 
     def forget_start(self, number: int) -> None:
-        """Take away what nodes have left of a start of this number, which no record knows."""
-        ranks = range(self.plan.nodes)
-        left = [
-            *(self.exit_file(rank, number) for rank in ranks),
-            *(self.node_file(rank, number) for rank in ranks),
-        ]
-        for path in (*left, self.restored_file(number)):
-            path.unlink(missing_ok=True)
+        """Delete the files of an old start with this number, whose supervisor was killed before it recorded it."""
+        for rank in range(self.plan.nodes):
+            self.exit_file(rank, number).unlink(missing_ok=True)
+            self.node_file(rank, number).unlink(missing_ok=True)
+        self.restored_file(number).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write `job.json`."""
@@ -84,7 +81,7 @@ class Submission:
         os.replace(beside, self.home / FILE)
 
     def encode(self) -> dict[str, Any]:
-        """What `job.json` holds. Variables have names there, and no values."""
+        """The content of `job.json`: of variables only the names."""
         job = self.job.model_dump(mode="json", exclude_none=True)
         job["env"] = dict.fromkeys(self.job.env)
         return {
@@ -101,35 +98,26 @@ class Submission:
 
     @classmethod
     def load(cls, home: str | os.PathLike[str]) -> Submission:
-        """The one in a job's home. Raises OSError, ValueError."""
+        """The submission in a job's home. Raises OSError, ValueError."""
         return cls.decode(json.loads(Path(home, FILE).read_text()), Path(home))
 
     @classmethod
     def load_here(cls, home: str | os.PathLike[str]) -> Submission:
-        """The same for a person. Raises ConfigurationError where it is not on this machine."""
+        """As `load`, for a command line. Raises ConfigurationError if the home is not on this machine."""
         try:
             return cls.load(home)
         except FileNotFoundError:
             raise ConfigurationError(
-                f"{os.fspath(home)!r} has no {FILE}: the job was submitted on another machine (look from one that shares "
-                "its disk), or its submission was broken off (submit it again)."
+                f"{os.fspath(home)!r} has no {FILE}: either the job was submitted on a different machine (use one that "
+                "shares its disk), or its submission was interrupted (submit it again)."
             ) from None
 
     @classmethod
     def decode(cls, record: Mapping[str, Any], home: Path) -> Submission:
-        """The one that `encode` gave, with its home wherever it is now."""
+        """The submission that `encode` gave, with its home at its current path."""
         job = Job.model_validate(record["job"])
-        if env.GRACE in job.env:  # no secret, and known
+        if env.GRACE in job.env:  # not a secret, and recorded
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
-        nodes, nproc_per_node = record["nodes"], record["nproc_per_node"]
-        plan = Plan(nodes, nproc_per_node, job.checkpoint_dir, job.env, record["grace"])
-        return cls(
-            job=job,
-            plan=plan,
-            id=record["id"],
-            run_url=record["run_url"],
-            store=record["store"],
-            home=home,
-            has_workspace=record["has_workspace"],
-            dataset_version=record["dataset_version"],
-        )
+        plan = Plan(record["nodes"], record["nproc_per_node"], job.checkpoint_dir, job.env, record["grace"])
+        same = ("id", "run_url", "store", "has_workspace", "dataset_version")
+        return cls(job=job, plan=plan, home=home, **{name: record[name] for name in same})

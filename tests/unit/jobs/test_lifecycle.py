@@ -1,4 +1,4 @@
-"""Jobs: what is decided and refused before anything starts, and what an engine's trouble leaves behind."""
+"""Jobs: what is decided and refused before anything starts, and what is recorded when an engine fails."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FILES = Path(__file__).resolve().parents[2] / "data"
 TEXT = "name: toy\nengine: {engine}\njob_setting: {{docker: {{command: torchrun train.py}}}}\n"
 
 
-class Pretended:
+class FakeEngine:
     """An engine that starts nothing."""
 
     def __init__(self) -> None:
         self.submitted: list[Submission] = []
-        self.trouble: Exception | None = None
-        self.seen: EngineStatus | None = None
+        self.failure: Exception | None = None
+        self.status: EngineStatus | None = None
         self.cancelled: list[str] = []
 
     def check(self, submission: Submission) -> None:
@@ -42,19 +42,19 @@ class Pretended:
         return "nothing"
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
-        if self.trouble is not None:
-            raise self.trouble
+        if self.failure is not None:
+            raise self.failure
         self.submitted.append(submission)
         return store.write(record, state="running")
 
     def look(self, record: JobRecord) -> EngineStatus | None:
-        return self.seen
+        return self.status
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
         self.cancelled.append(record.id)
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
-        yield "said"
+        yield "a line"
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobStore:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Pretended:
-    pretended = Pretended()
-    monkeypatch.setattr(lifecycle, "engine", lambda name: pretended)
-    return pretended
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(lifecycle, "engine", lambda name: fake)
+    return fake
 
 
 def submitted(store: JobStore, text: str = TEXT.format(engine="local")) -> JobRecord:
@@ -81,11 +81,11 @@ def test_periflows_files_are_two_nodes_of_four_processes_on_every_engine(
     store: JobStore, tmp_path: Path, engine_name: str, file: str, dataset: str
 ) -> None:
     (tmp_path / "data.txt").write_text("data")
-    for words in (
+    for argv in (
         ("data", "create", dataset, str(tmp_path / "data.txt")),
         ("job", "run", "-f", str(FILES / f"periflow_{file}.yml"), "--engine", engine_name, "--dry-run"),
     ):
-        result = CliRunner().invoke(app, list(words))
+        result = CliRunner().invoke(app, list(argv))
         assert result.exit_code == 0, result.output
     assert f"by the engine {engine_name}: 2 nodes of 4 processes" in result.stdout
     assert store.ids() == []
@@ -93,17 +93,17 @@ def test_periflows_files_are_two_nodes_of_four_processes_on_every_engine(
 
 
 def test_an_engine_that_cannot_start_a_job_leaves_a_record_that_says_so(
-    store: JobStore, engine: Pretended
+    store: JobStore, engine: FakeEngine
 ) -> None:
-    engine.trouble = ConfigurationError("sbatch says no")
+    engine.failure = ConfigurationError("sbatch says no")
     with pytest.raises(ConfigurationError, match="sbatch says no"):
         submitted(store)
     record = store.read("toy")
     assert (record.state, record.reason) == ("failed", "It could not be started: sbatch says no")
 
 
-def test_a_folder_goes_to_the_home_and_what_its_nodes_need_stands_beside_it(
-    store: JobStore, engine: Pretended, tmp_path: Path
+def test_the_home_has_a_copy_of_the_folder_and_what_the_nodes_need(
+    store: JobStore, engine: FakeEngine, tmp_path: Path
 ) -> None:
     code = tmp_path / "code"
     code.mkdir()
@@ -117,7 +117,7 @@ def test_a_folder_goes_to_the_home_and_what_its_nodes_need_stands_beside_it(
     assert engine.submitted[0].home == home
 
 
-def test_what_jobs_keep_is_no_part_of_a_workspace_that_it_is_in(engine: Pretended, tmp_path: Path) -> None:
+def test_jobs_and_runs_inside_a_workspace_are_not_copied(engine: FakeEngine, tmp_path: Path) -> None:
     code = tmp_path / "code"
     (code / "run").mkdir(parents=True)
     for name in ("train.py", "run/weights"):
@@ -140,24 +140,22 @@ def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anyt
     job = parse_job(
         b"name: toy\njob_setting: {docker: {command: echo}}\ndata: {name: set, mount_path: /workspace/data}"
     )
-    with pytest.raises(ConfigurationError, match=r"leave that out of the workspace \(\.cloudtrainignore\)"):
+    with pytest.raises(ConfigurationError, match=r"exclude that from the workspace \(\.cloudtrainignore\)"):
         lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
     assert [(record.state, record.starts) for record in store.records()] == [("failed", ())]
 
 
-def test_a_folder_that_is_none_and_a_dataset_that_is_none_are_refused(
-    store: JobStore, tmp_path: Path
-) -> None:
+def test_a_missing_folder_and_a_missing_dataset_are_refused(store: JobStore, tmp_path: Path) -> None:
     job = parse_job(
         b"name: toy\ndata: {name: mnli@2, mount_path: /data}\njob_setting: {docker: {command: echo}}"
     )
-    with pytest.raises(ConfigurationError, match="no folder"):
+    with pytest.raises(ConfigurationError, match="is not a folder"):
         lifecycle.prepare(job, store, workspace=tmp_path / "nothing")
     with pytest.raises(NoDatasetError, match="'mnli'"):
         lifecycle.prepare(job, store)
 
 
-def test_only_one_job_at_a_time_writes_to_a_run(store: JobStore, engine: Pretended) -> None:
+def test_only_one_job_at_a_time_writes_to_a_run(store: JobStore, engine: FakeEngine) -> None:
     text = TEXT.format(engine="local") + "run_url: /runs/one\n"
     first = submitted(store, text)
     with pytest.raises(ConfigurationError, match=r"'toy-1' is running and writes to '/runs/one'"):
@@ -166,43 +164,45 @@ def test_only_one_job_at_a_time_writes_to_a_run(store: JobStore, engine: Pretend
     assert submitted(store, text).id == "toy-2"
 
 
-def test_what_an_engine_sees_is_shown_and_an_end_is_kept(store: JobStore, engine: Pretended) -> None:
+def test_the_status_of_an_engine_is_shown_and_a_final_one_is_kept(
+    store: JobStore, engine: FakeEngine
+) -> None:
     record = submitted(store)
     assert lifecycle.look(store, record) == record
-    engine.seen = EngineStatus("stopping", "asked")
+    engine.status = EngineStatus("stopping", "asked")
     assert lifecycle.look(store, record).state == "stopping"
     assert store.read("toy").state == "running"
-    engine.seen = EngineStatus("lost", "gone")
+    engine.status = EngineStatus("lost", "gone")
     assert lifecycle.look(store, record).state == "lost"
     assert store.read("toy").state == "running"  # it may come back
-    engine.seen = EngineStatus("finished")
+    engine.status = EngineStatus("finished")
     assert lifecycle.look(store, record).state == "finished"
     assert store.read("toy").state == "finished"
-    engine.seen = EngineStatus("running")
+    engine.status = EngineStatus("running")
     assert lifecycle.look(store, store.read("toy")).state == "finished"
 
 
-def test_what_a_supervisor_wrote_last_beats_what_its_engine_makes_of_its_end(
-    store: JobStore, engine: Pretended
+def test_the_last_record_of_a_supervisor_overrides_the_status_of_its_engine(
+    store: JobStore, engine: FakeEngine
 ) -> None:
     before = submitted(store)
     store.write(before, state="finished", reason="All done.")
-    engine.seen = EngineStatus("failed", "Slurm: COMPLETED")
+    engine.status = EngineStatus("failed", "Slurm: COMPLETED")
     assert lifecycle.look(store, before).reason == "All done."
     assert store.read("toy").state == "finished"
 
 
-def test_a_start_that_nobody_closed_ends_with_its_job(store: JobStore, engine: Pretended) -> None:
+def test_a_start_without_an_end_ends_with_its_job(store: JobStore, engine: FakeEngine) -> None:
     record = store.write(submitted(store), starts=(Start(1, 1.0, 2.0, "preempted"), Start(2, 3.0)))
-    engine.seen = EngineStatus("cancelled", "scancel")
+    engine.status = EngineStatus("cancelled", "scancel")
     starts = lifecycle.look(store, record).starts
     assert [start.outcome for start in starts] == ["preempted", "cancelled"]
     assert starts[1].ended is not None
     assert starts[0].ended == 2.0
 
 
-def test_a_job_is_asked_to_end_although_its_engine_does_not_answer(
-    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+def test_a_job_is_cancelled_although_its_engine_fails(
+    store: JobStore, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = submitted(store)
 
@@ -215,8 +215,8 @@ def test_a_job_is_asked_to_end_although_its_engine_does_not_answer(
     assert engine.cancelled == [record.id]
 
 
-def test_a_job_that_is_over_is_not_cancelled_and_one_that_runs_is_not_resumed(
-    store: JobStore, engine: Pretended
+def test_a_job_that_is_over_is_not_cancelled_and_a_running_one_is_not_resumed(
+    store: JobStore, engine: FakeEngine
 ) -> None:
     record = submitted(store)
     with pytest.raises(ConfigurationError, match="is running"):
@@ -231,7 +231,9 @@ def test_a_job_that_is_over_is_not_cancelled_and_one_that_runs_is_not_resumed(
         lifecycle.resume(store, "toy")
 
 
-def test_a_resume_forgets_the_cancel_and_counts_restarts_anew(store: JobStore, engine: Pretended) -> None:
+def test_a_resume_removes_the_cancel_mark_and_resets_the_restarts(
+    store: JobStore, engine: FakeEngine
+) -> None:
     record = submitted(store)
     lifecycle.cancel(store, "toy")
     store.write(record, state="cancelled", restarts=2, starts=(Start(1, 0.0),))
@@ -240,32 +242,34 @@ def test_a_resume_forgets_the_cancel_and_counts_restarts_anew(store: JobStore, e
     assert not store.is_cancelled("toy-1")
 
 
-def test_a_job_of_another_machine_is_not_resumed_here(store: JobStore, engine: Pretended) -> None:
+def test_a_job_of_a_different_machine_is_not_resumed_here(store: JobStore, engine: FakeEngine) -> None:
     record = submitted(store)
     store.write(record, state="failed", home="/nowhere/toy-1", submitted_by={"host": "far"})
-    with pytest.raises(ConfigurationError, match="submitted on 'far'"):
+    with pytest.raises(ConfigurationError, match="on 'far', where it was submitted"):
         lifecycle.resume(store, "toy")
 
 
-def test_a_job_whose_submitter_was_killed_is_in_nobodys_way(store: JobStore, engine: Pretended) -> None:
+def test_a_job_whose_submitter_was_killed_blocks_no_other_job(store: JobStore, engine: FakeEngine) -> None:
     url = str(store.url) + "/run"
     facts = {"engine": "local", "run_url": url, "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
     record = store.create("toy", submitter=this_process(), **facts)
-    assert lifecycle.look(store, record) == record, "we live, and may still copy the workspace"
+    assert lifecycle.look(store, record) == record, "this process runs, and may still copy the workspace"
     for change in ({"pid": 999999999}, {"boot": "another"}, {"began": -1}):
         gone = store.write(record, submitter={**record.submitter, **change})
         assert (lifecycle.look(store, gone).state, store.read("toy-1").state) == ("failed", "failed")
     Path(record.home).mkdir(parents=True)
-    with pytest.raises(ConfigurationError, match="broken off"):
+    with pytest.raises(ConfigurationError, match="interrupted"):
         lifecycle.resume(store, "toy-1")
     far = store.write(record, submitter={**record.submitter, "host": "far", "boot": "another"})
-    assert lifecycle.look(store, far).state == "queued", "of another machine nobody here can tell"
+    assert lifecycle.look(store, far).state == "queued", (
+        "the state of a process on a different machine is unknown"
+    )
     store.write(record, submitter={**record.submitter, "pid": 999999999})
     text = TEXT.format(engine="local") + f"run_url: {url}\n"
     assert submitted(store, text).id == "toy-2"
 
 
-def test_the_grace_of_a_job_needs_no_shell_when_it_is_resumed(store: JobStore, engine: Pretended) -> None:
+def test_a_resume_does_not_take_the_grace_from_the_shell(store: JobStore, engine: FakeEngine) -> None:
     record = submitted(store, TEXT.format(engine="local") + "env: {HF_CLOUDTRAIN_GRACE: 7, DEBUG: 1}\n")
     loaded = Submission.load(record.home)
     assert (loaded.plan.grace, dict(loaded.plan.variables)) == (
@@ -275,7 +279,7 @@ def test_the_grace_of_a_job_needs_no_shell_when_it_is_resumed(store: JobStore, e
 
 
 @pytest.mark.parametrize(
-    ("state", "began", "now", "words"),
+    ("state", "began", "now", "reason"),
     [
         ("running", 50.0, RunState("r", "training", stalled="no step", last_seen=100.0), "no step"),
         ("running", 150.0, RunState("r", "killed", stalled="no heartbeat", last_seen=100.0), None),
@@ -286,24 +290,24 @@ def test_the_grace_of_a_job_needs_no_shell_when_it_is_resumed(store: JobStore, e
         ("running", 50.0, None, None),
     ],
 )
-def test_a_job_that_does_not_get_on_is_shown_as_stalled(
+def test_a_job_without_progress_is_shown_as_stalled(
     store: JobStore,
-    engine: Pretended,
+    engine: FakeEngine,
     monkeypatch: pytest.MonkeyPatch,
     state: Any,
     began: float,
     now: RunState | None,
-    words: str | None,
+    reason: str | None,
 ) -> None:
     record = store.write(submitted(store), state=state, starts=(Start(1, began),))
     monkeypatch.setattr(job_actions, "LATE", 45.0)
     monkeypatch.setattr(job_actions.time, "time", lambda: 100.0)
     monkeypatch.setattr(job_actions, "run_state", lambda catalog: now)
-    assert job_actions._stall(record, now) == words
+    assert job_actions._stall(record, now) == reason
 
 
-def test_an_engine_that_does_not_answer_hides_no_job(
-    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_that_fails_hides_no_job(
+    store: JobStore, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submitted(store)
 
@@ -316,8 +320,8 @@ def test_an_engine_that_does_not_answer_hides_no_job(
     assert "slurmctld is down" in result.stderr
 
 
-def test_a_start_that_fails_does_not_write_over_the_record_of_a_job_that_somebody_has_taken_over(
-    store: JobStore, engine: Pretended, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_submission_does_not_overwrite_the_record_of_a_supervisor(
+    store: JobStore, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken_over(submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         store.write(record, state="starting", handle={"pid": 1})
@@ -329,17 +333,23 @@ def test_a_start_that_fails_does_not_write_over_the_record_of_a_job_that_somebod
     assert store.read("toy").state == "starting"
 
 
-def test_of_two_who_resume_a_job_at_once_one_does(store: JobStore, engine: Pretended) -> None:
+def test_of_two_concurrent_resumes_one_starts_the_job(store: JobStore, engine: FakeEngine) -> None:
     record = submitted(store)
     store.write(record, state="lost")
-    with locked(Path(record.home, "resume.lock")), pytest.raises(ConfigurationError, match="just now"):
+    with (
+        locked(Path(record.home, "resume.lock")),
+        pytest.raises(ConfigurationError, match="already starting"),
+    ):
         lifecycle.resume(store, record.id)
     assert store.read(record.id).state == "lost"
     assert lifecycle.resume(store, record.id).state == "running"
 
 
-def test_the_home_of_a_job_that_runs_is_not_cleared_for_another(store: JobStore, engine: Pretended) -> None:
+def test_the_home_of_a_running_job_is_not_deleted(store: JobStore, engine: FakeEngine) -> None:
     home = store.home("toy-1")
-    with locked(home / SUPERVISOR_LOCK), pytest.raises(ConfigurationError, match="a job runs"):
+    with (
+        locked(home / SUPERVISOR_LOCK),
+        pytest.raises(ConfigurationError, match="a running job without a record"),
+    ):
         submitted(store)
     assert (home / SUPERVISOR_LOCK).exists()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cloudtrain.jobs import logs
-from hf_cloudtrain.jobs.logs import LONGEST, follow_files, last_lines
+from hf_cloudtrain.jobs.logs import MAX_LENGTH, follow_files, last_lines
 
 if TYPE_CHECKING:
     import pytest
 
 
-def test_lines_of_several_files_have_their_label_and_those_of_one_have_none(tmp_path: Path) -> None:
+def test_lines_of_several_files_have_a_label_and_those_of_one_file_have_none(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"{name} 1\n{name} 2\n")
     files = {"node 0": tmp_path / "a", "node 1": tmp_path / "b"}
@@ -26,7 +26,7 @@ def test_lines_of_several_files_have_their_label_and_those_of_one_have_none(tmp_
     assert list(follow_files({"node 1": tmp_path / "b"}, False, lambda: True)) == ["b 1", "b 2"]
 
 
-def test_following_shows_what_comes_until_the_job_is_over_and_loses_nothing(
+def test_following_shows_all_lines_until_the_job_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "node-0.log"
@@ -44,7 +44,7 @@ def test_following_shows_what_comes_until_the_job_is_over_and_loses_nothing(
     assert list(follow_files({"node 0": path}, True, is_over)) == ["first", "half", "last, without an end"]
 
 
-def test_of_a_progress_bar_the_last_state_is_shown(tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_in_its_last_state(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"0%\r50%\r100%\r\ndone \xff\n")
     assert list(follow_files({"x": path}, False, lambda: True)) == ["100%", "done \ufffd"]
@@ -52,13 +52,13 @@ def test_of_a_progress_bar_the_last_state_is_shown(tmp_path: Path) -> None:
 
 def test_a_line_without_an_end_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    path.write_bytes(b"x" * (5 * LONGEST) + b"\nend\n")
+    path.write_bytes(b"x" * (5 * MAX_LENGTH) + b"\nend\n")
     lines = list(follow_files({"x": path}, False, lambda: True))
-    assert max(map(len, lines)) <= LONGEST
+    assert max(map(len, lines)) <= MAX_LENGTH
     assert lines[-1] == "end"
 
 
-def test_the_last_lines_of_a_large_file_and_of_none(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_large_file_and_of_a_missing_one(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("".join(f"line {number}\n\n" for number in range(50_000)))
     assert last_lines(path, 2) == ["line 49998", "line 49999"]

@@ -1,4 +1,4 @@
-"""Job records: one a job, numbered by name, whatever store holds them."""
+"""Job records: one for each job, numbered by name, in any store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(str(tmp_path / "store"))
 
 
-def test_jobs_of_one_name_are_numbered_and_have_runs_and_homes_of_their_own(store: JobStore) -> None:
+def test_jobs_with_one_name_are_numbered_and_have_separate_runs_and_homes(store: JobStore) -> None:
     first, second, other = (store.create(name, **FACTS) for name in ("mnli", "mnli", "mnli-2x"))
     assert [first.id, second.id, other.id] == ["mnli-1", "mnli-2", "mnli-2x-1"]
     assert first.run_url != second.run_url
@@ -28,7 +28,7 @@ def test_jobs_of_one_name_are_numbered_and_have_runs_and_homes_of_their_own(stor
     assert store.ids() == ["mnli-1", "mnli-2", "mnli-2x-1"]
 
 
-def test_jobs_of_two_stores_that_are_elsewhere_have_homes_of_their_own(
+def test_jobs_of_two_remote_stores_have_separate_homes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -40,15 +40,13 @@ def test_jobs_of_two_stores_that_are_elsewhere_have_homes_of_their_own(
     assert all(home.is_relative_to(tmp_path / ".hf_cloudtrain" / "jobs") for home in (here, one, two))
 
 
-def test_a_store_that_is_named_from_here_is_the_same_from_everywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_store_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_CLOUDTRAIN_STORE", "store")
     assert JobStore().create("mnli", **FACTS).run_url == str(tmp_path / "store" / "runs" / "mnli-1")
 
 
-def test_two_who_create_at_once_get_two_numbers(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_concurrent_creates_get_two_numbers(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_late(name: str) -> str:
         monkeypatch.undo()
         store.create(name, **FACTS)
@@ -58,7 +56,7 @@ def test_two_who_create_at_once_get_two_numbers(store: JobStore, monkeypatch: py
     assert store.create("mnli", **FACTS).id == "mnli-2"
 
 
-def test_a_run_url_of_ones_own_is_kept(store: JobStore) -> None:
+def test_a_given_run_url_is_kept(store: JobStore) -> None:
     assert store.create("mnli", run_url="s3://bucket/run", **FACTS).run_url == "s3://bucket/run"
 
 
@@ -71,13 +69,13 @@ def test_what_was_written_is_read(store: JobStore) -> None:
     assert store.records() == [written]
 
 
-def test_a_name_means_its_newest_job_and_an_id_that_very_one(store: JobStore) -> None:
+def test_a_name_means_its_newest_job_and_an_id_means_one_job(store: JobStore) -> None:
     ids = [store.create("mnli", **FACTS).id for _ in range(11)]
     assert store.read("mnli").id == "mnli-11"
     assert store.read("mnli-2").id == ids[1]
 
 
-def test_a_job_that_nobody_knows_is_told_with_the_nearest(store: JobStore) -> None:
+def test_an_unknown_job_is_an_error_that_names_the_nearest(store: JobStore) -> None:
     store.create("mnli", **FACTS)
     with pytest.raises(NoJobError, match=r"no job 'mnly-1' .* The nearest is 'mnli-1'"):
         store.read("mnly-1")
@@ -85,7 +83,7 @@ def test_a_job_that_nobody_knows_is_told_with_the_nearest(store: JobStore) -> No
         store.read("../../secrets")
 
 
-def test_records_are_read_several_at_a_time(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_read_in_parallel(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [store.create("mnli", **FACTS).id for _ in range(4)]
     together = threading.Barrier(4, timeout=20.0)
     read = store.storage.read
@@ -110,14 +108,14 @@ def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_pat
             store.read(name)
 
 
-def test_a_key_of_a_newer_version_is_passed_over(store: JobStore, tmp_path: Path) -> None:
+def test_a_key_of_a_newer_version_is_ignored(store: JobStore, tmp_path: Path) -> None:
     record = store.create("mnli", **FACTS)
     path = tmp_path / "store" / "jobs" / "records" / "mnli-1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "blue"}))
     assert store.read("mnli-1") == record
 
 
-def test_who_asks_first_that_a_job_ends_is_told_so(store: JobStore) -> None:
+def test_only_the_first_cancel_of_a_job_returns_true(store: JobStore) -> None:
     record = store.create("mnli", **FACTS)
     assert not store.is_cancelled(record.id)
     assert [store.ask_to_cancel(record.id), store.ask_to_cancel(record.id)] == [True, False]
@@ -127,14 +125,14 @@ def test_who_asks_first_that_a_job_ends_is_told_so(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("state", ["preempted", "lost", "finished", "failed", "cancelled"])
-def test_what_is_over(store: JobStore, state: str) -> None:
+def test_final_states_are_over(store: JobStore, state: str) -> None:
     record = store.create("mnli", **FACTS)
     assert not record.is_over
     assert state in OVER
     assert store.write(record, state=state).is_over
 
 
-def test_jobs_of_several_stores_elsewhere_have_homes_of_their_own_in_the_home_folder(
+def test_homes_of_remote_stores_are_in_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -148,7 +146,7 @@ def test_jobs_of_several_stores_elsewhere_have_homes_of_their_own_in_the_home_fo
     assert JobStore(f"file://{tmp_path}/here").home("mnli-1") == tmp_path / "here" / "jobs" / "mnli-1"
 
 
-def test_a_store_elsewhere_holds_records_too() -> None:
+def test_a_remote_store_holds_records_too() -> None:
     store = JobStore("memory://jobs-elsewhere")
     record: JobRecord = store.create("mnli", **FACTS)
     assert record.run_url == "memory://jobs-elsewhere/runs/mnli-1"
