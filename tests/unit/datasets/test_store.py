@@ -37,6 +37,7 @@ from hf_cloudtrain.errors import (
 )
 from hf_cloudtrain.runtime import files as runtime_files
 from hf_cloudtrain.runtime import threads as runtime_threads
+from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage
 from tests.servers import Server
@@ -337,7 +338,9 @@ def test_one_file_is_a_dataset_and_links_are_followed(glue: Path, tmp_path: Path
     assert not any(path.is_symlink() for path in copy.rglob("*"))
 
 
-def test_a_source_may_be_a_url_of_a_folder_or_of_one_object(glue: Path, tmp_path: Path) -> None:
+def test_a_source_may_be_a_url_of_a_folder_or_of_one_object(
+    glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = DatasetStore()
     source = Storage("memory://corpora/glue")
     for path in FILES:
@@ -356,10 +359,13 @@ def test_a_source_may_be_a_url_of_a_folder_or_of_one_object(glue: Path, tmp_path
             pytest.raises(CorruptCheckpointError, match="was written to meanwhile"),
         ):
             store.create("torn", "memory://corpora/glue")
-        source.write("train", b"")
-        with pytest.raises(ManifestError, match="as a file and as a folder"):
-            store.create("both", "memory://corpora/glue")
-        source.delete(["train"])
+        listing = Storage.list
+        with (
+            monkeypatch.context() as patched
+        ):  # S3 has keys like these; fsspec's memory hides one of them before 2025.10
+            patched.setattr(Storage, "list", lambda *given: [*listing(*given), ObjectInfo("train", 0)])
+            with pytest.raises(ManifestError, match="as a file and as a folder"):
+                store.create("both", "memory://corpora/glue")
         source.write("../outside", b"")
         source.write("a\\b", b"")
         with pytest.raises(ManifestError, match="not a clean relative path"):
