@@ -1,4 +1,7 @@
-"""Every environment variable this package reads: its default, its unit, its meaning. An argument beats it."""
+"""Every environment variable that this package reads. An argument of the API takes precedence over its variable.
+
+The docstrings of the constants are the table of docs/environment.md: meaning, unit, "Default: …" last.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +14,55 @@ from typing import Any
 from hf_cloudtrain.errors import ConfigurationError
 
 RUN_URL = "HF_CLOUDTRAIN_RUN_URL"
-"""Run URL used when the code names none. No default."""
+"""Run URL for code that passes none: any fsspec URL, or a folder. Default: none."""
 
 STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
-"""JSON object of fsspec `storage_options`, used when the code passes none. Default `{}`."""
+"""JSON object with the `storage_options` of fsspec, for code that passes none. Default: `{}`."""
 
 STORE = "HF_CLOUDTRAIN_STORE"
-"""Store of a user, any URL: datasets, and what jobs keep. Default `~/.hf_cloudtrain`."""
+"""URL or folder that holds your datasets and the records of your jobs. Default: `~/.hf_cloudtrain`."""
 
 CACHE = "HF_CLOUDTRAIN_CACHE"
-"""Folder for local copies of datasets, shared by the processes of a machine. Default `~/.cache/hf_cloudtrain`."""
+"""Folder for local copies of datasets, shared by the processes of a machine. Default: `~/.cache/hf_cloudtrain`."""
 
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
-"""Folder that the function API uploads and restores, used when `init` names none, and `TrainLoop`'s. No default."""
+"""Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none. Default: none."""
 
 RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
-"""Set by a launcher that restored a checkpoint before the script began: its key, such as 000003-0000000500. No default."""
+"""Set by a launcher that has restored a checkpoint before the script starts: its key, such as `000003-0000000500`.
+Default: none."""
 
 DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
-"""Seconds that the end of training waits for uploads. Default 1800: 225 GB at 1 Gbit/s."""
+"""Seconds that the end of training waits for uploads. Default: `1800`, enough for 225 GB at 1 Gbit/s."""
 
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
-"""Seconds between two heartbeats in `progress/`, and between two looks for a newer attempt. Default 15."""
+"""Seconds between two heartbeats of a run, and between two checks for a newer attempt. Default: `15`."""
 
 GRACE = "HF_CLOUDTRAIN_GRACE"
-"""Seconds that a machine has after a notice that names none, such as a signal. Default 30, as launchers have it."""
+"""Seconds from a preemption notice that names no time, such as a signal, to the end of the machine. Default: `30`, as for
+torchrun."""
 
 EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
-"""File that says how an attempt ended, for whoever started the process. No default."""
+"""File to which an attempt writes how it ended, for the program that started it. Default: none."""
 
 STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
-"""A path: when a file appears there, the run saves and stops. No default."""
+"""Path of a file: once it exists, the run saves and stops. Default: none."""
 
 CLOUD_NOTICES = "HF_CLOUDTRAIN_CLOUD_NOTICES"
-"""Which cloud's metadata service is asked for notices: `ec2`, `gce`, `azure`, `off`. Default `auto`: what the machine is."""
+"""Metadata service that is asked for preemption notices: `ec2`, `gce`, `azure`, `off`, or `auto`, which recognises the
+machine. Default: `auto`."""
 
 EC2_DISABLED = "AWS_EC2_METADATA_DISABLED"
-"""AWS's own: `true` forbids any question to EC2's metadata service. Default `false`."""
+"""Variable of AWS: `true` forbids requests to the metadata service of EC2. Default: `false`."""
 
 EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
-"""AWS's own: URL of EC2's metadata service. Default `http://169.254.169.254`."""
+"""Variable of AWS: URL of the metadata service of EC2. Default: `http://169.254.169.254`."""
 
 GCE_HOST = "GCE_METADATA_HOST"
-"""Google's own: host, or host:port, of its metadata service. Default `169.254.169.254`."""
+"""Variable of Google Cloud: host, or host:port, of its metadata service. Default: `169.254.169.254`."""
 
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
-"""Set by `cloudtrain verify-resume`: scratch folder that holds the run, whatever URL is named, and the output. No default."""
-
+"""Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names. Default: none."""
 
 DEFAULT_GRACE = 30.0
 """Seconds; see `GRACE`."""
@@ -101,14 +106,14 @@ def run_url_or_none(argument: str | None) -> str | None:
 def store(argument: str | None) -> str:
     """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder.
 
-    A folder is absolute: what a job keeps in its store is looked for by processes that run elsewhere.
+    A folder is made absolute, because processes in other working directories read the records of a job.
     """
     given = argument or os.environ.get(STORE) or own_folder()
     return given if "://" in given else os.path.abspath(os.path.expanduser(given))
 
 
 def own_folder() -> str:
-    """The folder of this package in the user's home folder."""
+    """The folder of this package in the home folder of the user."""
     return _at_home("~/.hf_cloudtrain", STORE)
 
 
@@ -119,7 +124,7 @@ def cache(argument: str | os.PathLike[str] | None) -> str:
 
 
 def verify_folder() -> str | None:
-    """The scratch folder of `cloudtrain verify-resume`, absolute; None outside of it."""
+    """The absolute scratch folder of `cloudtrain verify-resume`; None outside of it."""
     return os.environ.get(VERIFY_FOLDER) or None
 
 
@@ -129,15 +134,15 @@ def checkpoint_dir(argument: str | os.PathLike[str] | None) -> str | None:
 
 
 def restored_checkpoint() -> str | None:
-    """The key of the checkpoint that a launcher says it restored.
+    """The key of the checkpoint that a launcher restored.
 
-    None after torchrun restarted its workers: what the launcher put there has been written over since.
+    None after torchrun has restarted its workers: the training has overwritten the restored files since.
     """
     return None if is_restart() else os.environ.get(RESTORED_CHECKPOINT) or None
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started these workers again, rather than a person."""
+    """Whether torchrun has restarted these workers."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
@@ -152,11 +157,11 @@ def heartbeat() -> float:
 
 
 def grace(argument: float | None) -> float:
-    """Seconds that a machine has after a notice that names none."""
+    """Seconds from a preemption notice that names no time to the end of the machine."""
     if argument is None:
         return _seconds(GRACE, DEFAULT_GRACE)
     if not 0 < argument < 1e9:
-        raise ConfigurationError(f"grace_seconds={argument!r} is not a number of seconds above 0.")
+        raise ConfigurationError(f"grace_seconds={argument!r} must be a positive number of seconds.")
     return float(argument)
 
 
@@ -168,37 +173,37 @@ def shutdown_timeout() -> float | None:
 
 
 def exit_file() -> str | None:
-    """The file that says how an attempt ended."""
+    """The file to which an attempt writes how it ended, else None."""
     return os.environ.get(EXIT_FILE) or None
 
 
 def stop_file() -> str | None:
-    """The file whose appearance stops the run, else None."""
+    """The file that stops the run once it exists, else None."""
     return os.environ.get(STOP_FILE) or None
 
 
 def cloud_notices() -> str:
-    """Which cloud to ask for notices: `auto`, `off`, `ec2`, `gce` or `azure`."""
+    """The cloud whose metadata service is asked for notices: `auto`, `off`, `ec2`, `gce` or `azure`."""
     value = os.environ.get(CLOUD_NOTICES, "").strip().lower() or "auto"
     if value not in ("auto", "off", "ec2", "gce", "azure"):
-        raise ConfigurationError(f"{CLOUD_NOTICES}={value!r} is none of auto, off, ec2, gce and azure.")
+        raise ConfigurationError(f"{CLOUD_NOTICES}={value!r} must be one of: auto, off, ec2, gce, azure.")
     return value
 
 
 def ec2_endpoint() -> str | None:
-    """URL of EC2's metadata service; None where AWS's own variable forbids to ask it."""
+    """URL of the metadata service of EC2; None if the variable of AWS forbids requests to it."""
     if os.environ.get(EC2_DISABLED, "").strip().lower() == "true":
         return None
     return os.environ.get(EC2_ENDPOINT) or "http://169.254.169.254"
 
 
 def gce_endpoint() -> str:
-    """URL of Google's metadata service. By its address: looking up its name has no time limit."""
+    """URL of the metadata service of Google Cloud. It has an IP address: the lookup of a name has no time limit."""
     return f"http://{os.environ.get(GCE_HOST) or '169.254.169.254'}"
 
 
 def _in_scratch(url: str) -> str:
-    """Under `verify-resume` a folder that stands for the URL: a script that names its own run must not touch it."""
+    """Under `verify-resume`, a folder in place of the URL: the test must not touch the real run of the script."""
     folder = verify_folder()
     if folder is None or url.startswith(f"{folder}/runs/"):
         return url
@@ -222,5 +227,5 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 1e9:
-        raise ConfigurationError(f"{name}={text!r} is not a number of seconds above 0.")
+        raise ConfigurationError(f"{name}={text!r} must be a positive number of seconds.")
     return value

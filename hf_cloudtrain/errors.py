@@ -2,28 +2,28 @@
 
 CloudTrainError
 ├── ConfigurationError (ValueError)        an argument, a variable or a combination that cannot work
-│   ├── JobFileError                       a job file with problems; all of them are told at once
-│   └── MissingExtraError (ImportError)    a storage protocol whose packages are not installed
+│   ├── JobFileError                       a job file with problems; its message lists all of them
+│   └── MissingExtraError (ImportError)    an extra of this package is needed and not installed
 ├── StorageError (OSError)                 a storage call failed, and a retry would not help
 │   ├── ObjectNotFoundError (FileNotFoundError)
-│   ├── ObjectTruncatedError               fewer bytes than were promised
+│   ├── ObjectTruncatedError               the object is shorter than its record says
 │   ├── StoragePermissionError (PermissionError)
-│   └── StorageUnavailableError            still failing after all retries: later may work
-├── ManifestError (ValueError)             a record on storage or on disk that does not read as one
+│   └── StorageUnavailableError            still failing after all retries; may succeed later
+├── ManifestError (ValueError)             a record on storage or on disk cannot be read
 │   └── NewerFormatError                   written by a newer version of this package
-├── CorruptCheckpointError                 files differ from what the manifest promises
-├── NoCheckpointError                      asked for a checkpoint that does not exist
-├── NoDatasetError                         asked for a dataset, or a version of one, that does not exist
-├── NoJobError                             asked for a job that does not exist
-├── RunHasCheckpointsError                 starting at step 0 on a run that already has checkpoints
-├── RunCompleteError                       all steps are done, and the framework would do one more
+├── CorruptCheckpointError                 files differ from their manifest
+├── NoCheckpointError                      the checkpoint does not exist
+├── NoDatasetError                         the dataset, or this version of it, does not exist
+├── NoJobError                             the job does not exist
+├── RunHasCheckpointsError                 training would start at step 0 on a run that has checkpoints
+├── RunCompleteError                       all steps are done, and the framework would train further
 ├── PositionError (ValueError)             the checkpoint's position does not fit this configuration
-├── NotCommittedError                      training ended and a checkpoint is not on storage yet
+├── NotCommittedError                      training ended before a checkpoint was committed
 ├── OvertakenError                         a newer attempt of this run has started
-├── PreemptedError                         training was stopped because the machine goes; in notebooks
-└── PeerError                              another process of this job failed; its message is carried
+├── PreemptedError                         training was saved and stopped by a preemption; in notebooks
+└── PeerError                              another rank failed; the message contains its error
 
-Besides there is PreemptedExit, a SystemExit: PreemptedError for scripts, of which nothing runs after the training.
+In scripts, PreemptedExit takes the place of PreemptedError: a SystemExit with the exit code 75.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ConfigurationError(CloudTrainError, ValueError):
 
 
 class JobFileError(ConfigurationError):
-    """A job file that cannot be run as it is: all of its problems, one a line, as 'job.yml:3: what is wrong'."""
+    """A job file that cannot be run. The message lists all problems, one per line: 'job.yml:3: what is wrong'."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -47,11 +47,11 @@ class JobFileError(ConfigurationError):
 
 
 class MissingExtraError(ConfigurationError, ImportError):
-    """A storage protocol whose packages are not installed."""
+    """Packages are missing that an extra of this package installs, such as `hf_cloudtrain[s3]`."""
 
 
 class StorageError(CloudTrainError, OSError):
-    """A storage call failed, and trying again would not help."""
+    """A storage call failed, and a retry would not help."""
 
 
 class ObjectNotFoundError(StorageError, FileNotFoundError):
@@ -59,39 +59,39 @@ class ObjectNotFoundError(StorageError, FileNotFoundError):
 
 
 class ObjectTruncatedError(StorageError):
-    """The object has fewer bytes than were promised."""
+    """The object has fewer bytes than its record says."""
 
 
 class StoragePermissionError(StorageError, PermissionError):
-    """The storage refused the credentials, or they do not allow this call."""
+    """The storage refused the credentials, or they do not permit this call."""
 
 
 class StorageUnavailableError(StorageError):
-    """The storage kept failing until the retries were used up; later it may work."""
+    """The storage failed until no retry was left; the call may succeed later."""
 
 
 class ManifestError(CloudTrainError, ValueError):
-    """A record on storage or on disk that does not read as one."""
+    """A record on storage or on disk is damaged or has the wrong form."""
 
 
 class NewerFormatError(ManifestError):
-    """A record that a newer version of this package has written."""
+    """A record was written by a newer version of this package."""
 
 
 class CorruptCheckpointError(CloudTrainError):
-    """Files are missing, cut short or different from what the manifest promises."""
+    """Files are missing, truncated or different from the manifest."""
 
 
 class NoCheckpointError(CloudTrainError):
-    """Asked for a checkpoint that does not exist."""
+    """The checkpoint does not exist."""
 
 
 class NoDatasetError(CloudTrainError):
-    """Asked for a dataset, or a version of one, that does not exist."""
+    """The dataset, or this version of it, does not exist."""
 
 
 class NoJobError(CloudTrainError):
-    """Asked for a job that does not exist."""
+    """The job does not exist."""
 
 
 class RunHasCheckpointsError(CloudTrainError):
@@ -99,27 +99,27 @@ class RunHasCheckpointsError(CloudTrainError):
 
 
 class RunCompleteError(CloudTrainError):
-    """The run has done all its steps, and the framework would do more of them."""
+    """The run has done all its steps, and the framework would train further."""
 
 
 class PositionError(CloudTrainError, ValueError):
-    """The checkpoint's position in data and schedule does not fit this configuration."""
+    """The position of the checkpoint in data and schedule does not fit this configuration."""
 
 
 class NotCommittedError(CloudTrainError):
-    """Training ended, and a checkpoint that was saved is not on storage."""
+    """Training ended, and a saved checkpoint is not on storage."""
 
 
 class OvertakenError(CloudTrainError):
-    """A newer attempt of the same run has started, so this one ends and writes nothing more."""
+    """A newer attempt of the same run has started, so this one stops and writes no more checkpoints."""
 
 
 class PreemptedError(CloudTrainError):
-    """Training was saved and stopped in a notebook, because the machine goes or somebody asked for it."""
+    """Training in a notebook was saved and stopped, after a preemption notice or on request."""
 
 
 class PreemptedExit(SystemExit):
-    """Ends a script whose training was saved and stopped. The exit code is 75: try again later (sysexits.h)."""
+    """Ends a script whose training was saved and stopped. Its exit code is 75, which means "try again later" (sysexits.h)."""
 
     CODE = 75
 
@@ -128,4 +128,4 @@ class PreemptedExit(SystemExit):
 
 
 class PeerError(CloudTrainError):
-    """Another process of this job failed; its error is named in the message."""
+    """Another rank of this job failed; the message contains its error."""

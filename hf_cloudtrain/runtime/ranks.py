@@ -55,7 +55,7 @@ class Ranks:
 
     @classmethod
     def current(cls, folder: Path | None = None) -> Ranks:
-        """The ranks of torch.distributed; one rank if there is no process group.
+        """The ranks of torch.distributed; one rank without a process group.
 
         Args:
             folder: a folder through which ranks of one host can communicate before a process group exists; None: several

@@ -1,7 +1,7 @@
-"""A disk that fails on purpose, and a process that dies at a change of its disk; public in `hf_cloudtrain.testing`.
+"""A disk that fails on purpose, and a process that is killed at a change of its disk; public in `hf_cloudtrain.testing`.
 
-Every change is heard by the audit hook of the interpreter, before it is made: an open for writing, a link, a rename, a
-removal, a new or removed folder, a new time. Names relative to an open folder count as below the watched one.
+An audit hook of the interpreter sees every change before it is made: an open for writing, a link, a rename, a removal, a new
+or removed folder, a new time. Names relative to an open folder count as below the watched one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 CRASH_STATUS = 137
-"""Exit status of a process that was crashed here: what a shell reports for SIGKILL."""
+"""Exit status of a process that `crash_now` ended: what a shell reports for SIGKILL."""
 
 DISK_POINTS = {
     "freeze": ("os.link", 1, "*/.cloudtrain/outbox/.*"),
@@ -23,24 +23,24 @@ DISK_POINTS = {
     "forget": ("os.rename", 1, "*/.cloudtrain/outbox/.gone-*"),
     "restored": ("os.rename", 0, "*/.cloudtrain/restore-*"),
 }
-"""Changes of an output folder by name: audit event, which of its paths, and a glob of that.
+"""Changes of an output folder by name: audit event, which of its paths, and a glob for that path.
 
-A save freezes large files by links, and is accepted by a rename; what is committed is forgotten by another one; a
-verified download becomes `checkpoint-<step>` by one.
+A save freezes large files by links, and a rename accepts it. A rename removes a committed entry from the outbox. A rename
+turns a verified download into `checkpoint-<step>`.
 """
 
 _EVER = sys.maxsize
 
 
 class _Watch:
-    """Hears every change below a folder; subclasses say what happens then."""
+    """Sees every change below a folder; subclasses decide what happens."""
 
     _active: ClassVar[list[_Watch]] = []
-    _listening: ClassVar[bool] = False
+    _hooked: ClassVar[bool] = False
 
     def __init__(self, below: str | Path, point: str | None) -> None:
         if point is not None and point not in DISK_POINTS:
-            raise ValueError(f"{point!r} is no point of a disk. There are: {', '.join(sorted(DISK_POINTS))}.")
+            raise ValueError(f"Unknown disk point {point!r}. Use one of: {', '.join(sorted(DISK_POINTS))}.")
         self.seen: list[str] = []
         """The changes so far, by the name of their audit event."""
         self._below = os.path.abspath(below)
@@ -48,17 +48,17 @@ class _Watch:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Any:
-        if not _Watch._listening:
-            # A hook cannot be taken away again, so there is one for all, which does nothing most of the time.
-            sys.addaudithook(_listen)
-            _Watch._listening = True
+        if not _Watch._hooked:
+            # A hook cannot be removed, so there is one for all watches, which usually does nothing.
+            sys.addaudithook(_on_audit_event)
+            _Watch._hooked = True
         _Watch._active.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         _Watch._active.remove(self)
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not (self._is_meant(event, arguments) and _changes_disk(event, arguments)):
             return
         with self._lock:
@@ -82,14 +82,14 @@ class _Watch:
 
 
 class CrashPoint(_Watch):
-    """Ends this process, without clean-up, as by SIGKILL, just before its n-th change below a folder.
+    """Ends this process without clean-up, as SIGKILL does, just before its n-th change below a folder.
 
-    Sweep n from 1 until a process ends by itself, and it was killed in every state it can leave.
+    Increase n from 1 until a process ends by itself, and it was killed in every state that it can leave behind.
 
     Args:
-        below: only changes in here count.
-        at: which one; None only counts them, unless there is a `point`: then it is the first.
-        point: only changes of this name count, see `DISK_POINTS`.
+        below: the folder; other changes do not count.
+        at: the number of the change; None: the first if `point` is set, else only count them.
+        point: count only changes of this name, see `DISK_POINTS`.
 
     Example:
         >>> with CrashPoint(folder) as point:
@@ -110,17 +110,17 @@ class CrashPoint(_Watch):
 
 
 class FaultyDisk(_Watch):
-    """Refuses changes below a folder from the n-th on: a disk that is full, or was mounted read-only by its kernel.
+    """Refuses changes below a folder from the n-th on, as a full disk does, or one that the kernel made read-only.
 
-    A full one (`errno.ENOSPC`) refuses only what needs space: files opened for writing, folders, links. Bytes that go to
-    a file which is open already are not seen; a small tmpfs shows what happens then.
+    A full disk (`errno.ENOSPC`) refuses only what needs space: files opened for writing, folders, links. Bytes written to a
+    file that is already open are not seen; use a small tmpfs for that.
 
     Args:
-        below: only changes in here count, and fail.
+        below: the folder; other changes do not count or fail.
         error: an `errno`: ENOSPC, EDQUOT, EROFS, EIO.
-        at: the first change that fails.
-        times: how many in a row do.
-        point: only changes of this name count and fail, see `DISK_POINTS`.
+        at: the number of the first change that fails.
+        times: how many changes in a row fail.
+        point: count and fail only changes of this name, see `DISK_POINTS`.
 
     Example:
         >>> with FaultyDisk("out", errno.EROFS, at=10) as disk:
@@ -140,7 +140,7 @@ class FaultyDisk(_Watch):
     ) -> None:
         super().__init__(below, point)
         self.refused = 0
-        """How many changes have failed."""
+        """Number of changes that have failed."""
         self._error = error
         self._first = at
         self._times = times
@@ -157,7 +157,7 @@ class FaultyDisk(_Watch):
 
 
 def crash_now() -> NoReturn:
-    """The end of this process, as by SIGKILL."""
+    """End this process as SIGKILL does."""
     os._exit(CRASH_STATUS)
 
 
@@ -165,9 +165,9 @@ _NEEDS_SPACE = {"open", "os.link", "os.symlink", "os.mkdir"}
 _CHANGES = {*_NEEDS_SPACE, "os.rename", "os.remove", "os.rmdir", "os.utime", "os.truncate"}
 
 
-def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+def _on_audit_event(event: str, arguments: tuple[Any, ...]) -> None:
     for watch in tuple(_Watch._active):
-        watch._hear(event, arguments)
+        watch._see(event, arguments)
 
 
 def _changes_disk(event: str, arguments: tuple[Any, ...]) -> bool:

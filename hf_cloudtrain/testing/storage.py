@@ -1,20 +1,20 @@
-"""Faults on purpose, for tests of training scripts and of this package: docs/testing.md shows how.
+"""A storage that fails on purpose, for tests of training scripts and of this package: docs/testing.md shows examples.
 
     storage = FaultyStorage("file:///tmp/run")
     storage.fail("upload", call=2)                      # the second upload is reset; the client tries again
-    storage.fail("commit")                              # so is the write of a manifest: requests have names, see POINTS
-    storage.lose_answer("create")                       # it is done, but the answer never comes
-    storage.slow("upload", seconds=0.5)                 # each takes so much longer
-    storage.hang("read")                                # no answer, ever
-    storage.hold("upload", until=event)                 # nothing moves before event.set()
-    storage.corrupt("download", path="*.safetensors")   # one bit flips on the way
-    storage.lie("missing", "read")                      # "not found", though it is there; also: exists, late, size
-    storage.crash("commit", after=True)                 # the process ends as if by SIGKILL
+    storage.fail("commit")                              # so is the write of a manifest; see POINTS for such names
+    storage.lose_answer("create")                       # it succeeds, and the connection breaks before the answer
+    storage.slow("upload", seconds=0.5)                 # every upload waits first
+    storage.hang("read")                                # the next read is never answered
+    storage.hold("upload", until=event)                 # uploads wait for event.set()
+    storage.corrupt("download", path="*.safetensors")   # one bit changes in transit
+    storage.lie("missing", "read")                      # "not found", although it exists; also: exists, late, size
+    storage.crash("commit", after=True)                 # the process ends as with SIGKILL
     with storage.everywhere():
         train()
 
-A call is one request as the client makes it, so a retry is another call. `CrashPoint` kills a process between any two
-changes of its disk, and not only at a storage call; `FaultyDisk` is a disk that fills up or can only be read.
+A call is one request, so a retry is one more call. `CrashPoint` kills a process between any two changes of its disk, not only
+at a storage call; `FaultyDisk` is a disk that is full or read-only.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from hf_cloudtrain.storage.digest import Digest
 from hf_cloudtrain.testing.disk import crash_now
 
 Kind = Literal["any", "read", "write", "create", "list", "delete", "copy", "upload", "download"]
-"""Which calls a fault is about. `upload` and `download` move files; `read`, `write` and `create` small records."""
+"""The calls that a fault affects. `upload` and `download` move files; `read`, `write` and `create` move small records."""
 
 Point = Literal[
     "attempt", "claim", "files", "arrival", "part", "commit", "pointer", "heartbeat", "steps",
     "newest", "manifest", "fetch", "retire",
 ]  # fmt: skip
-"""A request by its place in the life of a checkpoint."""
+"""A request by its purpose in the life of a checkpoint."""
 
 POINTS: dict[str, tuple[Kind, str]] = {
     "attempt": ("create", ".cloudtrain/attempts/*"),
@@ -59,11 +59,11 @@ POINTS: dict[str, tuple[Kind, str]] = {
     "fetch": ("download", "checkpoint-*"),
     "retire": ("delete", ".cloudtrain/checkpoints/*"),
 }
-"""Where a `Point` is: kind of the request, and glob of its path. Attempt, then save (claim, files, arrival, part of one
-host, commit, pointer), then restore (newest, manifest, fetch), and the delete of a manifest."""
+"""Kind of the request and glob of its path, for each `Point`: the attempt, a save (claim, files, arrival, part of one host,
+commit, pointer), a restore (newest, manifest, fetch), and the deletion of a manifest."""
 
 Lie = Literal["missing", "exists", "late", "size"]
-"""What a storage says that is not so."""
+"""A wrong answer of a storage."""
 
 _EVER = sys.maxsize
 
@@ -76,16 +76,16 @@ class Call(NamedTuple):
 
 
 class FaultyStorage(Storage):
-    """A Storage whose requests fail when told to, and are recorded. Arguments as `Storage`.
+    """A Storage that records its requests, and whose requests fail as configured. Arguments as `Storage`.
 
-    Each fault counts the requests that fit it from the moment it was told: `call=2` is the second from then on, and
-    `times` how many in a row it meets. Bytes go through fsspec, never through a native client, so that each request
-    is seen.
+    Each fault counts the matching requests from the moment it is added: `call=2` affects the second one, and `times` is the
+    number of requests in a row that it affects. Bytes move through fsspec, never through a native client, so that each
+    request is seen.
 
     Example:
         >>> storage = FaultyStorage("memory://runs/mrpc")
         >>> storage.fail("create", path="*/checkpoints/*")
-        >>> Catalog(storage).commit(manifest)          # met by the retry of the client
+        >>> Catalog(storage).commit(manifest)          # succeeds at the retry
         True
         >>> storage.count("create", "*/checkpoints/*")
         2
@@ -108,29 +108,29 @@ class FaultyStorage(Storage):
         times: int = 1,
         path: str = "*",
     ) -> None:
-        """The request is not made and raises instead.
+        """The request is not made and raises an error.
 
         Args:
-            error: what the client raises; None is a reset connection, which is tried again. A StorageError that is
-                no StorageUnavailableError is not.
+            error: the error of the client; None: a reset connection. Of the errors of this package, only a
+                StorageUnavailableError is tried again.
             path: glob of the object's path below the run URL.
         """
         raised = error or ConnectionResetError("connection reset on purpose")
         self._add(_Fault(kind, path, call, times, before=lambda: _raise(raised)))
 
     def lose_answer(self, kind: Kind | Point, *, call: int = 1, times: int = 1, path: str = "*") -> None:
-        """The request is made and succeeds, and the connection breaks before the answer."""
+        """The request succeeds, and the connection breaks before the answer."""
         error = ConnectionResetError("answer lost on purpose")
         self._add(_Fault(kind, path, call, times, after=lambda: _raise(error)))
 
     def slow(
         self, kind: Kind | Point, seconds: float, *, call: int = 1, times: int = _EVER, path: str = "*"
     ) -> None:
-        """The request waits for so long before it is made."""
+        """The request waits before it is made."""
         self._add(_Fault(kind, path, call, times, before=lambda: time.sleep(seconds)))
 
     def hang(self, kind: Kind | Point, *, call: int = 1, times: int = 1, path: str = "*") -> None:
-        """The request is not made and never answered; `heal` breaks its connection."""
+        """The request is not made and is never answered; `heal` breaks its connection."""
         until = threading.Event()
         self._hung.append(until)
         self._add(_Fault(kind, path, call, times, before=lambda: _hang(until)))
@@ -156,21 +156,21 @@ class FaultyStorage(Storage):
         times: int = 1,
         path: str = "*",
     ) -> None:
-        """The bytes change on the way, and neither side notices.
+        """The bytes change in transit, and neither side notices.
 
         Args:
-            change: gives the bytes that arrive; None flips one bit in the middle.
+            change: turns the bytes that were sent into those that arrive; None flips one bit in the middle.
         """
         self._add(_Fault(kind, path, call, times, change=change or flip_bit))
 
     def lie(
         self, what: Lie, kind: Kind | Point = "any", *, call: int = 1, times: int = 1, path: str = "*"
     ) -> None:
-        """The storage answers what is not so.
+        """The storage gives a wrong answer.
 
         Args:
-            what: `missing`: "not found" for what is there, and listings are empty. `exists`: a create is refused although
-                nothing is there. `late`: a listing as it was when this was told. `size`: in a listing, one byte less.
+            what: `missing`: "not found" although the object exists, and empty listings. `exists`: a create is refused although
+                no object exists. `late`: listings show only the objects of now. `size`: listings show one byte less.
         """
         if what == "late":
             before = {info.path for info in self._connected()._backend.list("")}
@@ -182,12 +182,12 @@ class FaultyStorage(Storage):
         self._add(_Fault(kind, path, call, times, lie=what, change_listing=change))
 
     def crash(self, kind: Kind | Point, *, call: int = 1, after: bool = False, path: str = "*") -> None:
-        """This process ends at the request, without clean-up, as by SIGKILL; with `after`, when it is done."""
+        """This process ends before the request, or `after` it, without clean-up, as SIGKILL does."""
         point: dict[str, Any] = {"after" if after else "before": crash_now}
         self._add(_Fault(kind, path, call, 1, **point))
 
     def heal(self) -> None:
-        """Forget all faults, and break what hangs; `calls` stay."""
+        """Remove all faults and break the connections that hang; `calls` stays as it is."""
         with self._lock:
             self._faults.clear()
             hung, self._hung = self._hung, []
@@ -195,14 +195,14 @@ class FaultyStorage(Storage):
             event.set()
 
     def count(self, kind: Kind | Point = "any", path: str = "*") -> int:
-        """How many requests were made that fit."""
+        """The number of matching requests so far."""
         plain, where = _resolved(kind, path)
         with self._lock:
             return sum(_fits(plain, where, call) for call in self.calls)
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[FaultyStorage]:
-        """In this block, every Storage of this process for the same URL has these faults and is recorded here."""
+        """In this block, every Storage of this process for the same URL has these faults and records its requests here."""
         connect = Storage._connected
         script = self
 
@@ -215,7 +215,7 @@ class FaultyStorage(Storage):
 
     def _connected(self) -> Any:
         backend = super()._connected()
-        # Within `everywhere` it is wrapped already, and each request counts once.
+        # Within `everywhere` it is wrapped already, and each request must count once.
         return backend if isinstance(backend, _FaultyBackend) else self._wrapped(self, backend)
 
     def _wrapped(self, storage: Storage, backend: Any) -> _FaultyBackend:
@@ -229,7 +229,7 @@ class FaultyStorage(Storage):
 
     @contextlib.contextmanager
     def _request(self, kind: str, path: str) -> Iterator[Callable[[Any], Any] | None]:
-        """Around one request; gives how its bytes change, or its listing, if they do."""
+        """Wraps one request; yields the change of its bytes or of its listing, if there is one."""
         call = Call(kind, path)
         with self._lock:
             self.calls.append(call)
@@ -237,9 +237,9 @@ class FaultyStorage(Storage):
         for fault in due:
             fault.before()
             if (fault.lie, kind) == ("exists", "create"):
-                raise FileExistsError(f"'{path}' exists, as is said on purpose")
+                raise FileExistsError(f"'{path}' exists (wrong on purpose)")
             if fault.lie == "missing" and kind in ("read", "download"):
-                raise FileNotFoundError(f"'{path}' does not exist, as is said on purpose")
+                raise FileNotFoundError(f"'{path}' does not exist (wrong on purpose)")
         changes = (fault.change_listing if kind == "list" else fault.change for fault in due)
         yield next((change for change in changes if change), None)
         for fault in due:
@@ -247,7 +247,7 @@ class FaultyStorage(Storage):
 
 
 def flip_bit(data: bytes) -> bytes:
-    """The same bytes with one bit flipped in the middle; what is empty gets a byte."""
+    """The same bytes with one bit flipped in the middle; empty bytes become one zero byte."""
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :] if data else b"\0"
 
@@ -273,7 +273,7 @@ class _Fault:
 
 
 class _FaultyBackend:
-    """Between a Storage and its client: makes each request of the script's, then the client's."""
+    """Stands between a Storage and its back end, and applies the faults of the script to each request."""
 
     def __init__(self, backend: Any, script: FaultyStorage) -> None:
         self._backend = backend
@@ -348,16 +348,14 @@ def _wait(until: threading.Event) -> None:
 
 def _hang(until: threading.Event) -> None:
     until.wait()
-    raise ConnectionResetError("a request that hung was broken off")
+    raise ConnectionResetError("the connection of a request that hung was closed")
 
 
 def _resolved(kind: str, path: str) -> tuple[str, str]:
-    """Kind and path of a request that may be told by the name of its point."""
+    """Kind and path of a request, which may be given by the name of a point."""
     if kind in POINTS:
         kind, where = POINTS[kind]
         return kind, where if path == "*" else path
     if kind not in get_args(Kind):
-        raise ValueError(
-            f"{kind!r} is no kind of request. There are: {', '.join((*get_args(Kind), *POINTS))}."
-        )
+        raise ValueError(f"Unknown request {kind!r}. Use one of: {', '.join((*get_args(Kind), *POINTS))}.")
     return kind, path

@@ -1,7 +1,10 @@
-"""What the environment says, and that an argument beats it."""
+"""Environment variables: arguments take precedence, and the page lists all of them."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_url_comes_from_the_argument_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +47,7 @@ def test_storage_options_are_a_copy() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '"key"', "key=SECRETKEY", '{"secret": SECRETKEY}'])
-def test_storage_options_that_are_no_object_are_refused_without_showing_them(
+def test_storage_options_that_are_not_an_object_are_refused_without_showing_them(
     monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv(env.STORAGE_OPTIONS, text)
@@ -68,11 +73,13 @@ def test_seconds_have_a_default_and_must_be_above_zero(
     assert ask() == 0.5
     for wrong in ("0", "-1", "soon", "nan", "inf", "1e12", "10 s"):
         monkeypatch.setenv(name, wrong)
-        with pytest.raises(ConfigurationError, match=f"{name}='{wrong}' is not a number of seconds above 0"):
+        with pytest.raises(
+            ConfigurationError, match=f"{name}='{wrong}' must be a positive number of seconds"
+        ):
             ask()
 
 
-def test_a_run_url_that_nobody_gave_may_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_url_is_optional_where_the_caller_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.RUN_URL, "")
     assert env.run_url_or_none(None) is None
     monkeypatch.setenv(env.RUN_URL, "s3://bucket/from-env")
@@ -120,3 +127,21 @@ def test_store_and_cache_are_in_the_home_folder_unless_something_else_is_named(
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(ConfigurationError, match=f"no home folder. Set {name}"):
         ask(None)
+
+
+def test_the_page_of_environment_variables_is_current() -> None:
+    script = ROOT / "docs" / "site" / "environment.py"
+    code = f"import runpy; print(runpy.run_path({str(script)!r})['page'](), end='')"
+    written = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "environment.md").read_text() == written, (
+        f"run: python {script.relative_to(ROOT)}"
+    )
+
+
+def test_every_variable_has_a_constant_and_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    constants = {value for value in vars(env).values() if isinstance(value, str)}
+    for path in (ROOT / "hf_cloudtrain").rglob("*.py"):
+        for name in re.findall(r"\bHF_CLOUDTRAIN_[A-Z_]+[A-Z]\b", path.read_text()):
+            assert name in constants, f"{name} of {path} has no constant in env.py"
+            assert f"| `{name}` |" in page, f"{name} needs a docstring that ends with its default"

@@ -283,7 +283,7 @@ class TestWhichCloud:
 
     def test_an_unknown_name_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(env.CLOUD_NOTICES, "aws")
-        with pytest.raises(ConfigurationError, match="'aws' is none of auto, off, ec2, gce and azure"):
+        with pytest.raises(ConfigurationError, match="'aws' must be one of: auto, off, ec2, gce, azure"):
             default_sources()
 
     def test_aws_s_own_variables_are_honoured(
