@@ -65,6 +65,16 @@ def engine(name: str) -> Engine:
     return cast("Engine", importlib.import_module(_HOMES[name]).ENGINE)
 
 
+def states(**theirs: str) -> dict[str, State]:
+    """The states of an engine's own service, and ours for each.
+
+    Example:
+        >>> states(queued="PENDING REQUEUED", running="RUNNING")["REQUEUED"]
+        'queued'
+    """
+    return {name: cast("State", ours) for ours, names in theirs.items() for name in names.split()}
+
+
 def as_text(request: Any) -> str:
     """A request to a cloud as `--dry-run` shows it: YAML."""
     import yaml

@@ -1,4 +1,4 @@
-"""What is asked of AWS for a training job: the one module of the engines that imports boto3, and only when it asks."""
+"""The requests to AWS about a training job. Only this file of the engines imports boto3, and only when it sends a request."""
 
 from __future__ import annotations
 
@@ -14,28 +14,18 @@ from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 """https://docs.aws.amazon.com/sagemaker/latest/dg/logging-cloudwatch.html"""
 SAGEMAKER, LOGS = "SageMaker", "CloudWatch Logs"
-"""As people call them."""
+"""Names for messages."""
 
 _CLIENTS = {SAGEMAKER: "sagemaker", LOGS: "logs"}
 _SIGN_IN = "Sign in with `aws configure` or `aws sso login`, or set AWS_PROFILE."
-_WORTH_A_LOOK = {
-    "InternalFailure",
-    "InternalServerError",
-    "ServiceUnavailable",
-    "RequestTimeout",
-    "500",
-    "502",
-    "503",
-    "504",
-}
 
 
 class UnknownError(CloudTrainError):
-    """AWS does not know what was asked for."""
+    """AWS does not know the training job, or the log."""
 
 
 class _TakenError(CloudTrainError):
-    """A training job has the name already."""
+    """A training job with this name exists."""
 
 
 class _OverError(CloudTrainError):
@@ -43,23 +33,59 @@ class _OverError(CloudTrainError):
 
 
 class _NoAnswerError(CloudTrainError):
-    """Nobody knows whether it was done."""
+    """AWS may or may not have done it."""
+
+
+_REFUSALS: tuple[tuple[str, type[CloudTrainError], str], ...] = (
+    (r"^ResourceInUse:", _TakenError, ""),
+    (r"^ResourceNotFound(Exception)?:|resource not found|could not find", UnknownError, ""),
+    (r"job is in status|is not in a (?:stoppable|valid) state", _OverError, ""),
+    (
+        r"^(5xx |InternalFailure:|InternalServerError:|ServiceUnavailable:|RequestTimeout:|50[0234]:)",
+        _NoAnswerError,
+        "{service} itself has a problem ({code}). Try again later.",
+    ),
+    (
+        r"^(\w*Throttl\w*|TooManyRequestsException|RequestLimitExceeded):",
+        CloudTrainError,
+        "Try again in a minute.",
+    ),
+    (
+        r"^ResourceLimitExceeded:",
+        ConfigurationError,
+        "Request a higher quota from AWS (Service Quotas, 'for training job usage'), or use a different machine.",
+    ),
+    (
+        r"^(AccessDenied\w*|UnauthorizedOperation):",
+        ConfigurationError,
+        "Ask the administrator of the account for this permission.",
+    ),
+    (
+        r"^\w*(Expired|InvalidClientToken|UnrecognizedClient|InvalidSignature|SignatureDoesNotMatch)\w*:",
+        ConfigurationError,
+        _SIGN_IN,
+    ),
+)
+"""A pattern of "code: message", the error of ours, and what to do.
+
+https://docs.aws.amazon.com/sagemaker/latest/APIReference/CommonErrors.html
+"""
 
 
 def create(region: str, request: Mapping[str, Any], secrets: tuple[str, ...]) -> str:
-    """Create a training job, once, even where the answer is lost; gives its name.
+    """Create a training job, once, even if the answer is lost; return its name.
 
     Args:
-        secrets: values that no error may show; AWS quotes what it refuses.
+        secrets: values that no error may show; AWS quotes the request that it refuses.
     """
     name = str(request["TrainingJobName"])
-    # By itself boto3 would send it again, and then hear that the name is taken: by us.
+    # No retry by boto3: the second request would be refused, because the first one has taken the name.
     client = _client(SAGEMAKER, region, tries=1)
     try:
-        _asked(SAGEMAKER, f"create the training job {name!r}", client.create_training_job, secrets, **request)
+        _ask(SAGEMAKER, f"create the training job {name!r}", client.create_training_job, secrets, **request)
     except _TakenError as error:
         raise ConfigurationError(
-            f"SageMaker has had a training job {name!r} before, and takes each name once. Run the job again for another."
+            f"SageMaker already has a training job {name!r}, and accepts each name only once. Run the job again to get a new name."
         ) from error
     except _NoAnswerError as error:
         try:
@@ -70,37 +96,35 @@ def create(region: str, request: Mapping[str, Any], secrets: tuple[str, ...]) ->
 
 
 def describe(region: str, name: str) -> dict[str, Any]:
-    """What SageMaker knows of a training job. Raises UnknownError."""
+    """What SageMaker knows about a training job. Raises UnknownError."""
     call = _client(SAGEMAKER, region).describe_training_job
-    found: dict[str, Any] = _asked(
-        SAGEMAKER, f"look at the training job {name!r}", call, TrainingJobName=name
-    )
+    found: dict[str, Any] = _ask(SAGEMAKER, f"look at the training job {name!r}", call, TrainingJobName=name)
     return found
 
 
 def stop(region: str, name: str) -> None:
-    """Ask for the end of a training job; one that has ended is fine."""
+    """Stop a training job. One that has ended, or that SageMaker has forgotten, is not an error."""
     call = _client(SAGEMAKER, region).stop_training_job
     try:
-        _asked(SAGEMAKER, f"stop the training job {name!r}", call, TrainingJobName=name)
+        _ask(SAGEMAKER, f"stop the training job {name!r}", call, TrainingJobName=name)
     except (UnknownError, _OverError):
         return
 
 
 class Logs:
-    """The streams of a training job in CloudWatch Logs, each read on from where it was."""
+    """The streams of a training job in CloudWatch Logs, each read from where the last call ended."""
 
     def __init__(self, record: JobRecord, node_rank: int | None) -> None:
         self._name = str(record.handle.get("training_job"))
         self._client = _client(LOGS, str(record.handle.get("region")))
         self._node_rank = node_rank
         self._label = record.nodes > 1 and node_rank is None
-        # As the containers count: by their names, of which algo-10 comes before algo-2.
+        # Sorted by name, as the containers sort them: algo-10 comes before algo-2.
         self._hosts = sorted(f"algo-{number}" for number in range(1, record.nodes + 1))
         self._tokens: dict[str, str] = {}
 
     def news(self) -> Iterator[str]:
-        """Lines since the last time, by their time."""
+        """The lines since the last call, sorted by time."""
         found: list[tuple[int, int, str]] = []
         for stream in self._streams():
             rank = self._rank(stream)
@@ -114,8 +138,8 @@ class Logs:
         given: dict[str, Any] = {"logGroupName": LOG_GROUP, "logStreamNamePrefix": f"{self._name}/"}
         while True:
             try:
-                page = self._asked("list", self._client.describe_log_streams, **given)
-            except UnknownError:  # no job of this account has said anything yet
+                page = self._ask("list", self._client.describe_log_streams, **given)
+            except UnknownError:  # no job of this account has written a line yet
                 return []
             found += [str(stream["logStreamName"]) for stream in page.get("logStreams", [])]
             if not page.get("nextToken"):
@@ -131,27 +155,27 @@ class Logs:
             }
             if stream in self._tokens:
                 given["nextToken"] = self._tokens[stream]
-            page = self._asked("read", self._client.get_log_events, **given)
+            page = self._ask("read", self._client.get_log_events, **given)
             for event in page.get("events", []):
-                # A progress bar is one line that writes over itself.
+                # A progress bar overwrites its line.
                 text = str(event.get("message", "")).rstrip("\r\n").rpartition("\r")[2]
                 yield int(event.get("timestamp", 0)), text
             token = page.get("nextForwardToken")
-            if not token or token == self._tokens.get(stream):  # the same one again: that was all
+            if not token or token == self._tokens.get(stream):  # the same token again: the end
                 return
             self._tokens[stream] = token
 
     def _rank(self, stream: str) -> int | None:
-        """The node that a stream such as `mnli-1-3f2a/algo-2-1700000000` is of."""
+        """The node whose stream it is; a name is like `mnli-1-3f2a/algo-2-1700000000`."""
         match = re.match(r"[^/]+/(algo-\d+)", stream)
         return self._hosts.index(match[1]) if match and match[1] in self._hosts else None
 
-    def _asked(self, what: str, call: Any, **given: Any) -> Any:
-        return _asked(LOGS, f"{what} the log of {self._name!r}", call, **given)
+    def _ask(self, what: str, call: Any, **given: Any) -> Any:
+        return _ask(LOGS, f"{what} the log of {self._name!r}", call, **given)
 
 
 def configured_region() -> str | None:
-    """The region of the user's AWS configuration; None without boto3, too."""
+    """The region of the user's AWS configuration; None without one, or without boto3."""
     try:
         import boto3
     except ImportError:
@@ -161,7 +185,7 @@ def configured_region() -> str | None:
 
 
 def missing_here(region: str | None) -> Iterator[str]:
-    """What this machine lacks to ask AWS, one sentence each. Asks no service of AWS, unless its credentials come from one."""
+    """What this machine lacks to use AWS, one sentence each. Sends no request, unless credentials come from a service."""
     try:
         import boto3
         import botocore.exceptions as theirs
@@ -169,14 +193,14 @@ def missing_here(region: str | None) -> Iterator[str]:
         yield "boto3 is not installed: pip install 'hf_cloudtrain[sagemaker]'"
         return
     if region is None:
-        yield "There is no region. Set it: export AWS_DEFAULT_REGION=us-east-1"
+        yield "No AWS region is set. Set one: export AWS_DEFAULT_REGION=us-east-1"
     try:
         found = boto3.session.Session().get_credentials()
     except theirs.BotoCoreError as error:
         yield f"{_plain(error)} {_SIGN_IN}"
     else:
         if found is None:
-            yield f"There are no AWS credentials. {_SIGN_IN}"
+            yield f"No AWS credentials were found. {_SIGN_IN}"
 
 
 def _client(service: str, region: str, tries: int = 5) -> Any:
@@ -192,11 +216,11 @@ def _client(service: str, region: str, tries: int = 5) -> Any:
     try:
         return boto3.session.Session(region_name=region).client(_CLIENTS[service], config=config)
     except (theirs.BotoCoreError, ValueError) as error:
-        raise ConfigurationError(f"{service} cannot be asked: {_plain(error)}") from None
+        raise ConfigurationError(f"Cannot connect to {service}: {_plain(error)}") from None
 
 
-def _asked(service: str, what: str, call: Any, secrets: tuple[str, ...] = (), **given: Any) -> Any:
-    """The answer to a request; every error leaves here as one of ours, with no secret in it."""
+def _ask(service: str, what: str, call: Any, secrets: tuple[str, ...] = (), **given: Any) -> Any:
+    """The answer to a request. Every error becomes one of ours, without secrets."""
     import botocore.exceptions as theirs
 
     try:
@@ -218,41 +242,18 @@ def _asked(service: str, what: str, call: Any, secrets: tuple[str, ...] = (), **
 
 
 def _refusal(service: str, what: str, error: Any, secrets: tuple[str, ...]) -> CloudTrainError:
-    """Our error for what AWS answered, by its code and, where that says nothing, by its words.
-
-    https://docs.aws.amazon.com/sagemaker/latest/APIReference/CommonErrors.html
-    """
+    """Our error for an answer of AWS."""
     answer = error.response.get("Error", {})
-    code, said = str(answer.get("Code")), _plain(answer.get("Message") or "", secrets)
+    code, message = str(answer.get("Code")), _plain(answer.get("Message") or "", secrets)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    could_not = f"Could not {what}: {said or code}"
-    could_not += "" if could_not.endswith(".") else "."
-    if code == "ResourceInUse":
-        return _TakenError(could_not)
-    if code in ("ResourceNotFound", "ResourceNotFoundException") or re.search(
-        "resource not found|could not find", said, re.IGNORECASE
-    ):
-        return UnknownError(could_not)
-    if re.search("job is in status|is not in a (?:stoppable|valid) state", said, re.IGNORECASE):
-        return _OverError(could_not)
-    if code in _WORTH_A_LOOK or status >= 500:
-        return _NoAnswerError(f"{could_not} {service} has trouble of its own ({code}). Try again later.")
-    if "Throttl" in code or code in ("TooManyRequestsException", "RequestLimitExceeded"):
-        return CloudTrainError(f"{could_not} {service} asks for fewer requests. Try again in a minute.")
-    if code == "ResourceLimitExceeded":
-        return ConfigurationError(
-            f"{could_not} Ask AWS for more (Service Quotas, 'for training job usage'), or take another machine."
-        )
-    if code.startswith("AccessDenied") or code == "UnauthorizedOperation":
-        return ConfigurationError(f"{could_not} Ask whoever gives you rights in this account.")
-    if re.search(
-        "Expired|InvalidClientToken|UnrecognizedClient|InvalidSignature|SignatureDoesNotMatch", code
-    ):
-        return ConfigurationError(f"{could_not} {_SIGN_IN}")
-    return ConfigurationError(f"{could_not} ({code})")
+    could_not = f"Could not {what}: {message or code}".removesuffix(".")
+    for pattern, kind, advice in _REFUSALS:
+        if re.search(pattern, f"{'5xx ' * (status >= 500)}{code}: {message}", re.IGNORECASE):
+            return kind(f"{could_not}. {advice.format(service=service, code=code)}".rstrip())
+    return ConfigurationError(f"{could_not}. ({code})")
 
 
-def _plain(said: object, secrets: tuple[str, ...] = ()) -> str:
-    """What AWS or boto3 said, on one line, without secrets."""
+def _plain(message: object, secrets: tuple[str, ...] = ()) -> str:
+    """A message of AWS or boto3 on one line, without secrets."""
     hidden = tuple(sorted((secret for secret in secrets if len(secret) > 3), key=len, reverse=True))
-    return redact(" ".join(str(said).split()), (*hidden, *secrets_of_environment()))[:1000]
+    return redact(" ".join(str(message).split()), (*hidden, *secrets_of_environment()))[:1000]

@@ -1,12 +1,4 @@
-"""Training jobs of Amazon SageMaker, by boto3; their containers run sagemaker_entry.py.
-
-    submit    workspace and job go to <store>/jobs/<id>/submission/, then CreateTrainingJob (sagemaker_request.py)
-    look      DescribeTrainingJob
-    cancel    StopTrainingJob: SIGTERM, and SIGKILL after 120 s
-    lines     CloudWatch Logs
-
-SageMaker itself starts a managed spot job again when its machines were taken away.
-"""
+"""The engine `sagemaker`: what is uploaded and requested for a training job, and what its status means for the job."""
 
 from __future__ import annotations
 
@@ -20,70 +12,39 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, JobFileError
-from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text
-from hf_cloudtrain.jobs.engines.sagemaker.api import (
-    Logs,
-    UnknownError,
-    configured_region,
-    create,
-    describe,
-    missing_here,
-    stop,
-)
-from hf_cloudtrain.jobs.engines.sagemaker.request import (
-    DATASET,
-    MAX_VALUE,
-    WORKSPACE,
-    grace,
-    instance_type,
-    is_spot,
-    long_values,
-    own_prefix,
-    problems,
-    request,
-    warnings,
-)
-from hf_cloudtrain.jobs.records import JobRecord, JobStore, State
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text, states
+from hf_cloudtrain.jobs.engines.sagemaker import api
+from hf_cloudtrain.jobs.engines.sagemaker import request as requests
+from hf_cloudtrain.jobs.engines.sagemaker.request import problems, request
+from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, State
 from hf_cloudtrain.jobs.submission import FILE, Submission
 from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 from hf_cloudtrain.storage.client import Storage
 
 POLL = 5.0
-"""Seconds between two looks at the logs. CloudWatch allows 25 requests a second to all of an account together."""
+"""Seconds between two requests for new lines. CloudWatch allows an account 25 requests a second."""
 LATE = 10.0
-"""Seconds after the end of a job in which lines may still arrive."""
+"""Seconds after the end of a job during which lines may still arrive."""
 
-_STATES: dict[str, State] = {
-    "Pending": "queued",
-    "Starting": "starting",
-    "LaunchingMLInstances": "starting",
-    "PreparingTrainingStack": "starting",
-    "Downloading": "starting",
-    "DownloadingTrainingImage": "starting",
-    "Restarting": "starting",
-    "Interrupted": "queued",
-    "Training": "running",
-    "Updating": "running",
-    "Uploading": "running",
-    "Stopping": "stopping",
-    "Completed": "finished",
-    "Failed": "failed",
-    "Stopped": "cancelled",
-    "MaxRuntimeExceeded": "preempted",
-    "MaxWaitTimeExceeded": "preempted",
-}
-"""By SecondaryStatus.
-
-https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeTrainingJob.html
-"""
-_TOLD: dict[str, str] = {
-    "Interrupted": "the machines were taken away, and SageMaker waits for others",
+_STATES = states(
+    queued="Pending Interrupted",
+    starting="Starting LaunchingMLInstances PreparingTrainingStack Downloading DownloadingTrainingImage Restarting",
+    running="Training Updating Uploading",
+    stopping="Stopping",
+    finished="Completed",
+    failed="Failed",
+    cancelled="Stopped",
+    preempted="MaxRuntimeExceeded MaxWaitTimeExceeded",
+)
+"""By SecondaryStatus: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_DescribeTrainingJob.html"""
+_EXPLAINED = {
+    "Interrupted": "the machines were preempted, and SageMaker waits for others",
     "MaxRuntimeExceeded": "the training took longer than 'max_run'",
     "MaxWaitTimeExceeded": "waiting and training took longer than 'max_wait'",
 }
@@ -93,71 +54,71 @@ class SagemakerEngine:
     """Training jobs of the account and region of the user's AWS configuration. See `Engine`."""
 
     def check(self, submission: Submission) -> None:
-        """Refuse what SageMaker would refuse, all at once; asks nobody but this machine."""
+        """Refuse what SageMaker would refuse, all at once. Looks only at this machine."""
         found = [*problems(submission), *_problems_here(submission)]
         if found:
             raise JobFileError("\n".join(found))
 
     def show(self, submission: Submission) -> str:
-        """The request, with what is missing and what to know above it."""
+        """The request, below comments that name what is missing and what to know."""
         plan = submission.plan
-        spot = ", managed spot" if is_spot(submission) else ""
-        machine = instance_type(submission) or "a machine to be named"
+        spot = ", managed spot" if requests.is_spot(submission) else ""
+        machine = requests.instance_type(submission) or "a machine that the job must name"
         nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)}"
         processes = f"{plan.nproc_per_node} process{'es' * (plan.nproc_per_node > 1)}"
         notes = [
             f"CreateTrainingJob: {nodes} of {processes}, each on {machine}{spot}",
-            *warnings(submission),
+            *requests.warnings(submission),
             *(f"Missing: {problem}" for problem in problems(submission)),
         ]
-        comments = "".join(f"# {note}\n" for note in notes)
-        return comments + as_text(request(submission, dataset=_dataset_if_known(submission)))
+        dataset = None
+        with contextlib.suppress(CloudTrainError):  # a store that does not answer must not hide the rest
+            dataset = _dataset(submission)
+        return "".join(f"# {note}\n" for note in notes) + as_text(request(submission, dataset=dataset))
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
-        """Put job and workspace on the store, and create the training job."""
+        """Upload job and workspace to the store, and create the training job."""
         self.check(submission)
         variables = submission.plan.own_variables(os.environ)
-        region = _region_or_none(submission)
-        assert region is not None  # checked
+        region = _region(submission)
+        assert region is not None  # by `check`
         dataset = _dataset(submission)
         number = int(record.handle.get("number", 0)) + 1
         wanted = request(submission, variables=variables, dataset=dataset, number=number)
         _upload(submission, dataset)
-        name = create(region, wanted, tuple(variables.values()))
+        name = api.create(region, wanted, tuple(variables.values()))
         handle = {"training_job": name, "region": region, "number": number}
         return store.write(record, state="queued", reason=None, handle=handle)
 
     def look(self, record: JobRecord) -> EngineStatus | None:
-        """What SageMaker says; while the containers run, their supervisor writes the record, and knows better."""
+        """What SageMaker says; while the containers run, their supervisor writes the record, and knows more."""
         if "training_job" not in record.handle:
             return None
-        name = str(record.handle["training_job"])
         try:
-            found = describe(str(record.handle["region"]), name)
-        except UnknownError as error:
+            found = api.describe(str(record.handle["region"]), str(record.handle["training_job"]))
+        except api.UnknownError as error:
             return EngineStatus("lost", str(error))
-        now = seen(found)
+        now = status_of(found)
         if now.state == "running" and record.state in ("starting", "running", "stopping"):
             return None
         if now.state in ("cancelled", "preempted") and record.state == "stopping" and record.reason:
-            why = f"{now.reason}. " if found.get("SecondaryStatus") in _TOLD else ""
-            return EngineStatus(now.state, why + record.reason)  # what was saved
+            why = f"{now.reason}. " if found.get("SecondaryStatus") in _EXPLAINED else ""
+            return EngineStatus(now.state, why + record.reason)  # the record names the newest checkpoint
         return now
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Ask SageMaker to stop it: it sends SIGTERM, and SIGKILL after 120 s."""
-        if "training_job" not in record.handle:
-            return
-        stop(str(record.handle["region"]), str(record.handle["training_job"]))
+        """Ask SageMaker to stop the job: it sends SIGTERM, and SIGKILL after 120 s."""
+        if "training_job" in record.handle:
+            api.stop(str(record.handle["region"]), str(record.handle["training_job"]))
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
-        """From CloudWatch Logs, where each container is a stream."""
-        logs = Logs(record, node_rank)
+        """From CloudWatch Logs, where each container has a stream."""
+        logs = api.Logs(record, node_rank)
         ended: float | None = None
         while True:
-            # Before the last look, so that nothing said until then is missed; and then some, as CloudWatch lags.
+            # Before the lines are read, so that none is missed; some arrive even later, as CloudWatch lags.
             now = self.look(record) if follow else None
-            if now is not None and now.state in ("finished", "failed", "cancelled", "preempted", "lost"):
+            if now is not None and now.state in OVER:
                 ended = ended or time.monotonic()
             found = False
             for line in logs.news():
@@ -168,47 +129,38 @@ class SagemakerEngine:
             time.sleep(POLL)
 
 
-def seen(description: Mapping[str, Any]) -> EngineStatus:
-    """Our state and reason for what DescribeTrainingJob answers."""
+def status_of(description: Mapping[str, Any]) -> EngineStatus:
+    """Our state and reason for an answer of DescribeTrainingJob."""
     secondary = str(description.get("SecondaryStatus") or description.get("TrainingJobStatus"))
     state = _STATES.get(secondary) or _STATES.get(str(description.get("TrainingJobStatus"))) or "running"
+    if state == "finished":
+        return EngineStatus("finished")
     failure = description.get("FailureReason")
     if state == "failed" and failure:
         text = redact(str(failure), secrets_of_environment())
-        # What the entry point wrote begins with the outcome; SageMaker puts "AlgorithmError: " before it.
+        # container_main writes "preempted: …" or "cancelled: …"; SageMaker adds "AlgorithmError: " and the exit code.
         match = re.match(r"(?:\w+: )?(preempted|cancelled): (.*?)(?:, exit code: \d+)?$", text, re.DOTALL)
-        if match:
-            ours: State = "preempted" if match[1] == "preempted" else "cancelled"
-            return EngineStatus(ours, match[2])
-        return EngineStatus("failed", text)
-    if state == "finished":
-        return EngineStatus("finished")
-    said = _TOLD.get(secondary) or _last_message(description)
-    return EngineStatus(state, f"{secondary}: {said}" if said else secondary)
-
-
-def _last_message(description: Mapping[str, Any]) -> str | None:
-    transitions = description.get("SecondaryStatusTransitions") or [{}]
-    message = transitions[-1].get("StatusMessage")
-    return redact(str(message), secrets_of_environment()) if message else None
-
-
-# --- What a container gets -----------------------------------------------------------------------------------------
+        return EngineStatus(cast("State", match[1]), match[2]) if match else EngineStatus("failed", text)
+    detail = _EXPLAINED.get(secondary)
+    if detail is None:
+        message = (description.get("SecondaryStatusTransitions") or [{}])[-1].get("StatusMessage")
+        detail = redact(str(message), secrets_of_environment()) if message else None
+    return EngineStatus(state, f"{secondary}: {detail}" if detail else secondary)
 
 
 def _upload(submission: Submission, dataset: Manifest | None) -> None:
-    """Put on the store what the containers get of us. One archive keeps modes, links and empty folders, which S3 does not."""
-    storage = Storage(own_prefix(submission).rstrip("/"), env.storage_options(None))
-    plan = dataclasses.replace(submission.plan, grace_seconds=grace(submission))
+    """Upload what the containers need from us. One archive keeps modes, links and empty folders, which S3 does not."""
+    storage = Storage(requests.own_prefix(submission).rstrip("/"), env.storage_options(None))
+    plan = dataclasses.replace(submission.plan, grace_seconds=requests.grace(submission))
     job = dataclasses.replace(submission, plan=plan).encode()
     if submission.has_workspace:
         with tempfile.TemporaryDirectory() as folder:
-            packed = Path(folder, WORKSPACE)
+            packed = Path(folder, requests.WORKSPACE)
             with tarfile.open(packed, "w:gz", compresslevel=1) as archive:
                 archive.add(submission.workspace, arcname=".")
-            storage.upload(str(packed), WORKSPACE)
+            storage.upload(str(packed), requests.WORKSPACE)
     if dataset is not None:
-        storage.write(DATASET, dataset.encode())
+        storage.write(requests.DATASET, dataset.encode())
     storage.write(FILE, json.dumps(job, indent=2).encode())
 
 
@@ -220,36 +172,19 @@ def _dataset(submission: Submission) -> Manifest | None:
     return DatasetStore(submission.store).find(name, submission.dataset_version).manifest
 
 
-def _dataset_if_known(submission: Submission) -> Manifest | None:
-    """For people: a store that does not answer, or has no such dataset, is no reason to show nothing."""
-    with contextlib.suppress(CloudTrainError):
-        return _dataset(submission)
-    return None
-
-
-# --- This machine --------------------------------------------------------------------------------------------------
-
-
 def _problems_here(submission: Submission) -> Iterator[str]:
-    """What is missing in this shell, and not in the job."""
+    """What this shell lacks."""
     try:
-        variables = submission.plan.own_variables(os.environ)
+        yield from requests.value_problems(submission.plan.own_variables(os.environ))
     except ConfigurationError as error:
         yield str(error)
-    else:
-        names = long_values(variables)
-        if names:
-            yield (
-                f"The values of {', '.join(map(repr, names))} are longer than the {MAX_VALUE} characters that SageMaker "
-                "takes. Put them into a file of the workspace, or fetch them in the script."
-            )
-    yield from missing_here(_region_or_none(submission))
+    yield from api.missing_here(_region(submission))
 
 
-def _region_or_none(submission: Submission) -> str | None:
-    """The region of `vm` where that is one of AWS, else that of the user's configuration."""
+def _region(submission: Submission) -> str | None:
+    """The region of `vm` if its cloud is AWS, else that of the user's configuration, if there is one."""
     machine = submission.job.machine
-    return machine.region if machine is not None and machine.cloud == "aws" else configured_region()
+    return machine.region if machine is not None and machine.cloud == "aws" else api.configured_region()
 
 
 ENGINE = SagemakerEngine()

@@ -1,4 +1,4 @@
-"""The request for a SageMaker training job, as data: nothing is asked and nothing is started here.
+"""The request for a SageMaker training job, as data; nothing is sent from here.
 
 What SageMaker accepts: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_CreateTrainingJob.html
 """
@@ -17,30 +17,30 @@ from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.storage.urls import is_local
 
 ENTRY = ("python", "-m", "hf_cloudtrain.jobs.engines.sagemaker.container_main")
-"""What runs in each container."""
+"""The command of each container."""
 OWN_CHANNEL = "cloudtrain"
-"""Channel with the job and its workspace."""
+"""The channel with the job and its workspace."""
 WORKSPACE, DATASET = "workspace.tar.gz", "dataset.json"
 """Files of that channel: the workspace, and the manifest of the dataset."""
 DATA_CHANNEL = "dataset"
-"""Channel with the job's dataset."""
+"""The channel with the job's dataset."""
 CHECKPOINTS = "/opt/ml/checkpoints"
-"""Folder of a container that SageMaker keeps equal to a folder on S3."""
+"""The folder of a container that SageMaker syncs with a folder on S3."""
 GRACE = 105.0
-"""Seconds between SIGTERM and the end of the command; SageMaker sends SIGKILL after 120, and the records come in between.
+"""Seconds between SIGTERM and the end of the command; SageMaker sends SIGKILL after 120, and records need the rest.
 
 https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StopTrainingJob.html
 """
 LONGEST_GRACE = 120.0
 MAX_RUN = 86_400
-"""Seconds of the longest training where the job names none: SageMaker's own default."""
+"""Seconds of the longest training if the job sets no `max_run`: SageMaker's own default."""
 DISK_GB = 100
-"""Of each machine, beside the dataset. The smallest machine with a disk of its own has 125, and refuses more than that."""
+"""Per machine, beside the dataset. The smallest machine with a disk of its own has 125, and refuses more."""
 MAX_VARIABLES, MAX_VALUE = 100, 512
-"""Variables, and characters of the value of one."""
+"""Variables, and characters of one value."""
 MAX_CHANNELS = 20
 MAX_RETRIES = 30
-"""Of a training that SageMaker's own trouble has ended."""
+"""After a failure of SageMaker itself."""
 
 INSTANCES = {
     ("v100", 16, 1): "ml.p3.2xlarge",
@@ -64,7 +64,7 @@ INSTANCES = {
     ("h100", 80, 8): "ml.p5.48xlarge",
     ("h200", 141, 8): "ml.p5e.48xlarge",
 }
-"""By GPU, its memory (GB) and how many of them: the smallest machine that has them.
+"""By GPU, its memory (GB) and their number: the smallest machine that has them.
 
 https://aws.amazon.com/sagemaker/ai/pricing/ and https://aws.amazon.com/ec2/instance-types/
 """
@@ -84,12 +84,12 @@ def request(
     dataset: Manifest | None = None,
     number: int = 1,
 ) -> dict[str, Any]:
-    """The request for a job; what is missing (see `problems`) is named where it belongs.
+    """The request for a job, with a placeholder for each value that is missing (see `problems`).
 
     Args:
-        variables: the job's own ones with their values; None hides them.
-        dataset: manifest of the job's dataset; None where it is not known.
-        number: of this request for the job, from 1: SageMaker takes each name once.
+        variables: the job's own, with their values; None hides the values.
+        dataset: manifest of the job's dataset, if it is known.
+        number: of this request for the job, from 1: SageMaker accepts each name once.
 
     Example:
         >>> request(submission)["ResourceConfig"]["InstanceType"]
@@ -129,10 +129,7 @@ def request(
 
 
 def training_job_name(submission: Submission, number: int = 1) -> str:
-    """A name that SageMaker takes, and that no job of another store has.
-
-    Letters, digits and single '-', at most 63, once an account and region.
-    """
+    """A name that SageMaker accepts (letters, digits, single '-', at most 63), and that no job of a different store has."""
     digest = hashlib.sha256(f"{submission.store}\n{submission.id}".encode()).hexdigest()[:8]
     end = f"-{digest}" if number == 1 else f"-{digest}-{number}"
     stem = re.sub(r"[^A-Za-z0-9]+", "-", submission.id)
@@ -140,7 +137,7 @@ def training_job_name(submission: Submission, number: int = 1) -> str:
 
 
 def instance_type(submission: Submission) -> str | None:
-    """The machine that the job names, else the one with the GPUs of `vm`; None where there is none."""
+    """The machine that the job names, else the one with the GPUs of `vm`, if there is one."""
     if submission.job.sagemaker.instance_type is not None:
         return submission.job.sagemaker.instance_type
     machine = submission.job.machine
@@ -148,43 +145,40 @@ def instance_type(submission: Submission) -> str | None:
 
 
 def is_spot(submission: Submission) -> bool:
-    """Whether machines may be taken away, for less money."""
+    """Whether the job runs on spot machines."""
     machine = submission.job.machine
     return machine is not None and machine.is_spot
 
 
 def own_prefix(submission: Submission) -> str:
-    """URL of the folder with what the containers get of us, with a '/' at its end.
-
-    Without it SageMaker would also take what begins with the same letters.
-    """
+    """URL of the folder that the containers receive from us. Without the '/' at its end it would match longer names, too."""
     return f"{_store(submission)}/jobs/{submission.id}/submission/"
 
 
 def grace(submission: Submission) -> float:
-    """Seconds between the notice and the end: the job's own, else what SageMaker gives."""
+    """Seconds between the notice and the end: the job's own grace, else what SageMaker allows."""
     return submission.plan.grace if env.GRACE in submission.plan.variables else GRACE
 
 
 def problems(submission: Submission) -> Iterator[str]:
-    """Everything that keeps SageMaker from running a job, one sentence each, with what to write."""
+    """Everything that keeps SageMaker from running a job, one line each, with what to write."""
     job, block = submission.job, submission.job.sagemaker
     if block.role is None:
-        yield "There is no role. Write the ARN of the training's role as `role`, below `sagemaker`."
+        yield "The job has no role. Write the ARN of the training's role as `role`, below `sagemaker`."
     elif not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/?[\w+=,.@/-]+", block.role, re.ASCII):
-        yield f"{block.role!r} is no ARN of a role, such as 'arn:aws:iam::111122223333:role/training'."
+        yield f"{block.role!r} is not the ARN of a role, such as 'arn:aws:iam::111122223333:role/training'."
     image = job.job_setting.docker.image
     if image is None:
-        yield "There is no image. Write one of ECR as `image`, below `job_setting.docker`."
+        yield "The job has no image. Write an image in ECR as `image`, below `job_setting.docker`."
     elif not re.match(r"\d{12}\.dkr\.ecr[a-z0-9.-]*\.[a-z0-9.-]+/", image):
         yield (
-            f"The image {image!r} is not in ECR, and SageMaker pulls from there alone. Push it to a repository of your "
-            "own: 111122223333.dkr.ecr.us-east-1.amazonaws.com/…"
+            f"The image {image!r} is not in ECR, and SageMaker pulls images only from there. Push it to a repository of "
+            "yours: 111122223333.dkr.ecr.us-east-1.amazonaws.com/…"
         )
     if not _is_s3(submission.store):
         yield (
-            f"The store {submission.store!r} is not on S3, and SageMaker takes the workspace and the dataset from there "
-            f"alone. Set it: export {env.STORE}=s3://bucket/store"
+            f"The store {submission.store!r} is not on S3, and SageMaker reads workspace and dataset only from there. "
+            f"Set a store on S3: export {env.STORE}=s3://bucket/store"
         )
     yield from _run_problems(submission)
     yield from _machine_problems(submission)
@@ -192,23 +186,23 @@ def problems(submission: Submission) -> Iterator[str]:
     yield from _folder_problems(submission)
     channels = _channels(submission, None)
     if len(channels) > MAX_CHANNELS:
-        yield f"There are {len(channels)} channels, ours included, and SageMaker takes {MAX_CHANNELS}."
+        yield f"The job has {len(channels)} channels, ours included; SageMaker accepts at most {MAX_CHANNELS}."
     for name in sorted(set(block.channels) & {OWN_CHANNEL, DATA_CHANNEL}):
-        yield f"The channel {name!r} is one of ours. Call yours otherwise, below `sagemaker.channels`."
+        yield f"The channel name {name!r} is reserved. Rename yours below `sagemaker.channels`."
 
 
 def warnings(submission: Submission) -> Iterator[str]:
-    """What a person should know before a job is handed over, one sentence each."""
+    """What a user should know before a job is submitted, one line each."""
     machine = submission.job.machine
     if machine is not None and machine.cloud != "aws":
         yield (
-            f"{str(machine)!r} is no machine of AWS: its GPUs count, and not its cloud {machine.cloud!r} and region "
-            f"{machine.region!r}. The region is that of your AWS configuration."
+            f"{str(machine)!r} is not a machine of AWS: its GPUs are used, but not its cloud {machine.cloud!r} and region "
+            f"{machine.region!r}. The region comes from your AWS configuration."
         )
     if submission.plan.variables:
         yield (
-            "SageMaker shows the values of `env` to everybody who may describe training jobs. Give a secret by its "
-            "place, such as Secrets Manager, and let the script fetch it."
+            "SageMaker shows the values of `env` to everyone who may describe training jobs. Keep a secret elsewhere, "
+            "such as in Secrets Manager, and let the script fetch it."
         )
 
 
@@ -216,54 +210,62 @@ def _run_problems(submission: Submission) -> Iterator[str]:
     url = submission.run_url
     if not is_local(url):
         return
-    if _is_s3(submission.store) or not url.startswith(submission.store):  # else the store's is said already
-        yield f"The run URL {url!r} is a folder, which no container sees. Write `run_url: s3://bucket/runs/{submission.job.name}`."
+    if _is_s3(submission.store) or not url.startswith(submission.store):  # else the store is reported already
+        yield (
+            f"The run URL {url!r} is a folder of this machine, which containers cannot see. Write "
+            f"`run_url: s3://bucket/runs/{submission.job.name}`."
+        )
 
 
 def _machine_problems(submission: Submission) -> Iterator[str]:
     block, machine = submission.job.sagemaker, submission.job.machine
     if instance_type(submission) is None:
         what = (
-            "There is no `vm`."
+            "The job has no `vm`."
             if machine is None
-            else f"No machine of SageMaker is known here with {machine.gpus} GPUs {machine.gpu!r} of {machine.memory_gb} GB."
+            else f"No machine of SageMaker is known with {machine.gpus} GPUs {machine.gpu!r} of {machine.memory_gb} GB."
         )
         yield f"{what} Write the machine as `instance_type`, below `sagemaker`, such as 'ml.g5.12xlarge'."
     longest = block.max_run or MAX_RUN
     if block.max_wait is not None and not is_spot(submission):
-        yield "`max_wait` is for spot machines, and this `vm` is none. Leave it out, or take a `vm` that ends in '-spot'."
+        yield "`max_wait` is only for spot machines. Remove it, or use a `vm` that ends in '-spot'."
     elif block.max_wait is not None and block.max_wait < longest:
         yield (
             f"`max_wait` is {block.max_wait}, less than the {longest} seconds that the training may take. Write {longest} "
-            "or more, or a smaller `max_run`."
+            "or more, or a shorter `max_run`."
         )
 
 
 def _variable_problems(submission: Submission) -> Iterator[str]:
     if grace(submission) > LONGEST_GRACE:
         yield (
-            f"{env.GRACE} is {submission.plan.grace:g}, and SageMaker gives {LONGEST_GRACE:g} s. Leave it out: "
-            f"{GRACE:g} is the default."
+            f"{env.GRACE} is {submission.plan.grace:g} s, but SageMaker kills a container after {LONGEST_GRACE:g} s. Remove "
+            f"it: the default is {GRACE:g}."
         )
     names = _environment(submission, None)
     if len(names) > MAX_VARIABLES:
-        yield f"There are {len(names)} variables, ours included, and SageMaker takes {MAX_VARIABLES}."
+        yield f"The job has {len(names)} variables, ours included; SageMaker accepts at most {MAX_VARIABLES}."
 
 
 def _folder_problems(submission: Submission) -> Iterator[str]:
     job = submission.job
     for path in (job.job_setting.workspace.mount_path, job.data.mount_path if job.data else None):
         if path is not None and re.match(r"/opt/ml(?:/(?:input|output|model|checkpoints)(?:/.*)?)?$", path):
-            yield f"{path!r} is SageMaker's own folder. Mount somewhere else, such as '/workspace'."
+            yield f"{path!r} is a folder of SageMaker. Use a different mount path, such as '/workspace'."
 
 
-def long_values(variables: Mapping[str, str]) -> list[str]:
-    """Names of variables whose values SageMaker does not take."""
-    return sorted(name for name, value in variables.items() if len(value) > MAX_VALUE)
+def value_problems(variables: Mapping[str, str]) -> Iterator[str]:
+    """What SageMaker would refuse of the variables' values."""
+    names = sorted(name for name, value in variables.items() if len(value) > MAX_VALUE)
+    if names:
+        yield (
+            f"The values of {', '.join(map(repr, names))} are longer than the {MAX_VALUE} characters that SageMaker "
+            "accepts. Put them into a file of the workspace, or fetch them in the script."
+        )
 
 
 def _environment(submission: Submission, variables: Mapping[str, str] | None) -> dict[str, str]:
-    """What does not differ between nodes; each container adds its own (sagemaker_entry.py)."""
+    """The variables that are the same on all nodes; each container adds its own (container.py)."""
     plan = submission.plan
     own = dict.fromkeys(plan.variables, HIDDEN) if variables is None else dict(variables)
     ours = {
@@ -273,7 +275,7 @@ def _environment(submission: Submission, variables: Mapping[str, str] | None) ->
         env.STORE: _store(submission),
         env.GRACE: f"{grace(submission):g}",
     }
-    # No container of SageMaker may ask the machine's metadata service; SIGTERM is the notice.
+    # Containers of SageMaker may not read the machine's metadata service; SIGTERM is the notice.
     return {env.CLOUD_NOTICES: "off", **own, **ours}
 
 
@@ -292,7 +294,7 @@ def _channel(name: str, url: str) -> dict[str, Any]:
 
 
 def _beside_run(submission: Submission, name: str) -> str:
-    """A folder of the run, or of the store where the run is not on S3."""
+    """A folder of the run, or of the store if the run is not on S3."""
     if _is_s3(submission.run_url):
         return f"{_s3(submission.run_url)}/sagemaker/{name}"
     return f"{_store(submission)}/jobs/{submission.id}/{name}"

@@ -13,7 +13,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
-from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text, states
 from hf_cloudtrain.jobs.engines.skypilot import client
 from hf_cloudtrain.jobs.engines.skypilot.client import SkyJob
 from hf_cloudtrain.jobs.engines.skypilot.task import VERDICT, as_task, cluster_name, launch_argv, problems
@@ -32,28 +32,16 @@ MARGIN = 15.0
 """Seconds beyond heartbeat and grace for a run to report that it has stopped."""
 CLOCK_SKEW = 600.0
 """Seconds that the clocks of two machines may differ: an older attempt belongs to an earlier job."""
-STATES: dict[str, State] = {
-    "PENDING": "queued",
-    "SUBMITTED": "starting",
-    "STARTING": "starting",
-    "RUNNING": "running",
-    "WINDING_DOWN": "running",
-    "RECOVERING": "starting",
-    "CANCELLING": "stopping",
-    "SUCCEEDED": "finished",
-    "CANCELLED": "cancelled",
-    # Of a cluster's own queue:
-    "INIT": "starting",
-    "SETTING_UP": "starting",
-}
-"""SkyPilot's states and ours (sky/jobs/state.py, sky/skylet/job_lib.py); what begins with FAILED is `failed`."""
-ENDS: dict[str, State] = {
-    "finished": "finished",
-    "preempted": "preempted",
-    "stopped": "cancelled",
-    "failed": "failed",
-    "overtaken": "failed",
-}
+STATES = states(
+    queued="PENDING",
+    starting="SUBMITTED STARTING RECOVERING INIT SETTING_UP",
+    running="RUNNING WINDING_DOWN",
+    stopping="CANCELLING",
+    finished="SUCCEEDED",
+    cancelled="CANCELLED",
+)
+"""Of managed jobs and of a cluster's queue (sky/jobs/state.py, sky/skylet/job_lib.py); FAILED… is `failed`."""
+ENDS = states(finished="finished", preempted="preempted", cancelled="stopped", failed="failed overtaken")
 """The state in which an attempt ended, and the state of its job."""
 CANCELLED = EngineStatus("cancelled", "Stopped by `cloudtrain job cancel`.")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.engines.protocol import EngineStatus
+from hf_cloudtrain.jobs.engines.protocol import EngineStatus, states
 from hf_cloudtrain.jobs.engines.slurm.batch_main import CANCEL, EARLY, notice
 from hf_cloudtrain.jobs.engines.slurm.client import (
     SlurmClient,
@@ -25,7 +25,7 @@ from hf_cloudtrain.jobs.engines.slurm.client import (
 )
 from hf_cloudtrain.jobs.engines.slurm.gang import srun
 from hf_cloudtrain.jobs.logs import follow_nodes, last_lines
-from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, State
+from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.jobs.submission import Submission
 
@@ -45,16 +45,10 @@ DECIDED = (
 )
 """sbatch's variables for what this engine decides; all others apply."""
 
-WAITING: dict[str, State] = {
-    "PENDING": "queued",
-    "REQUEUED": "queued",
-    "REQUEUE_HOLD": "queued",
-    "REQUEUE_FED": "queued",
-    "SPECIAL_EXIT": "queued",
-    "RESV_DEL_HOLD": "queued",
-    "CONFIGURING": "starting",
-}
-ENDED: dict[str, State] = {"CANCELLED": "cancelled", "PREEMPTED": "preempted"}
+WAITING = states(
+    queued="PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT RESV_DEL_HOLD", starting="CONFIGURING"
+)
+ENDED = states(cancelled="CANCELLED", preempted="PREEMPTED")
 """Ends of a job whose supervisor could not record its own; every other end is a failure."""
 
 
