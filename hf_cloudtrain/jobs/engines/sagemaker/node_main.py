@@ -56,7 +56,7 @@ class NodeProcess:
             kill_children()
 
 
-def _without_dataset(submission: Submission) -> Submission:
+def without_dataset(submission: Submission) -> Submission:
     """The dataset and the links are there already: the node downloads and mounts nothing."""
     return dataclasses.replace(submission, job=submission.job.model_copy(update={"data": None}))
 
@@ -64,4 +64,4 @@ def _without_dataset(submission: Submission) -> Submission:
 if __name__ == "__main__":
     logging.basicConfig(format="cloudtrain: %(message)s", stream=sys.stdout)
     logging.getLogger("hf_cloudtrain").setLevel(logging.INFO)
-    node.main(_without_dataset, wrap=lambda _, mounts, command: command)
+    node.main(without_dataset, wrap=lambda _, mounts, command: command)

@@ -23,8 +23,7 @@ from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.jobs.supervisor import Supervisor
-from hf_cloudtrain.jobs.verdict import Verdict, judge
-from hf_cloudtrain.tracking.exit_record import read_end
+from hf_cloudtrain.jobs.verdict import Verdict, exit_records, judge
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +103,7 @@ class SlurmWatch:
         """Whether the time limit (perhaps the partition's) leaves no time to begin, so that a restart would not help."""
         if job.limit is None or job.limit > notice(self._submission) + EARLY:
             return False
-        ranks, number = range(self._submission.plan.nodes), self._gang.number
-        ends = [read_end(self._submission.exit_file(rank, number)) or {} for rank in ranks]
-        return not any(end.get("saved") for end in ends)
+        return not any(end.get("saved") for end in exit_records(self._submission, self._gang.number))
 
     def _of_silent_nodes(self, verdict: Verdict) -> Verdict:
         """A crash of a node that has written nothing: most likely it does not see the files of the job."""
