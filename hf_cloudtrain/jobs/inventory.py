@@ -23,7 +23,7 @@ from typing import Literal
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError, JobFileError, ObjectNotFoundError, StorageError
 from hf_cloudtrain.jobs.spec.document import MAX_BYTES
-from hf_cloudtrain.jobs.spec.machine import Machine
+from hf_cloudtrain.jobs.spec.values import Machine
 from hf_cloudtrain.jobs.spec.vms_file import FILE, ListedVm, parse_vms
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.storage.client import Storage

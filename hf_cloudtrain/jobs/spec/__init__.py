@@ -7,9 +7,8 @@
 Files, in reading order:
 
 - `job_file`: `read_job` and `parse_job`; checks values against each other.
-- `job`: the keys of a job file, as models. Their docstrings are the descriptions in the JSON schema.
-- `values`: the type of each value (names, paths, URLs, counts), and what its error says.
-- `machine`: machine types such as `azure-16gb-v100-4g-eastus-spot`, and how many nodes a number of devices makes.
+- `job`: the keys of a job file, as models, and how devices become nodes. Docstrings are descriptions in the JSON schema.
+- `values`: the type of each value (names, paths, URLs, counts, machine types), and what its error says.
 - `node_plan`: nodes, processes, and the variables that every engine sets for the script (`CONTRACT`).
 - `vms_file`: the user's own list of machines.
 - `document`: YAML by its parser alone, so that `no` and `010` stay text; the line of every key.

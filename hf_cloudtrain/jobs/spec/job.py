@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from hf_cloudtrain.jobs.spec.machine import Machine, shape
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.spec.node_plan import Plan
 from hf_cloudtrain.jobs.spec.values import (
     CommandText,
     Count,
     DatasetName,
     Folder,
+    Machine,
     MountPath,
     Name,
     RunUrl,
@@ -172,6 +173,38 @@ class Sagemaker(_Block):
 
 
 EngineName = Literal["local", "slurm", "skypilot", "sagemaker"]
+
+
+def shape(
+    num_devices: int | None, vm: str | None, nodes: int | None, nproc_per_node: int | None
+) -> tuple[int, int]:
+    """Number of nodes, and of processes on each; `nodes` and `nproc_per_node` override what `vm` has.
+
+    Raises:
+        ConfigurationError: the devices cannot be divided evenly.
+
+    Example:
+        >>> shape(8, "azure-16gb-v100-4g-eastus-spot", None, None)
+        (2, 4)
+    """
+    if vm is not None:
+        gpus = Machine.parse(vm).gpus
+        found = _quotient(num_devices or gpus, gpus, f"the {gpus} GPUs of {vm!r}")
+        return nodes or found, nproc_per_node or gpus
+    if nodes and nproc_per_node:
+        return nodes, nproc_per_node
+    devices = num_devices or nodes or nproc_per_node or 1
+    parts, key = (nodes, "nodes") if nodes else (nproc_per_node or devices, "nproc_per_node")
+    rest = _quotient(devices, parts, f"{key}={parts}")
+    return (parts, rest) if nodes else (rest, parts)
+
+
+def _quotient(devices: int, parts: int, divisor: str) -> int:
+    lower = devices // parts * parts
+    if lower != devices:
+        hint = f"Use {lower} or {lower + parts}." if lower else f"Use {parts}."
+        raise ConfigurationError(f"'num_devices' must be a multiple of {divisor}, not {devices}. {hint}")
+    return devices // parts
 
 
 class Job(_Block):

@@ -20,8 +20,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.spec.diagnostics import DocumentFormat, quoted
 from hf_cloudtrain.jobs.spec.document import MAX_BYTES, KeyPath, dotted
-from hf_cloudtrain.jobs.spec.job import Job
-from hf_cloudtrain.jobs.spec.machine import shape
+from hf_cloudtrain.jobs.spec.job import Job, shape
 from hf_cloudtrain.jobs.spec.values import Count, check_folder, check_mount_path, check_vm, is_below
 
 UNSUPPORTED = {

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.jobs import inventory
-from hf_cloudtrain.jobs.spec.machine import Machine
+from hf_cloudtrain.jobs.spec.values import Machine
 
 
 class Machines:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.jobs.spec.machine import Machine
+from hf_cloudtrain.jobs.spec.values import Machine
 from hf_cloudtrain.jobs.submission import FILE, Submission
 from hf_cloudtrain.storage.urls import is_local
 

@@ -10,9 +10,10 @@ import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.spec.job import shape
 from hf_cloudtrain.jobs.spec.job_file import parse_job
-from hf_cloudtrain.jobs.spec.machine import Machine, shape
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, Plan
+from hf_cloudtrain.jobs.spec.values import Machine
 
 WHERE: Any = {
     "master_addr": "node-0",

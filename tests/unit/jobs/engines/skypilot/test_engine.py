@@ -19,7 +19,7 @@ from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.engines.skypilot import engine as module
 from hf_cloudtrain.jobs.engines.skypilot.task import accelerator, as_task, cluster_name, task_name
 from hf_cloudtrain.jobs.records import JobStore
-from hf_cloudtrain.jobs.spec.machine import Machine
+from hf_cloudtrain.jobs.spec.values import Machine
 from hf_cloudtrain.storage.client import Storage
 from tests.fake_sky import DATA, GOLDEN, LAUNCHED, SKYPILOT, FakeSky, job_text, submission_of, submitted
 
