@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
-from hf_cloudtrain.checkpoints.upload_status import REMEMBERED_COMMITS, Commit
+from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError
 
 logger = logging.getLogger(__name__)
@@ -34,15 +33,13 @@ class CommitWatch:
     """Knows which checkpoints of this attempt exist, of those that other hosts have a part in.
 
     Example:
-        >>> watch = CommitWatch(catalog)
+        >>> watch = CommitWatch(catalog, uploads)
         >>> watch.expect(entry, ["rank 0 on 'node-0'", "rank 8 on 'node-1'"])
         >>> watch.wait(timeout=1800)
     """
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.last_committed: CheckpointKey | None = None
-        self.commits: deque[Commit] = deque(maxlen=REMEMBERED_COMMITS)
-        """As they were seen, for whoever takes them from here."""
+    def __init__(self, catalog: Catalog, uploads: UploadStatus) -> None:
+        self._uploads = uploads
         self._catalog = catalog
         self._changed = threading.Condition()
         self._awaited: dict[CheckpointKey, tuple[OutboxEntry, tuple[str, ...]]] = {}
@@ -118,9 +115,8 @@ class CommitWatch:
         if found is None:
             return
         with self._changed:
-            self.last_committed = max(found, self.last_committed or found)
             if found in self._awaited:
-                self.commits.append(Commit(found, self._awaited[found][0].created, time.time()))
+                self._uploads.committed(Commit(found, self._awaited[found][0].created, time.time()))
             for key in [key for key in self._awaited if key <= found]:
                 del self._awaited[key]
             self._changed.notify_all()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from hf_cloudtrain import env
@@ -21,28 +23,21 @@ POLL = 0.02
 """Seconds between two looks at a file."""
 
 
-def check_inside(output_dir: Path) -> None:
-    """Raise ConfigurationError where a rehearsed training would write into a folder that is not scratch."""
+def saved_hooks(output_dir: Path) -> list[Callable[[int], None]]:
+    """What to call after each save, with its step; empty outside of a rehearsal.
+
+    Raises:
+        ConfigurationError: a rehearsed training would write into a folder that is not scratch.
+    """
     folder = env.verify_folder()
-    if folder is None or Path(folder).resolve() in output_dir.resolve().parents:
-        return
+    if folder is None:
+        return []
+    if Path(folder).resolve() in output_dir.resolve().parents:
+        return [partial(_hold, Path(folder))]
     raise ConfigurationError(
         f"The script writes to {str(output_dir)!r}, which verify-resume must not touch. Give the script its output "
         "folder in the command, as in `cloudtrain verify-resume -- python train.py --output_dir {output_dir}`."
     )
-
-
-def hold(step: int) -> None:
-    """Wait, after the save of a step, to be killed: a training of a few fast steps would be over before."""
-    folder = env.verify_folder()
-    if folder is None:
-        return
-    try:
-        wanted, killer = map(int, Path(folder, "hold").read_text().split())
-    except FileNotFoundError:
-        return
-    while step >= wanted and not Path(folder, "go").exists() and _lives(killer):
-        time.sleep(POLL)
 
 
 def write_hold(folder: Path, step: int) -> None:
@@ -55,6 +50,16 @@ def write_hold(folder: Path, step: int) -> None:
 def let_go(folder: Path) -> None:
     """Have it wait no longer."""
     (folder / "go").touch()
+
+
+def _hold(folder: Path, step: int) -> None:
+    """Wait, after the save of a step, to be killed: a training of a few fast steps would end first."""
+    try:
+        wanted, killer = map(int, (folder / "hold").read_text().split())
+    except FileNotFoundError:
+        return
+    while step >= wanted and not (folder / "go").exists() and _lives(killer):
+        time.sleep(POLL)
 
 
 def _lives(pid: int) -> bool:

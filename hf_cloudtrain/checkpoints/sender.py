@@ -14,12 +14,9 @@ from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import (
     CloudTrainError,
-    CorruptCheckpointError,
-    NotCommittedError,
     StorageError,
     StorageUnavailableError,
 )
-from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import PART_SIZE
 
@@ -32,10 +29,6 @@ LARGE_AT_ONCE = 2
 
 SMALL_AT_ONCE = 8
 """Files under way at once in all: small ones wait for answers, not for bandwidth."""
-
-
-LOCK_PATIENCE = 30.0
-"""Seconds to wait for another process's lock: the loader workers of a killed trainer hold it until they notice."""
 
 
 class EntrySender:
@@ -204,62 +197,6 @@ class EntrySender:
             f"{wrong[0].path!r} was sent with {wrong[0].size} bytes, and the storage has "
             f"{arrived.get(f'{folder}/{wrong[0].path}')}. It is sent again."
         )
-
-
-def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEntry]:
-    """Upload and commit what an outbox holds for a run, in the foreground; returns the entries that it committed.
-
-    Raises:
-        StorageError: the storage does not answer; what is left stays in the outbox.
-        NotCommittedError: another process on this machine holds the outbox.
-    """
-    done = []
-    sender = EntrySender(catalog)
-    try:
-        with outbox.lock(patience=LOCK_PATIENCE):
-            for entry in outbox.entries(catalog.storage.url):
-                progress.begin(f"Uploading {entry.title}", entry.size)
-                try:
-                    sender.send(entry, progress.add)
-                except CorruptCheckpointError as error:
-                    set_aside_unusable(outbox, entry, error)
-                else:
-                    done.append(entry)
-                    outbox.remove(entry)
-    except BlockingIOError:
-        raise NotCommittedError(
-            f"Another process is uploading from {str(outbox.folder)!r}. Let it finish, or end it and try again."
-        ) from None
-    return done
-
-
-def send_folder(
-    catalog: Catalog,
-    entry: OutboxEntry,
-    progress: Progress,
-    there: Mapping[str, tuple[str, str]] | None = None,
-) -> Manifest:
-    """Upload and commit a named folder from where it lies, in the foreground and without an outbox.
-
-    Args:
-        there: of files whose bytes the storage has already, by their path: the object there, and the digest. They are
-            copied there, and not sent.
-
-    Raises:
-        CorruptCheckpointError: a file was written meanwhile.
-        StorageError: the storage does not answer. Nothing is committed then.
-    """
-    there = there or {}
-    progress.begin(
-        f"Uploading {entry.title}", sum(file.size for file in entry.files if file.path not in there)
-    )
-    sender = EntrySender(catalog, there)
-    if not sender.send(entry, progress.add) or sender.manifest is None:
-        raise NotCommittedError(
-            f"{entry.title!r} was not committed: somebody else has written to its place on "
-            f"{catalog.storage.url!r} meanwhile. Try again."
-        )
-    return sender.manifest
 
 
 def set_aside_unusable(outbox: Outbox, entry: OutboxEntry, error: CloudTrainError) -> None:

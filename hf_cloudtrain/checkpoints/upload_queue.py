@@ -19,11 +19,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.retention import Retention
@@ -31,7 +29,7 @@ from hf_cloudtrain.checkpoints.sender import (
     EntrySender,
     set_aside_unusable,
 )
-from hf_cloudtrain.checkpoints.upload_status import REMEMBERED_COMMITS, Commit
+from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import (
     CloudTrainError,
     CorruptCheckpointError,
@@ -54,27 +52,30 @@ PAUSES = (5.0, 15.0, 30.0, 60.0)
 class UploadQueue:
     """Uploads in the background what `submit` hands over.
 
+    Args:
+        uploads: where it notes what it has committed.
+        keep_all: whether to drop no checkpoint, however slow the uploads are.
+
     Example:
-        >>> uploader = Uploader(catalog, outbox)
-        >>> uploader.start()
-        >>> uploader.submit(outbox.accept(folder, entry))
-        >>> uploader.wait(timeout=1800)
+        >>> queue = UploadQueue(catalog, outbox, uploads)
+        >>> queue.start()
+        >>> queue.submit(outbox.accept(folder, entry))
+        >>> queue.wait(timeout=1800)
     """
 
     def __init__(
         self,
         catalog: Catalog,
         outbox: Outbox,
+        uploads: UploadStatus,
         *,
         retention: Retention | None = None,
+        keep_all: bool = False,
     ) -> None:
         self.progress = Progress()
-        self.last_committed: CheckpointKey | None = None
-        self.commits: deque[Commit] = deque(maxlen=REMEMBERED_COMMITS)
-        """For whoever takes them from here."""
+        self.uploads = uploads
         self.last_error: CloudTrainError | None = None
-        self.pace: tuple[int, float] | None = None
-        """Bytes of the last checkpoint that went through, and bytes per second."""
+        self._keep_all = keep_all
         self._deadline: float | None = None
         self._catalog = catalog
         self._outbox = outbox
@@ -235,7 +236,7 @@ class UploadQueue:
         best = max((entry.key for entry in self._waiting if entry.best), default=None)
         for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
             droppable = (
-                not env.verify_folder()  # whose starts are compared checkpoint by checkpoint
+                not self._keep_all
                 and entry.key.attempt == newest.key.attempt
                 and entry.key < newest.key
                 and entry.name is None
@@ -275,7 +276,7 @@ class UploadQueue:
                 with self._outbox.lock():
                     began = time.monotonic()
                     committed = sender.send(entry, self._moved, self._ownership)
-                    self.pace = (entry.size, entry.size / max(1e-3, time.monotonic() - began))
+                    self.uploads.pace = (entry.size, entry.size / max(1e-3, time.monotonic() - began))
                     self._done(entry, committed)
                 failures = 0
             except OvertakenError:
@@ -302,9 +303,9 @@ class UploadQueue:
     def _choose(self, ready: list[OutboxEntry]) -> OutboxEntry:
         """The newest; where time is short, the newest that can be done in it, or else the smallest."""
         newest_first = sorted(ready, key=lambda entry: entry.key, reverse=True)
-        if self._deadline is None or self.pace is None:
+        if self._deadline is None or self.uploads.pace is None:
             return newest_first[0]
-        bytes_left = self.pace[1] * (self._deadline - time.monotonic())
+        bytes_left = self.uploads.pace[1] * (self._deadline - time.monotonic())
         fitting = [entry for entry in newest_first if entry.size <= bytes_left]
         if fitting or any(entry.hosts > 1 for entry in ready):  # several hosts must choose the same one
             return (fitting or newest_first)[0]
@@ -323,9 +324,8 @@ class UploadQueue:
             self._current = None
             self.last_error = None
             if committed and entry.name is None:
-                self.last_committed = max(entry.key, self.last_committed or entry.key)
                 size = entry.size if entry.hosts == 1 else None
-                self.commits.append(Commit(entry.key, entry.created, time.time(), size))
+                self.uploads.committed(Commit(entry.key, entry.created, time.time(), size))
             self._retire()  # before anybody hears that nothing is pending any more
             self._changed.notify_all()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints import sender
+from hf_cloudtrain.checkpoints import flush as outbox_flush
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.cli.arguments import open_catalog
 from hf_cloudtrain.cli.output import fail, say, transfer
@@ -98,7 +98,7 @@ def _flush_run(outbox: Outbox, url: str, entries: list[OutboxEntry]) -> list[Out
         catalog = open_catalog(url)
         catalog.storage.check()
         with transfer() as progress:
-            committed = {entry.home for entry in sender.flush(catalog, outbox, progress)}
+            committed = {entry.home for entry in outbox_flush.flush(catalog, outbox, progress)}
         keys = catalog.checkpoints()
         incomplete = {entry.home for entry in entries if entry.hosts > 1 and entry.key not in keys}
     except CloudTrainError as error:

@@ -29,6 +29,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import LARGE_AT_ONCE, SMALL_AT_ONCE, check_free_space
+from hf_cloudtrain.checkpoints.folder_upload import send_folder
 from hf_cloudtrain.checkpoints.freeze import AcceptedFile, fresh_files
 from hf_cloudtrain.checkpoints.manifest import (
     MAX_FILES,
@@ -41,7 +42,6 @@ from hf_cloudtrain.checkpoints.manifest import (
 )
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
-from hf_cloudtrain.checkpoints.sender import send_folder
 from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import Upload, digests, sending
 from hf_cloudtrain.errors import (

@@ -206,7 +206,7 @@ class Preemption:
     def _plan(self, step: int) -> str:
         left = self.seconds_left()
         plan = f"{self._reason()}: saving at step {step}, with {left:.0f} s left."
-        pace = self._checkpointer.upload_pace
+        pace = self._checkpointer.uploads.pace
         if self.save_seconds is None or pace is None:
             return f"{plan} It is not known yet how long a save and its upload take."
         size, rate = pace

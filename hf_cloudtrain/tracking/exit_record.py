@@ -31,7 +31,7 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
     name = env.exit_file()
     if name is None or not checkpointer.ranks.is_leader:
         return
-    saved, committed = checkpointer.last_saved, checkpointer.last_committed
+    saved, committed = checkpointer.last_saved, checkpointer.uploads.last_committed
     record = {
         "outcome": outcome,
         "reason": reason,

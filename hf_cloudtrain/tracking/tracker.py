@@ -19,13 +19,13 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.upload_status import Uploads
+from hf_cloudtrain.checkpoints.ownership import Ownership
+from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.threads import before_exit
 from hf_cloudtrain.tracking.records import StepRecords
@@ -47,9 +47,8 @@ class StepTracker:
 
     Args:
         samples_per_step: samples of all processes in one optimizer step; None where that is not known.
-        committed: asked for the last committed checkpoint at each heartbeat.
-        uploads: asked at each heartbeat how the uploads stand, and what was committed since.
-        overtaken_by: asked for a newer attempt at each heartbeat; where there is one, the state is `overtaken`.
+        uploads: how the uploads of this process stand; read at each heartbeat.
+        ownership: whether the attempt is still the newest; once it is not, the state is `overtaken`.
 
     Example:
         >>> tracker = StepTracker(catalog, attempt=3, first_step=500, total_steps=1_000)
@@ -67,9 +66,8 @@ class StepTracker:
         first_step: int,
         total_steps: int | None,
         samples_per_step: int | None = None,
-        committed: Callable[[], CheckpointKey | None] = lambda: None,
-        uploads: Callable[[], Uploads] = Uploads,
-        overtaken_by: Callable[[], int | None] = lambda: None,
+        uploads: UploadStatus | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
         self.step = first_step
         self.productive_seconds = 0.0
@@ -77,11 +75,9 @@ class StepTracker:
         self._attempt = attempt
         self._total_steps = total_steps
         self._samples_per_step = samples_per_step
-        self._committed = committed
-        self._ask_uploads = uploads
-        self._uploads = Uploads()
+        self._uploads = uploads or UploadStatus()
         self._commit_lag: float | None = None
-        self._overtaken_by = overtaken_by
+        self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
@@ -188,10 +184,11 @@ class StepTracker:
             mean = statistics.fmean(self._recent) if self._recent else None
             step, metrics = self.step, dict(self._last_metrics)
         left = max(0, self._total_steps - step) if self._total_steps is not None else None
-        committed = self._committed()
+        uploads = self._uploads
+        overtaken = self._ownership is not None and self._ownership.overtaken_by is not None
         return {
             "attempt": self._attempt,
-            "state": self._state if self._overtaken_by() is None else "overtaken",
+            "state": "overtaken" if overtaken else self._state,
             "time": time.time(),
             "interval_seconds": self._interval,
             "step": step,
@@ -203,10 +200,10 @@ class StepTracker:
             "productive_seconds": self.productive_seconds,
             "loss": metrics.get("loss"),
             "learning_rate": metrics.get("learning_rate"),
-            "last_committed": None if committed is None else str(committed),
+            "last_committed": _text(uploads.last_committed),
             "last_step_time": self._last_step_time,
-            "last_saved": None if self._uploads.saved is None else str(self._uploads.saved),
-            "last_saved_time": self._uploads.saved_time,
+            "last_saved": _text(uploads.last_saved),
+            "last_saved_time": uploads.last_saved_time,
             "commit_lag_seconds": self._commit_lag,
         }
 
@@ -239,8 +236,7 @@ class StepTracker:
         return last + min(self._interval, SAVE_FLUSH_SECONDS if self._flush_now else self._interval)
 
     def _note_uploads(self) -> None:
-        self._uploads = self._ask_uploads()
-        for commit in self._uploads.commits:
+        for commit in self._uploads.take_commits():
             self._commit_lag = max(0.0, commit.committed - commit.saved)
             record = {"saved": commit.saved, "time": commit.committed, "size": commit.size}
             with self._lock:
@@ -278,6 +274,10 @@ def _step_lines(steps: list[tuple[int, float]], samples: int | None) -> list[dic
             )
         lines[-1]["seconds"].append(round(seconds, 6))
     return lines
+
+
+def _text(key: CheckpointKey | None) -> str | None:
+    return None if key is None else str(key)
 
 
 def _storable(value: Any) -> bool:

@@ -113,7 +113,7 @@ def test_law_3_files_that_were_there_before_this_save_do_not_belong_to_it(machin
     machine.start()
     write_files(machine.output_dir / "checkpoint-5", {"rng_state_3.pth": b"of a larger world"})
     os.utime(machine.output_dir / "checkpoint-5/rng_state_3.pth", (1, 1))
-    since_ns = machine.checkpointer.mark_save_begin()
+    since_ns = machine.checkpointer.local.mark_save_begin()
     machine.save(5, since_ns=since_ns)
     machine.wait()
     assert machines.restored("elsewhere") == bytes_of(5)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
 from hf_cloudtrain.runtime.progress import Progress
 from tests.faults.runs import Machine, Machines, bytes_of, wait_until, write_files

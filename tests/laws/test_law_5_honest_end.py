@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.manifest import Position
-from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.ranks import Ranks

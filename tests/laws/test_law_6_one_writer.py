@@ -327,7 +327,7 @@ class TestTheOvertakenOne:
             checkpointer.check_not_overtaken()
             if checkpointer.ranks.is_main:
                 machines.catalog.attempts.begin(0.0, 0, None, {"host": "elsewhere"})
-                checkpointer._ownership.look()
+                checkpointer.ownership.look()
             checkpointer.check_not_overtaken()
 
         answers = on_ranks(3, train, monkeypatch)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.checkpointer import Advice, last_committed_of, overtaken_by_of, uploads_of
-from hf_cloudtrain.checkpoints.in_place import InPlaceCheckpointer
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
+from hf_cloudtrain.checkpoints.start import Advice
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
@@ -130,7 +131,7 @@ class RemoteRun:
         self._total = total
         self._restored = restored
         self._policy = policy
-        self._checkpointer: InPlaceCheckpointer | None = None
+        self._checkpointer: Checkpointer | None = None
         self._tracker: StepTracker | None = None
         self._preemption: Preemption | None = None
         self._leaving = self._finished = False
@@ -164,9 +165,8 @@ class RemoteRun:
                 attempt,
                 first_step=step,
                 total_steps=self._total,
-                committed=last_committed_of(checkpointer),
-                uploads=uploads_of(checkpointer),
-                overtaken_by=overtaken_by_of(checkpointer),
+                uploads=checkpointer.uploads,
+                ownership=checkpointer.ownership,
             )
             self._tracker.start()
 
@@ -234,7 +234,7 @@ class RemoteRun:
             record_end(checkpointer, outcome)
         checkpointer.close()
 
-    def _finish(self, checkpointer: InPlaceCheckpointer) -> None:
+    def _finish(self, checkpointer: Checkpointer) -> None:
         state: Outcome = "failed"
         try:
             checkpointer.finish()
@@ -250,7 +250,7 @@ class RemoteRun:
         if self._tracker is not None:
             self._tracker.close(state)
 
-    def _honest(self, checkpointer: InPlaceCheckpointer, step: int, state: Outcome) -> Outcome:
+    def _honest(self, checkpointer: Checkpointer, step: int, state: Outcome) -> Outcome:
         """What the run says of its end, given what is on storage; warns of steps that are in no checkpoint."""
         if checkpointer.overtaken_by is not None:
             return "overtaken"
@@ -269,12 +269,14 @@ class RemoteRun:
             )
         return state if _is_committed(checkpointer, saved) else "failed"
 
-    def _open(self) -> InPlaceCheckpointer:
+    def _open(self) -> Checkpointer:
         """Made when it is first needed: by then the process group exists, if there will be one."""
         if self._checkpointer is None:
             # Without a folder nothing is saved; what an attempt needs of a disk goes to the working folder.
             forget_end()
-            made = InPlaceCheckpointer(self._run_url, self._checkpoint_dir or Path.cwd(), advice=ADVICE)
+            made = Checkpointer(
+                self._run_url, self._checkpoint_dir or Path.cwd(), advice=ADVICE, layout=InPlace
+            )
             made.policy = self._policy
             if self._restored is not None:
                 made.restored_before(self._restored)
@@ -352,8 +354,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_committed(checkpointer: InPlaceCheckpointer, key: CheckpointKey) -> bool:
-    if key == checkpointer.last_committed:
+def _is_committed(checkpointer: Checkpointer, key: CheckpointKey) -> bool:
+    if key == checkpointer.uploads.last_committed:
         return True
     try:
         return checkpointer.catalog.holds(key)  # by another host

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints.checkpointer import Checkpointer, Restored
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
+from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.integrations.loop import topology
 from hf_cloudtrain.integrations.loop.state import (
@@ -104,7 +105,7 @@ class LoopFolder:
             conversion = topology.plan(self._accelerator, manifest)
             conversions[manifest.key] = conversion
             renumbered = conversion is not None and conversion.is_renumbered
-            self._checkpointer.renumber(
+            self._checkpointer.local.renumber(
                 manifest.key, conversion.global_step if conversion and renumbered else None
             )
 

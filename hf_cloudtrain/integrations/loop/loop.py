@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.checkpointer import Advice, Checkpointer
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.checkpoints.retention import Policy
+from hf_cloudtrain.checkpoints.start import Advice
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.loop.folder import Cursor, LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.log import number, train_bar
@@ -190,7 +191,7 @@ class TrainLoop:
         script_args, self._state = self._state.script_args, self._resumed.state
         self._state.script_args = script_args
         self._report.log.load_state_dict(self._state.sums)
-        return self._checkpointer.local_folder(self._resumed.manifest)
+        return self._checkpointer.local.folder(self._resumed.manifest)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each as its number.

@@ -5,12 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hf_cloudtrain.checkpoints.checkpointer import (
-    Checkpointer,
-    last_committed_of,
-    overtaken_by_of,
-    uploads_of,
-)
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.integrations.loop.log import LoopLog, shown
 from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.tracking.tracker import StepTracker
@@ -44,9 +39,8 @@ class LoopReport:
             first_step=first_step,
             total_steps=total_steps,
             samples_per_step=samples_per_step,
-            committed=last_committed_of(checkpointer),
-            uploads=uploads_of(checkpointer),
-            overtaken_by=overtaken_by_of(checkpointer),
+            uploads=checkpointer.uploads,
+            ownership=checkpointer.ownership,
         )
         earlier = _running.get(checkpointer)
         if earlier is not None:

@@ -294,7 +294,7 @@ class CheckpointUploadCallback(TrainerCallback):
         """The time of the file system, so that its clock and ours need not agree."""
         checkpointer = self._session.opened()
         if checkpointer.ranks.is_leader:
-            self._save_began_ns = checkpointer.mark_save_begin()
+            self._save_began_ns = checkpointer.local.mark_save_begin()
 
     def _inexact_reason(self, args: TrainingArguments, state: TrainerState) -> str | None:
         if self._session.inexact_reason is not None:

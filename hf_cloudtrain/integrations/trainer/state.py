@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.checkpoints.checkpointer import Checkpointer, Restored, parse_renumbered
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.local_folders import parse_renumbered
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
+from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.resume.dataloaders import batch_size_of, is_dispatcher, sampler_name, seed_of
 from hf_cloudtrain.resume.topology import Conversion, Epoch
 
@@ -162,7 +164,9 @@ def localize_state(
     if best is not None:
         number_here(checkpointer, best.manifest, conversion, best.number)
     if best is not None and needs_best:
-        outcomes = ranks.each_leader(checkpointer.fetcher(best.manifest), "download the best checkpoint")
+        outcomes = ranks.each_leader(
+            checkpointer.restorer.fetcher(best.manifest), "download the best checkpoint"
+        )
         problems = [problem for problem in outcomes if problem]
         if problems and ranks.is_main:
             logger.warning(
@@ -185,7 +189,7 @@ def number_here(
     """
     if conversion is not None and conversion.is_renumbered:
         number = conversion.step_of(manifest.step if number is None else number)
-    checkpointer.renumber(manifest.key, number)
+    checkpointer.local.renumber(manifest.key, number)
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _rewrite(
     if not record:
         return
     changed = adjust(record)
-    name = checkpointer.local_folder(best.manifest).name if best else None
+    name = checkpointer.local.folder(best.manifest).name if best else None
     if name is None and record.get("best_model_checkpoint"):
         name = _last_part(record["best_model_checkpoint"])
     if name:
@@ -252,12 +256,12 @@ def _rewrite(
 
 def _as_saved(checkpointer: Checkpointer, restored: Restored) -> dict[str, Any]:
     """The state as the checkpoint has it: what lies here may have been made true, in another topology even."""
-    original = checkpointer.originals(restored.manifest) / TRAINER_STATE
+    original = checkpointer.local.originals(restored.manifest) / TRAINER_STATE
     return _read(original if original.is_file() else restored.path / TRAINER_STATE)
 
 
 def _keep_original(checkpointer: Checkpointer, restored: Restored) -> None:
-    original = checkpointer.originals(restored.manifest) / TRAINER_STATE
+    original = checkpointer.local.originals(restored.manifest) / TRAINER_STATE
     if not original.exists():
         original.parent.mkdir(parents=True, exist_ok=True)
         beside = original.with_suffix(".tmp")

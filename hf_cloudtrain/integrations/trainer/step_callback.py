@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_cloudtrain.checkpoints.checkpointer import last_committed_of, overtaken_by_of, uploads_of
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.integrations.trainer.session import Session
 from hf_cloudtrain.integrations.trainer.state import (
@@ -44,9 +43,8 @@ class StepTrackerCallback(TrainerCallback):
                 first_step=state.global_step,
                 total_steps=state.max_steps,
                 samples_per_step=step_samples(args, state),
-                committed=last_committed_of(checkpointer),
-                uploads=uploads_of(checkpointer),
-                overtaken_by=overtaken_by_of(checkpointer),
+                uploads=checkpointer.uploads,
+                ownership=checkpointer.ownership,
             )
             self._tracker.start()
             self._session.close_tracker = self._tracker.close

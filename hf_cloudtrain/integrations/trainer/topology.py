@@ -14,8 +14,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.checkpoints.checkpointer import Checkpointer, Restored
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
+from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.errors import PositionError
 from hf_cloudtrain.integrations.trainer.state import EpochLength, batch_of, localize_state, topology
 from hf_cloudtrain.resume.dataloaders import sampler_name

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.in_place import InPlaceCheckpointer
+from hf_cloudtrain.checkpoints.in_place import InPlace
+from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 
 BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
@@ -28,10 +29,12 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
         if chosen is None:
             return None
         key = CheckpointKey(*chosen)
-        _checkpointer(catalog, key)(run_url, folder).fetcher(catalog.read(key))()
+        checkpointer = Checkpointer(run_url, folder, layout=_layout(catalog, key))
+        checkpointer.restorer.fetcher(catalog.read(key))()
         return key
     newest = catalog.newest()
-    checkpointer = (Checkpointer if newest is None else _checkpointer(catalog, newest))(run_url, folder)
+    layout = LocalFolders if newest is None else _layout(catalog, newest)
+    checkpointer = Checkpointer(run_url, folder, layout=layout)
     try:
         restored = checkpointer.restore()
     finally:
@@ -44,6 +47,6 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
     return restored_key
 
 
-def _checkpointer(catalog: Catalog, key: CheckpointKey) -> type[Checkpointer]:
+def _layout(catalog: Catalog, key: CheckpointKey) -> type[LocalFolders]:
     by_framework = BY_FRAMEWORK & {file.path for file in catalog.read(key).files}
-    return Checkpointer if by_framework else InPlaceCheckpointer
+    return LocalFolders if by_framework else InPlace

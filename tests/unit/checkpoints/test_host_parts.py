@@ -11,10 +11,11 @@ import pytest
 from hf_cloudtrain.checkpoints import host_parts as module
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
-from hf_cloudtrain.checkpoints.sender import EntrySender, flush
+from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.errors import ManifestError, StorageError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.threads import in_threads

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.checkpoints.in_place import InPlaceCheckpointer
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.runtime.ranks import Ranks
 from tests.faults.ranks import on_ranks
@@ -21,7 +22,7 @@ Files = dict[str, bytes]
 class Host:
     """A rank on a host of its own, and what it writes."""
 
-    def __init__(self, checkpointer: InPlaceCheckpointer, ranks: Ranks) -> None:
+    def __init__(self, checkpointer: Checkpointer, ranks: Ranks) -> None:
         self.checkpointer = checkpointer
         self.folder = checkpointer.output_dir
         self.rank = ranks.rank
@@ -37,7 +38,9 @@ def hosts(machines: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     def run(size: int, work: Callable[[Host], Any], name: str = "host-{}") -> list[Any]:
         def rank(ranks: Ranks) -> Any:
-            checkpointer = InPlaceCheckpointer(machines.storage.url, tmp_path / name.format(ranks.rank))
+            checkpointer = Checkpointer(
+                machines.storage.url, tmp_path / name.format(ranks.rank), layout=InPlace
+            )
             try:
                 return work(Host(checkpointer, ranks))
             finally:
@@ -192,7 +195,7 @@ def test_restored_files_look_older_than_what_is_written_next(
 
     def second(host: Host) -> int:
         host.checkpointer.restore()
-        return host.checkpointer.mark_save_begin() - (host.folder / "a").stat().st_mtime_ns
+        return host.checkpointer.local.mark_save_begin() - (host.folder / "a").stat().st_mtime_ns
 
     hosts(1, first)
     assert hosts(1, second, name="elsewhere")[0] > 5 * 10**9

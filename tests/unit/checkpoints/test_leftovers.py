@@ -12,13 +12,14 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import leftovers
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import retire, retiring
+from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.leftovers import LeftOver, Watch, find, remove
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox
-from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import StorageError, StorageUnavailableError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
@@ -393,7 +394,7 @@ class TestWhoeverSendsAfterwards:
         folder = write_checkpoint(outbox.output_dir, 5)
         entry = outbox.accept(folder, entry_of(machines.storage.url, 1, 5))
         machines.storage.fail("create", path="*/checkpoints/*", times=10_000)
-        upload_queue = UploadQueue(catalog, outbox)
+        upload_queue = UploadQueue(catalog, outbox, UploadStatus())
         upload_queue.start()
         try:
             wait_until(lambda: upload_queue.last_error, "everything has arrived, and the commit fails")

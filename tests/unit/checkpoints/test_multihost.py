@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.checkpoints import checkpointer as checkpointer_module
 from hf_cloudtrain.checkpoints import commit_watch as watch_module
+from hf_cloudtrain.checkpoints import local_folders, multihost
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
 from hf_cloudtrain.checkpoints.host_shares import HostShares
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import NotCommittedError, StorageUnavailableError
 from hf_cloudtrain.runtime.ranks import Ranks
 from tests.faults.ranks import on_ranks
@@ -116,7 +117,7 @@ class TestWhoGivesWhat:
                 write_files(folder, {"model": b"1"})
             host.checkpointer.save(folder, Position(global_step=5))
             host.wait()
-            return host.checkpointer.last_committed
+            return host.checkpointer.uploads.last_committed
 
         assert hosts(2, work) == [CheckpointKey(1, 5)] * 2, "rank 0 knows of the commit, too"
         assert on_storage(machines, 5) == {"model": b"1"}
@@ -179,14 +180,14 @@ class TestWhoGivesWhat:
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Without its files the others' would be committed as if they were all."""
-        fresh_files = checkpointer_module.fresh_files
+        fresh_files = local_folders.fresh_files
 
         def failing(folder: Path, since_ns: int) -> Any:
             if "host-1/checkpoint-10" in str(folder):
                 raise PermissionError(13, "Permission denied", str(folder))
             return fresh_files(folder, since_ns)
 
-        monkeypatch.setattr(checkpointer_module, "fresh_files", failing)
+        monkeypatch.setattr(local_folders, "fresh_files", failing)
 
         def work(host: Host) -> None:
             host.save(5)
@@ -357,7 +358,7 @@ class TestWaiting:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(checkpointer_module, "LAST_LOOK", 0.2)
+        monkeypatch.setattr(multihost, "LAST_LOOK", 0.2)
         machines.storage.hold("upload", machines.gate, path="*/shard-1")
 
         def work(host: Host) -> None:
@@ -380,25 +381,28 @@ class TestWatch:
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(watch_module, "PAUSES", (0.005,))
-        watch = CommitWatch(catalog)
+        uploads = UploadStatus()
+        watch = CommitWatch(catalog, uploads)
         for step in (5, 10):
             watch.expect(self.entry(catalog, step), ("a", "b"))
             self.commit(catalog, step)
-            wait_until(lambda step=step: watch.last_committed == CheckpointKey(1, step), "it heard")
+            wait_until(lambda step=step: uploads.last_committed == CheckpointKey(1, step), "it heard")
         wait_until(lambda: watch._thread is None, "the end of a thread that has nothing to look for")
 
     def test_waits_for_the_newest_alone(self, catalog: Catalog) -> None:
-        watch = CommitWatch(catalog)
+        uploads = UploadStatus()
+        watch = CommitWatch(catalog, uploads)
         for step in (5, 10):
             watch.expect(self.entry(catalog, step), ("a", "b"))
         self.commit(catalog, 10)
         watch.wait(DEADLINE)
-        assert watch.last_committed == CheckpointKey(1, 10)
+        assert uploads.last_committed == CheckpointKey(1, 10)
         watch.wait(0.0)
 
     def test_asks_less_and_less_often(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
         pauses: list[float] = []
-        watch = CommitWatch(catalog)
+        uploads = UploadStatus()
+        watch = CommitWatch(catalog, uploads)
 
         def wait(seconds: float) -> None:
             pauses.append(seconds)
@@ -407,7 +411,7 @@ class TestWatch:
 
         monkeypatch.setattr(watch._changed, "wait", wait)
         watch.expect(self.entry(catalog, 5), ("a", "b"))
-        wait_until(lambda: watch.last_committed, "the commit")
+        wait_until(lambda: uploads.last_committed, "the commit")
         assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0]
 
     def test_storage_that_does_not_answer_is_asked_again(
@@ -415,9 +419,10 @@ class TestWatch:
     ) -> None:
         monkeypatch.setattr(watch_module, "PAUSES", (0.005,))
         catalog = machines.catalog
-        watch = CommitWatch(catalog)
+        uploads = UploadStatus()
+        watch = CommitWatch(catalog, uploads)
         machines.storage.fail("read", StorageUnavailableError("away"), times=20)
         watch.expect(self.entry(catalog, 5), ("a", "b"))
         self.commit(catalog, 5)
-        wait_until(lambda: watch.last_committed, "the commit")
+        wait_until(lambda: uploads.last_committed, "the commit")
         watch.close()

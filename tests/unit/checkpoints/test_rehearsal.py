@@ -51,10 +51,11 @@ def test_a_save_waits_from_the_step_that_it_is_told_until_it_is_let_go(
 ) -> None:
     waited = threading.Event()
     monkeypatch.setattr(rehearsal.time, "sleep", lambda _: waited.set())
-    rehearsal.hold(5)  # nobody wants it to
+    (hold,) = rehearsal.saved_hooks(scratch / "out")
+    hold(5)  # before verify-resume asks for it
     rehearsal.write_hold(scratch, 5)
-    rehearsal.hold(4)
-    waiting = threading.Thread(target=rehearsal.hold, args=(6,))
+    hold(4)
+    waiting = threading.Thread(target=hold, args=(6,))
     waiting.start()
     assert waited.wait(30)
     rehearsal.let_go(scratch)
@@ -64,6 +65,7 @@ def test_a_save_waits_from_the_step_that_it_is_told_until_it_is_let_go(
 
 def test_a_save_does_not_wait_for_a_killer_that_is_gone(scratch: Path) -> None:
     (scratch / "hold").write_text("5 999999999")
-    waiting = threading.Thread(target=rehearsal.hold, args=(6,))
+    (hold,) = rehearsal.saved_hooks(scratch / "out")
+    waiting = threading.Thread(target=hold, args=(6,))
     waiting.start()
     wait_until(lambda: not waiting.is_alive(), "it goes on")

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints import sender as module
+from hf_cloudtrain.checkpoints import flush as module
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
-from hf_cloudtrain.checkpoints.sender import flush
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.testing import FaultyStorage
@@ -46,7 +47,7 @@ class Disk:
         return self.outbox.accept(folder, entry_of(self.storage.url, attempt, step, **options))
 
     def upload_queue(self) -> UploadQueue:
-        self.upload_queues.append(UploadQueue(self.catalog, self.outbox))
+        self.upload_queues.append(UploadQueue(self.catalog, self.outbox, UploadStatus()))
         self.upload_queues[-1].start()
         return self.upload_queues[-1]
 
@@ -97,7 +98,7 @@ def steps_waiting(upload_queue: UploadQueue) -> list[tuple[int, int]]:
 
 
 def test_at_most_two_wait_and_the_older_of_three_is_dropped(disk: Disk) -> None:
-    upload_queue = UploadQueue(disk.catalog, disk.outbox)  # not started: nothing is under way
+    upload_queue = UploadQueue(disk.catalog, disk.outbox, UploadStatus())  # not started: nothing is under way
     seen = []
     for step in (1, 2, 3):
         upload_queue.submit(disk.entry(step))
@@ -107,7 +108,7 @@ def test_at_most_two_wait_and_the_older_of_three_is_dropped(disk: Disk) -> None:
 
 
 def test_what_an_earlier_attempt_left_waits_on_whatever_comes_after_it(disk: Disk) -> None:
-    upload_queue = UploadQueue(disk.catalog, disk.outbox)
+    upload_queue = UploadQueue(disk.catalog, disk.outbox, UploadStatus())
     for attempt, step in ((1, 5), (2, 1), (2, 2), (2, 3)):
         upload_queue.submit(disk.entry(step, attempt))
     assert steps_waiting(upload_queue) == [(2, 3), (2, 2), (1, 5)]
@@ -115,11 +116,11 @@ def test_what_an_earlier_attempt_left_waits_on_whatever_comes_after_it(disk: Dis
 
 def test_an_uploader_knows_the_newest_that_it_has_committed(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
-    assert upload_queue.last_committed is None
+    assert upload_queue.uploads.last_committed is None
     for step in (10, 5):
         upload_queue.submit(disk.entry(step))
         upload_queue.wait(DEADLINE)
-    assert upload_queue.last_committed == CheckpointKey(1, 10)
+    assert upload_queue.uploads.last_committed == CheckpointKey(1, 10)
 
 
 def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
@@ -128,7 +129,7 @@ def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
     upload_queue.submit(disk.entry(5, name="final"))
     upload_queue.wait(DEADLINE)
     assert NamedFolders(disk.catalog).keys() == ["final-000001"]
-    assert upload_queue.last_committed is None
+    assert upload_queue.uploads.last_committed is None
 
 
 def test_a_named_folder_keeps_its_version_through_a_failed_try(disk: Disk) -> None:
@@ -205,7 +206,7 @@ def test_a_host_that_is_not_the_last_uploads_its_part_and_commits_nothing(disk: 
     upload_queue.submit(disk.entry(5, host=1, hosts=2))
     upload_queue.wait(DEADLINE)
     assert disk.catalog.checkpoints() == []
-    assert upload_queue.last_committed is None
+    assert upload_queue.uploads.last_committed is None
     assert disk.outbox.entries() == [], "its part is on storage"
 
 
@@ -304,7 +305,9 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
 
 def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointer(disk: Disk) -> None:
     first = disk.catalog.attempts.begin(0.0, 0, None, {})
-    upload_queue = UploadQueue(disk.catalog, disk.outbox, retention=Retention(disk.catalog, Policy(1), first))
+    upload_queue = UploadQueue(
+        disk.catalog, disk.outbox, UploadStatus(), retention=Retention(disk.catalog, Policy(1), first)
+    )
     disk.upload_queues.append(upload_queue)
     upload_queue.start()
     best = disk.entry(5, host=0, hosts=2, best=True)

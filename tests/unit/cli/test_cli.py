@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints import sender
+from hf_cloudtrain.checkpoints import flush
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
@@ -67,7 +67,7 @@ class Run:
 
     def save(self, attempt: int, step: int, files: dict[str, bytes] | None = None, **how: Any) -> None:
         self.accept(attempt, step, files, **how)
-        sender.flush(self.catalog, self.outbox, Progress())
+        flush.flush(self.catalog, self.outbox, Progress())
 
     def beat(self, attempt: int, *, ago: float = 0.0, state: str = "training", **progress: Any) -> None:
         self.catalog.attempts.write_progress(attempt, {"time": time.time() - ago, "state": state, **progress})
@@ -491,7 +491,7 @@ class TestFlush:
     def test_keeps_everything_while_another_process_uploads(
         self, empty: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sender, "LOCK_PATIENCE", 0.0)
+        monkeypatch.setattr(flush, "LOCK_PATIENCE", 0.0)
         empty.accept(empty.begin(), 100)
         with open(empty.work / ".cloudtrain/outbox.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

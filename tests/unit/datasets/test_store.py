@@ -215,7 +215,7 @@ def test_a_commit_that_was_damaged_on_its_way_or_taken_is_none(glue: Path) -> No
             store.create("glue", glue)
     with (
         mock.patch.object(NamedFolders, "commit", return_value=False),
-        pytest.raises(NotCommittedError, match="'glue' was not committed: somebody else"),
+        pytest.raises(NotCommittedError, match="'glue' was not committed: another process"),
     ):
         store.create("glue", glue)
     assert store.versions() == {}

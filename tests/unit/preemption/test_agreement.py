@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import PeerError
 from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.preemption import preemption as preemption_module
@@ -139,4 +140,4 @@ def test_a_rank_with_a_notice_does_not_wait_for_a_crashed_one(
 
 def checkpointer_of(ranks: Ranks) -> Any:
     """As much of a Checkpointer as a decision needs."""
-    return SimpleNamespace(ranks=ranks, overtaken_by=None, upload_pace=None)
+    return SimpleNamespace(ranks=ranks, overtaken_by=None, uploads=UploadStatus())

@@ -156,8 +156,8 @@ class TestAlone:
 
     def test_an_overtaken_attempt_quits_without_a_save(self, made: Checkpointer, tmp_path: Path) -> None:
         made.catalog.attempts.begin(0.0, 0, None, {})
-        assert made._ownership is not None
-        made._ownership.look()
+        assert made.ownership is not None
+        made.ownership.look()
         preemption = Preemption(made)
         preemption.receive(Notice("EC2", 20.0))
         assert preemption.step_ended() is StopDecision.QUIT
@@ -238,13 +238,12 @@ class TestTime:
     def test_the_log_says_whether_the_upload_should_finish_in_time(
         self,
         made: Checkpointer,
-        monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
         pace: tuple[int, float] | None,
         save_seconds: float,
         text: str,
     ) -> None:
-        monkeypatch.setattr(Checkpointer, "upload_pace", property(lambda self: pace))
+        made.uploads.pace = pace
         preemption = Preemption(made)
         preemption.save_seconds = save_seconds
         preemption.receive(Notice("SIGTERM", None))

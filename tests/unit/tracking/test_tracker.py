@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from hf_cloudtrain.checkpoints.checkpointer import uploads_of
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.upload_status import Uploads
+from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.tracking import tracker as module
 from hf_cloudtrain.tracking.records import StepRecords
@@ -120,9 +120,9 @@ def test_an_unknown_number_of_steps_has_no_eta(machines: Machines, clock: Clock)
 
 
 def test_the_heartbeat_shows_the_last_loss_and_commit(machines: Machines) -> None:
-    tracker = StepTracker(
-        machines.catalog, 3, first_step=0, total_steps=10, committed=lambda: CheckpointKey(3, 5)
-    )
+    uploads = UploadStatus()
+    uploads.committed(Commit(CheckpointKey(3, 5), saved=1.0, committed=2.0))
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=10, uploads=uploads)
     tracker.log(5, {"loss": 0.5, "learning_rate": 1e-4})
     tracker.log(6, {"loss": 0.4})
     beat = tracker.heartbeat()
@@ -286,7 +286,7 @@ class TestUploads:
         machine = machines.new()
         machine.start()
         tracker = StepTracker(
-            machines.catalog, 3, first_step=0, total_steps=9, uploads=uploads_of(machine.checkpointer)
+            machines.catalog, 3, first_step=0, total_steps=9, uploads=machine.checkpointer.uploads
         )
         tracker.start()
         began = module.time.time()
@@ -311,16 +311,20 @@ class TestUploads:
         machine.start()
         machines.storage.fail("upload", times=1000)
         machine.save(4)
-        uploads = uploads_of(machine.checkpointer)()
-        assert (uploads.saved, uploads.commits) == (CheckpointKey(1, 4), ())
+        uploads = machine.checkpointer.uploads
+        assert (uploads.last_saved, uploads.take_commits()) == (CheckpointKey(1, 4), [])
 
-    def test_who_asks_does_not_keep_the_checkpointer_alive(self, machines: Machines) -> None:
+    def test_a_tracker_does_not_keep_the_checkpointer_alive(self, machines: Machines) -> None:
         machine = machines.new()
-        ask = uploads_of(machine.checkpointer)
+        tracker = StepTracker(
+            machines.catalog, 3, first_step=0, total_steps=9, uploads=machine.checkpointer.uploads
+        )
+        reference = weakref.ref(machine.checkpointer)
         machines.made.remove(machine)
         del machine
         gc.collect()
-        assert ask() == Uploads()
+        assert reference() is None
+        assert tracker.heartbeat()["last_saved"] is None
 
 
 def test_records_are_stored_as_often_as_the_heart_beats_after_a_save_too(machines: Machines) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_cloudtrain.checkpoints.stale import move_stale
+from hf_cloudtrain.checkpoints.local_folders import move_stale
 from hf_cloudtrain.errors import OvertakenError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def begin(disk: Path, *there: int, after: int = 0, run: str = RUN) -> list[str]:
 def test_only_what_is_ahead_moves_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert begin(tmp_path, 5, 10, 15, after=10) == ["checkpoint-15"]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
-    assert "ahead of step 10" in caplog.text
+    assert "this attempt starts at step 10" in caplog.text
 
 
 def test_of_what_the_run_itself_left_only_the_last_stays(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Uploading a folder under a name: `cloud.save(folder, name)`, and datasets."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.flush import flush
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
+from hf_cloudtrain.checkpoints.named_folders import NamedFolders
+from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.sender import EntrySender
+from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.errors import NotCommittedError
+from hf_cloudtrain.runtime.progress import Bar, Progress
+from hf_cloudtrain.runtime.provenance import origin
+
+
+def save_folder(
+    catalog: Catalog, outbox: Outbox, queue: UploadQueue | None, folder: Path, name: str, key: CheckpointKey
+) -> str:
+    """Commit a folder under a name, by way of the outbox; returns its URL once it is committed.
+
+    Args:
+        queue: the background uploads, if they have begun.
+        key: the attempt and step that save it.
+
+    Raises:
+        NotCommittedError: the storage did not take it in time; the outbox keeps it.
+    """
+    entry = OutboxEntry(
+        run_url=catalog.storage.url,
+        key=key,
+        nonce=os.urandom(16).hex(),
+        position=Position(global_step=key.step),
+        created=time.time(),
+        name=name,
+        origin=origin(),
+    )
+    entry = outbox.accept(folder, entry)
+    if queue is None:
+        with Bar(progress := Progress()):
+            flush(catalog, outbox, progress)
+    else:
+        queue.submit(entry)
+        queue.wait(env.drain_timeout())
+    named = NamedFolders(catalog)
+    for version in reversed(named.keys()):
+        manifest = named.read(version)
+        if manifest.nonce == entry.nonce:
+            return f"{catalog.storage.url}/{manifest.folder}"
+    raise NotCommittedError(f"{name!r} was not committed to {catalog.storage.url!r}.")
+
+
+def send_folder(
+    catalog: Catalog,
+    entry: OutboxEntry,
+    progress: Progress,
+    there: Mapping[str, tuple[str, str]] | None = None,
+) -> Manifest:
+    """Upload and commit a named folder from where it is, in the foreground and without an outbox.
+
+    Args:
+        there: files whose bytes the storage has already, by their path: the object there, and the digest. They are
+            copied on the storage, and not sent.
+
+    Raises:
+        CorruptCheckpointError: a file was written during the upload.
+        StorageError: the storage does not answer. Nothing is committed then.
+    """
+    there = there or {}
+    progress.begin(
+        f"Uploading {entry.title}", sum(file.size for file in entry.files if file.path not in there)
+    )
+    sender = EntrySender(catalog, there)
+    if not sender.send(entry, progress.add) or sender.manifest is None:
+        raise NotCommittedError(
+            f"{entry.title!r} was not committed: another process has written its folder on {catalog.storage.url!r} in the "
+            "meantime. Try again."
+        )
+    return sender.manifest
