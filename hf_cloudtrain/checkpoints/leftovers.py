@@ -104,6 +104,30 @@ def remove(catalog: Catalog, left: LeftOver) -> bool:
     return not (whole and _is_committed(catalog, left))
 
 
+def clean(
+    catalog: Catalog, found: Sequence[LeftOver], on_watch: Callable[[float], None]
+) -> Iterator[tuple[LeftOver, str | None]]:
+    """Delete what may go; each left-over with the reason why it stays, None once it is deleted.
+
+    Args:
+        on_watch: called before a watch with the seconds that it takes.
+    """
+    for left in found:
+        if left.free:
+            yield left, _remove(catalog, left)
+    others = [left for left in found if not left.free]
+    if not others:
+        return
+    watch = Watch(catalog, others)
+    on_watch(watch.seconds)
+    gone = {(left.what, left.name): left for left in others}
+    for left, reason in watch.wait():
+        del gone[left.what, left.name]
+        yield left, reason or _remove(catalog, left)
+    for left in gone.values():
+        yield left, "it was completed or removed during the watch"
+
+
 class Watch:
     """Whether anything moves: made before a pause, asked after it.
 
@@ -300,6 +324,12 @@ def _by_folder(items: Iterable[T]) -> dict[str, list[T]]:
         folder, below, _ = item.path.partition("/")
         found.setdefault(folder if below else "", []).append(item)
     return found
+
+
+def _remove(catalog: Catalog, left: LeftOver) -> str | None:
+    if remove(catalog, left):
+        return None
+    return "it has just been committed; check its files with `cloudtrain checkpoint verify`"
 
 
 def _is_committed(catalog: Catalog, left: LeftOver) -> bool:

@@ -118,6 +118,27 @@ def is_pinned(catalog: Catalog, key: CheckpointKey) -> bool:
     return catalog.exists(_pin_path(key))
 
 
+def prunable(catalog: Catalog, policy: Policy) -> tuple[list[CheckpointKey], dict[CheckpointKey, str]]:
+    """What a policy lets go of a run as it is now, oldest first, and what only its protection keeps, with the reasons."""
+    keys, kept = catalog.checkpoints(), protected(catalog)
+    by_number = to_retire(keys, policy, protected=())
+    return to_retire(keys, policy, kept), {key: kept[key] for key in by_number if key in kept}
+
+
+def retire_unprotected(catalog: Catalog, key: CheckpointKey) -> str | None:
+    """Delete a checkpoint, unless a training protects it since; the reason why it stays, None once it is gone."""
+    reason = protected(catalog).get(key)
+    if reason is not None:
+        return f"{reason} since the command started."
+    try:
+        retire(catalog, key)
+    except NoCheckpointError:
+        return None  # the training's own limit was faster
+    except ManifestError as error:
+        return str(error)
+    return None
+
+
 class Retention:
     """Retires, for one attempt, what a policy lets go. One pass at a time.
 

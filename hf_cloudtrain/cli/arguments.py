@@ -1,4 +1,4 @@
-"""What several commands take: a run, and which of its checkpoints."""
+"""Arguments and options that several commands share, and the run and the checkpoint that a user names with them."""
 
 from __future__ import annotations
 
@@ -17,37 +17,41 @@ from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.storage.client import Storage
 
+EXAMPLE_RUN = "s3://bucket/runs/mrpc"
+"""What `RUN` stands for in the examples of the help texts."""
+
+WHICH = "Step (500), folder (checkpoint-500.a3, final) or key (000003-0000000500)"
+
 RunUrl = Annotated[
     str,
     typer.Argument(
-        metavar="RUN_URL",
-        envvar=env.RUN_URL,
-        show_default=False,
-        help="Where the run is: any fsspec URL, or a folder.",
+        metavar="RUN_URL", envvar=env.RUN_URL, help="URL of the run: any fsspec URL, or a folder."
     ),
 ]
 RunUrlAndDir = Annotated[
     list[str],
     typer.Argument(
         metavar="[RUN_URL] DIR",
-        show_default=False,
-        help=f"Where the run is, unless {env.RUN_URL} says it, and the local folder to put the checkpoint into.",
+        help=f"URL of the run (default: {env.RUN_URL}), and the local folder to download into.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-BY_NAME = ("--checkpoint", "-c")
-WHICH = "A step (500), a folder (checkpoint-500.a3, final) or a key (000003-0000000500)"
-Which = Annotated[
+CheckpointName = Annotated[str, typer.Option("--checkpoint", "-c", metavar="WHICH", help=f"{WHICH}.")]
+CheckpointOrNewest = Annotated[
     str | None,
-    typer.Option(*BY_NAME, metavar="WHICH", show_default=False, help=f"{WHICH}. Default: the newest."),
+    typer.Option("--checkpoint", "-c", metavar="WHICH", help=f"{WHICH}. Default: the newest checkpoint."),
 ]
+DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a name: its newest job.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
 
 
 def examples(*lines: str) -> str:
-    """The examples below a command's help, one a line."""
-    return "\b\n" + "\n".join(
-        ["Example:" if len(lines) == 1 else "Examples:", *(f"  {line}" for line in lines)]
-    )
+    """The examples below the help of a command, one a line, without `cloudtrain` in front; `RUN` stands for a run URL."""
+    heading = "Example:" if len(lines) == 1 else "Examples:"
+    shown = [f"  cloudtrain {line.replace('RUN', EXAMPLE_RUN)}" for line in lines]
+    return "\b\n" + "\n".join([heading, *shown])
 
 
 def open_catalog(run_url: str) -> Catalog:
@@ -56,23 +60,23 @@ def open_catalog(run_url: str) -> Catalog:
 
 
 def run_url_and_dir(arguments: list[str]) -> tuple[str, Path]:
-    """Both of them, as `cp` reads its arguments: the last one is where to."""
+    """Split `[RUN_URL] DIR` as `cp` does: the last argument is the target."""
     *urls, directory = arguments
     if len(urls) > 1:
-        raise typer.BadParameter(f"{' '.join(arguments)!r} is more than a run URL and a folder.")
+        raise typer.BadParameter(
+            f"Expected [RUN_URL] DIR, got {len(arguments)} arguments: {' '.join(arguments)!r}."
+        )
     run_url = urls[0] if urls else os.environ.get(env.RUN_URL)
     if not run_url or "://" in directory:
-        raise typer.BadParameter(
-            f"{directory!r} names only one of the run URL and the folder to download to."
-        )
+        raise typer.BadParameter(f"Pass the run URL and the folder to download into; got only {directory!r}.")
     return run_url, Path(directory)
 
 
 def find(catalog: Catalog, which: str | None) -> Manifest:
-    """The manifest of the checkpoint or named folder that a person means; the newest where they named none.
+    """The manifest of the checkpoint or named folder that the user named; without a name the newest checkpoint's.
 
     Raises:
-        NoCheckpointError: there is none such.
+        NoCheckpointError: it does not exist.
         ManifestError: its manifest is damaged.
     """
     if which is None:
@@ -84,13 +88,11 @@ def find(catalog: Catalog, which: str | None) -> Manifest:
     if step and step[2]:
         return catalog.read(CheckpointKey(int(step[2]), int(step[1])))
     keys = [key for key in catalog.checkpoints() if step and key.step == int(step[1])]
-    if keys:
-        return _of_step(catalog, keys, which)
-    return _named_folder(catalog, which)
+    return _of_step(catalog, keys, which) if keys else _named_folder(catalog, which)
 
 
 def newest(catalog: Catalog) -> CheckpointKey:
-    """The newest checkpoint. Raises NoCheckpointError where there is none, which says whether there is a run."""
+    """The newest checkpoint. Raises NoCheckpointError where the run, or any checkpoint of it, does not exist."""
     key = catalog.newest()
     if key is None:
         catalog.attempts.check_any()
@@ -101,21 +103,19 @@ def newest(catalog: Catalog) -> CheckpointKey:
 def _of_step(catalog: Catalog, keys: list[CheckpointKey], which: str) -> Manifest:
     if which.startswith("checkpoint-"):
         for key in reversed(keys):
-            manifest = _read_if_whole(catalog, key)
+            manifest = _read_or_none(catalog, key)
             if manifest is not None and manifest.folder == which:
                 return manifest
     manifest = catalog.read(keys[-1])
     if len(keys) > 1:
         attempts = ", ".join(str(key.attempt) for key in keys)
-        say(
-            f"Step {manifest.step} was saved by the attempts {attempts}: taking the newest, {manifest.folder}."
-        )
+        say(f"Attempts {attempts} saved step {manifest.step}: taking the newest, {manifest.folder}.")
     elif which.startswith("checkpoint-"):
-        say(f"The checkpoint of step {manifest.step} is in the folder {manifest.folder}.")
+        say(f"The checkpoint of step {manifest.step} is in folder {manifest.folder}.")
     return manifest
 
 
-def _read_if_whole(catalog: Catalog, key: CheckpointKey) -> Manifest | None:
+def _read_or_none(catalog: Catalog, key: CheckpointKey) -> Manifest | None:
     try:
         return catalog.read(key)
     except (ManifestError, NoCheckpointError):
@@ -131,11 +131,7 @@ def _named_folder(catalog: Catalog, which: str) -> Manifest:
     for key in (which, *reversed(versions), of_folder):
         if key in keys:
             return NamedFolders(catalog).read(key)
-    raise _none_such(catalog, which)
-
-
-def _none_such(catalog: Catalog, which: str) -> NoCheckpointError:
-    return NoCheckpointError(
-        f"There is no checkpoint {which!r} in {catalog.storage.url!r}. `cloudtrain checkpoint list "
-        f"{catalog.storage.url}` shows those that exist."
+    url = catalog.storage.url
+    raise NoCheckpointError(
+        f"No checkpoint {which!r} in {url!r}. List them with `cloudtrain checkpoint list {url}`."
     )

@@ -1,8 +1,7 @@
-"""Finishing the uploads of one outbox, run by run, and what became of each entry."""
+"""`checkpoint flush`: finish the uploads of an outbox, run by run, and say what became of each entry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,17 @@ from typing import Any
 from hf_cloudtrain.checkpoints import flush as outbox_flush
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.cli.arguments import open_catalog
-from hf_cloudtrain.cli.output import fail, say, transfer
+from hf_cloudtrain.cli.output import Columns, fail, say, transfer
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.text import size_text
+
+COLUMNS: Columns = {
+    "checkpoint": lambda outcome: outcome.entry.title,
+    ">attempt": lambda outcome: outcome.entry.key.attempt,
+    ">size": lambda outcome: size_text(outcome.entry.size),
+    "state": lambda outcome: outcome.state,
+    "run": lambda outcome: outcome.entry.run_url,
+}
 
 
 @dataclass(frozen=True)
@@ -21,62 +28,48 @@ class Outcome:
 
     entry: OutboxEntry
     state: str
-    """`committed`; `waiting`: only the parts of other hosts are missing; `kept`: still here, try again; `lost`."""
+    """`committed`; `waiting` for the files of other hosts; `kept` in the outbox, to try again; `lost`."""
     reason: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "run_url": self.entry.run_url,
+            "title": self.entry.title,
+            "attempt": self.entry.key.attempt,
+            "step": self.entry.key.step,
+            "file_count": len(self.entry.files),
+            "size": self.entry.size,
+            "state": self.state,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True)
 class Report:
     """What became of an outbox."""
 
-    entries: list[Outcome]
+    outcomes: list[Outcome]
     unreadable: list[str]
-    """Folders of entries that nobody can read. A warning has named the reason; they must not pass for uploaded."""
-
-    def record(self) -> dict[str, Any]:
-        """What `--json` says."""
-        return {
-            "entries": [
-                {
-                    "run_url": outcome.entry.run_url,
-                    "title": outcome.entry.title,
-                    "attempt": outcome.entry.key.attempt,
-                    "step": outcome.entry.key.step,
-                    "file_count": len(outcome.entry.files),
-                    "size": outcome.entry.size,
-                    "state": outcome.state,
-                    "reason": outcome.reason,
-                }
-                for outcome in self.entries
-            ],
-            "unreadable": self.unreadable,
-        }
-
-    def rows(self) -> Iterator[tuple[object, ...]]:
-        """The lines of the table."""
-        for outcome in self.entries:
-            entry = outcome.entry
-            yield entry.title, entry.key.attempt, size_text(entry.size), outcome.state, entry.run_url
+    """Folders of entries that cannot be read: a warning has said why, and they do not count as uploaded."""
 
     def tell(self, directory: Path) -> None:
-        """The words; ends the command with exit code 1 where something is not on storage."""
-        if not self.entries and not self.unreadable:
-            say(f"Nothing waits for its upload in {str(directory)!r}.")
-        for outcome in self.entries:
+        """Write the messages; exit with code 1 if anything is not on storage."""
+        if not self.outcomes and not self.unreadable:
+            say(f"No pending uploads in {str(directory)!r}.")
+        for outcome in self.outcomes:
             if outcome.state == "waiting":
-                say(
-                    f"{outcome.entry.title}: this host's part is on storage. Run this on the other hosts too."
-                )
-        left = [outcome for outcome in self.entries if outcome.state in ("kept", "lost")]
+                say(f"{outcome.entry.title}: this host is done. Run the same command on the other hosts.")
+        left = [outcome for outcome in self.outcomes if outcome.state in ("kept", "lost")]
         if left or self.unreadable:
             names = [f"{outcome.entry.title} ({outcome.state})" for outcome in left] + self.unreadable
-            # Why an entry is lost was said when it was found.
+            # A warning has said why an entry is lost.
             reasons = dict.fromkeys(str(o.reason) for o in left if o.reason and o.state == "kept")
             fail(f"Not on storage: {', '.join(names)}. {' '.join(reasons)}".strip())
 
 
 def flush(directory: Path) -> Report:
-    """Upload and commit what the outbox of an output folder holds, of all runs."""
+    """Upload and commit everything in the outbox of an output folder, whatever run it belongs to."""
     outbox = Outbox(directory)
     entries = outbox.entries()
     outcomes: list[Outcome] = []
@@ -89,7 +82,7 @@ def flush(directory: Path) -> Report:
 
 
 def _flush_run(outbox: Outbox, url: str, entries: list[OutboxEntry]) -> list[Outcome]:
-    """Empty the outbox of one run; trouble is told in the outcomes, so that the next run gets its turn."""
+    """Empty the outbox of one run. An error becomes a reason in the outcomes, so that the next run is flushed too."""
     damaged = {entry.home: reason for entry in entries if (reason := _changed(entry))}
     committed: set[Path] = set()
     incomplete: set[Path] = set()
@@ -110,7 +103,7 @@ def _flush_run(outbox: Outbox, url: str, entries: list[OutboxEntry]) -> list[Out
         if entry.home in damaged and entry.home not in committed:
             return Outcome(entry, "lost", damaged[entry.home])
         if entry.home in incomplete:
-            return Outcome(entry, "waiting", "the parts of other hosts are missing")
+            return Outcome(entry, "waiting", "other hosts have not uploaded their files")
         return Outcome(entry, "committed")
 
     return [outcome(entry) for entry in entries]

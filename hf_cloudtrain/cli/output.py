@@ -1,6 +1,6 @@
-"""Data to stdout, words to stderr, and nothing that came from storage reaches a terminal as it is.
+"""What the commands print: results go to stdout, messages to stderr, and control characters never reach a terminal.
 
-Tables are as wide as they need, in a pipe and on a terminal: a name that is folded or cut cannot be copied.
+Tables are as wide as their content, on a terminal and in a pipe: a name that is wrapped or cut cannot be copied.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,77 +20,91 @@ import typer
 
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.progress import Bar, Progress
-from hf_cloudtrain.runtime.text import clean, size_text
+from hf_cloudtrain.runtime.text import clean, duration_text, size_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+
+Columns = Mapping[str, Callable[[Any], object]]
+"""A table: each heading, and the function that takes its cell from a record. A heading with `>` in front is right-aligned."""
 
 WIDE = 100_000
-"""Columns that no table needs."""
+"""More columns than any table needs."""
 
 
 def say(text: object) -> None:
-    """A sentence for the person, on stderr."""
+    """Write a message to stderr."""
     typer.echo(clean(text), err=True)
 
 
 def fail(text: object) -> NoReturn:
-    """End with exit code 1 and one sentence."""
+    """Write an error message to stderr and exit with code 1."""
     say(f"Error: {text}")
     raise typer.Exit(1)
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask before something is deleted; ends the command unless the answer is yes."""
+    """Ask before something is deleted; exit unless the answer is yes."""
     if yes:
         return
     if not sys.stdin.isatty():
-        fail("Nothing was deleted: there is no terminal to ask on. Pass --yes to delete without a question.")
+        fail("Nothing was deleted: stdin is not a terminal, so nothing can be asked. Pass --yes to delete.")
     if not typer.confirm(clean(question), err=True):
         fail("Nothing was deleted.")
 
 
 def print_json(record: dict[str, Any], *, line: bool = False) -> None:
-    """One JSON object on stdout, in ASCII; a number that JSON has no word for becomes null.
+    """Print a JSON object to stdout, in ASCII; NaN and infinities become null.
 
     Args:
-        line: on one line, because another one follows.
+        line: on one line, for commands that print several objects.
     """
     typer.echo(json.dumps(_finite(record), indent=None if line else 2, allow_nan=False))
 
 
-def show_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Collection[str] = ()
-) -> None:
-    """A table on stdout; the columns in `numbers` are set to the right. None and "" show as nothing."""
+def show_table(columns: Columns, records: Iterable[Any]) -> None:
+    """Print a table to stdout, one row a record. None and "" are empty cells.
+
+    Example:
+        >>> show_table({"job": lambda job: job.id, ">starts": lambda job: len(job.starts)}, jobs)
+    """
+    show(table_of(columns, records))
+
+
+def table_of(columns: Columns, records: Iterable[Any]) -> Table:
+    """The same table, to print it within something else."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else clean(cell)) for cell in row))
-    show(table)
+    for heading in columns:
+        justify = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.lstrip(">"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for record in records:
+        table.add_row(*(_text(cell_of(record)) for cell_of in columns.values()))
+    return table
 
 
-def show_facts(facts: dict[str, object]) -> None:
-    """Names and values on stdout, without the values that are None."""
+def show_facts(facts: Mapping[str, object]) -> None:
+    """Print names and values to stdout; values that are None are left out."""
+    show(facts_of(facts))
+
+
+def facts_of(facts: Mapping[str, object]) -> Table:
+    """The same, to print it within something else."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
     for name, value in facts.items():
         if value is not None:
-            table.add_row(Text(clean(name), style="bold"), Text(clean(value)))
-    show(table)
+            table.add_row(_text(name, style="bold"), _text(value))
+    for column in table.columns:
+        column.no_wrap = True
+    return table
 
 
 def show_tree(title: str, files: Iterable[tuple[str, int]]) -> None:
-    """A tree of ('/'-separated path, size in bytes) on stdout; a folder shows the size of what is below it."""
-    from rich.text import Text
+    """Print a tree of (path with `/`, size in bytes) to stdout; a folder shows the size of its content."""
     from rich.tree import Tree
 
     files = sorted(files)
@@ -98,22 +112,22 @@ def show_tree(title: str, files: Iterable[tuple[str, int]]) -> None:
     for path, size in files:
         for folder in _parents(path):
             sizes[folder] = sizes.get(folder, 0) + size
-    branches = {"": Tree(Text(f"{clean(title)}/  {size_text(sum(size for _, size in files))}"))}
+    branches = {"": Tree(_text(f"{title}/  {size_text(sum(size for _, size in files))}"))}
     for path, size in files:
         for folder in _parents(path):
             if folder not in branches:
                 above, _, name = folder.rpartition("/")
-                branches[folder] = branches[above].add(Text(f"{clean(name)}/  {size_text(sizes[folder])}"))
+                branches[folder] = branches[above].add(_text(f"{name}/  {size_text(sizes[folder])}"))
         above, _, name = path.rpartition("/")
-        branches[above].add(Text(f"{clean(name)}  {size_text(size)}"))
+        branches[above].add(_text(f"{name}  {size_text(size)}"))
     show(branches[""])
 
 
 def show(renderable: RenderableType) -> None:
-    """Anything of rich on stdout; give it `Text`, because text alone would be read as markup."""
+    """Print a rich object to stdout. Its texts must be `Text`: rich reads a plain string as markup."""
     from rich.console import Console
 
-    # With the encoding of stdout, from which rich takes whether it may draw a tree with more than ASCII.
+    # The encoding of stdout tells rich whether it may draw a tree with more than ASCII.
     page = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding or "utf-8", errors="backslashreplace")
     terminal = sys.stdout.isatty()
     Console(file=page, force_terminal=terminal, width=WIDE, markup=False, emoji=False, highlight=False).print(
@@ -125,7 +139,7 @@ def show(renderable: RenderableType) -> None:
 
 @contextlib.contextmanager
 def transfer(title: str = "", size: int = 0) -> Iterator[Progress]:
-    """Bytes under way: a bar on a terminal, and Ctrl-C is heard by the threads that move them."""
+    """Count the bytes of a transfer, with a bar on a terminal; Ctrl-C also stops the threads that move them."""
     progress = _Stoppable()
     progress.begin(title, size)
 
@@ -143,17 +157,17 @@ def transfer(title: str = "", size: int = 0) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def warnings_shown() -> Iterator[None]:
-    """What the library logs as a warning or an error is said like our own words."""
+    """Write the library's warnings and errors to stderr like the command's own messages."""
     logger = logging.getLogger("hf_cloudtrain")
-    words = _Words(logging.WARNING)
-    logger.addHandler(words)
+    handler = _Messages(logging.WARNING)
+    logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(words)
+        logger.removeHandler(handler)
 
 
-class _Words(logging.Handler):
+class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.capitalize()}: {record.getMessage()}")
 
@@ -173,6 +187,34 @@ class _Stoppable(Progress):
         super().add(count)
 
 
+def of_total(step: int | None, total: int | None, *, percent: bool = False) -> str | None:
+    """A step and where it ends: '120/900 (13%)'."""
+    if step is None or not total:
+        return None if step is None else str(step)
+    return f"{step}/{total}" + (f" ({step / total:.0%})" if percent else "")
+
+
+def rate_text(record: Mapping[str, Any]) -> str | None:
+    """How fast a run trains, from its `step_seconds`, `samples_per_second` and `tokens_per_second`."""
+    parts = [
+        record["step_seconds"] and f"{duration_text(record['step_seconds'])} a step",
+        record["samples_per_second"] and f"{record['samples_per_second']:.4g} samples/s",
+        record["tokens_per_second"] and f"{record['tokens_per_second']:.4g} tokens/s",
+    ]
+    return ", ".join(part for part in parts if part) or None
+
+
+def format_or_none(value: float | None, spec: str) -> str | None:
+    """A number in a format, None where there is none."""
+    return None if value is None else format(value, spec)
+
+
+def _text(cell: object, style: str = "") -> Any:
+    from rich.text import Text
+
+    return Text("" if cell is None else clean(cell), style=style)
+
+
 def _parents(path: str) -> Iterator[str]:
     """'a/b/c' -> 'a', 'a/b'."""
     parts = path.split("/")
@@ -186,10 +228,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def of_total(step: int | None, total: int | None, *, percent: bool = False) -> str | None:
-    """'120/900 (13%)'."""
-    if step is None or not total:
-        return None if step is None else str(step)
-    return f"{step}/{total}" + (f" ({step / total:.0%})" if percent else "")

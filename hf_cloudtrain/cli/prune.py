@@ -1,71 +1,65 @@
-"""Deleting old checkpoints from the command line: what would go, and then that it goes."""
+"""`checkpoint prune`: show what a policy would delete, and delete it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.deletion import finish_retiring, retire, retiring
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.retention import Policy, protected, to_retire
-from hf_cloudtrain.cli.output import say, show_table
-from hf_cloudtrain.errors import ManifestError, NoCheckpointError
-from hf_cloudtrain.report.summary import Found, look_at
-from hf_cloudtrain.runtime.text import size_text
-from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.client import READS_AT_ONCE
+from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
+from hf_cloudtrain.cli.output import Columns, say, show_table
+from hf_cloudtrain.report.summary import CheckpointInfo, read_infos
+from hf_cloudtrain.runtime.text import count_text, size_text
+
+Row = tuple[CheckpointInfo, str]
+"""A checkpoint, and what becomes of it."""
+
+COLUMNS: Columns = {
+    "checkpoint": lambda row: row[0].title,
+    ">step": lambda row: row[0].record()["step"],
+    ">attempt": lambda row: row[0].record()["attempt"],
+    ">size": lambda row: row[0].manifest and size_text(row[0].manifest.size),
+    "action": lambda row: row[1],
+}
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What goes from a run, and what stays and why."""
+    """What a policy deletes from a run as it is now, and what it keeps."""
 
-    catalog: Catalog
-    going: list[Found]
-    damaged: list[Found]
-    """They would go, but nobody can read which files are theirs."""
-    protected: dict[CheckpointKey, str]
-    """Of those that stay, the ones that would go by number alone, each with the reason in words."""
-
-    def rows(self) -> Iterator[tuple[object, ...]]:
-        """The lines of the table."""
-        for found in self.going:
-            size = size_text(found.manifest.size) if found.manifest else None
-            record = found.record()
-            yield found.title, record["step"], record["attempt"], size, "goes"
-        for found in self.damaged:
-            yield found.title, None, None, None, "stays: its manifest is damaged"
-        for key, reason in self.protected.items():
-            yield str(key), key.step, key.attempt, None, f"stays: {reason}"
+    def __init__(self, catalog: Catalog, policy: retention.Policy) -> None:
+        self._catalog = catalog
+        keys, self.protected = retention.prunable(catalog, policy)
+        found = read_infos(catalog, keys)
+        self.going = [info for info in found if info.manifest]
+        self.damaged = [info for info in found if not info.manifest]
+        """They stay: which files are theirs cannot be read."""
 
     def show(self) -> None:
         """The table on stdout."""
-        rows = list(self.rows())
+        rows = list(self._rows())
         if rows:
-            show_table(
-                ("checkpoint", "step", "attempt", "size", ""), rows, numbers=("step", "attempt", "size")
-            )
+            show_table(COLUMNS, rows)
 
     def tell(self, *, dry_run: bool) -> None:
-        """The words on stderr."""
+        """Warn about damaged manifests, and say what is not deleted."""
         for found in self.damaged:
             say(f"Warning: {found.damaged}")
         if not self.going:
             say("Nothing to delete.")
         elif dry_run:
-            size = sum(found.manifest.size for found in self.going if found.manifest)
-            say(f"Nothing was deleted; without --dry-run {len(self.going)} would be, {size_text(size)}.")
+            size = size_text(sum(found.manifest.size for found in self.going if found.manifest))
+            what = count_text(len(self.going), "checkpoint")
+            say(f"Nothing was deleted. Without --dry-run, {what} ({size}) would be.")
 
-    def carry_out(self) -> list[Found]:
-        """Delete, the oldest first, each looked at once more; those that are gone now."""
-        for key in retiring(self.catalog):
-            finish_retiring(self.catalog, key)
+    def carry_out(self) -> list[CheckpointInfo]:
+        """Delete, oldest first; those that are gone now."""
+        for key in retiring(self._catalog):
+            finish_retiring(self._catalog, key)
         return [found for found in self.going if self._retire(found)]
 
-    def record(self, gone: list[Found]) -> dict[str, Any]:
-        """What `--json` says."""
+    def record(self, gone: list[CheckpointInfo]) -> dict[str, Any]:
+        """For `--json`."""
         return {
             "going": [found.record() for found in self.going],
             "deleted": [found.key for found in gone],
@@ -73,35 +67,14 @@ class Plan:
             "damaged": [found.key for found in self.damaged],
         }
 
-    def _retire(self, found: Found) -> bool:
+    def _rows(self) -> Iterator[Row]:
+        yield from ((found, "delete") for found in self.going)
+        yield from ((found, "keep: its manifest is damaged") for found in self.damaged)
+        for key, reason in self.protected.items():
+            yield CheckpointInfo(str(key), None), f"keep: {reason}"
+
+    def _retire(self, found: CheckpointInfo) -> bool:
         key = found.checkpoint_key
-        assert key is not None
-        reason = protected(self.catalog).get(key)  # a training may go on meanwhile
-        if reason is not None:
-            say(f"{found.title} stays: {reason}, since a moment ago.")
-            return False
-        try:
-            retire(self.catalog, key)
-        except NoCheckpointError:
-            pass  # the training's own limit was faster
-        except ManifestError as error:
-            say(f"{found.title} stays: {error}")
-            return False
-        say(f"Deleted {found.title} (attempt {key.attempt}).")
-        return True
-
-
-def plan(catalog: Catalog, policy: Policy) -> Plan:
-    """What a policy lets go of a run as it is now."""
-    keys = catalog.checkpoints()
-    kept = protected(catalog)
-    by_number = to_retire(keys, policy, protected=())
-    going = to_retire(keys, policy, kept)
-    (looked,) = in_threads(lambda key: look_at(catalog, key), (going, READS_AT_ONCE))
-    found = [item for item in looked if item is not None]
-    return Plan(
-        catalog,
-        going=[item for item in found if item.manifest],
-        damaged=[item for item in found if not item.manifest],
-        protected={key: kept[key] for key in by_number if key in kept},
-    )
+        reason = retention.retire_unprotected(self._catalog, key) if key else None
+        say(f"Kept {found.title}: {reason}" if reason else f"Deleted {found.title}.")
+        return reason is None

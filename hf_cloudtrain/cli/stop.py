@@ -1,4 +1,4 @@
-"""Asking a run to stop, and following it until it has."""
+"""`run stop`: ask the newest attempt to save and stop, and follow it until it has ended."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli.output import fail, say
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import duration_text
-from hf_cloudtrain.tracking.status import ALIVE, quiet_seconds
+from hf_cloudtrain.tracking.status import ALIVE, count, number, quiet_seconds
 
 LOOK_SECONDS = 1.0
-"""Between two looks at a run that is to stop."""
+"""Between two reads of the heartbeat of a run that is stopping."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What an attempt says of itself."""
+class Heartbeat:
+    """What an attempt last recorded about itself."""
 
     run_url: str
     attempt: int
@@ -27,78 +27,77 @@ class Standing:
     step: int | None
     last_committed: str | None
     last_seen: float | None
-    """By its own clock: whether it changes is all that can be told from it."""
+    """By the clock of its machine, which may be wrong: only a change of it tells anything."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not said that it ended; a killed one cannot say it."""
+        """Whether it has not recorded an end. A killed attempt cannot record one."""
         return self.state in ALIVE
 
     def record(self) -> dict[str, Any]:
-        """What `--json` says."""
+        """For `--json`."""
         return dict(vars(self))
 
     def __str__(self) -> str:
-        place = "" if self.step is None else f" at step {self.step}"
-        return f"attempt {self.attempt} is {self.state!r}{place}, last committed: {self.last_committed or 'nothing'}"
+        step = "" if self.step is None else f" at step {self.step}"
+        return f"attempt {self.attempt} is {self.state!r}{step}, last committed: {self.last_committed or 'nothing'}"
 
 
-def ask(catalog: Catalog) -> Standing:
-    """Ask the newest attempt to stop, unless it has ended; ends the command where there is none to ask."""
+def ask(catalog: Catalog) -> Heartbeat:
+    """Ask the newest attempt to stop. Exits with an error if it has ended."""
     catalog.attempts.check_any()
-    standing = _standing(catalog, catalog.attempts.numbers()[-1])
-    if not standing.is_alive:
-        fail(f"Nobody trains {standing.run_url!r}: {standing}. Nothing was asked.")
-    number = catalog.attempts.request_stop(time.time(), person())
-    if number != standing.attempt and number is not None:  # it began just now
-        standing = _standing(catalog, number)
+    now = _heartbeat(catalog, catalog.attempts.numbers()[-1])
+    if not now.is_alive:
+        fail(f"No training is active at {now.run_url!r}: {now}. No stop request was sent.")
+    asked = catalog.attempts.request_stop(time.time(), person())
+    if asked not in (None, now.attempt):  # it began just now
+        now = _heartbeat(catalog, asked)
     say(
-        f"Asked attempt {standing.attempt} of {standing.run_url!r} to stop. It sees that within a heartbeat "
-        f"({duration_text(env.heartbeat())} unless {env.HEARTBEAT} says otherwise there), then saves, uploads and ends."
+        f"Asked attempt {now.attempt} of {now.run_url!r} to stop. It reads the request with its next heartbeat (every "
+        f"{duration_text(env.heartbeat())}, unless {env.HEARTBEAT} differs on its machine), then saves, uploads and exits."
     )
-    silent = time.time() - (standing.last_seen or 0.0)
+    silent = time.time() - (now.last_seen or 0.0)
     if silent > quiet_seconds():
         say(
-            f"Warning: by this machine's clock its last heartbeat is {duration_text(silent)} old. It may be dead; then "
-            "this keeps its launcher from starting it again."
+            f"Warning: by this machine's clock its last heartbeat is {duration_text(silent)} old. If it has crashed, the "
+            "request only keeps its launcher from restarting it."
         )
-    return standing
+    return now
 
 
-def follow(catalog: Catalog, standing: Standing) -> tuple[Standing, str | None]:
-    """Wait until the attempt has ended; how it stands then, and in words why it did not stop as asked, if so."""
-    say(f"Now {standing}.")
+def follow(catalog: Catalog, now: Heartbeat) -> tuple[Heartbeat, str | None]:
+    """Wait until the attempt has ended; its last heartbeat, and why it did not stop as asked, if so."""
+    say(f"Now {now}.")
     changed = time.monotonic()
-    while standing.is_alive:
+    while now.is_alive:
         time.sleep(LOOK_SECONDS)
-        before, standing = standing, _standing(catalog, standing.attempt)
-        if standing.is_alive:
-            newer = catalog.attempts.overtaken_by(standing.attempt)
-            if newer is not None:
-                return standing, f"Attempt {newer} has begun meanwhile, and was not asked to stop."
-        # Its clock may be hours off from ours: only its heart's beating is looked at.
-        if standing != before:
+        before, now = now, _heartbeat(catalog, now.attempt)
+        newer = catalog.attempts.overtaken_by(now.attempt) if now.is_alive else None
+        if newer is not None:
+            return now, f"Attempt {newer} has begun since then; it was not asked to stop."
+        # Its clock may be hours off from ours, so only a change counts.
+        if now != before:
             changed = time.monotonic()
         elif time.monotonic() - changed > quiet_seconds():
-            return standing, (
-                f"No heartbeat for {duration_text(quiet_seconds())}, so it seems dead: {standing}. What it had saved and "
-                "not uploaded is on its machine; `cloudtrain checkpoint flush` there finishes it."
+            return now, (
+                f"No heartbeat for {duration_text(quiet_seconds())}, so it is assumed to have crashed: {now}. Checkpoints "
+                "that it saved and did not upload are on its machine; `cloudtrain checkpoint flush` there uploads them."
             )
-    say(f"Now {standing}.")
-    return standing, f"It did not stop well: {standing}." if standing.state == "failed" else None
+    say(f"Now {now}.")
+    return now, f"It failed instead of stopping: {now}." if now.state == "failed" else None
 
 
-def _standing(catalog: Catalog, attempt: int) -> Standing:
+def _heartbeat(catalog: Catalog, attempt: int) -> Heartbeat:
     progress = catalog.attempts.read_progress(attempt)
     if progress is None:  # it is about to begin, or ended before its first heartbeat
         started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
-        progress = {"state": "started", "time": max(started, default=None)}
-    step, last_committed, seen = (progress.get(name) for name in ("step", "last_committed", "time"))
-    return Standing(
+        progress = {"time": max(started, default=None)}
+    last_committed = progress.get("last_committed")
+    return Heartbeat(
         run_url=catalog.storage.url,
         attempt=attempt,
         state=str(progress.get("state", "started")),
-        step=step if type(step) is int else None,
+        step=count(progress.get("step")),
         last_committed=None if last_committed is None else str(last_committed),
-        last_seen=float(seen) if isinstance(seen, (int, float)) and abs(seen) < 1e15 else None,  # no NaN is
+        last_seen=number(progress.get("time")),
     )

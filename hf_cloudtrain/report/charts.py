@@ -1,4 +1,4 @@
-"""The charts of a report, in their order on the page."""
+"""All charts of the page, in their order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hf_cloudtrain.tracking.history import History
 
 
 def charts_of(history: History) -> list[Chart]:
-    """All charts of a run that have something to show."""
-    made = (
+    """The charts of a run that have data."""
+    candidates = (
         loss_chart(history),
         timeline(history),
         time_chart(history),
@@ -21,8 +21,8 @@ def charts_of(history: History) -> list[Chart]:
         commit_chart(history),
         metrics_chart(history),
     )
-    charts = [chart for chart in made if chart is not None]
+    charts = [chart for chart in candidates if chart is not None]
     narrow = [chart for chart in charts if not chart.wide]
-    if len(narrow) % 2:  # alone in its row
+    if len(narrow) % 2:  # the last one would be alone in its row
         charts[charts.index(narrow[-1])] = replace(narrow[-1], wide=True)
     return charts

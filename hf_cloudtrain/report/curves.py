@@ -1,4 +1,4 @@
-"""The charts of a report that show something by step: loss, learning rate, step time, evaluations."""
+"""Charts over steps: loss, learning rate, step time, evaluations."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from hf_cloudtrain.report.figure import (
     MOST_ROWS,
     Chart,
     colour,
-    many,
     new_figure,
     safe,
 )
-from hf_cloudtrain.runtime.text import clean, duration_text
+from hf_cloudtrain.runtime.text import clean, count_text, duration_text
 from hf_cloudtrain.tracking.history import History
 
 MOST_METRICS = 6
-"""Metrics of evaluations that one chart can hold."""
+"""Evaluation metrics that one chart can show."""
 
 Point = tuple[float, float, int]
-"""x, y and the attempt."""
+"""x, y and the number of the attempt."""
 
 
 def loss_chart(history: History) -> Chart | None:
-    """Training loss by step, and that of evaluations."""
+    """Training loss and evaluation loss by step."""
     kept, lost = _logged(history.logs, "loss"), _logged(history.superseded, "loss")
     evals = _logged(history.logs, "eval_loss")
     if not kept and not evals:
         return None
     traces = [
         *_curves(kept, "loss", "loss %{y:.5g}"),
-        *_curves(lost, "done again", "loss %{y:.5g}", lost=True),
+        *_curves(lost, "redone", "loss %{y:.5g}", lost=True),
     ]
     if evals:
         marks = {"mode": "lines+markers", "marker": {"size": 7, "symbol": "diamond", "color": "#7a64d1"}}
@@ -58,7 +57,7 @@ def learning_rate_chart(history: History) -> Chart | None:
         return None
     lost = _logged(history.superseded, "learning_rate")
     label = "learning rate %{y:.4g}"
-    traces = [*_curves(kept, "rate", label), *_curves(lost, "done again", label, lost=True)]
+    traces = [*_curves(kept, "rate", label), *_curves(lost, "redone", label, lost=True)]
     highest = max(kept, key=lambda point: point[1])
     title = f"Learning rate: {kept[-1][1]:.3g} at step {kept[-1][0]:,.0f}"
     text = f"Highest {highest[1]:.3g} at step {highest[0]:,.0f}."
@@ -66,7 +65,7 @@ def learning_rate_chart(history: History) -> Chart | None:
 
 
 def step_time_chart(history: History) -> Chart | None:
-    """Seconds of each step."""
+    """Duration of each step."""
     attempts = history.step_attempts
     kept: list[Point] = [
         (step, seconds, attempts.get(step, 0))
@@ -81,19 +80,19 @@ def step_time_chart(history: History) -> Chart | None:
     usual = statistics.median(seconds for _, seconds, _ in kept)
     slowest = max(kept, key=lambda point: point[1])
     label = "%{y:.4g} s"
-    traces = [*_curves(kept, "steps", label), *_curves(lost, "done again", label, lost=True)]
+    traces = [*_curves(kept, "steps", label), *_curves(lost, "redone", label, lost=True)]
     wide_range = slowest[1] > 10 * usual
     figure = _by_step(traces, "seconds a step" + (" (logarithmic)" if wide_range else ""), history)
     figure.update_yaxes({"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"})
     title = f"Step time: usually {duration_text(usual)}"
     text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:,.0f}."
     if len(kept) > MOST_POINTS:
-        text += " Of each stretch of steps, the fastest and the slowest are drawn."
+        text += " The curve shows the fastest and the slowest step of each interval."
     return Chart("steptime", title, text, figure)
 
 
 def metrics_chart(history: History) -> Chart | None:
-    """What evaluations reported besides their loss."""
+    """Evaluation metrics besides the loss."""
     noise = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     names = sorted(
         {key for log in history.logs for key in log if key.startswith("eval_") and key not in noise}
@@ -111,11 +110,11 @@ def metrics_chart(history: History) -> Chart | None:
     title = "Evaluations: " + ", ".join(
         f"{clean(name)[5:45]} {points[-1][1]:.4g}" for name, points in found[:3]
     )
-    return Chart("metrics", title, "As last reported.", _by_step(traces, "", history))
+    return Chart("metrics", title, "Last reported values.", _by_step(traces, "", history))
 
 
 def _by_step(traces: list[dict[str, Any]], y: str, history: History) -> Any:
-    """Dashed lines where an attempt resumed, a band over the steps that were done again after it."""
+    """A figure with a dashed line where an attempt resumed, and a band over the steps that were redone."""
     figure = new_figure(traces, "step", y)
     figure.update_xaxes(tickformat=",d")
     for before, info in list(zip(history.attempts, history.attempts[1:], strict=False))[-MOST_ROWS:]:
@@ -140,7 +139,7 @@ def _logged(logs: Iterable[dict[str, Any]], name: str) -> list[Point]:
 
 
 def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -> Iterator[dict[str, Any]]:
-    """One line for all attempts of one colour; at each change of attempt it is interrupted."""
+    """One line for all attempts of a colour, interrupted between two attempts."""
     by_attempt: dict[int, list[Point]] = {}
     for point in points:
         by_attempt.setdefault(point[2], []).append(point)
@@ -153,7 +152,7 @@ def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -
         joined: list[Point | None] = []
         for number in mine:
             joined += [*_thin(by_attempt[number], max(40, MOST_POINTS // len(numbers))), None]
-        # A line needs two points; one alone would be drawn as nothing.
+        # A line needs two points: a single one needs a marker.
         single = any(len(by_attempt[number]) == 1 for number in mine)
         style = {"color": drawn, "width": 2, "dash": "dot" if lost else "solid"}
         yield {
@@ -180,7 +179,7 @@ def _line(points: Sequence[Point | None], label: str) -> dict[str, Any]:
 
 
 def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Of each stretch, the lowest and the highest: peaks stay."""
+    """The lowest and the highest point of each interval, so that peaks stay visible."""
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -198,5 +197,5 @@ def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
 def _lost_text(history: History) -> str:
     lost = sum(info.redone_steps for info in history.attempts)
     if not lost:
-        return "No step was done twice."
-    return f"{many(lost, 'step')} {'was' if lost == 1 else 'were'} done again after a restart; the band shows where."
+        return "No step was redone."
+    return f"{count_text(lost, 'step')} {'was' if lost == 1 else 'were'} redone after a restart: the bands mark them."

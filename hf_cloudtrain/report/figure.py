@@ -1,4 +1,4 @@
-"""What the charts of a report have in common. Texts of storage are escaped here: hover labels know HTML."""
+"""What all charts share: colours, layout, legend, and the escaping of texts from storage, as hover labels may hold HTML."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from hf_cloudtrain.runtime.text import clean
 COLOURS = ("#3b7dd8", "#e08a1e", "#2e9e6b", "#c2498f", "#7a64d1", "#1f9fb5", "#a5702c", "#6b7785")
 """Of the attempts, in turn; readable on white and on black."""
 LOST = "#d1495b"
+"""Colour of steps that were redone."""
 MOST_POINTS = 4_000
-"""Points of one curve: more than a screen has columns, few enough to move smoothly."""
+"""Points of one curve: more than a screen has columns, few enough to zoom smoothly."""
 MOST_ROWS = 60
-"""Attempts that a chart can show one by one."""
+"""Attempts that a chart shows one by one."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure, with the sentence above it that says what one sees."""
+    """A figure, with a title and a sentence that say what it shows."""
 
     name: str
-    """Letters only: it is the id of the element."""
+    """The id of its HTML element: letters only."""
     title: str
     text: str
     figure: Any
@@ -33,7 +34,7 @@ class Chart:
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
-        """(`line`, `dotted`, `dots` or `box`; colour; words) of what is drawn: on a narrow page plotly's own leaves no room."""
+        """(`line`, `dotted`, `dots` or `box`; colour; name) of each trace. Plotly's own legend leaves a phone no room."""
         found: dict[str, tuple[str, str, str]] = {}
         for trace in self.figure.data:
             if trace.name and trace.showlegend is not False and trace.name not in found:
@@ -47,7 +48,7 @@ class Chart:
 
 
 def new_figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> Any:
-    """Colours of texts and lines, and the legend, are the page's."""
+    """A figure without a legend or colours of its own: the page's style sets them."""
     from plotly.graph_objects import Figure
 
     figure = Figure(data=list(traces))
@@ -68,27 +69,22 @@ def new_figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> Any:
 
 
 def safe(text: object, most: int = 60) -> str:
-    """A text of storage as plotly may show it."""
+    """A text from storage, escaped for plotly and cut."""
     shown = clean(text)
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…").replace("%{", "% {")
 
 
 def colour(attempt: int) -> str:
-    """Of an attempt."""
+    """The colour of an attempt."""
     return COLOURS[(attempt - 1) % len(COLOURS)]
 
 
 def utc(seconds: float) -> str:
-    """As plotly takes dates; a time that no calendar has becomes its nearest one."""
+    """A date for plotly; a time outside the calendar becomes the nearest one inside."""
     moment = datetime.fromtimestamp(min(max(seconds, 0.0), 250_000_000_000.0), timezone.utc)
     return moment.strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def clock(seconds: float) -> str:
-    """The same for people."""
+    """The same, to the second, for a label."""
     return utc(seconds)[:19]
-
-
-def many(count: int, what: str) -> str:
-    """'1 step', '2 steps'."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""`cloudtrain run report`: one HTML file that shows a run, opens anywhere, and asks nobody for anything.
+"""`cloudtrain run report`: one HTML file about a run, which opens in any browser and makes no request.
 
-Everything from storage is untrusted: the template escapes it, plotly gets numbers and escaped words, the number of rows
-is bounded, and the page's own policy allows no request and no script but ours.
+Everything from storage is untrusted: the template escapes it, plotly gets numbers and escaped texts, the number of rows
+is bounded, and the page's content security policy allows only our own scripts and no requests.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import ManifestError, MissingExtraError
-from hf_cloudtrain.report.summary import Found, Standing, look_at
+from hf_cloudtrain.report.summary import CheckpointInfo, Roles, read_infos
 from hf_cloudtrain.runtime.redaction import redact
-from hf_cloudtrain.runtime.text import clean, duration_text, size_text
-from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.storage.client import READS_AT_ONCE
+from hf_cloudtrain.runtime.text import clean, count_text, duration_text, size_text
 from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
 from hf_cloudtrain.tracking.status import RunState, run_state, state_of
 
 if TYPE_CHECKING:
     from hf_cloudtrain.report.figure import Chart
 
+Columns = Mapping[str, tuple[str, Callable[[Any], object]]]
+"""A table: each heading, the CSS class of its cells (`number`, `mono` or none), and the function that takes its cell."""
+
 MOST_CHECKPOINTS = 200
-"""Checkpoints in the table, and manifests that are read for it: the newest, and the best."""
+"""Checkpoints in the table, whose manifests are read for it: the newest, and the best."""
 MOST_ATTEMPTS = 200
 MOST_FACTS = 60
 MOST_TEXT = 2_000
@@ -41,7 +42,7 @@ MOST_TEXT = 2_000
 
 @dataclass
 class Table:
-    """Rows of (text, kind); kinds are `number`, `text` (which may fold), `mono` and nothing."""
+    """Rows of (text, CSS class); classes are `number`, `mono`, `text` for what may wrap, and none."""
 
     title: str
     rows: list[list[tuple[str, str]]]
@@ -63,12 +64,12 @@ class Report:
         self.state: RunState = run_state(catalog)
         self.history: History = history_of(catalog)
         if not self.history.attempts:
-            raise ManifestError(f"No record of an attempt of {catalog.storage.url!r} can be read.")
-        self.standing = Standing.of(catalog)
-        self.found = _look_at_some(catalog, self.standing)
+            raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
+        self.roles = Roles.of(catalog)
+        self.found = _newest_and_best(catalog, self.roles)
 
     def write(self, path: Path) -> int:
-        """Write the file, whole or not at all; its size in bytes."""
+        """Write the file, replacing it whole or not at all; its size in bytes."""
         from hf_cloudtrain.report.charts import charts_of
 
         page = self._page(charts_of(self.history)).encode("utf-8", "replace")
@@ -109,16 +110,18 @@ class Report:
     def _notes(self) -> list[str]:
         notes = []
         if self.state.stalled:
-            notes.append(f"It looks stalled, {self.state.stalled}.")
+            notes.append(f"The run looks stalled, {self.state.stalled}.")
         if self.state.state in ("started", "training"):
-            notes.append("The run goes on: this page shows how it was when the page was made.")
-        damaged = sum(1 for found in self.found if found.manifest is None)
+            notes.append("The run was not over when this page was written.")
+        damaged = sum(1 for info in self.found if info.manifest is None)
         if damaged:
-            notes.append(f"{damaged} manifests are damaged: `cloudtrain checkpoint list` says which.")
+            notes.append(
+                f"{count_text(damaged, 'damaged manifest')}: `cloudtrain checkpoint list` names them."
+            )
         return notes
 
     def _figures(self) -> list[tuple[str, str, str]]:
-        """The row of key figures: what, how much, and a detail."""
+        """The row of key figures: name, value and detail."""
         history, state = self.history, self.state
         lost = sum(info.redone_steps for info in history.attempts)
         spent = sum(info.redone_seconds for info in history.attempts)
@@ -128,71 +131,72 @@ class Report:
         rate = f"{duration_text(state.step_seconds)} a step" if state.step_seconds else ""
         eta = f", {duration_text(state.eta_seconds)} left" if state.eta_seconds else ""
         last = max((commit.committed for commit in history.commits.values()), default=None)
-        newest = f"step {self.standing.keys[-1].step:,}" if self.standing.keys else "none"
+        newest = f"step {self.roles.keys[-1].step:,}" if self.roles.keys else "none"
         good = "none" if history.goodput is None else f"{history.goodput:.1%}"
         began = min(info.started for info in history.attempts)
         return [
             ("Steps", done, rate + eta),
             ("Wall time", duration_text(history.wall_seconds) or "0 s", f"since {utc(began)}"),
-            ("Goodput", good, "of that in steps that count"),
+            ("Goodput", good, "of it in steps that count"),
             ("Attempts", f"{len(history.attempts):,}", _hosts(history.attempts)),
-            ("Steps done again", f"{lost:,}", f"{duration_text(spent)} of work lost" if spent else ""),
+            ("Steps redone", f"{lost:,}", f"{duration_text(spent)} of work lost" if spent else ""),
             ("Last commit", newest, utc(last) if last else ""),
         ]
 
     def _attempt_table(self) -> Table:
-        columns = ("attempt", "state", "began (UTC)", "ran", "steps", "done again", "resumed from", "host")
-        kinds = ("number", "", "", "", "", "number", "mono", "mono")
+        newest = self.history.attempts[-1]
+        columns: Columns = {
+            "attempt": ("number", lambda info: info.number),
+            "state": ("", lambda info: state_of(info.state, info.last_seen, newest=info is newest)),
+            "began (UTC)": ("", lambda info: utc(info.started)),
+            "ran": ("", lambda info: duration_text(info.last_seen - info.started)),
+            "steps": ("", lambda info: f"{info.first_step:,} to {info.last_step:,}"),
+            "redone": ("number", lambda info: f"{info.redone_steps:,}"),
+            "resumed from": ("mono", lambda info: info.resumed_from),
+            "host": ("mono", lambda info: info.facts.get("host")),
+        }
         infos = self.history.attempts[-MOST_ATTEMPTS:]
-        rows = [_attempt_row(info, newest=info is self.history.attempts[-1]) for info in reversed(infos)]
         left = len(self.history.attempts) - len(infos)
-        text = f"The newest {len(infos)}; {left} older ones are left out." if left else ""
-        return _table("Attempts, the newest first", columns, kinds, rows, text)
+        text = f"The newest {len(infos)}; {left} older ones are not shown." if left else ""
+        return _table("Attempts, the newest first", columns, reversed(infos), text)
 
     def _checkpoint_table(self) -> Table:
-        columns = (
-            "checkpoint",
-            "step",
-            "saved (UTC)",
-            "on storage after",
-            "size",
-            "files",
-            "metrics",
-            "notes",
-        )
-        kinds = ("mono", "number", "", "number", "number", "number", "", "")
-        rows = [self._checkpoint_row(found) for found in self.found]
-        left = len(self.standing.keys) - len(self.found)
-        text = "Those that exist now; a training with a limit deletes old ones."
-        text += f" {left} older ones are left out." if left > 0 else ""
-        if not rows:
-            text = "None is committed: a machine that is lost now takes all work with it."
-        return _table("Checkpoints, the newest first", columns if rows else (), kinds, rows, text)
+        columns: Columns = {
+            "checkpoint": ("mono", lambda info: info.title),
+            "step": ("number", lambda info: f"{info.record()['step']:,}"),
+            "saved (UTC)": ("", lambda info: info.manifest and utc(info.manifest.created)),
+            "on storage after": ("number", self._lag),
+            "size": ("number", lambda info: info.manifest and size_text(info.manifest.size)),
+            "files": ("number", lambda info: info.manifest and len(info.manifest.files)),
+            "metrics": ("", _metrics),
+            "notes": ("", self._notes_on),
+        }
+        left = len(self.roles.keys) - len(self.found)
+        text = "What is on storage now; retention deletes old checkpoints."
+        text += f" {left} older ones are not shown." if left > 0 else ""
+        if not self.found:
+            return _table(
+                "Checkpoints", {}, [], "None is committed: losing the machine now would lose all work."
+            )
+        return _table("Checkpoints, the newest first", columns, self.found, text)
 
-    def _checkpoint_row(self, found: Found) -> list[object]:
-        key, manifest = found.checkpoint_key, found.manifest
-        commit = self.history.commits.get(key) if key else None
-        notes = found.role(self.standing)
-        if manifest is None:
-            return [found.title, key and key.step, None, None, None, None, None, "damaged manifest"]
-        if not manifest.exact:
-            notes.append(f"not exact: {manifest.inexact_reason or 'no reason is recorded'}"[:100])
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in list(manifest.metrics.items())[:4])
-        return [
-            manifest.folder,
-            f"{manifest.step:,}",
-            utc(manifest.created),
-            duration_text(commit.lag) if commit else None,
-            size_text(manifest.size),
-            len(manifest.files),
-            metrics[:120],
-            ", ".join(notes),
-        ]
+    def _lag(self, info: CheckpointInfo) -> str | None:
+        key = info.checkpoint_key
+        commit = self.history.commits.get(key) if key and info.manifest else None
+        return duration_text(commit.lag) if commit else None
+
+    def _notes_on(self, info: CheckpointInfo) -> str:
+        if info.manifest is None:
+            return "damaged manifest"
+        notes = info.roles_in(self.roles)
+        if not info.manifest.exact:
+            notes.append(f"not exact: {info.manifest.inexact_reason or 'no reason recorded'}"[:100])
+        return ", ".join(notes)
 
     def _facts(self) -> list[Table]:
-        """What the newest whole manifest, and the newest attempt, say of how it is trained."""
+        """What the newest intact manifest and the newest attempt record about the training."""
         tables = []
-        manifest = next((found.manifest for found in self.found if found.manifest), None)
+        manifest = next((info.manifest for info in self.found if info.manifest), None)
         if manifest is not None:
             facts: dict[str, Any] = {
                 "exact": "yes: a resume from it equals an uninterrupted run"
@@ -200,9 +204,9 @@ class Report:
                 else f"no: {manifest.inexact_reason}",
                 **{name.replace("_", " "): value for name, value in vars(manifest.position).items()},
             }
-            started = self.history.attempts[-1].facts  # mostly the same, and told beside it
+            started = self.history.attempts[-1].facts  # mostly the same, and shown beside it
             facts |= {name: value for name, value in manifest.origin.items() if started.get(name) != value}
-            tables.append(_fact_table(f"How {manifest.folder} was made", facts))
+            tables.append(_fact_table(f"How {manifest.folder} was saved", facts))
         newest = self.history.attempts[-1]
         if newest.facts:
             tables.append(_fact_table(f"How attempt {newest.number} was started", newest.facts))
@@ -210,19 +214,19 @@ class Report:
 
 
 def shown(text: object, most: int = MOST_TEXT) -> str:
-    """A text of storage, for the template to escape: no control characters, no secrets that are known by their shape."""
-    # Cut before: what searches for secrets takes seconds for a megabyte of one letter. And cut again, because the first
-    # cut may go through a secret.
+    """A text from storage, for the template to escape: without control characters and known secrets."""
+    # Cut before as well: the search for secrets takes seconds in a megabyte of one letter. A cut may go through a secret,
+    # so the first one leaves twice as much.
     cleaned = redact(clean(str(text)[: 2 * most]))
     return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
 
 
 def utc(seconds: float) -> str:
-    """A time for people wherever they are: '2026-11-20 14:03:11'."""
+    """A moment in UTC: '2026-11-20 14:03:11'."""
     try:
         return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M:%S}"
     except (OverflowError, ValueError, OSError):
-        return f"{seconds:.3g} s"  # no year that a calendar has
+        return f"{seconds:.3g} s"  # outside the calendar
 
 
 def _check_extra_installed() -> None:
@@ -231,25 +235,20 @@ def _check_extra_installed() -> None:
         import plotly  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            f"A report needs packages that are not installed: pip install 'hf_cloudtrain[report]' ({error})."
+            f"The report needs packages that are not installed ({error}). Run: pip install 'hf_cloudtrain[report]'"
         ) from None
 
 
-def _look_at_some(catalog: Catalog, standing: Standing) -> list[Found]:
-    """The newest checkpoints, and the best, the newest first."""
-    keys = standing.keys[-MOST_CHECKPOINTS:]
-    if standing.best is not None and standing.best in standing.keys and standing.best not in keys:
-        keys = [standing.best, *keys]
-
-    def look(key: CheckpointKey) -> Found | None:
-        return look_at(catalog, key)
-
-    (found,) = in_threads(look, (keys[::-1], READS_AT_ONCE))
-    return [item for item in found if item is not None]
+def _newest_and_best(catalog: Catalog, roles: Roles) -> list[CheckpointInfo]:
+    """The checkpoints of the table, the newest first."""
+    keys = roles.keys[-MOST_CHECKPOINTS:]
+    if roles.best is not None and roles.best in roles.keys and roles.best not in keys:
+        keys = [roles.best, *keys]
+    return read_infos(catalog, keys[::-1])
 
 
 def _packed_plotly() -> str:
-    """The library: 5 MB, a third of it packed and in letters."""
+    """The library, 5 MB, compressed to a third and base64-encoded."""
     from plotly.offline import get_plotlyjs
 
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
@@ -257,30 +256,20 @@ def _packed_plotly() -> str:
 
 def _hosts(attempts: list[AttemptInfo]) -> str:
     hosts = {info.facts.get("host") for info in attempts} - {None, ""}
-    return "" if not hosts else f"on {len(hosts)} host{'' if len(hosts) == 1 else 's'}"
+    return f"on {count_text(len(hosts), 'host')}" if hosts else ""
 
 
-def _attempt_row(info: AttemptInfo, *, newest: bool) -> list[object]:
-    return [
-        info.number,
-        state_of(info.state, info.last_seen, newest=newest),
-        utc(info.started),
-        duration_text(info.last_seen - info.started),
-        f"{info.first_step:,} to {info.last_step:,}",
-        f"{info.redone_steps:,}",
-        info.resumed_from,
-        info.facts.get("host"),
-    ]
+def _metrics(info: CheckpointInfo) -> str:
+    metrics = info.manifest.metrics if info.manifest else {}
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])[:120]
 
 
-def _table(
-    title: str, columns: tuple[str, ...], kinds: tuple[str, ...], rows: list[list[object]], text: str
-) -> Table:
-    cells = [
-        [("" if cell is None else shown(cell, 200), kind) for cell, kind in zip(row, kinds, strict=True)]
-        for row in rows
-    ]
-    return Table(title, cells, list(zip(columns, kinds, strict=False)), text)
+def _table(title: str, columns: Columns, records: Iterable[object], text: str) -> Table:
+    rows = []
+    for record in records:
+        cells = [(cell_of(record), kind) for kind, cell_of in columns.values()]
+        rows.append([("" if cell is None else shown(cell, 200), kind) for cell, kind in cells])
+    return Table(title, rows, [(name, kind) for name, (kind, _) in columns.items()], text)
 
 
 def _fact_table(title: str, facts: dict[str, Any]) -> Table:

@@ -1,7 +1,8 @@
-"""What the command line says about one checkpoint: as a record for `--json`, and as words."""
+"""One checkpoint as the command line and the page show it: its manifest, and what it is to the run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,35 +11,41 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_ch
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.retention import pins, protected
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
-from hf_cloudtrain.runtime.text import size_text, time_text
+from hf_cloudtrain.runtime.text import count_text, size_text
+from hf_cloudtrain.runtime.threads import in_threads
+
+MANIFESTS_AT_ONCE = 16
+"""Read at the same time: a person waits for the list, and reading takes round trips rather than bandwidth."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Which checkpoints matter more than others, and why."""
+class Roles:
+    """Which checkpoints of a run are the newest, the best, pinned or protected."""
 
     keys: list[CheckpointKey]
     """All that exist, the newest last."""
     best: CheckpointKey | None
     protected: dict[CheckpointKey, str]
+    """Those that are never deleted automatically, each with the reason."""
     pinned: frozenset[CheckpointKey] = frozenset()
 
     @classmethod
-    def of(cls, catalog: Catalog) -> Standing:
-        """As the run is now."""
-        return cls(
-            catalog.checkpoints(), catalog.pointer("best"), protected(catalog), frozenset(pins(catalog))
-        )
+    def of(cls, catalog: Catalog) -> Roles:
+        """As they are now."""
+        pinned = frozenset(pins(catalog))
+        return cls(catalog.checkpoints(), catalog.pointer("best"), protected(catalog), pinned)
 
     def losses(self, key: CheckpointKey) -> list[str]:
-        """What goes with a checkpoint beside its files, a sentence each; empty where nothing does."""
+        """What the run loses with a checkpoint beside its files, one sentence each."""
         losses = []
         if self.keys[-1:] == [key]:
             before = self.keys[-2] if len(self.keys) > 1 else None
-            where = f"at step {before.step} instead of {key.step}" if before else "anew, at step 0"
-            losses.append(f"It is the newest one, so the run would resume {where}.")
+            start = (
+                f"at step {before.step} instead of {key.step}" if before else "from the beginning, at step 0"
+            )
+            losses.append(f"It is the newest checkpoint, so the run would resume {start}.")
         if key == self.best:
-            losses.append("It is the best one, and no other is recorded as such.")
+            losses.append("It is the best checkpoint, and the run records no other one as best.")
         if key in self.pinned:
             losses.append("It is pinned.")
         if key in self.protected and not losses:
@@ -47,17 +54,17 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint or a folder saved by name, as it was found on storage."""
+class CheckpointInfo:
+    """A checkpoint or a folder saved by name, as read from storage."""
 
     key: str
     manifest: Manifest | None
     damaged: str | None = None
-    """What is wrong with the manifest, if there is none to go by."""
+    """What is wrong with the manifest; None if it could be read."""
 
     @property
     def title(self) -> str:
-        """What a person calls it."""
+        """Its folder, or its key if the manifest is damaged."""
         return self.manifest.folder if self.manifest else self.key
 
     @property
@@ -67,7 +74,7 @@ class Found:
         return CheckpointKey(*found) if found else None
 
     def record(self) -> dict[str, Any]:
-        """What `--json` says of it, and nothing that only a look at other records tells."""
+        """For `--json`: what its own manifest says."""
         key, manifest = self.checkpoint_key, self.manifest
         return {
             "key": self.key,
@@ -78,8 +85,8 @@ class Found:
             "size": manifest.size if manifest else None,
         }
 
-    def full_record(self, standing: Standing) -> dict[str, Any]:
-        """The same, with when and how it was saved and what it is to the run."""
+    def full_record(self, roles: Roles) -> dict[str, Any]:
+        """The same, with how and when it was saved, and what it is to the run."""
         key, manifest = self.checkpoint_key, self.manifest
         return {
             **self.record(),
@@ -88,56 +95,44 @@ class Found:
             "exact": manifest.exact if manifest else None,
             "inexact_reason": manifest.inexact_reason if manifest else None,
             "metrics": manifest.metrics if manifest else {},
-            "newest": key is not None and standing.keys[-1:] == [key],
-            "best": key is not None and key == standing.best,
-            "pinned": key in standing.pinned,
-            "protected": standing.protected.get(key) if key else None,
+            "newest": key is not None and roles.keys[-1:] == [key],
+            "best": key is not None and key == roles.best,
+            "pinned": key in roles.pinned,
+            "protected": roles.protected.get(key) if key else None,
             "damaged": self.damaged,
         }
 
-    def row(self, standing: Standing) -> tuple[object, ...]:
-        """Its line in the table of `list`."""
-        record = self.record()
-        manifest = self.manifest
-        notes = self.role(standing)
-        if manifest is None:
-            notes.append("damaged manifest")
-        elif not manifest.exact:
-            notes.append("not exact")
-        return (
-            self.title,
-            record["step"],
-            record["attempt"],
-            record["file_count"],
-            size_text(manifest.size) if manifest else None,
-            time_text(manifest.created) if manifest else None,
-            ", ".join(notes),
-        )
-
-    def role(self, standing: Standing) -> list[str]:
-        """What it is to the run, in few words."""
+    def roles_in(self, roles: Roles) -> list[str]:
+        """`newest`, `best`, `pinned`, or else why it is protected."""
         key = self.checkpoint_key
         if key is None:
             return []
-        words = [
-            *(["newest"] if standing.keys[-1:] == [key] else []),
-            *(["best"] if key == standing.best else []),
-            *(["pinned"] if key in standing.pinned else []),
+        found = {
+            "newest": roles.keys[-1:] == [key],
+            "best": key == roles.best,
+            "pinned": key in roles.pinned,
+        }
+        return [name for name, has in found.items() if has] or [
+            reason for other, reason in roles.protected.items() if other == key
         ]
-        return words or [reason for other, reason in standing.protected.items() if other == key]
 
 
-def look_at(catalog: Catalog, key: CheckpointKey | str) -> Found | None:
-    """Read one manifest, damaged or not; None where it was deleted since the listing."""
+def read_infos(catalog: Catalog, keys: Iterable[CheckpointKey | str]) -> list[CheckpointInfo]:
+    """Read manifests, damaged ones too, in the order of their keys; those deleted since the listing are left out."""
+    (found,) = in_threads(lambda key: _read(catalog, key), (list(keys), MANIFESTS_AT_ONCE))
+    return [info for info in found if info is not None]
+
+
+def _read(catalog: Catalog, key: CheckpointKey | str) -> CheckpointInfo | None:
     try:
-        return Found(str(key), NamedFolders(catalog).read(key) if isinstance(key, str) else catalog.read(key))
+        manifest = NamedFolders(catalog).read(key) if isinstance(key, str) else catalog.read(key)
+        return CheckpointInfo(str(key), manifest)
     except NoCheckpointError:
         return None
     except ManifestError as error:
-        return Found(str(key), None, str(error))
+        return CheckpointInfo(str(key), None, str(error))
 
 
 def files_text(manifest: Manifest) -> str:
     """'12 files, 1.3 GB'."""
-    count = len(manifest.files)
-    return f"{count} file{'' if count == 1 else 's'}, {size_text(manifest.size)}"
+    return f"{count_text(len(manifest.files), 'file')}, {size_text(manifest.size)}"

@@ -1,4 +1,4 @@
-"""The charts of a report that show where the time went: attempts, saves, uploads, stalls, lost work."""
+"""Charts over time: what each attempt did when, where the wall time went, and the upload lag."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from hf_cloudtrain.report.figure import (
     Chart,
     clock,
     colour,
-    many,
     new_figure,
     safe,
     utc,
 )
-from hf_cloudtrain.runtime.text import duration_text, size_text
+from hf_cloudtrain.runtime.text import count_text, duration_text, size_text
 from hf_cloudtrain.tracking.history import AttemptInfo, History
 from hf_cloudtrain.tracking.status import state_of
 
 KINDS = {
     "steps": ("steps that count", "#2e9e6b"),
-    "again": ("steps done again later", LOST),
-    "start": ("starting, until the first step", "#6f8fb0"),
+    "again": ("redone (lost steps)", LOST),
+    "start": ("startup, until the first step", "#6f8fb0"),
     "evaluation": ("evaluation", "#7a64d1"),
     "save": ("save", "#1f9fb5"),
     "pause": ("other pause", "#b9a44c"),
     "stall": ("stall: a step far slower than usual", "#e08a1e"),
-    "down": ("nobody trained", "#a3adb8"),
-    "rest": ("between steps, and not recorded", "#77828e"),
+    "down": ("no attempt running", "#a3adb8"),
+    "rest": ("between steps, not recorded", "#77828e"),
 }
-"""What time can go into: words and colour."""
+"""What time is spent on, with name and colour."""
 
 
 def timeline(history: History) -> Chart | None:
@@ -42,29 +41,29 @@ def timeline(history: History) -> Chart | None:
     rows = [info for info in history.attempts if info.last_seen > 0][-MOST_ROWS:]
     if not rows:
         return None
-    places = {info.number: -row for row, info in enumerate(rows)}
-    traces = [*_stretch_bars(rows, places), *_uploads(history, places), _ends(rows, places, history)]
+    lanes = {info.number: -row for row, info in enumerate(rows)}
+    traces = [*_stretch_bars(rows, lanes), *_uploads(history, lanes), _ends(rows, lanes, history)]
     thickness = max(14, min(46, 640 // len(rows)))
     figure = new_figure(traces, "time (UTC)", "")
     figure.update_layout(barmode="overlay")
     every = math.ceil(len(rows) / 20)
     shown = rows[::every]
     figure.update_yaxes(
-        tickvals=[places[info.number] for info in shown],
+        tickvals=[lanes[info.number] for info in shown],
         ticktext=[f"attempt {info.number} " for info in shown],
         range=[-len(rows) + 0.35, 0.6],
         showgrid=False,
         zeroline=False,
     )
-    ends = [commit.committed for commit in history.commits.values() if commit.key.attempt in places]
+    ends = [commit.committed for commit in history.commits.values() if commit.key.attempt in lanes]
     first, last = min(info.started for info in rows), max(*(info.last_seen for info in rows), *ends, 0.0)
     margin = max(1.0, 0.02 * (last - first))
     figure.update_xaxes(type="date", range=[utc(first - margin), utc(last + margin)])
-    title = f"{many(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
+    title = f"{count_text(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
     left = len(history.attempts) - len(rows)
-    text = "A triangle is a save, the thin bar after it its upload."
+    text = "Triangles are saves; the thin bars are their uploads."
     if left > 0:
-        text += f" The newest {len(rows)} of {len(history.attempts)} attempts."
+        text += f" It shows the newest {len(rows)} of {len(history.attempts)} attempts."
     return Chart("timeline", title, text, figure, 78 + thickness * len(rows), True)
 
 
@@ -93,7 +92,7 @@ def time_chart(history: History) -> Chart | None:
     goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
     text = "From the start of the first attempt to the last heartbeat, restarts and all."
     if spent.get("stall"):
-        text += " A stall is a step, too, and counts as one."
+        text += " Stalls are slow steps and are part of the goodput."
     return Chart(
         "goodput", f"Goodput: {goodput} of the time went into steps that count", text, figure, 118, True
     )
@@ -124,13 +123,13 @@ def commit_chart(history: History) -> Chart | None:
     usual, most = duration_text(statistics.median(lags)), duration_text(max(lags))
     title = f"Upload lag: usually {usual}, at most {most}"
     text = (
-        "From each save to the moment at which storage held it: what a loss of the machine would have cost."
+        "From each save until it is on storage: the window in which losing the machine loses the checkpoint."
     )
     return Chart("commits", title, text, figure)
 
 
 def time_spent(history: History) -> dict[str, float]:
-    """Seconds of the wall time by what they went into, without what is nothing."""
+    """Seconds of the wall time by what they were spent on; kinds without any are left out."""
     wall = history.wall_seconds
     alive = _covered([(info.started, info.last_seen) for info in history.attempts])
     steps = min(wall, sum(info.productive_seconds for info in history.attempts))
@@ -148,19 +147,19 @@ def time_spent(history: History) -> dict[str, float]:
         )
     spent["down"] = max(0.0, wall - alive)
     left = wall
-    for kind, seconds in spent.items():  # attempts that overlap do more than the clock has
+    for kind, seconds in spent.items():  # attempts that overlap add up to more than the wall time
         spent[kind] = min(seconds, max(0.0, left))
         left -= spent[kind]
     spent["rest"] = max(0.0, left)
     return {kind: seconds for kind, seconds in spent.items() if seconds > 0}
 
 
-def _stretch_bars(rows: list[AttemptInfo], places: dict[int, int]) -> Iterator[dict[str, Any]]:
+def _stretch_bars(rows: list[AttemptInfo], lanes: dict[int, int]) -> Iterator[dict[str, Any]]:
     for kind, (name, shade) in KINDS.items():
         bars = [(info, began, seconds) for info in rows for began, seconds in _stretches(info, kind)]
         bars = sorted(bars, key=lambda bar: -bar[2])[:MOST_POINTS]
         if bars:
-            yield _bar(bars, places, name, shade)
+            yield _bar(bars, lanes, name, shade)
 
 
 def _stretches(info: AttemptInfo, kind: str) -> Iterator[tuple[float, float]]:
@@ -175,14 +174,14 @@ def _stretches(info: AttemptInfo, kind: str) -> Iterator[tuple[float, float]]:
 
 
 def _bar(
-    bars: list[tuple[AttemptInfo, float, float]], places: dict[int, int], name: str, shade: str
+    bars: list[tuple[AttemptInfo, float, float]], lanes: dict[int, int], name: str, shade: str
 ) -> dict[str, Any]:
     return {
         "type": "bar",
         "orientation": "h",
         "base": [utc(began) for _, began, _ in bars],
         "x": [seconds * 1000 for _, _, seconds in bars],  # a date axis counts milliseconds
-        "y": [places[info.number] for info, _, _ in bars],
+        "y": [lanes[info.number] for info, _, _ in bars],
         "width": 0.5,
         "name": name,
         "marker": {"color": shade, "line": {"width": 0}},
@@ -195,12 +194,12 @@ def _bar(
     }
 
 
-def _uploads(history: History, places: dict[int, int]) -> Iterator[dict[str, Any]]:
+def _uploads(history: History, lanes: dict[int, int]) -> Iterator[dict[str, Any]]:
     commits = sorted(history.commits.values(), key=lambda commit: commit.saved)
-    commits = [commit for commit in commits if commit.key.attempt in places][-MOST_POINTS:]
+    commits = [commit for commit in commits if commit.key.attempt in lanes][-MOST_POINTS:]
     if not commits:
         return
-    rows = [places[commit.key.attempt] - 0.36 for commit in commits]
+    rows = [lanes[commit.key.attempt] - 0.36 for commit in commits]
     texts = [
         f"checkpoint-{commit.key.step}<br>saved {clock(commit.saved)}<br>on storage {duration_text(commit.lag)} later"
         for commit in commits
@@ -227,7 +226,7 @@ def _uploads(history: History, places: dict[int, int]) -> Iterator[dict[str, Any
     }
 
 
-def _ends(rows: list[AttemptInfo], places: dict[int, int], history: History) -> dict[str, Any]:
+def _ends(rows: list[AttemptInfo], lanes: dict[int, int], history: History) -> dict[str, Any]:
     newest = history.attempts[-1].number
     states = [state_of(info.state, info.last_seen, newest=info.number == newest) for info in rows]
     symbols = {"finished": "circle", "training": "triangle-right", "started": "triangle-right"}
@@ -235,7 +234,7 @@ def _ends(rows: list[AttemptInfo], places: dict[int, int], history: History) -> 
         "type": "scatter",
         "mode": "markers",
         "x": [utc(info.last_seen) for info in rows],
-        "y": [places[info.number] for info in rows],
+        "y": [lanes[info.number] for info in rows],
         "text": [
             f"attempt {info.number}: {safe(state)}<br>last heartbeat {clock(info.last_seen)}, step {info.last_step}"
             for info, state in zip(rows, states, strict=True)

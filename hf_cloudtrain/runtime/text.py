@@ -1,4 +1,4 @@
-"""Sizes, times and durations as text for people."""
+"""Counts, sizes, times and durations as text for people."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from hf_cloudtrain.runtime.redaction import visible
 def clean(text: object) -> str:
     """The text as it may be printed on a terminal: see `redaction.visible`."""
     return visible(str(text))
+
+
+def count_text(count: int, noun: str) -> str:
+    """A number of things: '1 step', '1,200 steps', '2 processes'."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
 
 
 def size_text(count: int) -> str:

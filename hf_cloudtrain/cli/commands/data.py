@@ -1,87 +1,87 @@
-"""`cloudtrain data`: the datasets of a store, in versions."""
+"""`cloudtrain data`: store, list, inspect, download and delete versioned datasets."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_cloudtrain import env
-from hf_cloudtrain.cli.arguments import Json, examples
-from hf_cloudtrain.cli.output import confirm, print_json, say, show_facts, show_table, show_tree, transfer
-from hf_cloudtrain.report.summary import files_text, look_at
+from hf_cloudtrain.cli.arguments import DatasetName, DryRun, Json, Yes, examples
+from hf_cloudtrain.cli.output import (
+    Columns,
+    confirm,
+    print_json,
+    say,
+    show_facts,
+    show_table,
+    show_tree,
+    transfer,
+)
+from hf_cloudtrain.report.summary import files_text, read_infos
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, size_text, time_text
-from hf_cloudtrain.runtime.threads import in_threads
 
 if TYPE_CHECKING:
     from hf_cloudtrain.checkpoints.manifest import Manifest
     from hf_cloudtrain.datasets.store import Dataset, DatasetStore
 
 app = typer.Typer(
-    help=f"Datasets, in versions, in the store that {env.STORE} names (any URL; else a folder in the home folder).",
-    epilog=examples("cloudtrain data create glue data/glue"),
+    help=f"Store, list, inspect, download and delete versioned datasets, in the store of {env.STORE}.",
+    epilog=examples("data create glue data/glue"),
     no_args_is_help=True,
 )
 
-READS_AT_ONCE = 16
-"""Manifests read at once: they wait for answers, not for bandwidth."""
-
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="What the dataset is called.")]
 Version = Annotated[
-    int | None,
-    typer.Option(
-        "--version", min=1, metavar="N", show_default=False, help="Which version. Default: the newest."
-    ),
+    int | None, typer.Option("--version", min=1, metavar="N", help="Version. Default: the newest.")
 ]
 
+LISTED: Columns = {
+    "dataset": lambda record: record["dataset"],
+    ">version": lambda record: record["version"],
+    ">versions": lambda record: len(record["versions"]),
+    ">files": lambda record: record["file_count"],
+    ">size": lambda record: "damaged" if record["size"] is None else size_text(record["size"]),
+    "stored": lambda record: time_text(record["created"]),
+}
 
-@app.command(
-    epilog=examples(
-        "cloudtrain data create glue data/glue",
-        "cloudtrain data create nsmc s3://bucket/corpora/nsmc",
-    )
-)
+
+@app.command(epilog=examples("data create glue data/glue", "data create nsmc s3://bucket/corpora/nsmc"))
 def create(
-    name: Name,
+    name: DatasetName,
     source: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATH|URL",
-            show_default=False,
-            help="A folder or a file: a local path, or any fsspec URL.",
-        ),
+        str, typer.Argument(metavar="PATH|URL", help="Folder or file: a local path or any fsspec URL.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Store a folder as the newest version of a dataset. A file that the version before has too is not sent again."""
+    """Store a folder as a new version of a dataset.
+
+    Files that the previous version has as well are copied on storage instead of uploaded.
+    """
     datasets = _open()
     with transfer() as progress:
         dataset, sent = datasets.create(name, source, progress=progress)
-    what = f"{dataset} ({files_text(dataset.manifest)})"
+    what = _title(dataset)
     if sent is None:
-        say(f"Nothing has changed since {what} was stored.")
+        say(f"Nothing to store: the files equal {what}.")
     else:
-        say(f"Stored {what}: {size_text(sent)} were sent.")
+        say(f"Stored {what} ({size_text(sent)} uploaded).")
     if as_json:
         print_json({**_record(datasets, dataset), "created_now": sent is not None, "sent": sent or 0})
 
 
-@app.command("list", epilog=examples("cloudtrain data list --json"))
+@app.command("list", epilog=examples("data list --json"))
 def list_(as_json: Json = False) -> None:
-    """List the datasets of the store. Each with its newest version."""
+    """List the datasets of the store, each with its newest version."""
     from hf_cloudtrain.datasets.store import key_of
 
     datasets = _open()
-    known = datasets.versions()
-    keys = [key_of(name, versions[-1]) for name, versions in known.items()]
-    (newest,) = in_threads(lambda key: look_at(datasets.catalog, key), (keys, READS_AT_ONCE))
+    known = {key_of(name, versions[-1]): (name, versions) for name, versions in datasets.versions().items()}
     records = [
-        _line(name, versions, found.manifest, found.damaged)
-        for (name, versions), found in zip(known.items(), newest, strict=True)
-        if found is not None  # deleted since the listing
+        _line(*known[info.key], info.manifest, info.damaged) for info in read_infos(datasets.catalog, known)
     ]
     for record in records:
         if record["damaged"]:
@@ -89,18 +89,14 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json({"store": redact(datasets.url), "datasets": records})
     elif records:
-        show_table(
-            ("dataset", "version", "versions", "files", "size", "stored"),
-            map(_row, records),
-            numbers=("version", "versions", "files", "size"),
-        )
+        show_table(LISTED, records)
     else:
-        say(f"There is no dataset in {redact(datasets.url)!r} yet. `cloudtrain data create` makes one.")
+        say(f"No datasets in {redact(datasets.url)!r} yet. Store one with `cloudtrain data create`.")
 
 
-@app.command(epilog=examples("cloudtrain data view glue", "cloudtrain data view glue --version 1"))
-def view(name: Name, version: Version = None, as_json: Json = False) -> None:
-    """Show one version of a dataset. An overview, its files with their sizes, its metadata."""
+@app.command(epilog=examples("data view glue", "data view glue --version 1"))
+def view(name: DatasetName, version: Version = None, as_json: Json = False) -> None:
+    """Show a version of a dataset: its files, its sizes, its metadata."""
     datasets = _open()
     dataset = datasets.find(name, version)
     manifest = dataset.manifest
@@ -130,79 +126,71 @@ def view(name: Name, version: Version = None, as_json: Json = False) -> None:
         show_facts({f"  {key}": value for key, value in manifest.origin.items()})
 
 
-@app.command(
-    epilog=examples("cloudtrain data download glue data", "cloudtrain data download glue data --version 1")
-)
+@app.command(epilog=examples("data download glue data", "data download glue data --version 1"))
 def download(
-    name: Name,
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", show_default=False, help="Local folder to put it into.")
-    ],
+    name: DatasetName,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Local folder to download into.")],
     version: Version = None,
     as_json: Json = False,
 ) -> None:
-    """Download one version of a dataset. Prints where it is: DIR/NAME.
+    """Download a version of a dataset and verify it.
 
-    The folder appears when it is complete and every byte is verified. One that is there already, with the same files,
-    is not downloaded again.
+    Prints its folder, DIR/NAME. The folder appears once all of its bytes are verified. An intact copy that is already
+    there is not downloaded again.
     """
     from hf_cloudtrain.cli.download import bring
 
     datasets = _open()
     dataset = datasets.find(name, version)
     target = directory / dataset.name
-    needed = bring(datasets.catalog, dataset.manifest, target)
-    what = f"{dataset} ({files_text(dataset.manifest)})"
-    say(f"Downloaded and verified {what}." if needed else f"{what} was here already, and is whole.")
+    downloaded = bring(datasets.catalog, dataset.manifest, target, _title(dataset))
     if as_json:
-        print_json({**_record(datasets, dataset), "path": str(target.absolute()), "downloaded": needed})
+        facts = {"path": str(target.absolute()), "downloaded": downloaded}
+        print_json({**_record(datasets, dataset), **facts})
     else:
         typer.echo(clean(target))
 
 
-@app.command(epilog=examples("cloudtrain data delete glue --version 1", "cloudtrain data delete glue --yes"))
+@app.command(epilog=examples("data delete glue --version 1", "data delete glue --yes"))
 def delete(
-    name: Name,
+    name: DatasetName,
     version: Annotated[
-        int | None,
-        typer.Option(
-            "--version", min=1, metavar="N", show_default=False, help="Which version. Default: all of them."
-        ),
+        int | None, typer.Option("--version", min=1, metavar="N", help="Version. Default: all versions.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a dataset, or one version of it. What runs with a local copy of it keeps that."""
+    """Delete a dataset, or one version of it.
+
+    Local copies are kept, so a job that is running with one goes on.
+    """
     datasets = _open()
     begun = [number for number in datasets.half_deleted(name) if version in (None, number)]
-    there = datasets.versions().get(name, [])
-    if begun and (version in begun or not there):
+    stored = datasets.versions().get(name, [])
+    if begun and (version in begun or not stored):
         going = begun
     else:
         found = datasets.find(name, version)
-        going = sorted({*begun, *(there if version is None else [found.version])})
+        going = sorted({*begun, *(stored if version is None else [found.version])})
     which = f"version {going[0]}" if len(going) == 1 else f"all {len(going)} versions"
     confirm(f"Delete {which} of the dataset {name!r} from {redact(datasets.url)!r}?", yes)
-    for number in going:  # the oldest first, so that what is interrupted leaves the newer ones
+    for number in going:  # the oldest first, so that an interrupted deletion leaves the newer ones
         datasets.delete(name, number)
     say(f"Deleted {which} of the dataset {name!r}.")
     if as_json:
         print_json({"store": redact(datasets.url), "dataset": name, "deleted": going})
 
 
-@app.command("clean", epilog=examples("cloudtrain data clean --dry-run", "cloudtrain data clean --yes"))
-def clean_(
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what is left over, and delete nothing.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Delete what killed processes left in the store. Never a version, nor what somebody may still be uploading."""
-    from hf_cloudtrain.cli import clean as cli_clean
+@app.command("clean", epilog=examples("data clean --dry-run", "data clean --yes"))
+def clean_(dry_run: DryRun = False, yes: Yes = False, as_json: Json = False) -> None:
+    """Delete what killed processes left in the store.
+
+    Datasets, and uploads that may still be running, are kept.
+    """
+    from hf_cloudtrain.cli import clean as actions
 
     datasets = _open()
-    left_over = cli_clean.clean(datasets.catalog, dry_run=dry_run, yes=yes, quiet=as_json)
+    left_over = actions.clean(datasets.catalog, dry_run=dry_run, yes=yes, quiet=as_json)
     if as_json:
         print_json({"store": redact(datasets.url), "dry_run": dry_run, "left_over": left_over})
 
@@ -211,6 +199,10 @@ def _open() -> DatasetStore:
     from hf_cloudtrain.datasets.store import DatasetStore
 
     return DatasetStore()
+
+
+def _title(dataset: Dataset) -> str:
+    return f"{dataset.name}, version {dataset.version}: {files_text(dataset.manifest)}"
 
 
 def _record(datasets: DatasetStore, dataset: Dataset) -> dict[str, Any]:
@@ -235,24 +227,9 @@ def _line(name: str, versions: list[int], manifest: Manifest | None, damaged: st
     }
 
 
-def _row(record: dict[str, Any]) -> tuple[object, ...]:
-    size = "damaged" if record["size"] is None else size_text(record["size"])
-    return (
-        record["dataset"],
-        record["version"],
-        len(record["versions"]),
-        record["file_count"],
-        size,
-        time_text(record["created"]),
-    )
-
-
 def _kinds(manifest: Manifest) -> str | None:
-    """How many files of which ending: '2 .parquet, 1 .json'."""
-    counts: dict[str, int] = {}
-    for entry in manifest.files:
-        ending = Path(entry.path).suffix or "without ending"
-        counts[ending] = counts.get(ending, 0) + 1
+    """How many files have which suffix: '2 .parquet, 1 .json'."""
+    counts = Counter(Path(entry.path).suffix or "without suffix" for entry in manifest.files)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count} {ending}" for ending, count in ordered[:5]]
+    shown = [f"{count} {suffix}" for suffix, count in ordered[:5]]
     return ", ".join([*shown, "…"] if len(ordered) > 5 else shown) or None

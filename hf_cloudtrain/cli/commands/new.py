@@ -1,4 +1,4 @@
-"""`cloudtrain new`: a project to start from, copied from `examples/template`."""
+"""`cloudtrain new`: create a project from `examples/template`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,41 @@ LEFT_OUT = ("__pycache__", "output", "runs")
 
 def new(
     directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", show_default=False, help="The folder to make; it may exist if empty."),
+        Path, typer.Argument(metavar="DIR", help="Folder to create. It must not exist, or be empty.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Make a project to start from: a model of your own, its data, and a training loop that survives its machine."""
-    _check_not_taken(directory)
-    left_out = shutil.ignore_patterns(*LEFT_OUT)
-    # The content alone: where the package is installed read-only, its modes would make a project that nobody can edit.
+    """Create a project: a model, its data, and a training loop that survives its machine."""
+    _check_free(directory)
+    # Without the modes of the files: of a package that is installed read-only, they would make a read-only project.
     shutil.copytree(
-        _template(), directory, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True
+        _template(),
+        directory,
+        ignore=shutil.ignore_patterns(*LEFT_OUT),
+        copy_function=shutil.copyfile,
+        dirs_exist_ok=True,
     )
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     command = f"cd {shlex.quote(str(directory))} && python train.py"
     if as_json:
         print_json({"directory": str(directory.absolute()), "files": files, "command": command})
         return
-    say(f"Made {str(directory)!r}, {len(files)} files; README.md says what is what. Train at once:")
+    say(f"Created {str(directory)!r} with {len(files)} files; README.md describes them. Start training with:")
     typer.echo(command)
 
 
-def _check_not_taken(directory: Path) -> None:
+def _check_free(directory: Path) -> None:
     if directory.is_dir():
         if any(directory.iterdir()):
-            raise ConfigurationError(f"{str(directory)!r} is not empty. Name a folder that is not there yet.")
+            raise ConfigurationError(
+                f"{str(directory)!r} is not empty. Choose a folder that does not exist yet."
+            )
     elif directory.exists() or directory.is_symlink():
-        raise ConfigurationError(f"{str(directory)!r} is a file. Name a folder that is not there yet.")
+        raise ConfigurationError(f"{str(directory)!r} is a file. Choose a folder that does not exist yet.")
 
 
 def _template() -> Path:
     for home in HOMES:
         if (home / "train.py").is_file():
             return home
-    raise CloudTrainError(f"The template is not in {str(HOMES[0])!r}. Install hf_cloudtrain again.")
+    raise CloudTrainError(f"The template is missing from {str(HOMES[0])!r}. Reinstall hf_cloudtrain.")

@@ -1,4 +1,4 @@
-"""`cloudtrain verify-resume`: whether a script that is killed and resumed ends where it would have ended."""
+"""`cloudtrain verify-resume`: check that a script that is killed and resumed ends like one that ran through."""
 
 from __future__ import annotations
 
@@ -15,18 +15,26 @@ import typer
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.cli.arguments import Json
-from hf_cloudtrain.cli.output import fail, print_json, say, show_facts, show_table
+from hf_cloudtrain.cli.output import Columns, fail, print_json, say, show_facts, show_table
 from hf_cloudtrain.cli.verify.trial import ScriptError, Trial
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.provenance import shown_command
-from hf_cloudtrain.runtime.text import clean
+from hf_cloudtrain.runtime.text import clean, count_text
 
 if TYPE_CHECKING:
     from hf_cloudtrain.cli.verify.compare import Comparison, FirstDifference
 
 
+FILES: Columns = {
+    "file of the last checkpoint": lambda file: file.path,
+    "what": lambda file: file.kind,
+    ">max |difference|": lambda file: None if file.max_difference is None else repr(file.max_difference),
+    "note": lambda file: file.note,
+}
+
+
 class Signal(str, enum.Enum):
-    """How the first start ends."""
+    """The signal that ends the first start."""
 
     KILL = "KILL"
     TERM = "TERM"
@@ -34,38 +42,33 @@ class Signal(str, enum.Enum):
 
 def verify_resume(
     command: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="-- COMMAND...", show_default=False, help="What starts the training, as it is typed."
-        ),
+        list[str], typer.Argument(metavar="-- COMMAND...", help="The command that starts the training.")
     ],
     signal_: Annotated[
         Signal,
-        typer.Option(
-            "--signal", help="How it is killed: KILL as by a power cut, TERM as by a preemption with notice."
-        ),
+        typer.Option("--signal", help="KILL: like a power cut. TERM: like a preemption with notice."),
     ] = Signal.KILL,
     folder: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            show_default=False,
-            help="Where to work: a folder to make, and keep. Default: a temporary one, kept if anything differs.",
+            help="New folder to work in and keep. Default: a temporary one, kept if anything differs.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train twice, whole and killed and resumed, and compare weights and sample order. Exit code 0 if nothing differs.
+    """Train twice, once without a stop and once killed and resumed, and compare.
 
-    The run and the output of the script go to a scratch folder, whatever its code says. It has to fit on one machine,
-    and it trains twice from start to end: make it short, with a few checkpoints.
+    Weights, optimizer, random states, sample order and logged values are compared. Exit with code 0 if nothing differs.
+    The run and the output of the script go to a scratch folder, whatever URL and folder the script names. All processes
+    run on this machine, twice from start to end: use a short training with a few checkpoints.
     """
     scratch = _make(folder)
     shown = shown_command(command)
     try:
         report = _try(scratch, command, signal.Signals[f"SIG{signal_.value}"])
     except ScriptError as error:
-        fail(f"{error}\nAll that {shown!r} said is in {str(scratch)!r}.")
+        fail(f"{error}\nThe output of {shown!r} is in {str(scratch)!r}.")
     exact = report.comparison.exact
     if exact and folder is None:
         shutil.rmtree(scratch)
@@ -87,7 +90,7 @@ def verify_resume(
 
 
 class Report:
-    """What came out of both trials."""
+    """The result of both trials."""
 
     def __init__(self, whole: Trial, interrupted: Trial, resumed_from: CheckpointKey) -> None:
         from hf_cloudtrain.cli.verify.compare import compare
@@ -104,7 +107,7 @@ def _make(folder: Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="cloudtrain-verify-")).resolve()
     if folder.exists():
-        raise ConfigurationError(f"{str(folder)!r} is there already. Name a folder to make.")
+        raise ConfigurationError(f"{str(folder)!r} exists. Choose a folder that does not exist yet.")
     folder.mkdir(parents=True)
     return folder.resolve()
 
@@ -112,12 +115,12 @@ def _make(folder: Path | None) -> Path:
 def _try(scratch: Path, command: list[str], number: signal.Signals) -> Report:
     with _Status() as status:
         status.phase("1 of 3: the whole run")
-        whole = Trial(scratch, command, status.told)
+        whole = Trial(scratch, command, status.show_step)
         _succeed(whole, "The script")
         step = step_to_kill_after(whole.seen)
         whole.finish("whole")
         status.phase(f"2 of 3: again, until step {step} is committed; then {number.name}")
-        interrupted = Trial(scratch, command, status.told)
+        interrupted = Trial(scratch, command, status.show_step)
         interrupted.run_until(step, number)
         status.phase(f"3 of 3: resumed from {interrupted.newest_when_killed}, in an empty folder")
         _succeed(interrupted, "The resumed script")
@@ -135,7 +138,7 @@ def _succeed(trial: Trial, what: str) -> None:
 
 
 def step_to_kill_after(seen: dict[CheckpointKey, Manifest]) -> int:
-    """The first checkpoint in the middle of an epoch, else the first one; never the last, after which nothing comes."""
+    """The first checkpoint in the middle of an epoch, else the first one; never the last, which no step follows."""
     steps = sorted({key.step for key in seen})
     inner = [
         key.step
@@ -144,8 +147,8 @@ def step_to_kill_after(seen: dict[CheckpointKey, Manifest]) -> int:
     ]
     if len(steps) < 2:
         raise ScriptError(
-            f"The whole run saved {len(steps)} checkpoint{'' if len(steps) == 1 else 's'}, and a resume needs one before "
-            "the last. Save more often (save_steps), or train longer."
+            f"The whole run saved {count_text(len(steps), 'checkpoint')}, but a resume needs one before the last. Save "
+            "more often (save_steps), or train longer."
         )
     return next((step for step in inner if step < steps[-1]), steps[0])
 
@@ -154,8 +157,8 @@ def _resumed_from(catalog: Catalog) -> CheckpointKey:
     attempt = catalog.attempts.read_all(last=1)[-1]
     if attempt.resumed_from is None:
         raise ScriptError(
-            f"The script was started again and did not resume: it began at step {attempt.global_step}. Have it restore, "
-            "as in `trainer.train(resume_from_checkpoint=cloud.restore(args))`."
+            f"The script did not resume when it was started again: it began at step {attempt.global_step}. Make it "
+            "restore, as in `trainer.train(resume_from_checkpoint=cloud.restore(args))`."
         )
     return attempt.resumed_from
 
@@ -169,18 +172,14 @@ def _show(report: Report, record: dict[str, Any]) -> None:
             "resumed from": record["resumed_from"],
             "not exact by itself": record["inexact_reason"],
             "steps": f"{found.steps[0]}, and {found.steps[1]} resumed",
-            "sample order": _first(found.position, f"the same at {found.positions} checkpoints"),
-            "logged values": _first(found.value, f"{found.values} are equal"),
+            "sample order": _first(found.position, f"equal at {found.positions} checkpoints"),
+            "logged values": _first(found.value, f"{found.values} equal"),
             "weights differ from": None if found.weights is None else f"step {found.weights} on",
             "not compared": ", ".join(found.left_out) or None,
         }
     )
     typer.echo()
-    show_table(
-        ("file of the last checkpoint", "what", "max |difference|", "note"),
-        ((one.path, one.kind, _number(one.max_difference), one.note) for one in found.files),
-        numbers=("max |difference|",),
-    )
+    show_table(FILES, found.files)
     if found.exact:
         typer.echo("\nexact")
 
@@ -190,20 +189,17 @@ def _verdict(report: Report, scratch: Path) -> str:
     where = f"Both runs are in {str(scratch)!r}."
     if found.before_resume is not None:
         return (
-            f"Not exact, and not because of the resume: the runs differ at step {found.before_resume}, before the kill. Two "
-            "whole runs of this script differ, too. Seed everything (transformers.set_seed) and ask for deterministic "
-            f"kernels (full_determinism=True) before anything else. {where}"
+            f"Not exact, but not because of the resume: the runs differ at step {found.before_resume}, before the kill. Two "
+            "whole runs of this script would differ as well. Seed everything (transformers.set_seed) and turn on "
+            f"deterministic kernels (full_determinism=True) first. {where}"
         )
     if found.steps[0] != found.steps[1]:
         return f"Not exact: the resumed run ended at step {found.steps[1]}, not {found.steps[0]}. {where}"
     worst = max((one.max_difference or 0.0 for one in found.files), default=0.0)
-    at = [one.step for one in (found.value, found.position) if one] + (
-        [found.weights] if found.weights is not None else []
-    )
-    first = f" The first difference is at step {min(at)}." if at else ""
+    first = "" if found.first is None else f" The first difference is at step {found.first}."
     return (
-        f"Not exact: max |difference| {worst!r}.{first} Look for what the script draws or counts itself and does not save. "
-        f"{where}"
+        f"Not exact: max |difference| {worst!r}.{first} Look for random numbers and counters of the script that are in no "
+        f"checkpoint. {where}"
     )
 
 
@@ -213,12 +209,8 @@ def _first(difference: FirstDifference | None, otherwise: str) -> str:
     return f"{difference.name} differs at step {difference.step}: {difference.whole} and {difference.resumed} resumed"
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else repr(value)
-
-
 class _Status:
-    """What goes on, on stderr: a line for each phase, and on a terminal the step it is at."""
+    """Progress on stderr: a line for each phase, and on a terminal the current step."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -234,8 +226,8 @@ class _Status:
         self._write("")
         say(text)
 
-    def told(self, progress: dict[str, Any]) -> None:
-        """A heartbeat of the training."""
+    def show_step(self, progress: dict[str, Any]) -> None:
+        """Show the step of a heartbeat."""
         if self._live and "step" in progress:
             self._write(clean(f"  step {progress['step']} of {progress.get('total_steps') or '?'}"))
 

@@ -1,4 +1,4 @@
-"""`cloudtrain vm`: machines that a job can have."""
+"""`cloudtrain vm`: list the machines that jobs can run on."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from typing import Annotated
 import typer
 
 from hf_cloudtrain.cli.arguments import Json, examples
-from hf_cloudtrain.cli.output import print_json, say, show_table
+from hf_cloudtrain.cli.output import Columns, print_json, say, show_table
 
-app = typer.Typer(
-    help="Machines for jobs: this one, Slurm's, your own, and those of clouds.",
-    epilog=examples("cloudtrain vm list"),
-    no_args_is_help=True,
-)
+HELP = "List machines for jobs: this one, Slurm's, your own, and those of clouds."
+
+app = typer.Typer(help=HELP, epilog=examples("vm list"), no_args_is_help=True)
+
+LISTED: Columns = {
+    "VM": lambda vm: vm.vm,
+    "Cloud": lambda vm: vm.cloud,
+    "Region": lambda vm: vm.region,
+    "Device": lambda vm: vm.device,
+    "Quota": lambda vm: vm.quota,
+    "Spot": lambda vm: "yes" if vm.is_spot else "no",
+}
 
 
-@app.callback()
+@app.callback(help=HELP)
 def _group() -> None:
-    """Machines for jobs: this one, Slurm's, your own, and those of clouds."""
+    """With a callback, typer keeps `list` although it is the only command of the group."""
 
 
-@app.command("list", epilog=examples("cloudtrain vm list", "cloudtrain vm list --cloud azure --gpu v100"))
+@app.command("list", epilog=examples("vm list", "vm list --cloud azure --gpu v100"))
 def list_(
     cloud: Annotated[
-        str | None,
-        typer.Option(
-            "--cloud", metavar="NAME", show_default=False, help="Only this one, such as azure or slurm."
-        ),
+        str | None, typer.Option("--cloud", metavar="NAME", help="Only this cloud, such as azure or slurm.")
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(
-            "--gpu", metavar="NAME", show_default=False, help="Only GPUs whose name begins so, such as v100."
-        ),
+        typer.Option("--gpu", metavar="NAME", help="Only GPUs whose name starts with NAME, such as v100."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the machines that a job can have. The first column is what a job file calls `vm`.
+    """List the machines that jobs can run on. The first column is `vm` in a job file.
 
-    Asked are this machine, `sinfo` of Slurm, vms.yml in the store, and the catalog of SkyPilot, where there are such.
+    Sources are this machine, `sinfo` of Slurm, vms.yml in the store, and the catalog of SkyPilot.
     """
     from hf_cloudtrain.jobs.inventory import find
 
@@ -56,18 +58,14 @@ def list_(
             }
         )
     elif found.vms:
-        show_table(
-            ("VM", "Cloud", "Region", "Device", "Quota", "Spot"),
-            [
-                (vm.vm, vm.cloud, vm.region, vm.device, vm.quota, "yes" if vm.is_spot else "no")
-                for vm in found.vms
-            ],
-        )
+        show_table(LISTED, found.vms)
     else:
-        say("There is no such machine.")
+        say("No machine matches.")
     if found.omitted:
-        say(f"{found.omitted} more of SkyPilot's catalog are not shown: name a --cloud or a --gpu.")
+        say(
+            f"{found.omitted} more of SkyPilot's catalog are not shown. Narrow the list with --cloud or --gpu."
+        )
+    for mistake in found.mistakes:
+        say(mistake)
     if found.mistakes:
-        for mistake in found.mistakes:
-            say(mistake)
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
-"""What differs between a whole run and one that was killed and resumed: files, positions and what was logged.
+"""What differs between a whole run and one that was killed and resumed: files, positions and logged values.
 
-Nothing is unpickled: torch files are read with `weights_only=True`, and what that refuses is compared by its digest.
+Nothing is unpickled: torch files are read with `weights_only=True`, and files that torch refuses are compared by digest.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ KINDS = (
     ("schedule", r".*scheduler.*\.(bin|pt|pth)"),
     ("random state", r".*(rng_state|random_state).*"),
 )
-"""What a file is, by its name; another one is `state`."""
+"""What a file is, by its name; any other file is `state`."""
 LEFT_OUT = re.compile(r".*\.(json|jsonl|txt|md|model|log)|.*training_args\.bin|.*/?events\.out\.tfevents.*")
-"""Files that hold times and paths; what they say of the training is compared by what was logged."""
+"""Files with times and paths. Their training state is compared by the logged values."""
 OF_THE_CLOCK = re.compile(r".*(_runtime|_per_second|time|_memory.*)|train_loss|total_flos|step|attempt|kind")
-"""Logged values that differ from run to run, and keys that are no values. (`train_loss` is of one attempt alone.)"""
+"""Logged values that differ from run to run, and keys that are not values. (`train_loss` covers one attempt only.)"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class FileDifference:
     path: str
     kind: str
     max_difference: float | None
-    """Over all its numbers; None where they cannot be set side by side."""
+    """Over all its numbers; None if they cannot be compared."""
     note: str | None = None
-    """Why not."""
+    """Why they cannot."""
 
     @property
     def same(self) -> bool:
@@ -50,7 +50,7 @@ class FileDifference:
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The first step at which both runs say different things."""
+    """The first step at which the runs differ."""
 
     step: int
     name: str
@@ -70,30 +70,28 @@ class Comparison:
     """Logged values that were compared."""
     value: FirstDifference | None = None
     positions: int = 0
-    """Checkpoints whose place in the data was compared."""
+    """Checkpoints whose position in the data was compared."""
     position: FirstDifference | None = None
     weights: int | None = None
     """Step of the first checkpoint whose weights differ."""
     left_out: list[str] = field(default_factory=list)
-    """Files of the last checkpoint that differ, and may: they hold times and paths."""
+    """Files of the last checkpoint that may differ and do: they hold times and paths."""
 
     @property
     def exact(self) -> bool:
-        """Whether both runs are one and the same."""
-        steps = [at.step for at in (self.value, self.position) if at]
-        return (
-            self.steps[0] == self.steps[1]
-            and not steps
-            and self.weights is None
-            and all(one.same for one in self.files)
-        )
+        """Whether nothing differs."""
+        return self.steps[0] == self.steps[1] and self.first is None and all(file.same for file in self.files)
+
+    @property
+    def first(self) -> int | None:
+        """The first step at which a value, a position or weights differ; None if none do."""
+        steps = [found.step for found in (self.value, self.position) if found]
+        return min(steps if self.weights is None else [*steps, self.weights], default=None)
 
     @property
     def before_resume(self) -> int | None:
-        """The first step that differs although nobody had been killed by then; None where there is none."""
-        steps = [at.step for at in (self.value, self.position) if at] + [self.weights]
-        early = [step for step in steps if step is not None and step <= self.resumed_at]
-        return min(early, default=None)
+        """The first step that differs if it is before the kill, where the resume cannot be the cause; else None."""
+        return self.first if self.first is not None and self.first <= self.resumed_at else None
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
@@ -120,11 +118,11 @@ def compare(
     seen_resumed: dict[CheckpointKey, Manifest],
     resumed_at: CheckpointKey,
 ) -> Comparison:
-    """Compare two finished runs on disks.
+    """Compare two finished runs whose run URLs are local folders.
 
     Args:
-        seen, seen_resumed: all checkpoints that each of them ever committed.
-        resumed_at: the checkpoint that the second one was resumed from.
+        seen, seen_resumed: all checkpoints that each of them committed, deleted ones included.
+        resumed_at: the checkpoint from which the second one resumed.
     """
     ours = by_step(seen, resumed_at=None)
     theirs = by_step(seen_resumed, resumed_at)
@@ -150,7 +148,7 @@ def compare(
 
 
 def by_step(seen: dict[CheckpointKey, Manifest], resumed_at: CheckpointKey | None) -> dict[int, Manifest]:
-    """The checkpoints that count, by step: none that the killed start saved after the one it was resumed from."""
+    """The checkpoints that count, by step: without those that the killed start saved after the one resumed from."""
     return {
         key.step: manifest
         for key, manifest in sorted(seen.items())
@@ -167,7 +165,7 @@ def kind_of(path: str) -> str:
 def file_differences(
     whole: Catalog, ours: Manifest, resumed: Catalog, theirs: Manifest
 ) -> Iterator[FileDifference]:
-    """Every file of two checkpoints that says something of the training."""
+    """Every file of two checkpoints that holds training state."""
     digests = {entry.path: entry.digest for entry in theirs.files}
     paths = sorted({entry.path for entry in ours.files} | digests.keys())
     before = {entry.path: entry.digest for entry in ours.files}
@@ -191,8 +189,8 @@ def logged_difference(
 ) -> tuple[int, FirstDifference | None]:
     """How many logged values were compared, and the first that differs.
 
-    A value that is a mean since the last report is left out where that was before the resume and it comes after:
-    the resumed run knows only the part since.
+    A value may be a mean since it was last reported. It is left out if that was before the resume and it comes after
+    it: the resumed run averages only its own part.
     """
     before, after = _values(ours), _values(theirs)
     reported: dict[str, int] = {}
@@ -203,7 +201,7 @@ def logged_difference(
         if since < resumed_at < step:
             continue
         if step <= resumed_at and (step, name) not in after:
-            continue  # not stored when it was killed
+            continue  # not yet on storage when the process was killed
         count += 1
         one, other = before.get((step, name)), after.get((step, name))
         if one != other and not (_is_nan(one) and _is_nan(other)):
@@ -229,7 +227,7 @@ def _position_difference(ours: Manifest, theirs: Manifest) -> FirstDifference | 
 
 
 def _same_weights(whole: Catalog, ours: Manifest, resumed: Catalog, theirs: Manifest) -> bool:
-    with contextlib.suppress(NoCheckpointError, FileNotFoundError):  # retired meanwhile
+    with contextlib.suppress(NoCheckpointError, FileNotFoundError):  # deleted by retention since
         return all(
             one.same
             for one in file_differences(whole, ours, resumed, theirs)
@@ -250,9 +248,9 @@ def _file_difference(one: Path, other: Path) -> tuple[float | None, str | None]:
         return _difference(_load(one), _load(other))
     except FileNotFoundError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a format says to bytes that it does not know
+    except Exception as error:  # noqa: BLE001 - whatever a parser raises for bytes that it does not know
         reason = str(error).partition("\n")[0][:100]
-        return None, f"the bytes differ, and it cannot be looked into without unpickling ({reason})"
+        return None, f"the bytes differ; the content cannot be compared without unpickling ({reason})"
 
 
 def _tensor_files_difference(one: Path, other: Path) -> tuple[float | None, str | None]:
@@ -260,9 +258,9 @@ def _tensor_files_difference(one: Path, other: Path) -> tuple[float | None, str 
 
     with safe_open(one, "pt") as ours, safe_open(other, "pt") as theirs:
         if set(ours.keys()) != set(theirs.keys()):
-            return None, "the tensors have other names"
+            return None, "the tensor names differ"
         worst = 0.0
-        for name in ours.keys():  # noqa: SIM118 - it is no dict
+        for name in ours.keys():  # noqa: SIM118 - not a dict
             found, note = _difference(ours.get_tensor(name), theirs.get_tensor(name))
             if found is None:
                 return None, f"{name}: {note}"
@@ -274,7 +272,7 @@ def _load(path: Path) -> Any:
     import numpy as np
     import torch
 
-    # What random states are made of. An array is built by these from bytes; neither calls anything else.
+    # What random states consist of: these build an array from bytes and call nothing else.
     core = np._core if hasattr(np, "_core") else np.core
     known = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     with torch.serialization.safe_globals(known):
@@ -282,7 +280,7 @@ def _load(path: Path) -> Any:
 
 
 def _difference(one: Any, other: Any) -> tuple[float | None, str | None]:
-    """Max |difference| over all numbers of two nested things; None and the reason where they are built differently."""
+    """Max |difference| over all numbers of two nested values; None and the reason if their structures differ."""
     import numpy as np
     import torch
 
@@ -292,11 +290,11 @@ def _difference(one: Any, other: Any) -> tuple[float | None, str | None]:
         return _tensor_difference(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
-            return None, "it has other keys"
+            return None, "the keys differ"
         return _worst((key, one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         if len(one) != len(other):
-            return None, "it has another length"
+            return None, "the lengths differ"
         return _worst((at, *pair) for at, pair in enumerate(zip(one, other, strict=True)))
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return (
@@ -327,7 +325,7 @@ def _tensor_difference(one: Any, other: Any) -> tuple[float | None, str | None]:
     ours, theirs = one.double(), other.double()
     equal = (ours == theirs) | (ours.isnan() & theirs.isnan())
     distance = torch.where(equal, 0.0, (ours - theirs).abs())
-    # A NaN or an infinity on one side only is as far as can be.
+    # A NaN or an infinity on one side only is an infinite difference.
     return float(torch.nan_to_num(distance, nan=math.inf, posinf=math.inf).max()), None
 
 

@@ -1,10 +1,10 @@
-"""A user's script on trial: started in a scratch folder, watched through its run, killed, and started again.
+"""A trial of the user's script: start it in a scratch folder, follow its run, kill it, and start it again.
 
-<scratch>/now/       the trial under way; every start sees the same paths, so paths are no difference
-    start/work       current folder of the script: links to what is in ours
-    start/output     where the command says `{output_dir}`
+<scratch>/now/       the current trial; every start sees the same paths, so paths never differ
+    start/work       current folder of the script: links to the content of ours
+    start/output     what `{output_dir}` in the command stands for
     runs/…           the run
-<scratch>/whole/     a trial that is over; its `start-1/` is what the killed start left
+<scratch>/whole/     a trial that is over; its `start-1/` holds what the killed start left
 """
 
 from __future__ import annotations
@@ -28,58 +28,60 @@ from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
 
 POLL = 0.05
-"""Seconds between two looks at a run."""
+"""Seconds between two looks at the run."""
 GRACE = 120.0
-"""Seconds that a script may take to end after SIGTERM; most clouds give less."""
+"""Seconds in which a script must end after SIGTERM; most clouds allow less."""
 DELIVERY = 1.0
-"""Seconds that a signal may take through a launcher to the processes that train, which wait meanwhile."""
+"""Seconds in which a launcher passes a signal to the training processes, which are held until then."""
 RECORDS = 3.0
-"""Seconds to wait for a heartbeat, which comes twice a second, before the kill."""
+"""Seconds to wait before the kill for a heartbeat; the script sends two a second."""
 LAST_LINES = 20
-"""Lines of a script's output that tell why it failed."""
+"""Lines of a script's output that an error quotes."""
 
 
 class ScriptError(CloudTrainError):
-    """The script did not do what can be compared."""
+    """The script did something that cannot be compared."""
 
 
 class Trial:
     """One run of the script, in one start or in several.
 
     Args:
-        command: words; `{output_dir}` in one stands for the output folder.
-        told: hears of the newest heartbeat while the script runs.
+        command: arguments; `{output_dir}` in one of them stands for the output folder.
+        on_heartbeat: called with the newest heartbeat while the script runs.
     """
 
-    def __init__(self, scratch: Path, command: Sequence[str], told: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self, scratch: Path, command: Sequence[str], on_heartbeat: Callable[[dict[str, Any]], None]
+    ) -> None:
         self.folder = scratch / "now"
         self.folder.mkdir()
         self.seen: dict[CheckpointKey, Manifest] = {}
-        """Every checkpoint that was committed, those that were retired since included."""
+        """Every checkpoint that was committed, those deleted since included."""
         self.newest_when_killed: CheckpointKey | None = None
         self._command = command
-        self._told = told
+        self._on_heartbeat = on_heartbeat
         self._starts = 0
 
     @property
     def catalog(self) -> Catalog:
-        """The records of the run. Raises ScriptError where there is not exactly one."""
+        """The records of the run. Raises ScriptError unless there is exactly one run."""
         runs = self.folder / "runs"
         names = run_urls(Storage(str(runs))) if runs.is_dir() else []
         if not names:
             raise ScriptError(
-                "The script started no run. It must train with CloudTrainCallback, TrainLoop or hf_cloudtrain.init, with a "
-                f"run URL from the code or from {env.RUN_URL}."
+                "The script started no run. It must train with CloudTrainCallback, TrainLoop or hf_cloudtrain.init, and with "
+                f"a run URL from its code or from {env.RUN_URL}."
             )
         if len(names) > 1:
             raise ScriptError(
-                f"The script named {len(names)} run URLs, and one run can be compared. Where the URL has a time or a random "
-                "part, no start finds what the one before has saved."
+                f"The script used {len(names)} run URLs, but only one run can be compared. If its URL has a time or a random "
+                "part, no start finds the checkpoints of the start before."
             )
         return Catalog(Storage(str(runs / names[0])))
 
     def run(self) -> int:
-        """Start it and wait for its end; gives the exit code."""
+        """Start it and wait until it ends; the exit code."""
         with self._started() as process:
             while process.poll() is None:
                 self._look()
@@ -88,13 +90,13 @@ class Trial:
         return process.returncode
 
     def run_until(self, step: int, number: signal.Signals) -> None:
-        """Start it, and end it by a signal once the checkpoint of a step is committed. Raises ScriptError if it ends first."""
+        """Start it, and kill it once the checkpoint of a step is committed. Raises ScriptError if it ends before that."""
         rehearsal.write_hold(self.folder, step)
         with self._started() as process:
             while not any(key.step >= step for key in self.seen):
                 if process.poll() is not None:
                     raise ScriptError(
-                        f"The second start ended before it had saved step {step}, where the first one did.\n{self.tail()}"
+                        f"The second start ended without saving step {step}, which the first one saved.\n{self.tail()}"
                     )
                 time.sleep(POLL)
                 self._look()
@@ -110,11 +112,11 @@ class Trial:
         (self.folder / "start").rename(self.folder / f"start-{self._starts}")
 
     def finish(self, name: str) -> None:
-        """Put the folder where the next trial does not meet it."""
+        """Rename the folder, which makes room for the next trial."""
         self.folder = self.folder.rename(self.folder.with_name(name))
 
     def tail(self) -> str:
-        """The last lines that the script said."""
+        """The last lines of the script's output."""
         lines = self._log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-LAST_LINES:])
 
@@ -129,7 +131,7 @@ class Trial:
         work, output = start / "work", start / "output"
         output.mkdir(parents=True)
         make_work_folder(Path.cwd(), work)
-        words = [word.replace("{output_dir}", str(output)) for word in self._command]
+        argv = [word.replace("{output_dir}", str(output)) for word in self._command]
         given = {
             env.VERIFY_FOLDER: str(self.folder),
             env.RUN_URL: f"{self.folder}/runs/run",
@@ -145,35 +147,35 @@ class Trial:
         with open(self._log, "wb") as log:
             try:
                 process = subprocess.Popen(
-                    words,
+                    argv,
                     cwd=work,
                     env={**inherited, **given},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is for us, and a signal to its group for all of it
+                    start_new_session=True,  # Ctrl-C reaches only us, and a signal to its group all of it
                 )
             except OSError as error:
-                raise ConfigurationError(f"{words[0]!r} cannot be started ({error.strerror}).") from error
+                raise ConfigurationError(f"Cannot start {argv[0]!r} ({error.strerror}).") from error
         try:
             yield process
         finally:
             kill_family(process)
 
     def _look(self) -> None:
-        """Note what was committed since, and how far it is."""
+        """Note new checkpoints, and the newest heartbeat."""
         try:
             catalog = self.catalog
             for key in catalog.checkpoints():
                 if key not in self.seen:
                     self.seen[key] = catalog.read(key)
         except (ScriptError, NoCheckpointError):
-            return  # not yet, or not any more
+            return  # it does not exist yet, or no longer
         numbers = catalog.attempts.numbers()
-        self._told((catalog.attempts.read_progress(numbers[-1]) if numbers else None) or {})
+        self._on_heartbeat((catalog.attempts.read_progress(numbers[-1]) if numbers else None) or {})
 
     def _wait_for_records(self, step: int) -> None:
-        """What was logged before the kill shows whether the script repeats itself; not every script logs."""
+        """Wait for values logged before the kill: they show whether the script is deterministic. Not every script logs."""
         deadline = time.monotonic() + RECORDS
         while time.monotonic() < deadline:
             catalog = self.catalog
@@ -192,7 +194,7 @@ class Trial:
 
 
 def make_work_folder(original: Path, work: Path) -> None:
-    """A folder that looks like `original` by links, without what trainings have left in it: those start empty."""
+    """A folder with links to the content of `original`, except for the output of earlier trainings."""
     work.mkdir()
     for path in original.iterdir():
         if path.name != META and not (path / META).is_dir():
@@ -200,12 +202,12 @@ def make_work_folder(original: Path, work: Path) -> None:
 
 
 def kill_family(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all below it: workers of torchrun are in sessions of their own."""
+    """Kill a process and all its descendants: workers of torchrun are in sessions of their own."""
     import psutil  # comes with accelerate
 
     if process.poll() is None:
         launcher = psutil.Process(process.pid)
-        launcher.suspend()  # it must not start anything while we look
+        launcher.suspend()  # it must not start a child while we list them
         for one in [*launcher.children(recursive=True), launcher]:
             try:
                 one.kill()
