@@ -109,7 +109,7 @@ def _of_step(catalog: Catalog, keys: list[CheckpointKey], which: str) -> Manifes
     manifest = catalog.read(keys[-1])
     if len(keys) > 1:
         attempts = ", ".join(str(key.attempt) for key in keys)
-        say(f"Attempts {attempts} saved step {manifest.step}: taking the newest, {manifest.folder}.")
+        say(f"Step {manifest.step} was saved by attempts {attempts}; using the newest: {manifest.folder}.")
     elif which.startswith("checkpoint-"):
         say(f"The checkpoint of step {manifest.step} is in folder {manifest.folder}.")
     return manifest

@@ -116,7 +116,7 @@ class Report:
         damaged = sum(1 for info in self.found if info.manifest is None)
         if damaged:
             notes.append(
-                f"{count_text(damaged, 'damaged manifest')}: `cloudtrain checkpoint list` names them."
+                f"{count_text(damaged, 'manifest')} damaged: see `cloudtrain checkpoint list`."
             )
         return notes
 

@@ -24,7 +24,7 @@ kind, folder = sys.argv[1:] if len(sys.argv) > 2 else (sys.argv[1], "ckpt")
 random.seed(1)
 ct.init(total_train_steps=9, run_url=f"s3://not/{os.getpid()}" if kind == "names" else "s3://not/there", checkpoint_dir=folder)
 weights = np.zeros(4)
-if kind != "begins anew" and ct.restore() is not None:
+if kind != "starts over" and ct.restore() is not None:
     weights = load_file(f"{folder}/model.safetensors")["w"]
     version, state, rest = json.loads(Path(folder, "state.json").read_text())
     if kind != "forgets":

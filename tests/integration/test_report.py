@@ -1,4 +1,4 @@
-"""The page of `cloudtrain run report`, in a real browser: it draws, complains of nothing, fits, and asks nobody."""
+"""The page of `cloudtrain run report`, in a real browser: it draws, logs no error, fits, and makes no request."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def report(run: Path, output: Path) -> Path:
     return output
 
 
-def check_no_trouble(page: Page, path: Path) -> None:
+def check_no_errors_or_requests(page: Page, path: Path) -> None:
     assert page.complaints == []
     assert [url for url in page.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
 
@@ -73,10 +73,10 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(
     assert page.ask("document.scrollingElement.scrollWidth") == width
     assert page.ask("document.body.innerText").count("checkpoint-400") >= 1
     assert "Loss: 0.3386 at step 400" in page.ask("document.body.innerText")
-    check_no_trouble(page, path)
+    check_no_errors_or_requests(page, path)
 
 
-def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:
+def test_texts_from_storage_are_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:
     catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
     facts = {"host": HOSTILE, "command": HOSTILE, HOSTILE: HOSTILE}
     number = record_attempt(
@@ -94,10 +94,10 @@ def test_what_storage_says_is_shown_as_text_and_never_run(tmp_path: Path, browse
     page.ask("Plotly.Fx.hover('metrics', [{curveNumber: 0, pointNumber: 0}])")
     assert "window.pwned" in page.ask("document.querySelector('#metrics .hoverlayer').textContent")
     assert page.ask("window.pwned === undefined && document.images.length === 0")
-    check_no_trouble(page, path)
+    check_no_errors_or_requests(page, path)
 
 
-def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browser) -> None:
+def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path, browser: Browser) -> None:
     catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
     catalog.attempts.begin(BEGAN, 0, None, {})
     path = report(tmp_path / "mnli", tmp_path / "report.html")
@@ -105,4 +105,4 @@ def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path, browser: Browse
     page.wait("document.querySelectorAll('.chart').length === 0 || " + DRAWN)
     assert "None is committed" in page.ask("document.body.innerText")
     assert page.ask("getComputedStyle(document.body).backgroundColor") == "rgb(17, 21, 27)"
-    check_no_trouble(page, path)
+    check_no_errors_or_requests(page, path)

@@ -1,4 +1,4 @@
-"""`cloudtrain verify-resume`: it says exact where a resumed script is, and where it is not it says what differs."""
+"""`cloudtrain verify-resume`: it reports an exact resume, and otherwise what differs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.integration._zygote import Zygote
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of whoever types the command."""
+    """The current folder of the command."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "train.py").write_text("import os" + PLAIN)
@@ -31,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def verify_resume(*words: str, code: int) -> tuple[dict[str, Any], str]:
-    """Its record and its words; the record is empty where nothing could be compared."""
+    """Its record and its messages; the record is empty if nothing could be compared."""
     result = CliRunner().invoke(app, ["verify-resume", "--json", *words])
     assert result.exit_code == code, result.output
     return (json.loads(result.stdout) if result.stdout else {}), result.stderr
@@ -41,7 +41,9 @@ def plain(kind: str, *words: str, code: int, options: tuple[str, ...] = ()) -> t
     return verify_resume(*options, "--", sys.executable, "train.py", kind, *words, code=code)
 
 
-def test_an_exact_script_is_called_exact_and_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
+def test_an_exact_script_is_reported_as_exact_and_leaves_nothing_behind(
+    project: Path, tmp_path: Path
+) -> None:
     record, said = plain("good", code=0)
     assert record["exact"] is record["deterministic"] is True
     assert (record["resumed_from"], record["steps"], record["resumed_steps"]) == ("000001-0000000003", 9, 9)
@@ -52,7 +54,7 @@ def test_an_exact_script_is_called_exact_and_leaves_nothing_behind(project: Path
     assert os.listdir(project) == ["train.py"]
 
 
-def test_a_script_that_does_not_save_what_it_draws_from_is_found_at_its_first_step(project: Path) -> None:
+def test_a_random_state_that_the_script_does_not_save_is_found_at_the_first_step(project: Path) -> None:
     record, said = plain("forgets", code=1)
     assert record["exact"] is False
     assert record["deterministic"] is True
@@ -68,28 +70,28 @@ def test_a_script_that_does_not_save_what_it_draws_from_is_found_at_its_first_st
     assert kept.attempts.numbers() == [1, 2]
 
 
-def test_a_script_that_is_not_seeded_is_found_before_its_kill(project: Path) -> None:
+def test_a_script_without_a_seed_differs_before_the_kill(project: Path) -> None:
     record, said = plain("not seeded", code=1)
     assert record["deterministic"] is False
     assert record["first_value"]["step"] == 1
-    assert "Two whole runs of this script differ, too. Seed everything" in said
+    assert "Two whole runs of this script would differ as well. Seed everything" in said
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("begins anew", "The resumed script ended with exit code 1"),
-        ("saves once", "The whole run saved 1 checkpoint, and a resume needs one before the last"),
-        ("names", "The script named 2 run URLs, and one run can be compared."),
+        ("starts over", "The resumed script ended with exit code 1"),
+        ("saves once", "The whole run saved 1 checkpoint, but a resume needs one before the last"),
+        ("names", "The script used 2 run URLs, but only one run can be compared."),
     ],
 )
-def test_a_script_that_cannot_be_compared_is_told_why(project: Path, kind: str, message: str) -> None:
+def test_a_script_that_cannot_be_compared_gets_the_reason(project: Path, kind: str, message: str) -> None:
     record, said = plain(kind, code=1)
     assert record == {}
     assert message in said
 
 
-def test_a_script_whose_output_is_elsewhere_is_refused_before_it_writes(
+def test_a_script_with_its_output_elsewhere_is_refused_before_it_writes(
     project: Path, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -99,8 +101,8 @@ def test_a_script_whose_output_is_elsewhere_is_refused_before_it_writes(
     assert not elsewhere.exists()
 
 
-def test_a_launcher_is_killed_with_those_that_it_started_in_sessions_of_their_own(project: Path) -> None:
-    """As torchrun does; one that went on would train into the run of its successor."""
+def test_a_launcher_is_killed_with_the_processes_that_it_started_in_new_sessions(project: Path) -> None:
+    """As torchrun does. A process that survived would write into the run of the next start."""
     (project / "launch.py").write_text(
         "import subprocess, sys\n"
         "sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True).wait())\n"
@@ -143,7 +145,7 @@ def test_trainer_and_loop_are_exact_in_the_middle_of_an_epoch(
     assert record["positions_compared"] > 1
 
 
-def test_a_trainer_that_draws_numbers_no_checkpoint_holds_is_not_exact(
+def test_a_trainer_with_a_random_state_in_no_checkpoint_is_not_exact(
     project: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fork_instead(zygote, monkeypatch)

@@ -1,11 +1,10 @@
-"""`cloudtrain run watch`: what has changed is shown, trouble is looked over, and the end of the run is the end of it."""
+"""`cloudtrain run watch`: it shows each change, survives storage errors, and ends with the run."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.cli import watch as cli_watch
-from hf_cloudtrain.cli.curve import curve
 from hf_cloudtrain.cli.watch import View, Watcher, picture
 from hf_cloudtrain.jobs.records import JobStore
 from tests.faults.runs import Machines
@@ -56,7 +54,7 @@ def run(catalog: Catalog) -> Catalog:
 
 @pytest.fixture
 def changes(monkeypatch: pytest.MonkeyPatch) -> list[Change]:
-    """What happens between two looks, one thing at a time; a watcher that waits for more is stopped."""
+    """What happens between two looks, one thing at a time; a watcher that waits for more fails."""
     made: list[Change] = []
     left: list[Iterator[Change]] = []
 
@@ -66,7 +64,7 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> list[Change]:
         next(left[0], stop)()
 
     def stop() -> None:
-        raise AssertionError("watches a run that is over")
+        raise AssertionError("still watching a run that is over")
 
     monkeypatch.setattr(cli_watch, "wait", wait)
     return made
@@ -93,15 +91,15 @@ def looked(catalog: Catalog) -> View:
 def test_each_change_is_a_line_and_the_end_of_the_run_is_the_end(run: Catalog, changes: list[Change]) -> None:
     changes += [
         lambda: None,
-        lambda: beat(run, time=time.time() + 1),  # the heart beats: no news
+        lambda: beat(run, time=time.time() + 1),  # a heartbeat without a change
         lambda: beat(run, step=20, loss=1.5, eta_seconds=90.0),
         lambda: commit(run, CheckpointKey(1, 20), 0.0),
         lambda: beat(run, step=100, loss=1.0, state="finished"),
     ]
     lines = [line[21:] for line in watch(run)]
     assert lines == [
-        "attempt 1 training, step 10/100 (10%), loss 2, last committed nothing yet",
-        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed nothing yet",
+        "attempt 1 training, step 10/100 (10%), loss 2, last committed none yet",
+        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed none yet",
         "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed 000001-0000000020",
         "attempt 1 finished, step 100/100 (100%), loss 1, last committed 000001-0000000020",
     ]
@@ -141,19 +139,21 @@ def test_a_new_attempt_is_followed(run: Catalog, changes: list[Change]) -> None:
 
 
 @pytest.mark.parametrize("state", ["failed", "overtaken"])
-def test_a_run_that_ended_badly_is_exit_code_1(run: Catalog, state: str) -> None:
+def test_a_failed_or_overtaken_run_is_exit_code_1(run: Catalog, state: str) -> None:
     beat(run, state=state)
     assert len(watch(run, code=1)) == 1
 
 
-def test_a_heart_that_stopped_is_said_and_watched_on(run: Catalog, changes: list[Change]) -> None:
+def test_a_run_without_heartbeats_is_shown_as_stalled_and_watched_on(
+    run: Catalog, changes: list[Change]
+) -> None:
     changes += [lambda: beat(run, time=time.time() - 100), lambda: beat(run, state="finished")]
     lines = watch(run)
     assert "stalled, no heartbeat" in lines[1]
     assert len(lines) == 3
 
 
-def test_trouble_with_the_storage_is_said_and_looked_over(
+def test_a_storage_error_is_shown_and_the_watching_goes_on(
     machines: Machines, changes: list[Change], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Catalog(machines.storage)
@@ -166,12 +166,12 @@ def test_trouble_with_the_storage_is_said_and_looked_over(
         lambda: beat(machines.catalog, step=20, state="finished"),
     ]
     lines = watch(run)
-    assert "cannot look: Could not list" in lines[1]
-    assert ["cannot look" in line for line in lines] == [False, True, False, False]
+    assert "cannot read the run: Could not list" in lines[1]
+    assert ["cannot read the run" in line for line in lines] == [False, True, False, False]
     assert "step 10/100" in lines[1]
 
 
-def test_a_damaged_heartbeat_is_not_said_at_every_look(
+def test_a_damaged_heartbeat_does_not_warn_at_every_look(
     run: Catalog, changes: list[Change], caplog: pytest.LogCaptureFixture
 ) -> None:
     def damage() -> None:
@@ -183,13 +183,13 @@ def test_a_damaged_heartbeat_is_not_said_at_every_look(
     assert logging.getLogger("hf_cloudtrain").level == logging.NOTSET
 
 
-def test_a_run_that_is_not_there_is_no_run_to_wait_for(catalog: Catalog) -> None:
+def test_a_run_that_does_not_exist_is_an_error(catalog: Catalog) -> None:
     result = CliRunner().invoke(app, ["run", "watch", catalog.storage.url])
     assert result.exit_code == 1
     assert "There is no run at" in result.stderr
 
 
-def test_the_run_of_a_job_is_waited_for_before_its_first_attempt_and_between_two(
+def test_it_waits_for_a_job_before_the_first_attempt_and_between_two(
     catalog: Catalog, changes: list[Change], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(
 class TestPicture:
     """What a terminal shows."""
 
-    def test_it_shows_all_that_is_asked_of_it(self, run: Catalog) -> None:
+    def test_it_shows_progress_uploads_losses_and_attempts(self, run: Catalog) -> None:
         beat(
             run,
             loss=2.0,
@@ -254,23 +254,23 @@ class TestPicture:
         catalog.attempts.begin(time.time(), 0, None, {})
         text = drawn(looked(catalog))
         assert "started  attempt 1" in text
-        assert "nothing yet" in text
+        assert "none yet" in text
 
-    def test_a_stall_and_trouble_are_said(self, run: Catalog) -> None:
+    def test_a_stall_and_a_storage_error_are_shown(self, run: Catalog) -> None:
         beat(run, last_step_time=time.time() - 500)
         view = looked(run)
         assert "Stalled, no step for 500 s" in drawn(view)
         view.trouble = "no answer"
-        assert "Cannot look: no answer" in drawn(view)
+        assert "Cannot read the run: no answer" in drawn(view)
 
-    def test_what_storage_says_moves_no_cursor(self, catalog: Catalog) -> None:
+    def test_texts_from_storage_move_no_cursor(self, catalog: Catalog) -> None:
         catalog.attempts.begin(time.time(), 0, None, {"host": "\x1b[2Jgone[bold]"})
         beat(catalog, state="\x1b[31mred")
         text = drawn(looked(catalog))
         assert "\x1b" not in text
         assert "\\x1b[2Jgone[bold]" in text
 
-    def test_losses_are_remembered_from_look_to_look(self, run: Catalog, changes: list[Change]) -> None:
+    def test_losses_are_kept_from_look_to_look(self, run: Catalog, changes: list[Change]) -> None:
         changes += [lambda: beat(run, step=20, loss=1.5), lambda: beat(run, step=20, loss=1.4)]
         views = Watcher(run).views()
         seen = [next(views).losses for _ in range(3)]
@@ -287,30 +287,3 @@ class TestPicture:
         assert cli_watch.watch(run, as_json=False).state == "finished"
         assert "20/100 (20%)" in page.getvalue()
         assert "100/100 (100%)" in page.getvalue().rpartition("\x1b[2K")[2]
-
-
-class TestCurve:
-    """A few lines of text that look like the values."""
-
-    def test_it_falls_where_the_values_fall(self) -> None:
-        assert curve([4, 3, 2, 1], 4, 4, ascii_only=True) == ["*", " *", "  *", "   *"]
-        assert curve([4, 3, 2, 1], 2, 1) == ["⠑⢄"]
-
-    def test_many_values_become_the_means_of_their_places(self) -> None:
-        assert curve([1, 1, 3, 3], 2, 2, ascii_only=True) == [" *", "*"]
-        lines = curve([math.exp(-step / 3000) for step in range(10_000)], 48, 5)
-        assert {len(line) for line in lines} == {48}
-        assert lines[0][0] != "⠀"
-        assert lines[-1][-1] != "⠀"
-
-    def test_a_steep_slope_is_a_line(self) -> None:
-        lines = curve([0, 1], 1, 3)
-        assert all(line != "⠀" for line in lines)
-
-    @pytest.mark.parametrize("values", [[], [math.nan], [math.inf]])
-    def test_nothing_to_draw_is_nothing(self, values: list[float]) -> None:
-        assert curve(values, 10, 3) == []
-
-    def test_one_value_and_equal_values_are_a_level_line(self) -> None:
-        assert curve([5.0], 3, 1) != []
-        assert curve([5.0, 5.0, 5.0], 3, 3, ascii_only=True) == ["", "***", ""]

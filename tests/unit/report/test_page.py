@@ -1,4 +1,4 @@
-"""`cloudtrain run report`: a page of any run whatsoever, that shows storage's words as text and keeps secrets to itself."""
+"""`cloudtrain run report`: a page for every run, which shows texts from storage as text and hides secrets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 
 @pytest.fixture(autouse=True)
 def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's own 5 MB are the browser's matter (tests/integration/test_report.py)."""
+    """The 5 MB of plotly are tested in a browser (tests/integration/test_report.py)."""
     monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "plotly")
 
 
@@ -46,7 +46,7 @@ def page_of(catalog: Catalog, tmp_path: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """Its words, without tags, scripts and styles."""
+    """Its text, without tags, scripts and styles."""
     body = re.sub(r"<(script|style|noscript)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
 
@@ -69,7 +69,7 @@ def points(chart: Chart, name: str) -> list[tuple[float, float]]:
 
 
 class TestPage:
-    """One file that says what there is to know."""
+    """One file with everything about the run."""
 
     def test_it_shows_key_figures_charts_attempts_checkpoints_and_facts(
         self, catalog: Catalog, tmp_path: Path
@@ -79,7 +79,7 @@ class TestPage:
         text = text_of(page)
         for part in (
             *("finished", "400 / 400", "10 min 25 s", "46.3%", "30 15.2 s of work lost", "on 2 hosts"),
-            *("Loss: 0.3386 at step 400", "30 steps were done again", "3 attempts in 10 min 25 s"),
+            *("Loss: 0.3386 at step 400", "30 steps were redone", "3 attempts in 10 min 25 s"),
             *("Upload lag: usually 8 s", "Slowest 1 min 30 s, step 220", "Evaluations: accuracy 0.8647"),
             *("killed", "failed", "000002-0000000250", "gpu-12", "checkpoint-200", "best", "440.0 MB"),
             *("world size 4", "per device train batch size 16", "exact yes", "train.py --lr 1e-4", "2.13.0"),
@@ -89,7 +89,7 @@ class TestPage:
             *("loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics")
         }
 
-    def test_it_asks_nobody_for_anything(self, catalog: Catalog, tmp_path: Path) -> None:
+    def test_it_makes_no_request(self, catalog: Catalog, tmp_path: Path) -> None:
         record_run(catalog)
         page = page_of(catalog, tmp_path)
         assert re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:)[^"'\s>]+""", page) == []
@@ -98,7 +98,7 @@ class TestPage:
         assert policy[1].startswith("default-src 'none'; script-src 'nonce-")
         assert "http" not in policy[1]
 
-    def test_it_says_where_the_file_is(self, catalog: Catalog, tmp_path: Path) -> None:
+    def test_json_names_the_file(self, catalog: Catalog, tmp_path: Path) -> None:
         record_run(catalog)
         found = json.loads(report(catalog, tmp_path / "x.html", "--json").stdout)
         size = (tmp_path / "x.html").stat().st_size
@@ -120,7 +120,7 @@ class TestPage:
         assert "<!doctype html>" in page_of(catalog, tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
 
-    def test_a_library_that_is_missing_is_named_with_its_command(
+    def test_a_missing_package_is_named_with_the_command_that_installs_it(
         self, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         record_run(catalog)
@@ -129,20 +129,20 @@ class TestPage:
         assert "pip install 'hf_cloudtrain[report]'" in stderr
         assert stderr.count("\n") == 1
 
-    def test_a_run_that_is_not_there_makes_no_page(self, catalog: Catalog, tmp_path: Path) -> None:
+    def test_without_a_run_no_page_is_written(self, catalog: Catalog, tmp_path: Path) -> None:
         assert "There is no run at" in report(catalog, tmp_path / "report.html", code=1).stderr
         assert not (tmp_path / "report.html").exists()
 
 
 class TestAnyRun:
-    """Short, long, damaged, forged: there is a page of it."""
+    """Short, long, damaged or forged: every run has a page."""
 
     def test_a_run_without_a_step(self, catalog: Catalog, tmp_path: Path) -> None:
         catalog.attempts.begin(time.time(), 0, None, {})
         text = text_of(page_of(catalog, tmp_path))
         assert "started" in text
         assert "None is committed" in text
-        assert "this page shows how it was" in text
+        assert "The run was not over when this page was written" in text
 
     def test_a_run_of_one_step(self, catalog: Catalog, tmp_path: Path) -> None:
         record_attempt(catalog, began=BEGAN, steps=range(1, 2), log_steps=1, save_steps=1, state="finished")
@@ -156,7 +156,7 @@ class TestAnyRun:
         assert set(figures_of(page_of(catalog, tmp_path))) == {"timeline", "goodput", "steptime"}
 
     def test_a_run_of_100_000_steps(self, catalog: Catalog, tmp_path: Path) -> None:
-        """And the one slow step among them is still to be seen."""
+        """The one slow step among them stays visible."""
         seconds = [0.1] * 100_000
         seconds[70_012] = 7.0
         catalog.attempts.begin(BEGAN, 0, None, {})
@@ -179,8 +179,8 @@ class TestAnyRun:
             catalog.attempts.begin(BEGAN + 10 * number, 0, None, {})
             write(catalog, number + 1, [{"kind": "steps", "first": 1, "seconds": [1.0] * 5}])
         page = page_of(catalog, tmp_path)
-        assert "The newest 60 of 300 attempts" in text_of(page)
-        assert "The newest 200; 100 older ones are left out" in text_of(page)
+        assert "It shows the newest 60 of 300 attempts" in text_of(page)
+        assert "The newest 200; 100 older ones are not shown" in text_of(page)
         assert len(page) < 500_000
 
     def test_a_run_of_hundreds_of_checkpoints_shows_the_newest_and_the_best(
@@ -191,7 +191,7 @@ class TestAnyRun:
             commit(catalog, CheckpointKey(1, step), BEGAN)
         catalog.point("best", CheckpointKey(1, 3))
         text = text_of(page_of(catalog, tmp_path))
-        assert "18 older ones are left out" in text
+        assert "18 older ones are not shown" in text
         assert "checkpoint-3 3 " in text
         assert "checkpoint-4 4 " not in text
 
@@ -215,11 +215,11 @@ class TestAnyRun:
         catalog.storage.write(".cloudtrain/checkpoints/000003-0000000400.json", b"{}")
         text = text_of(page_of(catalog, tmp_path))
         assert "damaged manifest" in text
-        assert "1 manifests are damaged" in text
-        assert "How checkpoint-350 was made" in text
+        assert "1 manifest damaged" in text
+        assert "How checkpoint-350 was saved" in text
 
     @pytest.mark.parametrize("value", [1e300, -1e300, float("nan"), float("inf"), "x", None, 10**400])
-    def test_numbers_that_nobody_can_mean(self, catalog: Catalog, tmp_path: Path, value: Any) -> None:
+    def test_impossible_numbers(self, catalog: Catalog, tmp_path: Path, value: Any) -> None:
         record = {"number": 1, "nonce": "n", "started": value, "global_step": 0, "facts": {}}
         log = {
             "kind": "log",
@@ -251,7 +251,7 @@ class TestAnyRun:
 
 
 class TestDistrust:
-    """Whoever can write to the storage writes text, not pages."""
+    """Records on storage can add text to the page, never markup."""
 
     HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)>\x1b[2J"
 
@@ -293,14 +293,14 @@ class TestDistrust:
             assert secret not in page
         assert "--hub_token=***" in page
 
-    def test_no_text_is_longer_than_a_person_reads(self, catalog: Catalog, tmp_path: Path) -> None:
+    def test_long_texts_are_cut(self, catalog: Catalog, tmp_path: Path) -> None:
         facts = {"host": "x" * 1_000_000, **{f"fact-{number}": "y" for number in range(5_000)}}
         record_attempt(catalog, began=BEGAN, steps=range(1, 11), facts=facts, state="z" * 1_000_000)
         assert len(page_of(catalog, tmp_path)) < 200_000
 
 
 class TestCharts:
-    """What the titles say is what the records say."""
+    """The charts show what the records say."""
 
     def test_attempts_have_their_colour_and_lost_steps_are_dotted(self, catalog: Catalog) -> None:
         record_run(catalog)
@@ -309,7 +309,7 @@ class TestCharts:
             ("line", "attempt 1"),
             ("line", "attempt 2"),
             ("line", "attempt 3"),
-            ("dotted", "done again"),
+            ("dotted", "redone"),
             ("dotted", "evaluation"),
         ]
         assert len({entry[1] for entry in chart.legend[:3]}) == 3
@@ -317,11 +317,11 @@ class TestCharts:
         bands = [(shape.x0, shape.x1) for shape in chart.figure.layout.shapes if shape.type == "rect"]
         assert bands == [(150, 170), (250, 260)]
 
-    def test_the_timeline_tells_lost_work_stalls_pauses_and_uploads(self, catalog: Catalog) -> None:
+    def test_the_timeline_shows_lost_work_stalls_pauses_and_uploads(self, catalog: Catalog) -> None:
         record_run(catalog)
         traces = {trace.name: trace for trace in charts(catalog)["timeline"].figure.data}
         assert list(traces["stall: a step far slower than usual"].x) == [90_000]
-        lost = traces["steps done again later"]
+        lost = traces["redone (lost steps)"]
         assert (
             len(lost.x) == 2
         )  # 20 steps of the first attempt, and 10 of the second with an evaluation before

@@ -50,10 +50,10 @@ def glue(tmp_path: Path) -> Path:
 
 def test_create_says_what_was_sent_and_that_nothing_has_changed(glue: Path, tmp_path: Path) -> None:
     first = cloudtrain("create", "glue", str(glue))
-    assert first.stderr == "Stored 'glue' (version 1) (2 files, 1.5 kB): 1.5 kB were sent.\n"
+    assert first.stderr == "Stored glue, version 1: 2 files, 1.5 kB (1.5 kB uploaded).\n"
     assert first.stdout == ""
     again = cloudtrain("create", "glue", str(glue))
-    assert again.stderr == "Nothing has changed since 'glue' (version 1) (2 files, 1.5 kB) was stored.\n"
+    assert again.stderr == "Nothing to store: the files equal glue, version 1: 2 files, 1.5 kB.\n"
     (glue / "README.md").write_bytes(b"hello there")
     record = answer("create", "glue", str(glue))
     assert record.pop("created") > 1.7e9
@@ -71,7 +71,7 @@ def test_create_says_what_was_sent_and_that_nothing_has_changed(glue: Path, tmp_
 
 
 def test_list_shows_the_newest_version_of_each(store: DatasetStore, glue: Path) -> None:
-    assert "There is no dataset in" in cloudtrain("list").stderr
+    assert "No datasets in" in cloudtrain("list").stderr
     assert answer("list")["datasets"] == []
     store.create("nsmc", glue)
     store.create("glue", glue)
@@ -137,7 +137,7 @@ def test_download_prints_the_folder_and_leaves_nothing_else(
     assert (tmp_path / "data" / "glue" / "README.md").read_bytes() == b"hello"
     assert answer("download", "glue", str(tmp_path / "data"), "--version", "1")["downloaded"] is False
     refused = cloudtrain("download", "glue", str(tmp_path / "data"), code=1)
-    assert "its files are not those of 'glue-000002'" in refused.stderr
+    assert "its files differ from 'glue-000002'" in refused.stderr
 
 
 def test_delete_asks_and_takes_one_version_or_all(
@@ -147,7 +147,7 @@ def test_delete_asks_and_takes_one_version_or_all(
         (glue / "README.md").write_text(str(number))
         store.create("glue", glue)
     refused = cloudtrain("delete", "glue", code=1)
-    assert "Nothing was deleted: there is no terminal" in refused.stderr
+    assert "Nothing was deleted: stdin is not a terminal" in refused.stderr
     asked: list[str] = []
 
     def confirm(question: str, yes: bool) -> None:
@@ -197,8 +197,8 @@ def test_clean_takes_what_was_cut_off_and_no_version(
     records.write(f"{folder}/meta.json", b"{}")
     shown = cloudtrain("clean", "--dry-run").stdout.splitlines()[1:]
     assert [(line.split()[0], line.split("  ")[-1]) for line in shown] == [
-        ("glue.2", "goes, unless it moves"),
-        ("nsmc", "goes"),
+        ("glue.2", "delete if idle"),
+        ("nsmc", "delete"),
     ]
     assert records.list("nsmc") != []
     assert "--yes" in cloudtrain("clean", code=1).stderr

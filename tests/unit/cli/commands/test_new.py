@@ -79,7 +79,7 @@ def test_what_is_there_already_is_refused_and_left_as_it_was(tmp_path: Path, tak
     result = cloudtrain("new", str(target), code=1)
     assert result.stdout == ""
     assert result.stderr.startswith(f"Error: {str(target)!r} is ")
-    assert "Name a folder that is not there yet" in result.stderr
+    assert "Choose a folder that does not exist yet" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -107,7 +107,7 @@ def test_an_installation_without_its_template_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(new_command, "HOMES", (tmp_path / "nowhere",))
-    assert "Install hf_cloudtrain again" in cloudtrain("new", str(tmp_path / "project"), code=1).stderr
+    assert "Reinstall hf_cloudtrain" in cloudtrain("new", str(tmp_path / "project"), code=1).stderr
     assert not (tmp_path / "project").exists()
 
 

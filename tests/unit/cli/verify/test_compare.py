@@ -1,4 +1,4 @@
-"""What counts as a difference between two runs, and that looking for one runs nothing that a checkpoint holds."""
+"""What counts as a difference between two runs; and the comparison runs no code that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_largest_difference_of_all_numbers_is_found(
     assert _difference(one, other)[0] == difference
 
 
-def test_a_file_that_would_run_code_is_not_looked_into(tmp_path: Path) -> None:
+def test_a_file_that_would_run_code_is_not_unpickled(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -58,7 +58,7 @@ def test_a_file_that_would_run_code_is_not_looked_into(tmp_path: Path) -> None:
         torch.save({"state": Runs(), "name": name}, tmp_path / f"{name}.pt")
     found, note = _file_difference(tmp_path / "one.pt", tmp_path / "other.pt")
     assert found is None
-    assert "cannot be looked into without unpickling" in str(note)
+    assert "cannot be compared without unpickling" in str(note)
     assert not (tmp_path / "ran").exists()
 
 
@@ -78,7 +78,7 @@ def test_a_mean_over_steps_before_and_after_the_resume_is_left_out() -> None:
     assert logged_difference(ours, theirs, 4)[1] is not None, "nothing is mixed where it resumed at a report"
 
 
-def test_what_a_killed_start_could_not_store_is_no_difference_and_what_comes_after_is() -> None:
+def test_values_missing_from_before_the_kill_may_differ_and_later_ones_may_not() -> None:
     ours = [{"step": at, "loss": float(at)} for at in range(1, 7)]
     assert logged_difference(ours, ours[3:], 3) == (3, None)
     found = logged_difference(ours, ours[:5], 3)[1]
@@ -86,8 +86,8 @@ def test_what_a_killed_start_could_not_store_is_no_difference_and_what_comes_aft
     assert (found.step, found.resumed) == (6, None)
 
 
-def test_checkpoints_that_the_resume_did_again_count_once() -> None:
-    steps = [(1, 2), (1, 4), (1, 5), (2, 4), (2, 6)]  # nobody goes on from step 5
+def test_checkpoints_that_the_resume_redid_count_once() -> None:
+    steps = [(1, 2), (1, 4), (1, 5), (2, 4), (2, 6)]  # the run did not resume from step 5
     keys = [CheckpointKey(*step) for step in steps]
     seen: Any = {key: str(key) for key in keys}
     assert by_step(seen, CheckpointKey(1, 2)) == {2: str(keys[0]), 4: str(keys[3]), 6: str(keys[4])}
