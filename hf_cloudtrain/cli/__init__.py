@@ -1,6 +1,20 @@
-"""The command line `cloudtrain`. Data on stdout, words on stderr, exit code 0 only for success.
+"""The command line `cloudtrain`: results on stdout, messages on stderr, exit code 0 only for success.
 
-One file a command group. What is heavy is imported inside the commands: `cloudtrain --help` takes 0.2 s.
+A command reads what is on storage and prints it, or asks a lower room to change it. What may be deleted, when a run is
+over and which checkpoint is newest is decided below, in `checkpoints/`, `tracking/` and `jobs/`; this room decides how it
+looks. It may import every room except `testing`. In reading order:
+
+    output        messages, tables, JSON, progress bars
+    curve         a loss curve in a few lines of text
+    arguments     options that several commands share; the run and the checkpoint that a user names
+    status, watch, stop, clean, prune, flush, download, job_actions
+                  what one command (or, for job_actions, one group) shows and does
+    verify/       the trial and the comparison of `verify-resume`
+    commands/     a file a group: its commands, their options and help texts
+
+Imports run upward only in that order. Whatever is heavy is imported inside the commands: `cloudtrain --help` takes 0.2 s.
+
+This file holds the app, and the only place where errors become messages and exit codes.
 """
 
 from __future__ import annotations
@@ -19,7 +33,7 @@ from hf_cloudtrain.errors import CloudTrainError, JobFileError
 
 
 class _Root(TyperGroup):
-    """The one place where errors become words and exit codes: 1 for trouble, 2 for wrong usage, 130 for Ctrl-C."""
+    """Exit codes: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
         with warnings_shown():
@@ -28,21 +42,21 @@ class _Root(TyperGroup):
             except JobFileError as error:
                 for problem in error.problems:
                     say(problem)
-                fail("The job file cannot be run as it is. Nothing was started.")
+                fail("The job file has errors. Nothing was started.")
             except CloudTrainError as error:
                 fail(error)
-            except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
+            except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C at a question
                 say("Interrupted.")
                 raise typer.Exit(130) from None
             except OSError as error:
                 if error.errno == errno.EPIPE:
-                    raise  # `cloudtrain … | head`: typer ends quietly
+                    raise  # `cloudtrain … | head`: typer exits quietly
                 fail(f"{error.strerror}: {error.filename!r}." if error.strerror else error)
 
 
 app = typer.Typer(
     cls=_Root,
-    help="Runs, checkpoints and datasets of hf_cloudtrain on storage.",
+    help="Manage the runs, checkpoints, jobs and datasets of hf_cloudtrain.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # else square brackets in help are markup, and errors are boxes that break sentences
@@ -53,8 +67,8 @@ app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(vm.app, name="vm")
-app.command(epilog=examples("cloudtrain new my-project"))(new.new)
-app.command("verify-resume", epilog=examples("cloudtrain verify-resume -- python train.py --max_steps 30"))(
+app.command(epilog=examples("new my-project"))(new.new)
+app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume
 )
 
@@ -67,18 +81,18 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=examples("cloudtrain checkpoint list s3://bucket/runs/mrpc"))
+@app.callback(epilog=examples("checkpoint list RUN"))
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Runs, checkpoints and datasets of hf_cloudtrain on storage."""
+    """Manage the runs, checkpoints, jobs and datasets of hf_cloudtrain."""
 
 
 def main() -> None:
     """Run the command in `sys.argv`."""
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding lacks is no reason to fail.
+        # A name that the terminal's encoding lacks is escaped instead of ending the command.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app()

@@ -1,4 +1,4 @@
-"""`python -m hf_cloudtrain.cli`, where the script is not on the PATH."""
+"""`python -m hf_cloudtrain.cli`: the command line where `cloudtrain` is not on the PATH."""
 
 from __future__ import annotations
 

@@ -1,1 +1,12 @@
-"""TODO room report."""
+"""The page of a run: one HTML file with its charts, attempts and checkpoints, for `cloudtrain run report`.
+
+    summary     one checkpoint in short: its manifest, and whether it is the newest, the best or pinned (the CLI shows it too)
+    figure      colours, layout, legend, escaping: what all charts share
+    curves      charts over steps: loss, learning rate, step time, evaluations
+    timeline    charts over time: attempts, where the time went, upload lag
+    charts      all of them, in the order of the page
+    page        key figures, tables and charts, put into `report.html`
+
+Everything shown comes from storage and is untrusted: see `page`. The room reads a run through `checkpoints/` and
+`tracking/`, and imports nothing above them; plotly and jinja2 are imported late, because they are an extra.
+"""

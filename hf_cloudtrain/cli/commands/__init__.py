@@ -1,1 +1,15 @@
-"""TODO room commands."""
+"""The commands: a file a group, each with the options, the help texts and the tables of its commands.
+
+    checkpoint      list, view, download, verify, delete, pin, prune, flush
+    run             list, status, watch, report, stop, clean
+    job             run, list, status, logs, cancel, template, schema; `job.yml` is the template
+    data            create, list, view, download, delete, clean
+    vm              list
+    verify_resume   `cloudtrain verify-resume`
+    new             `cloudtrain new`
+
+A command prints one JSON object with `--json`, and has an example in its help and a section in `docs/cli.md`; tests check
+both. To add a column to a table, add an entry to its `Columns`, which is in the same file (for `run status` in
+`cli/status.py`). Code that only one command needs and that is longer than a screen has a file of its own in `cli/`. This
+room may import everything that `cli/` may.
+"""

@@ -240,7 +240,7 @@ def test_credentials_in_the_url_of_a_store_or_a_source_are_not_shown(
 ) -> None:
     secret = "s3cr3tvalue"
     refused = cloudtrain("create", "glue", f"s3://user:{secret}@bucket/data", code=1)
-    assert "carries credentials" in refused.stderr
+    assert "contains credentials" in refused.stderr
     monkeypatch.setenv(env.STORE, f"s3://user:{secret}@bucket/store")
     told = cloudtrain("list", code=1)
     assert secret not in refused.output + told.output
