@@ -115,9 +115,7 @@ class Report:
             notes.append("The run was not over when this page was written.")
         damaged = sum(1 for info in self.found if info.manifest is None)
         if damaged:
-            notes.append(
-                f"{count_text(damaged, 'manifest')} damaged: see `cloudtrain checkpoint list`."
-            )
+            notes.append(f"{count_text(damaged, 'manifest')} damaged: see `cloudtrain checkpoint list`.")
         return notes
 
     def _figures(self) -> list[tuple[str, str, str]]:
