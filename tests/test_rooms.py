@@ -41,7 +41,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "cli": (
         ("output", "curve"),
         ("arguments",),
-        ("clean", "download", "flush", "job_actions", "prune", "stop", "watch"),
+        ("clean", "download", "flush", "job_actions", "prune", "status", "stop", "watch"),
         ("verify",),
         ("commands",),
     ),

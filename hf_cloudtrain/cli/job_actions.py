@@ -123,7 +123,7 @@ def show_status(job_id: str, as_json: bool) -> None:
     store = JobStore()
     record = _current(store, store.read(job_id))
     now = _run_state(record)
-    stalled = _stalled(record, now)
+    stalled = _stall(record, now)
     if as_json:
         print_json({**lifecycle.facts_of(record), "run": now and now.record(), "stalled": stalled})
         return
@@ -279,7 +279,7 @@ def _run_state(record: JobRecord) -> RunState | None:
         return None
 
 
-def _stalled(record: JobRecord, now: RunState | None) -> str | None:
+def _stall(record: JobRecord, now: RunState | None) -> str | None:
     """Why a running job seems to make no progress."""
     if record.state not in ("running", "starting") or not record.starts or now is None:
         return None
@@ -287,7 +287,7 @@ def _stalled(record: JobRecord, now: RunState | None) -> str | None:
     if record.state == "running":
         return now.stalled if (now.last_seen or 0.0) > began else None
     waited = time.time() - began
-    return f"training has not begun for {duration_text(waited)}" if waited > LATE else None
+    return f"training has not begun after {duration_text(waited)}" if waited > LATE else None
 
 
 def _show_last_lines(record: JobRecord) -> None:

@@ -284,4 +284,4 @@ class TestSkypilot:
     def test_a_filter_without_a_match_is_reported(self, machines: Machines) -> None:
         result = CliRunner().invoke(app, ["vm", "list", "--cloud", "mars"])
         assert (result.exit_code, result.stdout) == (0, "")
-        assert "no such machine" in result.stderr
+        assert "No machine matches" in result.stderr

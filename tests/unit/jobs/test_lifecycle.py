@@ -87,7 +87,7 @@ def test_periflows_files_are_two_nodes_of_four_processes_on_every_engine(
     ):
         result = CliRunner().invoke(app, list(argv))
         assert result.exit_code == 0, result.output
-    assert f"by the engine {engine_name}: 2 nodes of 4 processes" in result.stdout
+    assert f"with engine {engine_name}: 2 nodes of 4 processes" in result.stdout
     assert store.ids() == []
     assert not (tmp_path / "store" / "jobs").exists()
 
@@ -284,7 +284,7 @@ def test_a_resume_does_not_take_the_grace_from_the_shell(store: JobStore, engine
         ("running", 50.0, RunState("r", "training", stalled="no step", last_seen=100.0), "no step"),
         ("running", 150.0, RunState("r", "killed", stalled="no heartbeat", last_seen=100.0), None),
         ("running", 50.0, RunState("r", "training", last_seen=100.0), None),
-        ("starting", 50.0, RunState("r", "waiting"), "no training has begun for 50 s"),
+        ("starting", 50.0, RunState("r", "waiting"), "training has not begun after 50 s"),
         ("starting", 60.0, RunState("r", "waiting"), None),
         ("finished", 50.0, RunState("r", "finished", stalled="x", last_seen=100.0), None),
         ("running", 50.0, None, None),

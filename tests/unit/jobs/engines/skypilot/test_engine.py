@@ -407,7 +407,7 @@ def test_a_job_goes_through_the_command_line(
         job_text("vm: azure-16gb-v100-4g-eastus-spot", "num_devices: 8", "run_url: s3://bucket/x")
     )
     argv = ("run", "-f", str(file), "-d", str(tmp_path / "code"), "--engine", "skypilot")
-    assert "x-1 by the engine skypilot: 2 nodes of 4 processes" in cloudtrain(*argv, "--dry-run")
+    assert "x-1 with engine skypilot: 2 nodes of 4 processes" in cloudtrain(*argv, "--dry-run")
     assert not (sky.folder / "calls").exists()
     sky.prints("launch", LAUNCHED)
     cloudtrain(*argv)
