@@ -7,14 +7,13 @@ The sources are `nvidia-smi`, `sinfo`, `vms.yml` in the store, and the price fil
 
 from __future__ import annotations
 
-import ast
 import csv
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,21 +37,10 @@ SINFO = "%R|%G|%F|%M|%a|%c"
 """Partition, gres, nodes (allocated/idle/other/total), preemption mode, availability, cores: man sinfo."""
 
 MEMORY_GB: dict[str, tuple[int, ...]] = {
-    "a10": (24,),
-    "a10g": (24,),
-    "a100": (40, 80),
-    "b200": (180,),
-    "gh200": (96, 144),
-    "h100": (80, 94),
-    "h200": (141,),
-    "k80": (12,),
-    "l4": (24,),
-    "l40": (48,),
-    "l40s": (48,),
-    "p100": (12, 16),
-    "t4": (16,),
+    "a10": (24,), "a10g": (24,), "a100": (40, 80), "b200": (180,), "gh200": (96, 144), "h100": (80, 94),
+    "h200": (141,), "k80": (12,), "l4": (24,), "l40": (48,), "l40s": (48,), "p100": (12, 16), "t4": (16,),
     "v100": (16, 32),
-}
+}  # fmt: skip
 """Memory of a GPU by NVIDIA's data sheets, the most common size first: drivers report less than the nominal size."""
 
 
@@ -117,17 +105,17 @@ def find(cloud: str | None = None, gpu: str | None = None) -> Found:
         except (ConfigurationError, StorageError, OSError, subprocess.SubprocessError) as error:
             found.problems.append(redact(str(error)))
         else:
-            wanted = [vm for vm in vms if _is_wanted(vm, cloud, gpu)]
+            wanted = [
+                vm
+                for vm in vms
+                if (cloud is None or vm.cloud == cloud.lower())
+                and (gpu is None or (vm.gpu or "").startswith(gpu.lower()))
+            ]
             if source is skypilot:
                 found.omitted = max(0, len(wanted) - MAX_CATALOG_ROWS)
                 wanted = wanted[:MAX_CATALOG_ROWS]
             found.vms += wanted
     return found
-
-
-def _is_wanted(vm: Vm, cloud: str | None, gpu: str | None) -> bool:
-    right_cloud = cloud is None or vm.cloud == cloud.lower()
-    return right_cloud and (gpu is None or (vm.gpu or "").startswith(gpu.lower()))
 
 
 # --- This machine ------------------------------------------------------------------------------------------------------
@@ -149,18 +137,12 @@ def this_machine() -> list[Vm]:
         if "No devices were found" in str(error):
             return without_gpus
         raise
-    kinds: dict[tuple[str, int | None], int] = {}
+    kinds: Counter[tuple[str, int | None]] = Counter()
     for name, _, memory in (line.rpartition(",") for line in text.splitlines() if line.strip()):
         gpu = gpu_name(name)
-        size = (
-            round(int(memory) / 1024) if memory.strip().isdigit() else None
-        )  # "[N/A]" where memory is shared
-        kind = (gpu, _memory(gpu, size))
-        kinds[kind] = kinds.get(kind, 0) + 1
-    found = [
-        Vm("local", "local", host, gpu=gpu, gpus=count, memory_gb=memory_gb)
-        for (gpu, memory_gb), count in kinds.items()
-    ]
+        reported = round(int(memory) / 1024) if memory.strip().isdigit() else None  # "[N/A]": shared memory
+        kinds[gpu, _memory(gpu, reported)] += 1
+    found = [Vm("local", "local", host, gpu, count, memory_gb) for (gpu, memory_gb), count in kinds.items()]
     return found or without_gpus
 
 
@@ -211,13 +193,11 @@ def _partition(line: str) -> Iterator[Vm]:
     # SUSPEND continues a job later on the same nodes; the other modes take its nodes away.
     spot = re.search("REQUEUE|CANCEL", preemption.upper()) is not None
     cpus = int(match[0]) if (match := re.match(r"\d+", cores)) else None  # "16+": the nodes differ
-    gpus = list(_gres(gres))
-    for gpu, count in gpus:
-        short = gpu_name(gpu.replace("_", "-")) if gpu else None
-        memory = _memory(short, _size_in(gpu)) if short else None
+    for gpu, count in list(_gres(gres)) or [("", 0)]:
+        short = gpu_name(gpu.replace("_", "-")) or None
+        size = re.search(r"(\d+)gb", gpu.lower())  # as in a100_80gb
+        memory = _memory(short, int(size[1]) if size else None) if short else None
         yield Vm("slurm", "slurm", name, short, count, memory, cpus, quota, spot)
-    if not gpus:
-        yield Vm("slurm", "slurm", name, cpus=cpus, quota=quota, is_spot=spot)
 
 
 def _gres(text: str) -> Iterator[tuple[str, int]]:
@@ -228,12 +208,6 @@ def _gres(text: str) -> Iterator[tuple[str, int]]:
             yield "", int(match[1])
         elif match:
             yield match[1] or "", int(match[2] or 1)
-
-
-def _size_in(name: str) -> int | None:
-    """The memory in a name such as a100_80gb."""
-    match = re.search(r"(\d+)gb", name.lower())
-    return int(match[1]) if match else None
 
 
 # --- The user's list ---------------------------------------------------------------------------------------------------
@@ -278,7 +252,7 @@ def skypilot() -> list[Vm]:
         ConfigurationError: SkyPilot has not downloaded its catalog yet. OSError: a file cannot be read.
     """
     versions = Path(os.environ.get("SKY_RUNTIME_DIR") or "~", ".sky", "catalogs").expanduser()
-    newest = max(versions.glob("v*"), key=_version, default=None)
+    newest = max(versions.glob("v[0-9]*"), key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
     files = sorted(newest.glob("*/vms.csv")) if newest else []
     if not files:
         if shutil.which("sky") is None:
@@ -293,10 +267,6 @@ def skypilot() -> list[Vm]:
     return sorted(found, key=lambda vm: (vm.cloud, vm.gpu or "", vm.gpus, vm.region, vm.is_spot))
 
 
-def _version(path: Path) -> int:
-    return int(path.name[1:]) if path.name[1:].isdigit() else -1
-
-
 def _catalog(cloud: str, rows: Iterable[dict[str, str]]) -> Iterator[Vm]:
     for row in rows:
         name, region = row.get("AcceleratorName") or "", (row.get("Region") or "").lower()
@@ -308,23 +278,12 @@ def _catalog(cloud: str, rows: Iterable[dict[str, str]]) -> Iterator[Vm]:
             continue  # without a GPU, or with a part of one
         match = re.fullmatch(r"(.+)-(\d+)GB", name)
         gpu = (match[1] if match else name).lower()
-        memory = int(match[2]) if match else _memory(gpu, _memory_in(row.get("GpuInfo") or ""))
+        # JSON, Python or a plain name: it depends on the cloud.
+        size = re.search(r"'SizeInMiB'\s*:\s*(\d{1,9})", (row.get("GpuInfo") or "").replace('"', "'"))
+        memory = int(match[2]) if match else _memory(gpu, round(int(size[1]) / 1024) if size else None)
         for is_spot, price in ((False, "Price"), (True, "SpotPrice")):
             if row.get(price):
                 yield Vm("skypilot", cloud, region, gpu, int(count), memory, is_spot=is_spot)
-
-
-def _memory_in(info: str) -> int | None:
-    """Memory of one GPU in GB; depending on the cloud it is written as JSON, as Python, or not at all."""
-    if not info.startswith("{") or len(info) > 10_000:
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            size: float = read(info)["Gpus"][0]["MemoryInfo"]["SizeInMiB"] / 1024
-            return round(size)
-        except (ValueError, SyntaxError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
-            continue
-    return None
 
 
 def _output(argv: Sequence[str]) -> str:

@@ -20,6 +20,15 @@ MAX_PROBLEMS = 50
 MAX_QUOTED = 100
 """Characters of a key or a value that are quoted."""
 
+_MUST_BE = {
+    "string_type": "one text",
+    **dict.fromkeys(("dict_type", "mapping_type"), "a mapping: `NAME: value`, one on each line"),
+    "list_type": "a list: `- item`, one on each line",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+}
+_LIMITS = {"greater_than_equal": "at least", "less_than_equal": "at most"}
+
 Model = TypeVar("Model", bound=BaseModel)
 Relations = Callable[[dict[str, Any]], Iterator[tuple[KeyPath, str]]]
 """Checks the data for values that are valid alone and wrong together: yields the key and a sentence for each."""
@@ -106,21 +115,12 @@ class DocumentFormat(Generic[Model]):
         if kind in ("model_type", "model_attributes_type"):
             return f"must be a mapping with these keys: {', '.join(known_keys(self._model, path))}."
         value = "" if path[:1] and path[0] in self._secret else f", not {quoted(detail['input'])}"
-        if kind == "string_type":
-            return f"must be one text{value}."
-        if kind in ("dict_type", "mapping_type"):
-            return f"must be a mapping: `NAME: value`, one on each line{value}."
-        if kind == "list_type":
-            return f"must be a list: `- item`, one on each line{value}."
-        if kind in ("int_parsing", "int_type", "int_from_float", "int_parsing_size"):
-            return f"must be a whole number{value}."
-        if kind in ("bool_parsing", "bool_type"):
-            return f"must be true or false{value}."
+        if kind in _MUST_BE:
+            return f"must be {_MUST_BE[kind]}{value}."
         if kind == "literal_error":
             return f"must be {context['expected']}{value}."
-        limits = {"greater_than_equal": "at least", "less_than_equal": "at most"}
-        if kind in limits:
-            return f"must be {limits[kind]} {next(iter(context.values()))}{value}."
+        if kind in _LIMITS:
+            return f"must be {_LIMITS[kind]} {next(iter(context.values()))}{value}."
         return f"has an invalid value ({kind})."
 
     def _unknown(self, path: KeyPath) -> str:

@@ -66,14 +66,12 @@ def read_document(content: bytes) -> Document:
         text = content.decode("utf-8")  # the parser skips a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return _unreadable(
-            line, f"byte 0x{content[error.start]:02x} is not UTF-8 text. Save the file as UTF-8."
-        )
+        return _unreadable(line, f"byte 0x{content[error.start]:02x} is not UTF-8. Save the file as UTF-8.")
     reader = _Reader(text)
     data: dict[str, Any] | None = None
     try:
         data = reader.document()
-    except _UnreadableError as error:
+    except _BrokenError as error:
         reader.problems.append(error.problem)
     return Document(data, reader.lines, tuple(reader.problems))
 
@@ -88,7 +86,7 @@ def dotted(path: KeyPath) -> str:
     return repr(visible(".".join(keys))[:100])
 
 
-class _UnreadableError(Exception):
+class _BrokenError(Exception):
     """The document cannot be read beyond this point."""
 
     def __init__(self, line: int, text: str, path: KeyPath = ()) -> None:
@@ -108,25 +106,21 @@ class _Reader:
         self._next()  # start of the stream
         event = self._next()
         if isinstance(event, yaml.StreamEndEvent):
-            raise _UnreadableError(1, "the document is empty.")
+            raise _BrokenError(1, "the document is empty.")
         event = self._next()
         if not isinstance(event, yaml.MappingStartEvent):
-            raise _UnreadableError(
-                _line(event), "the document is not a mapping: write `key: value`, one on each line."
-            )
+            raise _BrokenError(_line(event), "this is not a mapping: write `key: value` on each line.")
         data: dict[str, Any] = self._value(event, ())
         self._next()  # end of the document
         event = self._next()
         if not isinstance(event, yaml.StreamEndEvent):
-            self._refuse(
-                event, "a second document begins here. Only one is read: move it to a separate file."
-            )
+            self._refuse(event, "a second document begins here. Move it to a separate file.")
         return data
 
     def _value(self, event: Any, path: KeyPath) -> Any:
         self.lines.setdefault(path, _line(event))
         if len(path) > MAX_DEPTH:
-            raise _UnreadableError(_line(event), f"the nesting is deeper than {MAX_DEPTH} levels.", path)
+            raise _BrokenError(_line(event), f"the nesting is deeper than {MAX_DEPTH} levels.", path)
         if isinstance(event, yaml.AliasEvent):
             self._refuse(event, "aliases (*name) are not supported. Write the value out.", path)
             return None
@@ -144,12 +138,10 @@ class _Reader:
         found: dict[str, Any] = {}
         while not isinstance(event := self._next(), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                raise _UnreadableError(
-                    _line(event), "a key must be one word, not a list, a mapping or an alias.", path
-                )
+                raise _BrokenError(_line(event), "a key must be text, not a list, mapping or alias.", path)
             key = self._scalar(event, path)
             if not key:
-                raise _UnreadableError(_line(event), "a key is empty.", path)
+                raise _BrokenError(_line(event), "a key is empty.", path)
             inner = (*path, key)
             if key in found:
                 first = self.lines[inner]
@@ -185,18 +177,17 @@ class _Reader:
             return next(self._events)
         except yaml.reader.ReaderError as error:
             line = self._text.count("\n", 0, error.position) + 1
-            raise _UnreadableError(line, f"the character #x{error.character:04x} is not allowed.") from None
+            raise _BrokenError(line, f"the character #x{error.character:04x} is not allowed.") from None
         except yaml.MarkedYAMLError as error:
             # Not str(error): it shows the line, which may hold a secret.
             mark = error.problem_mark or error.context_mark
             line = 1 if mark is None else mark.line + 1
             hint = " Indent with spaces." if "'\\t'" in str(error.problem) else ""
-            raise _UnreadableError(line, f"invalid YAML: {error.problem or error.context}.{hint}") from None
+            raise _BrokenError(line, f"invalid YAML: {error.problem or error.context}.{hint}") from None
         except (ValueError, OverflowError):  # chr(): "\UFFFFFFFF"
             last = max(self.lines.values(), default=1)
-            raise _UnreadableError(
-                last, "in this line or below, an escape in double quotes is not a character."
-            ) from None
+            text = "in this line or below, an escape in double quotes is not a character."
+            raise _BrokenError(last, text) from None
 
 
 def _line(event: Any) -> int:

@@ -57,7 +57,7 @@ def test_everything_has_the_line_of_its_key() -> None:
         ("a: [1]\nb: !!python/object/apply:os.system [x]", 2, "tags"),
         ("a: !!binary aGk=", 1, "tags"),
         ("a: &x [1]", 1, "anchors"),
-        ("a: 1\n? [b]\n: c", 2, "a key must be one word"),
+        ("a: 1\n? [b]\n: c", 2, "a key must be text"),
         ("a: 1\n~: c", 2, "a key is empty"),
         ("a: " + "[" * 100, 1, "deeper than 8"),
         ("a: " + "{b: " * 100, 1, "deeper than 8"),
