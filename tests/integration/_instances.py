@@ -1,11 +1,11 @@
-"""Machines as SageMaker's containers have them: each with a network, a file system, processes and a name of its own.
+"""Machines like SageMaker's containers: each with a network, a file system, processes and a name of its own.
 
     with Instances(folder, ["algo-1", "algo-2"], server.port) as instances:
         process = instances.start("algo-1", ["python", "-m", "…"], env={…}, ml=folder / "ml-1")
 
-It is an imitation, made of Linux's namespaces: the file system is the host's with a layer above it that takes what is
-written, `/opt/ml` is a folder of the test, and the first process has the number 1, so that signals without a handler do
-nothing. Everything is gone with the process that made it; the host's own network and files are not touched.
+They are made of Linux namespaces: the file system is the host's below a layer that receives all writes, `/opt/ml` is a
+folder of the test, and the first process has the number 1, so that signals without a handler do nothing. Everything
+disappears with the process that made it; the host's own network and files do not change.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Instances:
 
 
 def not_possible() -> str | None:
-    """Why there can be no such machines here; None where there can."""
+    """Why this machine cannot make them; None if it can."""
     missing = [program for program in NEEDED if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not found (apt-get install util-linux iproute2)"
@@ -183,7 +183,7 @@ def not_possible() -> str | None:
 
 @contextlib.contextmanager
 def _network() -> Iterator[int]:
-    """The pid of a process that keeps a network of its own."""
+    """The pid of a process that keeps a network namespace alive."""
     words = [*dies_with_us(), "unshare", "--net", "sh", "-c", "echo ready && exec sleep infinity"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as keeper:
         try:
@@ -203,7 +203,7 @@ def _inside(pid: int, *words: str) -> None:
 
 @contextlib.contextmanager
 def _listener(pid: int) -> Iterator[socket.socket]:
-    """A listening socket of ours in another network: a socket stays where it was made, and threads may be elsewhere."""
+    """A listening socket in a different network: a socket stays in the namespace of the thread that made it."""
     made: list[Any] = []
 
     def make() -> None:

@@ -16,7 +16,7 @@ import hf_cloudtrain as ct
 from hf_cloudtrain.preemption import agreement
 
 TOTAL, HELD = 12, 6
-"""Steps in all; a start that begins before HELD waits there for its end."""
+"""All steps; a start that begins before HELD waits at it until it is stopped."""
 
 agreement.INTERVAL_SECONDS = 0.0
 numbers = [float(line) for line in Path("/workspace/data/numbers.txt").read_text().split()]
@@ -38,13 +38,13 @@ while state["step"] < TOTAL:
         dist.all_reduce(gradient)
         state["weight"] += gradient / size
     state["step"] += 1
-    told = ct.is_emergency_save()
+    stops = ct.is_emergency_save()
     if state["step"] == HELD:
         print(f"rank {rank} waits at {HELD} in start {start}", flush=True)
-        while not told:
+        while not stops:
             time.sleep(0.05)
-            told = ct.is_emergency_save()
-    if told or state["step"] % 4 == 0 or state["step"] == TOTAL:
+            stops = ct.is_emergency_save()
+    if stops or state["step"] % 4 == 0 or state["step"] == TOTAL:
         if rank == 0:
             torch.save(state, checkpoint)
         ct.upload_checkpoint()

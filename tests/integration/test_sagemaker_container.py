@@ -1,4 +1,4 @@
-"""The contract of SageMaker's containers, by real processes on two machines made of namespaces: an imitation of AWS."""
+"""The contract of SageMaker's containers, with real processes on two machines made of Linux namespaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.datasets.store import DatasetStore
-from hf_cloudtrain.jobs.engines.sagemaker import engine
+from hf_cloudtrain.jobs.engines.sagemaker import api, engine
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
@@ -32,7 +32,7 @@ PATH = os.pathsep.join(
 )
 HOSTS = ["algo-1", "algo-2"]
 TOTAL, HELD, SAVED = 12, 6, 4
-"""As in the script, which saves every fourth step."""
+"""As in the script, which saves every four steps."""
 NUMBERS = [float(number * number) for number in range(2 * TOTAL)]
 JOB = """
 name: contract
@@ -53,7 +53,7 @@ sagemaker: {role: "arn:aws:iam::111122223333:role/training"}
 
 
 class SageMaker:
-    """What the service does around a training job, as far as its documentation says it."""
+    """What the service does around a training job, according to its documentation."""
 
     def __init__(
         self, folder: Path, instances: Instances, request: dict[str, Any], server: MotoServer
@@ -64,10 +64,10 @@ class SageMaker:
         self._server = server
         self._machines = 0
         self.ml: dict[str, Path] = {}
-        """What is `/opt/ml` on each host."""
+        """The folder that is `/opt/ml` on each host."""
 
     def launch(self) -> dict[str, Instance]:
-        """New machines, each with the channels and with what is kept of the checkpoints."""
+        """Start new machines, each with the channels and the synced checkpoints."""
         self._machines += 1
         before, self.ml = self.ml, {host: self._folder / f"ml-{self._machines}-{host}" for host in HOSTS}
         return {host: self._launch(host, before) for host in HOSTS}
@@ -79,7 +79,7 @@ class SageMaker:
         self._configure(host)
         for channel in self._request["InputDataConfig"]:
             self._fetch(channel, ml / "input/data" / channel["ChannelName"])
-        for other in before.values():  # the folder on S3 has what all hosts wrote
+        for other in before.values():  # the folder on S3 has the files of all hosts
             if (other / "checkpoints").is_dir():
                 shutil.copytree(other / "checkpoints", ml / "checkpoints", dirs_exist_ok=True)
         # The role's credentials come from an endpoint of the container, the region from SageMaker.
@@ -131,21 +131,21 @@ def instances(possible: None, moto: MotoServer, tmp_path: Path) -> Iterator[Inst
         yield running
 
 
-def handed_over(
+def submitted(
     instances: Instances, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Submission, dict[str, Any], JobStore]:
-    """A job that was submitted, and the request that SageMaker got."""
+    """A submitted job, and the request that SageMaker received."""
     for name, value in moto.env.items():
         monkeypatch.setenv(name, value)
     sent: list[dict[str, Any]] = []
-    create = engine.create
+    create = api.create
 
-    def noted(region: str, request: dict[str, Any], secrets: tuple[str, ...]) -> str:
+    def record_request(region: str, request: dict[str, Any], secrets: tuple[str, ...]) -> str:
         sent.append(request)
         return create(region, request, secrets)
 
-    monkeypatch.setattr(engine, "create", noted)
-    # By its name tests of other jobs know which processes are theirs, whatever server it is on.
+    monkeypatch.setattr(api, "create", record_request)
+    # Tests of jobs find their processes by this name, whichever server the store is on.
     store = JobStore(f"s3://{moto.make_bucket()}/sagemaker-{os.getpid()}")
     (tmp_path / "numbers.txt").write_text("\n".join(map(str, NUMBERS)))
     DatasetStore(store.url).create("numbers", tmp_path / "numbers.txt")
@@ -169,10 +169,10 @@ def handed_over(
 
 
 @pytest.mark.slow
-def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
+def test_a_rank_crashes_then_both_machines_are_preempted_and_two_new_ones_finish(
     instances: Instances, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submission, request, store = handed_over(instances, moto, tmp_path, monkeypatch)
+    submission, request, store = submitted(instances, moto, tmp_path, monkeypatch)
     service = SageMaker(tmp_path, instances, request, moto)
     catalog = Catalog(Storage(submission.run_url, moto.storage_options))
 
@@ -188,7 +188,7 @@ def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
     for host in HOSTS:
         failure = (service.ml[host] / "output/failure").read_text()
         assert failure == f"preempted: Stopped by SIGTERM. The newest checkpoint is {CheckpointKey(2, HELD)}."
-    assert store.read(submission.id).state == "stopping"  # whether there will be others, SageMaker knows
+    assert store.read(submission.id).state == "stopping"  # only SageMaker knows whether new machines follow
 
     second = service.launch()
     codes = {host: container.wait(PATIENCE) for host, container in second.items()}
@@ -202,7 +202,7 @@ def test_a_rank_crashes_then_both_machines_are_taken_away_and_two_others_finish(
     assert record.starts[-1].exit_codes == (0, 0)
     for rank, host in enumerate(HOSTS):
         assert f"rank {rank} of 2 begins at {HELD} on {host}" in second[host].log
-        # Each number is in it once: the sum of the means of both ranks.
+        # It contains each number once: the sum of the means of both ranks.
         assert float((service.ml[host] / f"model/weight-{rank}").read_text()) == sum(NUMBERS) / 2
         assert not (service.ml[host] / "output/failure").exists()
     kept = service.ml["algo-1"] / "output/data/cloudtrain/algo-1/1/exit-3.json"

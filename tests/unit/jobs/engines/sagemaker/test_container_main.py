@@ -102,3 +102,14 @@ def test_sigterm_before_the_command_runs_ends_the_container_at_once(image: Image
         assert process.wait(30) == 75
         assert time.monotonic() - began < 30
     assert image.failure() == "preempted: Stopped while no command ran."
+
+
+def test_the_entry_point_installs_its_handlers_before_the_slow_imports() -> None:
+    code = (
+        "import sys, hf_cloudtrain.jobs.engines.sagemaker.container_main\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules} & {'pydantic', 'fsspec', 'yaml', 'boto3'}))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "\n"
+    )
