@@ -158,7 +158,7 @@ def show_logs(job_id: str, node: int | None, follow: bool, as_json: bool) -> Non
         fail(
             f"--node {node} is out of range: {record.id!r} has {count_text(record.nodes, 'node')}, numbered from 0."
         )
-    lines = lifecycle.starter_of(record).lines(record, node, follow)
+    lines = lifecycle.starter(record).lines(record, node, follow)
     if as_json and not follow:
         print_json({"id": record.id, "lines": [clean(line) for line in lines]})
     else:
@@ -185,7 +185,7 @@ def _submitted(store: JobStore, record: JobRecord, wait: bool, as_json: bool) ->
         say(f"Log: `cloudtrain job logs -f {record.id}`. State: `cloudtrain job status {record.id}`.")
     if wait:
         if not as_json:
-            _print(record, lifecycle.starter_of(record).lines(record, None, True), as_json=False)
+            _print(record, lifecycle.starter(record).lines(record, None, True), as_json=False)
         record = _wait_until_over(store, record)
         if not as_json:
             _say_ended(record)
@@ -245,7 +245,7 @@ def _size_of(directory: Path | None, leave_out: list[Path]) -> int | None:
 
 
 def _show_submission(submission: Submission, size: int | None, as_json: bool) -> None:
-    text = lifecycle.starter(submission).show(submission)
+    text = lifecycle.starter(submission.job).show(submission)
     engine, plan = submission.job.engine, submission.plan
     if as_json:
         print_json(

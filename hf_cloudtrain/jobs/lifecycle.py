@@ -112,13 +112,13 @@ def submit(
             copy_workspace(workspace, submission.workspace, leave_out=excluded, on_bytes=on_bytes)
         submission.workspace.mkdir(exist_ok=True)
         submission.save()
-        return starter(submission).submit(submission, store, record)
+        return starter(submission.job).submit(submission, store, record)
 
 
 def _check(submission: Submission, store: JobStore) -> None:
     """Refuse a job that cannot start now. Raises ConfigurationError."""
     submission.plan.own_variables(os.environ)
-    starter(submission).check(submission)
+    starter(submission.job).check(submission)
     run_url = submission.job.run_url
     record = None if run_url is None else writer_of(run_url, store)
     if record is not None:  # two jobs that write to one run would overtake each other again and again
@@ -172,19 +172,18 @@ def resume(store: JobStore, job_id: str) -> JobRecord:
 
 def _resume(store: JobStore, record: JobRecord) -> JobRecord:
     if not record.is_over:
-        raise ConfigurationError(
-            f"The job {record.id!r} is {record.state}. Cancel it first: `cloudtrain job cancel {record.id}`."
-        )
+        advice = f"is {record.state}. Cancel it first: `cloudtrain job cancel {record.id}`."
+        raise ConfigurationError(f"The job {record.id!r} {advice}")
     if record.state == "finished":
         raise ConfigurationError(
-            f"The job {record.id!r} has finished. Submit the job file again for a new training."
+            f"The job {record.id!r} has finished. To train again, submit the job file again."
         )
     submission = Submission.load_here(record.home)
     _check(submission, store)
     store.forget_cancel(record.id)
     record = store.write(record, state="queued", reason=None, restarts=0)
     with _failure_recorded(store, record):
-        return starter(submission).submit(submission, store, record)
+        return starter(submission.job).submit(submission, store, record)
 
 
 @contextlib.contextmanager
@@ -249,14 +248,9 @@ def cancel(store: JobStore, job_id: str) -> JobRecord:
     return record
 
 
-def starter_of(record: JobRecord) -> Engine:
+def starter(job: Job | JobRecord) -> Engine:
     """The engine of a job."""
-    return engine(record.engine)
-
-
-def starter(submission: Submission) -> Engine:
-    """The engine of a job that has no record yet."""
-    return engine(submission.job.engine)
+    return engine(job.engine)
 
 
 def _dataset_version(job: Job, store: JobStore) -> int | None:

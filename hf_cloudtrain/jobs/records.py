@@ -168,7 +168,7 @@ class JobStore:
             near = difflib.get_close_matches(job_id, ids, n=1)
             hint = f" The nearest is {near[0]!r}." if near else ""
             raise NoJobError(
-                f"There is no job {job_id[:100]!r} in {self.storage.url!r}.{hint} List the jobs with `cloudtrain job list`."
+                f"No job {job_id[:100]!r} in {self.storage.url!r}.{hint} List the jobs with `cloudtrain job list`."
             )
         return _decode(self.storage.read(_path(same[-1])), same[-1])
 

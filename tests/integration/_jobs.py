@@ -46,7 +46,7 @@ print("ends with", repr(value), flush=True)
 
 
 def value_after(steps: int) -> float:
-    """What TRAIN ends with, uninterrupted."""
+    """The last value of TRAIN without an interruption."""
     value = 0.0
     for step in range(steps):
         value = 0.9 * value + step
@@ -54,7 +54,7 @@ def value_after(steps: int) -> float:
 
 
 class Desk:
-    """Where a person types `cloudtrain job …`: a project folder, and a store.
+    """What a user of `cloudtrain job …` has: a project folder, and a store.
 
     Args:
         folder: an empty one.
@@ -76,34 +76,34 @@ class Desk:
             f"checkpoint: {{output_checkpoint_dir: ckpt}}\n{more}\n"
         )
 
-    def call(self, *words: str, code: int = 0) -> Result:
-        """Type `cloudtrain …`."""
-        result = CliRunner().invoke(app, list(words))
+    def call(self, *argv: str, code: int = 0) -> Result:
+        """Call `cloudtrain …`."""
+        result = CliRunner().invoke(app, list(argv))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output
         return result
 
-    def run(self, *words: str, code: int = 0) -> Result:
+    def run(self, *options: str, code: int = 0) -> Result:
         """`cloudtrain job run` of the file and the project."""
-        return self.call("job", "run", "-f", str(self.file), "-d", str(self.project), *words, code=code)
+        return self.call("job", "run", "-f", str(self.file), "-d", str(self.project), *options, code=code)
 
     def record(self, job_id: str = "toy") -> JobRecord:
-        """As the store has it."""
+        """The record in the store."""
         return self.store.read(job_id)
 
     def status(self, job_id: str = "toy") -> dict[str, Any]:
-        """As `job status --json` has it."""
+        """The output of `job status --json`."""
         found: dict[str, Any] = json.loads(self.call("job", "status", job_id, "--json").stdout)
         return found
 
     def log(self, job_id: str = "toy", node: int = 0) -> str:
-        """What a node has said so far."""
+        """The output of a node so far."""
         path = Path(self.record(job_id).home, "log", f"node-{node}.log")
         return path.read_text() if path.exists() else ""
 
     def wait_until(self, is_so: Callable[[], object]) -> None:
-        """Wait for a condition; shows what the job said where it does not come."""
+        """Wait for a condition; at the deadline it shows the logs of the job."""
         deadline = time.monotonic() + PATIENCE
         while not is_so():
             if time.monotonic() > deadline:
@@ -117,7 +117,7 @@ class Desk:
         return self.record(job_id)
 
     def wait_for_step(self, step: int, job_id: str = "toy") -> None:
-        """Until a step is committed."""
+        """Wait until a step is committed."""
         from hf_cloudtrain.checkpoints.catalog import Catalog
         from hf_cloudtrain.storage.client import Storage
 
@@ -130,15 +130,15 @@ class Desk:
         return Path(self.store.url)
 
     def processes(self) -> list[psutil.Process]:
-        """Everything on this machine that belongs to a job of this store, by its environment or its command line."""
+        """The processes of this machine that belong to a job of this store, by environment or command line."""
         found = []
         for process in psutil.process_iter():
             try:
-                words = " ".join(process.cmdline())
+                command = " ".join(process.cmdline())
                 # Not by the store alone: a server that a test has started inherits its name.
                 belongs = any(
                     str(self.folder) in text
-                    for text in (words, process.environ().get("HF_CLOUDTRAIN_EXIT_FILE", ""))
+                    for text in (command, process.environ().get("HF_CLOUDTRAIN_EXIT_FILE", ""))
                 )
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
@@ -146,19 +146,19 @@ class Desk:
                 found.append(process)
         return found
 
-    def one_of(self, words: str) -> psutil.Process:
-        """The process of a job whose command line has these words."""
+    def one_of(self, part: str) -> psutil.Process:
+        """The process of a job whose command line has this part."""
         found: list[psutil.Process] = []
 
         def is_there() -> bool:
-            found[:] = [process for process in self.processes() if words in " ".join(_words(process))]
+            found[:] = [process for process in self.processes() if part in " ".join(_cmdline(process))]
             return bool(found)
 
         self.wait_until(is_there)
         return found[0]
 
     def close(self) -> None:
-        """End what a failed test has left."""
+        """Kill what a failed test has left running."""
         for process in self.processes():
             try:
                 process.send_signal(signal.SIGKILL)
@@ -166,12 +166,12 @@ class Desk:
                 continue
 
 
-def python(*words: str) -> str:
-    """A command of this interpreter."""
-    return " ".join((sys.executable, *words))
+def python(*arguments: str) -> str:
+    """A command for this interpreter."""
+    return " ".join((sys.executable, *arguments))
 
 
-def _words(process: psutil.Process) -> list[str]:
+def _cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:

@@ -23,7 +23,7 @@ from tests.servers import MotoServer
 SECRET = "sesame-7f3a"
 
 
-def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
+def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_leaves_a_record(
     desk: Desk, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -52,7 +52,7 @@ def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_is_remembered(
     assert not Path("/workspace").exists()
 
 
-def test_a_crash_is_started_again_from_its_newest_checkpoint(desk: Desk) -> None:
+def test_a_job_is_restarted_after_a_crash_from_its_newest_checkpoint(desk: Desk) -> None:
     (desk.project / "crash.py").write_text(
         "import os, runpy, signal, sys, threading, time\n"
         "from pathlib import Path\n"
@@ -72,7 +72,7 @@ def test_a_crash_is_started_again_from_its_newest_checkpoint(desk: Desk) -> None
     assert result.stdout.count("begins at") == 2
 
 
-def test_a_cancelled_job_saves_and_can_be_resumed_and_tee_does_not_hinder(desk: Desk) -> None:
+def test_a_cancelled_job_saves_behind_a_tee_and_can_be_resumed(desk: Desk) -> None:
     desk.write(f"{python('train.py', '60', '0.05')} | tee output.txt\necho never")
     desk.run()
     desk.wait_for_step(10)
@@ -89,7 +89,7 @@ def test_a_cancelled_job_saves_and_can_be_resumed_and_tee_does_not_hinder(desk: 
     assert (desk.record().state, len(desk.record().starts)) == ("finished", 2)
 
 
-def test_a_run_that_a_person_stops_is_not_started_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_the_user_stops_is_not_restarted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.5")
     desk.write(python("train.py", "200", "0.05"))
     desk.run()
@@ -100,20 +100,20 @@ def test_a_run_that_a_person_stops_is_not_started_again(desk: Desk, monkeypatch:
     assert "cloudtrain run stop" in (record.reason or "")
 
 
-def test_a_job_whose_supervisor_was_killed_is_lost_and_goes_on_when_told_to(desk: Desk) -> None:
+def test_a_job_whose_supervisor_was_killed_is_lost_and_can_be_resumed(desk: Desk) -> None:
     desk.write(python("train.py", "60", "0.05"))
     desk.run()
     desk.wait_for_step(5)
     os.kill(desk.record().handle["pid"], signal.SIGKILL)
     desk.wait_until(lambda: desk.status()["state"] == "lost")
     assert "cloudtrain job run --resume toy-1" in desk.status()["reason"]
-    desk.call("job", "run", "--resume", "toy-1")  # while its node saves and ends
+    desk.call("job", "run", "--resume", "toy-1")  # while its node saves and exits
     assert desk.wait_until_over().state == "finished"
     assert f"ends with {value_after(60)!r}" in desk.log()
     desk.wait_until(lambda: not desk.processes())
 
 
-def test_a_node_that_is_killed_leaves_no_process_and_is_started_again(desk: Desk) -> None:
+def test_a_killed_node_leaves_no_process_and_is_restarted(desk: Desk) -> None:
     desk.write(python("train.py", "60", "0.05"))
     desk.run()
     desk.wait_for_step(5)
@@ -142,7 +142,7 @@ def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk) -> N
     assert not desk.processes()
 
 
-def test_a_job_is_cancelled_while_it_is_set_up(desk: Desk) -> None:
+def test_a_job_is_cancelled_during_its_setup(desk: Desk) -> None:
     desk.file.write_text(
         "name: toy\njob_setting:\n  docker:\n    command: {setup: echo slow; sleep 1000, run: echo never}\n"
     )
@@ -154,14 +154,14 @@ def test_a_job_is_cancelled_while_it_is_set_up(desk: Desk) -> None:
     assert not desk.processes()
 
 
-def test_a_command_that_trains_nothing_is_no_success(desk: Desk) -> None:
+def test_a_command_that_trains_nothing_has_failed(desk: Desk) -> None:
     desk.write("echo done")
     result = desk.run("--wait", code=1)
     assert desk.record().state == "failed"
     assert "trained nothing" in result.stderr
 
 
-def test_what_cannot_be_set_up_is_told_with_its_exit_code(desk: Desk) -> None:
+def test_a_failed_setup_is_reported_with_its_exit_code(desk: Desk) -> None:
     desk.file.write_text(
         "name: toy\nmax_restarts: 0\njob_setting:\n  docker:\n    command: {setup: exit 7, run: echo never}\n"
     )
@@ -169,7 +169,7 @@ def test_what_cannot_be_set_up_is_told_with_its_exit_code(desk: Desk) -> None:
     assert "setup of the job ended with exit code 7" in (desk.record().reason or "")
 
 
-def test_two_jobs_of_one_name_have_runs_of_their_own_and_of_one_run_only_one_runs(
+def test_two_jobs_with_one_name_have_separate_runs_and_only_one_job_writes_to_a_run(
     desk: Desk, tmp_path: Path
 ) -> None:
     desk.write("sleep 1000")
@@ -186,32 +186,32 @@ def test_two_jobs_of_one_name_have_runs_of_their_own_and_of_one_run_only_one_run
     desk.call("job", "cancel", "toy", "--wait")
     desk.wait_until_over("toy-1")
     desk.write(python("train.py", "5", "0"), f"run_url: {url}")
-    desk.run("--wait")  # nobody writes to it any more
+    desk.run("--wait")  # no other job writes to it now
 
 
 def test_ctrl_c_on_logs_leaves_the_job_alone(desk: Desk) -> None:
     desk.write("echo up; sleep 1000")
     desk.run()
     desk.wait_until(lambda: "up" in desk.log())
-    looking = subprocess.Popen(
+    following = subprocess.Popen(
         [sys.executable, "-m", "hf_cloudtrain.cli", "job", "logs", "-f", "toy"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
     )
-    assert looking.stdout is not None
-    while "up" not in looking.stdout.readline():
+    assert following.stdout is not None
+    while "up" not in following.stdout.readline():
         pass
-    looking.send_signal(signal.SIGINT)
-    _, said = looking.communicate(timeout=60)
-    assert looking.returncode == 130
-    assert "toy-1 goes on" in said
+    following.send_signal(signal.SIGINT)
+    _, errors = following.communicate(timeout=60)
+    assert following.returncode == 130
+    assert "toy-1 goes on" in errors
     assert not desk.record().is_over
     desk.call("job", "cancel", "toy", "--wait")
 
 
-def test_values_of_variables_reach_the_command_and_nothing_that_is_shown_or_stored(
+def test_values_of_variables_reach_the_command_and_are_neither_shown_nor_stored(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FROM_SHELL", f"{SECRET}-shell")
@@ -227,7 +227,7 @@ def test_values_of_variables_reach_the_command_and_nothing_that_is_shown_or_stor
     ]
     assert "right" in shown[1]
     assert desk.record().state == "finished"
-    command = f"{SECRET}-file{SECRET}-shell"  # is in the command itself, which is no variable
+    command = f"{SECRET}-file{SECRET}-shell"  # in the command itself, which is not a variable
     for text in (
         *shown,
         *(path.read_text(errors="replace") for path in desk.store_path.rglob("*") if path.is_file()),
@@ -235,27 +235,27 @@ def test_values_of_variables_reach_the_command_and_nothing_that_is_shown_or_stor
         assert SECRET not in text.replace(command, "")
 
 
-def test_a_variable_that_the_shell_lacks_is_told_before_anything_starts(desk: Desk) -> None:
+def test_a_variable_that_the_shell_lacks_is_reported_before_anything_starts(desk: Desk) -> None:
     desk.write("echo never", "env: {FROM_SHELL: }")
     assert "'FROM_SHELL'" in desk.run(code=1).stderr
     assert desk.store.ids() == []
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "part"),
     [
-        ("data: {name: nothing, mount_path: /workspace/data}", "There is no dataset 'nothing'"),
+        ("data: {name: nothing, mount_path: /workspace/data}", "no dataset 'nothing'"),
         ("data: {name: mnli, mount_path: /etc}", "/etc"),
         ("num_devices: 3\nlocal: {nodes: 2}", "num_devices"),
     ],
 )
-def test_what_cannot_work_is_refused_and_nothing_is_started(desk: Desk, more: str, words: str) -> None:
+def test_an_impossible_job_is_refused_and_nothing_is_started(desk: Desk, more: str, part: str) -> None:
     desk.write("echo never", more)
-    assert words in desk.run(code=1).stderr
+    assert part in desk.run(code=1).stderr
     assert desk.store.ids() == []
 
 
-def test_what_lies_in_the_folder_one_submits_from_is_no_module_of_ours_and_the_folder_may_go(
+def test_modules_in_the_folder_of_the_submission_are_not_imported_and_the_folder_may_disappear(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "elsewhere"
@@ -270,21 +270,21 @@ def test_what_lies_in_the_folder_one_submits_from_is_no_module_of_ours_and_the_f
     assert desk.wait_until_over().state == "finished"
 
 
-def test_torchrun_that_is_missing_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torchrun_is_reported(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_cloudtrain.jobs.engines.local.shutil.which", lambda *_, **__: None)
     desk.write("torchrun train.py")
     assert "pip install torch" in desk.run(code=1).stderr
 
 
-def test_a_job_that_nobody_knows_has_a_nearest_name(desk: Desk) -> None:
+def test_an_unknown_job_is_an_error_that_names_the_nearest(desk: Desk) -> None:
     desk.write("echo done")
     desk.run("--wait", code=1)
     assert "The nearest is 'toy-1'" in desk.call("job", "status", "toy-2", code=1).stderr
     assert "is over: failed" in desk.call("job", "cancel", "toy", code=1).stderr
 
 
-def test_the_job_of_the_first_page_is_the_one_beside_the_example_and_runs(desk: Desk) -> None:
-    """With fewer steps; no line of it is for this machine alone."""
+def test_the_job_in_the_readme_is_the_one_of_the_example_and_runs(desk: Desk) -> None:
+    """With fewer steps; no line of it depends on this machine."""
     page = (REPOSITORY / "README.md").read_text()
     shown = page.split("```yaml\n")[1].split("```")[0]
     whole = (REPOSITORY / "examples" / "glue" / "job.yml").read_text()
@@ -297,7 +297,7 @@ def test_the_job_of_the_first_page_is_the_one_beside_the_example_and_runs(desk: 
     assert not (REPOSITORY / "examples" / "glue" / "ckpt").exists()
 
 
-def test_a_port_that_is_taken_is_told(desk: Desk) -> None:
+def test_a_port_in_use_is_reported(desk: Desk) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -310,7 +310,7 @@ def test_a_port_that_is_taken_is_told(desk: Desk) -> None:
     assert "A port is in use" in (desk.record().reason or "")
 
 
-def test_records_and_data_of_a_store_on_s3_serve_jobs_of_this_machine(
+def test_jobs_of_this_machine_use_records_and_data_of_a_store_on_s3(
     desk: Desk, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in moto.env.items():

@@ -77,7 +77,7 @@ def test_a_name_means_its_newest_job_and_an_id_means_one_job(store: JobStore) ->
 
 def test_an_unknown_job_is_an_error_that_names_the_nearest(store: JobStore) -> None:
     store.create("mnli", **FACTS)
-    with pytest.raises(NoJobError, match=r"no job 'mnly-1' .* The nearest is 'mnli-1'"):
+    with pytest.raises(NoJobError, match=r"No job 'mnly-1' .* The nearest is 'mnli-1'"):
         store.read("mnly-1")
     with pytest.raises(NoJobError):
         store.read("../../secrets")

@@ -90,8 +90,8 @@ def test_how_a_start_ended_is_read_from_the_files_of_its_nodes(
 def test_a_node_that_could_not_start_its_command_names_the_reason(submission: Submission) -> None:
     leave(submission, 1, 0, None, None)
     submission.node_file(1, 1).parent.mkdir(parents=True)
-    submission.node_file(1, 1).write_text('{"exit_code": null, "problem": "There is no dataset"}')
-    assert judge(submission, 1, (1, 1), None) == Verdict(None, "failed", "There is no dataset", is_crash=True)
+    submission.node_file(1, 1).write_text('{"exit_code": null, "problem": "No such dataset"}')
+    assert judge(submission, 1, (1, 1), None) == Verdict(None, "failed", "No such dataset", is_crash=True)
 
 
 def test_a_signal_that_ended_a_command_is_named(submission: Submission) -> None:
@@ -119,6 +119,6 @@ def test_the_progress_that_a_lost_node_wrote_to_storage_counts(
 
 def test_a_problem_that_a_restart_cannot_solve_is_not_retried(submission: Submission) -> None:
     leave(submission, 1, 0, None, None)
-    record = {"exit_code": None, "problem": "There is no dataset", "hopeless": True}
+    record = {"exit_code": None, "problem": "No such dataset", "hopeless": True}
     submission.node_file(0, 1).write_text(json.dumps(record))
-    assert judge(submission, 1, (1, 75), None) == Verdict("failed", "failed", "There is no dataset")
+    assert judge(submission, 1, (1, 75), None) == Verdict("failed", "failed", "No such dataset")

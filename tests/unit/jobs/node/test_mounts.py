@@ -19,9 +19,15 @@ from hf_cloudtrain.jobs.node import mounts
 from hf_cloudtrain.jobs.node.mounts import Mount, argv, check, link
 
 IS_ROOT = os.geteuid() == 0
-NOBODY = 65534
+OVERFLOW_ID = 65534
 ORDINARY = (
-    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-sys_admin"),
+    *(
+        "setpriv",
+        f"--reuid={OVERFLOW_ID}",
+        f"--regid={OVERFLOW_ID}",
+        "--clear-groups",
+        "--bounding-set=-sys_admin",
+    ),
     # The interpreter may be in the home folder of root: this lets the user read it there, and no more.
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
