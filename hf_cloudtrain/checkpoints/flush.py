@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.checkpoints.sender import EntrySender, set_aside_unusable
-from hf_cloudtrain.errors import CorruptCheckpointError, NotCommittedError
+from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, NotCommittedError
 from hf_cloudtrain.runtime.progress import Bar, Progress
+from hf_cloudtrain.storage.client import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -66,3 +72,67 @@ def finish_left_overs(catalog: Catalog, outbox: Outbox, *, bar: bool) -> None:
     progress = Progress()
     with Bar(progress, hidden=not bar):
         flush(catalog, outbox, progress)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one entry."""
+
+    entry: OutboxEntry
+    state: str
+    """`committed`; `waiting` for the files of other hosts; `kept` in the outbox, to try again; `lost`."""
+    reason: str | None = None
+
+
+def flush_all_runs(outbox: Outbox, transfer: Callable[[], AbstractContextManager[Progress]]) -> list[Outcome]:
+    """Empty an outbox, whatever runs its entries belong to. An error becomes a reason, and the next run is flushed too.
+
+    Args:
+        transfer: the context in which the bytes of one run are sent, with what counts them.
+    """
+    entries = outbox.entries()
+    return [
+        outcome
+        for url in dict.fromkeys(entry.run_url for entry in entries)
+        for outcome in _flush_run(outbox, url, [entry for entry in entries if entry.run_url == url], transfer)
+    ]
+
+
+def _flush_run(
+    outbox: Outbox,
+    url: str,
+    entries: list[OutboxEntry],
+    transfer: Callable[[], AbstractContextManager[Progress]],
+) -> list[Outcome]:
+    damaged = {entry.home: reason for entry in entries if (reason := _changed(entry))}
+    committed: set[Path] = set()
+    incomplete: set[Path] = set()
+    trouble = None
+    try:
+        catalog = Catalog(Storage(url, env.storage_options(None)))
+        catalog.storage.check()
+        with transfer() as progress:
+            committed = {entry.home for entry in flush(catalog, outbox, progress)}
+        keys = catalog.checkpoints()
+        incomplete = {entry.home for entry in entries if entry.hosts > 1 and entry.key not in keys}
+    except CloudTrainError as error:
+        trouble = str(error)
+
+    def outcome(entry: OutboxEntry) -> Outcome:
+        if entry.home.exists():
+            return Outcome(entry, "kept", trouble)
+        if entry.home in damaged and entry.home not in committed:
+            return Outcome(entry, "lost", damaged[entry.home])
+        if entry.home in incomplete:
+            return Outcome(entry, "waiting", "other hosts have not uploaded their files")
+        return Outcome(entry, "committed")
+
+    return [outcome(entry) for entry in entries]
+
+
+def _changed(entry: OutboxEntry) -> str | None:
+    try:
+        entry.check_unchanged()
+    except CloudTrainError as error:
+        return str(error)
+    return None

@@ -1,4 +1,4 @@
-"""`checkpoint flush`: finish the uploads of an outbox, run by run, and say what became of each entry."""
+"""`checkpoint flush`: finish the uploads of an outbox, and show what became of each entry."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints import flush as outbox_flush
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
-from hf_cloudtrain.cli.arguments import open_catalog
-from hf_cloudtrain.cli.output import Columns, fail, say, transfer
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.checkpoints.flush import Outcome, flush_all_runs
+from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.cli.output import Columns, fail, say, show_table, transfer
 from hf_cloudtrain.runtime.text import size_text
 
 COLUMNS: Columns = {
@@ -23,35 +21,21 @@ COLUMNS: Columns = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one entry."""
-
-    entry: OutboxEntry
-    state: str
-    """`committed`; `waiting` for the files of other hosts; `kept` in the outbox, to try again; `lost`."""
-    reason: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "run_url": self.entry.run_url,
-            "title": self.entry.title,
-            "attempt": self.entry.key.attempt,
-            "step": self.entry.key.step,
-            "file_count": len(self.entry.files),
-            "size": self.entry.size,
-            "state": self.state,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
 class Report:
     """What became of an outbox."""
 
     outcomes: list[Outcome]
     unreadable: list[str]
     """Folders of entries that cannot be read: a warning has said why, and they do not count as uploaded."""
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"entries": [_record(outcome) for outcome in self.outcomes], "unreadable": self.unreadable}
+
+    def show(self) -> None:
+        """The table on stdout."""
+        if self.outcomes:
+            show_table(COLUMNS, self.outcomes)
 
     def tell(self, directory: Path) -> None:
         """Write the messages; exit with code 1 if anything is not on storage."""
@@ -69,49 +53,24 @@ class Report:
 
 
 def flush(directory: Path) -> Report:
-    """Upload and commit everything in the outbox of an output folder, whatever run it belongs to."""
+    """Upload and commit everything in the outbox of an output folder."""
     outbox = Outbox(directory)
-    entries = outbox.entries()
-    outcomes: list[Outcome] = []
-    for url in dict.fromkeys(entry.run_url for entry in entries):
-        outcomes += _flush_run(outbox, url, [entry for entry in entries if entry.run_url == url])
-    known = {entry.home.name for entry in entries}
+    known = {entry.home.name for entry in outbox.entries()}
+    outcomes = flush_all_runs(outbox, transfer)
     homes = list(outbox.folder.iterdir()) if outbox.folder.is_dir() else []
     left = [str(home) for home in homes if not home.name.startswith(".") and home.name not in known]
     return Report(outcomes, sorted(left))
 
 
-def _flush_run(outbox: Outbox, url: str, entries: list[OutboxEntry]) -> list[Outcome]:
-    """Empty the outbox of one run. An error becomes a reason in the outcomes, so that the next run is flushed too."""
-    damaged = {entry.home: reason for entry in entries if (reason := _changed(entry))}
-    committed: set[Path] = set()
-    incomplete: set[Path] = set()
-    trouble = None
-    try:
-        catalog = open_catalog(url)
-        catalog.storage.check()
-        with transfer() as progress:
-            committed = {entry.home for entry in outbox_flush.flush(catalog, outbox, progress)}
-        keys = catalog.checkpoints()
-        incomplete = {entry.home for entry in entries if entry.hosts > 1 and entry.key not in keys}
-    except CloudTrainError as error:
-        trouble = str(error)
-
-    def outcome(entry: OutboxEntry) -> Outcome:
-        if entry.home.exists():
-            return Outcome(entry, "kept", trouble)
-        if entry.home in damaged and entry.home not in committed:
-            return Outcome(entry, "lost", damaged[entry.home])
-        if entry.home in incomplete:
-            return Outcome(entry, "waiting", "other hosts have not uploaded their files")
-        return Outcome(entry, "committed")
-
-    return [outcome(entry) for entry in entries]
-
-
-def _changed(entry: OutboxEntry) -> str | None:
-    try:
-        entry.check_unchanged()
-    except CloudTrainError as error:
-        return str(error)
-    return None
+def _record(outcome: Outcome) -> dict[str, Any]:
+    entry = outcome.entry
+    return {
+        "run_url": entry.run_url,
+        "title": entry.title,
+        "attempt": entry.key.attempt,
+        "step": entry.key.step,
+        "file_count": len(entry.files),
+        "size": entry.size,
+        "state": outcome.state,
+        "reason": outcome.reason,
+    }

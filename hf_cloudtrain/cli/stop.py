@@ -1,57 +1,20 @@
-"""`run stop`: ask the newest attempt to save and stop, and follow it until it has ended."""
+"""`run stop`: ask the newest attempt to save and stop, and say how it stands."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.cli.output import fail, say
-from hf_cloudtrain.runtime.provenance import person
+from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.runtime.text import duration_text
-from hf_cloudtrain.tracking.status import ALIVE, count, number, quiet_seconds
-
-LOOK_SECONDS = 1.0
-"""Between two reads of the heartbeat of a run that is stopping."""
+from hf_cloudtrain.tracking.status import quiet_seconds
+from hf_cloudtrain.tracking.stop import Heartbeat, request_stop, wait_until_stopped
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """What an attempt last recorded about itself."""
-
-    run_url: str
-    attempt: int
-    state: str
-    step: int | None
-    last_committed: str | None
-    last_seen: float | None
-    """By the clock of its machine, which may be wrong: only a change of it tells anything."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it has not recorded an end. A killed attempt cannot record one."""
-        return self.state in ALIVE
-
-    def record(self) -> dict[str, Any]:
-        """For `--json`."""
-        return dict(vars(self))
-
-    def __str__(self) -> str:
-        step = "" if self.step is None else f" at step {self.step}"
-        return f"attempt {self.attempt} is {self.state!r}{step}, last committed: {self.last_committed or 'nothing'}"
-
-
-def ask(catalog: Catalog) -> Heartbeat:
-    """Ask the newest attempt to stop. Exits with an error if it has ended."""
-    catalog.attempts.check_any()
-    now = _heartbeat(catalog, catalog.attempts.numbers()[-1])
-    if not now.is_alive:
-        fail(f"No training is active at {now.run_url!r}: {now}. No stop request was sent.")
-    asked = catalog.attempts.request_stop(time.time(), person())
-    if asked not in (None, now.attempt):  # it began just now
-        now = _heartbeat(catalog, asked)
+def stop(catalog: Catalog, *, wait: bool) -> tuple[Heartbeat, str | None]:
+    """Ask, and wait until the attempt has ended if asked to; its last heartbeat, and why it did not stop, if so."""
+    now = request_stop(catalog)
     say(
         f"Asked attempt {now.attempt} of {now.run_url!r} to stop. It reads the request with its next heartbeat (every "
         f"{duration_text(env.heartbeat())}, unless {env.HEARTBEAT} differs on its machine), then saves, uploads and exits."
@@ -62,42 +25,10 @@ def ask(catalog: Catalog) -> Heartbeat:
             f"Warning: by this machine's clock its last heartbeat is {duration_text(silent)} old. If it has crashed, the "
             "request only keeps its launcher from restarting it."
         )
-    return now
-
-
-def follow(catalog: Catalog, now: Heartbeat) -> tuple[Heartbeat, str | None]:
-    """Wait until the attempt has ended; its last heartbeat, and why it did not stop as asked, if so."""
+    if not wait:
+        return now, None
     say(f"Now {now}.")
-    changed = time.monotonic()
-    while now.is_alive:
-        time.sleep(LOOK_SECONDS)
-        before, now = now, _heartbeat(catalog, now.attempt)
-        newer = catalog.attempts.overtaken_by(now.attempt) if now.is_alive else None
-        if newer is not None:
-            return now, f"Attempt {newer} has begun since then; it was not asked to stop."
-        # Its clock may be hours off from ours, so only a change counts.
-        if now != before:
-            changed = time.monotonic()
-        elif time.monotonic() - changed > quiet_seconds():
-            return now, (
-                f"No heartbeat for {duration_text(quiet_seconds())}, so it is assumed to have crashed: {now}. Checkpoints "
-                "that it saved and did not upload are on its machine; `cloudtrain checkpoint flush` there uploads them."
-            )
-    say(f"Now {now}.")
-    return now, f"It failed instead of stopping: {now}." if now.state == "failed" else None
-
-
-def _heartbeat(catalog: Catalog, attempt: int) -> Heartbeat:
-    progress = catalog.attempts.read_progress(attempt)
-    if progress is None:  # it is about to begin, or ended before its first heartbeat
-        started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
-        progress = {"time": max(started, default=None)}
-    last_committed = progress.get("last_committed")
-    return Heartbeat(
-        run_url=catalog.storage.url,
-        attempt=attempt,
-        state=str(progress.get("state", "started")),
-        step=count(progress.get("step")),
-        last_committed=None if last_committed is None else str(last_committed),
-        last_seen=number(progress.get("time")),
-    )
+    now, trouble = wait_until_stopped(catalog, now)
+    if trouble is None:
+        say(f"Now {now}.")
+    return now, trouble

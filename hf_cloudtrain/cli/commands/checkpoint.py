@@ -291,19 +291,15 @@ def flush(
     as_json: Json = False,
 ) -> None:
     """Finish uploads that a training left on this machine. Each goes to the run that saved it."""
-    from hf_cloudtrain.cli.flush import COLUMNS
-    from hf_cloudtrain.cli.flush import flush as flush_outbox
+    from hf_cloudtrain.cli import flush as actions
 
     if not directory.is_dir():
         raise ConfigurationError(f"{str(directory)!r} is not a folder. Pass the output_dir of the training.")
-    report = flush_outbox(directory)
+    report = actions.flush(directory)
     if as_json:
-        entries = [outcome.record() for outcome in report.outcomes]
-        print_json(
-            {"directory": str(directory.absolute()), "entries": entries, "unreadable": report.unreadable}
-        )
-    elif report.outcomes:
-        show_table(COLUMNS, report.outcomes)
+        print_json({"directory": str(directory.absolute()), **report.record()})
+    else:
+        report.show()
     report.tell(directory)
 
 

@@ -96,10 +96,7 @@ def stop(
     """
     from hf_cloudtrain.cli import stop as actions
 
-    catalog = open_catalog(run_url)
-    now, trouble = actions.ask(catalog), None
-    if wait:
-        now, trouble = actions.follow(catalog, now)
+    now, trouble = actions.stop(open_catalog(run_url), wait=wait)
     if as_json:
         print_json(now.record())
     if trouble is not None:

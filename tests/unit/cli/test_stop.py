@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_cloudtrain.cli import stop
+from hf_cloudtrain.tracking import stop
 from tests.unit.cli.terminal import ESC, Run, answer, cloudtrain, sentence
 
 

@@ -18,8 +18,10 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.cli import watch as cli_watch
-from hf_cloudtrain.cli.watch import View, Watcher, picture
+from hf_cloudtrain.cli.watch import picture
 from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.tracking import watcher
+from hf_cloudtrain.tracking.watcher import View, Watcher
 from tests.faults.runs import Machines
 from tests.recorded import commit, write
 
@@ -66,7 +68,7 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> list[Change]:
     def stop() -> None:
         raise AssertionError("still watching a run that is over")
 
-    monkeypatch.setattr(cli_watch, "wait", wait)
+    monkeypatch.setattr(watcher, "wait", wait)
     return made
 
 
@@ -220,7 +222,7 @@ def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_watch, "wait", interrupt)
+    monkeypatch.setattr(watcher, "wait", interrupt)
     before = sorted(info.path for info in run.storage.list(""))
     assert len(watch(run, code=130)) == 1
     assert sorted(info.path for info in run.storage.list("")) == before

@@ -1,0 +1,110 @@
+"""Watching a run until it is over: what changes from look to look, and when no new attempt will follow.
+
+Two listings and a small record every few seconds, and the records of all steps again when an attempt has begun or a
+checkpoint was committed. A storage error is part of the view, and the next look tries again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.tracking.history import AttemptInfo, history_of
+from hf_cloudtrain.tracking.status import RunState, run_state
+
+LOOK_SECONDS = 2.0
+"""Between two looks; a run sends a heartbeat every 15 s."""
+MOST_LOSSES = 20_000
+"""Losses that are kept; a curve on a screen has some hundred points."""
+LAST = ("finished", "overtaken")
+"""States that no new attempt follows, whatever the job still does."""
+
+
+@dataclass
+class View:
+    """What a watcher knows about the run."""
+
+    state: RunState
+    attempts: list[AttemptInfo]
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss), ascending."""
+    goodput: float | None = None
+    trouble: str | None = None
+    """Why the last look failed; the rest is from the look before."""
+
+    def same_but_time(self, other: View | None) -> bool:
+        """Whether nothing has changed between the two."""
+        return other is not None and self._changing() == other._changing()
+
+    def _changing(self) -> tuple[Any, ...]:
+        now = self.state
+        known = (now.state, now.attempt, now.step, now.last_committed, now.uploading)
+        return (*known, self.trouble, bool(now.stalled))
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**self.state.record(), "goodput": self.goodput, "trouble": self.trouble}
+
+
+class Watcher:
+    """Reads one run again and again, also before its first attempt and between two, while a next one is awaited.
+
+    Args:
+        is_awaited: whether a new attempt will follow.
+
+    Example:
+        >>> for view in Watcher(catalog).views():
+        ...     print(view.state.step)
+    """
+
+    def __init__(self, catalog: Catalog, is_awaited: Callable[[], bool] = bool) -> None:
+        self._catalog = catalog
+        self._is_awaited = is_awaited
+        while not catalog.attempts.numbers() and is_awaited():
+            wait()
+        catalog.attempts.check_any()
+        self.view = self._read_steps(run_state(catalog))
+        """The newest view."""
+
+    def views(self) -> Iterator[View]:
+        """One view every `LOOK_SECONDS`; the last one is of a run that is over."""
+        while True:
+            yield self.view
+            now = self.view.state
+            if now.is_over and self.view.trouble is None and (now.state in LAST or not self._is_awaited()):
+                return
+            wait()
+            self.view = self._look()
+
+    def _look(self) -> View:
+        before = self.view
+        try:
+            now = run_state(self._catalog)
+            known = before.state
+            if now.is_over or (now.attempt, now.last_committed) != (known.attempt, known.last_committed):
+                return self._read_steps(now)
+        except CloudTrainError as error:  # storage is unavailable, or a record is damaged
+            return replace(before, trouble=str(error))
+        losses = before.losses
+        if now.loss is not None and now.step is not None and (not losses or losses[-1][0] < now.step):
+            losses = [*losses, (now.step, now.loss)][-MOST_LOSSES:]
+        return View(now, before.attempts, losses, before.goodput)
+
+    def _read_steps(self, now: RunState) -> View:
+        """With what only the records of all steps contain."""
+        history = history_of(self._catalog)
+        losses = [
+            (int(log["step"]), float(log["loss"]))
+            for log in history.logs
+            if isinstance(log.get("loss"), (int, float)) and abs(log["loss"]) < 1e300
+        ]
+        return View(now, history.attempts, losses[-MOST_LOSSES:], history.goodput)
+
+
+def wait() -> None:
+    """Pause until the next look."""
+    time.sleep(LOOK_SECONDS)
