@@ -1,4 +1,4 @@
-"""What a training loader is made of, whether torch, Accelerate or torchdata made it."""
+"""Facts about a training DataLoader, whether torch, Accelerate or torchdata made it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def length(sized: Any) -> int | None:
-    """How many batches a loader has for one process, or a data set samples; None where that is not known."""
+    """Batches of a DataLoader for one rank, or samples of a dataset; None if unknown."""
     try:
         count: int = len(sized)
     except TypeError:
@@ -16,7 +16,7 @@ def length(sized: Any) -> int | None:
 
 
 def batch_size_of(dataloader: Any) -> int | None:
-    """Samples in one batch of one process; None where that is not known."""
+    """Samples in one batch of one rank; None if unknown."""
     if hasattr(dataloader, "total_batch_size"):
         from accelerate import PartialState
 
@@ -25,27 +25,8 @@ def batch_size_of(dataloader: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def innermost_sampler(base: Any) -> Any:
-    """The sampler that draws the order."""
-    return samplers(base)[-1]
-
-
-def seed_of(dataloader: Any) -> int | None:
-    """What Accelerate's seedable sampler draws each epoch's order from; None for all others."""
-    found: int | None = getattr(
-        innermost_sampler(getattr(dataloader, "base_dataloader", dataloader)), "initial_seed", None
-    )
-    return found
-
-
-def sampler_name(dataloader: Any) -> str:
-    """The sampler that draws the order, as package and class, such as `torch.RandomSampler`."""
-    kind = type(innermost_sampler(getattr(dataloader, "base_dataloader", dataloader)))
-    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
-
-
 def samplers(base: Any) -> list[Any]:
-    """A loader's samplers, from the one that torch asks to the one that draws the order."""
+    """The samplers of a DataLoader, from the one that torch iterates to the one that draws the order."""
     found = [base.batch_sampler if base.batch_sampler is not None else base.sampler]
     while True:
         inside = getattr(found[-1], "batch_sampler", None) or getattr(found[-1], "sampler", None)
@@ -54,33 +35,67 @@ def samplers(base: Any) -> list[Any]:
         found.append(inside)
 
 
+def innermost_sampler(dataloader: Any) -> Any:
+    """The sampler that draws the order."""
+    return samplers(getattr(dataloader, "base_dataloader", dataloader))[-1]
+
+
+def seed_of(dataloader: Any) -> int | None:
+    """The seed from which Accelerate's seedable sampler draws each epoch's order; None for all others."""
+    found: int | None = getattr(innermost_sampler(dataloader), "initial_seed", None)
+    return found
+
+
+def sampler_name(dataloader: Any) -> str:
+    """The sampler that draws the order, as package and class, such as `torch.RandomSampler`."""
+    kind = type(innermost_sampler(dataloader))
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
 def set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tell the number of the epoch to whatever makes the order depend on it."""
-    for owner in (dataloader, innermost_sampler(getattr(dataloader, "base_dataloader", dataloader))):
+    """Pass the number of the epoch to the object whose order depends on it."""
+    for owner in (dataloader, innermost_sampler(dataloader), dataloader.dataset):
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
             return
-    if hasattr(dataloader.dataset, "set_epoch"):
-        dataloader.dataset.set_epoch(epoch)
+
+
+def generators_of(base: Any) -> list[Any]:
+    """The random generators that an order is drawn from, each once."""
+    found: list[Any] = []
+    for owner in (base, *samplers(base), base.dataset):
+        generator = getattr(owner, "generator", None)
+        if hasattr(generator, "get_state") and not any(generator is other for other in found):
+            found.append(generator)
+    return found
+
+
+def share_generator(base: Any, states: tuple[Any, ...]) -> None:
+    """Give the sampler a generator if the saved one had one: Accelerate does, if several ranks share the sampler."""
+    import torch
+
+    sampler = innermost_sampler(base)
+    if states and not generators_of(base) and getattr(sampler, "generator", states) is None:
+        sampler.generator = torch.Generator()
 
 
 def is_dispatcher(dataloader: Any) -> bool:
-    """Whether it is Accelerate's loader whose first process reads for all."""
+    """Whether it is Accelerate's DataLoader whose rank 0 reads for all ranks."""
     return type(dataloader).__name__ == "DataLoaderDispatcher"
 
 
 def reads_here(dataloader: Any) -> bool:
-    """Whether this process reads data: of a dispatcher's, only the first does."""
+    """Whether this rank reads data: of a dispatcher's, only rank 0 does."""
     return not is_dispatcher(dataloader) or bool(dataloader.state.process_index == 0)
 
 
 def fills_up(dataloader: Any) -> bool:
-    """Whether the last batch of an epoch may get samples of the first one."""
+    """Whether the last batch of an epoch may be filled up with samples of the first one."""
     return is_dispatcher(dataloader) and dataloader.state.num_processes > 1 and not dataloader._drop_last
 
 
 def fetches_per_batch(dataloader: Any) -> int:
-    """A dispatcher reads the batches of all processes and hands each its own."""
+    """Fetches for one batch of a rank: a dispatcher reads the batches of all ranks."""
     if not is_dispatcher(dataloader) or dataloader.split_batches:
         return 1
     return int(dataloader.state.num_processes)
@@ -94,7 +109,7 @@ def keeps_state(dataloader: Any) -> bool:
 
 
 def shuffles_in_a_buffer(dataset: Any) -> bool:
-    """Whether a stream of `datasets` shuffles in a buffer, whose content its state does not hold: samples would be lost."""
+    """Whether a stream of `datasets` shuffles in a buffer: its state does not hold the buffer, so samples would be lost."""
     module = sys.modules.get("datasets.iterable_dataset")
     kind = getattr(module, "BufferShuffledExamplesIterable", None)
     if kind is None:
@@ -110,6 +125,6 @@ def shuffles_in_a_buffer(dataset: Any) -> bool:
 
 
 def leave(dataloader: Any) -> None:
-    """Tell Accelerate that this loader is not iterated any more: it only notices an end that it reaches itself."""
+    """Tell Accelerate that the iteration has ended: it only notices an end that it reaches itself."""
     if hasattr(dataloader, "gradient_state") and hasattr(dataloader, "end"):
         dataloader.end()

@@ -1,7 +1,7 @@
-"""The random states of this process: Python's, numpy's and torch's, and those of generators that somebody handed over.
+"""The random states of this process: Python's, numpy's, torch's and the accelerator's, and those of given generators.
 
-They are kept in memory between two batches and stored in a file per process. numpy's takes 30 us to read and the
-others 8, so whoever looks at every batch leaves it out.
+They are kept in memory between two batches and stored in a file per rank. Reading numpy's takes 30 us and the others 8,
+so it can be left out for a read before every batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RandomState:
     torch: Any
     """uint8 tensor, 5,056 bytes."""
     numpy: Any = None
-    """None where it was left out: restoring leaves numpy as it is."""
+    """None if it was left out: restoring does not change numpy's."""
     device: Any = None
     """State of this process's accelerator, uint8 tensor; None on a CPU."""
     generators: tuple[Any, ...] = ()
@@ -35,7 +35,7 @@ class RandomState:
     def capture(
         cls, generators: Iterable[Any] = (), *, numpy: bool = True, device: bool = False
     ) -> RandomState:
-        """The states now. `device` also reads the accelerator's, which needs no synchronisation."""
+        """The states now. `device` also reads the accelerator's, without a synchronisation."""
         import torch
 
         return cls(
@@ -48,10 +48,10 @@ class RandomState:
 
     @classmethod
     def derived(cls, seed: int, generators: Iterable[Any] = ()) -> RandomState:
-        """States of a process that did not exist: all from one seed of 32 bits.
+        """States for a rank that the checkpoint does not have, all from one seed of 32 bits.
 
         Args:
-            generators: states of generators, which all processes share.
+            generators: states of generators, which all ranks share.
         """
         import numpy
         import torch
@@ -69,7 +69,7 @@ class RandomState:
         )
 
     def restore(self, generators: Iterable[Any] = ()) -> None:
-        """Set them again, those of `generators` in the order in which they were captured."""
+        """Set all states, and those of `generators` in the order in which they were captured."""
         import torch
 
         random.setstate(self.python)
@@ -80,11 +80,15 @@ class RandomState:
             numpy.random.set_state(self.numpy)
         if self.device is not None and _device_module():
             _device_module().set_rng_state(self.device)
+        self.restore_generators(generators)
+
+    def restore_generators(self, generators: Iterable[Any]) -> None:
+        """Set the states of the generators alone."""
         for generator, state in zip(generators, self.generators, strict=False):
             generator.set_state(state)
 
     def to_record(self) -> dict[str, Any]:
-        """Numbers, texts and tensors alone, which torch loads without unpickling anything else."""
+        """Numbers, texts and tensors only, which `torch.load(weights_only=True)` reads."""
         import torch
 
         numpy = self.numpy
@@ -101,7 +105,7 @@ class RandomState:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RandomState:
-        """What `to_record` made."""
+        """The states in what `to_record` returned."""
         version, internal, gauss = record["python"]
         numpy = record["numpy"]
         if numpy is not None:
@@ -116,7 +120,7 @@ class RandomState:
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed of 32 bits that follows from numbers, such as seed, rank and step."""
+    """A seed of 32 bits that depends only on numbers, such as seed, rank and step."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
@@ -129,7 +133,7 @@ def numpy_state() -> Any:
 
 
 def same_numpy_state(one: Any, other: Any) -> bool:
-    """Whether nobody drew from numpy's global state between the two."""
+    """Whether two states are equal, so that no number was drawn between them."""
     return bool((one[1] == other[1]).all()) and one[2:] == other[2:]
 
 

@@ -50,7 +50,7 @@ def test_a_manifest_tells_the_position(tmp_path: Path) -> None:
 def test_what_cannot_be_exact_is_recorded_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_cloudtrain.resume.data_position.fills_up", lambda loader: True)
+    monkeypatch.setattr("hf_cloudtrain.resume.loader_state.fills_up", lambda loader: True)
     train(tmp_path / "run", tmp_path / "out", StatefulStream(20))
     found = {item.step: (item.exact, item.inexact_reason) for item in manifests(tmp_path / "run")}
     assert found[10] == (True, None)

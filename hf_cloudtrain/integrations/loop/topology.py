@@ -14,8 +14,9 @@ from typing import Any
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
 from hf_cloudtrain.integrations.loop.position import topology
 from hf_cloudtrain.integrations.loop.state import LoopState
-from hf_cloudtrain.resume.data_position import BY_READING, DataPosition, moved
+from hf_cloudtrain.resume.data_position import DataPosition, converted
 from hf_cloudtrain.resume.dataloaders import batch_size_of, innermost_sampler, keeps_state, length
+from hf_cloudtrain.resume.loader_state import BY_READING
 from hf_cloudtrain.resume.random_state import RandomState, derived_seed
 from hf_cloudtrain.resume.schedules import check_movable, move_to
 from hf_cloudtrain.resume.topology import Conversion, Epoch, convert, refusal, same_topology
@@ -90,7 +91,7 @@ def convert_here(
     if main["place"] is None:
         return None, random
     old = (int(saved.world_size or 1), int(saved.per_device_train_batch_size or 1))
-    return moved(main["place"], batches=_batches_of_epoch(conversion), old=old), random
+    return converted(main["place"], batches=_batches_of_epoch(conversion), old=old), random
 
 
 def _training_loader(accelerator: Any, saved: Position) -> Any:
