@@ -1,1 +1,19 @@
-"""TODO room resume."""
+"""Where training stands, and how it resumes there: dataset, random states, schedule, under the old settings or new ones.
+
+Reading order:
+
+- `topology`: the position under a new world size, batch size or accumulation (law 8);
+- `schedules`: moving a learning rate schedule to a different step;
+- `random_state`: all random states of a process, captured, stored and restored;
+- `dataloaders`: facts about a DataLoader, made by torch, Accelerate or torchdata;
+- `data_position`: the position in an epoch of a DataLoader, and the resume there;
+- its parts: `watched_sampler` (observes the fetches and chains their fingerprint), `sample_order` (compares it),
+  `loader_state` (streams and DataLoaders that save their own position);
+- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop.
+
+    DataPosition.begin(epoch, record)          a resume
+        WatchedSampler   skips by index   ->   OrderCheck compares fingerprints   ->   RandomState.restore()
+        LoaderState      restores the stream, or says how much to read again
+
+May import `checkpoints` (for `Position`) and the rooms below. The integrations use this room; it knows neither of them.
+"""

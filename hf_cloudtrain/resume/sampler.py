@@ -1,4 +1,4 @@
-"""A sampler that goes on where training stopped, on any number of processes."""
+"""A sampler that continues where training stopped, on any number of processes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ _KEYS = ("seed", "epoch", "samples_seen", "length", "shuffle")
 
 
 class ResumableSampler(Sampler[int]):
-    """Deals the indices of a data set to the processes of a job, from any place of an epoch.
+    """Distributes the indices of a dataset to the processes of a job, from any position of an epoch.
 
     The order of an epoch is a permutation by (seed, epoch) alone, the same as DistributedSampler's. The processes take
-    turns in it, beginning after the samples that were trained on in this epoch. So it is exact also when the number of
-    processes changes, and skipping costs nothing. The position moves by `advance` alone, never by what loader workers
-    fetched ahead.
+    turns in it, starting after the samples that were trained on in this epoch. So a resume is exact on a different number of
+    processes too, and skipping costs nothing. Only `advance` moves the position, not what workers fetch ahead.
 
     Args:
-        data: a data set with a length, or the length.
-        num_replicas: number of processes; None asks torch.distributed, then the launcher; alone it is 1.
+        data: a dataset with a length, or the length.
+        num_replicas: number of processes; None takes that of torch.distributed, else of the launcher, else 1.
         rank: of this process; None as above.
-        shuffle: False takes the data set's own order.
+        shuffle: False keeps the order of the dataset.
         seed: the same on all processes.
-        drop_last: leave out the few samples at the end that do not go round; else the first few of the order fill up.
+        drop_last: leave out the last samples if they do not divide by the processes; else the first of the order fill up.
 
     Raises:
-        ConfigurationError: a rank or a length that cannot be.
+        ConfigurationError: the rank is out of range, or the dataset is empty.
 
     Example:
         >>> sampler = ResumableSampler(dataset, seed=42)
@@ -61,23 +60,23 @@ class ResumableSampler(Sampler[int]):
         self.length = data if isinstance(data, int) else len(data)
         if not 0 <= self.rank < self.num_replicas:
             raise ConfigurationError(
-                f"rank={self.rank} is none of {self.num_replicas} processes. Pass both num_replicas and rank, or neither."
+                f"rank={self.rank} is out of range for num_replicas={self.num_replicas}. Pass both, or neither."
             )
         if self.length < 1:
-            raise ConfigurationError(f"{self.length} samples are none to choose from.")
+            raise ConfigurationError(f"The dataset must not be empty; its length is {self.length}.")
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
         self.epoch = 0
         self.samples_seen = 0
-        """Samples of this epoch that all processes together were trained on."""
+        """Samples of this epoch that all processes together have trained on."""
         self._handed_out = False
         self._advanced = False
 
     def __iter__(self) -> Iterator[int]:
         if self._advanced and self.samples_seen == self.length:
             raise ConfigurationError(
-                f"Epoch {self.epoch} is over. Call set_epoch({self.epoch + 1}) before going through the data again."
+                f"Epoch {self.epoch} is complete. Call set_epoch({self.epoch + 1}) before you iterate again."
             )
         order = self._order()
         first = self.samples_seen + self.rank
@@ -86,28 +85,28 @@ class ResumableSampler(Sampler[int]):
             yield order[position % self.length]
 
     def __len__(self) -> int:
-        """Samples of this epoch that are left for this process."""
+        """Samples of this epoch that this process has not trained on yet."""
         left = self.length - self.samples_seen
         return (left if self.drop_last else left + self.num_replicas - 1) // self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch: to its beginning, unless it is the one under way."""
+        """Start an epoch; the current epoch continues at its position."""
         if epoch != self.epoch:
             self.epoch = epoch
             self.samples_seen = 0
             self._handed_out = self._advanced = False
 
     def advance(self, samples: int) -> None:
-        """This process was trained on so many more samples, and every other one on as many.
+        """Note that this process, and each other one, has trained on so many more samples.
 
         Example:
             >>> sampler.advance(len(batch))
         """
         if samples < 0:
             raise ConfigurationError(
-                f"advance({samples}) goes back. Pass the number of samples in the batch."
+                f"advance({samples}) must not be negative. Pass the number of samples in the batch."
             )
-        # What fills up the last round has been seen before.
+        # The last round may be filled up with samples that were seen.
         self.samples_seen = min(self.length, self.samples_seen + samples * self.num_replicas)
         self._advanced = True
 
@@ -115,35 +114,35 @@ class ResumableSampler(Sampler[int]):
         """The position, the same on every process; for the checkpoint.
 
         Raises:
-            PositionError: samples went out, and `advance` was not called: the position would be wrong.
+            PositionError: samples were drawn and `advance` was not called, so the position would be wrong.
         """
         if self._handed_out and not self._advanced:
             raise PositionError(
-                "Samples were taken from the sampler, and advance() was not called, so a resumed run would see them again. "
-                "Call sampler.advance(len(batch)) after each batch; advance(0) says that none was trained on."
+                "Samples were drawn from the sampler but advance() was not called, so a resumed run would see them again. "
+                "Call sampler.advance(len(batch)) after each batch, or advance(0) if none was trained on."
             )
         return {name: getattr(self, name) for name in _KEYS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position.
+        """Continue from a position.
 
         Raises:
-            PositionError: it belongs to another data set or another order.
+            PositionError: it belongs to a different dataset or order.
         """
         if not isinstance(state, dict) or any(not isinstance(state.get(name), int) for name in _KEYS):
-            raise PositionError(f"{state!r} is no state of a ResumableSampler.")
-        for name, words in (
-            ("length", "Use the same data set."),
-            ("seed", "Use the same seed."),
-            ("shuffle", "Use the same order."),
-        ):
+            raise PositionError(
+                f"{state!r} is not a state of a ResumableSampler. Pass what state_dict() returned."
+            )
+        for name, what in (("length", "dataset"), ("seed", "seed"), ("shuffle", "order")):
             if state[name] != getattr(self, name):
                 raise PositionError(
-                    f"The position was saved with {name}={state[name]}, and here it is {getattr(self, name)}: the same "
-                    f"place would mean other samples. {words}"
+                    f"The position was saved with {name}={state[name]}, but this sampler has {name}={getattr(self, name)}: the "
+                    f"samples would differ. Use the same {what}."
                 )
         if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= self.length:
-            raise PositionError(f"{state!r} is no place in {self.length} samples.")
+            raise PositionError(
+                f"{state!r} is not a position in {self.length} samples. Pass what state_dict() returned."
+            )
         self.epoch = state["epoch"]
         self.samples_seen = state["samples_seen"]
         self._handed_out = self._advanced = False

@@ -365,7 +365,7 @@ class TestResume:
     def test_another_order_is_refused_before_a_step(self, tmp_path: Path) -> None:
         _killed(tmp_path, 3)
         steps: list[int] = []
-        with pytest.raises(PositionError, match=r"order is another one.*or start a run of its own"):
+        with pytest.raises(PositionError, match=r"order differs.*or start a new run"):
             train(
                 tmp_path / "run",
                 tmp_path / "two",
@@ -378,7 +378,7 @@ class TestResume:
     def test_a_sampler_that_goes_on_otherwise_is_refused(self, tmp_path: Path) -> None:
         """It gives the same batches again, for its first numbers are restored, and then others."""
         _killed(tmp_path, 3, loader=lambda: {"shuffle": False, "sampler": _Lazy(20)})
-        with pytest.raises(PositionError, match="the batch after them is another one"):
+        with pytest.raises(PositionError, match="the batch after them differs"):
             train(
                 tmp_path / "run",
                 tmp_path / "two",
@@ -410,12 +410,12 @@ class TestResume:
 
     def test_fewer_data_are_refused_before_a_step(self, tmp_path: Path) -> None:
         _killed(tmp_path, 5, size=32)
-        with pytest.raises(PositionError, match="cannot be found again"):
+        with pytest.raises(PositionError, match="cannot be reproduced"):
             train(tmp_path / "run", tmp_path / "two", Rows(12))
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
-        [({"batch_size": 3}, "4 samples a batch"), ({"accumulation": 3}, "1 batches an optimizer step")],
+        [({"batch_size": 3}, "4 samples per batch"), ({"accumulation": 3}, "1 batches per optimizer step")],
     )
     def test_another_meaning_of_a_step_that_ends_elsewhere_is_refused(
         self, tmp_path: Path, arguments: dict[str, Any], words: str

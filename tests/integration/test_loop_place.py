@@ -132,9 +132,9 @@ class TestOneProcess:
             (
                 {},
                 {"batch_size": 5},
-                "stands at 16 samples, 16 of them in this epoch, which is no multiple of the 5",
+                "saved after 16 samples, 16 of them in this epoch, which is not a multiple of the 5",
             ),
-            ({"data": "stream"}, {"data": "stream", "accumulation": 2}, "The data is a stream"),
+            ({"data": "stream"}, {"data": "stream", "accumulation": 2}, "The dataset is streamed"),
             (
                 {"data": "counted"},
                 {"data": "counted", "batch_size": 8},
@@ -147,8 +147,8 @@ class TestOneProcess:
             ),
             ({}, {"samples": 32, "accumulation": 2}, "No prepared loader has its 24 samples"),
             ({}, {"prepare": False, "accumulation": 2}, "No prepared loader has its 24 samples"),
-            ({}, {"prepare": False, "batch_size": 8}, "4 samples a batch and process before, 8 now"),
-            ({"seed": 5, **SEEDED}, {"batch_size": 8}, "their order is another one"),
+            ({}, {"prepare": False, "batch_size": 8}, "4 samples per batch and process before, 8 now"),
+            ({"seed": 5, **SEEDED}, {"batch_size": 8}, "the sample order differs"),
         ],
         ids=str,
     )

@@ -87,11 +87,12 @@ def test_law_8_the_log_says_what_changed_and_what_is_no_longer_exact(lab: Lab) -
     second = start(lab, "second", ONE)[0]
     assert second.wait() == 0, second.log
     assert (
-        "checkpoint-4: 2 processes before, 1 now. Step 4 of then is step 8 here, after the same 32 samples"
+        "checkpoint-4: 2 processes before, 1 now. Step 4 under the old settings is step 8 under the new ones (32 samples seen)"
         in (second.log)
     )
     assert (
-        "will not equal an uninterrupted one: random numbers are drawn for other batches, and" in second.log
+        "will not equal an uninterrupted one: random numbers are drawn for different batches, and"
+        in second.log
     )
 
 
@@ -169,17 +170,17 @@ class TestWhatCannotBeConvertedIsRefused:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"samples": 22}, "the training data had 24 samples, and it has 22 now"),
+            ({"samples": 22}, "the training dataset had 24 samples; it has 22 samples now"),
             ({"seed": 43}, "in the order of seed 42, and now it is that of seed 43"),
             (
                 {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
-                "no multiple of the 5 samples",
+                "not a multiple of the 5 samples",
             ),
             (
                 {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
                 "by the size of a batch",
             ),
-            ({"stream": True, "max_steps": 18}, "the training data had 24 samples, and it is a stream now"),
+            ({"stream": True, "max_steps": 18}, "the training dataset had 24 samples; it is streamed now"),
         ],
         ids=str,
     )
@@ -191,7 +192,7 @@ class TestWhatCannotBeConvertedIsRefused:
     def test_law_8_a_stream_of_which_trainer_knows_no_place(self, lab: Lab) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8, stream=True, max_steps=18)
         said = failed(lab, "second", TWO, stream=True, max_steps=9)
-        assert "1 processes before, 2 now. The data is a stream" in said
+        assert "1 processes before, 2 now. The dataset is streamed" in said
 
 
 def start(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[Child]:

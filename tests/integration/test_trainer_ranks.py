@@ -79,7 +79,7 @@ class TestErrorsReachAllRanks:
         lab.killed("first", kill_at=4, committed=3, save_steps=3)
         for said in fail(lab.start_ranks("second")):
             assert "PositionError: checkpoint-3 cannot be resumed here: 1 processes before, 2 now." in said
-            assert "12 samples, 12 of them in this epoch, which is no multiple of the 8 samples" in said
+            assert "12 samples, 12 of them in this epoch, which is not a multiple of the 8 samples" in said
 
     def test_a_storage_that_cannot_be_reached(self, lab: Lab) -> None:
         (lab.folder / "run").touch()

@@ -47,8 +47,8 @@ class TestRefusedBeforeTheFirstStep:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"per_device_train_batch_size": 3}, "4 samples a batch and process before, 3 now"),
-            ({"gradient_accumulation_steps": 3}, "1 batches an optimizer step before, 3 now"),
+            ({"per_device_train_batch_size": 3}, "4 samples per batch and process before, 3 now"),
+            ({"gradient_accumulation_steps": 3}, "1 batches per optimizer step before, 3 now"),
         ],
     )
     def test_law_8_another_batch_or_accumulation_whose_steps_end_elsewhere(

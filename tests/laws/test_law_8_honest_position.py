@@ -82,7 +82,7 @@ def test_law_8_a_place_is_after_the_same_samples_or_there_is_none(
         assert conversion.max_steps == len(after), "the schedule ends with the data"
         assert conversion.step_of(step) == conversion.global_step
     else:
-        with pytest.raises(PositionError, match=f"It stands at {seen} samples"):
+        with pytest.raises(PositionError, match=f"It was saved after {seen} samples"):
             convert(saved, now, today.epoch(samples), "checkpoint-1")
 
 

@@ -1,4 +1,4 @@
-"""RandomState: what is drawn after a restore is what was drawn after the capture, here and in another process."""
+"""RandomState: a restore repeats the numbers that followed the capture, in this process and in a different one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,8 @@ DRAWS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Any:
-    before = RandomState.capture()
-    yield
-    before.restore()
-
-
 def stored(state: RandomState) -> RandomState:
-    """Through a file, as another process reads it."""
+    """Through a file, as a different process reads it."""
     file = io.BytesIO()
     torch.save(state.to_record(), file)
     file.seek(0)
@@ -40,23 +33,25 @@ def stored(state: RandomState) -> RandomState:
 
 @pytest.mark.parametrize("name", DRAWS)
 @pytest.mark.parametrize("through", [lambda state: state, stored], ids=["in memory", "through a file"])
-def test_the_same_numbers_come_again_from(name: str, through: Callable[[RandomState], RandomState]) -> None:
+def test_the_same_numbers_are_drawn_again_from(
+    name: str, through: Callable[[RandomState], RandomState]
+) -> None:
     draw = DRAWS[name]
-    draw()  # of two Gaussian numbers, the second one is waiting
+    draw()  # the second of two Gaussian numbers is cached
     state = RandomState.capture()
     drawn = [draw() for _ in range(3)]
     through(state).restore()
     assert [draw() for _ in range(3)] == drawn
 
 
-def test_a_capture_does_not_follow_what_is_drawn_after_it() -> None:
+def test_a_capture_does_not_change_with_later_draws() -> None:
     state = RandomState.capture()
     before = state.torch.clone()
     torch.rand(8)
     assert torch.equal(state.torch, before)
 
 
-def test_numpy_is_left_as_it_is_where_it_was_left_out() -> None:
+def test_a_restore_does_not_change_numpy_if_it_was_left_out() -> None:
     state = RandomState.capture(numpy=False)
     assert state.numpy is None
     np.random.rand()
@@ -74,7 +69,7 @@ def test_generators_are_set_in_the_order_in_which_they_were_captured() -> None:
     assert [torch.rand(2, generator=generator).tolist() for generator in generators] == drawn
 
 
-def test_a_generator_that_is_new_since_is_left_alone() -> None:
+def test_a_generator_that_was_not_captured_is_not_changed() -> None:
     state = RandomState.capture([torch.Generator().manual_seed(1)])
     one, other = torch.Generator(), torch.Generator().manual_seed(5)
     untouched = other.get_state()
@@ -94,16 +89,16 @@ def test_a_generator_that_is_new_since_is_left_alone() -> None:
     ],
     ids=["nothing", "one number of numpy", "more than its whole state", "python", "torch"],
 )
-def test_it_is_seen_whether_numpy_drew(draw: Callable[[], Any], same: bool) -> None:
+def test_same_numpy_state_detects_a_draw(draw: Callable[[], Any], same: bool) -> None:
     before = numpy_state()
     draw()
     assert same_numpy_state(before, numpy_state()) is same
 
 
-def test_it_is_seen_that_numpy_gave_the_second_of_two_gaussian_numbers() -> None:
+def test_same_numpy_state_detects_a_draw_of_the_cached_gaussian_number() -> None:
     np.random.standard_normal()
     before = numpy_state()
-    np.random.standard_normal()  # moves nothing but the number that was waiting
+    np.random.standard_normal()  # changes nothing but the cached number
     assert not same_numpy_state(before, numpy_state())
 
 
@@ -114,14 +109,14 @@ class TestDevice:
         monkeypatch.setattr(random_state, "_device_module", lambda: device)
         return device
 
-    def test_its_state_is_captured_and_restored_where_asked_for(self, device: _Device) -> None:
+    def test_its_state_is_captured_and_restored_on_request(self, device: _Device) -> None:
         assert RandomState.capture().device is None
         state = RandomState.capture(device=True)
         device.state = torch.tensor([9], dtype=torch.uint8)
         stored(state).restore()
         assert device.state.tolist() == [7]
 
-    def test_a_state_from_a_machine_with_one_is_left_out_on_a_machine_without(
+    def test_its_state_is_ignored_on_a_machine_without_an_accelerator(
         self, device: _Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         state = RandomState.capture(device=True)
@@ -130,13 +125,13 @@ class TestDevice:
         stored(state).restore()
         assert torch.equal(torch.get_rng_state(), state.torch)
 
-    def test_without_one_there_is_no_state(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_an_accelerator_the_state_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         assert RandomState.capture(device=True).device is None
 
 
 class _Device:
-    """The part of `torch.cuda` that has to do with random numbers."""
+    """The part of `torch.cuda` that handles random states."""
 
     def __init__(self) -> None:
         self.state = torch.tensor([7], dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Each sample once an epoch, wherever training stops and on however many processes it goes on."""
+"""Each sample once per epoch, wherever training stops and on however many processes it continues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_cloudtrain.errors import ConfigurationError, PositionError
 
 
 def ranks(length: int, world_size: int, state: dict[str, Any] | None = None, **options: Any) -> list[Any]:
-    """The samplers of all processes, as a start from that state has them."""
+    """The samplers of all processes, each started from that state."""
     made = [
         ResumableSampler(length, num_replicas=world_size, rank=rank, **options) for rank in range(world_size)
     ]
@@ -26,7 +26,7 @@ def ranks(length: int, world_size: int, state: dict[str, Any] | None = None, **o
 
 
 def train(samplers: list[Any], steps: int, batch: int) -> list[int]:
-    """So many steps on all processes in turn; what was seen, by position in the common order."""
+    """Train so many steps on all processes; returns the samples in the common order."""
     taken = [list(sampler)[: steps * batch] for sampler in samplers]
     for sampler, mine in zip(samplers, taken, strict=True):
         sampler.advance(len(mine))
@@ -74,7 +74,7 @@ def test_any_split_of_an_epoch_into_attempts_of_any_size_sees_each_sample_once(
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("length", "world_size"), [(10, 1), (10, 3), (9, 3), (2, 5), (1, 1)])
-def test_from_the_start_it_deals_as_distributed_sampler_does(
+def test_from_the_start_it_returns_the_indices_of_distributed_sampler(
     length: int, world_size: int, shuffle: bool, drop_last: bool
 ) -> None:
     if drop_last and length < world_size:
@@ -92,7 +92,7 @@ def test_from_the_start_it_deals_as_distributed_sampler_does(
             assert len(sampler) == len(theirs)
 
 
-def test_on_as_many_processes_it_goes_on_as_if_nothing_had_happened() -> None:
+def test_on_as_many_processes_it_continues_as_if_it_had_not_stopped() -> None:
     for before, after in zip(ranks(11, 2), ranks(11, 2), strict=True):
         uninterrupted = list(before)
         before.advance(4)
@@ -101,7 +101,7 @@ def test_on_as_many_processes_it_goes_on_as_if_nothing_had_happened() -> None:
         assert len(after) == 2
 
 
-def test_another_epoch_has_another_order_and_begins_at_its_beginning() -> None:
+def test_a_new_epoch_has_a_different_order_and_starts_at_its_first_sample() -> None:
     (sampler,) = ranks(20, 1)
     first = list(sampler)
     sampler.advance(7)
@@ -111,7 +111,7 @@ def test_another_epoch_has_another_order_and_begins_at_its_beginning() -> None:
     assert sorted(sampler) == list(range(20))
 
 
-def test_the_epoch_under_way_keeps_its_place() -> None:
+def test_the_current_epoch_keeps_its_position() -> None:
     (sampler,) = ranks(20, 1)
     sampler.set_epoch(3)
     sampler.advance(5)
@@ -122,7 +122,7 @@ def test_the_epoch_under_way_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_loader_workers_fetch_ahead_is_not_seen(workers: int) -> None:
+def test_what_workers_fetch_ahead_does_not_count_as_seen(workers: int) -> None:
     data = TensorDataset(torch.arange(24))
     sampler = ResumableSampler(data, seed=3)
     loader = DataLoader(data, batch_size=4, sampler=sampler, num_workers=workers)
@@ -138,7 +138,7 @@ def test_what_loader_workers_fetch_ahead_is_not_seen(workers: int) -> None:
     assert len(DataLoader(data, batch_size=4, sampler=resumed)) == 4
 
 
-def test_a_state_without_any_advance_is_refused() -> None:
+def test_a_state_without_any_advance_is_an_error() -> None:
     (sampler,) = ranks(10, 1)
     assert sampler.state_dict()["samples_seen"] == 0
     next(iter(sampler))
@@ -148,7 +148,7 @@ def test_a_state_without_any_advance_is_refused() -> None:
     assert sampler.state_dict()["samples_seen"] == 0
 
 
-def test_in_the_next_epoch_advance_is_asked_for_again() -> None:
+def test_the_next_epoch_needs_its_own_advance() -> None:
     (sampler,) = ranks(4, 1)
     list(sampler)
     sampler.advance(4)
@@ -158,16 +158,16 @@ def test_in_the_next_epoch_advance_is_asked_for_again() -> None:
         sampler.state_dict()
 
 
-def test_an_epoch_that_is_over_says_to_set_the_next() -> None:
+def test_iterating_a_complete_epoch_is_an_error_that_names_set_epoch() -> None:
     (sampler,) = ranks(4, 1)
     list(sampler)
     sampler.advance(4)
     assert len(sampler) == 0
-    with pytest.raises(ConfigurationError, match=r"Epoch 0 is over\. Call set_epoch\(1\)"):
+    with pytest.raises(ConfigurationError, match=r"Epoch 0 is complete\. Call set_epoch\(1\)"):
         list(sampler)
 
 
-def test_an_epoch_that_was_over_when_it_was_saved_has_nothing_left() -> None:
+def test_an_epoch_that_was_complete_when_it_was_saved_has_nothing_left() -> None:
     (sampler,) = ranks(4, 1)
     sampler.advance(4)
     (resumed,) = ranks(4, 1, sampler.state_dict())
@@ -176,7 +176,7 @@ def test_an_epoch_that_was_over_when_it_was_saved_has_nothing_left() -> None:
     assert len(list(resumed)) == 4
 
 
-def test_the_filling_of_the_last_round_is_not_counted() -> None:
+def test_samples_that_fill_up_the_last_round_are_not_counted() -> None:
     for sampler in ranks(5, 2):
         sampler.advance(3)
         assert sampler.state_dict()["samples_seen"] == 5
@@ -185,48 +185,50 @@ def test_the_filling_of_the_last_round_is_not_counted() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"length": 11}, "saved with length=11, and here it is 10"),
-        ({"seed": 1}, "saved with seed=1, and here it is 0"),
-        ({"shuffle": False}, "saved with shuffle=False, and here it is True"),
-        ({"samples_seen": 11}, "no place in 10 samples"),
-        ({"samples_seen": -1}, "no place in 10 samples"),
-        ({"epoch": -1}, "no place in 10 samples"),
-        ({"epoch": None}, "no state of a ResumableSampler"),
-        ({"seed": "0"}, "no state of a ResumableSampler"),
+        ({"length": 11}, "saved with length=11, but this sampler has length=10"),
+        ({"seed": 1}, "saved with seed=1, but this sampler has seed=0"),
+        ({"shuffle": False}, "saved with shuffle=False, but this sampler has shuffle=True"),
+        ({"samples_seen": 11}, "not a position in 10 samples"),
+        ({"samples_seen": -1}, "not a position in 10 samples"),
+        ({"epoch": -1}, "not a position in 10 samples"),
+        ({"epoch": None}, "not a state of a ResumableSampler"),
+        ({"seed": "0"}, "not a state of a ResumableSampler"),
     ],
 )
-def test_a_position_that_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None:
+def test_a_position_that_does_not_fit_is_an_error(change: dict[str, Any], said: str) -> None:
     (sampler,) = ranks(10, 1)
     with pytest.raises(PositionError, match=said):
         sampler.load_state_dict(sampler.state_dict() | change)
     assert (sampler.epoch, sampler.samples_seen) == (0, 0)
 
 
-def test_what_is_no_state_at_all_is_refused() -> None:
+def test_anything_but_a_state_is_an_error() -> None:
     (sampler,) = ranks(10, 1)
     for state in ({}, None, [], {"seed": 0}):
-        with pytest.raises(PositionError, match="no state"):
+        with pytest.raises(PositionError, match="not a state"):
             sampler.load_state_dict(state)
 
 
-def test_going_back_is_refused() -> None:
+def test_a_negative_advance_is_an_error() -> None:
     (sampler,) = ranks(10, 1)
-    with pytest.raises(ConfigurationError, match=r"advance\(-1\) goes back"):
+    with pytest.raises(ConfigurationError, match=r"advance\(-1\) must not be negative"):
         sampler.advance(-1)
 
 
 @pytest.mark.parametrize(("num_replicas", "rank"), [(2, 2), (2, -1), (None, 1), (0, None)])
-def test_a_rank_that_cannot_be_is_refused(num_replicas: int | None, rank: int | None) -> None:
-    with pytest.raises(ConfigurationError, match="is none of"):
+def test_a_rank_out_of_range_is_an_error(num_replicas: int | None, rank: int | None) -> None:
+    with pytest.raises(ConfigurationError, match="is out of range"):
         ResumableSampler(10, num_replicas=num_replicas, rank=rank)
 
 
-def test_a_data_set_without_samples_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="0 samples"):
+def test_an_empty_dataset_is_an_error() -> None:
+    with pytest.raises(ConfigurationError, match="must not be empty; its length is 0"):
         ResumableSampler([])
 
 
-def test_without_a_process_group_the_launcher_says_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_process_group_rank_and_size_come_from_the_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert (ResumableSampler(10).rank, ResumableSampler(10).num_replicas) == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")

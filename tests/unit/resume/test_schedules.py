@@ -1,4 +1,4 @@
-"""A schedule at another step is as if it had been stepped there."""
+"""A schedule that was moved to a step equals one that was stepped there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def rates(found: Iterable[Any]) -> list[float]:
 
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize(("begin", "end"), [(6, 3), (3, 6), (2, 2), (5, 0)])
-def test_a_moved_schedule_goes_on_like_one_that_was_stepped_there(begin: int, end: int, tensor: bool) -> None:
+def test_a_moved_schedule_continues_like_one_that_was_stepped_there(
+    begin: int, end: int, tensor: bool
+) -> None:
     moved, wanted = stepped(begin, tensor=tensor), stepped(end, tensor=tensor)
     held = [group["lr"] for group in moved.optimizer.param_groups]
     move_to(moved, end)
@@ -48,7 +50,7 @@ def test_a_moved_schedule_goes_on_like_one_that_was_stepped_there(begin: int, en
         for scheduler in (moved, wanted):
             scheduler.optimizer.step()
             scheduler.step()
-    if tensor:  # whoever captured the step in a graph holds the tensor itself
+    if tensor:  # a captured graph refers to the tensor itself
         assert all(one is group["lr"] for one, group in zip(held, moved.optimizer.param_groups, strict=True))
 
 
@@ -58,6 +60,6 @@ def test_only_a_schedule_that_depends_on_the_step_alone_can_move() -> None:
     check_same_schedule("LambdaLR", "checkpoint-5", "2 processes before, 1 now")
     check_same_schedule(None, "checkpoint-5", "2 processes before, 1 now")
     with pytest.raises(
-        PositionError, match=r"2 processes before, 1 now\. Its learning rate follows 'StepLR'"
+        PositionError, match=r"2 processes before, 1 now\. Its learning rate schedule is a 'StepLR'"
     ):
         check_same_schedule("StepLR", "checkpoint-5", "2 processes before, 1 now")

@@ -1,4 +1,4 @@
-"""The place in steps of today, and what is refused; law 8 itself is in tests/laws."""
+"""The position in new steps, and what cannot be converted; law 8 itself is in tests/laws."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_the_same_topology_passes() -> None:
     ("name", "words"),
     [
         ("world_size", "4 processes before, 3 now"),
-        ("per_device_train_batch_size", "8 samples a batch and process before, 3 now"),
-        ("gradient_accumulation_steps", "2 batches an optimizer step before, 3 now"),
+        ("per_device_train_batch_size", "8 samples per batch and process before, 3 now"),
+        ("gradient_accumulation_steps", "2 batches per optimizer step before, 3 now"),
     ],
 )
-def test_each_change_is_refused_and_named(name: str, words: str) -> None:
+def test_each_change_is_an_error_that_names_it(name: str, words: str) -> None:
     with pytest.raises(PositionError, match=f"checkpoint-500 cannot be resumed here: {words}"):
         check_same_topology(SAVED, replace(SAVED, **{name: 3}), "checkpoint-500")
 
@@ -49,7 +49,7 @@ def test_all_changes_are_named_at_once() -> None:
         )
 
 
-def test_what_is_not_known_on_one_side_is_no_difference() -> None:
+def test_a_value_that_one_side_does_not_know_is_not_a_difference() -> None:
     check_same_topology(Position(global_step=500), SAVED, "checkpoint-500")
     check_same_topology(SAVED, replace(SAVED, per_device_train_batch_size=None), "checkpoint-500")
 
@@ -57,7 +57,7 @@ def test_what_is_not_known_on_one_side_is_no_difference() -> None:
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 11, 12, 13, 24])
-def test_batches_are_counted_as_accelerate_deals_them_out(
+def test_batches_are_counted_as_accelerate_distributes_them(
     samples: int, processes: int, drop_last: bool
 ) -> None:
     from accelerate.data_loader import BatchSamplerShard
@@ -68,7 +68,7 @@ def test_batches_are_counted_as_accelerate_deals_them_out(
     assert lengths == {batches_per_epoch(samples, 4, processes, drop_last=drop_last)}
 
 
-def test_an_epoch_that_was_shorter_than_its_data_is_taken_as_it_was_saved() -> None:
+def test_an_epoch_that_was_shorter_than_its_dataset_keeps_its_saved_length() -> None:
     """With drop_last: 2 steps of 8 and 6 samples left out, then the second epoch."""
     saved = replace(SAVED, world_size=1, gradient_accumulation_steps=1, max_steps=6, dataset_length=22)
     saved = replace(saved, global_step=3, samples_seen=30, epoch_steps=2)
@@ -88,17 +88,17 @@ def test_steps_of_the_same_size_keep_their_numbers() -> None:
     )
     assert conversion.global_step == 500
     assert not conversion.is_renumbered
-    assert conversion.changes == "4 processes before, 8 now; 2 batches an optimizer step before, 1 now"
+    assert conversion.changes == "4 processes before, 8 now; 2 batches per optimizer step before, 1 now"
 
 
 @pytest.mark.parametrize(
     ("old", "now", "words"),
     [
-        (24, 22, "had 24 samples, and it has 22 now"),
-        (24, None, "had 24 samples, and it is a stream now"),
-        (None, 22, "was a stream, and it has 22 now"),
+        (24, 22, "had 24 samples; it has 22 samples now"),
+        (24, None, "had 24 samples; it is streamed now"),
+        (None, 22, "was streamed; it has 22 samples now"),
     ],
 )
-def test_other_data_is_refused(old: int | None, now: int | None, words: str) -> None:
-    with pytest.raises(PositionError, match=f"checkpoint-5 was saved when the training data {words}"):
+def test_a_dataset_of_a_different_length_is_an_error(old: int | None, now: int | None, words: str) -> None:
+    with pytest.raises(PositionError, match=f"checkpoint-5 was saved when the training dataset {words}"):
         check_same_length(old, now, "checkpoint-5")

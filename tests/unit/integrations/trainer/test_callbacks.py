@@ -152,7 +152,7 @@ def test_law_8_a_checkpoint_of_another_topology_that_was_not_restored_by_us_is_r
     callback.wait()
     args.gradient_accumulation_steps = 2
     with pytest.raises(
-        PositionError, match=r"1 batches an optimizer step before, 2 now.* cloud\.restore\(args\)"
+        PositionError, match=r"1 batches per optimizer step before, 2 now.* cloud\.restore\(args\)"
     ):
         callback.on_train_begin(args, state_at(4), TrainerControl(), train_dataloader=loader(80, 8))
     args.gradient_accumulation_steps = 1

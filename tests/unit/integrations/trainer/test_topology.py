@@ -60,7 +60,7 @@ class TestPlan:
     def test_a_schedule_that_cannot_move_is_refused_before_the_download(
         self, args: TrainingArguments
     ) -> None:
-        with pytest.raises(PositionError, match="'OneCycleLR', which remembers more"):
+        with pytest.raises(PositionError, match="'OneCycleLR', which depends on more"):
             planned(args, replace(SAVED, lr_scheduler="OneCycleLR"))
 
     def test_the_batch_that_trainer_found_by_itself_stays(self, args: TrainingArguments) -> None:
@@ -174,7 +174,7 @@ class TestLiveObjects:
             (
                 {"lr_scheduler": StepLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 5)},
                 6,
-                "follows 'StepLR'",
+                "is a 'StepLR'",
             ),
             (
                 {"train_dataloader": DataLoader(range(24), sampler=RandomSampler(range(24)), batch_size=4)},
