@@ -66,7 +66,7 @@ def mark_start(submission: Submission, number: int) -> None:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, without reading all of a large one; empty if there is no file."""
+    """The last lines of a file, without reading all of a large one; empty if it is missing."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, io.SEEK_END) - MAX_LENGTH))

@@ -48,7 +48,7 @@ def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_leaves_a_record(
     assert json.loads(desk.call("job", "list", "--json").stdout)["jobs"][0]["id"] == "toy-1"
     assert "ends with" in desk.call("job", "logs", "toy").stdout
     assert [key.step for key in Catalog(Storage(record.run_url)).checkpoints()] == [5, 10]
-    assert not desk.processes()
+    desk.wait_until(lambda: not desk.processes())  # the supervisor exits after it has written the record
     assert not Path("/workspace").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_cancelled_job_saves_behind_a_tee_and_can_be_resumed(desk: Desk) -> No
     desk.call("job", "cancel", "toy", "--wait")
     record = desk.record()
     assert (record.state, record.starts[-1].outcome) == ("cancelled", "preempted")
-    assert not desk.processes()
+    desk.wait_until(lambda: not desk.processes())  # the supervisor exits after it has written the record
     newest = Catalog(Storage(record.run_url)).checkpoints()[-1]
     assert str(newest) in (record.reason or "")
     assert "never" not in desk.log()
@@ -139,7 +139,7 @@ def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk) -> N
     desk.call("job", "cancel", "toy", "--wait")
     assert desk.record().state == "cancelled"
     assert "Nothing was saved" in (desk.record().reason or "")
-    assert not desk.processes()
+    desk.wait_until(lambda: not desk.processes())  # the supervisor exits after it has written the record
 
 
 def test_a_job_is_cancelled_during_its_setup(desk: Desk) -> None:
@@ -151,7 +151,7 @@ def test_a_job_is_cancelled_during_its_setup(desk: Desk) -> None:
     desk.call("job", "cancel", "toy", "--wait")
     assert desk.record().state == "cancelled"
     assert "never" not in desk.log()
-    assert not desk.processes()
+    desk.wait_until(lambda: not desk.processes())  # the supervisor exits after it has written the record
 
 
 def test_a_command_that_trains_nothing_has_failed(desk: Desk) -> None:
