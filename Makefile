@@ -4,9 +4,10 @@
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 #   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
+#   make test-pythons    import and basic tests on each Python of setup.cfg that is here
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test test-slow chaos test-lowest test-skypilot demo bench docs clean
+.PHONY: help check test test-slow chaos test-lowest test-skypilot test-pythons demo bench docs clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
@@ -57,6 +58,9 @@ test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM) $(SLURM)
 test-skypilot: $(INSTALLED) $(PARSER)
 	.venv/bin/python -m pytest tests/skypilot -m skypilot $(PYTEST_ARGS)
 
+test-pythons:
+	$(PYTHON) .ci/pythons.py
+
 demo: $(INSTALLED)
 	$(ALONE) .venv/bin/python examples/glue/demo.py
 
@@ -69,7 +73,7 @@ docs: $(SITE)
 	@echo "The site is site/index.html"
 
 clean:
-	rm -rf .venv .venv-lowest .venv-skypilot .venv-docs .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-skypilot .venv-docs .venv-pythons .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh clone takes minutes here, most of them for torch.

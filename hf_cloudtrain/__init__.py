@@ -6,7 +6,14 @@ Importing this package imports neither torch nor transformers; each name is load
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError(
+        "hf_cloudtrain does not run on Windows, because it needs file locks and signals of Linux or macOS. Install it and run "
+        "your training inside WSL: https://learn.microsoft.com/windows/wsl/install"
+    )
 
 if TYPE_CHECKING:
     from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
@@ -30,29 +37,22 @@ if TYPE_CHECKING:
     from hf_cloudtrain.resume.sampler import ResumableSampler
     from hf_cloudtrain.tracking.history import History, read_history
 
-_HOMES = {
-    "CheckpointUploadCallback": "integrations.trainer.callbacks",
-    "Checkpointer": "checkpoints.checkpointer",
-    "CloudTrainCallback": "integrations.trainer.callbacks",
-    "CloudTrainError": "errors",
-    "EmergencySaveCallback": "integrations.trainer.emergency",
-    "History": "tracking.history",
-    "Manifest": "checkpoints.manifest",
-    "Position": "checkpoints.manifest",
-    "ResumableSampler": "resume.sampler",
-    "StepTrackerCallback": "integrations.trainer.step_callback",
-    "TrainLoop": "integrations.loop.loop",
-    "end_step": "integrations.functions.api",
-    "init": "integrations.functions.api",
-    "is_emergency_save": "integrations.functions.api",
-    "metric": "integrations.functions.api",
-    "processed_steps": "integrations.functions.api",
-    "read_history": "tracking.history",
-    "restore": "integrations.functions.api",
-    "start_step": "integrations.functions.api",
-    "train_step": "integrations.functions.api",
-    "upload_checkpoint": "integrations.functions.api",
+_NAMES = {
+    "checkpoints.checkpointer": ("Checkpointer",),
+    "checkpoints.manifest": ("Manifest", "Position"),
+    "errors": ("CloudTrainError",),
+    "integrations.functions.api": (
+        *("end_step", "init", "is_emergency_save", "metric", "processed_steps", "restore", "start_step"),
+        *("train_step", "upload_checkpoint"),
+    ),
+    "integrations.loop.loop": ("TrainLoop",),
+    "integrations.trainer.callbacks": ("CheckpointUploadCallback", "CloudTrainCallback"),
+    "integrations.trainer.emergency": ("EmergencySaveCallback",),
+    "integrations.trainer.step_callback": ("StepTrackerCallback",),
+    "resume.sampler": ("ResumableSampler",),
+    "tracking.history": ("History", "read_history"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CheckpointUploadCallback",

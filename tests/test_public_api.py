@@ -1,8 +1,10 @@
-"""What `import hf_cloudtrain` gives: exactly the names it promises, each documented."""
+"""`import hf_cloudtrain`: exactly the promised names, each documented, and one clear sentence on Windows."""
 
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,18 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 
 def test_the_package_tells_type_checkers_that_it_is_typed() -> None:
     assert (Path(hf_cloudtrain.__file__).parent / "py.typed").is_file()
+
+
+def test_on_windows_the_import_ends_in_one_sentence_that_says_what_to_do() -> None:
+    code = "import sys; sys.platform = 'win32'; import hf_cloudtrain.errors"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(hf_cloudtrain.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = ended.stderr.splitlines()
+    assert lines[-1].startswith("ImportError: hf_cloudtrain does not run on Windows")
+    assert "inside WSL" in lines[-1]
+    assert len(lines) < 15
