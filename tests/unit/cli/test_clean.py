@@ -71,4 +71,4 @@ class TestClean:
         assert left.catalog.storage.list("") == before
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
-        assert "There is no run at" in sentence("run", "clean", empty.url)
+        assert f"run at {empty.url!r}" in sentence("run", "clean", empty.url)

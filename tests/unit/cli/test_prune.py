@@ -54,7 +54,7 @@ class TestPrune:
         cloudtrain("checkpoint", "prune", run.url, "--keep-last", "0", "--yes", code=2)
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
-        assert "There is no run at" in sentence("checkpoint", "prune", empty.url, "--keep-last", "1")
+        assert f"run at {empty.url!r}" in sentence("checkpoint", "prune", empty.url, "--keep-last", "1")
 
     def test_a_checkpoint_with_a_damaged_manifest_is_kept_with_a_warning(self, run: Run) -> None:
         (run.folder / ".cloudtrain" / "checkpoints" / f"{ALL[0]}.json").write_bytes(b"{")

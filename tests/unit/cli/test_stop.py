@@ -76,7 +76,7 @@ class TestRunStop:
         assert not empty.catalog.attempts.stop_requested(1)
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
-        assert "There is no run at" in sentence("run", "stop", empty.url)
+        assert f"run at {empty.url!r}" in sentence("run", "stop", empty.url)
         assert not empty.folder.exists()
 
     def test_an_attempt_with_an_old_heartbeat_is_asked_with_a_warning(self, empty: Run) -> None:

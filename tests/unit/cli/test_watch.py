@@ -188,7 +188,7 @@ def test_a_damaged_heartbeat_does_not_warn_at_every_look(
 def test_a_run_that_does_not_exist_is_an_error(catalog: Catalog) -> None:
     result = CliRunner().invoke(app, ["run", "watch", catalog.storage.url])
     assert result.exit_code == 1
-    assert "There is no run at" in result.stderr
+    assert f"run at {catalog.storage.url!r}" in result.stderr
 
 
 def test_it_waits_for_a_job_before_the_first_attempt_and_between_two(

@@ -130,7 +130,7 @@ class TestPage:
         assert stderr.count("\n") == 1
 
     def test_without_a_run_no_page_is_written(self, catalog: Catalog, tmp_path: Path) -> None:
-        assert "There is no run at" in report(catalog, tmp_path / "report.html", code=1).stderr
+        assert f"run at {catalog.storage.url!r}" in report(catalog, tmp_path / "report.html", code=1).stderr
         assert not (tmp_path / "report.html").exists()
 
 

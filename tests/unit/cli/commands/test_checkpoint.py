@@ -61,7 +61,7 @@ class TestList:
         assert "RUN_URL" in cloudtrain("checkpoint", "list", code=2).stderr
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
-        assert "There is no run at" in sentence("checkpoint", "list", empty.url)
+        assert f"run at {empty.url!r}" in sentence("checkpoint", "list", empty.url)
 
     def test_of_a_checkpoint_folder_names_what_to_type(self, run: Run) -> None:
         assert f"{run.url} --checkpoint checkpoint-400" in sentence(

@@ -81,7 +81,7 @@ class TestRunStatus:
         assert status["attempts"][1]["resumed_from"] == "000001-0000000200"
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
-        assert "There is no run at" in sentence("run", "status", empty.url)
+        assert f"run at {empty.url!r}" in sentence("run", "status", empty.url)
 
     @pytest.mark.parametrize(
         "progress",
