@@ -1,4 +1,4 @@
-"""The places that the contract suite runs on: every kind of storage, and both ways that bytes can take there."""
+"""The storage locations that the contract suite runs on: each kind of storage, with each client that can move its bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hf_cloudtrain.storage.client import Storage
 from tests.servers import AZURITE_ACCOUNT, AZURITE_KEY, AzuriteServer, Server
 
 NO_NATIVE_CLIENT = {
-    "s3": {"version_aware": False},  # the defaults of s3fs and adlfs: no other effect than
-    "az": {"max_concurrency": 4},  # that no native client knows them
+    "s3": {"version_aware": False},  # defaults of s3fs and adlfs, which have no effect,
+    "az": {"max_concurrency": 4},  # but which no native client knows
 }
 
 
 @dataclass
-class Place:
-    """One run URL on one kind of storage, empty at first."""
+class Location:
+    """An empty run URL on one kind of storage."""
 
     name: str
     url: str
@@ -35,41 +35,41 @@ class Place:
     native: bool = False
     """Whether a native client moves the bytes of files."""
     fill: Callable[[Iterable[str]], None] = lambda paths: None
-    """Makes many objects of one byte, in a faster way than ours."""
+    """Creates many objects of one byte, faster than `Storage` does."""
 
     def open(self, suffix: str = "", **options: Any) -> Storage:
         return Storage(self.url + suffix, {**self.options, **options})
 
 
 EXCLUSIVE = ("file", "memory", "moto", "azurite")
-EVERY_KIND = ("file", "memory", "moto", "rclone", "azurite")
-"""For what does not depend on the way that the bytes of files take."""
-PLACES = ("file", "memory", "moto", "moto-fsspec", "rclone", "azurite", "azurite-fsspec")
+EVERY_SERVER = ("file", "memory", "moto", "rclone", "azurite")
+"""For tests in which it does not matter which client moves the bytes of files."""
+LOCATIONS = ("file", "memory", "moto", "moto-fsspec", "rclone", "azurite", "azurite-fsspec")
 
 
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield from new_place(request, tmp_path)
+@pytest.fixture(params=LOCATIONS)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    yield from new_location(request, tmp_path)
 
 
-def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def new_location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
     kind, _, fsspec_only = request.param.partition("-")
     run = f"runs/{secrets.token_hex(4)}"
     if kind == "file":
         root = tmp_path / run
-        yield Place("file", f"file://{root}", fill=lambda paths: write_files(root, paths))
+        yield Location("file", f"file://{root}", fill=lambda paths: write_files(root, paths))
     elif kind == "memory":
-        yield from memory_place(run)
+        yield from memory_location(run)
     else:
         server: Server = request.getfixturevalue(kind)
-        made = server_place(kind, server, run)
+        made = server_location(kind, server, run)
         if fsspec_only:
             made.native = False
             made.options = {**made.options, **NO_NATIVE_CLIENT["az" if kind == "azurite" else "s3"]}
         yield made
 
 
-def memory_place(run: str) -> Iterator[Place]:
+def memory_location(run: str) -> Iterator[Location]:
     import fsspec
 
     fs = fsspec.filesystem("memory")
@@ -78,12 +78,12 @@ def memory_place(run: str) -> Iterator[Place]:
         for path in paths:
             fs.pipe_file(f"/{run}/{path}", b"x")
 
-    yield Place("memory", f"memory://{run}", fill=fill)
+    yield Location("memory", f"memory://{run}", fill=fill)
     fs.store.clear()
     fs.pseudo_dirs[:] = [""]
 
 
-def server_place(kind: str, server: Server, run: str) -> Place:
+def server_location(kind: str, server: Server, run: str) -> Location:
     scheme = "az" if kind == "azurite" else "s3"
     store = obstore_of(server, server.bucket)
 
@@ -91,7 +91,7 @@ def server_place(kind: str, server: Server, run: str) -> Place:
         put_many(store, (f"{run}/{path}" for path in paths))
 
     url = f"{scheme}://{server.bucket}/{run}"
-    return Place(
+    return Location(
         kind, url, server.storage_options, server, exclusive=kind != "rclone", native=True, fill=fill
     )
 
@@ -123,14 +123,14 @@ def obstore_of(server: Server, bucket: str) -> Any:
 
 
 @pytest.fixture
-def storage(place: Place) -> Iterator[Storage]:
-    storage = place.open()
+def storage(location: Location) -> Iterator[Storage]:
+    storage = location.open()
     yield storage
     storage.close()
 
 
 def content(size: int) -> bytes:
-    """Bytes that differ in every part, made quickly."""
+    """Bytes that differ in every part, generated quickly."""
     block = os.urandom(min(size, 2**16))
     numbered = (number.to_bytes(8, "big") + block for number in range(size // 2**16 + 1))
     return b"".join(numbered)[:size]

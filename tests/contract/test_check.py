@@ -1,4 +1,4 @@
-"""Trouble that `check` finds before the first step, by an error that says what to do, without a futile retry."""
+"""Problems that `check` finds before the first step: the error says what to do, without a retry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_retry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proxy(moto: Server) -> Iterator[Proxy]:
-    bucket = moto.bucket  # made before the waiting for it is forbidden
+    bucket = moto.bucket  # created before sleeping is forbidden
     with Proxy(moto.endpoint) as proxy:
         proxy.url = f"s3://{bucket}/check-{secrets.token_hex(4)}"  # type: ignore[attr-defined]
         yield proxy
@@ -67,7 +67,7 @@ def test_wrong_azure_key(azurite: Server) -> None:
 @pytest.mark.parametrize(
     "code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"]
 )
-def test_credentials_that_may_not_write(storage: Storage, proxy: Proxy, code: str) -> None:
+def test_credentials_without_permission_to_write(storage: Storage, proxy: Proxy, code: str) -> None:
     proxy.rules.append(only("PUT", s3_error(400 if code == "ExpiredToken" else 403, code)))
     with pytest.raises(
         errors.StoragePermissionError, match=rf"write to '{storage.url}'.*Check the credentials"
@@ -75,20 +75,20 @@ def test_credentials_that_may_not_write(storage: Storage, proxy: Proxy, code: st
         storage.check()
 
 
-def test_credentials_that_may_not_read(storage: Storage, proxy: Proxy) -> None:
+def test_credentials_without_permission_to_read(storage: Storage, proxy: Proxy) -> None:
     proxy.rules.append(only("GET", s3_error(403, "AccessDenied")))
     with pytest.raises(errors.StoragePermissionError, match=r"read .*Check the credentials"):
         storage.check()
 
 
-def test_credentials_that_may_not_delete(storage: Storage, proxy: Proxy) -> None:
+def test_credentials_without_permission_to_delete(storage: Storage, proxy: Proxy) -> None:
     proxy.rules.append(only("DELETE", s3_error(403, "AccessDenied")))
     with pytest.raises(errors.StoragePermissionError, match=r"delete .*Check the credentials"):
         storage.check()
 
 
-def test_native_client_refused_where_fsspec_is_served(storage: Storage, proxy: Proxy) -> None:
-    """The probe goes every way that bytes will take."""
+def test_only_the_native_client_is_refused(storage: Storage, proxy: Proxy) -> None:
+    """The probe uses each client that will move bytes."""
 
     def refuse(call: Call, forward: Forward) -> Answer | None:
         return s3_error(403, "AccessDenied") if call.native else None
@@ -116,7 +116,7 @@ def test_bucket_in_another_region(storage: Storage, proxy: Proxy, status: int, c
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_bytes_that_come_back_different(storage: Storage, proxy: Proxy, native: bool) -> None:
+def test_storage_that_returns_different_bytes(storage: Storage, proxy: Proxy, native: bool) -> None:
     def flip(call: Call, forward: Forward) -> Answer | None:
         if call.method != "GET" or call.native is not native:
             return None
@@ -131,7 +131,7 @@ def test_bytes_that_come_back_different(storage: Storage, proxy: Proxy, native: 
         storage.check()
 
 
-def test_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+def test_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(errors.StorageError, match=str(tmp_path)) as raised:
         Storage(str(tmp_path / "file" / "run")).check()

@@ -1,4 +1,4 @@
-"""Credentials and endpoints as people have them: both ways that bytes take must use the very same."""
+"""Credentials and endpoints from every usual source: fsspec and the native client must use the same ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.servers import Server
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An own `~` whose `~/.aws` is read as on anybody's machine."""
+    """A home folder of its own, whose `~/.aws` is read."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.delenv(name)
@@ -61,7 +61,7 @@ def test_default_profile(proxy: Proxy, url: str, home: Path) -> None:
     assert keys_used(proxy, url, options, home) == both("FROMDEFAULT")
 
 
-def test_profile_named_by_the_environment(
+def test_profile_in_the_environment(
     proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     credentials_file(home, default="FROMDEFAULT", training="FROMTRAINING")
@@ -70,7 +70,7 @@ def test_profile_named_by_the_environment(
     assert keys_used(proxy, url, options, home) == both("FROMTRAINING")
 
 
-def test_profile_named_by_an_option_beats_the_environment(
+def test_profile_in_an_option_takes_precedence_over_the_environment(
     proxy: Proxy, url: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     credentials_file(home, default="FROMDEFAULT", training="FROMTRAINING", other="OTHER")
@@ -101,7 +101,7 @@ def test_endpoint_of_a_services_section(proxy: Proxy, url: str, home: Path) -> N
     assert regions(proxy) == {"us-west-2"}
 
 
-def test_options_beat_the_environment(
+def test_options_take_precedence_over_the_environment(
     proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment(monkeypatch, AWS_SESSION_TOKEN="not-this", AWS_ENDPOINT_URL="http://127.0.0.1:9")
@@ -121,7 +121,7 @@ def test_client_kwargs(proxy: Proxy, url: str, tmp_path: Path) -> None:
 def test_web_identity(
     moto: Server, proxy: Proxy, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a pod on EKS has."""
+    """As in a pod on EKS."""
     (tmp_path / "token").write_text("a-signed-token")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/training")
@@ -133,10 +133,8 @@ def test_web_identity(
     assert None not in tokens(proxy)
 
 
-def test_keys_that_expire_are_read_again_from_where_they_are_renewed(
-    proxy: Proxy, url: str, home: Path
-) -> None:
-    """What a tool for single sign-on does to `~/.aws/credentials` every hour, while training goes on."""
+def test_expired_keys_are_read_again_from_their_file(proxy: Proxy, url: str, home: Path) -> None:
+    """As when a single sign-on tool rewrites `~/.aws/credentials` every hour during training."""
 
     def expired(call: Call, forward: Forward) -> Answer | None:
         return s3_error(400, "ExpiredToken") if call.access_key == "OLD" and ended else None
@@ -163,7 +161,7 @@ def test_keys_that_expire_are_read_again_from_where_they_are_renewed(
 def test_a_session_that_ends_within_minutes_is_renewed_by_its_provider(
     proxy: Proxy, url: str, home: Path
 ) -> None:
-    """A provider of sessions of one minute: nobody may go on with the first one for as long as obstore would."""
+    """The provider's sessions last one minute, less than the time for which obstore would use the first one."""
     (home / "count").write_text("0")
     provider = home / "provider.py"
     provider.write_text(PROVIDER.format(home=home))
@@ -192,17 +190,17 @@ print(json.dumps(dict(Version=1, AccessKeyId=f"SESSION{{number}}", SecretAccessK
 """
 
 
-def test_none_at_all_is_said_before_any_request(proxy: Proxy, url: str, home: Path) -> None:
+def test_missing_credentials_are_an_error_before_any_request(proxy: Proxy, url: str, home: Path) -> None:
     with pytest.raises(errors.StoragePermissionError, match=r"[Cc]redentials"):
         Storage(url, {"endpoint_url": proxy.endpoint}).check()
     assert proxy.calls == []
 
 
-def test_unknown_profile_is_named(proxy: Proxy, url: str, home: Path) -> None:
+def test_unknown_profile_is_an_error_that_names_it(proxy: Proxy, url: str, home: Path) -> None:
     credentials_file(home, default="FROMDEFAULT")
     with pytest.raises(errors.CloudTrainError, match="nosuch") as raised:
         Storage(url, {"endpoint_url": proxy.endpoint, "profile": "nosuch"}).check()
-    assert not isinstance(raised.value, errors.StorageUnavailableError)  # no network would help
+    assert not isinstance(raised.value, errors.StorageUnavailableError)  # a retry would not help
 
 
 def test_azure_connection_string_from_the_environment(
@@ -223,7 +221,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
 
 
 def credentials_file(home: Path, **profiles: str) -> None:
-    """`~/.aws/credentials`, each profile with its key."""
+    """Write `~/.aws/credentials`, one key per profile."""
     text = (
         f"[{profile}]\naws_access_key_id = {key}\naws_secret_access_key = secret-of-{key}\n"
         for profile, key in profiles.items()
@@ -236,7 +234,7 @@ def config_file(home: Path, text: str) -> None:
 
 
 def keys_used(proxy: Proxy, url: str, options: dict[str, Any] | None, folder: Path) -> dict[str, set[str]]:
-    """Use a storage in every way, and say whose signatures the requests of either client bore."""
+    """Call each method of a storage, and return the access keys in the signatures of each client's requests."""
     storage = Storage(url, options)
     storage.check()
     (folder / "source").write_bytes(b"content")
@@ -259,7 +257,7 @@ def tokens(proxy: Proxy) -> set[str | None]:
 
 
 def regions(proxy: Proxy) -> set[str]:
-    """The regions in the signatures."""
+    """The regions in the signatures of the requests."""
 
     def region(call: Call) -> str:
         return call.headers["authorization"].partition("Credential=")[2].split("/")[2]

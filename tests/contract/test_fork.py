@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.contract.conftest import Place
+from tests.contract.conftest import Location
 from tests.servers import REPOSITORY
 
 SCRIPT = """
@@ -57,11 +57,11 @@ print("parent done")
 """
 
 
-@pytest.mark.parametrize("place", ["file", "memory", "moto", "moto-fsspec", "azurite"], indirect=True)
-def test_storage_works_in_a_forked_child_and_in_its_parent(place: Place) -> None:
+@pytest.mark.parametrize("location", ["file", "memory", "moto", "moto-fsspec", "azurite"], indirect=True)
+def test_storage_works_in_a_forked_child_and_in_its_parent(location: Location) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([place.url, place.options]),
+        input=json.dumps([location.url, location.options]),
         capture_output=True,
         text=True,
         timeout=150,

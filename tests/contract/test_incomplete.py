@@ -1,4 +1,4 @@
-"""Uploads that were begun and never finished: no listing shows them, and somebody pays for them."""
+"""Incomplete uploads, which no listing shows and which are billed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from hf_cloudtrain.checkpoints.leftovers import find, remove
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
 from hf_cloudtrain.storage.backend import IncompleteUpload
 from hf_cloudtrain.storage.client import Storage
-from tests.contract.conftest import Place
+from tests.contract.conftest import Location
 
 PART = 5 * 2**20
-"""Bytes of the smallest part that S3 takes."""
+"""Bytes of the smallest part that S3 accepts."""
 
 
 @contextlib.contextmanager
-def client_of(place: Place) -> Iterator[Any]:
+def client_of(location: Location) -> Iterator[Any]:
     import botocore.session
 
     client = botocore.session.Session().create_client(
         "s3",
         region_name="us-east-1",
-        endpoint_url=place.options["endpoint_url"],
-        aws_access_key_id=place.options["key"],
-        aws_secret_access_key=place.options["secret"],
+        endpoint_url=location.options["endpoint_url"],
+        aws_access_key_id=location.options["key"],
+        aws_secret_access_key=location.options["secret"],
     )
     with contextlib.closing(client):
         yield client
 
 
-def begin(place: Place, path: str, parts: int = 0) -> str:
-    """Begin a multipart upload below a place, as a process does that is killed then."""
-    bucket, _, prefix = place.url.removeprefix("s3://").partition("/")
-    with client_of(place) as client:
+def begin(location: Location, path: str, parts: int = 0) -> str:
+    """Begin a multipart upload, as a process does that is killed later."""
+    bucket, _, prefix = location.url.removeprefix("s3://").partition("/")
+    with client_of(location) as client:
         key = f"{prefix}/{path}"
         token = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
         for number in range(1, parts + 1):
@@ -45,12 +45,14 @@ def begin(place: Place, path: str, parts: int = 0) -> str:
     return str(token)
 
 
-@pytest.mark.parametrize("place", ["moto", "rclone"], indirect=True)
-def test_multipart_uploads_are_found_with_their_size_and_aborted(place: Place, storage: Storage) -> None:
+@pytest.mark.parametrize("location", ["moto", "rclone"], indirect=True)
+def test_multipart_uploads_are_found_with_their_size_and_aborted(
+    location: Location, storage: Storage
+) -> None:
     storage.write("checkpoint-1/config.json", b"{}")
-    tokens = [begin(place, "checkpoint-1/model", parts) for parts in (2, 0)]
-    beside = place.open("-and-more")  # a run whose name begins with that of this one
-    begin(Place("beside", beside.url, place.options), "checkpoint-1/model")
+    tokens = [begin(location, "checkpoint-1/model", parts) for parts in (2, 0)]
+    beside = location.open("-and-more")  # a run whose name begins with the name of this one
+    begin(Location("beside", beside.url, location.options), "checkpoint-1/model")
     found = storage.incomplete()
     assert sorted(found, key=lambda upload: -upload.size) == [
         IncompleteUpload("checkpoint-1/model", tokens[0], 2 * PART),
@@ -62,12 +64,12 @@ def test_multipart_uploads_are_found_with_their_size_and_aborted(place: Place, s
     assert len(beside.incomplete()) == 1
 
 
-@pytest.mark.parametrize("place", ["moto"], indirect=True)
-def test_long_answers_are_read_to_their_end(
-    place: Place, storage: Storage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("location", ["moto"], indirect=True)
+def test_all_pages_of_a_long_response_are_read(
+    location: Location, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server sends all at once, so the pages are cut here, as S3 cuts them after 1,000."""
-    tokens = sorted(begin(place, f"checkpoint-1/file-{number}") for number in range(3))
+    """The server sends one page, so the test cuts it into pages, as S3 does after 1,000 entries."""
+    tokens = sorted(begin(location, f"checkpoint-1/file-{number}") for number in range(3))
     fs = storage._connected()._fs  # type: ignore[attr-defined]
     whole, asked = fs.call_s3, []
 
@@ -86,10 +88,10 @@ def test_long_answers_are_read_to_their_end(
     assert [bool(arguments.get("UploadIdMarker")) for arguments in asked] == [False, True, True]
 
 
-@pytest.mark.parametrize("place", ["file"], indirect=True)
-def test_temporary_files_of_a_local_disk_are_found_and_removed(place: Place, storage: Storage) -> None:
+@pytest.mark.parametrize("location", ["file"], indirect=True)
+def test_temporary_files_of_a_local_disk_are_found_and_removed(location: Location, storage: Storage) -> None:
     storage.write("checkpoint-1/config.json", b"{}")
-    root = place.url.removeprefix("file://")
+    root = location.url.removeprefix("file://")
     with open(f"{root}/checkpoint-1/.cloudtrain-tmp-0123456789abcdef", "wb") as file:
         file.write(b"half")
     (found,) = storage.incomplete()
@@ -99,15 +101,15 @@ def test_temporary_files_of_a_local_disk_are_found_and_removed(place: Place, sto
     assert [info.path for info in storage.list("")] == ["checkpoint-1/config.json"]
 
 
-@pytest.mark.parametrize("place", ["memory", "azurite"], indirect=True)
-def test_where_nobody_tells_there_is_nothing_to_find(storage: Storage) -> None:
+@pytest.mark.parametrize("location", ["memory", "azurite"], indirect=True)
+def test_a_storage_that_lists_no_incomplete_uploads_has_none(storage: Storage) -> None:
     storage.write("checkpoint-1/config.json", b"{}")
     assert not storage.incomplete()
 
 
-@pytest.mark.parametrize("place", ["moto"], indirect=True)
-def test_run_clean_gives_up_the_uploads_of_a_killed_attempt_and_of_whole_folders(
-    place: Place, storage: Storage
+@pytest.mark.parametrize("location", ["moto"], indirect=True)
+def test_run_clean_aborts_the_uploads_of_a_killed_attempt_and_of_whole_folders(
+    location: Location, storage: Storage
 ) -> None:
     catalog = Catalog(storage)
     for attempt, step in ((1, 5), (1, 10), (2, 7)):
@@ -115,10 +117,10 @@ def test_run_clean_gives_up_the_uploads_of_a_killed_attempt_and_of_whole_folders
             catalog.attempts.begin(0.0, 0, None, {})
         key = CheckpointKey(attempt, step)
         folder = catalog.claim(key, f"nonce-{key}", exclusive=True)
-        begin(place, f"{folder}/model", parts=1)
+        begin(location, f"{folder}/model", parts=1)
         if step != 10:
             catalog.commit(Manifest(str(key), folder, attempt, step, "nonce", (), Position(step)))
-    begin(place, "somebody/elses")
+    begin(location, "foreign/model")
     found = find(catalog)
     assert [(left.what, left.name, left.size, left.free) for left in found] == [
         ("upload", "checkpoint-10", PART, True),
@@ -126,5 +128,5 @@ def test_run_clean_gives_up_the_uploads_of_a_killed_attempt_and_of_whole_folders
         ("file", "checkpoint-7", PART, True),
     ]
     assert all(remove(catalog, left) for left in found)
-    assert [upload.path for upload in storage.incomplete()] == ["somebody/elses"]
+    assert [upload.path for upload in storage.incomplete()] == ["foreign/model"]
     assert len(catalog.checkpoints()) == 2

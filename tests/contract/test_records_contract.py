@@ -1,4 +1,4 @@
-"""What every storage must do with small records: read, write, delete, exclusive create, list."""
+"""The contract of every storage for small records: read, write, delete, exclusive create, list."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from hf_cloudtrain.errors import ObjectNotFoundError, StorageError
 from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import Storage
-from tests.contract.conftest import EVERY_KIND, EXCLUSIVE, Place, content, new_place
+from tests.contract.conftest import EVERY_SERVER, EXCLUSIVE, Location, content, new_location
 
 
-@pytest.fixture(params=EVERY_KIND)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """Records go through fsspec everywhere, so the two ways that files take are one here."""
-    yield from new_place(request, tmp_path)
+@pytest.fixture(params=EVERY_SERVER)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    """fsspec moves the records everywhere, so the native client makes no difference."""
+    yield from new_location(request, tmp_path)
 
 
 class TestRecords:
@@ -28,12 +28,12 @@ class TestRecords:
         assert storage.read("last.json") == b"second"
 
     @pytest.mark.parametrize("size", [0, 1, 100_000])
-    def test_read_gives_what_was_written(self, storage: Storage, size: int) -> None:
+    def test_read_returns_the_written_bytes(self, storage: Storage, size: int) -> None:
         data = content(size)
         storage.write("record", data)
         assert storage.read("record") == data
 
-    def test_read_of_nothing_names_it(self, storage: Storage) -> None:
+    def test_read_of_a_missing_object_names_it(self, storage: Storage) -> None:
         with pytest.raises(ObjectNotFoundError, match=r"'\S*/gone\.json'"):
             storage.read("gone.json")
 
@@ -44,7 +44,7 @@ class TestRecords:
             with pytest.raises(StorageError, match=rf"'\S*/record' is larger than the {limit} bytes"):
                 storage.read("record", max_bytes=limit)
 
-    def test_delete_takes_many_and_minds_none_that_is_missing(self, storage: Storage) -> None:
+    def test_delete_takes_many_paths_and_ignores_missing_objects(self, storage: Storage) -> None:
         names = [f"checkpoint-1/{number}" for number in range(20)]
         for name in names:
             storage.write(name, b"x")
@@ -53,7 +53,7 @@ class TestRecords:
         assert storage.list("") == [ObjectInfo("checkpoint-2/kept", 1)]
         storage.delete([])
 
-    def test_deleted_object_is_gone_for_every_question(self, storage: Storage, tmp_path: Path) -> None:
+    def test_deleted_object_is_missing_for_every_request(self, storage: Storage, tmp_path: Path) -> None:
         storage.write("checkpoint-1/a", b"x")
         assert storage.list("checkpoint-1")
         storage.delete(["checkpoint-1/a"])
@@ -66,7 +66,7 @@ class TestRecords:
 
 class TestExclusiveCreate:
     def test_second_create_is_refused_and_changes_nothing(self, storage: Storage) -> None:
-        """Where the store ignores the condition, a look beforehand does it when nobody else is at work."""
+        """If the store ignores the condition, a read before the write detects the object, unless two writers race."""
         storage.check()
         assert storage.create("claims/checkpoint-1.json", b"attempt 1") is True
         assert storage.create("claims/checkpoint-1.json", b"attempt 2") is False
@@ -86,13 +86,13 @@ class TestExclusiveCreate:
         assert storage.create("claim", b"2") is True
         assert storage.read("claim") == b"2"
 
-    @pytest.mark.parametrize("place", EXCLUSIVE, indirect=True)
+    @pytest.mark.parametrize("location", EXCLUSIVE, indirect=True)
     def test_holds_before_the_probe_too(self, storage: Storage) -> None:
         assert storage.create("claim", b"1") is True
         assert storage.create("claim", b"2") is False
         assert storage.read("claim") == b"1"
 
-    def test_stored_but_the_answer_lost_is_success(
+    def test_stored_with_a_lost_answer_is_success(
         self, storage: Storage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         storage.check()
@@ -113,11 +113,11 @@ class TestExclusiveCreate:
         assert lost == ["claim"]
         assert storage.read("claim") == b"nonce 1"
 
-    @pytest.mark.parametrize("place", EXCLUSIVE, indirect=True)
+    @pytest.mark.parametrize("location", EXCLUSIVE, indirect=True)
     @pytest.mark.parametrize("shared", [True, False], ids=["one-storage", "storage-each"])
-    def test_of_racing_creators_exactly_one_wins(self, place: Place, shared: bool) -> None:
+    def test_of_racing_creators_exactly_one_wins(self, location: Location, shared: bool) -> None:
         racers, rounds = 6, 5
-        storages = [place.open()] * racers if shared else [place.open() for _ in range(racers)]
+        storages = [location.open()] * racers if shared else [location.open() for _ in range(racers)]
         storages[0].check()
         start = threading.Barrier(racers)
 
@@ -139,19 +139,19 @@ class TestExclusiveCreate:
 
 class TestList:
     @pytest.mark.slow
-    def test_all_pages_of_2500_keys_in_order(self, place: Place, storage: Storage) -> None:
+    def test_all_pages_of_2500_keys_in_order(self, location: Location, storage: Storage) -> None:
         names = [f"checkpoint-1/{number:04d}.bin" for number in range(2500)]
-        place.fill(names)
+        location.fill(names)
         assert storage.list("checkpoint-1") == [ObjectInfo(name, 1) for name in names]
         assert len(storage.list("")) == 2500
 
-    def test_of_nothing_is_empty(self, storage: Storage) -> None:
+    def test_of_a_missing_folder_is_empty(self, storage: Storage) -> None:
         assert storage.list("") == []
         assert storage.list("checkpoint-1") == []
         storage.write("checkpoint-10/a", b"x")
         assert storage.list("checkpoint-1") == []
 
-    def test_is_of_a_folder_not_of_a_beginning(self, storage: Storage) -> None:
+    def test_is_of_a_folder_and_not_of_a_prefix(self, storage: Storage) -> None:
         for name in ("checkpoint-1/a", "checkpoint-10/a", "checkpoint-1.a2/a", "checkpoint-1-x"):
             storage.write(name, b"x")
         assert storage.list("checkpoint-1") == [ObjectInfo("checkpoint-1/a", 1)]
@@ -164,8 +164,8 @@ class TestList:
         assert storage.list("") == [ObjectInfo(name, len(name)) for name in sorted(names)]
         assert [info.path for info in storage.list("b")] == ["b/1/deep/er", "b/10", "b/2"]
 
-    def test_sees_what_another_wrote_meanwhile(self, place: Place, storage: Storage) -> None:
-        other = place.open()
+    def test_shows_what_a_different_client_has_written(self, location: Location, storage: Storage) -> None:
+        other = location.open()
         assert storage.list("checkpoints") == []
         other.write("checkpoints/1", b"x")
         assert len(storage.list("checkpoints")) == 1
@@ -174,7 +174,7 @@ class TestList:
         other.delete(["checkpoints/1"])
         assert storage.list("checkpoints") == [ObjectInfo("checkpoints/2", 1)]
 
-    def test_other_runs_beside_are_not_seen(self, place: Place, storage: Storage) -> None:
-        place.open("-2").write("a", b"x")
-        place.open("/nested").write("b", b"x")
+    def test_does_not_show_other_runs(self, location: Location, storage: Storage) -> None:
+        location.open("-2").write("a", b"x")
+        location.open("/nested").write("b", b"x")
         assert storage.list("") == [ObjectInfo("nested/b", 1)]

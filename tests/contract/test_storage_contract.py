@@ -1,4 +1,4 @@
-"""What every storage must do with files and run URLs, whoever keeps the bytes and whichever way they take."""
+"""The contract of every storage for files and run URLs, with each client that can move the bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
 from hf_cloudtrain.storage.backend import PART_SIZE, ObjectInfo
 from hf_cloudtrain.storage.client import Storage
-from tests.contract.conftest import Place, content, digest
+from tests.contract.conftest import Location, content, digest
 
-# adlfs hands azure-storage-blob whole blocks as bytes, which aiohttp would rather have as files.
+# adlfs passes whole blocks to azure-storage-blob as bytes, and aiohttp warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 
 NAMES = (
@@ -38,32 +38,34 @@ NAMES = (
 
 
 class TestCheck:
-    def test_probe_leaves_nothing_behind(self, place: Place, storage: Storage) -> None:
+    def test_probe_leaves_nothing_behind(self, location: Location, storage: Storage) -> None:
         storage.check()
         assert storage.list("") == []
 
-    def test_knows_whether_exclusive_create_is_honoured(self, place: Place, storage: Storage) -> None:
+    def test_knows_whether_exclusive_create_is_honoured(self, location: Location, storage: Storage) -> None:
         assert storage.exclusive is None
         storage.check()
-        assert storage.exclusive is place.exclusive
+        assert storage.exclusive is location.exclusive
 
-    def test_bytes_take_the_native_way_where_there_is_one(self, place: Place, storage: Storage) -> None:
-        """Else the suite would test one way twice."""
+    def test_native_client_moves_the_bytes_if_there_is_one(
+        self, location: Location, storage: Storage
+    ) -> None:
+        """Otherwise the suite would test one client twice."""
         storage.check()
-        assert (storage._transfer is not None) is place.native
+        assert (storage._transfer is not None) is location.native
 
-    def test_can_be_repeated_beside_another(self, place: Place, storage: Storage) -> None:
+    def test_two_can_run_at_once(self, location: Location, storage: Storage) -> None:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda _: place.open().check(), range(2)))
+            list(pool.map(lambda _: location.open().check(), range(2)))
 
 
 class TestCopy:
     def test_a_copy_is_made_on_the_storage_and_outlives_its_source(
-        self, place: Place, storage: Storage
+        self, location: Location, storage: Storage
     ) -> None:
         for name in NAMES:
             storage.write(f"first/{name}", name.encode())
-        if place.name.startswith("azurite"):
+        if location.name.startswith("azurite"):
             with pytest.raises(StorageError, match="does not copy"):
                 storage.copy("first/plain.bin", "second/plain.bin", 9)
             assert storage.list("second") == []
@@ -72,13 +74,13 @@ class TestCopy:
             storage.copy(f"first/{name}", f"second/{name}", len(name.encode()))
         storage.delete([f"first/{name}" for name in NAMES])
         assert storage.list("first") == []
-        assert place.name != "file" or storage.incomplete() == []
+        assert location.name != "file" or storage.incomplete() == []
         assert {info.path for info in storage.list("")} == {f"second/{name}" for name in NAMES}
         for name in NAMES:
             assert storage.read(f"second/{name}") == name.encode()
 
-    def test_what_is_not_there_is_not_copied(self, place: Place, storage: Storage) -> None:
-        kind = StorageError if place.name.startswith("azurite") else ObjectNotFoundError
+    def test_copy_of_a_missing_object_is_an_error(self, location: Location, storage: Storage) -> None:
+        kind = StorageError if location.name.startswith("azurite") else ObjectNotFoundError
         with pytest.raises(kind):
             storage.copy("missing", "second", 1)
         assert storage.list("") == []
@@ -119,7 +121,7 @@ class TestFiles:
             assert storage.download(name, str(tmp_path / "back"), len(data)) == digest(data)
             assert (tmp_path / "back").read_bytes() == data
 
-    def test_names_are_kept_as_they_are_every_way(self, storage: Storage, tmp_path: Path) -> None:
+    def test_each_client_keeps_names_as_they_are(self, storage: Storage, tmp_path: Path) -> None:
         source, target = tmp_path / "source", tmp_path / "target"
         source.write_bytes(b"content")
         paths = sorted(f"checkpoint-1/{name}" for name in NAMES)
@@ -186,19 +188,19 @@ class TestFiles:
 
 class TestRunUrl:
     @pytest.mark.parametrize("suffix", ["/a run", "/läuft-模型", "/#1", "/a?b", "/%41+"])
-    def test_is_taken_literally(self, place: Place, tmp_path: Path, suffix: str) -> None:
-        storage = place.open(suffix)
+    def test_is_taken_literally(self, location: Location, tmp_path: Path, suffix: str) -> None:
+        storage = location.open(suffix)
         storage.check()
         source = tmp_path / "source"
         source.write_bytes(b"content")
         storage.upload(str(source), "checkpoint-1/model.bin")
         storage.write("record", b"x")
-        names = [info.path for info in place.open().list("")]
+        names = [info.path for info in location.open().list("")]
         assert names == [f"{suffix[1:]}/checkpoint-1/model.bin", f"{suffix[1:]}/record"]
         assert storage.download("checkpoint-1/model.bin", str(tmp_path / "back"), 7) == digest(b"content")
 
-    def test_trailing_slash_changes_nothing(self, place: Place, tmp_path: Path) -> None:
-        with_slash, without = place.open("/"), place.open()
+    def test_trailing_slash_changes_nothing(self, location: Location, tmp_path: Path) -> None:
+        with_slash, without = location.open("/"), location.open()
         assert with_slash.url == without.url
         source = tmp_path / "source"
         source.write_bytes(b"content")
@@ -208,17 +210,17 @@ class TestRunUrl:
         assert with_slash.list("") == without.list("") == names
         assert without.download("checkpoint-1/model.bin", str(tmp_path / "back"), 7) == digest(b"content")
 
-    @pytest.mark.parametrize("place", ["file"], indirect=True)
-    def test_plain_path_is_the_file_url(self, place: Place) -> None:
-        path = place.url.removeprefix("file://")
+    @pytest.mark.parametrize("location", ["file"], indirect=True)
+    def test_plain_path_is_the_file_url(self, location: Location) -> None:
+        path = location.url.removeprefix("file://")
         Storage(path).write("record", b"x")
-        assert place.open().read("record") == b"x"
+        assert location.open().read("record") == b"x"
 
-    @pytest.mark.parametrize("place", ["moto", "rclone", "azurite"], indirect=True)
-    def test_bucket_itself_can_be_the_run(self, place: Place, tmp_path: Path) -> None:
-        assert place.server is not None
-        bucket = place.server.make_bucket(f"bare-{secrets.token_hex(4)}")
-        storage = Storage(f"{place.url.partition('://')[0]}://{bucket}", place.options)
+    @pytest.mark.parametrize("location", ["moto", "rclone", "azurite"], indirect=True)
+    def test_bucket_itself_can_be_the_run(self, location: Location, tmp_path: Path) -> None:
+        assert location.server is not None
+        bucket = location.server.make_bucket(f"bare-{secrets.token_hex(4)}")
+        storage = Storage(f"{location.url.partition('://')[0]}://{bucket}", location.options)
         storage.check()
         (tmp_path / "source").write_bytes(b"content")
         storage.upload(str(tmp_path / "source"), "checkpoint-1/model.bin")

@@ -1,4 +1,4 @@
-"""What goes over the wire, and what happens when it does not arrive: a recording proxy before real servers."""
+"""Requests on the wire, and what happens if they fail: a recording proxy in front of real servers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_create_whose_answer_is_lost_is_success(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("answer", [HANG_UP, SLOW_DOWN, Answer(500)], ids=["reset", "slow-down", "500"])
-def test_trouble_at_the_first_of_every_call_is_bridged(wire: Wire, tmp_path: Path, answer: Answer) -> None:
+def test_failure_of_the_first_request_of_each_call_is_retried(
+    wire: Wire, tmp_path: Path, answer: Answer
+) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"content")
     wire.storage.check()
@@ -78,7 +80,7 @@ def test_trouble_at_the_first_of_every_call_is_bridged(wire: Wire, tmp_path: Pat
     ids=["create", "part", "complete"],
 )
 @pytest.mark.parametrize("served", [True, False], ids=["answer-lost", "refused"])
-def test_multipart_upload_survives_trouble_at_each_step(
+def test_multipart_upload_survives_a_failure_at_each_step(
     wire: Wire, tmp_path: Path, method: str, path: str, served: bool
 ) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
@@ -97,7 +99,7 @@ def test_multipart_upload_survives_trouble_at_each_step(
     assert seen == [2 * size]
 
 
-def test_answer_cut_short_is_fetched_again(wire: Wire, tmp_path: Path) -> None:
+def test_truncated_response_is_fetched_again(wire: Wire, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(bytes(range(256)) * 64)
     digest = wire.storage.upload(str(source), "model.bin")
@@ -106,10 +108,10 @@ def test_answer_cut_short_is_fetched_again(wire: Wire, tmp_path: Path) -> None:
     assert target.read_bytes() == source.read_bytes()
 
 
-def test_a_storage_that_asks_to_slow_down_is_not_hammered(
+def test_a_storage_that_throttles_gets_few_requests(
     wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clients' own tries included: five of obstore's, that back off, and two of s3fs between two pauses of ours."""
+    """Including the tries inside the clients: five of obstore, with back-off, and two of s3fs between two pauses of ours."""
     (tmp_path / "source").write_bytes(b"content")
     wire.storage.write("record", b"x")
     pauses: list[float] = []
@@ -135,14 +137,12 @@ def test_a_storage_that_asks_to_slow_down_is_not_hammered(
     native = any(call.native for call in wire.proxy.calls if "model.bin" in call.path)
     assert len(refused) == 7
     assert len(pauses) == (1 if native else 3)
-    # The native client does not show the header, and fsspec's do.
+    # The native client does not expose the header; the clients of fsspec do.
     assert all((0.1 <= seconds <= 0.2) if native else (2.5 < seconds <= 3.0) for seconds in pauses)
 
 
 @pytest.mark.parametrize("wire", ["native"], indirect=True)
-def test_outage_ends_in_an_error_that_tells_what_to_check(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outage_ends_in_an_error_that_says_what_to_check(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     never_wait(monkeypatch)
     wire.storage.write("record", b"x")
     wire.proxy.rules.append(lambda call, forward: SLOW_DOWN)
@@ -151,13 +151,13 @@ def test_outage_ends_in_an_error_that_tells_what_to_check(
 
 
 def never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between tries: ours, and those of s3fs and botocore inside each of ours."""
+    """Between tries: ours, and those inside s3fs and botocore."""
     sleep = asyncio.sleep
     monkeypatch.setattr("asyncio.sleep", lambda seconds, result=None: sleep(0, result))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
-def test_bytes_of_files_take_the_way_that_was_meant(
+def test_bytes_of_files_move_through_the_intended_client(
     wire: Wire, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     (tmp_path / "source").write_bytes(b"content")
@@ -175,7 +175,7 @@ def test_read_over_the_limit_fetches_no_more_than_the_limit(wire: Wire) -> None:
     assert sum(call.sent for call in wire.proxy.calls[before:]) <= 2000
 
 
-def test_large_download_goes_by_ranges(wire: Wire, tmp_path: Path) -> None:
+def test_large_download_uses_ranges(wire: Wire, tmp_path: Path) -> None:
     source = tmp_path / "source"
     with source.open("wb") as file:
         file.truncate(2 * PART_SIZE + 5)
@@ -195,7 +195,7 @@ def test_listing_is_one_request(wire: Wire) -> None:
 
 
 def test_small_records_take_one_request(wire: Wire) -> None:
-    """Heartbeats and manifests: a client that looks before it writes would double them."""
+    """Heartbeats and manifests: a client that checks before it writes would double the requests."""
     wire.storage.check()
     before = len(wire.proxy.calls)
     wire.storage.write("record", b"x")

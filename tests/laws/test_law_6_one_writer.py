@@ -22,7 +22,7 @@ from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage import backends
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
-from tests.contract.conftest import Place, new_place
+from tests.contract.conftest import Location, new_location
 from tests.faults.ranks import on_ranks
 from tests.faults.runs import (
     DEADLINE,
@@ -41,8 +41,8 @@ SOON = 0.02
 
 
 @pytest.fixture(params=["file", "moto", "azurite", "rclone"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield from new_place(request, tmp_path)
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    yield from new_location(request, tmp_path)
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def storage_as_it_is(folder: Path) -> dict[str, bytes]:
 
 class TestTwoLiveAttempts:
     def test_law_6_exactly_one_goes_on(
-        self, place: Place, tmp_path: Path, no_pauses: None, caplog: pytest.LogCaptureFixture
+        self, location: Location, tmp_path: Path, no_pauses: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         """On every kind of storage; where fencing is best effort, the log says so."""
-        catalog = Catalog(place.open())
+        catalog = Catalog(location.open())
         old, new, next_one = (
-            Machine(tmp_path / name, place.url, storage_options=place.options)
+            Machine(tmp_path / name, location.url, storage_options=location.options)
             for name in ("old", "new", "next")
         )
         try:
@@ -97,30 +97,30 @@ class TestTwoLiveAttempts:
         finally:
             for machine in (old, new, next_one):
                 machine.stop()
-        assert ("told apart only by best effort" in caplog.text) == (not place.exclusive)
+        assert ("told apart only by best effort" in caplog.text) == (not location.exclusive)
 
     def test_law_6_of_starts_at_once_exactly_one_goes_on(
-        self, place: Place, no_pauses: None, monkeypatch: pytest.MonkeyPatch
+        self, location: Location, no_pauses: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.5)
         together = threading.Barrier(3)
-        before = Catalog(place.open())
+        before = Catalog(location.open())
         before.storage.check()
         before.attempts.begin(0.0, 0, None, {})  # rclone may hang where several make one folder at once
 
         def start(number: int) -> Attempt:
-            catalog = Catalog(place.open())
+            catalog = Catalog(location.open())
             catalog.storage.exclusive = before.storage.exclusive
             together.wait(DEADLINE)
             return catalog.attempts.begin(0.0, 0, None, {})
 
         with ThreadPoolExecutor(3) as pool:
             attempts = list(pool.map(start, range(3)))
-        catalog = Catalog(place.open())
+        catalog = Catalog(location.open())
         left = [attempt for attempt in attempts if Ownership(catalog, attempt).look() is None]
         assert [attempt.number for attempt in left] == [max(catalog.attempts.numbers())]
         if (
-            place.exclusive
+            location.exclusive
         ):  # elsewhere a start that is held up for longer than the others settle shares its number
             assert catalog.attempts.numbers() == [1, 2, 3, 4]
 
