@@ -1,1 +1,18 @@
-"""TODO room tracking."""
+"""What a run did and does: recorded while it trains, and read again by any machine.
+
+Reading order:
+
+- `tracker`: times of steps, metrics and pauses, in memory; a thread of rank 0 stores them with the heartbeat;
+- `records`: where the step and metric records are on storage;
+- `history`: the records of all attempts joined to one history, without steps that were redone;
+- `status`: how a run stands now, from its newest heartbeat alone;
+- `watcher`, `stop`: a run observed until it is over, or requested to stop;
+- `exit_record`: how an attempt ended, in a file for the launcher.
+
+    training loop -> StepTracker -> progress/000003.json        -> status -> watcher, stop
+                                 -> steps/000003-0001.jsonl     -> history -> report, watcher
+    end of an attempt -> exit_record -> the file for the launcher
+
+A heartbeat is also evidence of ownership, so `checkpoints` writes and reads it (`checkpoints/attempts.py`). May import
+`checkpoints` and the rooms below.
+"""

@@ -1,12 +1,12 @@
-"""How an attempt ended, as a file for whoever started the process.
+"""How an attempt ended, as a file for the program that started the process.
 
-Launchers turn every exit code into 1, so `HF_CLOUDTRAIN_EXIT_FILE` names a file that says it:
+Launchers turn every exit code into 1, so this goes to the file that `HF_CLOUDTRAIN_EXIT_FILE` names:
 
     {"outcome": "preempted", "reason": "SIGTERM", "run_url": "s3://bucket/runs/mrpc", "attempt": 2, "step": 150,
      "saved": "000002-0000000150", "committed": "000002-0000000150"}
 
-`outcome` is `finished`, `stopped`, `preempted`, `overtaken` or `failed`; `committed` the newest checkpoint that this
-process knows to be on storage. Each host has its own file.
+`outcome` is `finished`, `stopped`, `preempted`, `overtaken` or `failed`; `committed` is the newest checkpoint that this
+process knows to be committed. Each host has its own file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Outcome = Literal["finished", "stopped", "preempted", "overtaken", "failed"]
 
 
 def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None = None) -> None:
-    """Write the exit file, in one piece, where one is wanted; of this disk's ranks one writes it."""
+    """Write the exit file atomically, if one is configured; one rank of each disk writes it."""
     name = env.exit_file()
     if name is None or not checkpointer.ranks.is_leader:
         return
@@ -51,7 +51,7 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
 
 
 def read_end(path: Path) -> dict[str, Any] | None:
-    """The record in an exit file; None where there is none that can be read."""
+    """The record in an exit file; None if it is missing or unreadable."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -60,12 +60,12 @@ def read_end(path: Path) -> dict[str, Any] | None:
 
 
 def outcome_of(error: CloudTrainError) -> Outcome:
-    """What an error at the end of training says."""
+    """The outcome of a training that ends with this error."""
     return "overtaken" if isinstance(error, OvertakenError) else "failed"
 
 
 def forget_end() -> None:
-    """Remove what an attempt before this one has left in the exit file: a process that is killed leaves none."""
+    """Delete the exit file of an earlier attempt: a process that is killed cannot replace it."""
     name = env.exit_file()
     if name is not None:
         Path(name).unlink(missing_ok=True)

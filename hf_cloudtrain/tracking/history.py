@@ -1,10 +1,11 @@
-"""What a run did over all its attempts, without what a resume has superseded: curves never double."""
+"""What a run did in all its attempts, joined to one history: steps that were redone are counted once, so no curve doubles."""
 
 from __future__ import annotations
 
 import json
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeGuard
@@ -16,9 +17,10 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_k
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
 from hf_cloudtrain.tracking.records import StepRecords
+from hf_cloudtrain.tracking.status import number
 
 SLOW_STEP = 10.0
-"""A step that takes so many times as long as the usual one, and a second at least, is a stall."""
+"""A step that takes at least a second and so many times the median is a stall."""
 SLOW_STEP_SECONDS = 1.0
 MOST_STRETCHES = 500
 """Pauses, and stalls, of one attempt that are kept: the longest."""
@@ -31,14 +33,14 @@ class Stretch:
     why: str
     """`start`, `evaluation`, `save`, `pause`, or `stall`: a step that took far longer than the others."""
     step: int
-    """The last step that was done; of a stall, the slow one. As that attempt counted."""
+    """The last finished step; of a stall, the slow one. In the attempt's own step numbers."""
     began: float
     seconds: float
 
 
 @dataclass(frozen=True)
 class CommitInfo:
-    """When a checkpoint was saved, and when it was on storage; it may be gone since."""
+    """When a checkpoint was saved and when it was committed; it may have been deleted since."""
 
     key: CheckpointKey
     saved: float
@@ -47,13 +49,13 @@ class CommitInfo:
 
     @property
     def lag(self) -> float:
-        """Seconds for which a loss of the machine would have lost it."""
+        """Seconds in which a loss of the machine would have lost it."""
         return max(0.0, self.committed - self.saved)
 
 
 @dataclass
 class AttemptInfo:
-    """One attempt, as far as its records tell."""
+    """One attempt, as far as it was recorded."""
 
     number: int
     started: float
@@ -61,25 +63,25 @@ class AttemptInfo:
     last_seen: float
     """Last heartbeat."""
     state: str
-    """`training`, `finished`, `failed`, `stopped`, `overtaken`; `training` with an old heartbeat was killed."""
+    """As recorded: `training`, `finished`, `failed`, `stopped`, `preempted`, `overtaken`. A killed attempt stays `training`."""
     first_step: int
-    """The step it began after."""
+    """The step after which it started."""
     last_step: int
     resumed_from: CheckpointKey | None
     checkpoints: list[CheckpointKey] = field(default_factory=list)
     kept_steps: int = 0
     redone_steps: int = 0
-    """Steps of it that a later attempt did again."""
+    """Its steps that a later attempt did again."""
     productive_seconds: float = 0.0
     """Time of the kept steps."""
     redone_seconds: float = 0.0
     kept_until: float = 0.0
-    """When the last step of it that counts was done; its start where none does."""
+    """When its last kept step was finished; its start if none is kept."""
     stretches: list[Stretch] = field(default_factory=list)
-    """In which no step was done, by time."""
+    """Without a finished step, by time."""
     facts: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
-    """Its last heartbeat, whole."""
+    """Its last heartbeat, complete."""
 
 
 @dataclass
@@ -89,31 +91,31 @@ class History:
     run_url: str
     attempts: list[AttemptInfo]
     logs: list[dict[str, Any]]
-    """Reported metrics that count, by step: each has `step`, `time`, `attempt` and what was reported.
+    """Metrics of kept steps, by step: each has `step`, `time`, `attempt` and what was reported.
 
-    Steps are those of the newest attempt: where one before had steps of another size, its numbers are converted.
+    Steps are those of the newest attempt: if a step had a different size before, its number is converted.
     """
     superseded: list[dict[str, Any]]
-    """Reported metrics of steps that were done again."""
+    """Metrics of steps that were redone."""
     step_seconds: dict[int, float]
-    """Time of each step that counts."""
+    """Time of each kept step."""
     step_attempts: dict[int, int] = field(default_factory=dict)
-    """Which attempt did each of them."""
+    """The attempt of each kept step."""
     redone_step_seconds: list[tuple[int, int, float]] = field(default_factory=list)
-    """(attempt, step as it counted, seconds) of each step that was done again."""
+    """(attempt, step in its own numbers, seconds) of each step that was redone."""
     commits: dict[CheckpointKey, CommitInfo] = field(default_factory=dict)
     """Checkpoints whose commit was recorded."""
 
     @property
     def wall_seconds(self) -> float:
-        """From the start of the first attempt to the last heartbeat, whatever happened in between."""
+        """From the start of the first attempt to the last heartbeat, including the time between attempts."""
         if not self.attempts:
             return 0.0
         return max(info.last_seen for info in self.attempts) - min(info.started for info in self.attempts)
 
     @property
     def goodput(self) -> float | None:
-        """Productive step time over the wall time of the run, restarts and all; None before the first step."""
+        """Productive step time over the wall time of the run, including restarts; None before the first step."""
         wall = self.wall_seconds
         productive = sum(info.productive_seconds for info in self.attempts)
         return min(1.0, productive / wall) if wall > 0 and productive > 0 else None
@@ -126,7 +128,7 @@ def read_history(run_url: str | None, storage_options: dict[str, Any] | None = N
         run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
 
     Raises:
-        StorageError: the storage does not answer.
+        StorageError: the storage is unavailable.
 
     Example:
         >>> history = read_history("s3://bucket/runs/mrpc")
@@ -137,20 +139,20 @@ def read_history(run_url: str | None, storage_options: dict[str, Any] | None = N
 
 
 def history_of(catalog: Catalog) -> History:
-    """The same, of an open catalog."""
+    """The same for an open catalog."""
     attempts = catalog.attempts.read_all()
     committed = catalog.checkpoints()
-    limits, scales = kept_steps(attempts), step_scales(attempts)
     numbers = [attempt.number for attempt in attempts]
-    (beats,) = in_threads(catalog.attempts.read_progress, (numbers, READS_AT_ONCE))
-    heartbeats = dict(zip(numbers, beats, strict=True))
-    steps = StepRecords(catalog.storage).read()
+    (heartbeats,) = in_threads(catalog.attempts.read_progress, (numbers, READS_AT_ONCE))
+    records = StepRecords(catalog.storage).read()
+    line = lineage(attempts)
     history = History(catalog.storage.url, [], [], [], {})
-    for attempt in attempts:
-        progress = heartbeats[attempt.number] or {}
+    for attempt, heartbeat in zip(attempts, heartbeats, strict=True):
+        progress = heartbeat or {}
+        started = _float(attempt.started)
         info = AttemptInfo(
             number=attempt.number,
-            started=(started := _float(attempt.started)),
+            started=started,
             last_seen=max(started, _float(progress.get("time"))),
             state=str(progress.get("state", "started")),
             first_step=attempt.global_step,
@@ -160,108 +162,117 @@ def history_of(catalog: Catalog) -> History:
             facts=attempt.facts,
             progress=progress,
         )
-        lines = steps.get(attempt.number, [])
-        limit = limits.get(attempt.number, -1.0)
-        _add_records(history, info, limit, scales.get(attempt.number, 1.0), lines)
-        # Records of the last seconds before a SIGKILL are lost; the heartbeat still knows how far it was.
-        past = info.last_step - max(limit, info.first_step)
-        info.redone_steps = max(info.redone_steps, int(max(0.0, past)))
         history.attempts.append(info)
+        _Joiner(history, info, *line.get(attempt.number, (-1.0, 1.0))).add(records.get(attempt.number, []))
     history.logs.sort(key=lambda log: (log["step"], log["time"]))
     return history
 
 
-def kept_steps(attempts: list[Attempt]) -> dict[int, float]:
-    """For each attempt in the line that led to the newest one, the last step of it that counts."""
+def lineage(attempts: list[Attempt]) -> dict[int, tuple[float, float]]:
+    """The attempts that led to the newest one.
+
+    Returns:
+        By number: the last step of it that is kept, and how many steps of the newest attempt one of its steps is (law 8).
+    """
     by_number = {attempt.number: attempt for attempt in attempts}
-    current = max(by_number, default=None)
-    limit = math.inf
-    kept: dict[int, float] = {}
-    while current is not None and current in by_number and current not in kept:
-        kept[current] = limit
-        parent = by_number[current].resumed_from
+    current, limit, scale = max(by_number, default=0), math.inf, 1.0
+    found: dict[int, tuple[float, float]] = {}
+    while current in by_number and current not in found:
+        found[current] = (limit, scale)
+        parent, step = by_number[current].resumed_from, by_number[current].global_step
         if parent is None:
             break
+        if parent.step and step:
+            scale *= step / parent.step
         current, limit = parent.attempt, parent.step
-    return kept
+    return found
 
 
-def step_scales(attempts: list[Attempt]) -> dict[int, float]:
-    """For each attempt in that line, how many steps of the newest attempt one of its steps is (law 8)."""
-    by_number = {attempt.number: attempt for attempt in attempts}
-    scales: dict[int, float] = {}
-    current, scale = max(by_number, default=None), 1.0
-    while current is not None and current in by_number and current not in scales:
-        scales[current] = scale
-        parent = by_number[current].resumed_from
-        if parent is None:
-            break
-        if parent.step and by_number[current].global_step:
-            scale *= by_number[current].global_step / parent.step
-        current = parent.attempt
-    return scales
+class _Joiner:
+    """Adds the records of one attempt to a history.
 
+    Args:
+        limit: the last step of the attempt that is kept.
+        scale: steps of the newest attempt in one of its steps.
+    """
 
-def _add_records(
-    history: History, info: AttemptInfo, limit: float, scale: float, batches: list[bytes]
-) -> None:
-    clock = _Clock(info)
-    for line in (line for batch in batches for line in batch.splitlines()):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a line cut off is worth less than the rest
-        if not isinstance(record, dict):
-            continue
-        if record.get("kind") == "steps":
-            _add_steps(history, info, limit, scale, record, clock)
-        elif record.get("kind") == "pause":
-            _add_pause(info, record)
-        elif record.get("kind") == "commit":
-            _add_commit(history, record)
-        elif record.get("kind") == "log" and _is_step(record.get("step")):
-            kept = {key: value for key, value in record.items() if key != "kind"}
-            kept = {**kept, "time": _float(kept.get("time")), "attempt": info.number}
-            clock.anchor(record["step"], kept["time"])
-            if record["step"] <= limit:
-                history.logs.append({**kept, "step": round(record["step"] * scale)})
+    def __init__(self, history: History, info: AttemptInfo, limit: float, scale: float) -> None:
+        self._history, self._info = history, info
+        self._limit, self._scale = limit, scale
+        self._clock = _Clock(info)
+
+    def add(self, batches: list[bytes]) -> None:
+        info, clock = self._info, self._clock
+        for record in _records(batches):
+            if record.get("kind") == "steps":
+                self._add_steps(record)
+            elif record.get("kind") == "pause":
+                self._add_pause(record)
+            elif record.get("kind") == "commit":
+                self._add_commit(record)
+            elif record.get("kind") == "log" and _is_step(record.get("step")):
+                self._add_log(record)
+        for pause in info.stretches:
+            clock.anchor(pause.step, pause.began, pause.began + pause.seconds)
+        clock.set()
+        info.kept_until = clock.time_of(self._limit) if self._limit >= info.first_step else info.started
+        stretches = [*_longest(info.stretches), *_longest(clock.stalls())]
+        info.stretches = sorted(stretches, key=lambda stretch: stretch.began)
+        # A SIGKILL loses the records of the last seconds; the heartbeat may have a later step.
+        past = info.last_step - max(self._limit, info.first_step)
+        info.redone_steps = max(info.redone_steps, int(max(0.0, past)))
+
+    def _add_steps(self, record: dict[str, Any]) -> None:
+        history, info = self._history, self._info
+        first, seconds = record.get("first"), record.get("seconds")
+        if not _is_step(first) or not isinstance(seconds, list):
+            return
+        for step, duration in enumerate(map(_float, seconds), first):
+            info.last_step = max(info.last_step, step)
+            self._clock.add(step, duration)
+            if step <= self._limit:
+                new = math.ceil(step * self._scale)  # several old steps may make one new step
+                before = history.step_seconds.get(new, 0.0) if self._scale < 1 else 0.0
+                history.step_seconds[new] = before + duration
+                history.step_attempts[new] = info.number
+                info.kept_steps += 1
+                info.productive_seconds += duration
             else:
-                history.superseded.append(kept)
-    for pause in info.stretches:
-        clock.anchor(pause.step, pause.began, pause.began + pause.seconds)
-    clock.set()
-    info.kept_until = clock.time_of(limit) if limit >= info.first_step else info.started
-    info.stretches = sorted(
-        [*_longest(info.stretches), *_longest(clock.stalls())], key=lambda stretch: stretch.began
-    )
+                info.redone_steps += 1
+                info.redone_seconds += duration
+                history.redone_step_seconds.append((info.number, step, duration))
 
+    def _add_log(self, record: dict[str, Any]) -> None:
+        log = {key: value for key, value in record.items() if key != "kind"}
+        log = {**log, "time": _float(log.get("time")), "attempt": self._info.number}
+        self._clock.anchor(log["step"], log["time"])
+        if log["step"] <= self._limit:
+            self._history.logs.append({**log, "step": round(log["step"] * self._scale)})
+        else:
+            self._history.superseded.append(log)
 
-def _add_pause(info: AttemptInfo, record: dict[str, Any]) -> None:
-    why, step = record.get("why"), record.get("step")
-    began, seconds = _float(record.get("time")), _float(record.get("seconds"))
-    if _is_step(step) and began > 0 and seconds > 0:
-        known = why if isinstance(why, str) and why in ("start", "evaluation", "save") else "pause"
-        info.stretches.append(Stretch(known, step, began, seconds))
+    def _add_pause(self, record: dict[str, Any]) -> None:
+        why, step = record.get("why"), record.get("step")
+        began, seconds = _float(record.get("time")), _float(record.get("seconds"))
+        if _is_step(step) and began > 0 and seconds > 0:
+            known = why if isinstance(why, str) and why in ("start", "evaluation", "save") else "pause"
+            self._info.stretches.append(Stretch(known, step, began, seconds))
 
-
-def _add_commit(history: History, record: dict[str, Any]) -> None:
-    found = parse_checkpoint_key(str(record.get("checkpoint")))
-    saved, committed, size = _float(record.get("saved")), _float(record.get("time")), record.get("size")
-    if found and saved > 0 and committed > 0:
+    def _add_commit(self, record: dict[str, Any]) -> None:
+        found, commits = parse_checkpoint_key(str(record.get("checkpoint"))), self._history.commits
+        saved, committed, size = _float(record.get("saved")), _float(record.get("time")), record.get("size")
+        if not (found and saved > 0 and committed > 0):
+            return
         key = CheckpointKey(*found)
         size = size if isinstance(size, int) and 0 <= size < 2**63 else None
-        before = history.commits.get(key)
-        if before is None or committed < before.committed:  # rank 0 may hear of one from two sides
+        before = commits.get(key)
+        if before is None or committed < before.committed:  # rank 0 may record one twice, from two hosts
             size = before.size if size is None and before is not None else size
-            history.commits[key] = CommitInfo(key, saved, committed, size)
-
-
-def _longest(stretches: list[Stretch]) -> list[Stretch]:
-    return sorted(stretches, key=lambda stretch: -stretch.seconds)[:MOST_STRETCHES]
+            commits[key] = CommitInfo(key, saved, committed, size)
 
 
 class _Clock:
-    """When each step of an attempt was done: its records tell some of the times, and how long each step took."""
+    """When each step of an attempt was finished, from the times in its records and the durations of the steps."""
 
     def __init__(self, info: AttemptInfo) -> None:
         self._info = info
@@ -269,7 +280,7 @@ class _Clock:
         self._seconds: dict[int, float] = {}
 
     def anchor(self, step: int, time: float, until: float | None = None) -> None:
-        """That step was done at `time`; the next one began at `until`."""
+        """That step was finished at `time`; the next one started at `until`."""
         if time > 0:
             self._anchors.append((step, time, time if until is None else until))
 
@@ -278,13 +289,13 @@ class _Clock:
         self._seconds[step] = seconds
 
     def set(self) -> None:
-        """Nothing more is added."""
+        """Call it when everything was added."""
         self._anchors.sort()
         self._steps = sorted(self._seconds)
         self._sums = [0.0, *accumulate(self._seconds[step] for step in self._steps)]
 
     def time_of(self, step: float) -> float:
-        """When it was done, within the attempt."""
+        """When a step was finished, within the attempt."""
         last = bisect_right(self._anchors, (step, math.inf, math.inf)) - 1
         anchor, done, next_began = self._anchors[max(0, last)]
         after = bisect_right(self._steps, anchor), bisect_right(self._steps, step)
@@ -297,34 +308,25 @@ class _Clock:
             return []
         usual = sorted(self._seconds.values())[len(self._seconds) // 2]
         limit = max(SLOW_STEP_SECONDS, SLOW_STEP * usual)
-        slow = [(step, seconds) for step, seconds in self._seconds.items() if seconds > limit]
         return [
             Stretch("stall", step, max(self._info.started, self.time_of(step) - seconds), seconds)
-            for step, seconds in slow
+            for step, seconds in self._seconds.items()
+            if seconds > limit
         ]
 
 
-def _add_steps(
-    history: History, info: AttemptInfo, limit: float, scale: float, record: dict[str, Any], clock: _Clock
-) -> None:
-    first, seconds = record.get("first"), record.get("seconds")
-    if not _is_step(first) or not isinstance(seconds, list):
-        return
-    for offset, duration in enumerate(map(_float, seconds)):
-        step = first + offset
-        info.last_step = max(info.last_step, step)
-        clock.add(step, duration)
-        if step <= limit:
-            today = math.ceil(step * scale)  # several of them may make one step of today
-            before = history.step_seconds.get(today, 0.0) if scale < 1 else 0.0
-            history.step_seconds[today] = before + duration
-            history.step_attempts[today] = info.number
-            info.kept_steps += 1
-            info.productive_seconds += duration
-        else:
-            info.redone_steps += 1
-            info.redone_seconds += duration
-            history.redone_step_seconds.append((info.number, step, duration))
+def _records(batches: list[bytes]) -> Iterator[dict[str, Any]]:
+    for line in (line for batch in batches for line in batch.splitlines()):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the other lines are readable
+        if isinstance(record, dict):
+            yield record
+
+
+def _longest(stretches: list[Stretch]) -> list[Stretch]:
+    return sorted(stretches, key=lambda stretch: -stretch.seconds)[:MOST_STRETCHES]
 
 
 def _is_step(value: Any) -> TypeGuard[int]:
@@ -332,8 +334,4 @@ def _is_step(value: Any) -> TypeGuard[int]:
 
 
 def _float(value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, (int, float)) else 0.0
-    except OverflowError:
-        return 0.0
-    return number if math.isfinite(number) else 0.0
+    return number(value) or 0.0

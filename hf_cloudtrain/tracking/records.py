@@ -13,7 +13,7 @@ from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
 
 
 class StepRecords:
-    """The step and metric records of one run.
+    """The step and metric records of one run, on its storage.
 
     Example:
         >>> records = StepRecords(catalog.storage)

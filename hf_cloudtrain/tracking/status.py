@@ -1,4 +1,4 @@
-"""How a run stands now, for a few small requests: whatever its length, no step records are read."""
+"""The status of a run now, from a few small requests: no step records are read, however long the run is."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
 
 ALIVE = ("started", "training")
-"""States of an attempt that has not said how it ended."""
+"""States of an attempt that has not recorded its end."""
 MOST_STATE = 40
-"""Letters of a state that nobody vouches for."""
+"""Characters of a state that are shown: records are untrusted."""
 SLOW = 20.0
-"""A run that has done no step for so many usual steps, and for `quiet_seconds` at least, is stalled."""
+"""A run is stalled after so many usual steps without a step, and at least `quiet_seconds`."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run at one moment. Times are seconds since 1970 by the clock of the training, spans are seconds."""
+    """One run at one moment. Times are seconds since 1970 by the clock of the training machine, durations are seconds."""
 
     run_url: str
     state: str
-    """`waiting`: no attempt has begun; else of the newest attempt, as `cloudtrain run status` has it."""
+    """`waiting`: no attempt has begun; otherwise that of the newest attempt, as in `cloudtrain run status`."""
     attempt: int | None = None
     """Number of the newest attempt."""
     attempts: int = 0
     stalled: str | None = None
-    """Why it looks as if nothing happens any more, in words; None where all is well, or the run is over."""
+    """Why the run seems to make no progress; None if it does, or if it is over."""
     step: int | None = None
     total_steps: int | None = None
     step_seconds: float | None = None
     samples_per_second: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
-    """While it is training."""
+    """Only while it is training."""
     loss: float | None = None
     learning_rate: float | None = None
     checkpoints: int = 0
     last_committed: str | None = None
     """Key of the newest committed checkpoint."""
     commit_lag_seconds: float | None = None
-    """From the last save that is committed to its commit."""
+    """From the newest committed save to its commit."""
     uploading: str | None = None
-    """Key of the checkpoint that is saved, and not on storage yet, while it is training."""
+    """Key of the checkpoint that is saved and not committed yet, while it is training."""
     uploading_seconds: float | None = None
-    """How long that has been so."""
+    """Since it was saved."""
     last_seen: float | None = None
-    """Its last heartbeat; without one, its start."""
+    """Its last heartbeat; its start if it has none."""
     heartbeat_age_seconds: float | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether the newest attempt has said that it ended. One that was killed cannot."""
+        """Whether the newest attempt has recorded its end. A killed attempt cannot."""
         return self.state not in (*ALIVE, "killed", "waiting")
 
     def record(self) -> dict[str, Any]:
@@ -64,10 +64,10 @@ class RunState:
 
 
 def run_state(catalog: Catalog) -> RunState:
-    """Look at a run: two listings and one or two small records.
+    """The status of a run, from two listings and one or two small records.
 
     Raises:
-        StorageError: the storage does not answer.
+        StorageError: the storage is unavailable.
 
     Example:
         >>> state = run_state(Catalog(Storage("s3://bucket/runs/mrpc")))
@@ -108,12 +108,12 @@ def run_state(catalog: Catalog) -> RunState:
 
 
 def quiet_seconds() -> float:
-    """Seconds without a heartbeat after which a run counts as killed: four heartbeats, and at least a minute."""
+    """Seconds without a heartbeat after which a run is assumed to be killed: four heartbeats, and at least a minute."""
     return max(60.0, 4 * env.heartbeat())
 
 
 def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
-    """What an attempt is doing: a killed one cannot record that it was, and one that is overtaken records it."""
+    """The state of an attempt: a killed attempt cannot record its end, so it follows from its last heartbeat."""
     if recorded not in ALIVE:
         return recorded
     if not newest:
@@ -122,20 +122,20 @@ def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A number of a record that nobody vouches for; None for anything else."""
+    """A number in an untrusted record; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < 1e15 else None  # which no NaN is
+    return float(value) if abs(value) < 1e15 else None  # NaN is not below
 
 
 def count(value: Any) -> int | None:
-    """The same for what can be counted."""
+    """The same as a whole number."""
     found = number(value)
     return None if found is None else int(found)
 
 
 def age(moment: float | None) -> float | None:
-    """Seconds since then; 0 where the other machine's clock is ahead of ours."""
+    """Seconds since a moment; 0 if the clock of that machine is ahead of ours."""
     return None if moment is None else max(0.0, time.time() - moment)
 
 
@@ -146,13 +146,13 @@ def _uploading(progress: dict[str, Any], keys: list[CheckpointKey]) -> Checkpoin
 
 
 def _stalled(state: str, progress: dict[str, Any], last_seen: float | None) -> str | None:
-    """A process that hangs in a step has a heart that beats on, so both are looked at."""
+    """A process that hangs in a step still sends heartbeats, so both are checked."""
     if state == "killed":
-        return "no heartbeat: it was killed, or its machine is gone, or storage takes nothing from it"
+        return "no heartbeat: it was killed, its machine is gone, or it cannot write to the storage"
     stepped = number(progress.get("last_step_time"))
     if state != "training" or stepped is None or last_seen is None:
         return None
     limit = max(quiet_seconds(), SLOW * (number(progress.get("step_seconds")) or 0.0))
     if last_seen - stepped <= limit:  # by one clock
         return None
-    return f"no step for {last_seen - stepped:.0f} s: it hangs, or evaluates"
+    return f"no step for {last_seen - stepped:.0f} s: it hangs or evaluates"

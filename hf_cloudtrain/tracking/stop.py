@@ -1,4 +1,4 @@
-"""Asking the newest attempt of a run to stop, and waiting until it has."""
+"""Requesting the newest attempt of a run to save and stop, and waiting until it has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Heartbeat:
     step: int | None
     last_committed: str | None
     last_seen: float | None
-    """By the clock of its machine, which may be wrong: only a change of it tells anything."""
+    """By the clock of its machine, which may be wrong: only a change of it counts."""
 
     @property
     def is_alive(self) -> bool:
@@ -43,7 +43,7 @@ class Heartbeat:
 
 
 def request_stop(catalog: Catalog) -> Heartbeat:
-    """Ask the newest attempt to save and stop; its last heartbeat.
+    """Request the newest attempt to save and stop; returns its last heartbeat.
 
     Raises:
         NoCheckpointError: the run does not exist.
@@ -60,7 +60,7 @@ def request_stop(catalog: Catalog) -> Heartbeat:
 
 
 def wait_until_stopped(catalog: Catalog, now: Heartbeat) -> tuple[Heartbeat, str | None]:
-    """Wait until an attempt that was asked has ended; its last heartbeat, and why it did not stop as asked, if so."""
+    """Wait until the attempt has ended; returns its last heartbeat, and why it did not stop as requested, if so."""
     changed = time.monotonic()
     while now.is_alive:
         time.sleep(LOOK_SECONDS)

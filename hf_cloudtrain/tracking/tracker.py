@@ -1,9 +1,8 @@
-"""How fast a run goes, and the record of it that outlives the machine.
+"""The steps of an attempt while it trains: times, metrics and pauses, stored with its heartbeat.
 
-One thread of rank 0 writes, every 15 s, a heartbeat (`progress/<attempt>.json`) and what came since to the step and
-metric records (`steps/<attempt>-<batch>.jsonl`; object stores cannot append, so the newest batch is written anew until
-it is large enough). The training loop only notes times in memory: no device sync, no
-collective, no network.
+A thread of rank 0 writes every 15 s a heartbeat (`progress/<attempt>.json`) and the new step and metric records
+(`steps/<attempt>-<batch>.jsonl`; object stores cannot append, so the newest batch is rewritten until it is large enough).
+The training loop only notes times in memory: no device sync, no collective, no network.
 
     {"kind": "steps", "first": 101, "seconds": [0.21, 0.2, …], "samples": 32, "time": 1790000000.0}
     {"kind": "log", "step": 110, "time": 1790000002.1, "loss": 0.53, "learning_rate": 4.1e-05}
@@ -33,21 +32,21 @@ from hf_cloudtrain.tracking.records import StepRecords
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 256 * 2**10
-"""Size at which a batch of records is left as it is: some 5,000 steps, and little to write again every 15 s."""
+"""Size above which a new batch of records is started: some 5,000 steps, and little to rewrite every 15 s."""
 SAVE_FLUSH_SECONDS = 2.0
-"""Shortest time between two writes of records where saves are very frequent."""
+"""Shortest time between two writes of records if saves are very frequent."""
 PAUSE_SECONDS = 1.0
-"""Shortest time between two steps that is recorded as a pause: where each step has one, they must stay cheap."""
+"""Shortest time between two steps that is recorded as a pause: a pause after every step must stay cheap."""
 RECENT_STEPS = 50
-"""Steps over which rate and eta are taken."""
+"""The latest steps, from which rate and eta are computed."""
 
 
 class StepTracker:
     """Tracks the steps of one attempt.
 
     Args:
-        samples_per_step: samples of all processes in one optimizer step; None where that is not known.
-        uploads: how the uploads of this process stand; read at each heartbeat.
+        samples_per_step: samples of all processes in one optimizer step; None if unknown.
+        uploads: the state of this process's uploads, read at each heartbeat.
         ownership: whether the attempt is still the newest; once it is not, the state is `overtaken`.
 
     Example:
@@ -86,9 +85,9 @@ class StepTracker:
         self._tokens_per_second: float | None = None
         self._mark: float | None = None
         self._pause: tuple[float, str] | None = (time.perf_counter(), "start")
-        """Since when no step is done, and why."""
+        """When the current pause started, and why."""
         self._last_step_time = time.time()
-        """When the last step was done; before the first one, when tracking began."""
+        """When the last step was finished; before the first one, when tracking started."""
         self._state = "training"
         self._batch = 1
         self._batch_data = b""
@@ -101,21 +100,21 @@ class StepTracker:
         self._thread = threading.Thread(target=self._beat, name="cloudtrain-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Write the first heartbeat soon, and go on."""
+        """Start the thread that writes the heartbeats."""
         self._thread.start()
         before_exit(self._close_as_failed)
 
     def begin_step(self) -> None:
-        """A step begins; needed for the first one and after a pause, else a step begins where the last one ended."""
+        """Mark the start of a step: the first one, or the first after a pause. Others start when the last one ends."""
         if self._mark is None:
             self._mark = time.perf_counter()
             self._end_pause(self._mark)
 
     def end_step(self, step: int, tokens_seen: int | None = None) -> None:
-        """Optimizer step number `step` is over.
+        """Mark the end of optimizer step number `step`.
 
         Args:
-            tokens_seen: tokens since the start of the run, where somebody counts them.
+            tokens_seen: tokens since the start of the run, if they are counted.
         """
         now = time.perf_counter()
         seconds = now - self._mark if self._mark is not None else 0.0
@@ -132,7 +131,7 @@ class StepTracker:
             self._tokens = (tokens_seen, now)
 
     def pause(self, why: str = "pause") -> None:
-        """What comes until `begin_step` (an `evaluation`, a `save`) is no step time, nor what came since the last step."""
+        """Exclude the time from the end of the last step to the next `begin_step` (an `evaluation`, a `save`)."""
         if self._mark is not None:
             self._pause = (self._mark, why)
         self._mark = None
@@ -153,19 +152,19 @@ class StepTracker:
                 self._logs.append({"kind": "pause", **record})
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Note metrics as they were reported; what is no finite number or text is left out."""
+        """Note metrics as they were reported; only finite numbers and texts are kept."""
         kept = {key: value for key, value in metrics.items() if _storable(value)}
         with self._lock:
             self._last_metrics.update(kept)
             self._logs.append({"kind": "log", "step": step, "time": time.time(), **kept})
 
     def flush_soon(self) -> None:
-        """Store the records now rather than with the next heartbeat: what leads to a checkpoint should not be lost."""
+        """Store the records now instead of with the next heartbeat, so that those up to a checkpoint are not lost."""
         self._flush_now = True
         self._wake.set()
 
     def close(self, state: str) -> None:
-        """Write the last records and the last heartbeat. `state` is `finished`, `failed` or `stopped`."""
+        """Write the last records and the last heartbeat, with `state`: `finished`, `failed`, `stopped` or `preempted`."""
         if self._closed:
             return
         self._state = state
@@ -178,7 +177,7 @@ class StepTracker:
         self.close("failed")
 
     def heartbeat(self) -> dict[str, Any]:
-        """What `progress/<attempt>.json` says now. Rates are per second over the last 50 steps, times in seconds."""
+        """The content of `progress/<attempt>.json` now. Rates are per second over the last 50 steps, times in seconds."""
         with self._lock:
             typical = statistics.median(self._recent) if self._recent else None
             mean = statistics.fmean(self._recent) if self._recent else None
@@ -211,7 +210,7 @@ class StepTracker:
         last_flush = time.monotonic()
         next_beat = last_flush
         while True:
-            # The flag before the work: what `close` changed after it is seen in the next round.
+            # Read before the work: a `close` in the meantime takes effect in the next round.
             closed = self._closed
             self._wake.clear()
             now = time.monotonic()
@@ -225,7 +224,7 @@ class StepTracker:
                     self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
             except CloudTrainError as error:
                 say = logger.debug if self._warned else logger.warning
-                say("The heartbeat could not be stored: %s", error)
+                say("Cannot store the heartbeat: %s", error)
                 self._warned = True
             if closed:
                 return
@@ -249,13 +248,12 @@ class StepTracker:
         if not steps and not logs:
             return
         lines = [*_step_lines(steps, self._samples_per_step), *logs]
-        data = (
-            self._batch_data + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        data = self._batch_data + text.encode()
         try:
             StepRecords(self._catalog.storage).write(self._attempt, self._batch, data)
         except CloudTrainError:
-            with self._lock:  # kept for the next try
+            with self._lock:  # for the next try
                 self._steps[:0] = steps
                 self._logs[:0] = logs
             raise
@@ -265,13 +263,12 @@ class StepTracker:
 
 
 def _step_lines(steps: list[tuple[int, float]], samples: int | None) -> list[dict[str, Any]]:
-    """One line for each stretch of consecutive steps."""
+    """One line for each range of consecutive steps."""
     lines: list[dict[str, Any]] = []
     for step, seconds in steps:
         if not lines or step != lines[-1]["first"] + len(lines[-1]["seconds"]):
-            lines.append(
-                {"kind": "steps", "first": step, "seconds": [], "samples": samples, "time": time.time()}
-            )
+            facts = {"samples": samples, "time": time.time()}
+            lines.append({"kind": "steps", "first": step, "seconds": [], **facts})
         lines[-1]["seconds"].append(round(seconds, 6))
     return lines
 

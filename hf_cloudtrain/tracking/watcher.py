@@ -1,7 +1,7 @@
-"""Watching a run until it is over: what changes from look to look, and when no new attempt will follow.
+"""Watching a run until it is over: what changes between two reads, and whether a new attempt will follow.
 
-Two listings and a small record every few seconds, and the records of all steps again when an attempt has begun or a
-checkpoint was committed. A storage error is part of the view, and the next look tries again.
+Every few seconds it reads two listings and a small record; the records of all steps only when an attempt has begun or a
+checkpoint was committed. A storage error becomes part of the view, and the next read tries again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hf_cloudtrain.tracking.history import AttemptInfo, history_of
 from hf_cloudtrain.tracking.status import RunState, run_state
 
 LOOK_SECONDS = 2.0
-"""Between two looks; a run sends a heartbeat every 15 s."""
+"""Between two reads; a run sends a heartbeat every 15 s."""
 MOST_LOSSES = 20_000
-"""Losses that are kept; a curve on a screen has some hundred points."""
+"""Losses that are kept; a curve in a terminal has a few hundred points."""
 LAST = ("finished", "overtaken")
-"""States that no new attempt follows, whatever the job still does."""
+"""States that no new attempt follows, even if the job is still running."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class View:
     """(step, loss), ascending."""
     goodput: float | None = None
     trouble: str | None = None
-    """Why the last look failed; the rest is from the look before."""
+    """Why the last read failed; everything else is from the one before."""
 
     def same_but_time(self, other: View | None) -> bool:
-        """Whether nothing has changed between the two."""
+        """Whether the two differ in times only."""
         return other is not None and self._changing() == other._changing()
 
     def _changing(self) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ class View:
 
 
 class Watcher:
-    """Reads one run again and again, also before its first attempt and between two, while a next one is awaited.
+    """Reads one run repeatedly; waits for its first attempt, and between two attempts, as long as one will follow.
 
     Args:
         is_awaited: whether a new attempt will follow.
@@ -71,7 +71,7 @@ class Watcher:
         """The newest view."""
 
     def views(self) -> Iterator[View]:
-        """One view every `LOOK_SECONDS`; the last one is of a run that is over."""
+        """A view every `LOOK_SECONDS`, until the run is over."""
         while True:
             yield self.view
             now = self.view.state
@@ -95,7 +95,7 @@ class Watcher:
         return View(now, before.attempts, losses, before.goodput)
 
     def _read_steps(self, now: RunState) -> View:
-        """With what only the records of all steps contain."""
+        """The view with the losses and the goodput, from the records of all steps."""
         history = history_of(self._catalog)
         losses = [
             (int(log["step"]), float(log["loss"]))
@@ -106,5 +106,5 @@ class Watcher:
 
 
 def wait() -> None:
-    """Pause until the next look."""
+    """Pause until the next read."""
     time.sleep(LOOK_SECONDS)

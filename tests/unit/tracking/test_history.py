@@ -1,4 +1,4 @@
-"""The attempts of a run joined to one line, in which no step is there twice."""
+"""The attempts of a run joined to one history, in which each step counts once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.tracking.history import History, history_of, kept_steps, read_history
+from hf_cloudtrain.tracking.history import History, history_of, lineage, read_history
 from hf_cloudtrain.tracking.records import StepRecords
 
 
@@ -50,16 +50,16 @@ def log(step: int, loss: float, time: float = 0.0) -> dict[str, Any]:
         ([attempt(1), attempt(2, (1, 5)), attempt(3, (2, 8))], {1: 5, 2: 8, 3: float("inf")}),
         ([attempt(1), attempt(2)], {2: float("inf")}),  # fresh=True
         ([attempt(2, (1, 5))], {2: float("inf")}),  # the record of attempt 1 is damaged
-        ([attempt(1, (2, 5)), attempt(2, (1, 5))], {1: 5, 2: float("inf")}),  # a circle ends
+        ([attempt(1, (2, 5)), attempt(2, (1, 5))], {1: 5, 2: float("inf")}),  # a cycle ends
     ],
 )
-def test_only_the_line_that_led_to_the_newest_attempt_counts(
+def test_only_attempts_that_led_to_the_newest_one_count(
     attempts: list[Attempt], kept: dict[int, float]
 ) -> None:
-    assert kept_steps(attempts) == kept
+    assert {number: limit for number, (limit, _) in lineage(attempts).items()} == kept
 
 
-def test_law_8_curves_go_on_where_steps_became_larger_or_smaller(catalog: Catalog) -> None:
+def test_law_8_curves_continue_when_steps_become_larger_or_smaller(catalog: Catalog) -> None:
     first = begin(catalog, 100.0)
     record(catalog, first, steps(1, 6), log(2, 0.2), log(4, 0.4), log(6, 0.6))
     second = begin(catalog, 200.0, (first, 4), at=2)  # as many samples in half the steps
@@ -86,7 +86,7 @@ def killed_and_resumed(catalog: Catalog) -> History:
     return history_of(catalog)
 
 
-def test_what_a_resume_did_again_is_there_once(catalog: Catalog) -> None:
+def test_a_step_that_was_redone_is_there_once(catalog: Catalog) -> None:
     history = killed_and_resumed(catalog)
     assert [(item["step"], item["loss"], item["attempt"]) for item in history.logs] == [
         (4, 0.4, 1),
@@ -97,7 +97,7 @@ def test_what_a_resume_did_again_is_there_once(catalog: Catalog) -> None:
     assert history.step_seconds == dict.fromkeys(range(1, 6), 1.0) | dict.fromkeys(range(6, 11), 2.0)
 
 
-def test_each_attempt_tells_what_it_did_and_what_was_done_again(catalog: Catalog) -> None:
+def test_each_attempt_has_its_kept_and_its_redone_steps(catalog: Catalog) -> None:
     first, second = killed_and_resumed(catalog).attempts
     assert (first.first_step, first.last_step, first.kept_steps, first.redone_steps) == (0, 8, 5, 3)
     assert (first.productive_seconds, first.redone_seconds) == (5.0, 3.0)
@@ -107,11 +107,11 @@ def test_each_attempt_tells_what_it_did_and_what_was_done_again(catalog: Catalog
     assert first.facts == {"host": "a"}
 
 
-def test_goodput_is_productive_time_over_wall_time_restarts_and_all(catalog: Catalog) -> None:
+def test_goodput_is_productive_time_over_wall_time_including_restarts(catalog: Catalog) -> None:
     assert killed_and_resumed(catalog).goodput == pytest.approx((5 * 1.0 + 5 * 2.0) / (130.0 - 100.0))
 
 
-def test_without_a_step_there_is_no_goodput(catalog: Catalog) -> None:
+def test_without_a_step_goodput_is_none(catalog: Catalog) -> None:
     assert history_of(catalog).goodput is None
     begin(catalog, started=100.0)
     assert history_of(catalog).goodput is None
@@ -153,7 +153,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=lambda line: ascii(line[:40]))
-def test_a_damaged_line_does_not_take_the_others_with_it(catalog: Catalog, line: bytes) -> None:
+def test_a_damaged_line_does_not_hide_the_others(catalog: Catalog, line: bytes) -> None:
     number = begin(catalog, started=100.0)
     good = json.dumps(log(3, 0.5, 103.0)).encode()
     StepRecords(catalog.storage).write(
@@ -166,7 +166,7 @@ def test_a_damaged_line_does_not_take_the_others_with_it(catalog: Catalog, line:
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b'{"time": "x", "step": [], "state": 5}', b'{"step": 1' + b"0" * 400 + b"}"]
 )
-def test_a_damaged_heartbeat_does_not_take_the_history_with_it(catalog: Catalog, data: bytes) -> None:
+def test_a_damaged_heartbeat_does_not_hide_the_history(catalog: Catalog, data: bytes) -> None:
     number = begin(catalog, started=100.0)
     record(catalog, number, log(3, 0.5))
     catalog.storage.write(f".cloudtrain/progress/{number:06d}.json", data)
@@ -176,9 +176,9 @@ def test_a_damaged_heartbeat_does_not_take_the_history_with_it(catalog: Catalog,
 
 
 class TestWhereTheTimeWent:
-    """Pauses, stalls and commits, with their times: what a timeline is drawn from."""
+    """Pauses, stalls and commits with their times, from which the timeline is drawn."""
 
-    def test_pauses_are_read_and_unknown_reasons_are_just_pauses(self, catalog: Catalog) -> None:
+    def test_pauses_are_read_and_an_unknown_reason_is_a_pause(self, catalog: Catalog) -> None:
         number = begin(catalog, 100.0)
         pause = {"kind": "pause", "step": 4, "time": 110.0, "seconds": 5.0}
         later = {**pause, "time": 120.0}
@@ -203,7 +203,7 @@ class TestWhereTheTimeWent:
         ]
 
     @pytest.mark.parametrize("seconds", [0.9, 9.0])
-    def test_a_step_that_is_not_that_slow_is_none(self, catalog: Catalog, seconds: float) -> None:
+    def test_a_step_that_is_less_slow_is_not_a_stall(self, catalog: Catalog, seconds: float) -> None:
         usual = 0.01 if seconds < 1 else 1.0
         number = begin(catalog, 100.0)
         record(catalog, number, steps(1, 9, usual), steps(10, 1, seconds))
@@ -215,7 +215,7 @@ class TestWhereTheTimeWent:
         assert first.kept_until == pytest.approx(105.0)  # step 4 was logged at 104, step 5 took a second
         assert second.kept_until == pytest.approx(128.0)  # the last heartbeat came later
 
-    def test_an_attempt_of_which_nothing_counts_kept_nothing(self, catalog: Catalog) -> None:
+    def test_an_attempt_that_led_nowhere_has_no_kept_steps(self, catalog: Catalog) -> None:
         first = begin(catalog, 100.0)
         record(catalog, first, steps(1, 4))
         catalog.attempts.write_progress(first, {"time": 104.0, "step": 4})
@@ -223,7 +223,7 @@ class TestWhereTheTimeWent:
         info = history_of(catalog).attempts[0]
         assert (info.kept_steps, info.kept_until) == (0, 100.0)
 
-    def test_commits_are_known_by_checkpoint_also_those_that_are_deleted(self, catalog: Catalog) -> None:
+    def test_commits_are_known_by_checkpoint_including_deleted_ones(self, catalog: Catalog) -> None:
         number = begin(catalog, 100.0)
         told = {"kind": "commit", "checkpoint": "000001-0000000005", "saved": 110.0, "time": 114.0}
         again = {**told, "time": 120.0, "size": 7}
@@ -240,7 +240,7 @@ class TestWhereTheTimeWent:
             CheckpointKey(1, 9): (2.5, 9),
         }
 
-    def test_it_is_known_who_did_a_step_and_how_long_the_lost_ones_took(self, catalog: Catalog) -> None:
+    def test_the_attempt_of_each_step_and_the_times_of_redone_steps_are_known(self, catalog: Catalog) -> None:
         history = killed_and_resumed(catalog)
         assert history.step_attempts == dict.fromkeys(range(1, 6), 1) | dict.fromkeys(range(6, 11), 2)
         assert history.redone_step_seconds == [(1, 6, 1.0), (1, 7, 1.0), (1, 8, 1.0)]
@@ -260,7 +260,7 @@ class TestWhereTheTimeWent:
             b'{"kind": "steps", "first": true, "seconds": [1]}',
         ],
     )
-    def test_a_damaged_one_is_left_out(self, catalog: Catalog, line: bytes) -> None:
+    def test_a_damaged_record_is_ignored(self, catalog: Catalog, line: bytes) -> None:
         number = begin(catalog, 100.0)
         StepRecords(catalog.storage).write(number, 1, line)
         history = history_of(catalog)

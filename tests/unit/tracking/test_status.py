@@ -1,4 +1,4 @@
-"""How a run stands now, told from its newest heartbeat: what hangs is told from what is slow, and from what is over."""
+"""The status of a run from its newest heartbeat: waiting, training, slow, stalled, killed or over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.recorded import commit
 
 
 def begin(catalog: Catalog, **progress: Any) -> None:
-    """An attempt whose heart beat just now."""
+    """An attempt with a heartbeat of just now."""
     now = time.time()
     number = catalog.attempts.begin(now - 600, 0, None, {}).number
     if progress:
@@ -24,7 +24,7 @@ def begin(catalog: Catalog, **progress: Any) -> None:
         catalog.attempts.write_progress(number, {**beat, **progress})
 
 
-def test_a_run_that_nobody_has_started_waits(catalog: Catalog) -> None:
+def test_a_run_without_an_attempt_is_waiting(catalog: Catalog) -> None:
     now = run_state(catalog)
     assert (now.state, now.attempt, now.attempts, now.step, now.is_over) == ("waiting", None, 0, None, False)
 
@@ -36,7 +36,7 @@ def test_an_attempt_without_a_heartbeat_has_started(catalog: Catalog) -> None:
     assert now.heartbeat_age_seconds == pytest.approx(0, abs=30)
 
 
-def test_a_run_that_trains_tells_its_step_rate_loss_and_eta(catalog: Catalog) -> None:
+def test_a_training_run_has_step_rate_loss_and_eta(catalog: Catalog) -> None:
     begin(catalog, step_seconds=2.0, samples_per_second=16.0, loss=0.5, eta_seconds=116.0)
     now = run_state(catalog)
     assert (now.state, now.step, now.total_steps, now.stalled) == ("training", 42, 100, None)
@@ -44,7 +44,7 @@ def test_a_run_that_trains_tells_its_step_rate_loss_and_eta(catalog: Catalog) ->
 
 
 @pytest.mark.parametrize("state", ["finished", "failed", "stopped", "overtaken"])
-def test_a_run_that_said_how_it_ended_is_over_and_has_no_eta(catalog: Catalog, state: str) -> None:
+def test_a_run_with_a_recorded_end_is_over_and_has_no_eta(catalog: Catalog, state: str) -> None:
     begin(catalog, state=state, eta_seconds=116.0, time=time.time() - 4000, last_saved="000001-0000000040")
     now = run_state(catalog)
     assert (now.state, now.is_over, now.eta_seconds, now.stalled, now.uploading) == (
@@ -56,7 +56,7 @@ def test_a_run_that_said_how_it_ended_is_over_and_has_no_eta(catalog: Catalog, s
     )
 
 
-def test_a_heart_that_stopped_is_stalled_and_not_over(catalog: Catalog) -> None:
+def test_a_run_without_heartbeats_is_stalled_and_not_over(catalog: Catalog) -> None:
     begin(catalog, time=time.time() - 61)
     now = run_state(catalog)
     assert (now.state, now.is_over) == ("killed", False)
@@ -64,29 +64,29 @@ def test_a_heart_that_stopped_is_stalled_and_not_over(catalog: Catalog) -> None:
     assert "no heartbeat" in now.stalled
 
 
-def test_a_heart_that_beats_without_a_step_is_stalled(catalog: Catalog) -> None:
-    """A process that hangs in a collective has a heart that beats on."""
+def test_a_run_with_heartbeats_and_without_steps_is_stalled(catalog: Catalog) -> None:
+    """A process that hangs in a collective still sends heartbeats."""
     begin(catalog, last_step_time=time.time() - 70, step_seconds=0.5)
     now = run_state(catalog)
     assert now.state == "training"
-    assert now.stalled == "no step for 70 s: it hangs, or evaluates"
+    assert now.stalled == "no step for 70 s: it hangs or evaluates"
 
 
-def test_steps_that_take_long_are_no_stall(catalog: Catalog) -> None:
+def test_slow_steps_are_not_a_stall(catalog: Catalog) -> None:
     begin(catalog, last_step_time=time.time() - 70, step_seconds=70 / SLOW + 1)
     assert run_state(catalog).stalled is None
 
 
-def test_a_stall_is_told_by_the_clock_of_the_training(catalog: Catalog) -> None:
+def test_a_stall_is_measured_by_the_clock_of_the_training_machine(catalog: Catalog) -> None:
     ahead = time.time() + 5000
     begin(catalog, time=ahead, last_step_time=ahead - 10)
     now = run_state(catalog)
     assert (now.state, now.stalled, now.heartbeat_age_seconds) == ("training", None, 0.0)
     begin(catalog, time=ahead, last_step_time=ahead - 100)
-    assert run_state(catalog).stalled == "no step for 100 s: it hangs, or evaluates"
+    assert run_state(catalog).stalled == "no step for 100 s: it hangs or evaluates"
 
 
-def test_what_is_saved_and_not_committed_is_uploading(catalog: Catalog) -> None:
+def test_a_checkpoint_that_is_saved_and_not_committed_is_uploading(catalog: Catalog) -> None:
     saved = {"last_saved": "000001-0000000040", "last_saved_time": time.time() - 20}
     begin(catalog, **saved, commit_lag_seconds=3.5)
     now = run_state(catalog)
@@ -98,7 +98,7 @@ def test_what_is_saved_and_not_committed_is_uploading(catalog: Catalog) -> None:
     assert (now.last_committed, now.checkpoints, now.commit_lag_seconds) == ("000001-0000000040", 1, 3.5)
 
 
-def test_a_look_costs_two_listings_and_one_record_however_long_the_run(machines: Machines) -> None:
+def test_it_reads_two_listings_and_one_record_however_long_the_run(machines: Machines) -> None:
     for step in (1, 2, 3):
         begin(machines.catalog, step=step)
         commit(machines.catalog, CheckpointKey(step, step), 0.0)
@@ -108,7 +108,7 @@ def test_a_look_costs_two_listings_and_one_record_however_long_the_run(machines:
 
 
 @pytest.mark.parametrize("value", ["x", None, True, 1e300, float("nan"), [], {"a": 1}, -(10**400)])
-def test_what_is_no_number_is_not_known(catalog: Catalog, value: Any) -> None:
+def test_a_value_that_is_not_a_number_is_unknown(catalog: Catalog, value: Any) -> None:
     names = ("step", "total_steps", "loss", "last_step_time", "step_seconds", "eta_seconds", "last_saved")
     catalog.attempts.begin(time.time(), 0, None, {})
     beat = {"state": "training", "time": time.time(), **dict.fromkeys(names, value)}

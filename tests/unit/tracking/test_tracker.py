@@ -1,4 +1,4 @@
-"""Steps are timed in memory; one thread stores them, and the heartbeat, and survives trouble."""
+"""Steps are timed in memory; a thread stores them and the heartbeat, and survives storage errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.faults.runs import Machines, wait_until
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -68,15 +68,15 @@ def test_a_heartbeat_before_the_first_step_has_no_rates(tracker: StepTracker) ->
         assert beat[name] is None
 
 
-def test_a_heartbeat_says_how_long_one_is(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever wants to know whether it still beats has no other way to find out how long to wait."""
+def test_a_heartbeat_records_its_interval(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader on a different machine computes from it when a heartbeat is missing."""
     monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "40")
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
     assert tracker.heartbeat()["interval_seconds"] == 40
 
 
-def test_rates_and_eta_are_of_the_last_steps(tracker: StepTracker, clock: Clock) -> None:
-    run(tracker, clock, range(501, 521), seconds=8.0)  # slow at first, and long ago
+def test_rates_and_eta_are_computed_from_the_latest_steps(tracker: StepTracker, clock: Clock) -> None:
+    run(tracker, clock, range(501, 521), seconds=8.0)  # slow, but not among the latest
     run(tracker, clock, range(521, 521 + module.RECENT_STEPS), seconds=0.5)
     beat = tracker.heartbeat()
     assert beat["step"] == 570
@@ -86,7 +86,7 @@ def test_rates_and_eta_are_of_the_last_steps(tracker: StepTracker, clock: Clock)
     assert beat["productive_seconds"] == pytest.approx(20 * 8.0 + 50 * 0.5)
 
 
-def test_time_between_a_pause_and_the_next_step_is_no_step_time(tracker: StepTracker, clock: Clock) -> None:
+def test_time_between_a_pause_and_the_next_step_is_not_step_time(tracker: StepTracker, clock: Clock) -> None:
     run(tracker, clock, range(501, 503))
     tracker.pause()
     clock.now += 1_000.0  # an evaluation
@@ -102,7 +102,7 @@ def test_time_between_two_steps_belongs_to_the_second(tracker: StepTracker, cloc
     assert tracker.productive_seconds == pytest.approx(3.0)
 
 
-def test_tokens_a_second_only_where_somebody_counts_them(tracker: StepTracker, clock: Clock) -> None:
+def test_tokens_per_second_are_known_only_if_tokens_are_counted(tracker: StepTracker, clock: Clock) -> None:
     tracker.begin_step()
     tracker.end_step(501, 0)
     assert tracker.heartbeat()["tokens_per_second"] is None
@@ -136,7 +136,7 @@ def test_steps_and_logs_are_stored_as_they_were(
     tracker.start()
     run(tracker, clock, range(501, 504), seconds=0.25)
     tracker.log(503, {"loss": 0.5, "note": "warm", "flag": True})
-    run(tracker, clock, range(510, 511))  # a gap begins another line
+    run(tracker, clock, range(510, 511))  # a gap starts a new line
     tracker.close("finished")
     found = stored(machines)
     lines = [(line["first"], line["seconds"]) for line in found if line["kind"] == "steps"]
@@ -146,7 +146,7 @@ def test_steps_and_logs_are_stored_as_they_were(
     assert (log["step"], log["loss"], log["note"], log["flag"]) == (503, 0.5, "warm", True)
 
 
-def test_what_cannot_be_stored_is_left_out_of_a_log(tracker: StepTracker) -> None:
+def test_a_log_keeps_only_what_can_be_stored(tracker: StepTracker) -> None:
     metrics = {
         "loss": 0.5,
         "nan": float("nan"),
@@ -161,7 +161,7 @@ def test_what_cannot_be_stored_is_left_out_of_a_log(tracker: StepTracker) -> Non
     assert set(noted) == {"kind", "step", "time", "loss"}
 
 
-def test_heartbeats_go_on_by_themselves_and_end_with_the_state(
+def test_heartbeats_continue_until_close_and_end_with_its_state(
     tracker: StepTracker, clock: Clock, machines: Machines
 ) -> None:
     tracker.start()
@@ -173,7 +173,7 @@ def test_heartbeats_go_on_by_themselves_and_end_with_the_state(
     assert beat is not None
     assert (beat["state"], beat["step"]) == ("finished", 501)
     tracker.close("failed")
-    assert machines.catalog.attempts.read_progress(3) == beat, "it is closed once"
+    assert machines.catalog.attempts.read_progress(3) == beat, "only the first close counts"
 
 
 def test_records_survive_an_outage(
@@ -189,24 +189,24 @@ def test_records_survive_an_outage(
     assert seconds == [0.5] * 3
     assert [line["loss"] for line in stored(machines) if line["kind"] == "log"] == [0.5]
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1, "an outage is said once"
+    assert len(warnings) == 1, "one warning for the whole outage"
 
 
-def test_records_whose_answer_was_lost_are_there_once(
+def test_records_whose_response_was_lost_are_stored_once(
     tracker: StepTracker, clock: Clock, machines: Machines
 ) -> None:
     machines.storage.lose_answer("write", path="*/steps/*", times=6)
     tracker.start()
     run(tracker, clock, range(501, 504))
     tracker.flush_soon()
-    wait_until(lambda: machines.storage.count("write", "*/steps/*") > 6, "a write that is answered")
+    wait_until(lambda: machines.storage.count("write", "*/steps/*") > 6, "a write with a response")
     run(tracker, clock, range(504, 506))
     tracker.close("finished")
     seconds = [second for line in stored(machines) for second in line.get("seconds", [])]
     assert seconds == [0.5] * 5
 
 
-def test_a_refusal_at_the_end_is_no_error_of_the_training(
+def test_an_error_of_the_storage_at_the_end_does_not_fail_the_training(
     tracker: StepTracker, machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker.start()
@@ -230,27 +230,27 @@ def test_a_batch_grows_in_place_until_it_is_large_enough(
     assert [second for line in stored(machines) for second in line["seconds"]] == [0.5] * 6
 
 
-def test_nothing_new_is_nothing_stored(machines: Machines) -> None:
+def test_without_new_records_nothing_is_stored(machines: Machines) -> None:
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
     tracker._store_records()
     assert StepRecords(machines.catalog.storage).read().get(3, []) == []
 
 
-def test_closing_before_the_start_is_fine(machines: Machines) -> None:
+def test_close_before_start_only_sets_the_state(machines: Machines) -> None:
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=None)
     tracker.close("failed")
     assert tracker.heartbeat()["state"] == "failed"
 
 
 class TestPauses:
-    """Time in which no step is done is recorded, where it is long enough to matter."""
+    """Time without a step is recorded if it is long enough."""
 
-    def test_the_start_an_evaluation_and_a_save_are_told_with_their_time(
+    def test_the_start_an_evaluation_and_a_save_are_recorded_with_their_times(
         self, clock: Clock, tracker: StepTracker, machines: Machines
     ) -> None:
         clock.now += 12.0
         run(tracker, clock, range(501, 503))
-        clock.now += 1.0  # between the last step and the evaluation's end nothing is done, either
+        clock.now += 1.0  # from the last step to the end of the evaluation, no step is done
         tracker.pause("evaluation")
         clock.now += 3.0
         tracker.pause("save")
@@ -264,7 +264,7 @@ class TestPauses:
         ]
         assert pauses[0]["time"] == pytest.approx(module.time.time() - 12.0, abs=30)
 
-    def test_a_short_pause_after_each_step_costs_no_record(
+    def test_short_pauses_are_not_recorded(
         self, tracker: StepTracker, machines: Machines, clock: Clock
     ) -> None:
         for step in range(501, 521):
@@ -277,7 +277,7 @@ class TestPauses:
 
 
 class TestUploads:
-    """What becomes of a save is told by the records and by the heartbeat."""
+    """Saves and commits are in the records and in the heartbeat."""
 
     def test_each_commit_is_recorded_with_the_time_of_its_save(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch
@@ -304,9 +304,7 @@ class TestUploads:
         assert beat["last_saved"] == "000001-0000000008"
         assert beat["last_saved_time"] == commits[-1]["saved"]
 
-    def test_a_save_that_the_storage_does_not_take_is_saved_and_not_committed(
-        self, machines: Machines
-    ) -> None:
+    def test_a_save_whose_upload_fails_is_saved_and_not_committed(self, machines: Machines) -> None:
         machine = machines.new()
         machine.start()
         machines.storage.fail("upload", times=1000)
@@ -327,7 +325,7 @@ class TestUploads:
         assert tracker.heartbeat()["last_saved"] is None
 
 
-def test_records_are_stored_as_often_as_the_heart_beats_after_a_save_too(machines: Machines) -> None:
+def test_records_are_stored_at_least_with_each_heartbeat_after_a_save_too(machines: Machines) -> None:
     tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=9)
     tracker._interval = 0.2
     tracker.flush_soon()
