@@ -206,7 +206,7 @@ def test_ctrl_c_on_logs_leaves_the_job_alone(desk: Desk) -> None:
     following.send_signal(signal.SIGINT)
     _, errors = following.communicate(timeout=60)
     assert following.returncode == 130
-    assert "toy-1 goes on" in errors
+    assert "toy-1 keeps running" in errors
     assert not desk.record().is_over
     desk.call("job", "cancel", "toy", "--wait")
 

@@ -18,8 +18,8 @@ import os
 import signal
 import stat
 import sys
+import warnings  # noqa: F401 - os.execvpe needs it, and cannot import it where the namespace hides root's files
 from collections.abc import Sequence
-from typing import Any
 
 FAILED = 125
 """Exit code if the folders could not be mounted; the command was not started."""
@@ -68,9 +68,11 @@ def enter() -> None:
         _call("unshare", CLONE_NEWNS)
     except PermissionError:
         _call("unshare", CLONE_NEWUSER | CLONE_NEWNS)
-        _write("/proc/self/setgroups", "deny")  # required for gid_map, user_namespaces(7)
-        _write("/proc/self/uid_map", f"{user} {user} 1")
-        _write("/proc/self/gid_map", f"{group} {group} 1")
+        # gid_map requires setgroups to be denied first, user_namespaces(7).
+        ids = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, text in ids.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
     # Later mounts of the machine appear here too; mounts made here appear nowhere else.
     _mount(None, "/", None, MS_REC | MS_SLAVE)
 
@@ -95,13 +97,16 @@ def mount_all(mounts: Sequence[tuple[str, str, bool]], replaced: Sequence[str]) 
 
 
 def _replace_root() -> None:
+    number = PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"pivot_root is not supported on {os.uname().machine}")
     base = "/tmp" if os.path.isdir("/tmp") else "/proc"  # noqa: S108 - only a folder to mount on, nothing is written there
     _mount("cloudtrain", base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
     os.mkdir(base + OLD)
-    _pivot_root(base, base + OLD)
+    _call("syscall", number, base, base + OLD)
     os.chdir("/")
     _bind_all(OLD, "/")
-    _call("umount2", OLD.encode(), MNT_DETACH)
+    _call("umount2", OLD, MNT_DETACH)
     os.rmdir(OLD)
 
 
@@ -140,40 +145,23 @@ def _kept_flags(path: str) -> int:
     return kept | (MS_RELATIME if flags & 4096 else 0)  # ST_RELATIME of <bits/statvfs.h>
 
 
-# --- Calls -------------------------------------------------------------------------------------------------------------
-
-
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     try:
-        _call(
-            "mount",
-            None if source is None else os.fsencode(source),
-            os.fsencode(target),
-            None if kind is None else kind.encode(),
-            ctypes.c_ulong(flags),
-            None if data is None else data.encode(),
-        )
+        _call("mount", source, target, kind, flags, data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, source or target, None, target) from None
 
 
-def _pivot_root(new: str, old: str) -> None:
-    number = PIVOT_ROOT.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"pivot_root is not supported on {os.uname().machine}")
-    _call("syscall", ctypes.c_long(number), new.encode(), old.encode())
-
-
-def _call(name: str, *arguments: Any) -> None:
+def _call(name: str, *arguments: str | int | None) -> None:
+    """Call a function of the C library. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*arguments) != 0:
+    converted = [
+        os.fsencode(value) if isinstance(value, str) else value if value is None else ctypes.c_long(value)
+        for value in arguments
+    ]
+    if getattr(libc, name)(*converted) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), name)
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
 
 
 def _original_environment() -> dict[bytes, bytes]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.node.ignore_files import OWN, Rules
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix
+from hf_cloudtrain.runtime.text import size_text
 
 LARGE = 10**9
 """Bytes above which the user learns what is large: a job's code is rarely larger than its libraries."""
@@ -48,9 +49,9 @@ class Copied:
         """What to do about a workspace larger than 1 GB; None for a smaller one."""
         if self.size <= LARGE:
             return None
-        named = ", ".join(f"{name} ({_gigabytes(size)})" for name, size in self.largest)
+        named = ", ".join(f"{name} ({size_text(size)})" for name, size in self.largest)
         return (
-            f"The workspace has {_gigabytes(self.size)} in {self.files} files, and each job gets a copy. The largest are "
+            f"The workspace has {size_text(self.size)} in {self.files} files, and each job gets a copy. The largest are "
             f"{named}. Exclude what the job does not need in {OWN}, which has the syntax of .gitignore, and upload data "
             "as a dataset (`cloudtrain data create`)."
         )
@@ -120,16 +121,14 @@ class _Walk:
 
     @classmethod
     def of(cls, source: Path, omitted: Iterable[Path]) -> _Walk:
+        advice = "Name the folder with the job's code: -d DIR"
         if not source.is_dir():
-            raise ConfigurationError(
-                f"{str(source)!r} is not a folder. Name the folder with the job's code: -d DIR"
-            )
+            raise ConfigurationError(f"{str(source)!r} is not a folder. {advice}")
         top = source.resolve()
         if any(top == folder.resolve() for folder in omitted):
-            raise ConfigurationError(
-                f"{str(source)!r} is where jobs are stored. Name the folder with the job's code: -d DIR"
-            )
-        walk = cls(top, frozenset(_identity(folder) for folder in omitted if folder.exists()))
+            raise ConfigurationError(f"{str(source)!r} is where jobs are stored. {advice}")
+        found = [folder.stat() for folder in omitted if folder.exists()]
+        walk = cls(top, frozenset((one.st_dev, one.st_ino) for one in found))
         walk._add("", Rules.of(top))
         return walk
 
@@ -179,14 +178,12 @@ class _Walk:
             self.skipped.append(f"{path} (a broken link to {written!r})")
             return
         inside = os.path.relpath(destination, self.source)
+        as_written = os.path.normpath(os.path.join(os.path.dirname(path), written))
         if inside.split("/")[0] == "..":
-            self.skipped.append(
-                f"{path} (a link out of the workspace; only the link to {destination!r} is copied)"
-            )
+            text = f"a link out of the workspace; only the link to {destination!r} is copied"
+            self.skipped.append(f"{path} ({text})")
             self.links.append((path, destination))
-        elif os.path.isabs(written) or os.path.normpath(
-            os.path.join(os.path.dirname(path), written)
-        ).startswith(".."):
+        elif os.path.isabs(written) or as_written.startswith(".."):
             # As it is written, it would lead out of the copy, back into the source.
             self.links.append((path, os.path.relpath(inside, os.path.dirname(path) or ".")))
         else:
@@ -208,18 +205,18 @@ def _copy_blocks(reader: int, writer: int) -> Iterator[int]:
 
     https://man7.org/linux/man-pages/man2/copy_file_range.2.html
     """
-    in_file_system = hasattr(os, "copy_file_range")
+    copies = hasattr(os, "copy_file_range")
     while True:
         try:
             count = (
                 os.copy_file_range(reader, writer, CHUNK)
-                if in_file_system
+                if copies
                 else os.sendfile(writer, reader, None, CHUNK)
             )
         except OSError as error:
-            if not in_file_system or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if not copies or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            in_file_system = False  # not between these two; what was copied stays, and so do both offsets
+            copies = False  # not between these two; what was copied stays, and so do both offsets
             continue
         if not count:
             return
@@ -240,8 +237,8 @@ def _check_free_space(folder: Path, size: int) -> None:
     if free < size + SPACE_LEFT:
         raise OSError(
             errno.ENOSPC,
-            f"The workspace has {_gigabytes(size)}, and only {_gigabytes(free)} are free. Exclude what the job does not need "
-            f"in {OWN}, or free some space",
+            f"The workspace has {size_text(size)}, and only {size_text(free)} are free. Exclude what the job does not "
+            f"need in {OWN}, or free some space",
             str(folder),
         )
 
@@ -251,12 +248,3 @@ def _clean(target: Path) -> None:
     for folder in target.parent.glob(f".{target.name}-*"):
         if is_left_over(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -365,7 +365,7 @@ class TestAdvice:
         assert found.largest == (("weights.pt", 2_100_000_000), ("data", 300_000_005))
         assert found.advice == (
             "The workspace has 2.4 GB in 3 files, and each job gets a copy. The largest are weights.pt (2.1 GB), data "
-            "(0.3 GB). Exclude what the job does not need in .cloudtrainignore, which has the syntax of .gitignore, and "
+            "(300.0 MB). Exclude what the job does not need in .cloudtrainignore, which has the syntax of .gitignore, and "
             "upload data as a dataset (`cloudtrain data create`)."
         )
 
