@@ -15,6 +15,7 @@ Files, in reading order:
 - `namespace`: the small program that enters a mount namespace and becomes the command. Imports nothing of ours.
 - `docker`: the command in a container, if the job names an image and the machine has docker.
 - `workspace`: the copy of the user's folder; complete or not there at all.
+- `archive`: that copy as one file, for an engine without shared disks.
 - `ignore_files`: `.cloudtrainignore` and `.gitignore`, as git reads them.
 
 Imports: `spec`, `submission` and lower rooms (`datasets`, `tracking`, `checkpoints`, `storage`, `env`, `runtime`,

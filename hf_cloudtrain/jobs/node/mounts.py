@@ -228,13 +228,36 @@ def link(mounts: Sequence[Mount]) -> None:
         if target.resolve() == source:
             continue
         _check_hides_nothing(mount.target, mount.target)
+        if not os.access(next(folder for folder in target.parents if folder.exists()), os.W_OK):
+            _link_as_root(source, target)
+            continue
         try:
             if target.is_dir():
                 target.rmdir()
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source, target_is_directory=True)
         except OSError as error:
-            raise ConfigurationError(
-                f"{mount.target!r} cannot be made a link to {str(source)!r}: {error.strerror}. Set the mount path to a "
-                "free one, such as '/workspace'."
-            ) from error
+            raise _not_linked(source, target, error.strerror) from error
+
+
+def _link_as_root(source: Path, target: Path) -> None:
+    """By `sudo`: an ordinary user of a machine that was made for a job, such as SkyPilot's, may do everything with it."""
+    steps = [["mkdir", "-p", "--", str(target.parent)], ["ln", "-sT", "--", str(source), str(target)]]
+    if target.exists():
+        steps.insert(1, ["rmdir", "--", str(target)])
+    for step in steps:
+        try:
+            subprocess.run(
+                ["sudo", "-n", *step], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+            )
+        except FileNotFoundError as error:
+            raise _not_linked(source, target, "Permission denied, and there is no 'sudo'") from error
+        except subprocess.CalledProcessError as error:
+            raise _not_linked(source, target, error.stderr.strip()) from error
+
+
+def _not_linked(source: Path, target: Path, reason: str | None) -> ConfigurationError:
+    return ConfigurationError(
+        f"{str(target)!r} cannot be made a link to {str(source)!r}: {reason}. Set the mount path to a free one, such as "
+        "'/workspace'."
+    )

@@ -36,32 +36,29 @@ class _NoAnswerError(CloudTrainError):
     """AWS may or may not have done it."""
 
 
+_QUOTA = (
+    "Request a higher quota from AWS (Service Quotas, 'for training job usage'), or use a different machine."
+)
+_RIGHTS = "Ask the administrator of the account for this permission."
+_PROBLEM = "{service} itself has a problem ({code}). Try again later."
 _REFUSALS: tuple[tuple[str, type[CloudTrainError], str], ...] = (
-    (r"^ResourceInUse:", _TakenError, ""),
-    (r"^ResourceNotFound(Exception)?:|resource not found|could not find", UnknownError, ""),
-    (r"job is in status|is not in a (?:stoppable|valid) state", _OverError, ""),
+    ("^ResourceInUse:", _TakenError, ""),
+    ("^ResourceNotFound(Exception)?:|resource not found|could not find", UnknownError, ""),
+    ("job is in status|is not in a (?:stoppable|valid) state", _OverError, ""),
     (
-        r"^(5xx |InternalFailure:|InternalServerError:|ServiceUnavailable:|RequestTimeout:|50[0234]:)",
+        "^(5xx |InternalFailure|InternalServerError|ServiceUnavailable|RequestTimeout|50[0234]:)",
         _NoAnswerError,
-        "{service} itself has a problem ({code}). Try again later.",
+        _PROBLEM,
     ),
     (
-        r"^(\w*Throttl\w*|TooManyRequestsException|RequestLimitExceeded):",
+        r"^(\w*Throttl|TooManyRequestsException|RequestLimitExceeded)",
         CloudTrainError,
         "Try again in a minute.",
     ),
+    ("^ResourceLimitExceeded", ConfigurationError, _QUOTA),
+    ("^(AccessDenied|UnauthorizedOperation)", ConfigurationError, _RIGHTS),
     (
-        r"^ResourceLimitExceeded:",
-        ConfigurationError,
-        "Request a higher quota from AWS (Service Quotas, 'for training job usage'), or use a different machine.",
-    ),
-    (
-        r"^(AccessDenied\w*|UnauthorizedOperation):",
-        ConfigurationError,
-        "Ask the administrator of the account for this permission.",
-    ),
-    (
-        r"^\w*(Expired|InvalidClientToken|UnrecognizedClient|InvalidSignature|SignatureDoesNotMatch)\w*:",
+        r"^\w*(Expired|InvalidClientToken|UnrecognizedClient|InvalidSignature|SignatureDoes)",
         ConfigurationError,
         _SIGN_IN,
     ),

@@ -185,12 +185,11 @@ def wait_for_name(host: str, patience: float = PATIENCE) -> None:
     while True:
         try:
             socket.getaddrinfo(host, None)
+            return
         except OSError as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"The name {host!r} of node 0 does not resolve ({error}).") from error
-            time.sleep(PAUSE)
-        else:
-            return
+        time.sleep(PAUSE)
 
 
 def _value(text: Any) -> Any:

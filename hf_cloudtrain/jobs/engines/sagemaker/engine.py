@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,11 @@ from hf_cloudtrain.jobs.engines.protocol import EngineStatus, as_text, states
 from hf_cloudtrain.jobs.engines.sagemaker import api
 from hf_cloudtrain.jobs.engines.sagemaker import request as requests
 from hf_cloudtrain.jobs.engines.sagemaker.request import problems, request
+from hf_cloudtrain.jobs.node.archive import pack
 from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, State
 from hf_cloudtrain.jobs.submission import FILE, Submission
 from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
+from hf_cloudtrain.runtime.text import count_text
 from hf_cloudtrain.storage.client import Storage
 
 POLL = 5.0
@@ -62,12 +63,11 @@ class SagemakerEngine:
     def show(self, submission: Submission) -> str:
         """The request, below comments that name what is missing and what to know."""
         plan = submission.plan
-        spot = ", managed spot" if requests.is_spot(submission) else ""
+        shape = f"{count_text(plan.nodes, 'node')} of {count_text(plan.nproc_per_node, 'process')}"
         machine = requests.instance_type(submission) or "a machine that the job must name"
-        nodes = f"{plan.nodes} node{'s' * (plan.nodes > 1)}"
-        processes = f"{plan.nproc_per_node} process{'es' * (plan.nproc_per_node > 1)}"
+        spot = ", managed spot" if requests.is_spot(submission) else ""
         notes = [
-            f"CreateTrainingJob: {nodes} of {processes}, each on {machine}{spot}",
+            f"CreateTrainingJob: {shape}, each on {machine}{spot}",
             *requests.warnings(submission),
             *(f"Missing: {problem}" for problem in problems(submission)),
         ]
@@ -149,16 +149,15 @@ def status_of(description: Mapping[str, Any]) -> EngineStatus:
 
 
 def _upload(submission: Submission, dataset: Manifest | None) -> None:
-    """Upload what the containers need from us. One archive keeps modes, links and empty folders, which S3 does not."""
+    """Upload what the containers need from us."""
     storage = Storage(requests.own_prefix(submission).rstrip("/"), env.storage_options(None))
     plan = dataclasses.replace(submission.plan, grace_seconds=requests.grace(submission))
     job = dataclasses.replace(submission, plan=plan).encode()
     if submission.has_workspace:
         with tempfile.TemporaryDirectory() as folder:
-            packed = Path(folder, requests.WORKSPACE)
-            with tarfile.open(packed, "w:gz", compresslevel=1) as archive:
-                archive.add(submission.workspace, arcname=".")
-            storage.upload(str(packed), requests.WORKSPACE)
+            archive = Path(folder, requests.WORKSPACE)
+            pack(submission.workspace, archive)
+            storage.upload(str(archive), requests.WORKSPACE)
     if dataset is not None:
         storage.write(requests.DATASET, dataset.encode())
     storage.write(FILE, json.dumps(job, indent=2).encode())

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tarfile
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.download import is_whole
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.errors import CorruptCheckpointError
 from hf_cloudtrain.jobs.engines.sagemaker.request import DATA_CHANNEL, DATASET, OWN_CHANNEL, WORKSPACE
+from hf_cloudtrain.jobs.node.archive import unpack
 from hf_cloudtrain.jobs.node.mounts import Mount, link
 from hf_cloudtrain.jobs.submission import Submission
 
@@ -81,21 +81,3 @@ class Layout:
             )
         logger.info("Dataset %r at %s.", data.name, data.mount_path)
         link([Mount(folder, data.mount_path)])
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a workspace, without links that lead out of it: their targets are on a different machine."""
-    if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError(
-            "This Python unpacks archives unsafely. Use 3.10.12, 3.11.4 or newer in the image."
-        )
-
-    def inside(member: tarfile.TarInfo, target: str) -> tarfile.TarInfo | None:
-        try:
-            return tarfile.data_filter(member, target)
-        except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
-            logger.warning("Leaving out %r, which links to a file outside the workspace.", member.name)
-            return None
-
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter=inside)  # noqa: S202 - `inside` looks at each member

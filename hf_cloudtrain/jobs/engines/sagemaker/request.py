@@ -42,29 +42,19 @@ MAX_CHANNELS = 20
 MAX_RETRIES = 30
 """After a failure of SageMaker itself."""
 
-INSTANCES = {
-    ("v100", 16, 1): "ml.p3.2xlarge",
-    ("v100", 16, 4): "ml.p3.8xlarge",
-    ("v100", 16, 8): "ml.p3.16xlarge",
-    ("v100", 32, 8): "ml.p3dn.24xlarge",
-    ("t4", 16, 1): "ml.g4dn.xlarge",
-    ("t4", 16, 4): "ml.g4dn.12xlarge",
-    ("a10g", 24, 1): "ml.g5.xlarge",
-    ("a10g", 24, 4): "ml.g5.12xlarge",
-    ("a10g", 24, 8): "ml.g5.48xlarge",
-    ("l4", 24, 1): "ml.g6.xlarge",
-    ("l4", 24, 4): "ml.g6.12xlarge",
-    ("l4", 24, 8): "ml.g6.48xlarge",
-    ("l40s", 48, 1): "ml.g6e.xlarge",
-    ("l40s", 48, 4): "ml.g6e.12xlarge",
-    ("l40s", 48, 8): "ml.g6e.48xlarge",
-    ("a100", 40, 8): "ml.p4d.24xlarge",
-    ("a100", 80, 8): "ml.p4de.24xlarge",
-    ("h100", 80, 1): "ml.p5.4xlarge",
-    ("h100", 80, 8): "ml.p5.48xlarge",
-    ("h200", 141, 8): "ml.p5e.48xlarge",
+INSTANCES: dict[tuple[str, int], dict[int, str]] = {
+    ("v100", 16): {1: "ml.p3.2xlarge", 4: "ml.p3.8xlarge", 8: "ml.p3.16xlarge"},
+    ("v100", 32): {8: "ml.p3dn.24xlarge"},
+    ("t4", 16): {1: "ml.g4dn.xlarge", 4: "ml.g4dn.12xlarge"},
+    ("a10g", 24): {1: "ml.g5.xlarge", 4: "ml.g5.12xlarge", 8: "ml.g5.48xlarge"},
+    ("l4", 24): {1: "ml.g6.xlarge", 4: "ml.g6.12xlarge", 8: "ml.g6.48xlarge"},
+    ("l40s", 48): {1: "ml.g6e.xlarge", 4: "ml.g6e.12xlarge", 8: "ml.g6e.48xlarge"},
+    ("a100", 40): {8: "ml.p4d.24xlarge"},
+    ("a100", 80): {8: "ml.p4de.24xlarge"},
+    ("h100", 80): {1: "ml.p5.4xlarge", 8: "ml.p5.48xlarge"},
+    ("h200", 141): {8: "ml.p5e.48xlarge"},
 }
-"""By GPU, its memory (GB) and their number: the smallest machine that has them.
+"""By GPU and its memory (GB), by number of GPUs: the smallest machine that has them.
 
 https://aws.amazon.com/sagemaker/ai/pricing/ and https://aws.amazon.com/ec2/instance-types/
 """
@@ -141,7 +131,7 @@ def instance_type(submission: Submission) -> str | None:
     if submission.job.sagemaker.instance_type is not None:
         return submission.job.sagemaker.instance_type
     machine = submission.job.machine
-    return None if machine is None else INSTANCES.get((machine.gpu, machine.memory_gb, machine.gpus))
+    return None if machine is None else INSTANCES.get((machine.gpu, machine.memory_gb), {}).get(machine.gpus)
 
 
 def is_spot(submission: Submission) -> bool:

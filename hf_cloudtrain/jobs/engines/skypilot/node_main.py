@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -92,29 +91,9 @@ def exit_code(verdict: Verdict, code: int, *, managed: bool) -> int:
 
 
 def in_links(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:  # noqa: ARG001 - see Wrap
-    """Make each mount path a link: SkyPilot made this machine for the job, in its image.
-
-    Raises:
-        ConfigurationError: a path holds something.
-    """
-    for mount in mounts:
-        target = Path(mount.target)
-        parent = next(folder for folder in target.parents if folder.exists())
-        if not os.access(parent, os.W_OK):
-            _link_as_root(mount.source.resolve(), target)
-    link(mounts)  # keeps the links that exist, and says what is wrong with the rest
+    """Make each mount path a link, as SkyPilot made this machine for the job. Raises ConfigurationError as `link`."""
+    link(mounts)
     return command
-
-
-def _link_as_root(source: Path, target: Path) -> None:
-    """On a machine without an image, SkyPilot's user is an ordinary one, who may use `sudo` for everything."""
-    if target.resolve() == source:
-        return
-    steps = [["mkdir", "-p", "--", str(target.parent)], ["ln", "-sT", "--", str(source), str(target)]]
-    if target.exists():
-        steps.insert(1, ["rmdir", "--", str(target)])
-    for step in steps:
-        subprocess.run(["sudo", "-n", *step], stdin=subprocess.DEVNULL, check=False)
 
 
 def _find_workspace(submission: Submission) -> None:

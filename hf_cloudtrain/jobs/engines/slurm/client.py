@@ -21,14 +21,9 @@ SILENCE = 30.0
 """Seconds without a new question after Slurm did not answer: `job list` asks about every job."""
 FILTERS = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SLURM_TIME_FORMAT")
 """Variables that filter what the commands show, or change its format."""
-UNKNOWN = ("invalid job id",)
-SILENT = (
-    "unable to contact",
-    "connection refused",
-    "timed out",
-    "no route to host",
-    "zero bytes were transmitted",
-)
+UNKNOWN = "invalid job id"
+SILENT = "unable to contact|connection refused|timed out|no route to host|zero bytes were transmitted"
+"""Errors of a controller that does not answer."""
 
 
 class SlurmError(ConfigurationError):
@@ -97,7 +92,7 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> str:
             f"Slurm does not answer: {command[0]} timed out after {PATIENCE:.0f} s."
         ) from None
     problem = " ".join(done.stderr.split())
-    if any(text in problem.lower() for text in SILENT):
+    if re.search(SILENT, problem, re.IGNORECASE):
         raise SlurmSilentError(f"Slurm does not answer: {problem}. `scontrol ping` shows when it does again.")
     if done.returncode:
         raise SlurmError(problem or f"{command[0]} ended with exit code {done.returncode}.")
@@ -120,7 +115,7 @@ class SlurmClient:
             self._silence = time.monotonic() + SILENCE, error
             raise
         except SlurmError as error:
-            if any(text in str(error).lower() for text in UNKNOWN):
+            if UNKNOWN in str(error).lower():
                 return None
             raise
 

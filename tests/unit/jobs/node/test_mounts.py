@@ -388,6 +388,29 @@ class TestLink:
                 link([Mount(sources["workspace"], str(target))])
         assert (sources["data"] / "of_data").exists()
 
+    def test_sudo_makes_the_links_where_only_root_may(
+        self, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sudo = tmp_path / "bin" / "sudo"
+        sudo.parent.mkdir()
+        sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\nshift\nexec "$@"\n')
+        sudo.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{sudo.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(mounts.os, "access", lambda *_: False)
+        target = tmp_path / "theirs" / "workspace"
+        target.mkdir(parents=True)
+        for _ in range(2):
+            link([Mount(sources["workspace"], str(target))])
+        assert target.resolve() == sources["workspace"]
+        assert (tmp_path / "asked").read_text().splitlines() == [
+            f"-n mkdir -p -- {target.parent}",
+            f"-n rmdir -- {target}",
+            f"-n ln -sT -- {sources['workspace']} {target}",
+        ]
+        sudo.write_text("#!/bin/sh\necho 'a password is required' >&2\nexit 1\n")
+        with pytest.raises(ConfigurationError, match=r"cannot be made a link .* a password is required"):
+            link([Mount(sources["workspace"], f"{tmp_path}/other")])
+
     def test_a_path_that_cannot_be_made_is_refused(self, sources: dict[str, Path]) -> None:
         with pytest.raises(ConfigurationError, match="cannot be made a link"):
             link([Mount(sources["workspace"], f"{sources['data']}/of_data/below")])

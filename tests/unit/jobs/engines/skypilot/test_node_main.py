@@ -192,46 +192,12 @@ def test_sigterm_ends_the_wait_for_the_others() -> None:
     assert time.monotonic() - before < 50
 
 
-class TestLinks:
-    """The mount paths, on a machine that was made for the job."""
-
-    def test_each_mount_path_is_a_link_to_its_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "work").mkdir()
-        (tmp_path / "mnli").mkdir()
-        target = tmp_path / "a" / "workspace"
-        mounts = [Mount(tmp_path / "mnli", f"{target}/data", True), Mount(tmp_path / "work", str(target))]
-        for _ in range(2):  # a restart repeats it
-            assert node_main.in_links(saved(tmp_path), mounts, ["x"]) == ["x"]
-            assert target.resolve() == tmp_path / "work"
-            assert (target / "data").resolve() == tmp_path / "mnli"
-
-    def test_sudo_makes_the_links_where_only_root_may(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sudo = tmp_path / "bin" / "sudo"
-        sudo.parent.mkdir()
-        sudo.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\nshift\nexec "$@"\n')
-        sudo.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{sudo.parent}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(node_main.os, "access", lambda *_: False)
-        (tmp_path / "work").mkdir()
-        target = tmp_path / "theirs" / "workspace"
-        target.mkdir(parents=True)
-        for _ in range(2):
-            node_main.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(target))], [])
+def test_each_mount_path_is_a_link_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    target = tmp_path / "a" / "workspace"
+    for _ in range(2):  # a restart repeats it
+        assert node_main.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(target))], ["x"]) == ["x"]
         assert target.resolve() == tmp_path / "work"
-        assert (tmp_path / "asked").read_text().splitlines() == [
-            f"-n mkdir -p -- {target.parent}",
-            f"-n rmdir -- {target}",
-            f"-n ln -sT -- {tmp_path}/work {target}",
-        ]
-
-    def test_a_path_that_holds_something_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "work").mkdir()
-        (tmp_path / "theirs").mkdir()
-        (tmp_path / "theirs" / "file").touch()
-        with pytest.raises(ConfigurationError, match="would hide"):
-            node_main.in_links(saved(tmp_path), [Mount(tmp_path / "work", str(tmp_path / "theirs"))], [])
 
 
 SCRIPTS = {
