@@ -1,12 +1,12 @@
-"""Local copies of datasets: one for all processes of a machine, verified once, and read-only.
+"""Local copies of datasets: one for all processes of a machine, verified once, read-only.
 
     <cache>/datasets/<store>/glue-000002-<nonce>/
         glue/…       the files
-        copy.json    how each of them looked when all had been verified
-        lock         held by whoever downloads; it ends with its process
+        copy.json    size, inode and time of each file when all were verified
+        lock         held by the process that downloads; released when that process ends
 
-Who comes later looks at names, sizes, inodes and times, which takes milliseconds. Where one of them has changed, the
-digests decide whether the copy is still the version, and if it is not, it is downloaded again.
+A later process compares names, sizes, inodes and times, which takes milliseconds. If one of them has changed, the digests
+decide whether the copy is intact; if it is not, it is downloaded again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from hf_cloudtrain.storage.names import META
 logger = logging.getLogger(__name__)
 
 SAY_AFTER = 5.0
-"""Seconds after which it is said that somebody waits for another process."""
+"""Seconds of waiting for a different process after which a warning is logged."""
 
 
 class LocalCopy:
     """One version of a dataset on this machine.
 
     Args:
-        home: the folder of this copy alone.
+        home: a folder for this copy only.
 
     Example:
         >>> LocalCopy(catalog, manifest, "glue", home).ensure()
@@ -53,29 +53,31 @@ class LocalCopy:
         self._record = home / "copy.json"
 
     def ensure(self, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """The folder with the files, downloaded unless it is here and nobody has touched it.
+        """The folder with the files, downloaded if it is missing or was changed.
 
         Raises:
-            CorruptCheckpointError: a file on storage is not what was committed. StorageError, OSError
+            CorruptCheckpointError: a file on storage differs from its manifest. StorageError, OSError
         """
         if not self._is_untouched():
-            with alone(self._home / "lock", f"downloads the dataset {self._manifest.folder!r}"):
+            with alone(self._home / "lock", f"is downloading the dataset {self._manifest.folder!r}"):
                 if not self._is_untouched():
-                    self._bring(on_bytes)
-        with contextlib.suppress(OSError):  # another user's
-            os.utime(self._record)  # when it was last asked for, for whoever needs the space
+                    self._download(on_bytes)
+        with contextlib.suppress(OSError):  # it belongs to a different user
+            os.utime(self._record)  # when the copy was last used, for a clean-up by age
         return self._folder
 
-    def _bring(self, on_bytes: Callable[[int], None] | None) -> None:
+    def _download(self, on_bytes: Callable[[int], None] | None) -> None:
         for left in (self._home / META).glob("restore-*"):
-            shutil.rmtree(left, ignore_errors=True)  # nobody else works here while the lock is ours
+            shutil.rmtree(
+                left, ignore_errors=True
+            )  # no other process works here while this one holds the lock
         if self._folder.is_dir() and not self._is_exact():
-            logger.warning("%r was changed, so it is downloaded again.", str(self._folder))
+            logger.warning("%r was changed; downloading it again.", str(self._folder))
             _remove(self._folder)
         if not self._folder.is_dir():
             download(self._catalog, self._manifest, self._folder, on_bytes=on_bytes)
         _make_read_only(self._folder)
-        # Last: until it is there, the digests are looked at again.
+        # Last: without the record, the next process compares the digests.
         beside = self._record.with_name(f".{self._record.name}-{temp_suffix()}")
         beside.write_bytes(encode_record({"files": self._looks()}))
         os.replace(beside, self._record)
@@ -85,7 +87,7 @@ class LocalCopy:
         return here == {file.path for file in self._manifest.files} and is_whole(self._folder, self._manifest)
 
     def _is_untouched(self) -> bool:
-        """Whether every file looks as it did when it had been verified, and no other is there."""
+        """Whether all files have the sizes, inodes and times that they had when they were verified, and no file is new."""
         try:
             record = decode_record(self._record.read_bytes(), "record of a local copy")
             return record.get("files") == self._looks()
@@ -103,12 +105,12 @@ class LocalCopy:
 
 @contextlib.contextmanager
 def alone(lock: Path, what: str) -> Iterator[None]:
-    """Be the one process of this machine that does `what`; whoever waits for another one long says so."""
+    """Hold a lock of this machine while the process does `what`; a process that waits for long logs a warning."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(lock, SAY_AFTER))
         except BlockingIOError:
-            logger.warning("Waiting for another process, which %s.", what)
+            logger.warning("Waiting for another process that %s.", what)
             held.enter_context(locked(lock, math.inf))
         yield
 
@@ -125,7 +127,7 @@ def _remove(folder: Path) -> None:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """The folder and all that is in it, but no link: it leads to what is not ours."""
+    """The folder and everything in it, except links, which lead elsewhere."""
     yield str(folder)
     for below, folders, files in os.walk(folder):
         for name in (*folders, *files):

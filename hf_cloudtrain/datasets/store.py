@@ -1,22 +1,21 @@
-"""Datasets of a store: folders of files in versions, on the same manifests, claims and commits as checkpoints.
+"""The datasets of a store: folders of files in versions, with the same manifests, claims and commits as checkpoints.
 
-    create      digests of what the newest version may have already -> claim -> copy there or send -> commit
-    local_copy  verified, read-only, and one for all processes of a machine: data_cache.py
-    delete      the manifest first, then the files, oldest version first
+    create      digests of files that the newest version may have -> claim -> copy on the storage or upload -> commit
+    local_copy  verified and read-only, one for all processes of a machine (`cache`)
+    delete      the manifest first, then the files
 
-On storage, below `<store>/datasets/`, a version is a folder that `cloud.save` could have made:
+On storage, below `<store>/datasets/`, a version is a named folder like those of `cloud.save`:
 
-    glue/…, glue.2/…                        the files of versions 1 and 2, as they were
+    glue/…, glue.2/…                        the files of versions 1 and 2, unchanged
     .cloudtrain/folders/glue-000002.json    the manifest of version 2: the commit
 
-Each is a whole folder, so that it can be copied anywhere by any tool; docs/decisions/0009 says what that costs.
+Each version is a complete folder, so that any tool can copy it; docs/decisions/0009 says what that costs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import logging
 import os
 import shutil
@@ -43,7 +42,7 @@ from hf_cloudtrain.checkpoints.manifest import (
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.datasets.cache import LocalCopy
-from hf_cloudtrain.datasets.upload import Upload, digests, sending
+from hf_cloudtrain.datasets.upload import Upload, digests, sending, store_token
 from hf_cloudtrain.errors import (
     ConfigurationError,
     CorruptCheckpointError,
@@ -62,6 +61,8 @@ from hf_cloudtrain.storage.urls import is_local, local_path, shown_url
 
 logger = logging.getLogger(__name__)
 
+_CHANGED = "changed during the upload; nothing was stored. Retry once no process is writing to it."
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -79,7 +80,7 @@ class DatasetStore:
     """The datasets of one store.
 
     Args:
-        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, and else a folder in the home folder.
+        store: any URL or folder; None takes `HF_CLOUDTRAIN_STORE`, or a folder in the home folder.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
 
     Example:
@@ -92,33 +93,32 @@ class DatasetStore:
     def __init__(self, store: str | None = None, *, storage_options: dict[str, Any] | None = None) -> None:
         self.url = env.store(store)
         self._options = env.storage_options(storage_options)
-        self.catalog = Catalog(
-            Storage(f"{self.url}{'' if self.url.endswith('/') else '/'}datasets", self._options)
-        )
+        self.catalog = Catalog(Storage(f"{self.url.removesuffix('/')}/datasets", self._options))
+        self._folders = NamedFolders(self.catalog)
 
     def create(
         self, name: str, source: str | Path, *, progress: Progress | None = None
     ) -> tuple[Dataset, int | None]:
         """Store a folder or a file as the newest version of a dataset.
 
-        What the version before has too is copied on the storage, and not sent. Links are followed.
+        Files that the newest version has are copied on the storage and not uploaded. Links are followed.
 
         Args:
-            source: a local path, or any URL, whose files come here first.
+            source: a local path, or any URL, whose files are downloaded first.
 
         Returns:
-            The version, and how many bytes were sent; None where the newest version was exactly this one already.
+            The version, and how many bytes were uploaded; None if the newest version has exactly these files.
 
         Raises:
             ConfigurationError: the name or the source cannot be used. StorageError
-            CorruptCheckpointError: a file was written meanwhile.
+            CorruptCheckpointError: a file changed during the upload.
         """
         name = dataset_name(name)
         progress = progress or Progress()
         text = os.fspath(source)
         self.catalog.storage.check()
-        with _at_hand(text, self._options, progress) as folder:
-            self._check_not_own_folder(folder)
+        with _local(text, self._options, progress) as folder:
+            self._check_not_inside(folder)
             entry = _entry(self.catalog.storage.url, name, folder, text)
             with sending(Path(env.cache(None)), self.catalog, entry) as (upload, entry):
                 stored = self._store(entry, upload, progress)
@@ -126,40 +126,38 @@ class DatasetStore:
                 return stored
 
     def versions(self) -> dict[str, list[int]]:
-        """Every dataset by its name, and its versions, ascending; by one LIST."""
+        """The versions of each dataset, ascending, by its name; from one LIST."""
         found: dict[str, list[int]] = {}
-        for name, version in sorted(filter(None, map(parse_folder_key, NamedFolders(self.catalog).keys()))):
+        for name, version in sorted(filter(None, map(parse_folder_key, self._folders.keys()))):
             found.setdefault(name, []).append(version)
         return found
 
     def find(self, name: str, version: int | None = None) -> Dataset:
-        """One version of a dataset; the newest where none is named. Raises NoDatasetError, ManifestError."""
+        """A version of a dataset; None finds the newest. Raises NoDatasetError, ManifestError."""
         known = self.versions()
         if name not in known:
-            raise self._none_such(name, list(known))
-        versions = known[name]
-        wanted = versions[-1] if version is None else version
-        if wanted not in versions:
-            there = ", ".join(map(str, versions))
+            raise self._missing(name, list(known))
+        wanted = known[name][-1] if version is None else version
+        if wanted not in known[name]:
             raise NoDatasetError(
-                f"There is no version {wanted} of the dataset {name!r} in {self.catalog.storage.url!r}. There "
-                f"{'is' if len(versions) == 1 else 'are'}: {there}."
+                f"Dataset {name!r} in {self.catalog.storage.url!r} has no version {wanted}. Choose one of: "
+                f"{', '.join(map(str, known[name]))}."
             )
         try:
-            return Dataset(name, wanted, NamedFolders(self.catalog).read(key_of(name, wanted)))
+            return Dataset(name, wanted, self._folders.read(key_of(name, wanted)))
         except NoCheckpointError:  # deleted since the listing
-            raise self._none_such(name, []) from None
+            raise self._missing(name, []) from None
 
     def delete(self, name: str, version: int) -> None:
         """Delete one version. Raises NoDatasetError, ManifestError, StorageError."""
         try:
-            NamedFolders(self.catalog).retire(key_of(name, version))
+            self._folders.retire(key_of(name, version))
         except NoCheckpointError:
-            raise self._none_such(name, []) from None
+            raise self._missing(name, []) from None
 
     def half_deleted(self, name: str) -> list[int]:
-        """Versions whose deletion was cut off, ascending; `delete` finishes it."""
-        found = map(parse_folder_key, NamedFolders(self.catalog).retiring())
+        """Versions whose deletion was interrupted, ascending; `delete` completes it."""
+        found = map(parse_folder_key, self._folders.retiring())
         return sorted(item[1] for item in found if item and item[0] == name)
 
     def local_copy(
@@ -171,26 +169,24 @@ class DatasetStore:
     ) -> Path:
         """The folder with a version's files on this machine, verified and read-only.
 
-        One process downloads it, and the others wait for it.
+        One process downloads it; the others wait.
 
         Args:
-            cache: folder for such copies; None takes `HF_CLOUDTRAIN_CACHE`, and else one in the home folder.
-            on_bytes: hears of bytes as they arrive.
+            cache: folder of the local copies; None takes `HF_CLOUDTRAIN_CACHE`, or a folder in the home folder.
+            on_bytes: called with the number of bytes that arrived.
 
         Raises:
-            CorruptCheckpointError: a file on storage is not what was committed. StorageError
+            CorruptCheckpointError: a file on storage differs from its manifest. StorageError
         """
-        url = self.catalog.storage.url
-        place = hashlib.sha256(url.encode()).hexdigest()[:12]
         copy = f"{dataset.manifest.key}-{dataset.manifest.nonce[:8]}"
-        home = Path(env.cache(cache), "datasets", place, copy)
+        home = Path(env.cache(cache), "datasets", store_token(self.catalog), copy)
         try:
             return LocalCopy(self.catalog, dataset.manifest, dataset.name, home).ensure(on_bytes)
         except PermissionError as error:
             if error.filename is None:
                 raise
             raise ConfigurationError(
-                f"{error.filename!r} cannot be written to ({error.strerror}). Set {env.CACHE} to a folder that can."
+                f"Cannot write to {error.filename!r} ({error.strerror}). Set {env.CACHE} to a writable folder."
             ) from error
 
     def _store(self, entry: OutboxEntry, upload: Upload, progress: Progress) -> tuple[Dataset, int | None]:
@@ -202,40 +198,35 @@ class DatasetStore:
         try:
             manifest = send_folder(self.catalog, entry, progress, {**there, **upload.arrived(entry)})
         except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(
-                f"{entry.origin['source']!r} was written to meanwhile, so nothing was stored. Try again when nobody does. "
-                f"({error})"
-            ) from error
+            raise CorruptCheckpointError(f"{entry.origin['source']!r} {_CHANGED} ({error})") from error
         found = parse_folder_key(manifest.key)
         assert found is not None
         return Dataset(*found, manifest), progress.done
 
     def _newest_whole(self, name: str) -> Dataset | None:
-        """The newest version, unless there is none that can be read."""
+        """The newest version; None if there is none or its manifest is unreadable."""
         try:
             return self.find(name)
         except NoDatasetError:
             return None
         except ManifestError as error:
-            logger.warning("%s Everything is sent.", error)
+            logger.warning("%s Uploading every file.", error)
             return None
 
-    def _check_not_own_folder(self, folder: Path) -> None:
+    def _check_not_inside(self, folder: Path) -> None:
         url = self.catalog.storage.url
-        if not is_local(url):
-            return
-        if Path(local_path(url)).resolve().is_relative_to(folder.resolve()):
+        if is_local(url) and Path(local_path(url)).resolve().is_relative_to(folder.resolve()):
             raise ConfigurationError(
-                f"{str(folder)!r} holds the store {self.url!r} itself. Name a folder of it, or set {env.STORE} to "
-                "another place."
+                f"{str(folder)!r} contains the store {self.url!r} itself. Choose a folder in it, or set {env.STORE} to a "
+                "different location."
             )
 
-    def _none_such(self, name: str, known: list[str]) -> NoDatasetError:
+    def _missing(self, name: str, known: list[str]) -> NoDatasetError:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f" The nearest name is {near[0]!r}." if near else ""
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         return NoDatasetError(
-            f"There is no dataset {name[:100]!r} in {self.catalog.storage.url!r}.{hint} `cloudtrain data list` shows those "
-            "that exist."
+            f"Dataset {name[:100]!r} does not exist in {self.catalog.storage.url!r}.{hint} `cloudtrain data list` lists the "
+            "datasets."
         )
 
 
@@ -254,18 +245,18 @@ def local_copy(name: str, version: int | None = None, *, store: str | None = Non
 
 
 def dataset_name(name: str) -> str:
-    """A name for a dataset, checked."""
+    """The name, if it is valid for a dataset; raises ConfigurationError."""
     try:
         return folder_name(name)
     except ConfigurationError:
         raise ConfigurationError(
-            f"{name[:100]!r} cannot name a dataset. Use up to 64 letters, digits, '.', '_' and '-', and do not begin with "
-            "'checkpoint-', for example 'glue'."
+            f"{name[:100]!r} is not a valid dataset name. Use up to 64 letters, digits, '.', '_' and '-', for example 'glue'; "
+            "it must not begin with 'checkpoint-'."
         ) from None
 
 
 class _Source(OutboxEntry):
-    """Files where they lie: nobody else writes or rotates them, and `check_unchanged` finds out if somebody does."""
+    """The source files in their own folder, not in an outbox; `check_unchanged` detects a process that writes to them."""
 
     def local_path(self, file: AcceptedFile) -> Path:
         return self.home / file.path
@@ -277,17 +268,17 @@ def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
         paths.append(path)
         if len(paths) > MAX_FILES:
             raise ConfigurationError(
-                f"{str(folder)!r} holds more than the {MAX_FILES} files that a dataset may have. Pack them, for example as "
+                f"{str(folder)!r} contains more than {MAX_FILES} files, the limit for a dataset. Pack them, for example as "
                 "parquet."
             )
     if not paths:
-        raise ConfigurationError(f"{str(folder)!r} holds no file.")
+        raise ConfigurationError(f"{str(folder)!r} contains no files. Choose the folder or file to store.")
     check_paths([clean_path(path) for path in paths], f"folder {str(folder)!r}")
     home = folder if folder.is_dir() else folder.parent
     return _Source(
         run_url=url,
         key=CheckpointKey(0, 0),
-        nonce="",  # see data_upload.py
+        nonce="",  # `upload.sending` sets it
         position=Position(global_step=0),
         created=time.time(),
         name=name,
@@ -304,11 +295,11 @@ def _accepted(folder: Path, path: str) -> AcceptedFile:
 
 
 def _bytes_there(catalog: Catalog, entry: OutboxEntry, before: Manifest) -> dict[str, tuple[str, str]]:
-    """Which files a version has already, under whatever name: the object there, and its digest, by path.
+    """The files of the entry that a version has, under any name: (object, digest) by path.
 
-    Only what has the size of a file there is read here.
+    Only files with the size of an object are read.
     """
-    # As they are, and not only as they are promised: to create it anew is how a person heals a damaged one.
+    # The objects that exist, not those in the manifest: creating a dataset again repairs a damaged version.
     sizes_there = {info.path: info.size for info in catalog.storage.list(before.folder)}
     whole = [file for file in before.files if sizes_there.get(before.object_path(file)) == file.size]
     by_digest = {(file.size, file.digest): before.object_path(file) for file in whole}
@@ -327,20 +318,20 @@ def _is_same(entry: OutboxEntry, before: Manifest, there: dict[str, tuple[str, s
 
 
 @contextlib.contextmanager
-def _at_hand(source: str, options: dict[str, Any], progress: Progress) -> Iterator[Path]:
-    """A folder or file of this machine with what a path or URL names."""
+def _local(source: str, options: dict[str, Any], progress: Progress) -> Iterator[Path]:
+    """The local folder or file that a path names, or a temporary folder with the files that a URL names."""
     if is_local(source):
         path = Path(local_path(source))
         if not path.is_dir() and not path.is_file():
             raise ConfigurationError(f"{source!r} is neither a folder nor a file of this machine, nor a URL.")
         yield path
         return
-    place = Path(env.cache(None), "fetched")
-    place.mkdir(parents=True, exist_ok=True)
-    for left in place.iterdir():
+    fetched = Path(env.cache(None), "fetched")
+    fetched.mkdir(parents=True, exist_ok=True)
+    for left in fetched.iterdir():
         if is_left_over(left.name):
             shutil.rmtree(left, ignore_errors=True)
-    work = place / f"fetch-{temp_suffix()}"
+    work = fetched / f"fetch-{temp_suffix()}"
     work.mkdir()
     try:
         _fetch(source, options, work, progress)
@@ -350,7 +341,7 @@ def _at_hand(source: str, options: dict[str, Any], progress: Progress) -> Iterat
 
 
 def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress) -> None:
-    """Bring here what a URL names: all that is below it, or the one object that it is."""
+    """Download what a URL names: everything below it, or a single object."""
     storage, prefix = Storage(source, options), ""
     sizes = _sizes(storage, prefix)
     above, _, name = source.rpartition("/")
@@ -359,7 +350,7 @@ def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress)
         sizes = {path: size for path, size in _sizes(storage, prefix).items() if path == name}
     shown = shown_url(source)
     if not sizes:
-        raise ConfigurationError(f"There is no file at {shown!r}.")
+        raise ConfigurationError(f"No files found at {shown!r}. Check the URL.")
     check_paths([clean_path(path) for path in sizes], f"listing of {shown!r}")
     total = sum(sizes.values())
     check_free_space(work, total, work)
@@ -372,10 +363,8 @@ def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress)
     large = [path for path, size in sizes.items() if size > PART_SIZE]
     small = [path for path, size in sizes.items() if size <= PART_SIZE]
     in_threads(fetch, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
-    if _sizes(storage, prefix) != sizes:  # what has grown was cut off at the size that it had
-        raise CorruptCheckpointError(
-            f"{shown!r} was written to meanwhile, so nothing was stored. Try again when nobody does."
-        )
+    if _sizes(storage, prefix) != sizes:  # an object that grew was cut off at its old size
+        raise CorruptCheckpointError(f"{shown!r} {_CHANGED}")
 
 
 def _sizes(storage: Storage, prefix: str) -> dict[str, int]:
@@ -383,5 +372,5 @@ def _sizes(storage: Storage, prefix: str) -> dict[str, int]:
 
 
 def key_of(name: str, version: int) -> str:
-    """Name of a version's manifest."""
+    """The key of a version's manifest."""
     return f"{name}-{version:06d}"

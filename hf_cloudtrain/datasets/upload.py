@@ -1,10 +1,10 @@
-"""What this machine remembers of an upload of a dataset until it is committed, so that one that was cut off goes on.
+"""An upload of a dataset: this machine records it until it is committed, so that an interrupted upload continues.
 
-    <cache>/sending/<store>-<name>.json     nonce of the upload, and digest of how its files looked
-    <cache>/sending/<store>-<name>.lock     held by the process that sends; it ends with that process
+    <cache>/sending/<store>-<name>.json     nonce of the upload, and a digest of the sizes, inodes and times of its files
+    <cache>/sending/<store>-<name>.lock     held by the process that uploads; released when that process ends
 
-The same nonce claims the same folder again. What has arrived there is not sent again, as long as no file looks
-different; if one does, what has arrived is taken away, and another folder is claimed.
+The same nonce claims the same folder again. Objects that arrived there are not uploaded again unless a file has changed;
+then they are deleted, and a new folder is claimed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Upload:
     """One upload of a dataset from this machine.
 
     Args:
-        record: the file that remembers it.
+        record: the file that records it.
 
     Example:
         >>> with sending(cache, catalog, entry) as (upload, entry):
@@ -50,10 +50,10 @@ class Upload:
     catalog: Catalog
     record: Path
     resumed: bool
-    """Whether it was begun before."""
+    """Whether it continues an interrupted one."""
 
     def arrived(self, entry: OutboxEntry) -> dict[str, tuple[str, str]]:
-        """What is in the upload's own folder already: the object there, and its digest, by path."""
+        """The files that are already in the upload's own folder: (object, digest) by path."""
         if not self.resumed or entry.name is None:
             return {}
         _, folder = NamedFolders(self.catalog).begin(entry.name, entry.nonce)
@@ -66,25 +66,24 @@ class Upload:
         }
 
     def forget(self) -> None:
-        """It is committed, or was not needed."""
+        """Delete the record: the upload is committed, or was not needed."""
         self.record.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def sending(cache: Path, catalog: Catalog, entry: OutboxEntry) -> Iterator[tuple[Upload, OutboxEntry]]:
-    """Send an entry as the only process of this machine that sends this dataset.
+    """Upload an entry, as the only process of this machine that uploads this dataset.
 
-    Gives the upload, and the entry with its nonce.
+    Yields the upload, and the entry with its nonce.
     """
-    store = hashlib.sha256(catalog.storage.url.encode()).hexdigest()[:12]
-    record = cache / "sending" / f"{store}-{entry.name}.json"
+    record = cache / "sending" / f"{store_token(catalog)}-{entry.name}.json"
     looks = _looks(entry)
-    with alone(record.with_suffix(".lock"), f"sends the dataset {entry.name!r}"):
+    with alone(record.with_suffix(".lock"), f"is uploading the dataset {entry.name!r}"):
         nonce, known = _read(record)
         resumed = known == looks
         if not resumed:
             if nonce and entry.name:
-                _take_away(catalog, entry.name, nonce)
+                _delete_arrived(catalog, entry.name, nonce)
             nonce = secrets.token_hex(16)
             beside = record.with_name(f".{record.name}-{temp_suffix()}")
             beside.write_bytes(encode_record({"nonce": nonce, "looks": looks}))
@@ -93,12 +92,17 @@ def sending(cache: Path, catalog: Catalog, entry: OutboxEntry) -> Iterator[tuple
 
 
 def digests(entry: OutboxEntry, files: list[AcceptedFile]) -> list[str]:
-    """Digests of files of an entry."""
+    """The digests of files of an entry."""
     (found,) = in_threads(lambda file: file_digest(entry.local_path(file)), (files, HASHES_AT_ONCE))
     return found
 
 
-def _take_away(catalog: Catalog, name: str, nonce: str) -> None:
+def store_token(catalog: Catalog) -> str:
+    """A short name for the store, in paths of this machine."""
+    return hashlib.sha256(catalog.storage.url.encode()).hexdigest()[:12]
+
+
+def _delete_arrived(catalog: Catalog, name: str, nonce: str) -> None:
     key, folder = NamedFolders(catalog).begin(name, nonce)  # the one that it has claimed
     if not NamedFolders(catalog).holds(key):
         catalog.storage.delete([info.path for info in catalog.storage.list(folder)])

@@ -244,7 +244,7 @@ def test_a_variable_that_the_shell_lacks_is_reported_before_anything_starts(desk
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ("data: {name: nothing, mount_path: /workspace/data}", "no dataset 'nothing'"),
+        ("data: {name: nothing, mount_path: /workspace/data}", "Dataset 'nothing' does not exist"),
         ("data: {name: mnli, mount_path: /etc}", "/etc"),
         ("num_devices: 3\nlocal: {nodes: 2}", "num_devices"),
     ],

@@ -179,7 +179,7 @@ def test_delete_finishes_what_was_cut_off(store: DatasetStore, glue: Path) -> No
     assert answer("delete", "glue", "--yes")["deleted"] == [1]
     assert store.catalog.storage.list("glue") == []
     assert store.half_deleted("glue") == []
-    assert "dataset 'glue'" in cloudtrain("delete", "glue", "--yes", code=1).stderr
+    assert "Dataset 'glue' does not exist" in cloudtrain("delete", "glue", "--yes", code=1).stderr
 
 
 def test_clean_takes_what_was_cut_off_and_no_version(
@@ -221,10 +221,10 @@ def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("view", "glu"), "dataset 'glu' in "),
-        (("view", "glue", "--version", "3"), "version 3 of the dataset 'glue'"),
-        (("download", "nsmc", "."), "dataset 'nsmc' in "),
-        (("create", "a/b", "."), "'a/b' cannot name a dataset"),
+        (("view", "glu"), "Dataset 'glu' does not exist in "),
+        (("view", "glue", "--version", "3"), "Dataset 'glue' in "),
+        (("download", "nsmc", "."), "Dataset 'nsmc' does not exist in "),
+        (("create", "a/b", "."), "'a/b' is not a valid dataset name"),
         (("create", "glue", "/missing"), "'/missing' is neither a folder nor a file"),
     ],
 )
