@@ -1,1 +1,1 @@
-"""What the package costs, side by side with what it could be built on. `make bench` runs all of it."""
+"""Benchmarks: the cost of the package, side by side with other clients. `make bench` runs all of them."""

@@ -1,6 +1,6 @@
-"""All benchmarks, or those that are named: `python -m benchmarks [NAME ...] [--quick]`.
+"""Run all benchmarks or those that are named: `python -m benchmarks [NAME ...] [--quick]`.
 
-Each runs in a process of its own, so that none inherits another's threads and memory.
+Each runs in a separate process, so that it does not inherit threads and memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ NAMES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the package costs, side by side.")
+    parser = argparse.ArgumentParser(
+        description="Measure the cost of the package, side by side with other clients."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)}; default all")
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that they work")
+    parser.add_argument("--quick", action="store_true", help="small sizes: check that the benchmarks run")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}. Choose from {', '.join(NAMES)}.")
     load = os.getloadavg()[0]
     sections: dict[str, list[Row]] = {}
     for name in options.names or NAMES:
         start = time.monotonic()
         sections[name] = run_apart(name, Scale(options.quick))
-        print(f"{name}, measured in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name}: measured in {time.monotonic() - start:.0f} s", flush=True)
         for row in sections[name]:
             print("  " + " | ".join(row.cells()), flush=True)
     where = machine(load)
@@ -44,7 +46,7 @@ def main() -> None:
 
 
 def story(name: str) -> str:
-    """What a benchmark says of itself."""
+    """Return the docstring of a benchmark."""
     return importlib.import_module(f"benchmarks.{name}").__doc__ or ""
 
 

@@ -1,6 +1,6 @@
-"""The clients that the package is measured against, as their makers' documentation uses them, and the package itself.
+"""The clients that the package is compared with, used as in their documentation, and the package itself.
 
-Each moves a whole checkpoint folder: two large files at a time, and eight small ones, as the uploader does.
+Each moves a whole checkpoint folder: two large files and eight small files at a time, as this package does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Place:
 
 
 class Client(Protocol):
-    """One file at a time."""
+    """Moves one file."""
 
     name: str
 
@@ -49,7 +49,7 @@ class Client(Protocol):
 
 
 class Obstore:
-    """obstore with the payload unsigned; blocks that were fastest of those tried."""
+    """obstore with an unsigned payload, and the fastest of the block sizes tried."""
 
     name = "obstore"
 
@@ -90,7 +90,7 @@ class Opendal:
 
 
 class Boto3:
-    """boto3 with 4 parts of 64 MiB at a time, the fastest of those tried."""
+    """boto3 with 4 parts of 64 MiB at a time, the fastest of the settings tried."""
 
     name = "boto3"
 
@@ -120,7 +120,7 @@ def raw_clients(place: Place) -> list[Client]:
 
 
 def raw_uploads(place: Place, checkpoint: Checkpoint) -> list[Contestant]:
-    """Contestants that send the folder with a client alone: no digest, no manifest."""
+    """Contestants that only send the files: no digest, no manifest."""
 
     def upload(client: Client) -> Contestant:
         def put(name: str) -> None:
@@ -132,7 +132,7 @@ def raw_uploads(place: Place, checkpoint: Checkpoint) -> list[Contestant]:
 
 
 def raw_downloads(place: Place, checkpoint: Checkpoint, work: Workplace) -> list[Contestant]:
-    """Contestants that fetch the folder with a client alone: nothing is verified. Uploads it first."""
+    """Upload the folder; return contestants that only fetch the files, without verification."""
     sender = Obstore(place)
     for_each_file(checkpoint, lambda name: sender.put(checkpoint.folder / name, f"raw/{name}"))
     target = work.folder / "downloaded"
@@ -149,7 +149,7 @@ def raw_downloads(place: Place, checkpoint: Checkpoint, work: Workplace) -> list
 
 
 def s3fs_upload(place: Place, checkpoint: Checkpoint, rounds: int) -> Contestant:
-    """`s3fs.put` of the folder, as people write it."""
+    """`s3fs.put` of the folder, as in scripts."""
     import s3fs
 
     fs = s3fs.S3FileSystem(**place.storage_options)
@@ -158,7 +158,7 @@ def s3fs_upload(place: Place, checkpoint: Checkpoint, rounds: int) -> Contestant
 
 
 class Ours:
-    """A run of the package on a place: save to commit, and URL to verified folder."""
+    """A run of this package: from save to commit, and from URL to verified folder."""
 
     def __init__(self, place: Place, checkpoint: Checkpoint, work: Workplace) -> None:
         self._url = f"s3://{place.bucket}/run-{work.another()}"
@@ -174,7 +174,7 @@ class Ours:
         self.checkpointer.close()
 
     def opened(self, folder: Path) -> Checkpointer:
-        """A connected Checkpointer on a local folder."""
+        """Return a connected Checkpointer for a local folder."""
         checkpointer = Checkpointer(self._url, folder, storage_options=self._place.storage_options)
         checkpointer.storage.check()
         return checkpointer
@@ -185,22 +185,22 @@ class Ours:
         self.checkpointer.wait()
 
     def upload(self) -> Contestant:
-        """From `save` until the manifest is committed."""
+        """Measures from `save` to the committed manifest."""
         return Contestant("ours", self.save_and_commit)
 
     def download(self) -> Contestant:
-        """From the URL to a verified folder, probe and LIST included."""
+        """Measures from the URL to a verified folder, including probe and LIST."""
         opened = self.checkpointer
 
         def prepare() -> None:
             nonlocal opened
             opened = self.opened(self._work.fresh("restored"))
 
-        return Contestant("ours", lambda: opened.restore(), prepare=prepare)  # noqa: PLW0108 - another each turn
+        return Contestant("ours", lambda: opened.restore(), prepare=prepare)  # noqa: PLW0108 - `opened` changes each round
 
 
 def for_each_file(checkpoint: Checkpoint, move: Callable[[str], Any]) -> None:
-    """Move all files of a folder: two large ones at a time, and eight small ones."""
+    """Move all files of a folder: two large ones and eight small ones at a time."""
     with ThreadPoolExecutor(2) as large, ThreadPoolExecutor(8) as small:
         futures = [
             (large if size > LARGE else small).submit(move, name) for name, size in checkpoint.sizes.items()

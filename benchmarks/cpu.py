@@ -1,7 +1,7 @@
-"""CPU a GB: our uploader's CPU seconds over those of the thriftiest raw client plus one pass of the digest.
+"""CPU per GB: CPU seconds of an upload relative to the cheapest raw client plus one pass of the digest.
 
-The upload of 1.3 GB without a limit of the link. CPU seconds are those of all threads of the process; the endpoint is
-another process. One pass of the digest is xxh3-128 over as many bytes in memory.
+The upload of 1.3 GB without a limit of the link. CPU seconds are those of all threads of the process; the endpoint is a separate
+process. One pass of the digest is xxh3-128 over the same number of bytes in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(scale: Scale) -> list[Row]:
 
 
 def _digest_pass(size: int) -> Contestant:
-    data = memoryview(b"1" * min(CHUNK, size))  # zeros would be one page for all
+    data = memoryview(b"1" * min(CHUNK, size))  # not zeros, which would share one page
 
     def digest() -> None:
         hasher = xxhash.xxh3_128()

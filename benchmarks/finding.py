@@ -1,8 +1,7 @@
-"""Requests to find the newest of 1,000 checkpoints, and to restore it, as the endpoint counts them.
+"""Requests to find the newest of 1,000 checkpoints and to restore it, counted by the endpoint.
 
-A LIST answers up to 1,000 names, so 1,000 checkpoints take one. A large file takes one GET for each 16 MiB. The probe of a
-start (a small object written, read and deleted through every way that bytes take) is shown apart: it does not depend on
-the number of checkpoints.
+A LIST returns up to 1,000 names, so 1,000 checkpoints need one. A large file needs one GET for each 16 MiB. The probe at a start (a
+small object is written, read and deleted through both clients) is a separate row: it does not depend on the number of checkpoints.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def run(scale: Scale) -> list[Row]:
 
 
 def _commit_earlier_ones(catalog: Catalog) -> None:
-    """Manifests of all earlier steps, as after a long run; of their files there are none."""
+    """Write the manifests of all earlier steps, as after a long run, without their files."""
     key = catalog.newest()
     assert key is not None
     newest = catalog.read(key)

@@ -1,8 +1,8 @@
-"""The function API: what it adds to a step, and how long `upload_checkpoint` copies.
+"""The functions: what they add to a step, and how long `upload_checkpoint` copies.
 
-A step is an empty `with train_step():` with `metric` every 10 steps, the heartbeat thread running; stretches as in `step`.
-`upload_checkpoint` takes over a checkpoint of 1.3 GB in a folder that the script writes again, so it is copied, unless the
-disk can share blocks; the link to the endpoint is 125 MB/s, so that an earlier upload is still running.
+A step is an empty `with train_step():` with `metric` every 10 steps and the heartbeat thread running; stretches as in `step`.
+`upload_checkpoint` copies a checkpoint of 1.3 GB, because the script overwrites the folder later, unless the file system can share
+blocks. The link to the endpoint has 125 MB/s, so an earlier upload is still running.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(scale: Scale) -> list[Row]:
             with CountOperations() as counted:
                 _steps(stretch)
             copies = [_upload(checkpoint) for _ in range(scale.pick(7, 2))]
-            ct.init(None)  # the end of the run before: what it has not sent yet is sent
+            ct.init(None)  # ends the previous run and uploads what is left
     return [
         step_row("a step without a save, train_step", micros),
         operations_row("torch operations in train_step and metric", counted.count),
@@ -40,13 +40,13 @@ def run(scale: Scale) -> list[Row]:
 
 
 def _begin(place: Place, checkpoint: Checkpoint) -> None:
-    # The function API takes its options as a launcher gives them.
+    # As a launcher passes storage options.
     os.environ["HF_CLOUDTRAIN_STORAGE_OPTIONS"] = json.dumps(place.storage_options)
     ct.init(None, run_url=f"s3://{place.bucket}/functions", checkpoint_dir=checkpoint.folder)
 
 
 def _steps(count: int) -> float:
-    """Seconds inside the functions for so many steps."""
+    """Run `count` steps; return the seconds inside the functions."""
     start = time.perf_counter()
     for number in range(count):
         with ct.train_step():
@@ -57,7 +57,7 @@ def _steps(count: int) -> float:
 
 
 def _upload(checkpoint: Checkpoint) -> tuple[float, bool]:
-    """(seconds, whether an earlier upload was running)."""
+    """Return the seconds, and whether an earlier upload was running."""
     _steps(1)
     busy, start = is_uploading(checkpoint.folder), time.perf_counter()
     ct.upload_checkpoint()

@@ -1,13 +1,13 @@
 """TrainLoop: what it adds to a save and to a step of a loop on Accelerate.
 
-The model, the link and the saves are those of `stall`: a checkpoint of 1.3 GB after every step, an upload under way. The
-stall is everything in a save but Accelerate's own `save_state`, which stands beside it; a hook of ours inside it counts as
-ours. With two ranks (a BERT of 4 layers, hidden size 256, 134 MB) a save begins with the first rank, and the stall is what
-comes before the last one's `save_state` and after it.
+The model, the link and the saves are those of `stall`: a checkpoint of 1.3 GB after each step, during an upload. The stall is the whole
+save without Accelerate's own `save_state`, which is given for comparison; the hooks of this package inside it count as stall. With two
+ranks (a BERT of 4 layers, hidden size 256, 134 MB) a save starts with the first rank, and the stall is the time before and after
+the `save_state` of the last rank.
 
-A step is that of `loop.steps` and `loop.log` around an empty body, less the same over Accelerate's loader alone: stretches
-of 500 batches take turns; the data is shuffled, a tensor logged, the bar drawn into nowhere. Torch operations are those that the loop runs
-beyond the loader's, without the reports every `logging_steps`; a logged tensor is detached, which is no work for a device.
+A step is `loop.steps` and `loop.log` around an empty body, minus the same with Accelerate's loader alone. Stretches of 500 batches
+take turns; the data is shuffled, a tensor is logged, and the progress bar is drawn to /dev/null. Torch operations are those of the loop minus
+those of the loader, without the reports every `logging_steps`; a logged tensor is detached, which does not involve the device.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ class _Save:
     """One save of one rank, in seconds."""
 
     before: float
-    """Ours, before Accelerate's own part and inside it."""
+    """Of this package, before Accelerate's own part and inside it."""
     own: float
-    """Accelerate's."""
+    """Of Accelerate."""
     ended: float
-    """When Accelerate's part was over, on the clock of the machine."""
+    """When Accelerate's part ended, by the clock of the machine."""
     done: float
-    """When training went on."""
+    """When training continued."""
     beside_upload: bool
 
 
 def _stall(ranks: list[_Save]) -> float:
-    """Nobody waits for us while one rank is still inside Accelerate's part."""
+    """Time while one rank is still in Accelerate's part does not count as stall."""
     after = max(save.done for save in ranks) - max(save.ended for save in ranks)
     return max(save.before for save in ranks) + after
 
 
 class _TimedAccelerator(Accelerator):
-    """Notes when its `save_state` ran, and how much of that was hooks."""
+    """Records when its `save_state` ran, and the seconds of its hooks."""
 
     began = ended = hooks = 0.0
 
@@ -98,7 +98,7 @@ class _TimedAccelerator(Accelerator):
 
 
 class _TimedLoop(TrainLoop):
-    """Notes what each save took."""
+    """Records the seconds of each save."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.saves: list[_Save] = []
@@ -113,7 +113,7 @@ class _TimedLoop(TrainLoop):
 
 
 def _train(model: Any, place: Place, output_dir: Path, steps: int) -> list[_Save]:
-    """Train so many steps on this rank, with a save after each."""
+    """Train `steps` steps on this rank, with a save after each."""
     accelerator = _TimedAccelerator(cpu=True)
     loader = DataLoader(sentences(steps * accelerator.num_processes), batch_size=1)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -133,7 +133,7 @@ def _train(model: Any, place: Place, output_dir: Path, steps: int) -> list[_Save
 def _two_ranks(place: Place, work: Workplace, scale: Scale) -> list[float]:
     import torch.multiprocessing
 
-    rendezvous = work.fresh("meeting")
+    rendezvous = work.fresh("rendezvous")
     torch.multiprocessing.spawn(_rank, (place, str(rendezvous), scale.pick(RANK_SAVES, 3)), nprocs=RANKS)
     return [float(line) for line in (rendezvous / "stalls").read_text().split()]
 
@@ -144,7 +144,7 @@ def _rank(rank: int, place: Place, rendezvous: str, saves: int) -> None:
     import torch.distributed as dist
 
     logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
-    # As torchrun would set them; the group meets in a file, so that no port is needed.
+    # As torchrun sets them; the group uses a file, so that no port is needed.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
@@ -162,15 +162,15 @@ def _rank(rank: int, place: Place, rendezvous: str, saves: int) -> None:
 
 @contextlib.contextmanager
 def _no_bar() -> Iterator[None]:
-    """Bars are drawn as for a person, into nowhere."""
+    """Draw progress bars to /dev/null."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 def step_rows(place: Place, work: Workplace, stretch: int) -> list[Row]:
-    """What a step costs, and its torch operations; `stretch` is a multiple of `logging_steps`."""
+    """Rows of the seconds and torch operations of a step; `stretch` is a multiple of `logging_steps`."""
     accelerator = Accelerator(cpu=True)
-    loss = torch.tensor(0.5, requires_grad=True) * 1  # as a loss is: not a leaf
+    loss = torch.tensor(0.5, requires_grad=True) * 1  # not a leaf, like a loss
 
     def batches() -> Any:
         loader = DataLoader(
@@ -183,9 +183,9 @@ def step_rows(place: Place, work: Workplace, stretch: int) -> list[Row]:
                      storage_options=place.storage_options)  # fmt: skip
     for _ in loop.epochs():
         bare, ours = iter(batches()), _logged(loop, batches(), loss)
-        _seconds(bare, stretch), _seconds(ours, stretch)  # whatever happens once
+        _seconds(bare, stretch), _seconds(ours, stretch)  # warm up
         pairs = [(_seconds(bare, stretch), _seconds(ours, stretch)) for _ in range(STRETCHES)]
-        _seconds(ours, 1)  # with it the report of the step before
+        _seconds(ours, 1)  # includes the report of the previous step
         operations = _operations(ours, loop.logging_steps - 1) - _operations(bare, loop.logging_steps - 1)
         ours.close()
     micros = [(with_loop - alone) / stretch * 1e6 for alone, with_loop in pairs]
@@ -211,7 +211,7 @@ def _seconds(batches: Iterator[Any], count: int) -> float:
 
 
 def _operations(batches: Iterator[Any], count: int) -> int:
-    """Torch operations of so many steps, other than `detach`."""
+    """Torch operations of `count` steps, without `detach`."""
     with CountOperations() as counted:
         _seconds(batches, count)
     return counted.count - counted.names["aten::detach"]

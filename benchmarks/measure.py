@@ -1,4 +1,4 @@
-"""Measuring contestants side by side, and the files that they move."""
+"""Measure contestants side by side; the files that they move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GB = 1e9
 LINKS = {"1 GB/s link": 1 * GB, "no limit": None}
 """Speeds of the link to the endpoint, in bytes a second."""
 ROUNDS = 7
-"""Turns of each contestant that moves a checkpoint."""
+"""Rounds of each contestant that moves a checkpoint."""
 LIMITED = tuple(name for name, rate in LINKS.items() if rate)
 SLOW_LINK = 125e6
 """Bytes a second of a 1 Gbit/s link."""
@@ -27,7 +27,7 @@ SLOW_LINK = 125e6
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured. `quick` shows that the benchmarks work; its figures mean nothing."""
+    """How much is measured. `quick` only checks that the benchmarks run; its values mean nothing."""
 
     quick: bool = False
 
@@ -37,23 +37,23 @@ class Scale:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of doing the same work."""
+    """One way to do the same work."""
 
     name: str
     run: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
-    """What a turn needs before the clock starts."""
+    """Runs before the clock starts."""
     rounds: int | None = None
-    """Fewer turns than the others have, for one that is very slow."""
+    """Fewer rounds than the others, for one that is very slow."""
 
 
 @dataclass
 class Timing:
-    """All turns of one contestant."""
+    """All rounds of one contestant."""
 
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    """CPU seconds of this process; the endpoint is another one."""
+    """CPU seconds of this process; the endpoint is a separate process."""
 
     @property
     def median(self) -> float:
@@ -65,7 +65,7 @@ class Timing:
 
 
 def side_by_side(contestants: Sequence[Contestant], rounds: int) -> dict[str, Timing]:
-    """Let the contestants take turns; each round begins with another one, so that no place in the order is better."""
+    """Let the contestants take turns. Each round starts with a different one, so that the order gives no advantage."""
     timings = {contestant.name: Timing() for contestant in contestants}
     for number in range(rounds):
         first = number % len(contestants)
@@ -73,7 +73,7 @@ def side_by_side(contestants: Sequence[Contestant], rounds: int) -> dict[str, Ti
             if contestant.rounds is None or number < contestant.rounds:
                 contestant.prepare()
                 gc.collect()
-                os.sync()  # what the one before has written is on the disk, and not this one's burden
+                os.sync()  # so that this one does not wait for writes of the one before
                 cpu, start = time.process_time(), time.perf_counter()
                 contestant.run()
                 timings[contestant.name].seconds.append(time.perf_counter() - start)
@@ -93,8 +93,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
 class Checkpoint:
     """A checkpoint folder of a model with AdamW: weights, twice as many bytes of optimizer state, 8 small files.
 
-    The large files are sparse. They are read once, so that they are in the page cache as after a save. They hold zeros
-    only, which is what the endpoint gives back, so digests can be verified.
+    The large files are sparse. They are read once, so that they are in the page cache as after a save. They contain only zeros,
+    as the endpoint returns them, so digests can be verified.
     """
 
     SMALL = 20_000
@@ -117,7 +117,7 @@ class Checkpoint:
 
 
 class Workplace:
-    """A temporary folder that is deleted at the end. `TMPDIR` says on which disk."""
+    """A temporary folder that is deleted at the end. `TMPDIR` chooses the disk."""
 
     def __enter__(self) -> Workplace:  # noqa: PYI034 - typing.Self came with Python 3.11
         self.folder = Path(tempfile.mkdtemp(prefix="cloudtrain-bench-"))
@@ -128,19 +128,19 @@ class Workplace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fresh(self, name: str) -> Path:
-        """An empty folder of that name; what it held is gone."""
+        """Create an empty folder with this name; delete an existing one."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
 
     def another(self) -> int:
-        """A number that was not given out before."""
+        """Return a number that was not used before."""
         return next(self._numbers)
 
 
 def pin(pid: int, core: int) -> None:
-    """Keep all threads that a process has, and those that they will start, on one core; where the system can."""
+    """Pin all threads of a process, and those that they start, to one core, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})

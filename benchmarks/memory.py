@@ -1,7 +1,7 @@
-"""Memory: extra resident memory of the uploader with files of 10 GB.
+"""Memory: additional resident memory of an upload with files of 10 GB.
 
-A process of its own saves a folder of sparse files and waits for the commit, on a link of 1 GB/s, so that all buffers fill.
-Measured is the peak of its resident memory over what it was with everything imported and connected.
+A separate process saves a folder of sparse files and waits for the commit, on a link of 1 GB/s, so that all buffers fill. Measured is
+the peak of its resident memory minus the resident memory after all imports and connections.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
                 file.truncate(size)
         with Ours(Place(endpoint, "sink", "sink"), checkpoint, work) as ours:
             before = _resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             ours.save_and_commit()
             print(json.dumps({"before": before, "peak": _resident("VmHWM")}))
 

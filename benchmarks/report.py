@@ -1,4 +1,4 @@
-"""Rows of figures, as a table on the terminal and as docs/benchmarks.md."""
+"""Rows of results, as a table on the terminal and as docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PACKAGES = (
     "transformers",
     "accelerate",
 )
-HEADINGS = ("what", "ours", "beside it", "figure", "target", "holds")
+HEADINGS = ("what", "hf_cloudtrain", "compared with", "value", "target", "met")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. Without a target it is there for comparison."""
+    """One result. Without a target it is for comparison."""
 
     what: str
     ours: str
     beside: str
-    """What it is measured against, in the same run."""
+    """Results of other clients in the same run."""
     figure: str
     target: str = ""
     holds: bool | None = None
@@ -66,7 +66,7 @@ def print_table(sections: Mapping[str, Sequence[Row]]) -> None:
 def write_page(
     sections: Mapping[str, Sequence[Row]], stories: Mapping[str, str], where: str, page: Path = PAGE
 ) -> None:
-    """docs/benchmarks.md, from one complete run."""
+    """Write docs/benchmarks.md from one complete run."""
     lines = [HEAD.format(machine=where)]
     lines += [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     lines += [f"| {' | '.join(row.cells())} |" for rows in sections.values() for row in rows]
@@ -77,7 +77,7 @@ def write_page(
 
 
 def machine(load_before: float) -> str:
-    """The machine in words, without its name."""
+    """Describe the machine, without its name."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return (
@@ -104,20 +104,20 @@ def _processor() -> str:
 
 HEAD = """# Benchmarks
 
-What the package costs, beside what it is built on or could be built on. This page is written by the benchmarks, from one
-complete run:
+The cost of this package, side by side with the libraries that it uses or could use. The benchmarks write this page from one complete
+run:
 
 ```console
-$ make bench                                          # all of it, and this page: a quarter of an hour
-$ .venv/bin/python -m benchmarks upload restore       # some of it, to the terminal only
-$ .venv/bin/python -m benchmarks --quick              # small sizes: shows that they work, the figures mean nothing
+$ make bench                                          # all benchmarks, and this page: a quarter of an hour
+$ .venv/bin/python -m benchmarks upload restore       # some benchmarks, printed only
+$ .venv/bin/python -m benchmarks --quick              # small sizes: checks that the benchmarks run; the values mean nothing
 ```
 
 Machine: {machine}
 
-Every figure is a median. Contestants take turns within one process, and each round begins with another one. The endpoint is
-the project's own (`benchmarks/sink.py`): S3 over plain HTTP on loopback, in a process of its own, which throws uploads away
-and answers downloads with zeros, so that the cost of a client is seen and not that of a server. Its CPU is not counted, but
-it works on the same cores. `rclone serve s3` stands beside it as a real server. Nothing is encrypted. A figure without a unit
-is a ratio of medians; a row without a target is there for comparison.
+Each value is a median. The clients take turns in one process, and each round starts with a different one. The endpoint belongs to
+this project (`benchmarks/sink.py`): S3 over plain HTTP on loopback, in a separate process. It discards uploads and answers downloads
+with zeros, so that the benchmarks measure the client and not a server. Its CPU time is not counted, but it runs on the same cores.
+`rclone serve s3` is measured as well, as a server that stores files. Nothing is encrypted. A value without a unit is a ratio of medians;
+a row without a target is for comparison.
 """

@@ -1,7 +1,7 @@
-"""Restore: our verified bytes a second over the best raw download's.
+"""Restore: verified bytes per second of this package relative to the best raw download.
 
-A checkpoint of 1.3 GB. Ours is from the URL to a verified folder: probe, LIST, manifest, files, every digest; the clients
-fetch files. All write to the same disk.
+A checkpoint of 1.3 GB. This package is measured from the URL to a verified folder: probe, LIST, manifest, files and all digests; the
+clients only fetch files. All write to the same disk.
 """
 
 from __future__ import annotations

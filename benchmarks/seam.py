@@ -1,7 +1,7 @@
-"""obstore or opendal, behind the seam of `hf_cloudtrain/storage/native.py`: the figures of docs/decisions/0001-native-client.md.
+"""obstore and opendal behind the interface of `hf_cloudtrain/storage/native.py`: the values of docs/decisions/0001-native-client.md.
 
-Both send and fetch the same folder by `upload(source, size, path, on_bytes)` and `download(path, target, size, on_bytes)`, with
-the digest taken on the way. One file after the other in four parts at a time, two files at once.
+Both send and fetch the same folder with `upload(source, size, path, on_bytes)` and `download(path, target, size, on_bytes)`, and compute
+the digest on the way. Two files at a time, four parts of a file at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 2**20
 
 
 class OpendalTransfer:
-    """What `NativeTransfer` would be with opendal. Downloads are one stream a file: its parallel ranges were slower."""
+    """`NativeTransfer` with opendal. A download is one stream for each file, because parallel ranges were slower."""
 
     def __init__(self, operator: Any) -> None:
         self._operator = operator
@@ -105,4 +105,4 @@ def _download(name: str, transfer: Any, checkpoint: Checkpoint, work: Workplace)
 
 
 def _ignore(count: int) -> None:
-    """Nobody watches the progress."""
+    """Ignore the progress."""

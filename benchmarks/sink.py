@@ -1,17 +1,16 @@
-"""A fast S3 endpoint that throws uploads away: the cost of a client, without the cost of a server.
+"""A fast S3 endpoint that discards uploads, to measure the cost of a client without that of a server.
 
-It runs as a process of its own and accounts its own CPU, so that a benchmark can leave it out:
+It runs as a separate process and reports its CPU time, so that a benchmark can exclude it:
 
     with Sink() as sink:                                # or Sink(bytes_per_second=125e6): a 1 Gbit/s link
         upload(sink.endpoint)
         print(sink.stats()["requests"], sink.stats()["cpu_seconds"])
 
-By hand: `python -m benchmarks.sink --port 9000 --rate 125e6` (Ctrl-C ends it and prints the counters).
+By hand: `python -m benchmarks.sink --port 9000 --rate 125e6` (Ctrl-C stops it and prints the counters).
 
-What it is: objects under 1 MiB (manifests, pointers) are real, conditional PUT included. Of larger ones only the
-size is kept, and a GET answers with that many zero bytes, so files of zeros survive a round trip with their digest
-(`--keep` holds everything in memory instead). Every bucket exists. What it is not: it checks no signature and no
-checksum.
+Objects under 1 MiB (manifests, pointers) are stored, and conditional PUT is supported. Of larger objects only the size is stored, and
+a GET returns that many zero bytes, so files of zeros keep their digest (`--keep` stores everything in memory instead). All buckets
+exist. Signatures and checksums are not checked.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Sink:
-    """The endpoint as a child process on a free loopback port; it dies with its parent.
+    """The endpoint as a child process on a free loopback port; it ends with its parent.
 
     Args:
         bytes_per_second: limit of the link in each direction, shared by all connections; None is no limit.
-        keep: hold large objects in memory and give back their real bytes.
+        keep: store large objects in memory and return their bytes.
     """
 
     def __init__(self, bytes_per_second: float | None = None, *, keep: bool = False) -> None:
@@ -54,13 +53,13 @@ class Sink:
         assert self._process.stdout is not None
         first_line = self._process.stdout.readline()
         if not first_line:
-            raise RuntimeError(f"the sink ended at its start with code {self._process.wait()}")
+            raise RuntimeError(f"The sink exited at its start with code {self._process.wait()}.")
         self.endpoint, self.pid = json.loads(first_line)["endpoint"], self._process.pid
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            self._process.communicate(timeout=10)  # closes stdin: the process ends by itself
+            self._process.communicate(timeout=10)  # closes stdin, so the process ends
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
@@ -83,11 +82,11 @@ class Sink:
         return self._ask("stats")
 
     def reset(self) -> None:
-        """Set the counters to zero; objects stay."""
+        """Set the counters to zero; keep the objects."""
         self._ask("reset")
 
     def limit(self, bytes_per_second: float | None) -> None:
-        """Change the limit of the link while it is in use."""
+        """Change the limit of the link."""
         self._ask(f"limit?rate={bytes_per_second or 0}")
 
     def _ask(self, what: str) -> dict[str, Any]:
@@ -97,11 +96,11 @@ class Sink:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A fast S3 endpoint that throws uploads away.")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="0: a free port")
     parser.add_argument(
-        "--rate", type=float, default=0, help="bytes a second in each direction; 0 is no limit"
+        "--rate", type=float, default=0, help="bytes per second in each direction; 0: no limit"
     )
-    parser.add_argument("--keep", action="store_true", help="hold large objects in memory too")
+    parser.add_argument("--keep", action="store_true", help="store large objects in memory too")
     parser.add_argument("--with-parent", action="store_true", help="end when stdin is closed")
     options = parser.parse_args()
     server = Server(options.rate, keep=options.keep)
@@ -113,14 +112,14 @@ def main() -> None:
     threading.Thread(target=accept, args=(listener, server), name="accept", daemon=True).start()
     wait_for_the_end(with_parent=options.with_parent)
     print(json.dumps(server.stats()), flush=True)
-    os._exit(0)  # connection threads sit in recv
+    os._exit(0)  # connection threads are blocked in recv
 
 
 def accept(listener: socket.socket, server: Server) -> None:
     while True:
         connection, _ = listener.accept()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if server.inward.rate:  # else the kernel's buffers would take megabytes at full speed
+        if server.inward.rate:  # a large kernel buffer would accept megabytes at full speed
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**19)
         threading.Thread(target=server.serve, args=(connection,), name="connection", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The S3 operations of the sink: what is stored for real, and what is only counted."""
+"""The S3 operations of the sink: small objects are stored, large ones only counted."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from benchmarks.sink_wire import Link, Request, Wire, frames
 SMALL = 2**20
 """Objects below this many bytes are stored; larger ones are only counted."""
 BLOCK_SIZE = 2**18
-"""Bytes of one send: stays in the processor's cache; larger ones, and sendfile, were slower over loopback."""
+"""Bytes of one send, which fit into the CPU cache; larger sends and sendfile were slower over loopback."""
 ZEROS = memoryview(bytes(BLOCK_SIZE))
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 NAMES = {200: "OK", 204: "No Content", 206: "Partial Content", 404: "Not Found", 412: "Precondition Failed"}
 
 
 class Server:
-    """All state, and one method an S3 operation. One thread a connection; the lock guards the dictionaries only."""
+    """The state, and one method for each S3 operation. Each connection has a thread; the lock protects only the dictionaries."""
 
     def __init__(self, rate: float, *, keep: bool) -> None:
         self.keep = keep
@@ -58,7 +58,7 @@ class Server:
         handler(request)
 
     def operation(self, request: Request) -> tuple[str, Callable[[Request], None]]:
-        """The S3 name of what is asked, and what does it."""
+        """Return the S3 name of the operation and its handler."""
         query, has_key = request.query, "/" in request.path.strip("/")
         if not has_key:
             if request.method == "POST" and "delete" in query:
@@ -87,7 +87,7 @@ class Server:
         self.store(request, request.path, self.receive(request))
 
     def store(self, request: Request, path: str, new: Object, body: bytes = b"") -> None:
-        """Put an object in its place unless If-None-Match or If-Match forbid it."""
+        """Store an object unless If-None-Match or If-Match forbid it."""
         with self.lock:
             old = self.objects.get(path)
             none_match, match = request.headers.get("if-none-match"), request.headers.get("if-match")
@@ -102,7 +102,7 @@ class Server:
         send(request, 200, body, {"ETag": f'"{new.etag}"'})
 
     def receive(self, request: Request) -> Object:
-        """Read a body: small ones into memory, large ones nowhere."""
+        """Read a body: keep a small one in memory, discard a large one."""
         pieces: list[bytes] | None = []
         size = 0
         for source, length in frames(request):
@@ -238,7 +238,7 @@ class Server:
         send(request, 204)
 
     def bucket(self, request: Request) -> None:
-        """Make, look for or locate a bucket: it exists."""
+        """Create, find or locate a bucket: all exist."""
         request.wire.drop(request)
         send(
             request, 200, b"<LocationConstraint></LocationConstraint>" if "location" in request.query else b""
@@ -271,17 +271,17 @@ class Server:
 
 @dataclass
 class Object:
-    """One object, or one part of one."""
+    """One object, or one part of an object."""
 
     pieces: list[bytes] | None
-    """The content, or None where it was thrown away."""
+    """The content, or None if it was discarded."""
     size: int
     etag: str
     modified: float = field(default_factory=time.time)
 
 
 def blocks(found: Object, start: int, stop: int) -> Iterator[memoryview]:
-    """The bytes from `start` to `stop`, a send at a time."""
+    """Yield the bytes from `start` to `stop` in blocks of one send."""
     if found.pieces is None:
         for at in range(start, stop, BLOCK_SIZE):
             yield ZEROS[: stop - at]
@@ -293,14 +293,14 @@ def blocks(found: Object, start: int, stop: int) -> Iterator[memoryview]:
 
 
 def span(first: str, last: str, size: int) -> tuple[int, int]:
-    """Start and stop of a Range: `5-9`, `5-` or `-5` (the last five)."""
+    """Return start and stop of a Range: `5-9`, `5-` or `-5` (the last five)."""
     if not first:
         return max(size - int(last), 0), size
     return int(first), min(int(last) + 1, size) if last else size
 
 
 def folder_of(key: str, prefix: str, delimiter: str) -> str:
-    """The common prefix that a listing shows in place of `key`, or nothing."""
+    """Return the common prefix that a listing shows instead of `key`, or an empty text."""
     at = key.find(delimiter, len(prefix)) if delimiter else -1
     return key[: at + len(delimiter)] if at >= 0 else ""
 

@@ -1,4 +1,4 @@
-"""The sink's side of a connection: heads, bodies in every framing that S3 clients use, and a link of limited speed."""
+"""Connections of the sink: request heads, bodies in all framings that S3 clients use, and a link of limited speed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 BURST = 0.005
-"""Seconds of unused bandwidth that a link may catch up, because sleeps end late."""
+"""Seconds of unused bandwidth that a link may use later, because sleeps end late."""
 SCRATCH = mmap.mmap(-1, 16 * 2**20)
-"""Where discarded bytes would go. On Linux MSG_TRUNC drops them in the kernel and these pages are never touched."""
+"""Buffer for discarded bytes. On Linux MSG_TRUNC drops them in the kernel, so these pages are never touched."""
 DISCARD = socket.MSG_WAITALL | (socket.MSG_TRUNC if sys.platform == "linux" else 0)
 
 
 class Link:
-    """A token bucket that all connections share, and the count of what went through it."""
+    """A token bucket that all connections share, and the number of its bytes."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -29,11 +29,11 @@ class Link:
 
     @property
     def step(self) -> int:
-        """How many bytes to move at a time: about 2 ms of the link, so that connections share it evenly."""
+        """Bytes to move at a time: about 2 ms of the link, so that connections share it evenly."""
         return len(SCRATCH) if not self.rate else int(min(max(self.rate * 0.002, 64 * 2**10), 2**20))
 
     def carry(self, count: int) -> None:
-        """Wait until the link has had the time for `count` bytes more."""
+        """Wait until the link could have carried `count` more bytes."""
         with self._lock:
             self.bytes += count
             if not self.rate:
@@ -47,7 +47,7 @@ class Link:
 
 @dataclass
 class Request:
-    """The head of a request; the body is still on the wire."""
+    """The head of a request; its body is not read yet."""
 
     method: str
     path: str
@@ -57,15 +57,15 @@ class Request:
 
 
 class Wire:
-    """What a client sends: lines, bytes to keep and bytes to throw away."""
+    """The bytes that a client sends: lines, bytes to keep and bytes to discard."""
 
     def __init__(self, connection: socket.socket, link: Link) -> None:
         self.connection = connection
         self._link = link
-        self._ahead = bytearray()  # received with a head, not consumed yet
+        self._ahead = bytearray()  # received together with a head, not consumed yet
 
     def request(self) -> Request | None:
-        """The next request's head, or None when the client has hung up."""
+        """Return the head of the next request, or None if the client closed the connection."""
         while (end := self._ahead.find(b"\r\n\r\n")) < 0:
             received = self.connection.recv(2**16)
             if not received:
@@ -103,7 +103,7 @@ class Wire:
                 self._link.carry(step)
                 got = self.connection.recv_into(view[at : at + step], step, socket.MSG_WAITALL)
                 if not got:
-                    raise ConnectionResetError("the client hung up in the middle of a body")
+                    raise ConnectionResetError("the client closed the connection in the middle of a body")
                 at += got
         return bytes(content)
 
@@ -115,10 +115,10 @@ class Wire:
         while count:
             step = min(count, self._link.step)
             self._link.carry(step)
-            while step:  # WAITALL still returns early on a signal
+            while step:  # WAITALL returns early on a signal
                 got = self.connection.recv_into(SCRATCH, step, DISCARD)
                 if not got:
-                    raise ConnectionResetError("the client hung up in the middle of a body")
+                    raise ConnectionResetError("the client closed the connection in the middle of a body")
                 step -= got
                 count -= got
 
@@ -132,12 +132,12 @@ class Wire:
     def _receive(self, count: int) -> bytes:
         received = self.connection.recv(count)
         if not received:
-            raise ConnectionResetError("the client hung up in the middle of a body")
+            raise ConnectionResetError("the client closed the connection in the middle of a body")
         return received
 
 
 class Chunks:
-    """The bytes inside HTTP chunks, for the aws-chunked frames that some clients put inside."""
+    """The bytes in HTTP chunks, for the aws-chunked frames that some clients put into them."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -172,7 +172,7 @@ class Chunks:
 
 
 def frames(request: Request) -> Iterator[tuple[Wire | Chunks, int]]:
-    """Where the payload lies in a body: (what to read from, how many bytes), once or once a chunk."""
+    """Yield the source and length of each piece of the payload: one, or one for each chunk."""
     headers, wire = request.headers, request.wire
     chunked = "chunked" in headers.get("transfer-encoding", "").lower()
     aws_chunked = headers.get("x-amz-content-sha256", "").startswith("STREAMING-")
@@ -180,7 +180,7 @@ def frames(request: Request) -> Iterator[tuple[Wire | Chunks, int]]:
         inside = Chunks(wire)
         yield from chunks(inside)
         inside.finish()
-    elif chunked or aws_chunked:  # the two framings read alike: size;extension, bytes, trailers
+    elif chunked or aws_chunked:  # both framings are the same: size;extension, bytes, trailers
         yield from chunks(wire)
     elif length := int(headers.get("content-length", 0)):
         yield wire, length

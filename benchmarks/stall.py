@@ -1,9 +1,9 @@
-"""Stall of a save: how long training waits for us.
+"""Stall of a save: how long training waits for this package.
 
-A BERT of base size trains with AdamW and saves its 1.3 GB after every step; the link to the endpoint is 125 MB/s, so
-that an earlier upload is still running at each save after the first. Timed are our `on_save` and Trainer's own
-`_save_checkpoint`. With two ranks there is a barrier first: there it is the time from the last rank's arrival until the
-last rank goes on, with a folder of the same size. Of fewer than 100 saves, the 99th percentile is the slowest.
+BERT base trains with AdamW and saves its 1.3 GB after each step. The link to the endpoint has 125 MB/s, so an earlier upload is still
+running at each save after the first. Measured are `on_save` of this package and Trainer's own `_save_checkpoint`. With two ranks there
+is a barrier first, so the stall is the time from the arrival of the last rank until the last rank continues, with a folder of the
+same size. Of fewer than 100 saves, the 99th percentile is the slowest one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(scale: Scale) -> list[Row]:
 
 
 def stall_rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
-    """Median and 99th percentile of seconds that training waited for us."""
+    """Median and 99th percentile of the stalls in seconds."""
     median, slowest = statistics.median(stalls) * 1e3, percentile(stalls, 99) * 1e3
     shown = f"median {median:.1f} ms, p99 {slowest:.1f} ms"
     return [
@@ -65,14 +65,14 @@ def stall_rows(what: str, stalls: Sequence[float], beside: str) -> list[Row]:
 
 
 def share_row(what: str, stalls: Sequence[float], framework: str, saves: Sequence[float]) -> Row:
-    """Our part of a save beside the framework's own; seconds."""
+    """The stall relative to the framework's own save, both in seconds."""
     stall, own = statistics.median(stalls), statistics.median(saves)
     shown, beside = f"{stall * 1e3:.1f} ms", f"{framework} {own * 1e3:.0f} ms"
     return at_most(what, shown, beside, stall / own * 100, SHARE_TARGET, " %")
 
 
 def bert(scale: Scale) -> BertForSequenceClassification:
-    """BERT of base size: 1.3 GB with AdamW's state."""
+    """BERT base: 1.3 GB with the state of AdamW."""
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -82,17 +82,17 @@ def bert(scale: Scale) -> BertForSequenceClassification:
 
 
 def sentences(count: int) -> list[dict[str, torch.Tensor]]:
-    """Short ones: what counts here is how often is saved."""
+    """Short inputs: only the number of saves matters."""
     return [{"input_ids": torch.arange(8), "labels": torch.tensor(number % 2)} for number in range(count)]
 
 
 def is_uploading(output_dir: str | Path) -> bool:
-    """Whether an earlier save is still on its way."""
+    """Whether an earlier save is still being uploaded."""
     return any(Path(output_dir, META, "outbox").glob("[0-9]*"))
 
 
 def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float], int]:
-    """(seconds of each on_save, seconds of each of Trainer's own saves, how many found an upload running)."""
+    """Return the seconds of each on_save, of each of Trainer's own saves, and the number of saves during an upload."""
     args = TrainingArguments(
         output_dir=str(work.folder / "out"),
         max_steps=scale.pick(SAVES, 3),
@@ -117,7 +117,7 @@ def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], li
 
 
 class _TimedTrainer(Trainer):
-    """Notes the seconds of its own saves."""
+    """Records the seconds of its own saves."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.seconds: list[float] = []
@@ -130,7 +130,7 @@ class _TimedTrainer(Trainer):
 
 
 class _TimedCloud(CloudTrainCallback):
-    """Notes the seconds of `on_save`, and how often an upload was under way."""
+    """Records the seconds of `on_save`, and the number of saves during an upload."""
 
     def __init__(self, run_url: str, **kwargs: Any) -> None:
         self.seconds: list[float] = []
@@ -148,7 +148,7 @@ def _two_ranks(place: Place, work: Workplace, scale: Scale) -> list[float]:
     import torch.multiprocessing
 
     checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(440_000_000, 1_000_000))
-    rendezvous = work.fresh("meeting")
+    rendezvous = work.fresh("rendezvous")
     arguments = (place, str(checkpoint.folder), str(rendezvous), scale.pick(60, 5))
     torch.multiprocessing.spawn(_rank, arguments, nprocs=RANKS)
     return [float(line) for line in (rendezvous / "stalls").read_text().split()]
@@ -168,7 +168,7 @@ def _rank(rank: int, place: Place, folder: str, rendezvous: str, saves: int) -> 
     times = []
     for step in range(1, saves + 1):
         time.sleep(random.uniform(0.1, 0.3))
-        arrived = time.monotonic()  # one clock for all processes of a machine
+        arrived = time.monotonic()  # the same clock for all processes of a machine
         checkpointer.save(Path(folder), Position(global_step=step))
         times.append((arrived, time.monotonic()))
     all_times: list[Any] = [None] * RANKS

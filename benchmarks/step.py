@@ -1,8 +1,7 @@
-"""A step without a save: what our callbacks add to each step of Trainer.
+"""A step without a save: what the callbacks add to each step of Trainer.
 
-10,000 steps of events (`on_step_begin`, `on_step_end`, and `on_log` every 10 steps) on Trainer's own state objects, the
-heartbeat thread running; the figure is the median of 20 stretches. Torch operations are counted too: where there is
-none, there is no device to wait for.
+10,000 steps of events (`on_step_begin`, `on_step_end`, and `on_log` every 10 steps) on Trainer's own state objects, with the heartbeat
+thread running. The value is the median of 20 stretches. Torch operations are counted too: without any, no step waits for the device.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def run(scale: Scale) -> list[Row]:
 
 
 def step_row(what: str, micros: Sequence[float], beside: str = "") -> Row:
-    """Microseconds a step, one value a stretch."""
+    """A row of microseconds per step, with one value for each stretch."""
     median = statistics.median(micros)
     slowest = f"slowest stretch {max(micros):.1f} us"
     shown = f"{beside}, {slowest}" if beside else slowest
@@ -53,12 +52,12 @@ def step_row(what: str, micros: Sequence[float], beside: str = "") -> Row:
 
 
 def operations_row(what: str, count: int) -> Row:
-    """Torch operations that we add: there must be none."""
+    """A row of the torch operations that this package adds; the target is 0."""
     return Row(what, str(count), "", str(count), "0", count == 0)
 
 
 class _Events:
-    """The events of a Trainer, without its training."""
+    """The events of a Trainer without the training."""
 
     def __init__(self, callback: CloudTrainCallback, work: Workplace) -> None:
         self._args = TrainingArguments(
@@ -70,7 +69,7 @@ class _Events:
         callback.on_train_begin(self._args, self._state, self._control, train_dataloader=None)
 
     def steps(self, count: int) -> float:
-        """Seconds inside the callback for so many steps."""
+        """Run `count` steps; return the seconds inside the callback."""
         callback, args, state, control = self._callback, self._args, self._state, self._control
         logs = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-4, "epoch": 0.5}
         start = time.perf_counter()
@@ -83,7 +82,7 @@ class _Events:
         return time.perf_counter() - start
 
     def finish(self) -> None:
-        """A save and the end of training: an end without any save would be an error."""
+        """Save, and end the training: an end without any save is an error."""
         folder = f"{self._args.output_dir}/checkpoint-{self._state.global_step}"
         os.makedirs(folder)
         self._state.save_to_json(f"{folder}/trainer_state.json")
@@ -92,7 +91,7 @@ class _Events:
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts every torch operation below it."""
+    """Counts the torch operations in its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ class CountOperations(TorchDispatchMode):
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Number of operations."""
         return self.names.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

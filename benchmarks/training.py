@@ -1,8 +1,8 @@
-"""Training beside an upload: step time with an upload of 125 MB/s running, over step time without.
+"""Training during an upload: step time with an upload of 125 MB/s relative to the step time without.
 
-A BERT of 4 layers, hidden size 256, batches of 4 x 128 tokens, torch at 1 thread; the endpoint is pinned to the other core.
-Stretches with and without an upload alternate, and so do the clients; each client sends in threads of the training
-process, as ours does.
+A BERT of 4 layers, hidden size 256, batches of 4 x 128 tokens, torch with 1 thread; the endpoint is pinned to the other core. Stretches
+with and without an upload alternate, and so do the clients; each client sends in threads of the training process, as this package
+does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGET = 1.05
 def run(scale: Scale) -> list[Row]:
     with Workplace() as work, Sink(SLOW_LINK) as sink:
         pin(sink.pid, (os.cpu_count() or 1) - 1)
-        # 450 MB: 3.6 seconds of the link.
+        # 450 MB take 3.6 s on this link.
         checkpoint = Checkpoint(work.folder / "checkpoint", scale.pick(150_000_000, 20_000_000))
         place = Place.of(sink)
         with Ours(place, checkpoint, work) as ours:
@@ -45,14 +45,14 @@ def run(scale: Scale) -> list[Row]:
 
 @dataclass
 class _Measured:
-    """Of one client, one value a round."""
+    """Results of one client, one value for each round."""
 
     ratios: list[float]
-    """Median step beside the upload over the median step of the stretches before and after it."""
+    """Median step during the upload, relative to the median step of the stretches before and after it."""
     seconds: list[float]
     """Of the upload."""
     steps: list[float]
-    """Median step beside the upload, seconds."""
+    """Median step during the upload, in seconds."""
 
 
 def _measure(uploads: dict[str, Callable[[], None]], scale: Scale) -> dict[str, _Measured]:
@@ -85,7 +85,7 @@ def _alone(step: Callable[[], float], scale: Scale) -> list[float]:
 
 
 def _trainer() -> Callable[[], float]:
-    """A function that trains one step and answers its seconds."""
+    """Return a function that trains one step and returns its seconds."""
     torch.manual_seed(0)
     config = BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
     model = BertForSequenceClassification(config)

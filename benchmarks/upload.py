@@ -1,8 +1,8 @@
-"""Upload: our bytes a second over the best raw client's, and over s3fs.
+"""Upload: bytes per second of this package relative to the best raw client, and to s3fs.
 
-A checkpoint folder of 1.3 GB. Ours is from `save` to the committed manifest, digests included; the clients send files.
-Four times s3fs is asked for without a limit: with one, the link itself is too close to what s3fs reaches. `rclone
-serve s3` reads whole files for the ETags of a LIST, and ours lists what arrived.
+A checkpoint folder of 1.3 GB. This package is measured from `save` to the committed manifest, including digests; the clients only send
+files. The target of four times s3fs is without a limit of the link: with a limit, the link is too close to the speed of s3fs. `rclone
+serve s3` reads whole files to compute the ETags of a LIST, and this package lists what arrived.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.servers import RcloneServer
 TARGETS = {"1 GB/s link": 0.95, "no limit": 0.8}
 S3FS_TARGET = 4.0
 S3FS_ROUNDS = 3
-"""s3fs is many times slower; three turns tell."""
+"""s3fs is many times slower; three rounds are enough."""
 
 
 def run(scale: Scale) -> list[Row]:

@@ -1,4 +1,4 @@
-"""CIFAR sets made up on the spot, in the original layout: pickles as Python 2 and the numpy of its days wrote them."""
+"""Generate CIFAR datasets in the original layout: pickles as Python 2 and an old numpy wrote them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = 40
 
 
 def write_set(folder: Path, dataset: str) -> None:
-    """The folder of one set, below `folder`. Each class has a colour of its own, so that a model can learn it."""
+    """Write the folder of one dataset below `folder`. Each class has its own colour, so that a model can learn it."""
     if dataset == "cifar10":
         home, names, key = folder / "cifar-10-batches-py", ("batches.meta", "label_names"), "labels"
         files = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -23,13 +23,13 @@ def write_set(folder: Path, dataset: str) -> None:
     home.mkdir(parents=True)
     for number, name in enumerate(files):
         pixels, labels = content_of(dataset, number)
-        content = {"batch_label": "made up", key: labels, "data": pixels}
+        content = {"batch_label": "generated", key: labels, "data": pixels}
         (home / name).write_bytes(b"\x80\x02" + python2(content) + b".")
     (home / names[0]).write_bytes(b"\x80\x02" + python2({names[1]: names_of(dataset)}) + b".")
 
 
 def content_of(dataset: str, number: int = 0) -> tuple[np.ndarray, list[int]]:
-    """Pixels (40, 3072) and labels of the file of that number, the test file being the last."""
+    """Return pixels (40, 3072) and labels of the file with this number; the test file is the last."""
     chance = np.random.default_rng((len(dataset), number))
     labels = chance.integers(0, CLASSES[dataset], ROWS)
     colours = np.random.default_rng(7).integers(40, 215, (CLASSES[dataset], 3))[labels]
@@ -42,7 +42,7 @@ def names_of(dataset: str) -> list[str]:
 
 
 def python2(value: object) -> bytes:
-    """The opcodes that leave the value on the stack, as Python 2 wrote them in protocol 2."""
+    """Return the opcodes that push the value, as Python 2 wrote them in protocol 2."""
     if isinstance(value, dict):
         return b"}(" + b"".join(python2(key) + python2(item) for key, item in value.items()) + b"u"
     if isinstance(value, list):
@@ -60,7 +60,7 @@ def python2(value: object) -> bytes:
 
 
 def array(shape: tuple[int, ...], raw: bytes, code: str = "u1") -> bytes:
-    """As `python2`, of an array of which the pickle says what it likes."""
+    """Return the opcodes that push an array with any shape, bytes and type, right or wrong."""
     new = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + python2((0,)) + python2("b") + b"tR"
     kind = b"cnumpy\ndtype\n" + python2((code, 0, 1)) + b"R(J\x03\0\0\0" + python2("|") + b"NNN"
     kind += python2(-1) + python2(-1) + python2(0) + b"tb"

@@ -1,6 +1,6 @@
-"""All examples have what a reader needs; and the GLUE example: its tasks, its metrics, and that it runs.
+"""Each example has a page with its commands; the GLUE example has the right tasks and metrics, and runs.
 
-The others are run in `test_examples_*.py`.
+`test_examples_*.py` run the other examples.
 """
 
 import ast
@@ -26,7 +26,7 @@ from hf_cloudtrain.tracking.history import read_history
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "glue"
 
-# https://gluebenchmark.com/tasks and the data set card of nyu-mll/glue, written down here a second time on purpose.
+# From https://gluebenchmark.com/tasks and the dataset card of nyu-mll/glue, repeated here on purpose.
 GLUE = {
     "cola": (("sentence",), 2, {"matthews_correlation"}),
     "mnli": (("premise", "hypothesis"), 3, {"accuracy"}),
@@ -68,7 +68,7 @@ EXAMPLES = sorted(path for path in EXAMPLE.parent.iterdir() if path.is_dir())
 
 class TestEveryExample:
     @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
-    def test_has_a_page_with_the_launch_line_of_each_script(self, folder):
+    def test_has_a_page_with_the_command_of_each_script(self, folder):
         page = (folder / "README.md").read_text()
         scripts = [path.name for path in folder.glob("*.py") if "__main__" in path.read_text()]
         assert scripts
@@ -76,22 +76,22 @@ class TestEveryExample:
             launched = re.search(
                 rf"(?:python|torchrun|accelerate launch|make)\b[^\n]*\b{re.escape(name)}", page
             )
-            assert launched or name == "demo.py", f"{folder.name}/README.md does not say how to start {name}"
+            assert launched or name == "demo.py", f"{folder.name}/README.md does not show how to start {name}"
 
     @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
-    def test_is_named_on_the_first_page_and_run_by_a_test(self, folder):
+    def test_is_linked_from_the_readme_and_run_by_a_test(self, folder):
         assert f"(examples/{folder.name})" in (ROOT / "README.md").read_text()
         tests = [path for path in Path(__file__).parent.glob("test_examples*.py") if folder.name in path.name]
-        assert tests or folder.name == "glue", f"no test file of the example {folder.name}"
+        assert tests or folder.name == "glue", f"the example {folder.name} has no test file"
 
 
 class TestTasks:
-    def test_keys_and_label_counts_are_those_of_glue(self, glue_tasks):
+    def test_columns_and_label_counts_are_those_of_glue(self, glue_tasks):
         found = {name: (task.sentence_keys, task.num_labels) for name, task in glue_tasks.TASKS.items()}
         assert found == {name: (keys, labels) for name, (keys, labels, _) in GLUE.items()}
 
     @pytest.mark.parametrize("task_name", GLUE)
-    def test_synthetic_rows_have_the_columns_of_the_hub_and_every_label(self, glue_tasks, task_name):
+    def test_synthetic_rows_have_the_columns_of_the_hub_and_all_labels(self, glue_tasks, task_name):
         keys, labels, _ = GLUE[task_name]
         data = importlib.import_module("glue_synthetic").make_dataset(task_name)
         assert set(data) == set(glue_tasks.TASKS[task_name].splits)
@@ -116,14 +116,14 @@ class TestTasks:
         assert len(vocabulary) > 100
         assert json.loads(result.stdout) == [rows[:], vocabulary]
 
-    def test_a_word_outside_the_vocabulary_is_spelt(self):
+    def test_a_word_outside_the_vocabulary_is_split_into_characters(self):
         tokenizer = importlib.import_module("small_bert").make_tokenizer(["a cat sat", "a sat"], 128)
         assert tokenizer.tokenize("A scat sat") == ["a", "s", "##c", "##a", "##t", "sat"]
 
 
 class TestMetric:
     @pytest.mark.parametrize("task_name", [*GLUE, "mnli_matched", "mnli_mismatched"])
-    def test_has_the_official_names_and_the_figures_of_scikit_learn_and_scipy(self, task_name):
+    def test_has_the_official_names_and_the_values_of_scikit_learn_and_scipy(self, task_name):
         labels = GLUE[task_name.split("_")[0]][1]
         chance = np.random.default_rng(7)
         for size in (12, 400):  # few values in many rows: spearmanr has ties
@@ -136,19 +136,19 @@ class TestMetric:
 
     @pytest.mark.filterwarnings(
         "ignore:A single label was found:UserWarning"
-    )  # scikit-learn, where all is class 0
+    )  # scikit-learn, if all rows are of class 0
     @pytest.mark.parametrize("task_name", ["mrpc", "cola"])
     @pytest.mark.parametrize(
         ("predicted", "expected"), [([0, 0], [0, 0]), ([0, 0], [0, 1]), ([1, 1], [0, 1])]
     )
-    def test_constant_classes_give_what_scikit_learn_gives(self, task_name, predicted, expected):
+    def test_constant_classes_give_the_values_of_scikit_learn(self, task_name, predicted, expected):
         for name, figure in _compute(task_name, predicted, expected).items():
             assert figure == pytest.approx(_official(name, np.array(predicted), np.array(expected)))
 
     def test_constant_scores_have_no_correlation(self):
         assert all(math.isnan(figure) for figure in _compute("stsb", [1.0, 1.0], [2.0, 3.0]).values())
 
-    def test_unknown_task_is_refused_with_the_known_ones(self):
+    def test_an_unknown_task_raises_an_error_with_the_known_ones(self):
         with pytest.raises(KeyError, match=r"'ax'.*mrpc"):
             _compute("ax", [0], [0])
 
@@ -172,7 +172,7 @@ class TestLocalData:
         assert loaded[0]["train"]["sentence1"] == ROWS["sentence1"]
         assert loaded[0]["train"]["label"] == pytest.approx(labels)
 
-    def test_a_split_is_every_file_that_begins_with_its_name(self, glue_tasks, tmp_path):
+    def test_a_split_is_all_files_whose_name_starts_with_its_name(self, glue_tasks, tmp_path):
         for name in ("train_10k_noperiod", "validation_matched", "unrelated"):
             _mnli_rows(name).to_parquet(tmp_path / f"{name}.parquet")
         data = glue_tasks.load_local("mnli", str(tmp_path), str(tmp_path / "cache"))
@@ -181,13 +181,13 @@ class TestLocalData:
             "validation_matched": "validation_matched",
         }
 
-    def test_trouble_is_named(self, glue_tasks, tmp_path):
+    def test_missing_folders_files_and_columns_are_named(self, glue_tasks, tmp_path):
         with pytest.raises(NotADirectoryError, match=r"'.*nowhere'"):
             glue_tasks.load_local("mrpc", str(tmp_path / "nowhere"))
-        with pytest.raises(FileNotFoundError, match="expected train, validation, test"):
+        with pytest.raises(FileNotFoundError, match="Expected train, validation, test"):
             glue_tasks.load_local("mrpc", str(tmp_path))
         _mnli_rows("x").to_parquet(tmp_path / "train.parquet")
-        with pytest.raises(ValueError, match="no column 'sentence1'; it has premise"):
+        with pytest.raises(ValueError, match="no column 'sentence1', only premise"):
             glue_tasks.load_local("mrpc", str(tmp_path), str(tmp_path / "cache"))
         _mnli_rows("x").to_csv(tmp_path / "train.csv")
         with pytest.raises(ValueError, match="more than one format"):
@@ -196,7 +196,7 @@ class TestLocalData:
 
 class TestScript:
     @pytest.mark.parametrize("task_name", GLUE)
-    def test_every_task_trains_and_reports_its_own_metrics(self, run_glue, tmp_path, task_name):
+    def test_each_task_trains_and_reports_its_own_metrics(self, run_glue, tmp_path, task_name):
         run_glue.main(["--task_name", task_name, "--output_dir", str(tmp_path), "--do_predict", *TINY])
         metrics = json.loads((tmp_path / "eval_results.json").read_text())
         expected = {f"eval_{name}" for name in GLUE[task_name][2]}
@@ -212,7 +212,7 @@ class TestScript:
         assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
         assert list(tmp_path.glob("predict_test*.tsv"))
 
-    def test_the_loss_on_the_synthetic_set_goes_down(self, run_glue, tmp_path):
+    def test_the_loss_on_synthetic_data_decreases(self, run_glue, tmp_path):
         run_glue.main(["--output_dir", str(tmp_path), "--max_steps", "120", "--disable_tqdm", "true"])
         history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
         losses = [record["loss"] for record in history if "loss" in record]
@@ -224,7 +224,7 @@ class TestScript:
         assert metrics["eval_samples"] == 16
         assert 0 <= metrics["eval_f1"] <= 1
 
-    def test_trains_on_the_real_mnli_with_its_matched_half_alone(self, run_glue, shared_data, tmp_path):
+    def test_trains_on_the_real_mnli_with_only_its_matched_split(self, run_glue, shared_data, tmp_path):
         folders = ["--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
         metrics = run_glue.main(
             ["--task_name", "mnli", *folders, "--dataset_dir", str(shared_data / "glue" / "mnli"), *TINY]
@@ -232,7 +232,7 @@ class TestScript:
         assert "eval_accuracy" in metrics
         assert "eval_accuracy_mm" not in metrics
 
-    def test_logging_dir_becomes_the_variable_that_tensorboard_reads_with_a_warning(
+    def test_logging_dir_sets_the_variable_that_tensorboard_reads_and_warns(
         self, run_glue, tmp_path, monkeypatch
     ):
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "from before")
@@ -240,11 +240,11 @@ class TestScript:
             run_glue.parse(["--output_dir", str(tmp_path), "--logging_dir", "logs"])
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
 
-    def test_an_unknown_task_is_refused_with_the_known_ones(self, run_glue, tmp_path):
+    def test_an_unknown_task_option_raises_an_error_with_the_known_ones(self, run_glue, tmp_path):
         with pytest.raises(ValueError, match=r"--task_name 'ax'.*mrpc"):
             run_glue.parse(["--task_name", "ax", "--output_dir", str(tmp_path)])
 
-    def test_a_missing_split_is_named_with_the_option_that_does_without(self, run_glue, tmp_path):
+    def test_a_missing_split_is_named_with_the_option_that_skips_it(self, run_glue, tmp_path):
         _mnli_rows("x").to_parquet(tmp_path / "train.parquet")
         folders = ["--dataset_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
         with pytest.raises(ValueError, match=r"'validation_matched'.*--do_eval false"):
@@ -269,9 +269,7 @@ class TestScript:
 
 
 class TestRun:
-    def test_continued_from_storage_it_ends_with_the_weights_of_the_run_that_never_stopped(
-        self, run_glue, tmp_path
-    ):
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(self, run_glue, tmp_path):
         def train(machine: str, run: str) -> dict[str, torch.Tensor]:
             folders = ["--output_dir", str(tmp_path / machine), "--run_url", f"file://{tmp_path / run}"]
             run_glue.main(
@@ -280,7 +278,7 @@ class TestRun:
             return load_file(tmp_path / run / "final" / "model.safetensors")
 
         uninterrupted = train("machine-1", "whole")
-        # As if the machine had died after the first commit: what has no manifest does not exist.
+        # As if the machine had died after the first commit: without a manifest, a checkpoint does not exist.
         shutil.copytree(tmp_path / "whole", tmp_path / "cut")
         shutil.rmtree(tmp_path / "cut" / "final")
         for record in (
@@ -296,7 +294,7 @@ class TestRun:
         assert resumed.keys() == uninterrupted.keys()
         assert max(float((resumed[key] - uninterrupted[key]).abs().max()) for key in resumed) == 0.0
 
-    def test_the_environment_may_name_the_run(self, run_glue, tmp_path, monkeypatch):
+    def test_the_environment_can_name_the_run(self, run_glue, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_CLOUDTRAIN_RUN_URL", f"file://{tmp_path / 'run'}")
         run_glue.main(["--output_dir", str(tmp_path / "out"), *TINY])
         assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").is_file()
@@ -304,7 +302,7 @@ class TestRun:
 
 
 class TestDemo:
-    def test_a_folder_that_it_did_not_make_is_left_alone(self, tmp_path):
+    def test_a_folder_that_the_demo_did_not_create_is_not_touched(self, tmp_path):
         demo = importlib.import_module("demo")
         (tmp_path / "thesis.txt").write_text("years")
         with pytest.raises(SystemExit, match="is not empty"):
@@ -322,7 +320,7 @@ class TestDemo:
 
     @pytest.mark.slow
     @pytest.mark.timeout(600)
-    def test_a_killed_run_is_finished_by_another_machine(self, tmp_path):
+    def test_a_second_machine_finishes_a_killed_run(self, tmp_path):
         command = [sys.executable, str(EXAMPLE / "demo.py"), str(tmp_path / "out")]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

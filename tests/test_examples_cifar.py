@@ -1,4 +1,4 @@
-"""The CIFAR example: both scripts train, say what is wrong, and go on exactly where they were."""
+"""The CIFAR example: both scripts train, report wrong options, and resume exactly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def example_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     monkeypatch.chdir(tmp_path)
     yield
     for name in ("main", "finetune"):
-        sys.modules.pop(name, None)  # other examples may have files of the same names
+        sys.modules.pop(name, None)  # other examples can have files with the same names
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -53,7 +53,7 @@ def dataset(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder that holds both sets, made up, in the original layout."""
+    """A folder with both datasets, generated, in the original layout."""
     folder = tmp_path / "data"
     for name in CLASSES:
         write_set(folder, name)
@@ -61,22 +61,22 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def epochs_told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the data set was told, from here on."""
-    told: list[int] = []
+def epochs_set(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs that were set on the dataset, in order."""
+    epochs: list[int] = []
     cifar_data = importlib.import_module("cifar_data")
     set_epoch = cifar_data.CifarDataset.set_epoch
 
     def note(dataset: Any, epoch: int) -> None:
-        told.append(epoch)
+        epochs.append(epoch)
         set_epoch(dataset, epoch)
 
     monkeypatch.setattr(cifar_data.CifarDataset, "set_epoch", note)
-    return told
+    return epochs
 
 
 class TestMain:
-    """200 images in batches of 40: five steps an epoch."""
+    """200 images in batches of 40: five steps in an epoch."""
 
     TINY = ("--use-cpu", "--data-path", "data", "--batch-size", "40", "--num-dataloader-workers", "0")
 
@@ -89,13 +89,13 @@ class TestMain:
 
         return train
 
-    def test_the_loss_goes_down_and_the_classes_are_learned(self, train, capsys):
+    def test_the_loss_decreases_and_the_classes_are_learned(self, train, capsys):
         train("--total-epochs", "16", "--log-interval", "1", "--test-interval", "40")
-        said = capsys.readouterr().out
-        losses = [float(text) for text in re.findall(r" loss = ([0-9.]+), learning rate", said)]
+        output = capsys.readouterr().out
+        losses = [float(text) for text in re.findall(r" loss = ([0-9.]+), learning rate", output)]
         assert len(losses) == 80
         assert mean(losses[-5:]) < 0.5 * mean(losses[:5])
-        before, after = map(float, re.findall(r"accuracy = ([0-9.]+)%", said))
+        before, after = map(float, re.findall(r"accuracy = ([0-9.]+)%", output))
         assert after > max(50.0, before)
         (log,) = Path().glob("hf_cloudtrain_*.log")
         records = [json.loads(line) for line in log.read_text().splitlines()]
@@ -104,7 +104,7 @@ class TestMain:
 
     @fork_is_fine
     @pytest.mark.parametrize("step", [7, 10])
-    def test_continued_from_storage_it_ends_with_the_weights_of_the_run_that_never_stopped(
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(
         self, train, tmp_path, step
     ):
         def weights(machine: str, run: str, workers: int) -> dict[str, torch.Tensor]:
@@ -124,12 +124,12 @@ class TestMain:
             (log["step"], log["loss"]) for log in whole.logs
         ]
 
-    def test_each_epoch_has_its_own_augmentation(self, train, epochs_told):
+    def test_each_epoch_has_its_own_augmentation(self, train, epochs_set):
         train("--total-epochs", "1", "--save", "one")
         train("--total-epochs", "3", "--save", "one")
-        assert epochs_told == [0, 0, 1, 2]  # the second time it finds that epoch 0 is over
+        assert epochs_set == [0, 0, 1, 2]  # the second start finds that epoch 0 is complete
 
-    def test_without_a_run_it_goes_on_from_its_own_folder_or_another(self, train):
+    def test_without_a_run_it_continues_from_its_own_folder_or_a_different_one(self, train):
         train("--total-epochs", "1", "--save", "one")
         assert torch.load("one/checkpoint.pt", weights_only=True)["step"] == 5
         train("--total-epochs", "2", "--save", "one", "--save-interval", "6")
@@ -146,25 +146,25 @@ class TestMain:
             (["--model", "vit-tiny"], "--model small, not vit-tiny"),
             (["--dataset", "cifar100"], "--dataset cifar10, not cifar100"),
             (["--seed", "1"], "--seed 0, not 1"),
-            (["--batch-size", "20"], "batches of 40 .*, not 20: set --batch-size"),
+            (["--batch-size", "20"], "batches of 40 .*, not 20. Set --batch-size"),
         ],
     )
-    def test_options_that_the_checkpoint_does_not_fit_are_named(self, train, words, problem):
+    def test_options_that_do_not_match_the_checkpoint_are_named(self, train, words, problem):
         train("--total-epochs", "1", "--save", "one")
-        with pytest.raises(SystemExit, match=f"checkpoint in 'one' was made with {problem}"):
+        with pytest.raises(SystemExit, match=f"checkpoint in 'one' was saved with {problem}"):
             train("--total-epochs", "2", "--save", "one", *words)
 
-    def test_a_checkpoint_of_elsewhere_is_no_part_of_a_new_run(self, train, tmp_path):
+    def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(self, train, tmp_path):
         train("--total-epochs", "1", "--save", "one")
-        with pytest.raises(SystemExit, match=r"'one' holds a checkpoint of step 5.*another --save"):
+        with pytest.raises(SystemExit, match=r"'one' holds a checkpoint of step 5 .*different --save"):
             train("--total-epochs", "2", "--save", "one", "--run-url", f"file://{tmp_path / 'run'}")
 
-    def test_nothing_left_to_do_is_no_success(self, train):
+    def test_a_start_after_the_last_step_is_an_error(self, train):
         train("--total-epochs", "1", "--save", "one")
-        with pytest.raises(SystemExit, match=r"step 5, and 1 epochs have 5 steps.*raise --total-epochs"):
+        with pytest.raises(SystemExit, match=r"step 5, and 1 epochs have 5 steps.*Raise --total-epochs"):
             train("--total-epochs", "1", "--save", "one")
 
-    def test_a_save_that_fails_leaves_the_checkpoint_before(self, train, monkeypatch):
+    def test_a_failed_save_keeps_the_previous_checkpoint(self, train, monkeypatch):
         train("--total-epochs", "1", "--save", "one")
         before = Path("one/checkpoint.pt").read_bytes()
 
@@ -177,38 +177,38 @@ class TestMain:
             train("--total-epochs", "2", "--save", "one")
         assert Path("one/checkpoint.pt").read_bytes() == before
 
-    def test_a_checkpoint_that_calls_something_is_refused(self, train, tmp_path):
+    def test_a_checkpoint_that_calls_a_function_is_refused(self, train, tmp_path):
         Path("one").mkdir()
         Path("one/checkpoint.pt").write_bytes(b"\x80\x02cos\nsystem\n" + python2("touch owned") + b"\x85R.")
         with pytest.raises(pickle.UnpicklingError):
             train("--total-epochs", "2", "--save", "one")
         assert not (tmp_path / "owned").exists()
 
-    def test_the_environment_may_name_the_run_and_the_folder(self, train, tmp_path, monkeypatch):
+    def test_the_environment_can_name_the_run_and_the_folder(self, train, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_CLOUDTRAIN_RUN_URL", f"file://{tmp_path / 'run'}")
         monkeypatch.setenv("HF_CLOUDTRAIN_CHECKPOINT_DIR", "one")
         train("--total-epochs", "1")
         assert (tmp_path / "run" / "checkpoint-5" / "checkpoint.pt").is_file()
 
-    def test_a_machine_without_an_accelerator_is_told_of_the_option(self, data, monkeypatch):
+    def test_on_a_machine_without_an_accelerator_the_error_names_the_option(self, data, monkeypatch):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        with pytest.raises(SystemExit, match="add --use-cpu"):
+        with pytest.raises(SystemExit, match="Add --use-cpu"):
             importlib.import_module("main").main(["--data-path", "data"])
 
     @pytest.mark.parametrize(
         "words", [["--batch-size", "0"], ["--save-interval", "-1"], ["--total-epochs", "x"]]
     )
-    def test_numbers_that_cannot_be_are_refused(self, words, capsys):
+    def test_numbers_that_are_not_positive_are_refused(self, words, capsys):
         with pytest.raises(SystemExit):
             importlib.import_module("main").parse(words)
-        assert f"argument {words[0]}: '{words[1]}' is not a whole number above 0" in capsys.readouterr().err
+        assert f"argument {words[0]}: '{words[1]}' must be a positive integer" in capsys.readouterr().err
 
     def test_a_run_without_a_folder_is_refused_with_the_option(self, capsys):
         with pytest.raises(SystemExit):
             importlib.import_module("main").parse(["--run-url", "s3://bucket/run"])
-        assert "add --save DIR" in capsys.readouterr().err
+        assert "Add --save DIR" in capsys.readouterr().err
 
-    def test_every_line_of_the_library_is_marked(self):
+    def test_all_lines_of_the_library_are_marked(self):
         lines = (EXAMPLE / "main.py").read_text().splitlines()
         ours = [
             line
@@ -226,7 +226,7 @@ class TestFinetune:
     def finetune(self) -> ModuleType:
         return importlib.import_module("finetune")
 
-    def test_from_a_configuration_it_leaves_a_model_that_knows_its_classes(self, finetune, data, dataset):
+    def test_a_model_from_a_configuration_is_saved_with_its_class_names(self, finetune, data, dataset):
         options = ["--data_path", str(data), "--max_train_samples", "32", "--max_steps", "2"]
         metrics = finetune.main([*self.TINY, "--dataset", dataset, *options])
         assert 0 <= metrics["eval_accuracy"] <= 1
@@ -234,21 +234,23 @@ class TestFinetune:
         assert list(config.id2label.values()) == names_of(dataset)
         assert Path("cifar-output/checkpoint-2/trainer_state.json").is_file()
 
-    def test_the_loss_goes_down(self, finetune, data):
+    def test_the_loss_decreases(self, finetune, data):
         options = ["--data_path", str(data), "--num_train_epochs", "6", "--per_device_train_batch_size", "16"]
         finetune.main([*self.TINY, "--dataset", "cifar10", *options, "--logging_steps", "13"])
         history = json.loads(Path("cifar-output/trainer_state.json").read_text())["log_history"]
         losses = [record["loss"] for record in history if "loss" in record]
         assert losses[-1] < 0.7 * losses[0]
 
-    def test_a_model_of_a_folder_gets_its_size_and_colours_and_a_new_head(self, finetune, data, tmp_path):
+    def test_a_model_from_a_folder_gets_its_image_size_its_normalisation_and_a_new_head(
+        self, finetune, data, tmp_path
+    ):
         source = tmp_path / "pretrained"
         small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
         ViTForImageClassification(ViTConfig(image_size=48, **small, num_labels=7)).save_pretrained(source)
         half = [0.5, 0.5, 0.5]
-        wishes = {"size": {"height": 48, "width": 48}, "image_mean": half, "image_std": half}
-        wishes["image_processor_type"] = "ViTImageProcessor"
-        (source / "preprocessor_config.json").write_text(json.dumps(wishes))
+        preprocessor = {"size": {"height": 48, "width": 48}, "image_mean": half, "image_std": half}
+        preprocessor["image_processor_type"] = "ViTImageProcessor"
+        (source / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         options = ["--data_path", str(data), "--model_name_or_path", str(source), "--max_steps", "1"]
         finetune.main([*self.TINY, *options])
         trained = ViTForImageClassification.from_pretrained("cifar-output/final")
@@ -273,25 +275,25 @@ class TestFinetune:
             (None, None, (32, 32)),
         ],
     )
-    def test_the_size_is_that_of_the_processor_else_of_the_model_else_of_cifar(
+    def test_the_size_comes_from_the_processor_else_the_model_else_cifar(
         self, finetune, size, config, expected
     ):
         model_config, processor = SimpleNamespace(image_size=config), SimpleNamespace(size=size)
         assert finetune.image_size(model_config, processor if size else None) == expected
 
-    def test_each_epoch_has_its_own_augmentation(self, finetune, data, epochs_told):
+    def test_each_epoch_has_its_own_augmentation(self, finetune, data, epochs_set):
         options = ["--data_path", str(data), "--max_train_samples", "16", "--num_train_epochs", "3"]
         finetune.main([*self.TINY, *options])
-        assert sorted(set(epochs_told)) == [0, 1, 2]
-        assert epochs_told == sorted(epochs_told)
+        assert sorted(set(epochs_set)) == [0, 1, 2]
+        assert epochs_set == sorted(epochs_set)
 
     @pytest.mark.parametrize("option", ["--dataset", "--model"])
     def test_an_unknown_choice_is_refused_with_the_known_ones(self, finetune, option):
-        with pytest.raises(ValueError, match=rf"{option} 'mnist'.*choose one of .*(cifar10|small)"):
+        with pytest.raises(ValueError, match=rf"{option} 'mnist'.*Choose one of .*(cifar10|small)"):
             finetune.parse([option, "mnist"])
 
     @fork_is_fine
-    def test_continued_from_storage_it_ends_with_the_weights_of_the_run_that_never_stopped(
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(
         self, finetune, data, tmp_path
     ):
         def train(machine: str, run: str, workers: int = 0) -> dict[str, torch.Tensor]:
@@ -326,7 +328,7 @@ class TestFinetune:
 
 
 def cut_after(folder: Path, step: int) -> None:
-    """Copy the run `whole` to `cut`, as if its machine had died there: what has no manifest does not exist."""
+    """Copy the run `whole` to `cut`, as if its machine had died after the step: without a manifest, a checkpoint does not exist."""
     shutil.copytree(folder / "whole", folder / "cut")
     shutil.rmtree(folder / "cut" / "final", ignore_errors=True)
     records = folder / "cut" / ".cloudtrain"

@@ -1,4 +1,4 @@
-"""The CIFAR example: a reader that trusts no pickle, augmentation that repeats itself, and the models."""
+"""The CIFAR example: the reader refuses other pickles, the augmentation is reproducible, and the models are right."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dataset(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder that holds both sets, made up, in the original layout."""
+    """A folder with both datasets, generated, in the original layout."""
     folder = tmp_path / "data"
     for name in CLASSES:
         write_set(folder, name)
@@ -57,7 +57,7 @@ def real_cifar100(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 class TestReader:
-    def test_the_originals_give_all_images_labels_and_names(self, cifar_data, data, dataset):
+    def test_the_original_files_give_all_images_labels_and_names(self, cifar_data, data, dataset):
         train, test = (cifar_data.CifarDataset(dataset, data, train=train) for train in (True, False))
         files = 5 if dataset == "cifar10" else 1
         assert len(train) == ROWS * files
@@ -67,14 +67,14 @@ class TestReader:
         assert train.labels[-ROWS:] == labels
         assert cifar_data.label_names(dataset, data) == names_of(dataset)
 
-    def test_the_data_path_may_be_the_folder_itself(self, cifar_data, data):
+    def test_the_data_path_can_be_the_folder_itself(self, cifar_data, data):
         folder = data / "cifar-100-python"
         one, other = (cifar_data.CifarDataset("cifar100", path) for path in (data, folder))
         assert torch.equal(one.images, other.images)
 
     @pytest.mark.parametrize("protocol", [2, 4])
     @pytest.mark.parametrize("keys", [str, str.encode])
-    def test_files_that_python_3_has_written_again_are_read_too(self, cifar_data, data, protocol, keys):
+    def test_files_that_python_3_has_rewritten_are_read_too(self, cifar_data, data, protocol, keys):
         pixels, labels = content_of("cifar100")
         content = {keys("data"): np.asfortranarray(pixels), keys("fine_labels"): labels}
         (data / "cifar-100-python" / "train").write_bytes(pickle.dumps(content, protocol))
@@ -82,7 +82,7 @@ class TestReader:
         assert (train.images.numpy().reshape(ROWS, -1) == pixels).all()
         assert train.labels == labels
 
-    def test_the_real_cifar100_is_what_pickle_would_load(self, cifar_data, real_cifar100):
+    def test_the_real_cifar100_equals_what_pickle_loads(self, cifar_data, real_cifar100):
         train = cifar_data.CifarDataset("cifar100", real_cifar100)
         with (real_cifar100 / "cifar-100-python" / "train").open("rb") as file:
             expected = pickle.load(file, encoding="latin1")
@@ -90,23 +90,23 @@ class TestReader:
         assert train.labels == expected["fine_labels"]
         names = cifar_data.label_names("cifar100", real_cifar100)
         assert (names[0], names[-1]) == ("apple", "worm")
-        # The constants are those of all 50,000 images, here are 10,000.
+        # The constants are those of all 50,000 images; this subset has 10,000.
         for found, known in (
             (train.images.float().mean((0, 2, 3)) / 255, train._mean),
             (train.images.float().std((0, 2, 3)) / 255, train._std),
         ):
             assert (found - known.flatten()).abs().max() < 0.003
 
-    def test_a_missing_file_is_named_with_where_it_comes_from_and_the_option(self, cifar_data, data, dataset):
+    def test_a_missing_file_is_named_with_its_download_and_the_option(self, cifar_data, data, dataset):
         folder = cifar_data.KINDS[dataset].folder
         (data / folder / cifar_data.KINDS[dataset].test_file).unlink()
         cifar_data.CifarDataset(dataset, data)
-        with pytest.raises(FileNotFoundError, match=rf"'test.*{folder}.*cs.toronto.edu.*tar.gz.*--data-path"):
+        with pytest.raises(FileNotFoundError, match=rf"{folder}.*'test.*cs.toronto.edu.*tar.gz.*--data-path"):
             cifar_data.CifarDataset(dataset, data, train=False)
 
 
 class TestDistrust:
-    """A pickle may call anything; a damaged one may hold anything."""
+    """A pickle can call any function, and a damaged one can hold any value."""
 
     @pytest.mark.parametrize(
         ("module", "name", "argument"),
@@ -123,7 +123,7 @@ class TestDistrust:
         ],
     )
     @pytest.mark.parametrize("protocol", [2, 4])
-    def test_a_pickle_that_names_anything_else_is_refused_and_runs_nothing(
+    def test_a_pickle_that_refers_to_another_name_is_refused_and_runs_nothing(
         self, cifar_data, data, tmp_path, module, name, argument, protocol
     ):
         path = data / "cifar-100-python" / "train"
@@ -138,20 +138,20 @@ class TestDistrust:
             cifar_data.CifarDataset("cifar100", data)
         assert not (tmp_path / "owned").exists()
 
-    def test_the_attack_of_this_test_would_work_on_pickle(self, tmp_path):
+    def test_the_attack_of_this_test_works_on_plain_pickle(self, tmp_path):
         pickle.loads(b"\x80\x02cos\nsystem\n" + python2("touch owned") + b"\x85R.")
         assert (tmp_path / "owned").exists()
 
-    def test_nothing_of_numpy_is_handed_out(self, cifar_data):
-        for stand_in in cifar_data.CarefulUnpickler.STAND_INS.values():
-            assert stand_in.__module__ == "cifar_data"
+    def test_the_unpickler_provides_no_code_of_numpy(self, cifar_data):
+        for replacement in cifar_data.CarefulUnpickler.REPLACEMENTS.values():
+            assert replacement.__module__ == "cifar_data"
 
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
-    def test_a_file_that_was_cut_off_is_named(self, cifar_data, data, dataset, share):
+    def test_a_truncated_file_is_named(self, cifar_data, data, dataset, share):
         path = data / cifar_data.KINDS[dataset].folder / cifar_data.KINDS[dataset].train_files[-1]
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         with pytest.raises(
-            cifar_data.CifarFileError, match=rf"'{path}'.*Unpack .* again, from https://.*tar.gz"
+            cifar_data.CifarFileError, match=rf"'{path}'.*Download and unpack https://.*tar.gz again"
         ):
             cifar_data.CifarDataset(dataset, data)
 
@@ -180,10 +180,10 @@ class TestDistrust:
                 lambda pixels, labels: {"data": pixels.astype("O"), "fine_labels": labels},
                 "not an array of bytes",
             ),
-            (lambda pixels, labels: [pixels, labels], "holds a list"),
+            (lambda pixels, labels: [pixels, labels], "contains a list"),
         ],
     )
-    def test_what_is_not_images_and_class_ids_is_named(self, cifar_data, data, change, problem):
+    def test_content_that_is_not_images_and_class_ids_is_named(self, cifar_data, data, change, problem):
         path = data / "cifar-100-python" / "train"
         path.write_bytes(pickle.dumps(change(*content_of("cifar100")), protocol=4))
         with pytest.raises(cifar_data.CifarFileError, match=rf"'{path}'.*{problem}"):
@@ -192,42 +192,42 @@ class TestDistrust:
     @pytest.mark.parametrize(
         ("stored", "problem"),
         [
-            (array((2**20, 3072), b"abc"), "has 3 bytes for the shape"),
-            (array((-1, -3), b"abc"), "has 3 bytes for the shape"),
+            (array((2**20, 3072), b"abc"), "has 3 bytes, which does not match its shape"),
+            (array((-1, -3), b"abc"), "has 3 bytes, which does not match its shape"),
             (array((1, 3), b"abc", code="V1"), "not an array of bytes"),
             (array((1, 8), bytes(8), code="O"), "not an array of bytes"),
             (b"cnumpy\nndarray\n)R", "not an array of bytes"),
             (b"cnumpy\nndarray\n)RJ\1\0\0\0b", "not an array of bytes"),
         ],
     )
-    def test_an_array_that_lies_about_itself_is_refused(self, cifar_data, data, stored, problem):
+    def test_an_array_with_a_wrong_description_is_refused(self, cifar_data, data, stored, problem):
         path = data / "cifar-100-python" / "train"
         path.write_bytes(b"\x80\x02}" + python2("data") + stored + b"s.")
         with pytest.raises(cifar_data.CifarFileError, match=rf"'{path}'.*{problem}"):
             cifar_data.CifarDataset("cifar100", data)
 
     @pytest.mark.parametrize("body", [b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f", b"\x80\x02U\x01aQ.", b"Pa\n."])
-    def test_a_made_up_length_or_a_reference_to_outside_is_refused(self, cifar_data, data, body):
+    def test_a_wrong_length_or_an_external_reference_is_refused(self, cifar_data, data, body):
         path = data / "cifar-100-python" / "train"
         path.write_bytes(body)
         with pytest.raises(cifar_data.CifarFileError, match=f"'{path}'"):
             cifar_data.CifarDataset("cifar100", data)
 
-    def test_a_file_of_any_size_is_not_read_into_memory(self, cifar_data, data):
+    def test_a_file_that_is_too_large_is_not_read_into_memory(self, cifar_data, data):
         path = data / "cifar-100-python" / "train"
         os.truncate(path, cifar_data.LARGEST_FILE + 1)
-        with pytest.raises(cifar_data.CifarFileError, match=r"has more than \d+ bytes"):
+        with pytest.raises(cifar_data.CifarFileError, match=r"is larger than \d+ bytes"):
             cifar_data.CifarDataset("cifar100", data)
 
     @pytest.mark.parametrize("names", [["a"] * 99, [1] * 100, "a" * 100, None])
-    def test_names_that_are_no_names_are_refused(self, cifar_data, data, names):
+    def test_class_names_that_are_not_texts_are_refused(self, cifar_data, data, names):
         (data / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, 2))
         with pytest.raises(cifar_data.CifarFileError, match="list of 100 names"):
             cifar_data.label_names("cifar100", data)
 
 
 class TestAugmentation:
-    def test_an_image_is_moved_by_up_to_4_pixels_and_mirrored_at_random(self, cifar_data, data):
+    def test_an_image_is_shifted_by_up_to_4_pixels_and_mirrored_at_random(self, cifar_data, data):
         plain = cifar_data.CifarDataset("cifar100", data)
         train = cifar_data.CifarDataset("cifar100", data, augment=True)
         black = -(train._mean / train._std)
@@ -243,11 +243,11 @@ class TestAugmentation:
         mirrored = sum(count for key, count in found.items() if key[2])
         assert 0.45 < mirrored / sum(found.values()) < 0.55
 
-    def test_it_depends_on_seed_epoch_and_index_alone(self, cifar_data, data):
+    def test_it_depends_only_on_seed_epoch_and_index(self, cifar_data, data):
         def images(seed: int, epoch: int) -> torch.Tensor:
             train = cifar_data.CifarDataset("cifar100", data, augment=True, seed=seed)
             train.set_epoch(epoch)
-            torch.rand(epoch)  # the state of the global generator has no part in it
+            torch.rand(epoch)  # the global random state has no effect
             order = range(ROWS) if epoch else reversed(range(ROWS))
             return torch.stack([image for _, image in sorted((index, train[index][0]) for index in order)])
 
@@ -258,7 +258,7 @@ class TestAugmentation:
 
     @fork_is_fine
     @pytest.mark.parametrize("persistent", [False, True])
-    def test_workers_see_what_one_process_sees_in_every_epoch(self, cifar_data, data, persistent):
+    def test_workers_see_the_same_images_as_one_process_in_each_epoch(self, cifar_data, data, persistent):
         train = cifar_data.CifarDataset("cifar100", data, augment=True)
         loader = DataLoader(train, 8, num_workers=2, persistent_workers=persistent)
         for epoch in (0, 1):
@@ -266,7 +266,7 @@ class TestAugmentation:
             seen = torch.cat([images for images, _ in loader])
             assert torch.equal(seen, torch.stack([train[index][0] for index in range(ROWS)]))
 
-    def test_the_normalisation_may_be_that_of_a_model(self, cifar_data, data):
+    def test_the_normalisation_can_be_that_of_a_model(self, cifar_data, data):
         one, half = (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)
         test = cifar_data.CifarDataset("cifar10", data, train=False, mean=half, std=one)
         assert torch.allclose(test[0][0] + 0.5, test.images[0] / 255)
@@ -288,7 +288,7 @@ class TestModels:
         assert model.resnet.embedder(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
 
     @pytest.mark.parametrize("name", ["vit-tiny", "small"])
-    def test_what_finetune_trains_is_loaded_by_from_pretrained(self, tmp_path, name):
+    def test_from_pretrained_loads_what_finetune_trains(self, tmp_path, name):
         models = importlib.import_module("cifar_models")
         assert name in models.FROM_CONFIG
         model = models.make_model(name, 10)
@@ -298,11 +298,11 @@ class TestModels:
 
 
 def _find(image: torch.Tensor, border: torch.Tensor) -> tuple[int, int, bool]:
-    """Which part of the bordered original the image is, and whether it is mirrored."""
+    """Return the position of the image in the padded original, and whether it is mirrored."""
     for mirrored in (False, True):
         plain = image.flip(-1) if mirrored else image
         for down in range(9):
             for right in range(9):
                 if torch.equal(plain, border[:, down : down + 32, right : right + 32]):
                     return down, right, mirrored
-    raise AssertionError("it is no crop of the original")
+    raise AssertionError("the image is not a crop of the original")

@@ -1,4 +1,4 @@
-"""The sharded example from its command line; `tests/integration/test_fsdp.py` kills and resumes it on several ranks."""
+"""The sharded example trains and resumes from its command line; `tests/integration/test_fsdp.py` kills it on several ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_trains_saves_and_goes_on_from_its_command_line(
+def test_trains_saves_and_resumes_from_its_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

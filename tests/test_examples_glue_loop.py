@@ -1,4 +1,4 @@
-"""The GLUE example with a loop of its own: every task trains, what stops goes on exactly, and the notebook runs."""
+"""The GLUE example with an Accelerate loop: each task trains, a stopped run resumes exactly, and the notebook runs."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ TINY = ["--max_train_samples", "32", "--max_eval_samples", "16", "--num_train_ep
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    # Under a name of its own: other examples have a train.py too.
+    # Under a unique name: other examples have a train.py too.
     monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
     monkeypatch.delenv("HF_CLOUDTRAIN_RUN_URL", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -51,7 +51,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 class TestScript:
     @pytest.mark.parametrize("task_name", METRICS)
-    def test_every_task_trains_and_reports_its_own_metrics(self, train, tmp_path, task_name):
+    def test_each_task_trains_and_reports_its_own_metrics(self, train, tmp_path, task_name):
         metrics = train.main(["--task_name", task_name, *TINY])
         assert metrics.keys() == {"loss", *METRICS[task_name]}
         (record,) = json.loads((tmp_path / "output" / task_name / "log.json").read_text())
@@ -59,12 +59,12 @@ class TestScript:
         assert (tmp_path / "runs" / task_name / "checkpoint-2" / "model.safetensors").is_file()
 
     @pytest.mark.slow
-    def test_the_loss_on_the_synthetic_set_goes_down(self, train, tmp_path):
+    def test_the_loss_on_synthetic_data_decreases(self, train, tmp_path):
         train.main(["--num_train_epochs", "1", "--max_eval_samples", "64"])
         losses = [log["loss"] for log in read_history("runs/mrpc").logs if "loss" in log]
         assert losses[-1] < 0.6 * losses[0]
 
-    def test_best_and_last_load_with_their_tokenizer_and_know_where_they_come_from(self, train, tmp_path):
+    def test_best_and_last_load_with_their_tokenizer_and_record_their_origin(self, train, tmp_path):
         train.main([*TINY, "--num_train_epochs", "2", "--learning_rate", "1e-3", "--output_dir", "out"])
         for name in ("best", "last"):
             folder = tmp_path / "out" / name
@@ -80,7 +80,7 @@ class TestScript:
         folders = ["--dataset_dir", str(shared_data / "glue" / "mrpc"), "--cache_dir", "cache"]
         assert 0 <= train.main([*folders, *TINY])["f1"] <= 1
 
-    def test_the_environment_may_name_the_run(self, train, tmp_path, monkeypatch):
+    def test_the_environment_can_name_the_run(self, train, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_CLOUDTRAIN_RUN_URL", str(tmp_path / "elsewhere"))
         train.main(TINY)
         assert (tmp_path / "elsewhere" / "checkpoint-2").is_dir()
@@ -89,7 +89,7 @@ class TestScript:
         ("stop", "accumulation"),
         [(3, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1), (11, 1), (5, 2)))],
     )
-    def test_a_run_that_stopped_ends_with_the_weights_of_one_that_never_did(self, train, stop, accumulation):
+    def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(self, train, stop, accumulation):
         options = [*TINY, "--max_train_samples", "128", "--num_train_epochs", "2", "--save_steps", "4"]
         options += ["--gradient_accumulation_steps", str(accumulation)]
         train.main([*options, "--run_url", "whole", "--output_dir", "one"])
@@ -103,7 +103,7 @@ class TestScript:
         logs = [json.loads(Path(folder, "log.json").read_text()) for folder in ("one", "three")]
         assert logs[0] == logs[1]
 
-    def test_a_task_that_glue_does_not_have_is_refused_with_those_it_has(self, train, capsys):
+    def test_an_unknown_task_is_refused_with_the_known_ones(self, train, capsys):
         with pytest.raises(SystemExit):
             train.parse(["--task_name", "ax"])
         assert "--task_name 'ax'" in (said := capsys.readouterr().err)
@@ -116,9 +116,9 @@ class TestScript:
         with pytest.raises(ValueError, match="no 'validation' split, only train"):
             train.main([*TINY, "--dataset_dir", "data", "--cache_dir", "cache"])
 
-    def test_a_launcher_that_started_one_process_only_is_noticed(self, train, monkeypatch, caplog):
+    def test_a_warning_says_that_the_launcher_started_only_one_process(self, train, monkeypatch, caplog):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-        monkeypatch.setenv("MASTER_PORT", "29500")  # set where several were asked for
+        monkeypatch.setenv("MASTER_PORT", "29500")  # set if several were asked for
         with caplog.at_level(logging.WARNING):
             train.warn_if_alone()
             assert "--multi_gpu" in caplog.text
@@ -129,7 +129,7 @@ class TestScript:
 
 
 class TestNotebook:
-    def test_it_is_stored_without_outputs_and_installs_only_what_is_missing(self):
+    def test_it_is_stored_without_outputs_and_installs_only_missing_packages(self):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         nbformat.validate(notebook)
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -139,13 +139,13 @@ class TestNotebook:
         assert all("    %pip" in source and "find_spec" in source for source in installing)
 
     @pytest.mark.slow
-    def test_it_trains_stops_goes_on_elsewhere_and_shows_the_run(
+    def test_it_trains_stops_resumes_elsewhere_and_shows_the_run(
         self, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for script in EXAMPLE.glob("*.py"):
             shutil.copy(script, tmp_path)
         run_url = f"s3://{moto.make_bucket()}/runs/notebook"
-        # The kernel inherits it. On S3, because native clients are what forked processes might hang in.
+        # The kernel inherits it. On S3, because forked processes could hang in native clients.
         for name, value in {**moto.env, "HF_CLOUDTRAIN_RUN_URL": run_url, "OMP_NUM_THREADS": "1"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -166,6 +166,6 @@ class TestNotebook:
 
 
 def displayed(notebook: nbformat.NotebookNode) -> list[dict[str, str]]:
-    """What the cells show, by MIME type."""
+    """Return the outputs of the cells, by MIME type."""
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
     return [output.data for output in outputs if "data" in output]

@@ -1,4 +1,4 @@
-"""The NSMC example: reading reviews, training both ways, and labelling sentences with the best model."""
+"""The NSMC example reads reviews, trains with both scripts, and labels sentences with the best model."""
 
 import hashlib
 import importlib
@@ -28,7 +28,7 @@ COMMON = ("영화", "배우", "정말", "너무", "스토리가", "연기", "ㅋ
 TINY = {"train": 160, "test": 40}
 FAST = ["--learning_rate", "2e-3"]
 STEPS_AN_EPOCH = 20
-"""Of TINY: 153 reviews to train on (2 are empty, 5 for validation), 8 a step."""
+"""Of TINY: 153 training reviews (2 are empty, 5 are for validation), 8 in a step."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _quiet_and_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # monkeypatch.syspath_prepend would also touch pkg_resources, which warns.
     monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order
+    torch.set_num_threads(1)  # so that sums have one order
     yield
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -50,11 +50,11 @@ def nsmc_data() -> ModuleType:
 
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
-    """A folder with made-up reviews in the form of the original files, an empty one among them."""
+    """A folder with generated reviews in the form of the original files; some are empty."""
     folder = tmp_path / "reviews"
     folder.mkdir()
     for split, count in TINY.items():
-        _write_raw(folder / f"ratings_{split}.txt", _made_up(count, seed=count))
+        _write_raw(folder / f"ratings_{split}.txt", _generated(count, seed=count))
     return folder
 
 
@@ -78,13 +78,13 @@ class TestCleaning:
             ("GOOD Movie", "good movie"),
             ("별점 10점, 5/5 (강추)", "별점 10점, 5/5 (강추)"),
             ("사랑♥♥♥♥★ 漢字 그리고 ﷽", "사랑♥♥★ 그리고"),
-            ("\u110e\u116c\u1100\u1169", "최고"),  # decomposed, as some systems type it
+            ("\u110e\u116c\u1100\u1169", "최고"),  # decomposed, as some systems write it
             ("줄\t바꿈\u3000공백\x00", "줄 바꿈 공백"),
             ("漢字 ", ""),
             ("", ""),
         ],
     )
-    def test_keeps_what_carries_a_mood_and_shortens_what_is_said_again(self, nsmc_data, text, cleaned):
+    def test_keeps_what_expresses_a_mood_and_shortens_repetitions(self, nsmc_data, text, cleaned):
         assert nsmc_data.clean(text) == cleaned
         assert nsmc_data.clean(cleaned) == cleaned
         tokenizer = _make_tokenizer(["영화"])
@@ -112,43 +112,41 @@ class TestReading:
         assert found[0].to_list() == found[1].to_list()
         assert [tuple(row.values()) for row in found[0].to_list()] == rows
 
-    def test_windows_line_ends_are_no_part_of_the_label(self, nsmc_data, tmp_path):
+    def test_windows_line_endings_are_removed(self, nsmc_data, tmp_path):
         (tmp_path / "ratings_test.txt").write_bytes("id\tdocument\tlabel\r\n1\t좋다\t1\r\n".encode())
         assert nsmc_data.load_file(tmp_path, "test").to_list() == [
             {"id": "1", "document": "좋다", "label": 1}
         ]
 
     @pytest.mark.parametrize("line", ["3\t하나", "3\t하나\t2", "3\t하\t나\t1", ""])
-    def test_a_line_that_is_no_review_is_named(self, nsmc_data, tmp_path, line):
+    def test_an_invalid_line_is_named_with_its_number(self, nsmc_data, tmp_path, line):
         path = tmp_path / "ratings_train.txt"
         path.write_text(f"id\tdocument\tlabel\n1\t좋다\t1\n{line}\n", encoding="utf-8")
         with pytest.raises(ValueError, match=r"ratings_train.txt' line 3 is not"):
             nsmc_data.load_file(tmp_path, "train")
 
-    def test_a_folder_without_reviews_says_what_belongs_there(self, nsmc_data, tmp_path):
-        with pytest.raises(
-            FileNotFoundError, match=r"'ratings_train.txt' nor a 'train\*.parquet'.*--data_dir"
-        ):
+    def test_a_folder_without_reviews_raises_an_error_that_names_the_files(self, nsmc_data, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"'ratings_train.txt' nor 'train\*.parquet'.*--data_dir"):
             nsmc_data.load_splits(tmp_path)
 
-    def test_empty_reviews_are_dropped_from_training_and_count_in_the_test(self, nsmc_data, reviews):
+    def test_empty_reviews_are_dropped_from_training_but_not_from_the_test(self, nsmc_data, reviews):
         splits = nsmc_data.load_splits(reviews)
         assert [len(rows) for rows in splits] == [153, 5, TINY["test"]]
         assert not {"", "漢字"} & {*splits.train["document"], *splits.validation["document"]}
         assert {"", "漢字"} < {*splits.test["document"]}
 
-    def test_validation_reviews_are_none_of_the_training_reviews(self, nsmc_data, reviews):
+    def test_validation_and_training_reviews_are_disjoint(self, nsmc_data, reviews):
         splits = nsmc_data.load_splits(reviews)
         assert not set(splits.train["id"]) & set(splits.validation["id"])
 
-    def test_a_subset_is_the_same_each_time_and_another_with_another_seed(self, nsmc_data, reviews):
+    def test_a_subset_depends_on_the_seed(self, nsmc_data, reviews):
         first, again, other = (nsmc_data.load_splits(reviews, subset=60, seed=seed) for seed in (1, 1, 2))
         assert [len(rows) for rows in first] == [58, 2, 20]
         assert [rows.to_list() for rows in first] == [rows.to_list() for rows in again]
         assert first.train["id"][:] != other.train["id"][:]
 
-    def test_one_review_is_too_few(self, nsmc_data, reviews):
-        with pytest.raises(ValueError, match=r"1 training reviews .* two are the least"):
+    def test_one_training_review_is_not_enough(self, nsmc_data, reviews):
+        with pytest.raises(ValueError, match=r"1 training reviews; at least two"):
             nsmc_data.load_splits(reviews, subset=1)
 
     def test_the_real_files_hold_150000_and_50000_reviews(self, nsmc_data, real_reviews):
@@ -161,7 +159,7 @@ class TestReading:
 class TestOrder:
     LENGTHS = tuple(random.Random(3).choices(range(3, 61), k=1003))
 
-    def test_is_every_review_once_and_a_function_of_seed_and_epoch(self, nsmc_data):
+    def test_has_each_review_once_and_depends_only_on_seed_and_epoch(self, nsmc_data):
         sampler = nsmc_data.LengthGroupedSampler(self.LENGTHS, 8, seed=5)
         orders = {}
         for epoch in (0, 1, 2):
@@ -169,13 +167,13 @@ class TestOrder:
             orders[epoch] = list(sampler)
             assert sorted(orders[epoch]) == list(range(len(sampler)))
         assert orders[0] != orders[1] != orders[2]
-        torch.rand(7)  # another random state
+        torch.rand(7)  # a different random state
         again = nsmc_data.LengthGroupedSampler(self.LENGTHS, 8, seed=5)
         again.set_epoch(1)
         assert list(again) == orders[1]
         assert list(nsmc_data.LengthGroupedSampler(self.LENGTHS, 8, seed=6)) != orders[0]
 
-    def test_batches_hold_reviews_of_about_equal_length(self, nsmc_data):
+    def test_a_batch_has_reviews_of_similar_length(self, nsmc_data):
         order = list(nsmc_data.LengthGroupedSampler(self.LENGTHS, 8, seed=5))
         padded, shuffled = (
             sum(
@@ -186,7 +184,7 @@ class TestOrder:
         )
         assert padded < 1.1 * sum(self.LENGTHS) < shuffled
 
-    def test_batches_are_not_sorted_among_each_other(self, nsmc_data):
+    def test_the_batches_themselves_are_not_sorted(self, nsmc_data):
         lengths = self.LENGTHS[: 8 * nsmc_data.SHUFFLED_TOGETHER]
         order = list(nsmc_data.LengthGroupedSampler(lengths, 8, seed=5))
         firsts = [self.LENGTHS[at] for at in order[::8]]
@@ -194,8 +192,8 @@ class TestOrder:
 
 
 class TestTokenizer:
-    def test_is_the_same_in_a_process_with_another_hash_seed(self, tmp_path):
-        chance = random.Random(9)  # many pairs that occur equally often: only a rule for ties decides
+    def test_is_the_same_in_a_process_with_a_different_hash_seed(self, tmp_path):
+        chance = random.Random(9)  # many equally frequent pairs: the rule for ties decides
         texts = ["".join(chance.choices("가나다라마바사아자차카타파하 ", k=40)) for _ in range(400)]
         (tmp_path / "texts.json").write_text(json.dumps(texts))
         script = (
@@ -211,26 +209,26 @@ class TestTokenizer:
         assert len(here) == 900
         assert result.stdout.strip() == hashlib.sha256(here.backend_tokenizer.to_str().encode()).hexdigest()
 
-    def test_frequent_words_are_one_piece_and_rare_ones_are_spelt(self):
+    def test_frequent_words_are_one_piece_and_rare_ones_several(self):
         tokenizer = _make_tokenizer(["너무 재밌어요"] * 9 + ["밌너"], 60)
         assert tokenizer.tokenize("너무   재밌어요") == ["▁너무", "▁재밌어요"]
         assert tokenizer.tokenize("요너 漢") == ["▁", "요", "너"]
         assert tokenizer("너무")["input_ids"][::2] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
 
-    def test_an_empty_review_is_still_an_input(self):
+    def test_an_empty_review_is_a_valid_input(self):
         assert len(_make_tokenizer(["영화"])("漢")["input_ids"]) == 2
 
 
-class TestOtherReviews:
+class TestDifferentReviews:
     @pytest.mark.parametrize("way", ["trainer", "loop"])
-    def test_a_run_is_not_continued_with_a_vocabulary_of_the_same_size_and_other_words(
+    def test_a_run_is_not_resumed_with_a_vocabulary_of_the_same_size_and_different_words(
         self, reviews, tmp_path, way
     ):
         train = _by_trainer if way == "trainer" else _by_loop
         train(reviews, tmp_path / "first", tmp_path / "run")
         for file in reviews.iterdir():
             file.write_text(file.read_text(encoding="utf-8").replace("영화", "만화"), encoding="utf-8")
-        with pytest.raises(ValueError, match=r"another vocabulary.*--subset"):
+        with pytest.raises(ValueError, match=r"different vocabulary.*--subset"):
             train(reviews, tmp_path / "second", tmp_path / "run")
 
 
@@ -240,13 +238,11 @@ class TestTrainer:
         assert metrics["test_accuracy"] > 0.9
         _assert_labels(tmp_path / "out", capsys)
 
-    def test_continued_from_storage_it_ends_with_the_weights_of_the_run_that_never_stopped(
-        self, reviews, tmp_path
-    ):
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(self, reviews, tmp_path):
         _by_trainer(reviews, tmp_path / "machine-1", tmp_path / "whole")
         _cut(tmp_path / "whole", tmp_path / "cut")
         _by_trainer(reviews, tmp_path / "machine-2", tmp_path / "cut")
-        _assert_continued(tmp_path)
+        _assert_resumed(tmp_path)
 
 
 class TestLoop:
@@ -259,20 +255,18 @@ class TestLoop:
         ]
         _assert_labels(tmp_path / "out", capsys)
 
-    def test_continued_from_storage_it_ends_with_the_weights_of_the_run_that_never_stopped(
-        self, reviews, tmp_path
-    ):
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(self, reviews, tmp_path):
         whole = _by_loop(reviews, tmp_path / "machine-1", tmp_path / "whole")
         _cut(tmp_path / "whole", tmp_path / "cut")
         resumed = _by_loop(reviews, tmp_path / "machine-2", tmp_path / "cut")
-        _assert_continued(tmp_path)
+        _assert_resumed(tmp_path)
         assert resumed == whole
 
     def test_a_complete_run_is_tested_again_on_an_empty_machine(self, reviews, tmp_path):
         first = _by_loop(reviews, tmp_path / "machine-1", tmp_path / "run")
         assert _by_loop(reviews, tmp_path / "machine-2", tmp_path / "run") == first
 
-    def test_the_best_model_is_tested_not_the_last(self, reviews, tmp_path, monkeypatch):
+    def test_the_best_model_is_tested_and_not_the_last(self, reviews, tmp_path, monkeypatch):
         accuracies, tested = iter((0.9, 0.8, 0.7)), []
 
         def evaluate(model, batches, accelerator):
@@ -285,7 +279,7 @@ class TestLoop:
         assert torch.equal(after, first)
         assert not torch.equal(after, last)
 
-    def test_the_loss_goes_down_on_real_reviews(self, real_reviews, tmp_path):
+    def test_the_loss_decreases_on_real_reviews(self, real_reviews, tmp_path):
         options = ["--subset", "2000", "--batch_size", "16", "--max_length", "32", "--save_steps", "200"]
         _by_loop(real_reviews, tmp_path / "out", tmp_path / "run", *options)
         first, second = json.loads((tmp_path / "out" / "log.json").read_text())
@@ -301,16 +295,16 @@ class TestClassify:
         best = json.loads((tmp_path / "run" / ".cloudtrain" / "best.json").read_text())
         assert len(list((tmp_path / "best").glob("checkpoint-*/model.safetensors"))) == 1, best
 
-    def test_what_has_no_model_is_named(self, tmp_path):
+    def test_a_folder_or_run_without_a_model_is_named(self, tmp_path):
         classify = importlib.import_module("classify")
-        with pytest.raises(SystemExit, match=r"nothing' has no model: .*--model"):
+        with pytest.raises(SystemExit, match=r"nothing' contains no model. .*--model"):
             classify.main(["--model", str(tmp_path / "nothing"), "좋다"])
         with pytest.raises(SystemExit, match=r"^[1-9]"):
             classify.main(["--model", f"file://{tmp_path / 'nothing'}", "좋다"])
 
 
-def _made_up(count: int, seed: int) -> list[tuple[str, str, int]]:
-    """Reviews that a few words give away. Of the last two, nothing is left when they are cleaned."""
+def _generated(count: int, seed: int) -> list[tuple[str, str, int]]:
+    """Return reviews whose label follows from a few words. The last two are empty after cleaning."""
     chance = random.Random(seed)
     rows = []
     for number in range(count - 2):
@@ -351,7 +345,7 @@ def _by_loop(reviews: Path, out: Path, run: Path, *more: str) -> dict[str, float
 
 
 def _cut(whole: Path, cut: Path) -> None:
-    """As if the machine had died in the second epoch: what has no manifest does not exist."""
+    """Copy the run as if the machine had died in the second epoch: without a manifest, a checkpoint does not exist."""
     shutil.copytree(whole, cut)
     for pointer in ("best", "last"):
         (cut / ".cloudtrain" / f"{pointer}.json").unlink(missing_ok=True)
@@ -361,12 +355,12 @@ def _cut(whole: Path, cut: Path) -> None:
 
 
 def _last_in_epoch_1(run: Path) -> int:
-    """The newest committed step that leaves some of the second epoch to do."""
+    """Return the newest committed step before the end of the second epoch."""
     committed = [key.step for key in read_history(f"file://{run}").attempts[0].checkpoints]
     return max(step for step in committed if step < 2 * STEPS_AN_EPOCH - 3)
 
 
-def _assert_continued(tmp_path: Path) -> None:
+def _assert_resumed(tmp_path: Path) -> None:
     resumed = read_history(f"file://{tmp_path / 'cut'}").attempts[1]
     assert resumed.first_step == _last_in_epoch_1(tmp_path / "whole")
     assert resumed.last_step == 2 * STEPS_AN_EPOCH

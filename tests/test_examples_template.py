@@ -1,4 +1,4 @@
-"""The template: a copy of it trains at once, and its run goes on exactly where it was cut off."""
+"""A copy of the template trains without changes, and its run resumes exactly after an interruption."""
 
 import json
 import os
@@ -27,7 +27,7 @@ print(*(model(input_ids=ids).logits.argmax().item() for ids in (few, many)))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new project whose first run went through."""
+    """A new project after its first complete run."""
     folder = tmp_path_factory.mktemp("template") / "project"
     assert CliRunner().invoke(app, ["new", str(folder)]).exit_code == 0
     python(folder, "train.py")
@@ -36,12 +36,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, to go on with."""
+    """A copy of the trained project that a test may change."""
     return shutil.copytree(trained, tmp_path / "project")
 
 
 def python(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A program of the project, which must succeed without a warning of Python."""
+    """Run a program of the project, which must succeed without a Python warning."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     environment.pop("HF_CLOUDTRAIN_RUN_URL", None)
     result = subprocess.run(
@@ -51,7 +51,7 @@ def python(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def test_a_new_project_trains_at_once_and_its_model_loads(trained: Path) -> None:
+def test_a_new_project_trains_without_changes_and_its_model_loads(trained: Path) -> None:
     output = trained / "output" / "first"
     log = json.loads((output / "log.json").read_text())
     assert [record["epoch"] for record in log] == [0, 1, 2]
@@ -62,8 +62,8 @@ def test_a_new_project_trains_at_once_and_its_model_loads(trained: Path) -> None
     assert python(trained, "-c", LOAD).stdout.split() == ["0", "1"]
 
 
-def test_what_was_cut_off_goes_on_elsewhere_with_the_weights_of_a_run_that_was_not(project: Path) -> None:
-    # As if the machine had died after the first commit of epoch 1: what has no manifest does not exist.
+def test_an_interrupted_run_resumes_elsewhere_with_the_weights_of_an_uninterrupted_one(project: Path) -> None:
+    # As if the machine had died after the first commit of epoch 1: without a manifest, a checkpoint does not exist.
     for manifest in (project / "runs" / "first" / ".cloudtrain" / "checkpoints").iterdir():
         if int(manifest.stem.split("-")[1]) > 150:
             manifest.unlink()
@@ -78,7 +78,7 @@ def test_what_was_cut_off_goes_on_elsewhere_with_the_weights_of_a_run_that_was_n
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_only_when_it_gets_more_epochs(project: Path) -> None:
+def test_a_finished_run_trains_again_only_with_more_epochs(project: Path) -> None:
     again = python(project, "train.py", "--output_dir", "again")
     assert "The run is complete: 3 of 3 epochs" in again.stderr
     python(project, "train.py", "--output_dir", "more", "--num_epochs", "4")

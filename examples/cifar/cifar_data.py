@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 from the original files, with neither torchvision nor trust in pickles.
+"""Read CIFAR-10 and CIFAR-100 from the original files, without torchvision and without trusting the pickles.
 
-The files of https://www.cs.toronto.edu/~kriz/cifar.html are pickles, and a pickle can call anything. Here it can name four
-things only, and gets stand-ins for them that keep what they are given: nothing of numpy or of the standard library runs.
+The files of https://www.cs.toronto.edu/~kriz/cifar.html are pickles, and a pickle can call any function. This reader accepts only
+the names that an array needs, and replaces them with classes of its own that store their arguments: no code of numpy or of the
+standard library runs.
 """
 
 import io
@@ -19,14 +20,14 @@ from torch.utils.data import Dataset
 SIZE = 32
 """Height and width of an image, in pixels."""
 PADDING = 4
-"""Pixels that the crop may move the image: He et al. 2015, https://arxiv.org/abs/1512.03385, section 4.2."""
+"""Maximum shift of the crop in pixels: He et al. 2015, https://arxiv.org/abs/1512.03385, section 4.2."""
 LARGEST_FILE = 256 * 1024**2
-"""Bytes; the largest of the real files has 155 MB."""
+"""Bytes; the largest original file has 155 MB."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between the two sets."""
+    """The differences between the two datasets."""
 
     num_classes: int
     folder: str
@@ -39,7 +40,7 @@ class Kind:
     std: tuple[float, float, float]
 
 
-# mean and std: of each colour over the 50,000 training images, on a scale from 0 to 1.
+# mean and std of each colour over the 50,000 training images, on a scale from 0 to 1.
 KINDS = {
     "cifar10": Kind(
         num_classes=10,
@@ -69,21 +70,21 @@ KINDS = {
 class CifarDataset(Dataset):
     """Images as normalised (3, 32, 32) float tensors, each with its class id.
 
-    With `augment`, an image is moved by up to 4 pixels and mirrored at random. What an image gets depends on the seed, the
-    epoch and its index alone, so a resumed run sees what the uninterrupted one saw, however many workers load the data.
+    With `augment`, an image is shifted by up to 4 pixels and mirrored at random. The augmentation depends only on the seed, the
+    epoch and the index of the image, so a resumed run sees the same images as an uninterrupted one, with any number of workers.
 
     Args:
         dataset: "cifar10" or "cifar100".
-        data_path: the folder of the original files, or the one that holds it.
+        data_path: the folder with the original files, or its parent.
         train: the training images, or else the test images.
-        augment: see above.
-        seed: for `augment`.
-        mean: of each colour, from 0 to 1; None takes that of the training images.
-        std: likewise.
+        augment: shift and mirror, see above.
+        seed: of the augmentation.
+        mean: of each colour, from 0 to 1; None: the mean of the training images.
+        std: the same for the standard deviation.
 
     Raises:
-        FileNotFoundError: a file is missing; says where it is from.
-        CifarFileError: a file is not what it should be.
+        FileNotFoundError: a file is missing; the message says where to download it.
+        CifarFileError: a file is damaged or is not an original file.
 
     Example:
         >>> train = CifarDataset("cifar10", "data", augment=True)
@@ -113,11 +114,11 @@ class CifarDataset(Dataset):
         )
         self._augment = augment
         self._seed = seed
-        # Workers that live longer than an epoch have a copy of everything else.
+        # Shared memory: persistent workers have copies of everything else.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before the iterator of an epoch is made."""
+        """Set the epoch; call it before you create the iterator of an epoch."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -127,28 +128,28 @@ class CifarDataset(Dataset):
         image = self.images[index]
         if self._augment:
             chance = np.random.default_rng((self._seed, int(self._epoch), index))
-            image = moved(image, *chance.integers(0, 2 * PADDING + 1, size=2))
+            image = shifted(image, *chance.integers(0, 2 * PADDING + 1, size=2))
             if chance.integers(2):
                 image = image.flip(-1)
         return (image.float() / 255 - self._mean) / self._std, self.labels[index]
 
 
 class CifarFileError(ValueError):
-    """A file is not what its name promises."""
+    """A file is damaged or is not an original file."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(
-            f"'{path}' is not one of the original CIFAR files: {problem}. Unpack the archive again, from {home(path.parent.name)}"
+            f"'{path}' is not an original CIFAR file: {problem}. Download and unpack {home(path.parent.name)} again."
         )
 
 
-def moved(image: Tensor, down: int, right: int) -> Tensor:
-    """A crop of the image with a black border of 4 pixels."""
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """Return a crop of the image after padding it with 4 black pixels."""
     return pad(image, (PADDING,) * 4)[:, down : down + SIZE, right : right + SIZE]
 
 
 def label_names(dataset: str, data_path: str | Path) -> list[str]:
-    """The names of the classes, by class id."""
+    """Return the names of the classes, by class id."""
     kind = KINDS[dataset]
     path = find_file(kind, data_path, kind.names_file)
     names = read(path).get(kind.names_key)
@@ -162,8 +163,8 @@ def find_file(kind: Kind, data_path: str | Path, name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"there is no '{name}' in '{data_path}' nor in '{Path(data_path, kind.folder)}': unpack {home(kind.folder)} "
-        "and pass that folder, or the one that holds it, as --data-path"
+        f"Neither '{data_path}' nor '{Path(data_path, kind.folder)}' contains '{name}'. Unpack {home(kind.folder)} "
+        "and pass that folder or its parent as --data-path."
     )
 
 
@@ -174,30 +175,29 @@ def home(folder: str) -> str:
 
 
 def read_images(path: Path, kind: Kind) -> tuple[np.ndarray, list[int]]:
-    """Images as (number, 3, 32, 32) uint8, and their labels."""
+    """Return the images as uint8 (number, 3, 32, 32), and their labels."""
     content = read(path)
     images, labels = content.get("data"), content.get(kind.labels_key)
     if not isinstance(images, StoredArray):
-        raise CifarFileError(path, "it has no array 'data'")
+        raise CifarFileError(path, "it contains no array 'data'")
     array = images.array(path)
     if array.ndim != 2 or array.shape[1] != 3 * SIZE * SIZE:
-        raise CifarFileError(
-            path, f"'data' has the shape {array.shape}, not one row of 3072 bytes for each image"
-        )
+        raise CifarFileError(path, f"'data' has the shape {array.shape}, not one row of 3072 bytes per image")
     if not isinstance(labels, list) or len(labels) != len(array) or not labels:
         raise CifarFileError(path, f"'{kind.labels_key}' is not a list of {len(array)} class ids")
     if any(type(label) is not int or not 0 <= label < kind.num_classes for label in labels):
         raise CifarFileError(
-            path, f"'{kind.labels_key}' has more than class ids from 0 to {kind.num_classes - 1}"
+            path,
+            f"'{kind.labels_key}' contains values that are not class ids from 0 to {kind.num_classes - 1}",
         )
     return array.reshape(-1, 3, SIZE, SIZE), labels
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The dictionary in one of the original files. Its arrays are StoredArray."""
+    """Return the dictionary in an original file. Its arrays are StoredArray objects."""
     if path.stat().st_size > LARGEST_FILE:
-        raise CifarFileError(path, f"it has more than {LARGEST_FILE} bytes")
-    # What goes wrong in a damaged pickle can be almost any exception, MemoryError from a made-up length included.
+        raise CifarFileError(path, f"it is larger than {LARGEST_FILE} bytes")
+    # A damaged pickle can raise almost any exception, for example MemoryError from a wrong length.
     try:
         content = CarefulUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except OSError:
@@ -205,13 +205,13 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CifarFileError(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
-        raise CifarFileError(path, f"it holds a {type(content).__name__}, not a dictionary")
-    # Files that were written again in Python 3 may have keys of bytes.
+        raise CifarFileError(path, f"it contains a {type(content).__name__}, not a dictionary")
+    # Files that Python 3 has rewritten can have bytes as keys.
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
 
 
 class StoredArray:
-    """Stands for `numpy.ndarray`: what a pickle says about one, not believed yet."""
+    """Replaces `numpy.ndarray`: stores what the pickle says about it, unchecked."""
 
     def __init__(self, *_: object) -> None:
         self._state: Any = None
@@ -220,7 +220,7 @@ class StoredArray:
         self._state = state
 
     def array(self, path: Path) -> np.ndarray:
-        """The array, of bytes only and of as many as its shape says."""
+        """Return the array after checking that it holds bytes, as many as its shape says."""
         match self._state:
             case (int(), tuple(shape), StoredType(code="u1"), bool(by_columns), str() | bytes() as raw):
                 data = raw.encode("latin1") if isinstance(raw, str) else raw
@@ -229,32 +229,34 @@ class StoredArray:
         if any(type(length) is not int or length < 0 for length in shape) or np.prod(
             shape, dtype=object
         ) != len(data):
-            raise CifarFileError(path, f"'data' has {len(data)} bytes for the shape {shape}")
-        # A copy: what lies in `bytes` is read-only, which torch.from_numpy warns of.
+            raise CifarFileError(
+                path, f"'data' has {len(data)} bytes, which does not match its shape {shape}"
+            )
+        # A copy, because torch.from_numpy warns about read-only memory.
         return np.frombuffer(data, np.uint8).reshape(shape, order="F" if by_columns else "C").copy()
 
 
 class StoredType:
-    """Stands for `numpy.dtype`."""
+    """Replaces `numpy.dtype`."""
 
     def __init__(self, code: object = None, *_: object) -> None:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which single bytes do not have."""
+        """Ignore the byte order and the like, which single bytes do not have."""
 
 
 def as_latin1(text: str, encoding: str) -> bytes:
-    """Stands for `_codecs.encode`: how Python 3 writes bytes into the older pickles."""
+    """Replaces `_codecs.encode`, with which Python 3 writes bytes into pickles of protocol 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes are encoded as '{encoding}'")
+        raise pickle.UnpicklingError(f"its bytes are encoded as '{encoding}', not 'latin1'")
     return text.encode("latin1")
 
 
 class CarefulUnpickler(pickle.Unpickler):
-    """Refuses every name but those of an array."""
+    """Refuses all names except those that an array needs."""
 
-    STAND_INS: ClassVar = {
+    REPLACEMENTS: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): StoredArray,
         ("numpy._core.multiarray", "_reconstruct"): StoredArray,  # as numpy 2 writes it
         ("numpy", "ndarray"): StoredArray,
@@ -264,11 +266,11 @@ class CarefulUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self.STAND_INS[module, name]
+            return self.REPLACEMENTS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it names '{module}.{name}', which image data has no use for: do not load it elsewhere"
+                f"it refers to '{module}.{name}', which image data does not need; do not load this file with other tools"
             ) from None
 
     def persistent_load(self, pid: object) -> Any:
-        raise pickle.UnpicklingError(f"it refers to something outside of the file: {pid!r}")
+        raise pickle.UnpicklingError(f"it refers to an object outside the file: {pid!r}")

@@ -1,6 +1,6 @@
-"""Image classifiers with fresh weights, for images of 32 x 32 pixels.
+"""Image classifiers with new weights for images of 32 x 32 pixels.
 
-None of them draws random numbers while it trains (no dropout), so there is no state of a generator to save.
+None of them draws random numbers during training (no dropout), so there is no generator state to save.
 """
 
 from torch import nn
@@ -23,7 +23,7 @@ RESNETS = {
 }
 MODELS = (*RESNETS, "vit-tiny", "small")
 FROM_CONFIG = ("vit-tiny", "small")
-"""Those that their configuration describes whole, so that `from_pretrained` loads what was trained."""
+"""Models that are fully described by their configuration, so that `from_pretrained` loads them."""
 
 
 def make_model(name: str, num_labels: int) -> PreTrainedModel:
@@ -50,7 +50,7 @@ def make_config(name: str, num_labels: int) -> PreTrainedConfig:
             intermediate_size=768,
             num_labels=num_labels,
         )
-    # Half a millisecond an image, forward and back, on one core.
+    # Half a millisecond for an image, forward and backward, on one core.
     return ResNetConfig(
         embedding_size=32,
         layer_type="basic",
@@ -61,10 +61,10 @@ def make_config(name: str, num_labels: int) -> PreTrainedConfig:
 
 
 def keep_the_size(model: ResNetForImageClassification) -> None:
-    """Replace the first layers, made for 224 pixels: they would leave 8 x 8 of 32 x 32 before the first stage."""
+    """Replace the first layers, which are made for 224 pixels and would reduce 32 x 32 to 8 x 8 before the first stage."""
     stem = model.resnet.embedder
-    wide = stem.embedder.convolution
+    original = stem.embedder.convolution
     stem.embedder.convolution = nn.Conv2d(
-        wide.in_channels, wide.out_channels, kernel_size=3, padding=1, bias=False
+        original.in_channels, original.out_channels, kernel_size=3, padding=1, bias=False
     )
     stem.pooler = nn.Identity()

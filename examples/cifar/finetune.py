@@ -1,7 +1,7 @@
-"""Trains an image classifier on CIFAR-10 or CIFAR-100 with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
+"""Train an image classifier on CIFAR-10 or CIFAR-100 with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
 
-A small model from a configuration, nothing to download but the data; then a pretrained ViT, in a run that any machine
-continues when it is given the same line again:
+The first command trains a small model from a configuration and downloads nothing but the data. The second fine-tunes a pretrained
+ViT; the same command on any machine resumes the run:
 
     python examples/cifar/finetune.py --data_path data
     torchrun --nproc_per_node 2 examples/cifar/finetune.py --dataset cifar100 --data_path data \
@@ -49,23 +49,21 @@ DEFAULTS = {
     "save_steps": 500,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
-    # Without this, processes that torchrun starts on a machine with no accelerator each train alone, all as rank 0.
+    # Without this, processes that torchrun starts on a machine without an accelerator all train as rank 0.
     "use_cpu": not torch.accelerator.is_available(),
     "ddp_find_unused_parameters": False,
 }
-"""Where this script departs from the defaults of TrainingArguments, so that a bare start on a laptop works."""
+"""Changed defaults of TrainingArguments, so that the script runs on a laptop without options."""
 FRESH_LEARNING_RATE = 1e-3
-"""Weights that start from nothing need more than the 5e-5 that suits a pretrained model."""
+"""New weights need a higher learning rate than the 5e-5 that suits a pretrained model."""
 
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """The data."""
 
     dataset: str = field(default="cifar10", metadata={"help": f"One of {', '.join(KINDS)}."})
-    data_path: str = field(
-        default=".", metadata={"help": "Folder of the original files, or the one that holds it."}
-    )
+    data_path: str = field(default=".", metadata={"help": "Folder with the original files, or its parent."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on the first N images only."}
     )
@@ -75,35 +73,37 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.dataset not in KINDS:
-            raise ValueError(f"--dataset '{self.dataset}' is unknown; choose one of {', '.join(KINDS)}")
+            raise ValueError(f"--dataset '{self.dataset}' is unknown. Choose one of {', '.join(KINDS)}.")
 
 
 @dataclass
 class ModelArguments:
-    """What to train, and where to keep things."""
+    """The model, and where to store things."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "A model of the hub or a folder. Without it: --model, with fresh weights."},
+        metadata={"help": "A Hub model or a folder. Without it: --model, with new weights."},
     )
     model: str = field(default="small", metadata={"help": f"One of {', '.join(FROM_CONFIG)}."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models are kept."})
-    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/cifar"})  # cloud: option
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
+    run_url: str | None = field(
+        default=None, metadata={"help": "Such as s3://bucket/cifar."}
+    )  # cloud: option
 
     def __post_init__(self) -> None:
         if self.model not in FROM_CONFIG:
-            raise ValueError(f"--model '{self.model}' is unknown; choose one of {', '.join(FROM_CONFIG)}")
+            raise ValueError(f"--model '{self.model}' is unknown. Choose one of {', '.join(FROM_CONFIG)}.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains and evaluates, as the options say. Returns the metrics of the evaluation."""
+    """Train and evaluate as the options say. Return the metrics of the evaluation."""
     data_args, model_args, args = parse(argv)
     set_seed(args.seed)
     with args.main_process_first(desc="loading the model"):
         model, processor = load_model(data_args, model_args)
     train_data, eval_data = load_data(data_args, args.seed, processor)
 
-    run_url = model_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: neither: a plain local run
+    run_url = model_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: without it a local run
     cloud = CloudTrainCallback(run_url) if run_url else None  # cloud: one line to name the run
     trainer = Trainer(
         model=model,
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 class Collator:
-    """Makes a batch of images that are as large as the model wants them."""
+    """Makes a batch of images in the size that the model expects."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self._size = size
@@ -147,7 +147,7 @@ class Collator:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the data set which epoch it is: where there is a sampler, Trainer tells that one alone."""
+    """Sets the epoch of the dataset: Trainer sets that of a sampler only."""
 
     def __init__(self, dataset: CifarDataset) -> None:
         self._dataset = dataset
@@ -170,7 +170,7 @@ def parse(argv: list[str] | None = None) -> tuple[DataArguments, ModelArguments,
 def load_model(
     data_args: DataArguments, model_args: ModelArguments
 ) -> tuple[PreTrainedModel, BaseImageProcessor | None]:
-    """The model, and what says how it wants its images, where it has that."""
+    """Return the model and its image processor, if it has one."""
     source, cache_dir = model_args.model_name_or_path, model_args.cache_dir
     names = label_names(data_args.dataset, data_args.data_path)
     if source:
@@ -184,13 +184,13 @@ def load_model(
             source,
             config=config,
             cache_dir=cache_dir,
-            ignore_mismatched_sizes=True,  # its head has other classes
+            ignore_mismatched_sizes=True,  # its head has different classes
         )
         processor = load_processor(source, cache_dir)
     else:
         model, processor = AutoModelForImageClassification.from_config(config), None
-    # The loss of a classifier is a mean already. Trainer would take it for a sum over the labels of all processes, because
-    # forward has **kwargs, and multiply it by their number.
+    # The loss of a classifier is a mean. Because forward has **kwargs, Trainer would treat it as a sum over the labels of all
+    # processes and multiply it by their number.
     model.accepts_loss_kwargs = False
     return model, processor
 
@@ -198,7 +198,7 @@ def load_model(
 def load_processor(source: str, cache_dir: str | None) -> BaseImageProcessor | None:
     try:
         return AutoImageProcessor.from_pretrained(source, cache_dir=cache_dir)
-    except OSError:  # it has none
+    except OSError:  # the model has none
         return None
 
 
@@ -211,7 +211,7 @@ def load_data(
 
 
 def image_size(config: PreTrainedConfig, processor: BaseImageProcessor | None) -> tuple[int, int]:
-    """Height and width that the model wants: by its processor, else by its configuration, else those of CIFAR."""
+    """Return height and width from the processor, else from the configuration, else those of CIFAR."""
     size = dict(getattr(processor, "size", None) or {})
     if "height" in size:
         return size["height"], size["width"]

@@ -1,7 +1,7 @@
-"""Trains an image classifier on CIFAR-10 or CIFAR-100 in plain PyTorch. The lines marked `# cloud:` are what hf_cloudtrain adds.
+"""Train an image classifier on CIFAR-10 or CIFAR-100 in plain PyTorch. The lines marked `# cloud:` are what hf_cloudtrain adds.
 
-A small model on the CPU of this machine; then ResNet-50 on two GPUs, in a run that any machine continues when it is given
-the same line again:
+The first command trains a small model on the CPU of this machine. The second trains ResNet-50 on two GPUs; the same command on any
+machine resumes the run:
 
     python examples/cifar/main.py --use-cpu --data-path data --save cifar-output
     torchrun --nproc_per_node 2 examples/cifar/main.py --dataset cifar100 --data-path data --save cifar-output \
@@ -30,14 +30,14 @@ from transformers import get_cosine_schedule_with_warmup
 import hf_cloudtrain as ct  # cloud: the import
 
 WARMUP = 0.05
-"""Share of all steps in which the learning rate rises to --lr. In the others a cosine takes it down to 0."""
+"""Share of all steps in which the learning rate rises to --lr. A cosine then takes it to 0."""
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = start_processes(args.use_cpu)
     train(args, device)
-    # Not before the model is gone, at the end of train(): gloo may hang in the end of a group that only a model still holds.
+    # Only after train() has released the model: destroying a group that a model still holds can hang with gloo.
     dist.destroy_process_group()
 
 
@@ -46,7 +46,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
 
     train_data = CifarDataset(args.dataset, args.data_path, augment=True, seed=args.seed)
-    sampler = ct.ResumableSampler(train_data, seed=args.seed)  # cloud: knows its place in the data
+    sampler = ct.ResumableSampler(train_data, seed=args.seed)  # cloud: knows its position in the data
     train_loader = DataLoader(
         train_data, args.batch_size, sampler=sampler, num_workers=args.num_dataloader_workers
     )
@@ -66,7 +66,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     parts = {"model": net, "optimizer": optimizer, "lr_scheduler": lr_scheduler, "sampler": sampler}
     checkpoint = Checkpoint(args, global_batch_size, parts)
     step = checkpoint.load(folder or args.load or args.save)
-    refuse_wrong_start(args, step, total_steps)
+    check_start(args, step, total_steps)
 
     clock = Clock(step)
     for epoch in range(sampler.epoch, args.total_epochs):
@@ -76,31 +76,31 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             with ct.train_step():  # cloud: counts and times the step
                 loss = train_step(model, images.to(device), labels.to(device), optimizer, lr_scheduler)
             step += 1
-            sampler.advance(len(labels))  # cloud: these are done; what the workers have fetched is not
+            sampler.advance(len(labels))  # cloud: counts trained samples, not prefetched ones
             learning_rate = lr_scheduler.get_last_lr()[0]
-            ct.metric({"loss": loss, "learning_rate": learning_rate})  # cloud: kept with the run
+            ct.metric({"loss": loss, "learning_rate": learning_rate})  # cloud: stored with the run
 
             if step % args.log_interval == 0:
-                say(
+                report(
                     f"[Step {step} / {total_steps} ({step / total_steps:.1%})] loss = {loss.item():.5f}, learning rate = "
                     f"{learning_rate:.5f}, {clock.steps_per_second(step) * global_batch_size:.1f} images / s"
                 )
             last = step == total_steps
             due = last or step % args.save_interval == 0
-            due = due or ct.is_emergency_save()  # cloud: and when the machine is about to go
+            due = due or ct.is_emergency_save()  # cloud: also before a preemption
             if args.save and due:
                 if rank == 0:
                     checkpoint.save(args.save, step)
-                ct.upload_checkpoint()  # cloud: in the background, from a copy; the last one is waited for
+                ct.upload_checkpoint()  # cloud: in the background; waits only for the last one
             if last or step % args.test_interval == 0:
                 loss, accuracy = validate(net, test_loader, device)
-                say(f"[Step {step}] validation: loss = {loss:.5f}, accuracy = {accuracy:.2%}")
+                report(f"[Step {step}] validation: loss = {loss:.5f}, accuracy = {accuracy:.2%}")
 
 
 def train_step(
     model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, lr_scheduler: LRScheduler
 ) -> Tensor:
-    """The loss of this process's batch, still on the device."""
+    """Train on one batch. Return its loss, still on the device."""
     loss = cross_entropy(model(images).logits, labels)
     optimizer.zero_grad()
     loss.backward()
@@ -111,9 +111,9 @@ def train_step(
 
 @torch.no_grad()
 def validate(net: nn.Module, loader: DataLoader, device: torch.device) -> tuple[float, float]:
-    """Mean loss and accuracy over the test images of all processes."""
+    """Return the mean loss and accuracy over the test images of all processes."""
     for buffer in net.buffers():
-        dist.broadcast(buffer, 0)  # each process has its own running means; those of rank 0 are saved
+        dist.broadcast(buffer, 0)  # the running means differ by process; those of rank 0 are saved
     net.eval()
     sums = torch.zeros(3, device=device)
     for images, labels in loader:
@@ -128,7 +128,7 @@ def validate(net: nn.Module, loader: DataLoader, device: torch.device) -> tuple[
 
 
 class Checkpoint:
-    """What a checkpoint holds, and the options that must be the same when it is loaded."""
+    """The content of a checkpoint, and the options that must be the same when it is loaded."""
 
     NAME = "checkpoint.pt"
 
@@ -142,50 +142,50 @@ class Checkpoint:
         content |= {"step": step, "options": self._same | {"global_batch_size": self._batch}}
         path = Path(folder, self.NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        torch.save(content, beside)
-        os.replace(beside, path)  # whoever reads it, finds the old one or the new one, each whole
+        temporary = path.with_suffix(".tmp")
+        torch.save(content, temporary)
+        os.replace(temporary, path)  # a reader finds either the old file or the new one, never a part
 
     def load(self, folder: str | None) -> int:
-        """The step that the checkpoint in the folder was saved at; 0 where there is none."""
+        """Load the checkpoint in the folder. Return its step, or 0 if there is none."""
         if folder is None or not Path(folder, self.NAME).exists():
             return 0
         content: dict[str, Any] = torch.load(Path(folder, self.NAME), map_location="cpu", weights_only=True)
-        self._refuse_other(folder, content["options"])
+        self._check_options(folder, content["options"])
         for name, part in self._parts.items():
             part.load_state_dict(content[name])
         return content["step"]
 
-    def _refuse_other(self, folder: str, saved: dict[str, Any]) -> None:
+    def _check_options(self, folder: str, saved: dict[str, Any]) -> None:
         for name, value in self._same.items():
             if saved[name] != value:
                 raise SystemExit(
-                    f"the checkpoint in '{folder}' was made with --{name} {saved[name]}, not {value}: use the same, or "
-                    "another --save"
+                    f"The checkpoint in '{folder}' was saved with --{name} {saved[name]}, not {value}. Use the same "
+                    "value, or a different --save."
                 )
         if saved["global_batch_size"] != self._batch:
             raise SystemExit(
-                f"the checkpoint in '{folder}' was made with batches of {saved['global_batch_size']} over all processes, "
-                f"not {self._batch}: set --batch-size to that number divided by the number of processes"
+                f"The checkpoint in '{folder}' was saved with batches of {saved['global_batch_size']} over all processes, "
+                f"not {self._batch}. Set --batch-size to that number divided by the number of processes."
             )
 
 
-def refuse_wrong_start(args: argparse.Namespace, step: int, total_steps: int) -> None:
+def check_start(args: argparse.Namespace, step: int, total_steps: int) -> None:
     folder = args.load or args.save
-    if args.run_url and step != ct.processed_steps():  # cloud: a run counts its own steps
+    if args.run_url and step != ct.processed_steps():  # cloud: the run counts its own steps
         raise SystemExit(
-            f"'{folder}' holds a checkpoint of step {step} from elsewhere, and '{args.run_url}' has none: start the run "
-            "without it, with another --save"
+            f"'{folder}' holds a checkpoint of step {step} that does not belong to the run '{args.run_url}'. Start the run "
+            "with a different --save."
         )
     if step >= total_steps:
         raise SystemExit(
             f"'{folder}' holds a checkpoint of step {step}, and {args.total_epochs} epochs have {total_steps} steps, so "
-            "nothing is left to do: raise --total-epochs to go on"
+            "training is complete. Raise --total-epochs to train longer."
         )
 
 
 class Clock:
-    """Steps a second since the last look."""
+    """Steps per second since the last call."""
 
     def __init__(self, step: int) -> None:
         self._step, self._time = step, time.perf_counter()
@@ -197,9 +197,9 @@ class Clock:
 
 
 def start_processes(use_cpu: bool) -> torch.device:
-    """Make the process group and return this process's device."""
+    """Create the process group. Return the device of this process."""
     if not use_cpu and not torch.accelerator.is_available():
-        raise SystemExit("torch sees no accelerator on this machine: add --use-cpu")
+        raise SystemExit("torch finds no accelerator on this machine. Add --use-cpu.")
     if use_cpu:
         device = torch.device("cpu")
     else:
@@ -213,7 +213,7 @@ def start_processes(use_cpu: bool) -> torch.device:
     return device
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     if dist.get_rank() == 0:
         print(line, flush=True)
 
@@ -225,36 +225,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=MODELS, help="default: resnet50, and small with --use-cpu")
     add("--dataset", choices=list(KINDS), default="cifar10")
-    add(
-        "--data-path", default=".", metavar="DIR", help="the original files' folder, or the one that holds it"
-    )
-    add("--batch-size", type=above_0, default=256, metavar="N", help="images a step of each process")
-    add("--total-epochs", type=above_0, default=200, metavar="N")
-    add("--lr", type=float, default=0.1, metavar="X", help="learning rate at its highest")
-    save = os.getenv("HF_CLOUDTRAIN_CHECKPOINT_DIR")  # cloud: where a launcher says so
+    add("--data-path", default=".", metavar="DIR", help="folder with the original files, or its parent")
+    add("--batch-size", type=positive, default=256, metavar="N", help="images in a step of each process")
+    add("--total-epochs", type=positive, default=200, metavar="N")
+    add("--lr", type=float, default=0.1, metavar="X", help="maximum learning rate")
+    save = os.getenv("HF_CLOUDTRAIN_CHECKPOINT_DIR")  # cloud: set by a launcher
     add("--save", default=save, metavar="DIR", help="folder for checkpoint.pt; default: nothing is saved")
-    add("--load", metavar="DIR", help="folder of a checkpoint.pt to go on from; default: that of --save")
-    add("--save-interval", type=above_0, default=500, metavar="N", help="steps between two checkpoints")
-    add("--test-interval", type=above_0, default=500, metavar="N", help="steps between two validations")
-    add(
-        "--log-interval", type=above_0, default=100, metavar="N", help="steps between two lines on the screen"
-    )
+    add("--load", metavar="DIR", help="folder of a checkpoint.pt to continue from; default: --save")
+    add("--save-interval", type=positive, default=500, metavar="N", help="steps between two checkpoints")
+    add("--test-interval", type=positive, default=500, metavar="N", help="steps between two validations")
+    add("--log-interval", type=positive, default=100, metavar="N", help="steps between two printed lines")
     workers = min(4, os.cpu_count() or 1)
-    add("--num-dataloader-workers", type=int, default=workers, metavar="N", help="loaders of each process")
+    add(
+        "--num-dataloader-workers",
+        type=int,
+        default=workers,
+        metavar="N",
+        help="data loading processes for each process",
+    )
     add("--use-cpu", action="store_true", help="train on the CPU")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, order of the data, and augmentation")
-    url = os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: neither: a plain local run
+    add(
+        "--seed", type=int, default=0, metavar="N", help="of the weights, the data order and the augmentation"
+    )
+    url = os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: without it a local run
     add("--run-url", default=url, metavar="URL", help="such as s3://bucket/cifar")  # cloud: the option
     args = parser.parse_args(argv)
     if args.run_url and not args.save:
-        parser.error("a run needs a folder for its checkpoints: add --save DIR")
+        parser.error("A run needs a folder for its checkpoints. Add --save DIR.")
     args.model = args.model or ("small" if args.use_cpu else "resnet50")
     return args
 
 
-def above_0(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' must be a positive integer")
     return int(text)
 
 

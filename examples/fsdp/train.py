@@ -1,9 +1,9 @@
-"""A sharded model (FSDP2) in a plain loop: every rank writes its shards by torch.distributed.checkpoint.
+"""Train a sharded model (FSDP2) in a plain loop; each rank writes its shards with torch.distributed.checkpoint (DCP).
 
     torchrun --nproc_per_node 2 examples/fsdp/train.py --run-url s3://bucket/runs/fsdp
 
-Kill it and start it again anywhere, with as many ranks or with others: DCP deals the shards anew. On several hosts
-(`torchrun --nnodes 2 …`) each uploads the shards on its own disk.
+Kill it and start it again anywhere, on the same number of ranks or a different one: DCP redistributes the shards. On several hosts
+(`torchrun --nnodes 2 …`) each host uploads the shards on its own disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIDTH, BATCH = 16, 8
 
 
 class Training(Stateful):
-    """What a checkpoint holds: model and optimizer, each rank its shards."""
+    """The content of a checkpoint: model and optimizer, of which each rank holds its shards."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -47,7 +47,7 @@ class Training(Stateful):
 
 
 def make_model() -> nn.Module:
-    """Sharded layer by layer, then as a whole, over all ranks."""
+    """Create a model that is sharded over all ranks: first each layer, then the whole."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
@@ -59,7 +59,7 @@ def make_model() -> nn.Module:
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the step's samples; the step alone decides which they are."""
+    """Return this rank's part of the samples of a step, which depend only on the step."""
     chance = torch.Generator().manual_seed(step)
     inputs = torch.randn(BATCH, WIDTH, generator=chance)
     mine = slice(dist.get_rank(), None, dist.get_world_size())
@@ -73,7 +73,7 @@ def train(
     save_every: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Training:
-    """Train to the last step, from the newest checkpoint of the run if it has one."""
+    """Train to the last step, from the newest checkpoint of the run if there is one."""
     ct.init(steps, run_url=run_url, checkpoint_dir=checkpoint_dir)
     model = make_model()
     training = Training(model, torch.optim.AdamW(model.parameters(), lr=0.01))
@@ -90,7 +90,7 @@ def train(
         ct.metric({"loss": loss})
         report(step, loss.item())
         if step % save_every == 0 or step == steps or ct.is_emergency_save():
-            # DCP warns of a checkpoint that it writes over, by this file; it writes it last, when all shards are there.
+            # Without this file, DCP does not warn that it overwrites a checkpoint. It writes the file last, after all shards.
             Path(checkpoint_dir, ".metadata").unlink(missing_ok=True)
             dcp.save({"training": training}, checkpoint_id=checkpoint_dir)
             ct.upload_checkpoint()

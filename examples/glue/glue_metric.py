@@ -1,10 +1,10 @@
-"""The official GLUE metrics as an `evaluate` module that needs nothing but numpy, so it works without the hub.
+"""The official GLUE metrics as an `evaluate` module that needs only numpy, so it works without the Hub.
 
     evaluate.load("examples/glue/glue_metric.py", "mrpc").compute(predictions=[1, 0], references=[1, 1])
     # {'accuracy': 0.5, 'f1': 0.6666666666666666}
 
-Which metric belongs to which task: https://gluebenchmark.com/tasks. The figures equal those of scikit-learn and scipy,
-on which the hub's own `glue` module stands.
+https://gluebenchmark.com/tasks lists the metrics of each task. The values equal those of scikit-learn and scipy, which the
+`glue` module of the Hub uses.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ METRICS: dict[str, tuple[str, ...]] = {
     "stsb": ("pearson", "spearmanr"),
     "wnli": ("accuracy",),
 }
-"""Metric names of each configuration, as the hub's `glue` module spells them."""
+"""Metric names of each configuration, with the names of the `glue` module of the Hub."""
 
 
 class GlueMetric(evaluate.Metric):  # type: ignore[misc]
-    """Computes the metrics of one GLUE task; the configuration name is the task."""
+    """The metrics of one GLUE task; the configuration name is the task."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRICS:
-            raise KeyError(f"no GLUE task '{self.config_name}'; choose one of {', '.join(sorted(METRICS))}")
+            raise KeyError(
+                f"'{self.config_name}' is not a GLUE task. Choose one of {', '.join(sorted(METRICS))}."
+            )
         value = datasets.Value("float32" if self.config_name == "stsb" else "int64")
         return evaluate.MetricInfo(
             description="The official metrics of the GLUE tasks.",
@@ -57,21 +59,21 @@ def accuracy(predicted: Array, expected: Array) -> float:
 
 
 def f1(predicted: Array, expected: Array) -> float:
-    """F1 of class 1; 0.0 where nothing is and nothing is called class 1, as in scikit-learn."""
+    """F1 of class 1; 0.0 if class 1 is neither present nor predicted, as in scikit-learn."""
     true_positive = int(np.sum((predicted == 1) & (expected == 1)))
-    called, present = int(np.sum(predicted == 1)), int(np.sum(expected == 1))
-    return 2 * true_positive / (called + present) if called + present else 0.0
+    positive, present = int(np.sum(predicted == 1)), int(np.sum(expected == 1))
+    return 2 * true_positive / (positive + present) if positive + present else 0.0
 
 
 def matthews_correlation(predicted: Array, expected: Array) -> float:
-    """Correlation of the two 0/1 vectors; 0.0 where one of them is constant, as in scikit-learn."""
+    """Correlation of the two 0/1 vectors; 0.0 if one of them is constant, as in scikit-learn."""
     if np.ptp(predicted) == 0 or np.ptp(expected) == 0:
         return 0.0
     return pearson(predicted, expected)
 
 
 def pearson(predicted: Array, expected: Array) -> float:
-    """Pearson correlation; nan where one of the vectors is constant, as in scipy."""
+    """Pearson correlation; nan if one of the vectors is constant, as in scipy."""
     x, y = _centred(predicted), _centred(expected)
     scale = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / scale if scale else float("nan")

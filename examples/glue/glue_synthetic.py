@@ -1,9 +1,9 @@
-"""SYNTHETIC stand-ins for the GLUE tasks, made on the spot: right columns and labels, sentences of a toy grammar.
+"""SYNTHETIC data for the GLUE tasks: the right columns and labels, with sentences of a toy grammar.
 
-They show that training works, saves and resumes; a score on them says nothing about a model. A sentence fills five slots.
-In a pair, each slot of the second sentence holds a synonym of the first one's word or something else, and the share of
-synonyms decides the label. The two kinds of words are disjoint, so a small model learns the labels in a few hundred steps,
-up to the few that are turned over on purpose.
+The data shows that training works, saves and resumes; a score on it says nothing about a model. A sentence fills five slots. In
+a pair, each slot of the second sentence holds either a synonym of the first sentence's word or an unrelated word, and the share
+of synonyms determines the label. Synonyms and unrelated words are disjoint, so a small model learns the labels in a few hundred
+steps, except for the few that are wrong on purpose.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from glue_tasks import TASKS, Task
 SEED = 20
 ROWS = {"train": 2400, "validation": 400, "test": 100}
 WRONG_LABELS = 0.04
-"""Share of labels that are wrong, as in real data: the loss levels out above zero."""
+"""Share of wrong labels, as in real data: the loss stays above zero."""
 
-# (word of the first sentence, its synonym, something else)
+# (word of the first sentence, its synonym, an unrelated word)
 ADJECTIVES = """
 large big red|small little blue|new fresh broken|rich wealthy hungry|quiet calm furious|young youthful wooden
 famous renowned empty|local nearby frozen|private personal muddy|modern current hollow|strict stern yellow|busy occupied rusty
@@ -51,7 +51,7 @@ BLAME = "dull clumsy hollow tedious lazy bland shallow noisy stale cold awkward 
 
 
 def make_dataset(task_name: str, seed: int = SEED) -> DatasetDict:
-    """All splits of one task; the same rows for the same seed, everywhere."""
+    """Return all splits of one task. The same seed gives the same rows on every machine."""
     task = TASKS[task_name]
     splits = {}
     for number, split in enumerate(task.splits):
@@ -75,13 +75,13 @@ def _row(task_name: str, task: Task, chance: random.Random, index: int) -> dict[
 
 
 def _label(task: Task, agreement: float, chance: random.Random) -> int | float:
-    """`agreement` from 0 to 1 in the terms of the task."""
+    """Convert `agreement`, from 0 to 1, to a label of the task."""
     if task.is_regression:
         return round(5 * agreement, 1)
     label = min(int((1 - agreement) * task.num_labels), task.num_labels - 1)
     if chance.random() < WRONG_LABELS:
         label = (label + chance.randrange(1, task.num_labels)) % task.num_labels
-    # These name the agreeing class last; the entailment tasks but wnli name it first.
+    # Most tasks name the agreeing class last; the entailment tasks except wnli name it first.
     return label if task.labels[0] == "entailment" else task.num_labels - 1 - label
 
 

@@ -1,4 +1,4 @@
-"""The nine GLUE tasks: their columns and labels, and where their data comes from (a folder, or the hub)."""
+"""The nine GLUE tasks: their columns and labels, and how to load their data from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "c
 
 @dataclass(frozen=True)
 class Task:
-    """What the script has to know about one task."""
+    """Columns, labels and splits of one task."""
 
     sentence_keys: tuple[str, ...]
-    """The columns that hold the text: one, or two for a pair."""
+    """The columns with the text: one, or two for a pair."""
     labels: tuple[str, ...]
     """Class names in the order of the label ids; empty for a regression (stsb: a score from 0 to 5)."""
     validation_splits: tuple[str, ...] = ("validation",)
@@ -58,18 +58,19 @@ def load_hub(task_name: str, cache_dir: str | None = None) -> DatasetDict:
 
 
 def load_local(task_name: str, folder: str, cache_dir: str | None = None) -> DatasetDict:
-    """The splits that `folder` holds, in the hub's columns, the same whatever the file format.
+    """Load the splits in `folder`, with the columns of the Hub dataset, whatever the file format.
 
-    A split is the files that begin with its name: `train.parquet`, `train-00000-of-00002.parquet`, `validation_matched.csv`.
+    A split is made of the files whose name starts with the split's name: `train.parquet`, `train-00000-of-00002.parquet`,
+    `validation_matched.csv`.
     """
     if not Path(folder).is_dir():
-        raise NotADirectoryError(f"--dataset_dir '{folder}' is not a folder")
+        raise NotADirectoryError(f"--dataset_dir '{folder}' is not a folder.")
     task = TASKS[task_name]
     found = {split: _files(Path(folder), split) for split in task.splits}
     if not any(found.values()):
         raise FileNotFoundError(
-            f"--dataset_dir '{folder}' has no file of '{task_name}': expected {', '.join(task.splits)}"
-            f" with one of the endings {', '.join(BUILDERS)}"
+            f"--dataset_dir '{folder}' has no file for '{task_name}'. Expected {', '.join(task.splits)} "
+            f"with one of the suffixes {', '.join(BUILDERS)}."
         )
     return DatasetDict({split: _read(task, files, cache_dir) for split, files in found.items() if files})
 
@@ -79,7 +80,7 @@ def _files(folder: Path, split: str) -> list[Path]:
     if len({path.suffix for path in files}) > 1:
         names = ", ".join(path.name for path in files)
         raise ValueError(
-            f"--dataset_dir '{folder}' has '{split}' in more than one format ({names}): keep one"
+            f"--dataset_dir '{folder}' has '{split}' in more than one format ({names}). Keep one."
         )
     return files
 
@@ -88,14 +89,14 @@ def _read(task: Task, files: list[Path], cache_dir: str | None) -> Dataset:
     builder = BUILDERS[files[0].suffix]
     options = {}
     if builder == "csv":
-        # Without these pandas reads a sentence "NA" as missing and a sentence "007" as the number 7.
+        # Without these, pandas reads the sentence "NA" as missing and the sentence "007" as the number 7.
         options = {"converters": dict.fromkeys(task.sentence_keys, str), "keep_default_na": False}
     names = [str(path) for path in files]
     dataset = load_dataset(builder, data_files=names, split="train", cache_dir=cache_dir, **options)
     missing = [key for key in task.sentence_keys if key not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"'{files[0]}' has no column '{missing[0]}'; it has {', '.join(dataset.column_names)}"
+            f"'{files[0]}' has no column '{missing[0]}', only {', '.join(dataset.column_names)}."
         )
     columns = {key: Value("string") for key in task.sentence_keys}
     columns |= {"label": Value("float32" if task.is_regression else "int64"), "idx": Value("int32")}

@@ -1,7 +1,7 @@
-"""Fine-tunes a model on a GLUE task with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
+"""Fine-tune a model on a GLUE task with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
 
-A small BERT on a synthetic set, nothing to download; then a pretrained model on MRPC, in a run that any machine continues
-when it is given the same line again:
+The first command trains a small BERT on synthetic data and downloads nothing. The second fine-tunes a pretrained model on MRPC;
+the same command on any machine resumes the run:
 
     python examples/glue/run_glue.py
     torchrun --nproc_per_node 2 examples/glue/run_glue.py --task_name mrpc --model_name_or_path bert-base-uncased \
@@ -53,18 +53,18 @@ DEFAULTS = {
     "save_steps": 100,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
-    # Without this, processes that torchrun starts on a machine with no accelerator each train alone, all as rank 0.
+    # Without this, processes that torchrun starts on a machine without an accelerator all train as rank 0.
     "use_cpu": not torch.accelerator.is_available(),
     "ddp_find_unused_parameters": False,
 }
-"""Where this script departs from the defaults of TrainingArguments, so that a bare start on a laptop works."""
+"""Changed defaults of TrainingArguments, so that the script runs on a laptop without options."""
 SMALL_BERT_LEARNING_RATE = 5e-4
-"""Weights that start from nothing need more than the 5e-5 that suits a pretrained model."""
+"""New weights need a higher learning rate than the 5e-5 that suits a pretrained model."""
 
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """The data."""
 
     task_name: str = field(default="mrpc", metadata={"help": f"The GLUE task: {', '.join(TASKS)}."})
     dataset_dir: str | None = field(
@@ -73,9 +73,9 @@ class DataArguments:
             "help": "Folder with train, validation and test files (parquet, jsonl or csv) in the hub's columns."
         },
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
+    max_seq_length: int = field(default=128, metadata={"help": "Truncate inputs to this many tokens."})
     pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad to max_seq_length, not to the longest of a batch."}
+        default=False, metadata={"help": "Pad to max_seq_length, not to the longest input of a batch."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
     max_eval_samples: int | None = field(
@@ -87,29 +87,29 @@ class DataArguments:
         self.task_name = self.task_name.lower()
         if self.task_name not in TASKS:
             raise ValueError(
-                f"--task_name '{self.task_name}' is not a GLUE task; choose one of {', '.join(TASKS)}"
+                f"--task_name '{self.task_name}' is not a GLUE task. Choose one of {', '.join(TASKS)}."
             )
 
 
 @dataclass
 class ModelArguments:
-    """What to train, and where to keep things."""
+    """The model, and where to store things."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "A model of the hub or a folder. Without it: a small BERT with fresh weights."},
+        metadata={"help": "A Hub model or a folder. Without it: a small BERT with new weights."},
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where downloaded models and data sets are kept."}
+        default=None, metadata={"help": "Folder for downloaded models and datasets."}
     )
     logging_dir: str | None = field(
         default=None, metadata={"help": "Folder of the TensorBoard logs (TENSORBOARD_LOGGING_DIR)."}
     )
-    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/mrpc"})  # cloud: option
+    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/mrpc."})  # cloud: option
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, evaluates, predicts, as the options say. Returns the metrics of the evaluation."""
+    """Train, evaluate and predict as the options say. Return the metrics of the evaluation."""
     data_args, model_args, args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="tokenizing"):
         data = tokenize(raw, tokenizer, data_args, task)
 
-    run_url = model_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: neither: a plain local run
+    run_url = model_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: without it a local run
     cloud = CloudTrainCallback(run_url) if run_url else None  # cloud: one line to name the run
     trainer = Trainer(
         model=model,
@@ -161,11 +161,11 @@ def parse(argv: list[str] | None = None) -> tuple[DataArguments, ModelArguments,
         parser.set_defaults(learning_rate=SMALL_BERT_LEARNING_RATE)
     data_args, model_args, args = parser.parse_args_into_dataclasses(argv)
     if model_args.logging_dir:
-        # TrainingArguments has no `logging_dir` any more: TensorBoardCallback reads this variable when it is made.
+        # TrainingArguments dropped `logging_dir`: TensorBoardCallback reads this variable when it is created.
         os.environ["TENSORBOARD_LOGGING_DIR"] = model_args.logging_dir
         warnings.warn(
-            f"--logging_dir '{model_args.logging_dir}' is now the environment variable TENSORBOARD_LOGGING_DIR, which"
-            " was set to it; only --report_to tensorboard uses it",
+            f"--logging_dir '{model_args.logging_dir}' was stored in the environment variable TENSORBOARD_LOGGING_DIR, because "
+            "TrainingArguments dropped the option. Only --report_to tensorboard uses it.",
             stacklevel=2,
         )
     return data_args, model_args, args
@@ -176,7 +176,7 @@ def load_data(data_args: DataArguments, model_args: ModelArguments) -> DatasetDi
         return load_local(data_args.task_name, data_args.dataset_dir, model_args.cache_dir)
     if model_args.model_name_or_path:
         return load_hub(data_args.task_name, model_args.cache_dir)
-    logger.info("neither --dataset_dir nor --model_name_or_path: training a small BERT on a SYNTHETIC set")
+    logger.info("No --dataset_dir and no --model_name_or_path: training a small BERT on SYNTHETIC data.")
     return make_dataset(data_args.task_name)
 
 
@@ -201,8 +201,8 @@ def load_model(
         model = AutoModelForSequenceClassification.from_pretrained(source, config=config, cache_dir=cache_dir)
     else:
         model = make_model(config)
-    # The loss of a classifier is a mean already. Trainer would take it for a sum over the labels of all processes, because
-    # forward has **kwargs, and multiply it by their number.
+    # The loss of a classifier is a mean. Because forward has **kwargs, Trainer would treat it as a sum over the labels of all
+    # processes and multiply it by their number.
     model.accepts_loss_kwargs = False
     return model, tokenizer
 
@@ -229,12 +229,12 @@ def tokenize(
 
 
 def pick(data: DatasetDict, splits: tuple[str, ...], option: str) -> Dataset:
-    """The first of `splits` that the data has."""
+    """Return the first of `splits` that the data has."""
     for split in splits:
         if split in data:
             return data[split]
     raise ValueError(
-        f"the data has no '{splits[0]}' split, only {', '.join(data)}: add it or pass {option} false"
+        f"The data has no '{splits[0]}' split, only {', '.join(data)}. Add it, or pass {option} false."
     )
 
 
@@ -253,13 +253,13 @@ def make_compute_metrics(task_name: str, task: Task) -> Callable[[EvalPrediction
 
 
 def outcome(predictions: np.ndarray | tuple[np.ndarray, ...], task: Task) -> np.ndarray:
-    """Class ids, or scores where the task is a regression."""
+    """Return class ids, or scores if the task is a regression."""
     scores = predictions[0] if isinstance(predictions, tuple) else predictions
     return np.squeeze(scores, axis=-1) if task.is_regression else np.argmax(scores, axis=-1)
 
 
 def evaluate_all(trainer: Trainer, data: DatasetDict, task: Task) -> dict[str, float]:
-    """The metrics of every validation split there is; mnli's second one under names that end in `_mm`."""
+    """Return the metrics of all validation splits; those of the second split of mnli end in `_mm`."""
     combined: dict[str, float] = {}
     for split, ending in zip(task.validation_splits, ("", "_mm"), strict=False):
         if split in data:
@@ -270,7 +270,7 @@ def evaluate_all(trainer: Trainer, data: DatasetDict, task: Task) -> dict[str, f
 
 
 def predict_all(trainer: Trainer, data: DatasetDict, task: Task, task_name: str) -> None:
-    """Writes `predict_<split>_<task>.tsv`: the index of each row and what the model makes of it."""
+    """Write `predict_<split>_<task>.tsv`: the index of each row and the predicted class or score."""
     for split in task.test_splits:
         if split not in data:
             continue

@@ -1,4 +1,4 @@
-"""A BERT small enough for a laptop, with a vocabulary taken from the task's own text: nothing to download."""
+"""A BERT small enough for a laptop, with a vocabulary from the task's own text, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ VOCABULARY_SIZE = 8000
 
 
 def make_tokenizer(texts: Iterable[str], max_length: int, size: int = VOCABULARY_SIZE) -> BertTokenizer:
-    """WordPiece over the most frequent words of `texts`; a rarer word is spelt from known beginnings and characters.
+    """Build a WordPiece tokenizer over the most frequent words of `texts`; rarer words are split into characters.
 
-    `tokenizers.trainers.WordPieceTrainer` is not used: it numbers its pieces in hash order, so every process would
-    get another vocabulary, while every rank and every restart of a run needs the same one.
+    `tokenizers.trainers.WordPieceTrainer` is not used: it numbers its pieces in hash order, so each process would get a
+    different vocabulary, while all ranks and all restarts of a run need the same one.
     """
     plain = BertTokenizer().backend_tokenizer
     words: Counter[str] = Counter()
@@ -30,7 +30,7 @@ def make_tokenizer(texts: Iterable[str], max_length: int, size: int = VOCABULARY
 
 
 def make_config(tokenizer: BertTokenizer, max_length: int) -> BertConfig:
-    """Two layers of width 128: about 0.4 million weights beside the word embeddings."""
+    """Two layers of width 128: about 0.4 million weights besides the word embeddings."""
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -43,5 +43,5 @@ def make_config(tokenizer: BertTokenizer, max_length: int) -> BertConfig:
 
 
 def make_model(config: BertConfig) -> BertForSequenceClassification:
-    """Fresh weights, from torch's current random state: seed it first."""
+    """Create new weights from the current random state of torch: set the seed first."""
     return BertForSequenceClassification(config)

@@ -1,14 +1,14 @@
 """The full training loop of the Hugging Face course on a GLUE task. The lines marked `# cloud:` are what hf_cloudtrain adds.
 
-A small BERT on a synthetic set, nothing to download; then a pretrained model on MRPC, in a run that any machine continues
-when it is given the same line again:
+The first command trains a small BERT on synthetic data and downloads nothing. The second fine-tunes a pretrained model on MRPC;
+the same command on any machine resumes the run:
 
     python examples/glue/train.py
     accelerate launch --num_processes 2 examples/glue/train.py --task_name mrpc \
         --model_name_or_path bert-base-uncased --learning_rate 5e-5 --run_url s3://bucket/runs/mrpc
 
-Where there are not as many accelerators as processes, as on a CPU, `accelerate launch` needs `--multi_gpu` to start more
-than one process.
+On a machine with fewer accelerators than processes, for example without any, `accelerate launch` needs `--multi_gpu` to start
+more than one process.
 """
 
 import argparse
@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains as the options say, and evaluates after every epoch. Returns the metrics of the last evaluation."""
+    """Train as the options say and evaluate after each epoch. Return the metrics of the last evaluation."""
     args = parse(argv)
-    # Without `cpu`, processes that are started on a machine with no accelerator each train alone.
+    # Without `cpu`, processes on a machine without an accelerator train independently of each other.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), gradient_accumulation_steps=args.gradient_accumulation_steps
     )
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with accelerator.main_process_first():
         raw = load_data(data_args, model_args)
     for name in task.test_splits:
-        raw.pop(name, None)  # their labels are secret
+        raw.pop(name, None)  # their labels are not published
     model, tokenizer = load_model(data_args, model_args, task, raw)
     with accelerator.main_process_first():
         data = as_tensors(tokenize(raw, tokenizer, data_args, task), task)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
     eval_dataloaders = {ending: accelerator.prepare(loader) for ending, loader in eval_dataloaders.items()}
     updates = args.num_train_epochs * math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-    # A prepared scheduler takes one step for each process at every update.
+    # A prepared scheduler makes one step for each process at every update.
     lr_scheduler = accelerator.prepare(
         get_scheduler(
             args.lr_scheduler_type,
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
     )
 
-    loop = TrainLoop(  # cloud: names the run; the loop goes on where the last attempt stopped
+    loop = TrainLoop(  # cloud: names the run and resumes it
         accelerator,
         args.run_url,
         num_epochs=args.num_train_epochs,
@@ -100,9 +100,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-            loop.log(loss=loss)  # cloud: the device is waited for every logging_steps only
+            loop.log(loss=loss)  # cloud: reads the device only every logging_steps
             if accelerator.sync_gradients and loop.global_step + 1 == args.stop_after_steps:
-                loop.stop()  # cloud: as if the machine were taken away
+                loop.stop()  # cloud: as a preemption does
         if loop.global_step == args.stop_after_steps:
             continue
         model.eval()
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def as_tensors(data: DatasetDict, task: Task) -> DatasetDict:
-    """What a model takes and nothing else: the text goes, and `label` is called `labels`."""
+    """Keep only the columns that a model accepts: drop the text, and rename `label` to `labels`."""
     columns = next(iter(data.values())).column_names
     data = data.remove_columns([name for name in (*task.sentence_keys, "idx") if name in columns])
     data = data.rename_column("label", "labels")
@@ -128,10 +128,10 @@ def as_tensors(data: DatasetDict, task: Task) -> DatasetDict:
 def make_dataloaders(
     args: argparse.Namespace, task: Task, data: DatasetDict, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[DataLoader, dict[str, DataLoader]]:
-    """The training set, and the validation sets by the ending of their metrics: mnli's second one has `_mm`."""
+    """Return the training loader, and the validation loaders by the suffix of their metrics (`_mm` for the second of mnli)."""
     for split in ("train", task.validation_splits[0]):
         if split not in data:
-            raise ValueError(f"the data has no '{split}' split, only {', '.join(data)}: add it")
+            raise ValueError(f"The data has no '{split}' split, only {', '.join(data)}. Add it.")
     collator = DataCollatorWithPadding(tokenizer)
     train = DataLoader(
         data["train"], shuffle=True, collate_fn=collator, batch_size=args.per_device_train_batch_size
@@ -148,12 +148,12 @@ def make_dataloaders(
 def evaluate_on(
     dataloader: DataLoader, accelerator: Accelerator, loop: TrainLoop, model: torch.nn.Module, task_name: str
 ) -> dict[str, float]:
-    """Loss and official metrics over all rows, the same on every process."""
+    """Return the loss and the official metrics over all rows; the same on every process."""
     metric = evaluate.load(METRIC, task_name, keep_in_memory=True)
     losses = []
     for batch in loop.eval_batches(dataloader):
         outputs = model(**batch)
-        # gather_for_metrics drops what was added to make the last batch as long as the others.
+        # gather_for_metrics drops the rows that pad the last batch.
         logits, labels, loss = accelerator.gather_for_metrics(
             (outputs.logits, batch["labels"], outputs.loss.repeat(len(batch["labels"])))
         )
@@ -166,7 +166,7 @@ def evaluate_on(
 
 
 def split(args: argparse.Namespace) -> tuple[DataArguments, ModelArguments]:
-    """The options that run_glue.py has too, as it takes them."""
+    """Return the options that run_glue.py has too, in its form."""
     given = vars(args)
     return tuple(  # type: ignore[return-value]
         kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
@@ -175,11 +175,11 @@ def split(args: argparse.Namespace) -> tuple[DataArguments, ModelArguments]:
 
 
 def warn_if_alone() -> None:
-    """Without --multi_gpu, `accelerate launch` starts one process where there is no second accelerator, and says nothing."""
+    """Warn if `accelerate launch` started only one process: without --multi_gpu it does so silently on a CPU."""
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         logger.warning(
-            "accelerate launch was asked for several processes and started this one only: add --multi_gpu, which "
-            "works on a CPU too"
+            "accelerate launch was asked for several processes and started only this one. Add --multi_gpu, which "
+            "works on a CPU too."
         )
 
 
@@ -192,10 +192,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_dir", help="folder with train and validation files (parquet, jsonl or csv)")
     add(
         "--model_name_or_path",
-        help="a model of the hub or a folder; default: a small BERT with fresh weights",
+        help="a Hub model or a folder; default: a small BERT with new weights",
     )
-    add("--run_url", help="where the run lives; default: HF_CLOUDTRAIN_RUN_URL, or runs/<task>")  # cloud:
-    add("--output_dir", help="local folder; default: output/ and the name of the run")
+    add("--run_url", help="URL of the run; default: HF_CLOUDTRAIN_RUN_URL, or runs/<task>")  # cloud:
+    add("--output_dir", help="local folder; default: output/<name of the run>")
     add("--num_train_epochs", type=int, default=3)
     add("--per_device_train_batch_size", type=int, default=16)
     add("--per_device_eval_batch_size", type=int, default=32)
@@ -204,18 +204,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.0)
     add("--lr_scheduler_type", choices=[kind.value for kind in SchedulerType], default="linear")
     add("--num_warmup_steps", type=int, default=0)
-    add("--seed", type=int, default=42, help="of weights and order of the data")
-    add("--save_steps", type=int, default=100, help="a checkpoint every so many steps")
-    add("--stop_after_steps", type=int, help="stop there; the same line without this option goes on")
+    add("--seed", type=int, default=42, help="of the weights and the order of the data")
+    add("--save_steps", type=int, default=100, help="steps between checkpoints")
+    add(
+        "--stop_after_steps", type=int, help="stop at this step; the same command without this option resumes"
+    )
     add("--logging_steps", type=int, default=20)
-    add("--metric_for_best_model", default="loss", help="what decides about best/: loss, accuracy, f1 ...")
-    add("--max_seq_length", type=int, default=128, help="longer inputs are cut to this many tokens")
+    add(
+        "--metric_for_best_model",
+        default="loss",
+        help="the metric that chooses best/: loss, accuracy, f1 ...",
+    )
+    add("--max_seq_length", type=int, default=128, help="truncate inputs to this many tokens")
     add("--max_train_samples", type=int, help="train on the first N rows only")
     add("--max_eval_samples", type=int, help="evaluate on the first N rows only")
-    add("--cache_dir", help="where downloaded models and data sets are kept")
+    add("--cache_dir", help="folder for downloaded models and datasets")
     args = parser.parse_args(argv)
     if args.task_name not in TASKS:
-        parser.error(f"--task_name '{args.task_name}' is not a GLUE task; choose one of {', '.join(TASKS)}")
+        parser.error(f"--task_name '{args.task_name}' is not a GLUE task. Choose one of {', '.join(TASKS)}.")
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.model_name_or_path else SMALL_BERT_LEARNING_RATE
     args.run_url = args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL", f"runs/{args.task_name}")  # cloud:

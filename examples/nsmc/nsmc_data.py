@@ -1,7 +1,7 @@
-"""The NSMC reviews: reading them, cleaning them, and an order that keeps lengths together.
+"""Read and clean the NSMC reviews, and sample them in batches of similar length.
 
-NSMC (https://github.com/e9t/nsmc) is 200,000 Korean movie reviews of at most 140 characters or so, half of
-them good (1), half bad (0). Its files are `ratings_train.txt` and `ratings_test.txt`; hubs have parquet.
+NSMC (https://github.com/e9t/nsmc) has 200,000 Korean film reviews of at most about 140 characters, half of them positive (1), half
+negative (0). Its files are `ratings_train.txt` and `ratings_test.txt`; the Hub has parquet files.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ CLEANING = (
     (
         r"[^가-힣ㄱ-ㅎㅏ-ㅣa-z0-9\s!-/:-@\[-`{-~♡♥★☆…]",
         " ",
-    ),  # one writing system, with the signs that carry a mood
-    (r"(.)(?=\1\1)", ""),  # at most two of the same: ㅋㅋㅋㅋㅋ and ㅋㅋ say one thing
+    ),  # one script, with the symbols that express a mood
+    (r"(.)(?=\1\1)", ""),  # at most two repetitions: ㅋㅋㅋㅋㅋ means the same as ㅋㅋ
     (r"\s+", " "),
 )
-"""What is replaced in a review, by what, in this order, once it is composed (NFC) and in lower case.
+"""Replacements in a review, applied in this order after it is composed (NFC) and lowercased.
 
-The tokenizer is made of the same table, so a pattern must mean the same to `re` and to the
-regular expressions of `tokenizers` (Oniguruma).
+The tokenizer uses the same table, so a pattern must have the same meaning for `re` and for the regular expressions of
+`tokenizers` (Oniguruma).
 """
 
 VALIDATION_SHARE = 0.03
-"""Of the training reviews; the test reviews are for the figure alone, nothing is chosen by them."""
+"""Share of the training reviews. The test reviews are used only for the final accuracy."""
 
 SHUFFLED_TOGETHER = 50
-"""Batches whose samples are sorted by length among each other. Fewer make more padding; more make the batches
-of an epoch resemble those of the epoch before."""
+"""Number of batches whose samples are sorted together by length. Fewer cause more padding; more make the batches of an epoch
+similar to those of the previous epoch."""
 
 
 class Splits(NamedTuple):
-    """The reviews to learn from, those that choose the best epoch, and those that nothing is chosen by."""
+    """Reviews for training, for choosing the best checkpoint, and for the final test."""
 
     train: Dataset
     validation: Dataset
@@ -52,10 +52,10 @@ class Splits(NamedTuple):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every sample once an epoch, shuffled, in batches of about equal length.
+    """Samples all rows once in an epoch, shuffled, in batches of similar length.
 
-    The order is a function of (seed, epoch) alone, so a run that resumes within an epoch finds the same one.
-    Whoever iterates says the epoch first: loaders of accelerate and Trainer call `set_epoch` by themselves.
+    The order depends only on (seed, epoch), so a run that resumes within an epoch finds the same order. Call `set_epoch` before
+    you iterate; the data loaders of Accelerate and Trainer do so.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -77,7 +77,7 @@ class LengthGroupedSampler(Sampler[int]):
         for part in order.split(self.batch_size * SHUFFLED_TOGETHER):
             sorted_part = part[torch.argsort(self.lengths[part], stable=True)]
             batches += sorted_part.split(self.batch_size)
-        # The short batch, if there is one, stays last: elsewhere it would shift the edges of all that follow.
+        # A shorter batch stays last: elsewhere it would shift the boundaries of all later batches.
         short = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         shuffled = [batches[at] for at in torch.randperm(len(batches), generator=chance).tolist()]
         for batch in [*shuffled, *short]:
@@ -85,15 +85,15 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def load_splits(folder: str | Path, *, subset: int | None = None, seed: int = 0) -> Splits:
-    """The training file, less a share that chooses the best model, and the test file.
+    """Split the training file into training and validation reviews, and load the test file.
 
     Args:
-        folder: has `ratings_train.txt` and `ratings_test.txt`, or `train*.parquet` and `test*.parquet`.
-        subset: read only so many training reviews, and a third as many test reviews.
-        seed: of which reviews those are, and which are put aside for validation.
+        folder: contains `ratings_train.txt` and `ratings_test.txt`, or `train*.parquet` and `test*.parquet`.
+        subset: number of training reviews to use, with a third as many test reviews; None: all.
+        seed: chooses the subset and the validation reviews.
 
-    Reviews of which cleaning leaves nothing are dropped from the training file only: nothing can be learnt
-    from them, but a score on the test file is a score on all of it.
+    Reviews that are empty after cleaning are dropped from the training file only: the accuracy is measured on the whole test
+    file.
     """
     train, test = load_file(folder, "train"), load_file(folder, "test")
     train = train.select([at for at, text in enumerate(train["document"]) if clean(text)])
@@ -101,7 +101,7 @@ def load_splits(folder: str | Path, *, subset: int | None = None, seed: int = 0)
     aside = max(1, round(len(chosen) * VALIDATION_SHARE))
     if len(chosen) <= aside:
         raise ValueError(
-            f"{len(chosen)} training reviews of '{folder}': two are the least, one to validate with"
+            f"'{folder}' has {len(chosen)} training reviews; at least two are needed, one of them for validation."
         )
     return Splits(
         train=train.select(sorted(chosen[aside:])),
@@ -113,10 +113,10 @@ def load_splits(folder: str | Path, *, subset: int | None = None, seed: int = 0)
 
 
 def load_file(folder: str | Path, split: str) -> Dataset:
-    """One split, "train" or "test", as it is in its file: the columns id, document and label.
+    """Load one split, "train" or "test", with the columns id, document and label.
 
     Raises:
-        FileNotFoundError: the folder has neither form of it.
+        FileNotFoundError: the folder contains neither form of the split.
     """
     raw = Path(folder, f"ratings_{split}.txt")
     parquet = sorted(Path(folder).glob(f"{split}*.parquet"))
@@ -127,22 +127,22 @@ def load_file(folder: str | Path, split: str) -> Dataset:
         ids, documents, labels = (column.to_pylist() for column in table.columns)
     else:
         raise FileNotFoundError(
-            f"'{folder}' has neither '{raw.name}' nor a '{split}*.parquet': get the files from"
-            " https://github.com/e9t/nsmc and name their folder with --data_dir"
+            f"'{folder}' contains neither '{raw.name}' nor '{split}*.parquet'. Download the files from "
+            "https://github.com/e9t/nsmc and pass their folder as --data_dir."
         )
     rows = {
         "id": [str(each) for each in ids],
-        "document": [text or "" for text in documents],  # eight are empty, which some parquet files call null
+        "document": [text or "" for text in documents],  # eight are empty, or null in some parquet files
         "label": [int(label) for label in labels],
     }
     return Dataset.from_dict(rows)
 
 
 def read_raw(path: Path) -> Iterator[tuple[str, str, int]]:
-    """The rows of a `ratings_*.txt`: a line each; id, review and label with tabs between, and no quoting.
+    """Read the rows of a `ratings_*.txt`: one in a line; id, review and label separated by tabs, without quoting.
 
     Raises:
-        ValueError: a line that is not a row, with its number.
+        ValueError: a line is not a row; the message has its number.
     """
     with path.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
@@ -151,13 +151,13 @@ def read_raw(path: Path) -> Iterator[tuple[str, str, int]]:
                 continue
             if len(row) != len(COLUMNS) or row[2] not in {"0", "1"}:
                 raise ValueError(
-                    f"'{path}' line {number} is not id, document and label with tabs between: '{line[:80]}'"
+                    f"'{path}' line {number} is not id, document and label separated by tabs: '{line[:80]}'"
                 )
             yield row[0], row[1], int(row[2])
 
 
 def clean(text: str) -> str:
-    """A review as the tokenizer sees it: composed, in lower case, without what says nothing.
+    """Clean a review as the tokenizer does: compose it, lowercase it, and remove what carries no meaning.
 
     Example:
         clean("최고ㅋㅋㅋㅋㅋ!!!!  Good")  # '최고ㅋㅋ!! good'

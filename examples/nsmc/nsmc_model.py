@@ -1,4 +1,4 @@
-"""A BERT small enough to learn Korean reviews from nothing on two cores, and how it is trained best."""
+"""A BERT small enough to train from scratch on two cores, and its training parameters."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from nsmc_data import LABELS
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 MAX_LENGTH = 64
-"""Tokens; one review in seventy is longer, and what counts is rarely at its end."""
+"""Tokens. One review in seventy is longer, and rarely matters beyond that."""
 BATCH_SIZE = 64
 LEARNING_RATE = 7e-4
 EPOCHS = 3
-"""The validation loss is lowest after two; the third, at a small learning rate, still adds some accuracy."""
+"""The validation loss is lowest after two epochs; the third, with a small learning rate, still improves the accuracy."""
 WARMUP = 0.1
-"""Share of the steps in which the learning rate rises; after them it falls to 0 linearly."""
+"""Share of the steps in which the learning rate rises; then it decreases linearly to 0."""
 
 
 def make_model(
     tokenizer: PreTrainedTokenizerFast, max_length: int = MAX_LENGTH
 ) -> BertForSequenceClassification:
-    """Two layers of width 128 with fresh weights, from torch's current random state: seed it first."""
+    """Create a model with two layers of width 128; its weights come from torch's random state, so set the seed first."""
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -33,7 +33,7 @@ def make_model(
         label2id={label: at for at, label in enumerate(LABELS)},
     )
     model = BertForSequenceClassification(config)
-    # The loss of a classifier is a mean already. Trainer would take it for a sum over the labels of all
-    # processes, because forward has **kwargs, and multiply it by their number.
+    # The loss of a classifier is a mean. Because forward has **kwargs, Trainer would treat it as a sum over the labels of all
+    # processes and multiply it by their number.
     model.accepts_loss_kwargs = False
     return model

@@ -1,4 +1,4 @@
-"""Frequent pieces of words, learnt from the reviews: Korean without a morpheme analyser."""
+"""A tokenizer of frequent word pieces, trained on the reviews: Korean without a morpheme analyser."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ VOCABULARY_SIZE = 12000
 def make_tokenizer(
     texts: Iterable[str], max_length: int, size: int = VOCABULARY_SIZE
 ) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding over syllables: 재밌어요 becomes ▁재밌 + 어요 once the reviews say that often enough.
+    """Train byte-pair encoding over syllables: 재밌어요 becomes ▁재밌 + 어요 if these are frequent enough.
 
-    The same texts give the same vocabulary in every process: pairs are merged by how often they occur, then
-    by their numbers. (Marked by "##", as in WordPiece, pieces would be numbered in hash order; "▁" is safe.)
-    The cleaning of nsmc_data is part of the tokenizer, so it goes wherever the model's folder goes.
+    The same texts give the same vocabulary in each process: pairs are merged by frequency, then by their numbers. (Pieces marked
+    by "##", as in WordPiece, would be numbered in hash order; "▁" avoids that.) The cleaning of nsmc_data is part of the
+    tokenizer, so it is stored in the model's folder.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     replace = [normalizers.Replace(Regex(pattern), replacement) for pattern, replacement in CLEANING]
@@ -50,17 +50,17 @@ def make_tokenizer(
     )
 
 
-def refuse_other_vocabulary(checkpoint: str | Path | None, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Stop where a run would go on with other reviews: the same numbers would be other words to its model."""
+def check_vocabulary(checkpoint: str | Path | None, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise ValueError if the checkpoint has a different vocabulary: the same ids would mean different words."""
     saved = checkpoint and Tokenizer.from_file(str(Path(checkpoint, "tokenizer.json")))
     if saved and saved.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"'{checkpoint}' was trained with another vocabulary: continue that run with its own --data_dir,"
-            " --subset and --seed, or name another run with --run_url (and another --output_dir)"
+            f"'{checkpoint}' was trained with a different vocabulary. Resume that run with its own --data_dir, --subset and "
+            "--seed, or start a new run with a different --run_url and --output_dir."
         )
 
 
 def encode(reviews: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """What the model takes: the columns input_ids, attention_mask and labels."""
+    """Tokenize the reviews: the columns input_ids, attention_mask and labels."""
     columns = tokenizer(reviews["document"][:], truncation=True)
     return Dataset.from_dict({**columns, "labels": reviews["label"][:]})

@@ -1,9 +1,9 @@
-"""Trains on NSMC in a loop of its own, with accelerate. `TrainLoop` is all that hf_cloudtrain adds.
+"""Train on NSMC in a loop on Accelerate. `TrainLoop` is all that hf_cloudtrain adds.
 
     python examples/nsmc/train_loop.py --data_dir nsmc --run_url s3://bucket/runs/nsmc
     torchrun --nproc_per_node 2 examples/nsmc/train_loop.py --data_dir nsmc --run_url s3://bucket/runs/nsmc
 
-Run it again after a crash, here or on an empty machine, and it continues. Then try classify.py.
+After a crash, run the same command here or on an empty machine to resume. Then try classify.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from nsmc_data import LengthGroupedSampler, Splits, load_splits
 from nsmc_model import BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_LENGTH, WARMUP, make_model
-from nsmc_tokenizer import encode, make_tokenizer, refuse_other_vocabulary
+from nsmc_tokenizer import check_vocabulary, encode, make_tokenizer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -31,7 +31,7 @@ from hf_cloudtrain import TrainLoop
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and tests the best model. Returns the metrics of the test."""
+    """Train, and test the best model. Return the metrics of the test."""
     args = parse(argv)
     set_seed(args.seed)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), project_dir=args.output_dir)
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     model = make_model(tokenizer, args.max_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    steps = args.num_epochs * len(train_loader)  # of one process: a prepared scheduler counts for all of them
+    steps = args.num_epochs * len(
+        train_loader
+    )  # of one process: a prepared scheduler counts the steps of all
     scheduler = get_linear_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     model, optimizer, scheduler, train_loader, validation_loader, test_loader = accelerator.prepare(
         model, optimizer, scheduler, train_loader, validation_loader, test_loader
@@ -64,10 +66,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metric_for_best_model="accuracy",
         script_args=vars(args),
     )
-    refuse_other_vocabulary(loop.resume(), tokenizer)
-    for _ in loop.epochs():  # begins where the last attempt stopped
+    check_vocabulary(loop.resume(), tokenizer)
+    for _ in loop.epochs():  # continues where the last attempt stopped
         model.train()
-        for batch in loop.steps(train_loader):  # skips what was seen, saves every save_steps
+        for batch in loop.steps(train_loader):  # skips what was trained, saves every save_steps
             loss = model(**batch).loss
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,20 +92,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data_dir", required=True, help="folder with ratings_{train,test}.txt or {train,test}*.parquet")
     run_url = os.getenv("HF_CLOUDTRAIN_RUN_URL", "nsmc-run")
-    add("--run_url", default=run_url, help="where the run lives, such as s3://bucket/nsmc (%(default)s)")
-    add("--output_dir", default="nsmc-output", help="local folder of checkpoints and of best/ (%(default)s)")
+    add("--run_url", default=run_url, help="URL of the run, such as s3://bucket/nsmc (%(default)s)")
+    add("--output_dir", default="nsmc-output", help="local folder for checkpoints and best/ (%(default)s)")
     add("--subset", type=int, help="train on N reviews only, test on a third of N")
     add("--num_epochs", type=int, default=EPOCHS, help="(%(default)s)")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="reviews a process and step (%(default)s)")
-    add("--learning_rate", type=float, default=LEARNING_RATE, help="its highest value (%(default)s)")
-    add("--max_length", type=int, default=MAX_LENGTH, help="tokens; longer reviews are cut (%(default)s)")
+    add("--batch_size", type=int, default=BATCH_SIZE, help="reviews in a step of each process (%(default)s)")
+    add("--learning_rate", type=float, default=LEARNING_RATE, help="maximum learning rate (%(default)s)")
+    add(
+        "--max_length",
+        type=int,
+        default=MAX_LENGTH,
+        help="truncate reviews to this many tokens (%(default)s)",
+    )
     add("--save_steps", type=int, default=500, help="optimizer steps between checkpoints (%(default)s)")
     add("--seed", type=int, default=42, help="of weights, order and validation split (%(default)s)")
     return parser.parse_args(argv)
 
 
 def evaluate(model: Any, batches: Iterable[Any], accelerator: Accelerator) -> dict[str, float]:
-    """The mean loss and the accuracy over all processes."""
+    """Return the mean loss and the accuracy over all processes."""
     model.eval()
     loss, hits, count = 0.0, 0, 0
     for batch in batches:

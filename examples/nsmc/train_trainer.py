@@ -1,9 +1,9 @@
-"""Trains on NSMC with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
+"""Train on NSMC with `Trainer`. The lines marked `# cloud:` are all that hf_cloudtrain adds.
 
     python examples/nsmc/train_trainer.py --data_dir nsmc --run_url s3://bucket/runs/nsmc
     python examples/nsmc/train_trainer.py --data_dir nsmc --subset 20000               # one minute, no run
 
-All options of `TrainingArguments` work too. train_loop.py trains the same model in a loop of its own.
+All options of `TrainingArguments` work too. train_loop.py trains the same model in a loop on Accelerate.
 """
 
 import logging
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nsmc_data import LengthGroupedSampler, Splits, load_splits
 from nsmc_model import BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_LENGTH, WARMUP, make_model
-from nsmc_tokenizer import encode, make_tokenizer, refuse_other_vocabulary
+from nsmc_tokenizer import check_vocabulary, encode, make_tokenizer
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -37,31 +37,29 @@ DEFAULTS = {
     "load_best_model_at_end": True,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
-    # Without this, processes of torchrun on a machine with no accelerator train alone, all as rank 0.
+    # Without this, processes that torchrun starts on a machine without an accelerator all train as rank 0.
     "use_cpu": not torch.accelerator.is_available(),
     "ddp_find_unused_parameters": False,
 }
-"""Where this script departs from TrainingArguments, so that a bare start reaches the figure of README.md."""
+"""Changed defaults of TrainingArguments, so that the script reaches the accuracy in README.md without options."""
 
 
 @dataclass
 class NsmcArguments:
-    """What to train on, and where the run lives."""
+    """The data, and the URL of the run."""
 
     data_dir: str = field(metadata={"help": "Folder with ratings_{train,test}.txt or {train,test}*.parquet."})
     subset: int | None = field(
         default=None, metadata={"help": "Train on N reviews only, test on a third of N."}
     )
-    max_length: int = field(
-        default=MAX_LENGTH, metadata={"help": "Longer reviews are cut to this many tokens."}
-    )
-    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/nsmc"})  # cloud: option
+    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Truncate reviews to this many tokens."})
+    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/nsmc."})  # cloud: option
 
 
 class NsmcTrainer(Trainer):
-    """Trainer with batches of about equal length, in an order that a resume finds again.
+    """Trainer with batches of similar length, in an order that is the same after a resume.
 
-    Its own `group_by_length` takes the order from the random state of the moment: another one after a resume.
+    Trainer's own `group_by_length` draws the order from the current random state, which differs after a resume.
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -72,7 +70,7 @@ class NsmcTrainer(Trainer):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and tests the best model. Returns the metrics of the test."""
+    """Train, and test the best model. Return the metrics of the test."""
     nsmc_args, args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     set_seed(args.seed)
@@ -82,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data = Splits(*(encode(rows, tokenizer) for rows in reviews))
     model = make_model(tokenizer, nsmc_args.max_length)
 
-    run_url = nsmc_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: neither: a plain local run
+    run_url = nsmc_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: without it a local run
     cloud = CloudTrainCallback(run_url) if run_url else None  # cloud: one line to name the run
     trainer = NsmcTrainer(
         model=model,
@@ -95,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     checkpoint = args.resume_from_checkpoint
     checkpoint = cloud.restore(args) if cloud else checkpoint  # cloud: None on the first start
-    refuse_other_vocabulary(checkpoint, tokenizer)
+    check_vocabulary(checkpoint, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(Path(args.output_dir, "best")))
     metrics = trainer.evaluate(data.test, metric_key_prefix="test")

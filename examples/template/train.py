@@ -1,4 +1,4 @@
-"""Train the model in `model/`, in a run that any machine continues when it is given the same line again.
+"""Train the model in `model/`. The same command on any machine resumes the run.
 
 python train.py                                     # checkpoints in the folder runs/first
 python train.py --run_url s3://bucket/runs/first    # checkpoints on storage
@@ -24,7 +24,7 @@ from hf_cloudtrain import TrainLoop
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     set_seed(args.seed)
-    # Without `cpu`, processes that torchrun starts on a machine with no accelerator each train alone.
+    # Without `cpu`, processes on a machine without an accelerator train independently of each other.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
 
     train_dataset, eval_dataset = MajorityDataset(2000, seed=1), MajorityDataset(400, seed=2)
@@ -65,12 +65,12 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(
     accelerator: Accelerator, loop: TrainLoop, model: torch.nn.Module, dataloader: DataLoader
 ) -> dict[str, float]:
-    """Loss and accuracy over all rows, the same on every process."""
+    """Return loss and accuracy over all rows; the same on every process."""
     model.eval()
     losses, hits = [], []
     for batch in loop.eval_batches(dataloader):
         logits = model(input_ids=batch["input_ids"]).logits
-        # gather_for_metrics drops what was added to make the last batch as long as the others.
+        # gather_for_metrics drops the rows that pad the last batch.
         logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
         hits.append(logits.argmax(dim=-1) == labels)
@@ -84,11 +84,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--run_url",
         default=os.getenv("HF_CLOUDTRAIN_RUN_URL", "runs/first"),
-        help="where the run lives: s3://, gs://, az:// or a folder (default: %(default)s)",
+        help="URL of the run: s3://, gs://, az:// or a folder (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", help="local folder (default: output/ and the name of the run)")
+    parser.add_argument("--output_dir", help="local folder (default: output/<name of the run>)")
     parser.add_argument("--num_epochs", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=16, help="of each process (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="for each process (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=42)

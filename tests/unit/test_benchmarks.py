@@ -1,4 +1,4 @@
-"""The benchmarks work, and what they claim without a clock holds. Nothing here looks at a duration."""
+"""The benchmarks run, and their claims that need no clock are true. No test here depends on a duration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.sink import Sink
 QUICK = Scale(quick=True)
 
 
-def test_contestants_take_turns_and_each_round_begins_with_another() -> None:
+def test_contestants_take_turns_and_each_round_starts_with_a_different_one() -> None:
     turns: list[str] = []
     contestants = [Contestant(name, lambda name=name: turns.append(name)) for name in "abc"]
     timings = side_by_side(contestants, rounds=3)
@@ -25,12 +25,12 @@ def test_contestants_take_turns_and_each_round_begins_with_another() -> None:
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_slow_contestant_has_fewer_turns() -> None:
+def test_a_slow_contestant_has_fewer_rounds() -> None:
     timings = side_by_side([Contestant("a", list), Contestant("b", list, rounds=1)], rounds=2)
     assert (len(timings["a"].seconds), len(timings["b"].cpu)) == (2, 1)
 
 
-def test_each_turn_is_prepared_before_it_runs() -> None:
+def test_each_round_is_prepared_before_it_runs() -> None:
     done: list[str] = []
     contestant = Contestant("a", lambda: done.append("run"), prepare=lambda: done.append("prepare"))
     side_by_side([contestant], rounds=2)
@@ -44,7 +44,7 @@ def test_percentile_is_a_value_that_was_measured(count: int, percent: float, exp
     assert percentile(range(count, 0, -1), percent) == expected
 
 
-def test_verdict_is_by_the_value_and_not_by_what_is_shown_of_it() -> None:
+def test_the_verdict_uses_the_value_and_not_its_rounded_form() -> None:
     missed, reached = (
         report.at_least("upload", "", "", 0.949, 0.95),
         report.at_least("upload", "", "", 0.95, 0.95),
@@ -53,7 +53,7 @@ def test_verdict_is_by_the_value_and_not_by_what_is_shown_of_it() -> None:
     assert report.at_most("memory", "", "", 256.4, 256, " MiB").holds is False
 
 
-def test_page_has_every_row_its_verdict_and_how_it_is_measured(tmp_path: Path) -> None:
+def test_the_page_has_each_row_with_its_verdict_and_explanation(tmp_path: Path) -> None:
     rows = [
         Row("stall", "1 ms", "", "1 ms", "<= 10 ms", True),
         Row("upload", "1", "2", "0.5", ">= 0.95", False),
@@ -68,22 +68,22 @@ def test_page_has_every_row_its_verdict_and_how_it_is_measured(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", command.NAMES)
-def test_every_benchmark_says_what_it_measures(name: str) -> None:
+def test_each_benchmark_says_what_it_measures(name: str) -> None:
     first = command.story(name).splitlines()[0]
     assert first.endswith((".", ",", ":")), first
     assert len(first) > 40
 
 
-def test_unknown_benchmark_is_refused_with_the_names_there_are(
+def test_an_unknown_benchmark_is_refused_with_the_known_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", "uplaod"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "uplaod; there are stall," in capsys.readouterr().err
+    assert "uplaod. Choose from stall," in capsys.readouterr().err
 
 
-def test_checkpoint_is_as_large_as_it_says() -> None:
+def test_a_checkpoint_has_the_size_that_it_reports() -> None:
     with Workplace() as work:
         checkpoint = Checkpoint(work.folder / "checkpoint", 3_000_000)
         sizes = {path.name: path.stat().st_size for path in checkpoint.folder.iterdir()}
@@ -92,13 +92,13 @@ def test_checkpoint_is_as_large_as_it_says() -> None:
     assert not work.folder.exists()
 
 
-def test_newest_takes_one_list_and_restoring_it_one_get_beside_the_files() -> None:
+def test_finding_the_newest_needs_one_list_and_restoring_it_one_get_besides_the_files() -> None:
     found, restored, _ = finding.run(QUICK)
     assert found.ours == "1 ListObjectsV2"
     assert restored.holds, restored
 
 
-def test_law_12_our_events_of_a_step_run_no_torch_operation() -> None:
+def test_law_12_the_events_of_a_step_run_no_torch_operation() -> None:
     from benchmarks import step
 
     _, operations = step.run(QUICK)
@@ -113,7 +113,7 @@ def test_law_12_a_step_of_the_loop_runs_no_torch_operation() -> None:
     try:
         with Workplace() as work, Sink() as sink:
             _, operations = loop.step_rows(Place.of(sink), work, stretch=10)
-    finally:  # they are one for all of a process
+    finally:  # they are global in a process
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     assert operations.ours == "0"
@@ -122,12 +122,14 @@ def test_law_12_a_step_of_the_loop_runs_no_torch_operation() -> None:
 def test_law_12_a_step_of_the_functions_runs_no_torch_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import functions
 
-    monkeypatch.setenv("HF_CLOUDTRAIN_STORAGE_OPTIONS", "{}")  # it sets its own; gone after this test
+    monkeypatch.setenv(
+        "HF_CLOUDTRAIN_STORAGE_OPTIONS", "{}"
+    )  # it sets its own, which is undone after this test
     _, operations, _ = functions.run(QUICK)
     assert operations.ours == "0"
 
 
-def test_waiting_for_accelerate_on_another_rank_is_no_stall_of_ours() -> None:
+def test_waiting_for_accelerate_on_a_different_rank_does_not_count_as_stall() -> None:
     from benchmarks.loop import _Save, _stall
 
     first = _Save(before=0.001, own=3.0, ended=103.0, done=103.5, beside_upload=True)

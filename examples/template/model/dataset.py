@@ -1,4 +1,4 @@
-"""The data: SYNTHETIC rows, made on the spot, until yours take their place."""
+"""The data: SYNTHETIC rows until you replace them with yours."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch.utils.data import Dataset
 
 
 class MajorityDataset(Dataset[dict[str, torch.Tensor]]):
-    """Sequences of symbols, labelled by which half of the alphabet holds the most of them.
+    """Sequences of symbols, labelled by the half of the alphabet that most of them come from.
 
     Args:
         size: number of rows.
-        seed: the same rows for the same seed, in every process and after every restart.
-        vocab_size: how many symbols there are.
-        length: symbols in a row; an odd number, so that one half always has more.
+        seed: the same seed gives the same rows, in each process and after each restart.
+        vocab_size: number of symbols in the alphabet.
+        length: symbols in a row; an odd number, so that one half has the majority.
     """
 
     def __init__(self, size: int, seed: int, vocab_size: int = 32, length: int = 15) -> None:

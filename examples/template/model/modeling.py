@@ -1,4 +1,4 @@
-"""The model: an ordinary module that `save_pretrained` writes and `from_pretrained` reads."""
+"""The model: a module that `save_pretrained` saves and `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .configuration import ClassifierConfig
 
 
 class Classifier(PreTrainedModel):
-    """Says which class a sequence of symbols belongs to: the mean of their embeddings, and two layers above it.
+    """Classifies a sequence of symbols: the mean of their embeddings, and two layers.
 
     Example:
         >>> model = Classifier(ClassifierConfig(vocab_size=32, num_labels=2))
@@ -27,12 +27,12 @@ class Classifier(PreTrainedModel):
         self.hidden = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()  # from_pretrained relies on it
+        self.post_init()  # from_pretrained needs it
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """`input_ids`: (batch, length); `labels`: (batch,). The loss is there where labels are."""
+        """`input_ids`: (batch, length); `labels`: (batch,). The output has a loss if labels are given."""
         pooled = self.embedding(input_ids).mean(dim=1)
         logits = self.classifier(self.dropout(torch.relu(self.hidden(pooled))))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
