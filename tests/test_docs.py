@@ -18,20 +18,23 @@ from typer.testing import CliRunner
 
 import hf_cloudtrain
 from benchmarks.sink import Sink
+from docs.site import rooms
 from hf_cloudtrain import Checkpointer, Position, env
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.preemption.sources import StopRequest
 from hf_cloudtrain.tracking.tracker import StepTracker
+from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 CLI_PAGE = ROOT / "docs" / "cli.md"
 EXAMPLE_PAGES = sorted((ROOT / "examples").glob("*/README.md"))
 PAGES = sorted(
     [
         README,
-        ROOT / "CONTRIBUTING.md",
+        CONTRIBUTING,
         ROOT / "CHANGELOG.md",
         *EXAMPLE_PAGES,
         *(ROOT / "docs").rglob("*.md"),
@@ -375,6 +378,40 @@ def heartbeat(checkpointer: Checkpointer) -> None:
     while tracker._thread.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_map_of_rooms_is_made_from_the_docstrings() -> None:
+    text = CONTRIBUTING.read_text()
+    assert text == rooms.page(text), "run docs/site/rooms.py"
+    assert "TODO" not in text
+
+
+def test_the_order_of_imports_on_the_page_is_that_of_the_test() -> None:
+    floors = (floor[0] if len(floor) == 1 else f"{{{', '.join(floor)}}}" for floor in FLOORS)
+    assert f"\n{' < '.join(floors)}\n" in CONTRIBUTING.read_text()
+
+
+def test_the_table_of_changes_names_paths_that_exist() -> None:
+    table = CONTRIBUTING.read_text().split("## Where to change what\n")[1].split("\n## ")[0]
+    paths = re.findall(r"`([^`\s]+/[^`\s]*)`", table)
+    assert len(paths) >= 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    for subject in SUBJECTS:
+        assert re.search(rf"^\| [^|]*{subject}[^|]* \| [^|]*`[^|]+ \|$", table, re.MULTILINE), subject
+
+
+SUBJECTS = (
+    "retry policy",
+    "digest",
+    "preemption notice",
+    "run status",
+    "launcher",
+    "environment variable",
+    "storage back end",
+    "command of `cloudtrain`",
+    "metric in the heartbeat",
+)
+"""What a contributor wants to change most often; each has one row."""
 
 
 def test_every_test_that_a_promise_names_is_there() -> None:
