@@ -227,6 +227,14 @@ def test_messages_name_only_commands_that_exist() -> None:
     assert {words: name for words, name in named.items() if words not in COMMANDS} == {}
 
 
+def test_the_messages_on_the_troubleshooting_page_are_in_the_sources() -> None:
+    quoted = re.findall(r'\*\*"([^"]+)"\*\*', (ROOT / "docs" / "troubleshooting.md").read_text())
+    assert len(quoted) >= 12
+    sources = "\n".join(source.read_text() for source in SOURCES)
+    in_one_line = re.sub(r'"\s*f?"', "", sources)  # a long message is written as several texts
+    assert [text for text in quoted if text not in in_one_line] == []
+
+
 LINKS = [
     pytest.param(page, target, id=f"{page.relative_to(ROOT)}: {target}")
     for page in PAGES
