@@ -65,7 +65,7 @@ def _upload(checkpoint: Checkpoint) -> tuple[float, bool]:
 
 
 def _copy_row(checkpoint: Checkpoint, copies: list[tuple[float, bool]]) -> Row:
-    seconds = [taken for taken, _ in copies]
+    seconds = [copied for copied, _ in copies]
     median = statistics.median(seconds)
     return Row(
         f"upload_checkpoint, {checkpoint.size / 1e9:.1f} GB",

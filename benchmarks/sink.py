@@ -37,7 +37,7 @@ class Sink:
     """The endpoint as a child process on a free loopback port; it ends with its parent.
 
     Args:
-        bytes_per_second: limit of the link in each direction, shared by all connections; None is no limit.
+        bytes_per_second: limit of the link in each direction, shared by all connections; None: without a limit.
         keep: store large objects in memory and return their bytes.
     """
 

@@ -1,4 +1,4 @@
-"""The metadata services of three clouds, on one loopback port: as their pages describe them, and misbehaving on request.
+"""The metadata services of three clouds on one loopback port, as documented, with failures on request.
 
 with MetadataServer() as server:
     source = Ec2(server.endpoint)
@@ -20,24 +20,24 @@ from urllib.parse import urlsplit
 class Reply(NamedTuple):
     status: int
     body: str = ""
-    headers: dict[str, str] = {}  # noqa: RUF012 - a NamedTuple's default; nobody changes it
+    headers: dict[str, str] = {}  # noqa: RUF012 - a NamedTuple's default; it is never changed
 
 
 class MetadataServer:
-    """Answers as EC2, GCE and Azure do. `asked` has every question: method, path, status."""
+    """Answers as EC2, GCE and Azure do. `asked` lists all requests: method, path, status."""
 
     def __init__(self) -> None:
         self.now = datetime.now(timezone.utc).replace(microsecond=0)
-        """By the service's clock, which stands still."""
+        """The service's clock, which does not advance."""
         self.dated = True
-        """Whether an answer says when it was given."""
+        """Whether an answer has a Date header."""
         self.tokens: set[str] = set()
         self.values: dict[str, str] = {"preempted": "FALSE", "maintenance-event": "NONE"}
         self.action: dict[str, Any] | None = None
         self.events: list[Any] = []
         self.name = "worker_3"
         self.instead: Reply | None = None
-        """What everything is answered with, whatever is asked."""
+        """If set, the answer to all requests."""
         self.asked: list[tuple[str, str, int]] = []
         self._hung = threading.Event()
         self._hung.set()
@@ -47,11 +47,11 @@ class MetadataServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def reclaim(self, action: str, left: float) -> None:
-        """EC2 takes its instance back in `left` seconds."""
+        """EC2 reclaims its instance in `left` seconds."""
         self.action = {"action": action, "time": f"{self.now + timedelta(seconds=left):%Y-%m-%dT%H:%M:%SZ}"}
 
     def schedule(self, kind: str, *names: str, left: float | None = None) -> None:
-        """Azure does something to machines in `left` seconds; None: it has begun."""
+        """Azure schedules an event for machines in `left` seconds; None: it has started."""
         later = "" if left is None else format_datetime(self.now + timedelta(seconds=left), usegmt=True)
         status = "Started" if left is None else "Scheduled"
         event = {
@@ -63,7 +63,7 @@ class MetadataServer:
         self.events.append({**event, "EventStatus": status, "NotBefore": later})
 
     def hang(self) -> None:
-        """Take questions and answer none of them until `go_on`, or until the server ends."""
+        """Accept requests and answer none of them until `go_on`, or until the server ends."""
         self._hung.clear()
 
     def go_on(self) -> None:
@@ -84,7 +84,7 @@ class MetadataServer:
             if method != "PUT" or not headers.get("X-aws-ec2-metadata-token-ttl-seconds", "").isdecimal():
                 return Reply(400)
             token = f"token-{len(self.asked)}"
-            self.tokens.add(token)  # those before stay good
+            self.tokens.add(token)  # earlier tokens stay valid
             return Reply(200, token)
         if headers.get("X-aws-ec2-metadata-token") not in self.tokens:
             return Reply(401)
@@ -131,7 +131,7 @@ class MetadataServer:
             daemon_threads = True
 
             def handle_error(self, *_: object) -> None:
-                """Whoever asked has given up."""
+                """The client has closed the connection."""
 
         self._server = Quiet(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))

@@ -58,55 +58,55 @@ def commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 COMMANDS = dict(commands(typer.main.get_command(app)))
-each_command = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+each_command = pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 
 
-def help_of(words: tuple[str, ...]) -> str:
-    result = CliRunner().invoke(app, [*words, "--help"])
+def help_of(arguments: tuple[str, ...]) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--help"])
     assert result.exit_code == 0
     text: str = result.stdout
     return text
 
 
-def section_of(words: tuple[str, ...]) -> str:
-    """What the page says of one command."""
-    heading = f"\n## cloudtrain {' '.join(words)}\n"
+def section_of(arguments: tuple[str, ...]) -> str:
+    """The section of the page about one command."""
+    heading = f"\n## cloudtrain {' '.join(arguments)}\n"
     page = CLI_PAGE.read_text()
     assert page.count(heading) == 1
     return page.split(heading)[1].split("\n## ")[0]
 
 
 @each_command
-def test_help_says_what_a_command_does_and_gives_an_example(words: tuple[str, ...]) -> None:
-    summary, example = help_of(words).split("Example", 1)
+def test_help_says_what_a_command_does_and_gives_an_example(arguments: tuple[str, ...]) -> None:
+    summary, example = help_of(arguments).split("Example", 1)
     assert len(summary.split("\n\n")[1].split()) >= 5
-    assert f"cloudtrain {' '.join(words)} " in example
+    assert f"cloudtrain {' '.join(arguments)} " in example
 
 
-@pytest.mark.parametrize("words", sorted({(), *(words[:1] for words in COMMANDS)}), ids=" ".join)
-def test_help_of_a_group_gives_an_example_too(words: tuple[str, ...]) -> None:
-    assert " ".join(("cloudtrain", *words)) in help_of(words).split("Example", 1)[1]
-
-
-@each_command
-def test_a_command_has_json_output(words: tuple[str, ...]) -> None:
-    assert "--json" in help_of(words)
+@pytest.mark.parametrize("arguments", sorted({(), *(arguments[:1] for arguments in COMMANDS)}), ids=" ".join)
+def test_help_of_a_group_gives_an_example(arguments: tuple[str, ...]) -> None:
+    assert " ".join(("cloudtrain", *arguments)) in help_of(arguments).split("Example", 1)[1]
 
 
 @each_command
-def test_the_page_has_an_entry_with_an_example_for_a_command(words: tuple[str, ...]) -> None:
-    assert f"cloudtrain {' '.join(words)} " in section_of(words)
-    anchor = "-".join(("cloudtrain", *words))
-    assert f"[`cloudtrain {' '.join(words)}`](#{anchor})" in CLI_PAGE.read_text()
+def test_a_command_has_json_output(arguments: tuple[str, ...]) -> None:
+    assert "--json" in help_of(arguments)
 
 
 @each_command
-def test_the_page_explains_every_option_of_a_command(words: tuple[str, ...]) -> None:
+def test_the_page_has_an_entry_with_an_example_for_a_command(arguments: tuple[str, ...]) -> None:
+    assert f"cloudtrain {' '.join(arguments)} " in section_of(arguments)
+    anchor = "-".join(("cloudtrain", *arguments))
+    assert f"[`cloudtrain {' '.join(arguments)}`](#{anchor})" in CLI_PAGE.read_text()
+
+
+@each_command
+def test_the_page_explains_every_option_of_a_command(arguments: tuple[str, ...]) -> None:
     general = CLI_PAGE.read_text().split("\n## For all commands\n")[1].split("\n## ")[0]
-    text = general + section_of(words)
+    text = general + section_of(arguments)
     options = [
         name
-        for parameter in COMMANDS[words].params
+        for parameter in COMMANDS[arguments].params
         for name in parameter.opts
         if name.startswith("--") and name != "--help"
     ]
@@ -114,12 +114,12 @@ def test_the_page_explains_every_option_of_a_command(words: tuple[str, ...]) -> 
     assert [name for name in options if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)] == []
 
 
-def test_the_page_has_no_entry_for_a_command_that_is_gone() -> None:
+def test_the_page_has_no_entry_for_a_removed_command() -> None:
     documented = set(re.findall(r"^## cloudtrain (.+)$", CLI_PAGE.read_text(), re.MULTILINE))
-    assert documented == {" ".join(words) for words in COMMANDS}
+    assert documented == {" ".join(arguments) for arguments in COMMANDS}
 
 
-def test_every_variable_of_the_environment_is_in_the_documentation() -> None:
+def test_each_environment_variable_is_documented() -> None:
     names = {value for name, value in vars(env).items() if name.isupper() and isinstance(value, str)}
     assert "HF_CLOUDTRAIN_RUN_URL" in names
     text = "".join(page.read_text() for page in PAGES)
@@ -133,27 +133,29 @@ SHOWN = [
     for line in re.findall(r"^(?:\$ )?((?:\w+=\S+ )*cloudtrain .*)$", block, re.MULTILINE)
 ] + [
     pytest.param(line, id=f"--help: {line}")
-    for words in COMMANDS
-    for line in re.findall(r"^ +(cloudtrain .*)$", help_of(words), re.MULTILINE)
+    for arguments in COMMANDS
+    for line in re.findall(r"^ +(cloudtrain .*)$", help_of(arguments), re.MULTILINE)
 ]
 
 
 @pytest.mark.parametrize("line", SHOWN)
 def test_a_command_that_is_shown_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(line, comments=True)
-    if ">" in words:
-        words = words[: words.index(">")]
-    while "=" in words[0]:
-        name, _, value = words.pop(0).partition("=")
+    arguments = shlex.split(line, comments=True)
+    if ">" in arguments:
+        arguments = arguments[: arguments.index(">")]
+    while "=" in arguments[0]:
+        name, _, value = arguments.pop(0).partition("=")
         monkeypatch.setenv(name, value)
-    path = tuple(words[1:3] if tuple(words[1:3]) in COMMANDS else words[1:2])  # `cloudtrain new` has no group
+    path = tuple(
+        arguments[1:3] if tuple(arguments[1:3]) in COMMANDS else arguments[1:2]
+    )  # `cloudtrain new` is not in a group
     assert path in COMMANDS
-    COMMANDS[path].make_context(" ".join(["cloudtrain", *path]), words[1 + len(path) :]).close()
+    COMMANDS[path].make_context(" ".join(["cloudtrain", *path]), arguments[1 + len(path) :]).close()
 
 
 def test_shown_commands_are_found_at_all() -> None:
     found = " ".join(str(parameter.id) for parameter in SHOWN)
-    assert all(place in found for place in ("README.md", "docs/cli.md", "--help"))
+    assert all(source in found for source in ("README.md", "docs/cli.md", "--help"))
 
 
 SCRIPTS = [
@@ -224,7 +226,7 @@ def test_messages_name_only_commands_that_exist() -> None:
         for match in re.finditer(r"`cloudtrain ([a-z]+) ([a-z]+)", source.read_text())
     }
     assert ("checkpoint", "flush") in named
-    assert {words: name for words, name in named.items() if words not in COMMANDS} == {}
+    assert {arguments: name for arguments, name in named.items() if arguments not in COMMANDS} == {}
 
 
 def test_the_messages_on_the_troubleshooting_page_are_in_the_sources() -> None:
@@ -243,7 +245,7 @@ LINKS = [
 
 
 @pytest.mark.parametrize(("page", "target"), LINKS)
-def test_a_link_leads_somewhere(page: Path, target: str) -> None:
+def test_a_link_has_a_target(page: Path, target: str) -> None:
     name, _, anchor = target.partition("#")
     file = page.parent / name if name else page
     assert file.exists()
@@ -422,7 +424,7 @@ SUBJECTS = (
 """What a contributor wants to change most often; each has one row."""
 
 
-def test_every_test_that_a_promise_names_is_there() -> None:
+def test_the_tests_that_a_promise_names_exist() -> None:
     page = (ROOT / "docs" / "guarantees.md").read_text()
     named = set(re.findall(r"`((?:tests/)?[\w/]+\.py|tests/\w+)`", page))
     assert len(named) >= 12

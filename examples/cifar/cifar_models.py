@@ -1,6 +1,6 @@
 """Image classifiers with new weights for images of 32 x 32 pixels.
 
-None of them draws random numbers during training (no dropout), so there is no generator state to save.
+None of them draws random numbers during training (they have no dropout), so a checkpoint needs no generator state.
 """
 
 from torch import nn
