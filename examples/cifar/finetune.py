@@ -86,9 +86,7 @@ class ModelArguments:
     )
     model: str = field(default="small", metadata={"help": f"One of {', '.join(FROM_CONFIG)}."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded models."})
-    run_url: str | None = field(
-        default=None, metadata={"help": "Such as s3://bucket/cifar."}
-    )  # cloud: option
+    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/cifar"})  # cloud: option
 
     def __post_init__(self) -> None:
         if self.model not in FROM_CONFIG:

@@ -53,7 +53,7 @@ class NsmcArguments:
         default=None, metadata={"help": "Train on N reviews only, test on a third of N."}
     )
     max_length: int = field(default=MAX_LENGTH, metadata={"help": "Truncate reviews to this many tokens."})
-    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/nsmc."})  # cloud: option
+    run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/nsmc"})  # cloud: option
 
 
 class NsmcTrainer(Trainer):
