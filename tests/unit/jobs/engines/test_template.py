@@ -16,7 +16,7 @@ from hf_cloudtrain.jobs.engines import protocol
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 
-TEMPLATE = Path(__file__).resolve().parents[4] / "docs" / "templates" / "engine.py"
+TEMPLATE = Path(__file__).resolve().parents[4] / "docs" / "engine_template.py"
 FINISHES = """echo 'step 1'; echo '{"outcome": "finished"}' > "$HF_CLOUDTRAIN_EXIT_FILE\""""
 SECONDS = 60.0
 
