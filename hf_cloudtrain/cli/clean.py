@@ -41,7 +41,7 @@ def clean(catalog: Catalog, *, dry_run: bool, yes: bool, quiet: bool) -> list[di
     if not found:
         say("Nothing is left over.")
     elif dry_run:
-        say("Nothing was deleted.")
+        say("Dry run: nothing was deleted.")
     else:
         confirm(f"Delete what is left over from {redact(catalog.storage.url)!r}?", yes)
         for left, reason in leftovers.clean(catalog, found, _say_watching):

@@ -197,7 +197,7 @@ def of_total(step: int | None, total: int | None, *, percent: bool = False) -> s
 def rate_text(record: Mapping[str, Any]) -> str | None:
     """How fast a run trains, from its `step_seconds`, `samples_per_second` and `tokens_per_second`."""
     parts = [
-        record["step_seconds"] and f"{duration_text(record['step_seconds'])} a step",
+        record["step_seconds"] and f"{duration_text(record['step_seconds'])} per step",
         record["samples_per_second"] and f"{record['samples_per_second']:.4g} samples/s",
         record["tokens_per_second"] and f"{record['tokens_per_second']:.4g} tokens/s",
     ]

@@ -50,7 +50,7 @@ class Plan:
         elif dry_run:
             size = size_text(sum(found.manifest.size for found in self.going if found.manifest))
             what = count_text(len(self.going), "checkpoint")
-            say(f"Nothing was deleted. Without --dry-run, {what} ({size}) would be.")
+            say(f"Dry run: {what} ({size}) would be deleted.")
 
     def carry_out(self) -> list[CheckpointInfo]:
         """Delete, oldest first; those that are gone now."""

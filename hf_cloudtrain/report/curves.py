@@ -82,9 +82,9 @@ def step_time_chart(history: History) -> Chart | None:
     label = "%{y:.4g} s"
     traces = [*_curves(kept, "steps", label), *_curves(lost, "redone", label, lost=True)]
     wide_range = slowest[1] > 10 * usual
-    figure = _by_step(traces, "seconds a step" + (" (logarithmic)" if wide_range else ""), history)
+    figure = _by_step(traces, "seconds per step" + (" (logarithmic)" if wide_range else ""), history)
     figure.update_yaxes({"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"})
-    title = f"Step time: usually {duration_text(usual)}"
+    title = f"Step time: median {duration_text(usual)}"
     text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:,.0f}."
     if len(kept) > MOST_POINTS:
         text += " The curve shows the fastest and the slowest step of each interval."
@@ -144,11 +144,8 @@ def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -
     for point in points:
         by_attempt.setdefault(point[2], []).append(point)
     numbers = sorted(by_attempt)
-    shown: set[bool] = set()
-    for drawn in COLOURS:
+    for index, drawn in enumerate(dict.fromkeys(map(colour, numbers))):
         mine = [number for number in numbers if colour(number) == drawn]
-        if not mine:
-            continue
         joined: list[Point | None] = []
         for number in mine:
             joined += [*_thin(by_attempt[number], max(40, MOST_POINTS // len(numbers))), None]
@@ -162,9 +159,8 @@ def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -
             "marker": {"size": 4, "color": drawn, "symbol": "circle-open" if lost else "circle"},
             "opacity": 0.75 if lost else 1.0,
             "name": name if lost else f"attempt {mine[0]}" + (" …" if len(mine) > 1 else ""),
-            "showlegend": (lost not in shown) if lost else len(numbers) > 1,
+            "showlegend": index == 0 if lost else len(numbers) > 1,
         }
-        shown.add(lost)
 
 
 def _line(points: Sequence[Point | None], label: str) -> dict[str, Any]:
@@ -189,8 +185,8 @@ def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
         return points[index][1]
 
     for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        kept += [points[index] for index in sorted({min(stretch, key=height), max(stretch, key=height)})]
+        interval = range(start, min(start + size, len(points)))
+        kept += [points[index] for index in sorted({min(interval, key=height), max(interval, key=height)})]
     return kept
 
 

@@ -88,7 +88,7 @@ class Report:
 
         source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-        # JSON in a script ends only at "</", which no "<" can begin.
+        # A script element ends at "</", so every "<" in the JSON is escaped below.
         data = json.dumps(
             {chart.name: json.loads(chart.figure.to_json()) for chart in charts}, allow_nan=False
         )
@@ -103,7 +103,7 @@ class Report:
             charts=charts,
             tables=[self._attempt_table(), self._checkpoint_table(), *self._facts()],
             footer=f"Written by cloudtrain run report on {utc(time.time())}. Charts by plotly.js (MIT licence).",
-            data=Markup(data.replace("<", "\\u003c")),  # noqa: S704 - as JSON has it, and harmless in a page
+            data=Markup(data.replace("<", "\\u003c")),  # noqa: S704 - escaped, see above
             plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
         )
 
@@ -126,7 +126,7 @@ class Report:
         step = history.attempts[-1].last_step
         total = state.total_steps
         done = f"{step:,} / {total:,}" if total else f"{step:,}"
-        rate = f"{duration_text(state.step_seconds)} a step" if state.step_seconds else ""
+        rate = f"{duration_text(state.step_seconds)} per step" if state.step_seconds else ""
         eta = f", {duration_text(state.eta_seconds)} left" if state.eta_seconds else ""
         last = max((commit.committed for commit in history.commits.values()), default=None)
         newest = f"step {self.roles.keys[-1].step:,}" if self.roles.keys else "none"

@@ -24,7 +24,7 @@ from hf_cloudtrain.tracking.status import state_of
 
 KINDS = {
     "steps": ("steps that count", "#2e9e6b"),
-    "again": ("redone (lost steps)", LOST),
+    "redone": ("redone (lost steps)", LOST),
     "start": ("startup, until the first step", "#6f8fb0"),
     "evaluation": ("evaluation", "#7a64d1"),
     "save": ("save", "#1f9fb5"),
@@ -62,8 +62,7 @@ def timeline(history: History) -> Chart | None:
     title = f"{count_text(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
     left = len(history.attempts) - len(rows)
     text = "Triangles are saves; the thin bars are their uploads."
-    if left > 0:
-        text += f" It shows the newest {len(rows)} of {len(history.attempts)} attempts."
+    text += f" It shows the newest {len(rows)} of {len(history.attempts)} attempts." if left else ""
     return Chart("timeline", title, text, figure, 78 + thickness * len(rows), True)
 
 
@@ -90,12 +89,11 @@ def time_chart(history: History) -> Chart | None:
     figure.update_xaxes(range=[0, 100], showgrid=False)
     figure.update_yaxes(visible=False)
     goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
-    text = "From the start of the first attempt to the last heartbeat, restarts and all."
+    text = "From the start of the first attempt to the last heartbeat, including restarts."
     if spent.get("stall"):
         text += " Stalls are slow steps and are part of the goodput."
-    return Chart(
-        "goodput", f"Goodput: {goodput} of the time went into steps that count", text, figure, 118, True
-    )
+    title = f"Goodput: {goodput} of the time went into steps that count"
+    return Chart("goodput", title, text, figure, 118, True)
 
 
 def commit_chart(history: History) -> Chart | None:
@@ -120,11 +118,9 @@ def commit_chart(history: History) -> Chart | None:
     }
     figure = new_figure([trace], "time of the save (UTC)", "seconds to the commit")
     figure.update_yaxes(rangemode="tozero")
-    usual, most = duration_text(statistics.median(lags)), duration_text(max(lags))
-    title = f"Upload lag: usually {usual}, at most {most}"
-    text = (
-        "From each save until it is on storage: the window in which losing the machine loses the checkpoint."
-    )
+    median, most = duration_text(statistics.median(lags)), duration_text(max(lags))
+    title = f"Upload lag: median {median}, maximum {most}"
+    text = "From each save until it is on storage: losing the machine in between loses the checkpoint."
     return Chart("commits", title, text, figure)
 
 
@@ -133,14 +129,14 @@ def time_spent(history: History) -> dict[str, float]:
     wall = history.wall_seconds
     alive = _covered([(info.started, info.last_seen) for info in history.attempts])
     steps = min(wall, sum(info.productive_seconds for info in history.attempts))
-    again = sum(info.redone_seconds for info in history.attempts)
+    redone = sum(info.redone_seconds for info in history.attempts)
     stalls = sum(
         stretch.seconds
         for info in history.attempts
         for stretch in info.stretches
         if stretch.why == "stall" and stretch.began < info.kept_until
     )
-    spent = {"steps": max(0.0, steps - stalls), "stall": min(steps, stalls), "again": again}
+    spent = {"steps": max(0.0, steps - stalls), "stall": min(steps, stalls), "redone": redone}
     for kind in ("start", "evaluation", "save", "pause"):
         spent[kind] = sum(
             stretch.seconds for info in history.attempts for stretch in info.stretches if stretch.why == kind
@@ -165,7 +161,7 @@ def _stretch_bars(rows: list[AttemptInfo], lanes: dict[int, int]) -> Iterator[di
 def _stretches(info: AttemptInfo, kind: str) -> Iterator[tuple[float, float]]:
     if kind == "steps" and info.kept_until > info.started and info.kept_steps:
         yield info.started, info.kept_until - info.started
-    elif kind == "again" and info.redone_steps:
+    elif kind == "redone" and info.redone_steps:
         yield info.kept_until, info.last_seen - info.kept_until
     elif kind == "start" and not info.kept_steps and not info.redone_steps:
         yield info.started, max(0.0, info.last_seen - info.started)

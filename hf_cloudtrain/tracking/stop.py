@@ -14,6 +14,15 @@ from hf_cloudtrain.tracking.status import ALIVE, count, number, quiet_seconds
 
 LOOK_SECONDS = 1.0
 """Between two reads of the heartbeat of a run that is stopping."""
+STATES = {
+    "started": "has started",
+    "training": "is training",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped",
+    "overtaken": "was overtaken",
+}
+"""How a state reads in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,9 @@ class Heartbeat:
         return dict(vars(self))
 
     def __str__(self) -> str:
+        state = STATES.get(self.state, f"is {self.state!r}")
         step = "" if self.step is None else f" at step {self.step}"
-        return f"attempt {self.attempt} is {self.state!r}{step}, last committed: {self.last_committed or 'nothing'}"
+        return f"attempt {self.attempt} {state}{step}, last committed checkpoint: {self.last_committed or 'none'}"
 
 
 def request_stop(catalog: Catalog) -> Heartbeat:

@@ -77,7 +77,7 @@ VERIFIED: Columns = {
 def list_(run_url: RunUrl, as_json: Json = False) -> None:
     """List the checkpoints of a run.
 
-    The newest comes last, and folders saved by name after it.
+    The newest comes last, followed by folders saved by name.
     """
     catalog = open_catalog(run_url)
     roles = Roles.of(catalog)
@@ -101,7 +101,7 @@ def list_(run_url: RunUrl, as_json: Json = False) -> None:
 
 @app.command(epilog=examples("checkpoint view RUN", "checkpoint view RUN --checkpoint 500"))
 def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json = False) -> None:
-    """Show a checkpoint: its files, its position in the data, its metadata."""
+    """Show the files, position and metadata of a checkpoint."""
     catalog = open_catalog(run_url)
     manifest = find(catalog, checkpoint)
     info = CheckpointInfo(manifest.key, manifest)
@@ -234,7 +234,7 @@ def pin(
     unpin: Annotated[bool, typer.Option("--unpin", help="Remove the pin instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Pin a checkpoint. No limit, no `prune` and no `delete` without --force deletes it."""
+    """Pin a checkpoint. Only `delete --force` deletes a pinned one."""
     catalog = open_catalog(run_url)
     info, key = _checkpoint(find(catalog, checkpoint), "pinned")
     (retention.unpin if unpin else retention.pin)(catalog, key)

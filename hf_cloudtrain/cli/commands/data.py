@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.datasets.store import Dataset, DatasetStore
 
 app = typer.Typer(
-    help=f"Store, list, inspect, download and delete versioned datasets, in the store of {env.STORE}.",
+    help=f"Store, list, inspect, download and delete datasets.\n\nThey have versions, and are in the store of {env.STORE}.",
     epilog=examples("data create glue data/glue"),
     no_args_is_help=True,
 )
@@ -66,7 +66,7 @@ def create(
         dataset, sent = datasets.create(name, source, progress=progress)
     what = _title(dataset)
     if sent is None:
-        say(f"Nothing to store: the files equal {what}.")
+        say(f"Nothing has changed since {what}.")
     else:
         say(f"Stored {what} ({size_text(sent)} uploaded).")
     if as_json:
@@ -96,7 +96,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.command(epilog=examples("data view glue", "data view glue --version 1"))
 def view(name: DatasetName, version: Version = None, as_json: Json = False) -> None:
-    """Show a version of a dataset: its files, its sizes, its metadata."""
+    """Show the files and the metadata of a dataset."""
     datasets = _open()
     dataset = datasets.find(name, version)
     manifest = dataset.manifest
@@ -162,7 +162,7 @@ def delete(
 ) -> None:
     """Delete a dataset, or one version of it.
 
-    Local copies are kept, so a job that is running with one goes on.
+    Local copies are kept, so running jobs are not affected.
     """
     datasets = _open()
     begun = [number for number in datasets.half_deleted(name) if version in (None, number)]

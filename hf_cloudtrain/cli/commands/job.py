@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.jobs.spec.job import EngineName
 
 app = typer.Typer(
-    help="Run jobs from job files; list, inspect, follow and cancel them.",
+    help="Run jobs; list, inspect, follow and cancel them.",
     epilog=examples("job run -f job.yml -d ./glue"),
     no_args_is_help=True,
 )
@@ -103,7 +103,7 @@ def list_(
 
 @app.command(epilog=examples("job status mnli-2"))
 def status(job: JobId, as_json: Json = False) -> None:
-    """Show how a job is doing: its state, reason, starts, exit codes and run."""
+    """Show the state, starts and exit codes of a job."""
     from hf_cloudtrain.cli import job_actions
 
     job_actions.show_status(job, as_json)
@@ -154,7 +154,10 @@ def template(as_json: Json = False) -> None:
 def schema(
     as_json: Json = False,  # noqa: ARG001 - every command has the option; this one only prints JSON
 ) -> None:
-    """Print the JSON schema of job files, for editors that complete and check them."""
+    """Print the JSON schema of job files.
+
+    Editors complete and check job files with it.
+    """
     from hf_cloudtrain.jobs.spec.job import Job
 
     print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema()})

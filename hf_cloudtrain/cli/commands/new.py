@@ -26,7 +26,10 @@ def new(
     ],
     as_json: Json = False,
 ) -> None:
-    """Create a project: a model, its data, and a training loop that survives its machine."""
+    """Create a project from a template.
+
+    It has a model, its data, and a training loop that survives its machine.
+    """
     _check_free(directory)
     # Without the modes of the files: of a package that is installed read-only, they would make a read-only project.
     shutil.copytree(

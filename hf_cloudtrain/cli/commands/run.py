@@ -66,7 +66,7 @@ def list_(
 
 @app.command(epilog=examples("run status RUN"))
 def status(run_url: RunUrl, as_json: Json = False) -> None:
-    """Show how a run is doing: its state, progress, rate, goodput and attempts."""
+    """Show the state, progress and attempts of a run."""
     from hf_cloudtrain.cli import status as shown
     from hf_cloudtrain.tracking.history import history_of
 
@@ -105,9 +105,9 @@ def stop(
 
 @app.command(epilog=examples("run watch RUN"))
 def watch(run_url: RunUrl, as_json: Json = False) -> None:
-    """Watch a run until it is over: its progress, rate, loss and uploads.
+    """Watch a run until it is over.
 
-    Ctrl-C ends the watching, not the run.
+    Shows its progress, rate, loss and uploads. Ctrl-C ends the watching, not the run.
     """
     from hf_cloudtrain.cli import watch as actions
 
@@ -147,7 +147,10 @@ def report(
     ),
     as_json: Json = False,
 ) -> None:
-    """Write an HTML page about a run: its curves, attempts, uploads, lost work and checkpoints."""
+    """Write an HTML page about a run.
+
+    It shows curves, attempts, uploads, lost work and checkpoints.
+    """
     from hf_cloudtrain.report.page import Report
 
     page = Report(open_catalog(run_url))

@@ -57,11 +57,12 @@ def verify_resume(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train twice, once without a stop and once killed and resumed, and compare.
+    """Check that a training script resumes exactly.
 
-    Weights, optimizer, random states, sample order and logged values are compared. Exit with code 0 if nothing differs.
-    The run and the output of the script go to a scratch folder, whatever URL and folder the script names. All processes
-    run on this machine, twice from start to end: use a short training with a few checkpoints.
+    Trains twice, once without a stop and once killed and resumed, and compares weights, optimizer, random states, sample
+    order and logged values. Exits with code 0 if nothing differs. The run and the output of the script go to a scratch
+    folder, whatever URL and folder the script names. All processes run on this machine, twice from start to end: use a
+    short training with a few checkpoints.
     """
     scratch = _make(folder)
     shown = shown_command(command)

@@ -10,7 +10,7 @@ import typer
 from hf_cloudtrain.cli.arguments import Json, examples
 from hf_cloudtrain.cli.output import Columns, print_json, say, show_table
 
-HELP = "List machines for jobs: this one, Slurm's, your own, and those of clouds."
+HELP = "List machines that jobs can run on."
 
 app = typer.Typer(help=HELP, epilog=examples("vm list"), no_args_is_help=True)
 
@@ -40,9 +40,9 @@ def list_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the machines that jobs can run on. The first column is `vm` in a job file.
+    """List machines that jobs can run on.
 
-    Sources are this machine, `sinfo` of Slurm, vms.yml in the store, and the catalog of SkyPilot.
+    The first column is `vm` in a job file. Sources are this machine, `sinfo` of Slurm, vms.yml in the store, and the catalog of SkyPilot.
     """
     from hf_cloudtrain.jobs.inventory import find
 

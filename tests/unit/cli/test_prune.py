@@ -36,7 +36,7 @@ class TestPrune:
             *("checkpoint-100", "checkpoint-300", "checkpoint-300.a2")
         }
         assert lines[ALL[1]].endswith("keep: it is the best one")
-        assert "Nothing was deleted. Without --dry-run, 3 checkpoints (" in result.stderr
+        assert "Dry run: 3 checkpoints (" in result.stderr
         assert run.committed() == ALL
         record = answer("checkpoint", "prune", run.url, "--keep-last", "1", "--dry-run")
         assert (record["dry_run"], record["deleted"], len(record["going"])) == (True, [], 3)

@@ -102,7 +102,7 @@ class TestRunStop:
         )
         result = cloudtrain("run", "stop", empty.url, "--wait", "--json")
         assert meanwhile.left == []
-        assert "'stopped' at step 119, last committed: 000001-0000000119" in result.stderr
+        assert "attempt 1 stopped at step 119, last committed checkpoint: 000001-0000000119" in result.stderr
         assert json.loads(result.stdout)["state"] == "stopped"
 
     def test_a_failure_instead_of_a_stop_is_an_error(
@@ -112,7 +112,7 @@ class TestRunStop:
         empty.beat(1, step=100)
         Meanwhile(monkeypatch, lambda: empty.beat(1, step=101, state="failed"))
         result = cloudtrain("run", "stop", empty.url, "--wait", code=1)
-        assert "Error: It failed instead of stopping: attempt 1 is 'failed'" in result.stderr
+        assert "Error: It failed instead of stopping: attempt 1 failed at step 101" in result.stderr
 
     def test_ends_when_heartbeats_stop(self, empty: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         empty.begin()

@@ -53,7 +53,7 @@ def test_create_says_what_was_sent_and_that_nothing_has_changed(glue: Path, tmp_
     assert first.stderr == "Stored glue, version 1: 2 files, 1.5 kB (1.5 kB uploaded).\n"
     assert first.stdout == ""
     again = cloudtrain("create", "glue", str(glue))
-    assert again.stderr == "Nothing to store: the files equal glue, version 1: 2 files, 1.5 kB.\n"
+    assert again.stderr == "Nothing has changed since glue, version 1: 2 files, 1.5 kB.\n"
     (glue / "README.md").write_bytes(b"hello there")
     record = answer("create", "glue", str(glue))
     assert record.pop("created") > 1.7e9
@@ -228,11 +228,14 @@ def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, 
         (("create", "glue", "/missing"), "'/missing' is neither a folder nor a file"),
     ],
 )
-def test_trouble_is_one_sentence_and_exit_code_1(
+def test_an_error_is_one_line_and_exit_code_1(
     store: DatasetStore, glue: Path, words: tuple[str, ...], told: str
 ) -> None:
     store.create("glue", glue)
-    assert cloudtrain(*words, code=1).stderr.startswith(f"Error: {told}")
+    stderr = cloudtrain(*words, code=1).stderr
+    assert stderr.startswith("Error: ")
+    assert told in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_credentials_in_the_url_of_a_store_or_a_source_are_not_shown(
