@@ -246,7 +246,14 @@ class TestPicture:
         commit(run, CheckpointKey(1, 5), 0.0)
         text = drawn(looked(run))
         for part in (
-            *("training", "attempt 1, heartbeat", "10/100 (10%)", "2 s per step, 16 samples/s", "3 min", "━━"),
+            *(
+                "training",
+                "attempt 1, heartbeat",
+                "10/100 (10%)",
+                "2 s per step, 16 samples/s",
+                "3 min",
+                "━━",
+            ),
             *("checkpoint-5 (attempt 1), 14.2 s after its save", "checkpoint-10 (attempt 1), for 1 min 1"),
             *("loss 2.8 at step 2 to 2.4 at step 6", "gpu-07", "0 to 10"),
         ):
