@@ -125,12 +125,9 @@ class JobStore:
         """
         while True:
             job_id = self.next_id(name)
-            facts = {
-                **facts,
-                "run_url": facts.get("run_url") or self.below("runs", job_id),
-                "home": str(self.home(job_id)),
-            }
-            record = JobRecord(id=job_id, name=name, created=time.time(), submitted_by=person(), **facts)
+            facts["home"] = str(self.home(job_id))
+            own = {**facts, "run_url": facts.get("run_url") or self.below("runs", job_id)}
+            record = JobRecord(id=job_id, name=name, created=time.time(), submitted_by=person(), **own)
             if self.storage.create(_path(job_id), _encode(record)):
                 return record
 
@@ -221,10 +218,10 @@ def _decode(data: bytes, job_id: str) -> JobRecord:
     facts = decode_record(data, what)
     known = {field.name for field in dataclasses.fields(JobRecord)}
     try:
-        facts["starts"] = tuple(
-            Start(**{**start, "exit_codes": tuple(start.get("exit_codes", ()))})
-            for start in facts.get("starts", ())
-        )
+        starts = [
+            {**start, "exit_codes": tuple(start.get("exit_codes", ()))} for start in facts.get("starts", ())
+        ]
+        facts["starts"] = tuple(Start(**start) for start in starts)
         record = JobRecord(**{key: value for key, value in facts.items() if key in known})
     except (TypeError, AttributeError, ValueError) as error:
         raise ManifestError(f"The {what} is damaged: {error}") from error

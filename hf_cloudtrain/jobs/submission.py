@@ -18,6 +18,9 @@ FILE = "job.json"
 SUPERVISOR_LOCK = "supervisor.lock"
 """In the home: the lock of the job's supervisor on this machine."""
 
+_PLAIN = ("id", "run_url", "store", "has_workspace", "dataset_version")
+"""Fields that `job.json` has as they are."""
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -84,17 +87,9 @@ class Submission:
         """The content of `job.json`: of variables only the names."""
         job = self.job.model_dump(mode="json", exclude_none=True)
         job["env"] = dict.fromkeys(self.job.env)
-        return {
-            "id": self.id,
-            "run_url": self.run_url,
-            "store": self.store,
-            "nodes": self.plan.nodes,
-            "nproc_per_node": self.plan.nproc_per_node,
-            "grace": self.plan.grace,
-            "has_workspace": self.has_workspace,
-            "dataset_version": self.dataset_version,
-            "job": job,
-        }
+        plan = self.plan
+        shape = {"nodes": plan.nodes, "nproc_per_node": plan.nproc_per_node, "grace": plan.grace}
+        return {**{name: getattr(self, name) for name in _PLAIN}, **shape, "job": job}
 
     @classmethod
     def load(cls, home: str | os.PathLike[str]) -> Submission:
@@ -119,5 +114,4 @@ class Submission:
         if env.GRACE in job.env:  # not a secret, and recorded
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
         plan = Plan(record["nodes"], record["nproc_per_node"], job.checkpoint_dir, job.env, record["grace"])
-        same = ("id", "run_url", "store", "has_workspace", "dataset_version")
-        return cls(job=job, plan=plan, home=home, **{name: record[name] for name in same})
+        return cls(job=job, plan=plan, home=home, **{name: record[name] for name in _PLAIN})

@@ -6,9 +6,9 @@ which pattern applies: in `pathspec` a pattern also matches everything below wha
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
@@ -23,7 +23,7 @@ MAX_BYTES = 2**20
 Patterns = tuple[GitIgnoreSpecPattern, ...]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """The rules for one folder: those of its own ignore file, and of those above it.
 
@@ -71,15 +71,14 @@ class Rules:
     def entered(self, name: str) -> Rules:
         """As `below`, without the ignore file there."""
         levels = tuple((f"{path}{name}/", patterns) for path, patterns in self.levels)
-        return Rules(self.file, self.folder / name, levels, self.included)
+        return dataclasses.replace(self, folder=self.folder / name, levels=levels)
 
     def with_file(self) -> Rules:
         """With the ignore file of this folder, if there is one."""
         file = self.folder / self.file
         if not file.is_file():
             return self
-        patterns = tuple(_patterns(file))
-        return Rules(self.file, self.folder, (("", patterns), *self.levels), self.included)
+        return dataclasses.replace(self, levels=(("", tuple(_patterns(file))), *self.levels))
 
 
 def _levels_above(folder: Path) -> tuple[tuple[str, Patterns], ...]:

@@ -155,7 +155,7 @@ def _deepest_folder(path: str) -> str:
     while not os.path.isdir(folder):
         if os.path.lexists(folder):
             raise ConfigurationError(
-                f"{path!r} cannot be a folder: {folder!r} is a file. Use another mount path."
+                f"{path!r} cannot be a folder: {folder!r} is a file. Use a different mount path."
             )
         folder = os.path.dirname(folder)
     return folder

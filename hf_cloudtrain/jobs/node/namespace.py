@@ -121,7 +121,7 @@ def _replace(folder: str) -> None:
 
 
 def _bind_all(source: str, folder: str) -> None:
-    """Show everything in one folder in another, empty one."""
+    """Show the content of one folder in an empty one."""
     for name in os.listdir(source):
         old, new = os.path.join(source, name), os.path.join(folder, name)
         try:

@@ -12,6 +12,8 @@ the job's grace to save; all processes below this one are gone when it exits. Th
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +54,7 @@ trap '[ -z "$stopped" ] || exit 75' DEBUG
 Wrap = Callable[[Submission, Sequence[Mount], list[str]], list[str]]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Ending:
     """How a node's part of one start ended."""
 
@@ -78,31 +79,24 @@ class Ending:
         return 1
 
 
+@dataclasses.dataclass
 class Node:
     """One node in one start of a job. Arguments as `run_node`."""
 
-    def __init__(
-        self,
-        submission: Submission,
-        node_rank: int,
-        master_addr: str,
-        master_port: int,
-        start: int,
-        wrap: Wrap,
-    ) -> None:
-        self._submission = submission
-        self._rank = node_rank
-        self._address = (master_addr, master_port)
-        self._start = start
-        self._wrap = wrap
-        self._stopped_at: float | None = None
-        self._can_interrupt = False
-        """Whether a stop signal may interrupt the main thread."""
-        self._parent = os.getppid()
+    submission: Submission
+    rank: int
+    master_addr: str
+    master_port: int
+    start: int
+    wrap: Wrap
+    _stopped_at: float | None = None
+    _can_interrupt: bool = False
+    """Whether a stop signal may interrupt the main thread."""
 
     def run(self) -> Ending:
         """Everything, from the dataset to the outcome."""
-        forget_launcher(self._submission.plan.variables)
+        self._parent = os.getppid()
+        forget_launcher(self.submission.plan.variables)
         adopt_orphans()
         with stop_handler(self._on_signal):
             ending = self._run_until_ended()
@@ -114,8 +108,8 @@ class Node:
             self._can_interrupt = True
             self._check_not_stopped()
             # A node whose supervisor was killed may still be saving: this one resumes from what it saves.
-            lock = self._submission.node_file(self._rank, 0).with_name("lock")
-            with locked(lock, patience=self._submission.plan.grace + 3 * MARGIN):
+            lock = self.submission.node_file(self.rank, 0).with_name("lock")
+            with locked(lock, patience=self.submission.plan.grace + 3 * MARGIN):
                 exit_code = self._work()
             return Ending(exit_code, self._outcome(), stopped=self._stopped_at is not None)
         except _Stopped:
@@ -129,67 +123,66 @@ class Node:
             kill_children()
 
     def _work(self) -> int:
-        submission = self._submission
-        exit_file = submission.exit_file(self._rank, self._start)
+        submission = self.submission
+        exit_file = submission.exit_file(self.rank, self.start)
         exit_file.parent.mkdir(parents=True, exist_ok=True)
         exit_file.unlink(missing_ok=True)
         mounts = [*folder_mounts(submission), *self._data()]
         environment = {**os.environ, **self._contract(exit_file), **self._restore()}
-        command = submission.job.command
         folder = submission.job.job_setting.workspace.mount_path
         if not any(mount.target == folder for mount in mounts):
             folder = str(submission.workspace)
-        if command.setup is not None:
-            self._set_up(command.setup, mounts, folder, environment)
-        return self._call(command.run, mounts, folder, environment)
+        call = functools.partial(self._call, mounts=mounts, folder=folder, environment=environment)
+        if submission.job.command.setup is not None:
+            self._set_up(functools.partial(call, submission.job.command.setup))
+        return call(submission.job.command.run)
 
     def _contract(self, exit_file: Path) -> dict[str, str]:
-        address, port = self._address
-        return self._submission.plan.environment(
-            self._rank,
-            master_addr=address,
-            master_port=port,
-            run_url=self._submission.run_url,
+        return self.submission.plan.environment(
+            self.rank,
+            master_addr=self.master_addr,
+            master_port=self.master_port,
+            run_url=self.submission.run_url,
             exit_file=str(exit_file),
             shell=os.environ,
         )
 
     def _data(self) -> list[Mount]:
-        data = self._submission.job.data
+        data = self.submission.job.data
         if data is None:
             return []
-        store = DatasetStore(self._submission.store)
+        store = DatasetStore(self.submission.store)
         name = data.name.partition("@")[0]
-        dataset = store.find(name, self._submission.dataset_version)
+        dataset = store.find(name, self.submission.dataset_version)
         logger.info("Dataset %s at %s.", dataset, data.mount_path)
         return [Mount(store.local_copy(dataset), data.mount_path, read_only=True)]
 
     def _restore(self) -> dict[str, str]:
         """Put the newest checkpoint where the script expects it; gives the variable that names it."""
-        folder = real_checkpoint_dir(self._submission)
+        folder = real_checkpoint_dir(self.submission)
         if folder is None:
             return {}
-        choice = self._submission.restored_file(self._start)
-        with alone(self._submission.home / "restore.lock", "restores the checkpoint"):
-            key = restore(self._submission.run_url, folder, choice)
+        choice = self.submission.restored_file(self.start)
+        with alone(self.submission.home / "restore.lock", "restores the checkpoint"):
+            key = restore(self.submission.run_url, folder, choice)
         return {env.RESTORED_CHECKPOINT: str(key)} if key else {}
 
-    def _set_up(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> None:
+    def _set_up(self, call: Callable[[], int]) -> None:
         """Run the setup once in each start on each machine, which may have several nodes."""
-        done = self._submission.home / f"setup-{platform.node()}"
+        done = self.submission.home / f"setup-{platform.node()}"
         with alone(done.with_suffix(".lock"), "prepares this machine"):
-            if done.exists() and done.read_text() == str(self._start):
+            if done.exists() and done.read_text() == str(self.start):
                 return
-            code = self._call(text, mounts, folder, environment)
+            code = call()
             self._check_not_stopped()
             if code != 0:
                 raise CloudTrainError(f"The setup of the job ended with exit code {code}.")
-            done.write_text(str(self._start))
+            done.write_text(str(self.start))
 
     def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:
         self._check_not_stopped()
         bash = ["bash", "-c", f"cd -- {shlex.quote(folder)} || exit 1\n{SHELL}{text}\n"]
-        wrapped = self._wrap(self._submission, mounts, bash)
+        wrapped = self.wrap(self.submission, mounts, bash)
         process = subprocess.Popen(wrapped, env=environment, stdin=subprocess.DEVNULL)
         self._can_interrupt = False
         is_asked = False
@@ -201,14 +194,14 @@ class Node:
                 if not is_asked:
                     is_asked = True
                     terminate(process.pid)
-                if time.monotonic() > self._stopped_at + self._submission.plan.grace + MARGIN:
+                if time.monotonic() > self._stopped_at + self.submission.plan.grace + MARGIN:
                     logger.warning("The command did not exit within its grace time; killing it.")
                     kill_children()
             time.sleep(POLL)
         self._can_interrupt = True
         kill_children()
         if wrapped[0] == "docker":  # a killed client leaves its container behind
-            kill = ["docker", "kill", container_name(self._submission)]
+            kill = ["docker", "kill", container_name(self.submission)]
             subprocess.run(kill, capture_output=True, check=False)
         return process.returncode
 
@@ -223,18 +216,14 @@ class Node:
             raise _Stopped
 
     def _outcome(self) -> str | None:
-        found = read_end(self._submission.exit_file(self._rank, self._start))
+        found = read_end(self.submission.exit_file(self.rank, self.start))
         return None if found is None else str(found.get("outcome"))
 
     def _record(self, ending: Ending) -> None:
-        path = self._submission.node_file(self._rank, self._start)
+        path = self.submission.node_file(self.rank, self.start)
         beside = path.with_name(f".{path.name}")
-        record = {
-            "exit_code": ending.exit_code,
-            "problem": ending.problem,
-            "hopeless": ending.hopeless,
-            "stopped": ending.stopped,
-        }
+        record = dataclasses.asdict(ending)
+        del record["outcome"]  # it is in the exit file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(record) + "\n")
@@ -265,8 +254,11 @@ def run_node(
         start: number of the start, from 1.
         wrap: makes the command line under which a command sees the mounts; default: a mount namespace, or docker.
     """
-    node = Node(submission, node_rank, master_addr, master_port, start, wrap or in_namespace_or_docker)
-    return node.run().status
+    return (
+        Node(submission, node_rank, master_addr, master_port, start, wrap or in_namespace_or_docker)
+        .run()
+        .status
+    )
 
 
 def forget_launcher(own: Container[str]) -> None:

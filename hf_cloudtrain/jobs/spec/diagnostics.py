@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_PROBLEMS = 50
-"""Problems that are shown of one document; one with more is another kind of file."""
+"""Problems that are shown of one document; a file with more is not of this kind."""
 MAX_QUOTED = 100
 """Characters of a key or a value that are quoted."""
 

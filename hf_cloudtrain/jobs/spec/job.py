@@ -109,18 +109,14 @@ class Local(_Block):
     """Options of the engine `local`."""
 
     nodes: Count | None = None
-    """Nodes to start on this machine. Default: from `vm` and `num_devices`."""
+    """Number of nodes. Default: from `vm` and `num_devices`."""
     nproc_per_node: Count | None = None
-    """Processes of each node. Default: from `vm` and `num_devices`."""
+    """Processes on each node. Default: from `vm` and `num_devices`."""
 
 
-class Slurm(_Block):
+class Slurm(Local):
     """Options of the engine `slurm`, named as the options of `sbatch`."""
 
-    nodes: Count | None = None
-    """Machines. Default: from `vm` and `num_devices`."""
-    nproc_per_node: Count | None = None
-    """Processes on each machine. Default: from `vm` and `num_devices`."""
     partition: Word | None = None
     """Partition to queue in. Default: the cluster's."""
     account: Word | None = None

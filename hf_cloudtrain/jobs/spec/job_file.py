@@ -99,24 +99,18 @@ def _path_problems(data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     workspace = _valid(data, ("job_setting", "workspace", "mount_path"), check_mount_path) or "/workspace"
     dataset = _valid(data, path := ("data", "mount_path"), check_mount_path)
     if dataset is not None and is_below(workspace, dataset):
-        yield (
-            path,
-            f"{dotted(path)} is {quoted(dataset)}, which would hide the workspace at {quoted(workspace)}. Use another path.",
-        )
+        text = f"would hide the workspace at {quoted(workspace)}. Use a different path."
+        yield path, f"{dotted(path)} is {quoted(dataset)}, which {text}"
     folder = _valid(data, path := ("checkpoint", "output_checkpoint_dir"), check_folder)
     if folder is None:
         return
     folder = posixpath.normpath(posixpath.join(workspace, folder))
     if is_below(workspace, folder):
-        yield (
-            path,
-            f"{dotted(path)} is {quoted(folder)}, which contains the code of the workspace. Use a separate folder.",
-        )
+        text = "contains the code of the workspace. Use a separate folder."
+        yield path, f"{dotted(path)} is {quoted(folder)}, which {text}"
     elif dataset is not None and (is_below(folder, dataset) or is_below(dataset, folder)):
-        yield (
-            path,
-            f"{dotted(path)} is {quoted(folder)}, which overlaps the read-only dataset at {quoted(dataset)}. Use another folder.",
-        )
+        text = f"overlaps the read-only dataset at {quoted(dataset)}. Use a different folder."
+        yield path, f"{dotted(path)} is {quoted(folder)}, which {text}"
 
 
 _count = TypeAdapter[int](Count).validate_python

@@ -100,7 +100,7 @@ def check_mount_path(text: str) -> str:
     hides_top = top in _WHOLE or (top == "usr" and inner and inner[0] not in _FREE_BELOW_USR)
     if hides_top or path == "/" or path[1:] in _SYSTEM:
         raise ValueError(
-            f"is {quoted(text)}, which would hide the machine's own {f'/{top}' if hides_top else path!r}. Use another path, "
+            f"is {quoted(text)}, which would hide the machine's own {f'/{top}' if hides_top else path!r}. Use a different path, "
             "such as '/workspace'."
         )
     return path
