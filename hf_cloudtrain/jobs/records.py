@@ -102,11 +102,6 @@ class JobStore:
 
     Args:
         store: any URL or folder; None: `HF_CLOUDTRAIN_STORE`, or else a folder in the home folder.
-
-    Example:
-        >>> jobs = JobStore()
-        >>> jobs.read("mnli-2").state
-        'running'
     """
 
     def __init__(self, store: str | None = None) -> None:

@@ -24,13 +24,7 @@ _PLAIN = ("id", "run_url", "store", "has_workspace", "dataset_version")
 
 @dataclass(frozen=True)
 class Submission:
-    """All decisions about a job before its first process starts.
-
-    Example:
-        >>> submission = Submission.load("/home/me/.hf_cloudtrain/jobs/mnli-1")
-        >>> submission.plan.nodes, submission.run_url
-        (2, 's3://bucket/runs/mnli')
-    """
+    """All decisions about a job before its first process starts."""
 
     job: Job
     plan: Plan

@@ -52,10 +52,6 @@ class Supervisor:
         record: of the job, as it is now.
         gang: its nodes.
         review: lets an engine change the verdict on a start.
-
-    Example:
-        >>> Supervisor(submission, store, record, LocalGang(submission)).run().state
-        'finished'
     """
 
     def __init__(

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from hf_cloudtrain.jobs.node.folders import unmoved_folders
 from hf_cloudtrain.jobs.node.mounts import Mount, argv
@@ -52,52 +51,41 @@ def has_docker() -> bool:
 def in_namespace_or_docker(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:
     """The command line under which `command` sees the mounts: in the job's image if the machine has docker."""
     image = submission.job.job_setting.docker.image
-    if image is None or not has_docker():
-        return argv(mounts, command)
-    mounts = [*mounts, *unmoved_folders(submission)]
-    for mount in mounts:
-        mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
-    forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
-    names = forwarded.union(CONTRACT, submission.plan.variables)
-    return docker_argv(image, mounts, command, names, submission.home, container_name(submission))
-
-
-def container_name(submission: Submission) -> str:
-    """Name of the container of this node."""
-    return f"cloudtrain-{submission.id}-{os.getpid()}"
+    return (
+        argv(mounts, command)
+        if image is None or not has_docker()
+        else docker_argv(submission, image, mounts, command)
+    )
 
 
 def docker_argv(
-    image: str,
-    mounts: Sequence[Mount],
-    command: Sequence[str],
-    environment_names: Iterable[str],
-    home: Path,
-    name: str,
+    submission: Submission, image: str, mounts: Sequence[Mount], command: Sequence[str]
 ) -> list[str]:
     """The command line that runs `command` in a container of an image.
 
     The client forwards SIGTERM to the container, where `INIT` sends it to all processes; its exit code is that of the
     command. A killed client leaves the container behind: `docker kill NAME` ends it. The values of variables are not in
     the command line: the client takes them from its own environment. Network and shared memory are the machine's, as
-    torchrun and its workers need them.
-
-    Args:
-        image: name of the image.
-        mounts: in any order; a target may be inside another.
-        command: what to run in the container.
-        environment_names: names of the variables to pass on.
-        home: folder of the job, mounted at its own path.
-        name: name of the container.
+    torchrun and its workers need them. The job's home is mounted at its own path.
     """
-    argv = ["docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host"]
+    home = Mount(submission.home, str(submission.home))
+    mounts = sorted([*mounts, *unmoved_folders(submission)], key=lambda mount: mount.target.count("/"))
+    found = ["docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host"]
     if shutil.which("nvidia-smi"):
-        argv += ["--gpus", "all"]
-    for mount in (Mount(home, str(home)), *sorted(mounts, key=lambda mount: mount.target.count("/"))):
-        argv += ["--mount", _mount_option(mount)]
-    for variable in sorted(set(environment_names)):
-        argv += ["--env", variable]
-    return [*argv, "--name", name, "--entrypoint", "sh", image, "-c", INIT, "sh", *command]
+        found += ["--gpus", "all"]
+    for mount in (home, *mounts):
+        mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
+        found += ["--mount", _mount_option(mount)]
+    forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
+    for variable in sorted(forwarded.union(CONTRACT, submission.plan.variables)):
+        found += ["--env", variable]
+    name = container_name(submission)
+    return [*found, "--name", name, "--entrypoint", "sh", image, "-c", INIT, "sh", *command]
+
+
+def container_name(submission: Submission) -> str:
+    """Name of the container of this node."""
+    return f"cloudtrain-{submission.id}-{os.getpid()}"
 
 
 def _mount_option(mount: Mount) -> str:

@@ -30,11 +30,7 @@ PROBE_TIMEOUT = 20.0
 
 @dataclass(frozen=True)
 class Mount:
-    """A folder, and the path at which a job sees it.
-
-    Example:
-        >>> Mount(Path("/home/me/.hf_cloudtrain/jobs/mnli-1/workspace"), "/workspace")
-    """
+    """A folder, and the path at which a job sees it."""
 
     source: Path
     target: str

@@ -28,13 +28,7 @@ SPACE_LEFT = 16 * 2**20
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy contains, or would contain.
-
-    Example:
-        >>> found = workspace_size(Path("glue"))
-        >>> found.files, found.size
-        (12, 48213)
-    """
+    """What a copy contains, or would contain."""
 
     files: int
     size: int

@@ -84,9 +84,7 @@ class JobSetting(_Block):
     type: Literal["custom"] = "custom"
     """PeriFlow's kind of job; your own script is custom."""
     docker: Docker
-    """The image and the command."""
     workspace: Workspace = Workspace()
-    """The folder that is submitted with `-d`, as the job sees it."""
 
 
 class Checkpoint(_Block):
@@ -222,9 +220,7 @@ class Job(_Block):
     num_devices: Count | None = None
     """Total number of GPUs, a multiple of those of a machine. Default: one machine, or 1 without `vm`."""
     job_setting: JobSetting
-    """What runs."""
     checkpoint: Checkpoint = Checkpoint()
-    """Where the script keeps its checkpoints."""
     data: Data | None = None
     """The dataset of the job."""
     run_url: RunUrl | None = None
@@ -236,13 +232,9 @@ class Job(_Block):
     env: Annotated[dict[Variable, Value | None], Field(repr=False)] = {}
     """Variables for the command; one without a value is taken from the shell that submits the job."""
     local: Local = Local()
-    """Options of the engine `local`."""
     slurm: Slurm = Slurm()
-    """Options of the engine `slurm`."""
     skypilot: Skypilot = Skypilot()
-    """Options of the engine `skypilot`."""
     sagemaker: Sagemaker = Sagemaker()
-    """Options of the engine `sagemaker`."""
 
     @property
     def command(self) -> Command:

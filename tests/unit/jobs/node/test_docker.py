@@ -21,29 +21,44 @@ from hf_cloudtrain.jobs.submission import Submission
 PATIENCE = 20.0
 
 
-def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line(
+    submission_of: Callable[..., Submission], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(docker, "CONTRACT", ("RANK",))
+    monkeypatch.setattr(docker, "FORWARDED", ("NO_SUCH_PREFIX",))
+    data, other = tmp_path / "data", tmp_path / "a,b"
     found = docker_argv(
+        submission_of("env: {KEY: value, RANKED: 1}"),
         "me/train:1",
-        [Mount(Path("/s/data"), "/workspace/data", read_only=True), Mount(Path("/s/a,b"), "/workspace")],
+        [Mount(data, "/workspace/data", read_only=True), Mount(other, "/workspace")],
         ["bash", "-c", "torchrun main.py"],
-        ["RANK", "KEY", "RANK"],
-        Path("/home/me/jobs/mnli-1"),
-        "mnli-1-0",
     )
-    assert found == [
+    run, home = tmp_path / "run", tmp_path / "home"
+    mounts = [word for word in found if word.startswith("type=bind")]
+    assert sorted(mounts) == sorted(
+        [
+            f"type=bind,source={home},target={home}",
+            f"type=bind,source={run},target={run}",
+            f'type=bind,"source={other}",target=/workspace',
+            f"type=bind,source={data},target=/workspace/data,readonly",
+        ]
+    )
+    assert mounts.index(f'type=bind,"source={other}",target=/workspace') < mounts.index(
+        f"type=bind,source={data},target=/workspace/data,readonly"
+    ), "outer folders first"
+    assert [word for word in found if word not in mounts and word != "--mount"] == [
         *("docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host", "--gpus", "all"),
-        *("--mount", "type=bind,source=/home/me/jobs/mnli-1,target=/home/me/jobs/mnli-1"),
-        *("--mount", 'type=bind,"source=/s/a,b",target=/workspace'),
-        *("--mount", "type=bind,source=/s/data,target=/workspace/data,readonly"),
-        *("--env", "KEY", "--env", "RANK", "--name", "mnli-1-0"),
+        *("--env", "KEY", "--env", "RANK", "--env", "RANKED", "--name", f"cloudtrain-toy-1-{os.getpid()}"),
         *("--entrypoint", "sh", "me/train:1", "-c", INIT, "sh", "bash", "-c", "torchrun main.py"),
     ]
 
 
-def test_without_a_gpu_none_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_none_is_requested(
+    submission_of: Callable[..., Submission], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "--gpus" not in docker_argv("image", [], ["true"], [], Path("/home/me/job"), "job-1-0")
+    assert "--gpus" not in docker_argv(submission_of(), "image", [], ["true"])
 
 
 @pytest.mark.parametrize(
