@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
-from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.logs import follow_nodes, mark_start
 from hf_cloudtrain.jobs.node.node import node_argv
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
@@ -81,7 +81,7 @@ class TemplateEngine:
         return follow_nodes(record, node_rank, follow, lambda now: now.is_over or self.look(now) is not None)
 
 
-class TemplateGang(GracefulGang):
+class TemplateGang(Gang):
     """Starts and stops the node of each start of a job, for the supervisor."""
 
     _node: subprocess.Popen[bytes] | None = None

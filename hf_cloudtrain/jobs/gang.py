@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import time
-from typing import Protocol
 
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.submission import Submission
@@ -13,26 +12,10 @@ ExitCodes = tuple[int | None, ...]
 """Exit codes by node rank; None for a node that was killed or lost."""
 
 
-class Gang(Protocol):
-    """What the supervisor needs of the nodes of a job."""
+class Gang(abc.ABC):
+    """The nodes of a job, as the supervisor sees them, and the grace that they have to stop.
 
-    def start(self, number: int) -> None:
-        """Start every node, for the number-th time; returns at once. Raises OSError."""
-
-    def poll(self) -> ExitCodes | None:
-        """The exit codes once all nodes have ended, else None. Stops the other nodes when one has failed."""
-
-    def stop(self) -> None:
-        """Ask every node to stop; each has its grace."""
-
-    def kill(self) -> None:
-        """End what is left, at once."""
-
-
-class GracefulGang(abc.ABC):
-    """A gang that enforces the grace: the base class of every engine's gang.
-
-    A subclass says how its nodes are started, asked to stop and killed, and how it learns that they have ended.
+    The gang of an engine says how its nodes are started, asked to stop and killed, and how it learns that they have ended.
     """
 
     def __init__(self, submission: Submission) -> None:
@@ -43,13 +26,13 @@ class GracefulGang(abc.ABC):
         """Number of the last start."""
 
     def start(self, number: int) -> None:
-        """See `Gang`."""
+        """Start every node, for the number-th time; returns at once. Raises OSError."""
         self.number = number
         self._stopped_at = None
         self._start_nodes()
 
     def poll(self) -> ExitCodes | None:
-        """See `Gang`."""
+        """The exit codes once all nodes have ended, else None. Stops the others if one has failed; kills after the grace."""
         codes = self._exit_codes()
         if codes is not None:
             return codes
@@ -63,14 +46,14 @@ class GracefulGang(abc.ABC):
         return None
 
     def stop(self) -> None:
-        """See `Gang`. Nodes that were asked already are left alone."""
+        """Ask every node to stop; each has its grace. Does nothing if they were asked already."""
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
             self._ask_to_stop()
 
     @abc.abstractmethod
     def kill(self) -> None:
-        """See `Gang`. Called again at each poll until all nodes have ended."""
+        """Kill the nodes that still run, at once."""
 
     @abc.abstractmethod
     def _start_nodes(self) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
-from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.logs import follow_nodes, last_lines, mark_start
 from hf_cloudtrain.jobs.node.docker import has_docker
 from hf_cloudtrain.jobs.node.folders import folder_mounts
@@ -127,7 +127,7 @@ class LocalEngine:
         return follow_nodes(record, node_rank, follow, lambda now: now.is_over or self.look(now) is not None)
 
 
-class LocalGang(GracefulGang):
+class LocalGang(Gang):
     """The nodes of a job on this machine, each a process with a session of its own."""
 
     def __init__(self, submission: Submission) -> None:

@@ -1,4 +1,4 @@
-"""GracefulGang: a failed node stops the others, and what outlives the grace is killed."""
+"""The gang of a job: a failed node stops the others, and what outlives the grace is killed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.jobs import gang as module
-from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
 
@@ -24,7 +24,7 @@ class Clock:
         return self.now
 
 
-class Recording(GracefulGang):
+class Recording(Gang):
     def __init__(self, submission: Submission) -> None:
         super().__init__(submission)
         self.calls: list[str] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_cloudtrain.jobs.engines.sagemaker.node_main import NodeProcess
 from hf_cloudtrain.jobs.engines.sagemaker.stop_signal import STOPPED_EARLY
-from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.tracking.exit_record import read_end
@@ -72,7 +72,7 @@ class Connection:
         self._socket.close()
 
 
-class ContainerGang(GracefulGang):
+class ContainerGang(Gang):
     """The nodes of a job, as the first container has them; see `Gang`.
 
     Args:

@@ -19,7 +19,7 @@ import time
 
 from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmError, SlurmSilentError, call
-from hf_cloudtrain.jobs.gang import ExitCodes, GracefulGang
+from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.logs import mark_start
 from hf_cloudtrain.jobs.node.node import node_argv
 from hf_cloudtrain.jobs.node.stopping import MARGIN
@@ -38,7 +38,7 @@ ALLOCATION_OPTIONS = (
 """Options of the allocation that srun would apply to itself: it starts one task per node, which has all of it."""
 
 
-class SlurmGang(GracefulGang):
+class SlurmGang(Gang):
     """The nodes of a job; see `Gang`.
 
     Args:
