@@ -154,7 +154,7 @@ def test_an_evaluation_for_which_there_is_no_time_is_left_out_and_recorded(lab: 
     assert lab.steps() == [4]
     manifest = lab.manifest(1, 4)
     assert not manifest.exact
-    assert "the evaluation at this step was left out" in str(manifest.inexact_reason)
+    assert "the evaluation at this step was skipped for lack of time" in str(manifest.inexact_reason)
     assert "eval_loss" not in child.log
 
 

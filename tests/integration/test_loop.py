@@ -599,7 +599,7 @@ class TestEnd:
         assert [info.state for info in read_history(str(tmp_path / "run")).attempts] == ["stopped"]
 
     def test_a_loader_without_a_batch_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigurationError, match="gives no batch in epoch 0"):
+        with pytest.raises(ConfigurationError, match="yielded no batches in epoch 0"):
             train(tmp_path / "run", tmp_path / "out", Rows(3), loader=lambda: {"drop_last": True})
 
     @pytest.mark.parametrize(

@@ -138,15 +138,15 @@ class TestOneProcess:
             (
                 {"data": "counted"},
                 {"data": "counted", "batch_size": 8},
-                "read and dealt out in batches of then",
+                "dispatched in batches of the old size",
             ),
             (
                 STATEFUL,
                 {**STATEFUL, "batch_size": 8},
-                "A stateful loader keeps its place",
+                "A stateful DataLoader keeps its position",
             ),
-            ({}, {"samples": 32, "accumulation": 2}, "No prepared loader has its 24 samples"),
-            ({}, {"prepare": False, "accumulation": 2}, "No prepared loader has its 24 samples"),
+            ({}, {"samples": 32, "accumulation": 2}, "No prepared DataLoader has its 24 samples"),
+            ({}, {"prepare": False, "accumulation": 2}, "No prepared DataLoader has its 24 samples"),
             ({}, {"prepare": False, "batch_size": 8}, "4 samples per batch and process before, 8 now"),
             ({"seed": 5, **SEEDED}, {"batch_size": 8}, "the sample order differs"),
         ],
@@ -166,9 +166,7 @@ class TestOneProcess:
         self.go(tmp_path, "first", epochs=1)
         with caplog.at_level(logging.WARNING):
             self.go(tmp_path, "second", samples=32)
-        assert (
-            "checkpoint-6 was saved when the training data had 24 samples, and it has 32 now" in caplog.text
-        )
+        assert "checkpoint-6 was saved when the training dataset had 24 samples; it has 32 samples now" in caplog.text
 
     def test_law_8_an_epoch_that_was_left_early_cannot_be_counted_in_other_steps(
         self, tmp_path: Path

@@ -162,7 +162,7 @@ class TestWhatCannotBeConvertedIsRefused:
     ) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8, max_steps=16)
         said = failed(lab, "second", TWO, max_steps=16)
-        assert "max_steps=16 counts steps of today" in said
+        assert "max_steps=16 is counted in the new (differently sized) steps" in said
         assert "pass max_steps=8" in said
         assert trained(lab, "third", TWO, max_steps=8)["step"] == 8
         assert len(samples_of(lab, "third", 2)) == 8 * (16 - 8) // 2
@@ -171,14 +171,14 @@ class TestWhatCannotBeConvertedIsRefused:
         ("change", "words"),
         [
             ({"samples": 22}, "the training dataset had 24 samples; it has 22 samples now"),
-            ({"seed": 43}, "in the order of seed 42, and now it is that of seed 43"),
+            ({"seed": 43}, "in the order of seed 42, but this Trainer uses seed 43"),
             (
                 {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
                 "not a multiple of the 5 samples",
             ),
             (
                 {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
-                "by the size of a batch",
+                "orders the data by the batch size",
             ),
             ({"stream": True, "max_steps": 18}, "the training dataset had 24 samples; it is streamed now"),
         ],

@@ -40,7 +40,7 @@ class TestRefusedBeforeTheFirstStep:
 
     def test_a_trial_of_a_hyperparameter_search(self, lab: Lab) -> None:
         said = lab.fails("first", "search", module=MISHAPS)
-        assert "A hyperparameter search trains many runs, and a run URL names one" in said
+        assert "A hyperparameter search trains many runs, but a run URL names one" in said
         assert FIRST_STEP not in said
         assert lab.catalog.attempts.numbers() == []
 

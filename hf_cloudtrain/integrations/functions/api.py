@@ -13,7 +13,7 @@
                 torch.save(state, "ckpt/checkpoint.pt")
             ct.upload_checkpoint()
 
-Names, meaning and order are those of the SDK of PeriFlow, so a script written for it needs another import only.
+Names, meaning and order are those of the PeriFlow SDK, so a script written for it needs to change only its import.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def init(
     save_total_limit: int | None = None,
     keep_every_n_steps: int | None = None,
 ) -> None:
-    """Begin; the first of these functions. It may come before or without a process group.
+    """Name the run; the first of these functions. It may come before or without a process group.
 
     Without a run URL it is in local mode: metrics go to a file, and nothing is uploaded or restored.
 
     Args:
-        total_train_steps: steps of the whole run; None where nobody knows.
+        total_train_steps: steps of the whole run; None if unknown.
         run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
         checkpoint_dir: the folder that the script saves into; None takes `HF_CLOUDTRAIN_CHECKPOINT_DIR`.
         local_log_name: file for the metrics of local mode; None: `hf_cloudtrain_<time>[_<rank>].log`.
-        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. Beside them the
+        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
             pinned and the one that was resumed from stay.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
 
     Raises:
-        RunCompleteError: the steps that are done already are all.
+        RunCompleteError: all steps are done already.
         ConfigurationError: an argument that cannot work.
 
     Example:
@@ -78,8 +78,8 @@ def init(
         _Current.run = _Run(total, LocalRun(local_log_name), 0)
         return
     restored = _restored_by_launcher()
-    place = RemoteRun(url, env.checkpoint_dir(checkpoint_dir), total, restored, policy)
-    _Current.run = _Run(total, place, restored.step if restored else 0)
+    mode = RemoteRun(url, env.checkpoint_dir(checkpoint_dir), total, restored, policy)
+    _Current.run = _Run(total, mode, restored.step if restored else 0)
 
 
 @short_traceback
@@ -91,7 +91,7 @@ def restore() -> str | None:
 
     Raises:
         RunCompleteError: that checkpoint is the end of the run.
-        CorruptCheckpointError: there are checkpoints, and not one of them is whole.
+        CorruptCheckpointError: all checkpoints are damaged.
         StorageError: the storage does not answer.
 
     Example:
@@ -103,10 +103,10 @@ def restore() -> str | None:
 
 @short_traceback
 def start_step() -> None:
-    """A training step begins.
+    """Begin a training step.
 
     Raises:
-        ConfigurationError: the step before has not ended.
+        ConfigurationError: the previous step has not ended.
         RunHasCheckpointsError: the first step is step 1 of a run that has checkpoints.
     """
     _opened("start_step").start_step()
@@ -114,7 +114,7 @@ def start_step() -> None:
 
 @short_traceback
 def end_step() -> None:
-    """The training step is over, and counts as done.
+    """End the training step, which counts as done.
 
     Raises:
         ConfigurationError: no step was started.
@@ -124,7 +124,7 @@ def end_step() -> None:
 
 @contextmanager
 def train_step() -> Iterator[None]:
-    """`start_step` and `end_step` around a block; a block that raises is no step done.
+    """`start_step` and `end_step` around a block; a step whose block raises does not count.
 
     Example:
         >>> with train_step():
@@ -143,15 +143,15 @@ def train_step() -> Iterator[None]:
 
 @short_traceback
 def upload_checkpoint() -> None:
-    """Take over the checkpoint folder, which was just written for this step; the upload is in the background.
+    """Upload the checkpoint folder, which was just written for this step, in the background.
 
     It returns when the folder is copied (blocks are shared where the file system can), so it may be written again.
-    `.cloudtrain/` and temporary files are no part of it. After the last step it returns when it is committed.
+    `.cloudtrain/` and temporary files are left out. After the last step it returns when the checkpoint is committed.
 
     Raises:
-        NotCommittedError: after the last step: the storage did not take it in time; it is kept here.
-        OvertakenError: a newer attempt of the run has begun, and it alone goes on.
-        ConfigurationError: nobody said which folder.
+        NotCommittedError: after the last step: the storage did not take it in time; it is kept on this machine.
+        OvertakenError: a newer attempt of the run has begun, and only that one may write.
+        ConfigurationError: the checkpoint folder is not known.
     """
     _opened("upload_checkpoint").upload_checkpoint()
 
@@ -160,7 +160,7 @@ def upload_checkpoint() -> None:
 def metric(msg: dict[str, Any]) -> None:
     """Record metrics of the current step: in the run, from rank 0; in local mode in a file of JSON lines.
 
-    Tensors of one value are kept as they are and read every few calls, so that no step waits for the device.
+    Tensors of one value are kept as they are and read every ten calls, so that not every step waits for the device.
 
     Example:
         >>> metric({"loss": loss, "learning_rate": 0.1})
@@ -169,11 +169,11 @@ def metric(msg: dict[str, Any]) -> None:
 
 
 def is_emergency_save() -> bool:
-    """Whether this step should be saved at once, because the machine is about to go: the same answer on all ranks.
+    """Whether to save this step at once, because the machine is being preempted: the same answer on all ranks.
 
-    The first call begins to listen: to SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and the notices of the cloud. Call it once a
-    step, on all ranks; the `upload_checkpoint` that follows waits until the checkpoint is committed or the time is up,
-    and ends the process. Local mode listens to nothing.
+    The first call installs handlers for SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C, and watches for notices of the cloud. Call it
+    once a step, on all ranks; the `upload_checkpoint` that follows waits until the checkpoint is committed or the time is
+    up, and ends the process. In local mode it is always False.
 
     Raises:
         PreemptedExit: from `upload_checkpoint`; a SystemExit with the code 75, in a notebook a PreemptedError.
@@ -187,17 +187,17 @@ def is_emergency_save() -> bool:
 
 
 def processed_steps() -> int:
-    """Steps that are done, those of earlier attempts included."""
+    """Steps that are done, including those of earlier attempts."""
     return _opened("processed_steps").done
 
 
 class _Run:
-    """The steps of one run in this process: what was called, and what may come next."""
+    """The steps of one run in this process: which functions were called, and which may follow."""
 
-    def __init__(self, total: int | None, place: Mode, done: int) -> None:
+    def __init__(self, total: int | None, mode: Mode, done: int) -> None:
         self.done = done
         self._total = total
-        self._place = place
+        self._mode = mode
         self._started = False
         self._begun = False
         self._check_not_complete(done)
@@ -212,7 +212,7 @@ class _Run:
             raise ConfigurationError(
                 "restore() was called after training began. Call it right after init(), and load what it returns."
             )
-        found = self._place.restore()
+        found = self._mode.restore()
         if found is None:
             return None
         folder, step = found
@@ -228,9 +228,9 @@ class _Run:
             )
         self._begin()
         if self.done == self._total:
-            logger.warning("Training goes on after step %d, the last one that init() was told of.", self.done)
+            logger.warning("Training continues after step %d, the last one according to init().", self.done)
         self._started = True
-        self._place.begin_step()
+        self._mode.begin_step()
 
     def end_step(self) -> None:
         if not self._started:
@@ -239,38 +239,38 @@ class _Run:
             )
         self._started = False
         self.done += 1
-        self._place.end_step(self.done)
+        self._mode.end_step(self.done)
 
     def give_up_step(self) -> None:
         self._started = False
-        self._place.end_step(None)
+        self._mode.end_step(None)
 
     def upload_checkpoint(self) -> None:
         self._begin()
-        self._place.upload(self.step, last=self._total is not None and self.step >= self._total)
+        self._mode.upload(self.step, last=self._total is not None and self.step >= self._total)
 
     def metric(self, msg: dict[str, Any]) -> None:
-        self._place.metric(self.step, msg)
+        self._mode.metric(self.step, msg)
 
     def is_emergency_save(self) -> bool:
         self._begin()
-        return self._place.is_emergency(self.step)
+        return self._mode.is_emergency(self.step)
 
     def close(self) -> None:
-        """The end of this run in this process, by a second `init` or by the end of the process."""
+        """The end of this run in this process: by a second `init`, or with the process."""
         complete = self._total is not None and self.done >= self._total
         error = getattr(sys, "last_value", None)  # set where an exception ends the process
-        state: Outcome
+        outcome: Outcome
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            state = "failed"
+            outcome = "failed"
         else:
-            state = "finished" if complete or (error is None and self._total is None) else "stopped"
-        self._place.close(self.done, state)
+            outcome = "finished" if complete or (error is None and self._total is None) else "stopped"
+        self._mode.close(self.done, outcome)
 
     def _begin(self) -> None:
-        """The first step, or an upload before it: by now a process group exists, if there will be one."""
+        """At the first step, or an upload before it: by now a process group exists, if there will be one."""
         if not self._begun:
-            self._place.begin(self.done)
+            self._mode.begin(self.done)
             self._begun = True
             before_exit(self.close)
 
@@ -303,7 +303,7 @@ def _checked_total(total: Any) -> int | None:
         number = 0
     if number < 1 or isinstance(total, bool):
         raise ConfigurationError(
-            f"total_train_steps={total!r} is no number of steps. Pass a whole number above 0, or None where nobody knows."
+            f"total_train_steps={total!r} must be a positive integer, or None if unknown."
         )
     return number
 
@@ -315,6 +315,6 @@ def _restored_by_launcher() -> CheckpointKey | None:
     key = parse_checkpoint_key(text)
     if key is None:
         raise ConfigurationError(
-            f"{env.RESTORED_CHECKPOINT}={text!r} is no key of a checkpoint, such as 000003-0000000500."
+            f"{env.RESTORED_CHECKPOINT}={text!r} is not a checkpoint key, such as 000003-0000000500."
         )
     return CheckpointKey(*key)

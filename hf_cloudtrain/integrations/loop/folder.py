@@ -1,7 +1,7 @@
-"""How a loop's state gets into a checkpoint folder, out of it again, and into `best/` and `last/`.
+"""The local folder of a loop: how its state gets into a checkpoint folder, out of it again, and into `best/` and `last/`.
 
 save    every rank writes into `.cloudtrain/saving-…`; when all have, it is renamed to `checkpoint-<step>`, the
-        Checkpointer takes it over, and the one before goes
+        Checkpointer takes it over, and the previous one is removed
 load    what the Checkpointer restored and verified is set on the live objects, on every rank
 """
 
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
 from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop import topology
 from hf_cloudtrain.integrations.loop.state import (
     TRAINING_STATE,
@@ -49,19 +49,19 @@ logger = logging.getLogger(__name__)
 class Cursor:
     """Where this process stands in the data and in its random numbers."""
 
-    place: dict[str, Any] | None
-    """Position in the epoch's data; None between two epochs."""
-    now: RandomState
+    position: dict[str, Any] | None
+    """In the epoch's data; None between two epochs."""
+    random_state: RandomState
     seed: int | None = None
-    """That of Accelerate's seedable sampler."""
+    """Of Accelerate's seedable sampler."""
     inexact_reason: str | None = None
 
     @classmethod
-    def of(cls, place: DataPosition, *, between_epochs: bool) -> Cursor:
-        """The present; an epoch that is over needs no place in its data."""
+    def of(cls, data: DataPosition, *, between_epochs: bool) -> Cursor:
+        """Where this process is now; an epoch that is over needs no position in its data."""
         if between_epochs:
-            return cls(None, place.random_state(), place.seed)
-        return cls(place.state_dict(), place.random_state(), place.seed, place.inexact_reason)
+            return cls(None, data.random_state(), data.seed)
+        return cls(data.state_dict(), data.random_state(), data.seed, data.inexact_reason)
 
 
 @dataclass(frozen=True)
@@ -69,75 +69,60 @@ class Resumed:
     """What a checkpoint says of this process."""
 
     state: LoopState
-    here: Cursor
+    cursor: Cursor
     manifest: Manifest
-    position: Position
+    topology: Position
     """What decides the meaning of a step, as it is now."""
 
 
 class LoopFolder:
-    """The local folder of a loop: the newest checkpoint, `best/` and `last/`.
+    """The newest checkpoint, `best/` and `last/`.
 
     Args:
         processing_class: saved beside the model.
     """
 
-    def __init__(self, accelerator: Any, checkpointer: Checkpointer, processing_class: Any) -> None:
+    def __init__(self, accelerator: Any, lifecycle: AttemptLifecycle, processing_class: Any) -> None:
         self._accelerator = accelerator
-        self._checkpointer = checkpointer
-        self._ranks = checkpointer.ranks
-        self._output_dir = checkpointer.output_dir
+        self._lifecycle = lifecycle
+        self._checkpointer = lifecycle.checkpointer
+        self._ranks = self._checkpointer.ranks
+        self._output_dir = self._checkpointer.output_dir
         self._processing_class = processing_class
         self._newest: Path | None = None
         self._token = ""
-        self._shown = _InOrder(None)
+        self._publishing = _Background(None)
 
     def load(self) -> Resumed | None:
         """Bring the newest checkpoint here and set it on the live objects; None where the run has none.
 
         Raises:
-            PositionError: its place cannot be found with the processes, batches and accumulation of today.
+            PositionError: its position cannot be converted to the new number of processes, batch size or accumulation.
         """
         self._ranks.each_leader(lambda: repair(self._output_dir), f"tidy {str(self._output_dir)!r}")
-        conversions: dict[str, Conversion | None] = {}
-
-        def accept(manifest: Manifest) -> None:
-            conversion = topology.plan(self._accelerator, manifest)
-            conversions[manifest.key] = conversion
-            renumbered = conversion is not None and conversion.is_renumbered
-            self._checkpointer.local.renumber(
-                manifest.key, conversion.global_step if conversion and renumbered else None
-            )
-
-        # Process 0's files tell the place to processes that did not exist.
+        # The files of process 0 tell the position to processes that did not exist.
         wanted = wanted_by([0, *self._ranks.neighbours])
-        restored = self._checkpointer.restore(wanted=wanted, accept=accept)
-        if restored is None:
+        found = self._lifecycle.restore(wanted, lambda manifest: topology.plan(self._accelerator, manifest))
+        if found is None:
             return None
-        conversion = conversions[restored.manifest.key]
+        restored, conversion = found
         if conversion is not None and self._ranks.is_main:
             more = (conversion.now.world_size or 1) > (conversion.saved.world_size or 1)
             logger.warning("%s", conversion.story(derived=more))
         return self._ranks.here(lambda: self._set(restored, conversion), f"load {restored.path.name}")
 
     def save(
-        self,
-        state: LoopState,
-        here: Cursor,
-        position: Position,
-        *,
-        metrics: dict[str, float],
-        best: bool,
+        self, state: LoopState, cursor: Cursor, position: Position, *, metrics: dict[str, float], best: bool
     ) -> None:
-        """Save everything as `checkpoint-<step>`. `here` is where a resume goes on."""
-        # Named after rank 0's process, so that what it leaves behind is known as such, and one that is alive is spared.
+        """Save everything as `checkpoint-<step>`. `cursor` is where a resume continues."""
+        # Named after rank 0's process, so that the folder of a killed process is known as left over, and a live one's is kept.
         self._token = self._token or self._ranks.agree(temp_suffix, "name a folder")
         folder = self._output_dir / f"checkpoint-{state.step}"
         beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
         try:
-            self._ranks.here(lambda: self._write(beside, here), f"write {folder.name}")
+            self._ranks.here(lambda: self._write(beside, cursor), f"write {folder.name}")
             self._ranks.here(
-                lambda: self._move_in(beside, folder, state), f"put {folder.name} into its place"
+                lambda: self._move_in(beside, folder, state), f"move {folder.name} into the output folder"
             )
         except Exception:
             shutil.rmtree(beside, ignore_errors=True)  # the disk may be full
@@ -145,40 +130,40 @@ class LoopFolder:
         self._checkpointer.save(
             folder,
             position,
-            inexact_reason=here.inexact_reason,
+            inexact_reason=cursor.inexact_reason,
             metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
             best=best,
             all_written=True,
         )
         if self._ranks.is_main:
-            self._show(state, folder, ("last", "best") if best else ("last",))
+            self._publish_later(state, folder, ("last", "best") if best else ("last",))
 
     def complete(self, state: LoopState) -> None:
-        """What was reached on another machine is brought here: `last/`, `best/`, and `log.json`. On one rank."""
-        self._shown.join()
+        """Bring `last/`, `best/` and `log.json` here, where they were reached on a different machine. On one rank."""
+        self._publishing.join()
         if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
             self._publish(self._newest, "last")
         self._write_log(state)
         if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
             self._bring_best(state.best_step, state.best_nonce)
 
-    def _show(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
-        """Write what people look at: within an epoch while training goes on, at its end before the script does."""
+    def _publish_later(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
+        """Write what people look at: within an epoch while training continues, at its end before the script does."""
 
-        def show() -> None:
+        def publish_all() -> None:
             for name in names:
                 self._publish(folder, name)
             self._write_log(log)
 
         log = dataclasses.replace(state, log=list(state.log))
-        self._shown = _InOrder(show)
+        self._publishing = _Background(publish_all)
         if state.batches == 0:
-            self._shown.join()
+            self._publishing.join()
 
     def _bring_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
         manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
-        # Where hosts saved the step again, a number stands behind it.
+        # Where several hosts saved the step again, the nonce ends with a number.
         best = next((found for found in manifests if f"{found.nonce}-".startswith(f"{nonce}-")), None)
         if best is None:
             logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
@@ -193,7 +178,7 @@ class LoopFolder:
             publish(folder, self._output_dir / name)
         except OSError as error:
             logger.error(
-                "%r could not be written, and training goes on: %s", str(self._output_dir / name), error
+                "%r could not be written; training continues. %s", str(self._output_dir / name), error
             )
 
     def _write_log(self, state: LoopState) -> None:
@@ -201,7 +186,7 @@ class LoopFolder:
             if state.log:
                 state.write_log(self._output_dir)
         except OSError as error:
-            logger.error("'log.json' could not be written, and training goes on: %s", error)
+            logger.error("'log.json' could not be written; training continues. %s", error)
 
     def _set(self, restored: Restored, conversion: Conversion | None) -> Resumed:
         manifest = restored.manifest
@@ -212,33 +197,33 @@ class LoopFolder:
         self._newest = restored.path
         if conversion is None:
             record = _record_of(restored.path, self._ranks.rank)
-            here = Cursor(record["place"], RandomState.from_record(record["now"]), record["seed"])
-            return Resumed(state, here, manifest, manifest.position)
+            cursor = Cursor(record["place"], RandomState.from_record(record["now"]), record["seed"])
+            return Resumed(state, cursor, manifest, manifest.position)
         return self._set_converted(restored, state, conversion)
 
     def _set_converted(self, restored: Restored, state: LoopState, conversion: Conversion) -> Resumed:
-        rank, manifest = self._ranks.rank, restored.manifest
+        rank = self._ranks.rank
         main = _record_of(restored.path, 0)
         own = _record_of(restored.path, rank) if rank < (conversion.saved.world_size or 1) else None
         topology.move_schedules(self._accelerator, conversion)
-        place, now = topology.convert_here(main, own, conversion, state.seed, rank)
+        position, random = topology.convert_cursor(main, own, conversion, state.seed, rank)
         state = topology.convert_state(state, conversion)
         # Where an accumulation ends is counted from here, and processes that did not exist have loaded no count.
         self._accelerator.step = state.batches
-        return Resumed(state, Cursor(place, now, main["seed"]), manifest, conversion.now)
+        return Resumed(state, Cursor(position, random, main["seed"]), restored.manifest, conversion.now)
 
-    def _write(self, folder: Path, here: Cursor) -> None:
+    def _write(self, folder: Path, cursor: Cursor) -> None:
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
         write_state(self._accelerator, folder)
-        record = {"place": here.place, "now": here.now.to_record(), "seed": here.seed}
+        record = {"place": cursor.position, "now": cursor.random_state.to_record(), "seed": cursor.seed}
         torch.save(record, folder / f"loop_state_{self._ranks.rank}.pt")
 
     def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
         if not self._ranks.is_leader:
             return
-        self._shown.join()  # it reads the folder that goes now
+        self._publishing.join()  # it reads the folder that is removed now
         if self._ranks.is_main:
             repair_state(self._accelerator, beside, self._processing_class)
             (beside / TRAINING_STATE).write_text(state.encode())
@@ -250,7 +235,7 @@ class LoopFolder:
         self._newest = folder
 
 
-class _InOrder:
+class _Background:
     """Work in a thread of its own, which the end of the process waits for."""
 
     def __init__(self, work: Callable[[], None] | None) -> None:
@@ -267,14 +252,13 @@ class _InOrder:
 def _record_of(folder: Path, rank: int) -> dict[str, Any]:
     import torch
 
-    record: dict[str, Any] = torch.load(
-        folder / f"loop_state_{rank}.pt", map_location="cpu", weights_only=True
-    )
+    path = folder / f"loop_state_{rank}.pt"
+    record: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return record
 
 
 def _nonce_in(folder: Path) -> str | None:
-    """Which save a published folder is of; None where there is none."""
+    """The nonce of the save that a published folder comes from; None where there is no such folder."""
     try:
         return LoopState.read(folder).nonce
     except (OSError, ManifestError):

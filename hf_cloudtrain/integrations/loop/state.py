@@ -1,15 +1,17 @@
-"""A loop's checkpoint folder: what Accelerate writes, made loadable by `from_pretrained`, and where training stands.
+"""The files of a loop's checkpoint: what Accelerate writes, made loadable by `from_pretrained`, and where training stands.
 
 model.safetensors, config.json, tokenizer.json …    the unwrapped model and its processing class
 optimizer.bin, scheduler.bin, random_states_0.pkl, custom_checkpoint_0.pkl …    as `accelerator.save_state` names them
 training_state.json     epoch, step, best metric, script arguments, seed, and the log of the epochs so far
-loop_state_0.pt         one per process: its place in the data and its random states
+loop_state_0.pt         one per process: its position in the data and its random states
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -27,6 +29,8 @@ from hf_cloudtrain.runtime.files import is_left_over, temp_suffix
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
 from hf_cloudtrain.storage.names import META
 
+logger = logging.getLogger(__name__)
+
 TRAINING_STATE = "training_state.json"
 _FORMAT = "hf_cloudtrain.loop/1"
 _RESUME_ONLY = re.compile(
@@ -40,26 +44,26 @@ _SMALL_FILE = 2**20
 
 @dataclass
 class LoopState:
-    """Where training stands, as `training_state.json` says it to people and to the next attempt."""
+    """Where training stands, as `training_state.json` records it for people and for the next attempt."""
 
     epoch: int = 0
-    """Epochs that are complete: the number of the one to go on with."""
+    """Complete epochs, which is the number of the next one."""
     step: int = 0
     """Optimizer steps so far."""
     batches: int = 0
     """Batches of this epoch that each process has trained on; 0 between epochs."""
     nonce: str = ""
-    """Of this save; its manifest has the same."""
+    """Of this save; its manifest has the same one."""
     best_metric: float | None = None
     best_step: int | None = None
     best_nonce: str = ""
     seed: int = 0
-    """What torch was seeded with."""
+    """The seed of torch."""
     script_args: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     """One record an epoch, as in `log.json`."""
     sums: dict[str, Any] = field(default_factory=dict)
-    """What was logged since the last report and in this epoch."""
+    """Sums of what was logged since the last report and in this epoch."""
 
     def encode(self) -> str:
         """The JSON of `training_state.json`."""
@@ -68,7 +72,7 @@ class LoopState:
         )
 
     def write_log(self, output_dir: Path) -> None:
-        """Write `log.json`, so that a reader sees the old one or the new one."""
+        """Write `log.json`, so that a reader sees either the old one or the new one."""
         path = output_dir / "log.json"
         beside = path.with_name(f".{path.name}.tmp")
         beside.write_text(json.dumps(self.log, indent=2, ensure_ascii=False) + "\n")
@@ -79,15 +83,15 @@ class LoopState:
         """The state in a checkpoint folder.
 
         Raises:
-            ManifestError: there is none, or it is damaged.
+            ManifestError: it is missing or damaged.
         """
         what = f"training state in {str(folder)!r}"
         try:
             record = decode_record((folder / TRAINING_STATE).read_bytes(), what)
         except FileNotFoundError:
             raise ManifestError(
-                f"{str(folder)!r} holds no {TRAINING_STATE!r}: it was not saved by a TrainLoop. Resume this run with what "
-                "saved it, or give the loop a run URL of its own."
+                f"{str(folder)!r} holds no {TRAINING_STATE!r}: it was not saved by a TrainLoop. Resume this run with the API "
+                "that saved it, or give the loop a different run URL."
             ) from None
         if record.get("format") != _FORMAT:
             raise ManifestError(
@@ -110,8 +114,52 @@ class LoopState:
         )
 
 
+@dataclass(frozen=True)
+class BestMetric:
+    """The metric that decides which checkpoint is the best."""
+
+    name: str | None
+    greater_is_better: bool
+
+    @classmethod
+    def of(cls, name: str | None, *, greater_is_better: bool | None) -> BestMetric:
+        """Less is better for a metric whose name ends in `loss`, where the user does not say."""
+        return cls(
+            name, not (name or "").endswith("loss") if greater_is_better is None else greater_is_better
+        )
+
+    def judge(self, metrics: dict[str, float], state: LoopState) -> tuple[bool, str | None]:
+        """Whether these metrics are the best so far, and what is wrong with them."""
+        if self.name is None:
+            return False, None
+        name = self._found_in(metrics)
+        if name is None:
+            near = difflib.get_close_matches(self.name, metrics, n=1, cutoff=0.0)
+            hint = f"; the nearest is {near[0]!r}." if near else ", which are empty."
+            return (
+                False,
+                f"metric_for_best_model={self.name!r} is not among the metrics given to end_epoch{hint}",
+            )
+        value = metrics[name]
+        if not math.isfinite(value):
+            logger.warning("%s is %s in epoch %d, so it cannot be the best.", name, value, state.epoch)
+            return False, None
+        if state.best_metric is None:
+            return True, None
+        return value > state.best_metric if self.greater_is_better else value < state.best_metric, None
+
+    def value_in(self, metrics: dict[str, float]) -> float:
+        """Its value among metrics that hold it."""
+        return metrics[self._found_in(metrics) or ""]
+
+    def _found_in(self, metrics: dict[str, float]) -> str | None:
+        wanted = str(self.name)
+        names = (wanted, f"eval_{wanted}", wanted.removeprefix("eval_"))
+        return next((name for name in names if name in metrics), None)
+
+
 def write_state(accelerator: Any, folder: Path) -> None:
-    """Write everything that Accelerate knows, on every rank."""
+    """Write the whole state of Accelerate, on every rank."""
     with (
         _plain_naming(accelerator),
         _hooked(accelerator.register_save_state_pre_hook(_unwrap_weights(accelerator))),
@@ -120,11 +168,11 @@ def write_state(accelerator: Any, folder: Path) -> None:
 
 
 def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
-    """What all ranks have written to one name, and what `from_pretrained` needs; on one rank, when all have written."""
+    """Fix the files that all ranks wrote under one name, and add those that `from_pretrained` needs; on one rank, when all have written."""
     import torch
 
     for path in folder.glob("dl_state_dict*.bin"):
-        path.unlink()  # the last writer's; ours are in loop_state_<rank>.pt
+        path.unlink()  # of the last writer only; each rank has its own in loop_state_<rank>.pt
     if accelerator.scaler is not None:
         torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
     model = accelerator.unwrap_model(accelerator._models[0])
@@ -140,7 +188,7 @@ def read_state(accelerator: Any, folder: Path) -> None:
 
 
 def wanted_by(ranks: list[int]) -> Any:
-    """Which files a disk needs: everything but what belongs to ranks elsewhere."""
+    """Which files a disk needs: all but those of ranks on other disks."""
 
     def wanted(path: str) -> bool:
         match = _OF_A_RANK.fullmatch(path)
@@ -150,19 +198,19 @@ def wanted_by(ranks: list[int]) -> Any:
 
 
 def is_for_people(path: str) -> bool:
-    """Whether a file of a checkpoint belongs into `best/` and `last/`: the model, not what only a resume needs."""
+    """Whether a file of a checkpoint belongs into `best/` and `last/`: the model, but not what only a resume needs."""
     return _RESUME_ONLY.fullmatch(path) is None and not path.startswith("optimizer")
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Make `target` (`best` or `last`) the model of a checkpoint. The one before goes when the new one is whole.
+    """Make `target` (`best` or `last`) the model of a checkpoint. The previous one is removed when the new one is whole.
 
-    Links, not copies, where the disk can: it costs no space and no time.
+    It links rather than copies where the disk can, which takes no space and no time.
     """
     beside = target.parent / META / f"{target.name}-{temp_suffix()}"
     beside.mkdir(parents=True)
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    # The state last: a folder that holds it is whole.
+    # The state last: a folder that has it is whole.
     for path in sorted(paths, key=lambda path: path.name == TRAINING_STATE):
         if is_for_people(path.as_posix()):
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
@@ -175,12 +223,12 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def remove_later(folder: Path) -> None:
-    """Give the space back in a thread: gigabytes take the disk longer than a save may."""
+    """Delete a folder in a thread: deleting gigabytes takes longer than a save may."""
     threading.Thread(target=shutil.rmtree, args=(folder, True), name="cloudtrain-rm", daemon=True).start()
 
 
 def repair(output_dir: Path) -> None:
-    """Give `best` and `last` back what a killed process had moved away, and remove what it left half-made."""
+    """Restore `best` and `last` where a killed process had moved them away, and remove what it left unfinished."""
     for name in ("best", "last"):
         left = [path for path in (output_dir / META).glob(f"{name}-*") if is_left_over(path.name)]
         whole = [path for path in left if (path / TRAINING_STATE).is_file()]
@@ -194,7 +242,7 @@ def repair(output_dir: Path) -> None:
 
 
 def storable_args(script_args: dict[str, Any] | None) -> dict[str, Any]:
-    """Script arguments as JSON can hold them, without secrets."""
+    """Script arguments as JSON can store them, without secrets."""
     kept: dict[str, Any] = {}
     for name, value in (script_args or {}).items():
         if SECRET_NAME.search(str(name)) and isinstance(value, (str, dict)):
@@ -212,7 +260,7 @@ def storable_args(script_args: dict[str, Any] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _plain_naming(accelerator: Any) -> Iterator[None]:
-    """With automatic naming, `save_state` writes to a folder of its own choice, and deletes before it writes."""
+    """With automatic naming, `save_state` would choose the folder itself, and delete before it writes."""
     configuration = accelerator.project_configuration
     automatic, configuration.automatic_checkpoint_naming = configuration.automatic_checkpoint_naming, False
     try:
@@ -244,8 +292,8 @@ def _unwrap_weights(accelerator: Any) -> Any:
                 return
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             state = model.state_dict()
-            # Of weights that are one tensor, the name that from_pretrained ties the others to. Accelerate takes care of
-            # other shared and of non-contiguous tensors, in an OrderedDict only.
+            # Of tied weights, keep the name that from_pretrained ties the others to. Accelerate handles other shared and
+            # non-contiguous tensors, but only in an OrderedDict.
             weights[index] = OrderedDict(
                 (name, value) for name, value in state.items() if name not in tied or tied[name] not in state
             )

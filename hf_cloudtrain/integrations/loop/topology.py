@@ -1,18 +1,18 @@
-"""A loop's checkpoint in another topology: its place in the data and its schedules, in steps of today (law 8).
+"""Where a loop stands, in the terms of a manifest, and its checkpoint in a different topology, in new steps (law 8).
 
-plan             before the download: the place in steps of today, or why there is none
-convert_state    epoch, step and batches of this epoch
-move_schedules   the learning rate's schedules, on the live objects
-convert_here     the place in the epoch's data and the random states of one process
+plan              before the download: the position in new steps, or why it cannot be computed
+convert_state     epoch, step and batches of this epoch
+move_schedules    the learning rate's schedules, on the live objects
+convert_cursor    the position in the epoch's data and the random states of one process
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
-from hf_cloudtrain.integrations.loop.position import topology
 from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.resume.data_position import DataPosition, converted
 from hf_cloudtrain.resume.dataloaders import batch_size_of, innermost_sampler, keeps_state, length
@@ -25,21 +25,69 @@ _FEW_SKIPPED = 0.9
 """Least share of the steps that a schedule has followed, for the rest to be steps that the gradient scaler skipped."""
 
 
+def topology(accelerator: Any, loader: Any = None) -> Position:
+    """What decides the meaning of a step, as far as it is known before there is a loader."""
+    return Position(
+        global_step=0,
+        world_size=accelerator.num_processes,
+        per_device_train_batch_size=None if loader is None else batch_size_of(loader),
+        gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+    )
+
+
+def position(accelerator: Any, state: LoopState, data: DataPosition, num_epochs: int) -> Position:
+    """Where training stands."""
+    loader = data.dataloader
+    batches, samples = length(loader), length(loader.dataset)
+    now = topology(accelerator, loader)
+    batch, seen = now.per_device_train_batch_size, None
+    if batch is not None and samples is not None:
+        # An epoch's last batch may be short, or filled up with samples that were seen.
+        seen = state.epoch * samples + min(state.batches * batch * accelerator.num_processes, samples)
+    return dataclasses.replace(
+        now,
+        global_step=state.step,
+        epoch=state.epoch + (state.batches / batches if batches else 0.0),
+        samples_seen=seen,
+        num_train_epochs=float(num_epochs),
+        max_steps=total_steps(accelerator, loader, num_epochs),
+        dataset_length=samples,
+        fingerprint=data.fingerprint if state.batches else None,
+        epoch_steps=total_steps(accelerator, loader, 1) if batches else None,
+        data_seed=data.seed,
+    )
+
+
+def samples_per_step(accelerator: Any, dataloader: Any) -> int | None:
+    """Samples of all processes in one optimizer step; None where that is not known."""
+    batch = batch_size_of(dataloader)
+    if batch is None:
+        return None
+    return int(batch * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+
+
+def total_steps(accelerator: Any, dataloader: Any, num_epochs: int) -> int | None:
+    """Optimizer steps of the whole training; None where the length of the data is not known."""
+    batches = length(dataloader)
+    if batches is None:
+        return None
+    accumulation: int = accelerator.gradient_accumulation_steps
+    return num_epochs * math.ceil(batches / accumulation)
+
+
 def plan(accelerator: Any, manifest: Manifest) -> Conversion | None:
-    """The place of a checkpoint in steps of today; None where a step means the same as then.
+    """The position of a checkpoint in new steps; None where a step means the same as before.
 
     Raises:
         PositionError: samples would be skipped or repeated, or a schedule cannot follow.
     """
     saved, what = manifest.position, manifest.folder
     loader = _training_loader(accelerator, saved)
-    now = dataclasses.replace(
-        topology(accelerator), per_device_train_batch_size=None if loader is None else batch_size_of(loader)
-    )
+    now = topology(accelerator, loader)
     if same_topology(saved, now):
         return None
     if loader is None and saved.dataset_length is not None:
-        why = f"No prepared loader has its {saved.dataset_length} samples: call accelerator.prepare before the loop."
+        why = f"No prepared DataLoader has its {saved.dataset_length} samples: call accelerator.prepare before the loop."
         raise refusal(saved, now, what, why)
     conversion = convert(saved, now, _epoch_of(accelerator, loader), what)
     _check_same_order(conversion, loader)
@@ -49,7 +97,7 @@ def plan(accelerator: Any, manifest: Manifest) -> Conversion | None:
 
 
 def convert_state(state: LoopState, conversion: Conversion) -> LoopState:
-    """The same place in steps and batches of today. The best step stays what it was called: its checkpoint is."""
+    """The same position in new steps and batches. The best step keeps its number, because its checkpoint does."""
     return dataclasses.replace(state, step=conversion.global_step, batches=_batches_of_epoch(conversion))
 
 
@@ -57,7 +105,7 @@ def move_schedules(accelerator: Any, conversion: Conversion) -> None:
     """Set every schedule and its learning rates to where they are after the converted steps.
 
     Raises:
-        PositionError: a schedule stands neither at the steps nor at the epochs that were trained.
+        PositionError: a schedule has followed neither the steps nor the epochs that were trained.
     """
     for scheduler in accelerator._schedulers:
         inner = getattr(scheduler, "scheduler", scheduler)
@@ -68,13 +116,13 @@ def move_schedules(accelerator: Any, conversion: Conversion) -> None:
         move_to(inner, _schedule_at(inner.last_epoch, old, new, conversion))
 
 
-def convert_here(
+def convert_cursor(
     main: dict[str, Any], own: dict[str, Any] | None, conversion: Conversion, seed: int, rank: int
 ) -> tuple[dict[str, Any] | None, RandomState]:
-    """The place in the data and the random states of one process.
+    """The position in the data and the random states of one process.
 
     Args:
-        main: what process 0 has saved; all of them stand at the same place.
+        main: what process 0 has saved; all processes stand at the same position.
         own: what this process has saved; None where it did not exist.
         seed: of the saved run.
     """
@@ -115,15 +163,15 @@ def _epoch_of(accelerator: Any, loader: Any) -> Epoch | None:
 
 
 def _check_same_order(conversion: Conversion, loader: Any) -> None:
-    """The order itself is compared once it is drawn; here what cannot be cut into other pieces."""
+    """The order itself is compared once it is drawn; this checks that it can be cut into new batches."""
     if not conversion.samples_into_epoch or conversion.has_same_batches:
         return
     why = None
     drawn = length(innermost_sampler(getattr(loader, "base_dataloader", loader)))
     if DataPosition(loader).way == BY_READING:
-        why = "Its data is read and dealt out in batches of then."
+        why = "The data was dispatched in batches of the old size."
     elif keeps_state(loader):
-        why = "A stateful loader keeps its place in batches of then."
+        why = "A stateful DataLoader keeps its position in batches of the old size."
     elif drawn not in (None, conversion.new.samples):
         why = f"Its sampler draws {drawn} of {conversion.new.samples} samples."
     if why is not None:
@@ -137,7 +185,7 @@ def _batches_of_epoch(conversion: Conversion) -> int:
 
 
 def _schedule_at(last: int, old: int, new: int, conversion: Conversion) -> int:
-    """Where a schedule stands that moves `today` times a step and did `then` times."""
+    """The new state of a schedule that is at `last`, and moves `new` times a step where it moved `old` times."""
     saved = conversion.saved
     steps = old * saved.global_step
     epochs = (saved.samples_seen or 0) // conversion.old.samples

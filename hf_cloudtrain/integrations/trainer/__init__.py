@@ -1,1 +1,19 @@
-"""TODO room trainer."""
+"""Callbacks for the Hugging Face Trainer, which is neither subclassed nor patched.
+
+    Trainer ── events ──> CloudTrainCallback ──> CheckpointUploadCallback ─┐
+                                              ──> StepTrackerCallback ─────┼──> Session ──> AttemptLifecycle
+                                              ──> EmergencySaveCallback ───┘
+
+In reading order:
+
+- `callbacks`      `CheckpointUploadCallback`, whose `on_save` begins the save path, and `CloudTrainCallback`, which is all three
+- `step_callback`  `StepTrackerCallback`: feeds the heartbeat and the step records
+- `emergency`      `EmergencySaveCallback`: where to save after a notice, around Trainer's evaluations
+- `session`        what callbacks of the same run share: the lifecycle, and what was restored
+- `checks`         configurations that are refused before the first step
+- `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
+- `state`          trainer_state.json of a restored checkpoint, made true on this machine
+- `topology`       a checkpoint of other processes, batches or accumulation, converted to new steps
+
+It imports `integrations.lifecycle` and lower rooms, and nothing from `loop/` and `functions/`.
+"""

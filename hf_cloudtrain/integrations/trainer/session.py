@@ -1,158 +1,223 @@
-"""What the callbacks of one run in one process share: one Checkpointer, one attempt, one end."""
+"""What the callbacks of one run share: one lifecycle, what was restored, and what the training does at this step."""
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.checkpoints.retention import Policy
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, RunCompleteError
-from hf_cloudtrain.preemption.preemption import check_no_pending_notice
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
+from hf_cloudtrain.integrations.trainer import topology
+from hf_cloudtrain.integrations.trainer.checks import (
+    check_all_processes_train_together,
+    check_no_jit_checkpoint,
+)
+from hf_cloudtrain.integrations.trainer.position import EpochLength
+from hf_cloudtrain.integrations.trainer.state import RestoredState
+from hf_cloudtrain.preemption.preemption import Preemption
+from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import shown_url
-from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-    from hf_cloudtrain.checkpoints.manifest import Manifest
-    from hf_cloudtrain.integrations.trainer.state import EpochLength
-    from hf_cloudtrain.resume.topology import Conversion
-
-logger = logging.getLogger(__name__)
-
 
 class Session:
-    """The session of one run in this process; `of` finds it.
+    """The session of one run in this process; `of` finds it. Callbacks that name the same URL are one attempt.
 
     Example:
-        >>> Session.of("s3://bucket/runs/mrpc", None, fresh=False).open(args).restore()
+        >>> Session.of("s3://bucket/runs/mrpc", None, fresh=False).restore(args)
     """
 
-    _open: ClassVar[weakref.WeakValueDictionary[tuple[str, int], Session]] = weakref.WeakValueDictionary()
+    _sessions: ClassVar[weakref.WeakValueDictionary[tuple[str, int], Session]] = weakref.WeakValueDictionary()
 
     def __init__(self, run_url: str, storage_options: dict[str, Any] | None, *, fresh: bool) -> None:
-        self.uploads = False
-        """Whether a callback of this session uploads checkpoints."""
-        self.restored: tuple[Manifest, Conversion | None] | None = None
-        """What `restore` put here for Trainer, and how its place is converted to steps of today."""
-        self.policy = Policy()
-        """What stays on storage."""
-        self.listens = False
-        """Whether a callback of this session listens for notices."""
-        self.stops_here = False
-        """Whether the save at this step is the last thing that the training does."""
-        self.is_leaving = False
-        """Whether the training was cut short, so that whoever cut it waits for the uploads within the time there is."""
-        self.inexact_reason: str | None = None
-        """Why a resume from that save cannot equal an uninterrupted run, if so."""
-        self.close_tracker: Callable[[Outcome], None] = _no_tracker
-        self._run_url = run_url
-        self._storage_options = storage_options
-        self._fresh = fresh
-        self._checkpointer: Checkpointer | None = None
+        self.run_url = run_url
+        self._options: dict[str, Any] = {"storage_options": storage_options, "fresh": fresh}
+        self._policy = Policy()
+        self._listens = False
+        self._uploads = False
+        self._lifecycle: AttemptLifecycle | None = None
+        self._restored: tuple[Manifest, Conversion | None] | None = None
         self._begun: TrainerState | None = None
-        self._attempt = 0
         self._ended = False
+        self._saves_here = False
+        self._inexact_reason: str | None = None
 
     @classmethod
-    def of(cls, run_url: str | None, storage_options: dict[str, Any] | None, *, fresh: bool) -> Session:
-        """The session of a run in this process: callbacks that name one URL are one attempt."""
+    def of(
+        cls,
+        run_url: str | None,
+        storage_options: dict[str, Any] | None,
+        *,
+        fresh: bool,
+        policy: Policy | None = None,
+        listens: bool = False,
+    ) -> Session:
+        """The session of a run in this process, with what one more callback adds to it.
+
+        Args:
+            policy: what stays on storage.
+            listens: whether the callback waits for notices.
+        """
         url = env.run_url(run_url)
         key = (shown_url(url), os.getpid())
-        session = cls._open.get(key)
-        if session is None or session._ended or session._fresh != fresh:
-            session = cls(url, storage_options, fresh=fresh)
-            cls._open[key] = session
+        session = cls._sessions.get(key)
+        if session is None or session._ended or session._options["fresh"] != fresh:
+            session = cls._sessions[key] = cls(url, storage_options, fresh=fresh)
+        session._policy = policy or session._policy
+        session._listens |= listens
         return session
 
-    def open(self, args: TrainingArguments) -> Checkpointer:
-        """The Checkpointer, made when the process group exists: TrainingArguments makes it."""
-        _ = args.device  # makes the process group
-        if self._checkpointer is None:
-            forget_end()
-        if args.world_size < int(os.environ.get("WORLD_SIZE", "1")):
-            raise ConfigurationError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but each process would train alone, as rank 0. On a machine "
-                "without an accelerator pass use_cpu=True."
-            )
-        output_dir = Path(str(args.output_dir)).absolute()
-        made = self._checkpointer
-        if made is None or made.output_dir != output_dir:
-            if made is not None:
-                made.finish_uploads()
-            made = Checkpointer(
-                self._run_url, output_dir, storage_options=self._storage_options, fresh=self._fresh
-            )
-            self._checkpointer = made
-        made.policy = self.policy
-        return made
-
-    def check_not_complete(self, state: TrainerState, epoch: EpochLength, accumulation: int) -> None:
-        """Trainer looks for the end of training only after a step, so a complete run would get one step more."""
-        if state.global_step < state.max_steps:
-            return
-        if epoch.is_whole(state.global_step, accumulation):
-            logger.warning(
-                "The run is complete: step %d of %d. Nothing is trained.", state.global_step, state.max_steps
-            )
-            return
-        raise RunCompleteError(
-            f"The run {self.opened().storage.url!r} is complete: step {state.global_step} of {state.max_steps}. Trainer "
-            "would train on from the middle of the epoch. Use the restored checkpoint as it is, or raise max_steps."
-        )
-
-    def opened(self) -> Checkpointer:
-        """The Checkpointer that `open` made."""
-        if self._checkpointer is None:
+    @property
+    def lifecycle(self) -> AttemptLifecycle:
+        """The lifecycle that `open` made."""
+        if self._lifecycle is None:
             raise ConfigurationError(
                 "Nothing was trained or restored yet: call restore(args) or trainer.train() first."
             )
-        return self._checkpointer
+        return self._lifecycle
 
-    def begin(self, args: TrainingArguments, state: TrainerState) -> int:
-        """The attempt's number. Each TrainerState is one start: `auto_find_batch_size` makes a new one."""
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """Of the lifecycle."""
+        return self.lifecycle.checkpointer
+
+    @property
+    def listens(self) -> bool:
+        """Whether a callback of this session waits for notices."""
+        return self._listens
+
+    @property
+    def uploads(self) -> bool:
+        """Whether a callback of this session uploads checkpoints."""
+        return self._uploads
+
+    @property
+    def saves_here(self) -> bool:
+        """Whether the save at this step is the last thing that the training does."""
+        return self._saves_here
+
+    @property
+    def inexact_reason(self) -> str | None:
+        """Why a resume from that save cannot equal an uninterrupted run, if so."""
+        return self._inexact_reason
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the training was cut short: the emergency callback waits for the uploads within the time there is."""
+        return self._lifecycle is not None and self._lifecycle.is_leaving
+
+    @property
+    def preemption(self) -> Preemption | None:
+        """What waits for notices while it trains; None before and after, and where no callback of this session waits for them."""
+        return None if self._lifecycle is None else self._lifecycle.preemption
+
+    def open(self, args: TrainingArguments) -> AttemptLifecycle:
+        """The lifecycle for the output folder, once the process group exists: TrainingArguments makes it."""
+        _ = args.device  # makes the process group
+        check_all_processes_train_together(args)
+        output_dir = Path(str(args.output_dir)).absolute()
+        if self._lifecycle is None or self._lifecycle.checkpointer.output_dir != output_dir:
+            self._lifecycle = AttemptLifecycle.of(self.run_url, output_dir, **self._options)
+        self._lifecycle.checkpointer.policy = self._policy
+        return self._lifecycle
+
+    def restore(self, args: TrainingArguments) -> Path | None:
+        """Put the newest whole checkpoint into the output folder, as Trainer needs it; None on the first start."""
+        lifecycle = self.open(args)
+        ranks = lifecycle.checkpointer.ranks
+        found = lifecycle.restore(
+            _needed_by(ranks.neighbours), lambda manifest: topology.plan(args, manifest)
+        )
+        if found is None:
+            self._restored = None
+            return None
+        restored, conversion = found
+        self._restored = restored.manifest, conversion
+        state = RestoredState(lifecycle, restored, conversion)
+        if conversion is None:
+            state.localize(needs_best=args.load_best_model_at_end)
+        else:
+            state.localize(
+                needs_best=args.load_best_model_at_end,
+                adjust=lambda record: topology.convert_state(record, conversion, args),
+            )
+            topology.repair(restored, conversion, args, ranks)
+        return restored.path
+
+    def check_resumed(
+        self, args: TrainingArguments, state: TrainerState, epoch: EpochLength, live: dict[str, Any]
+    ) -> None:
+        """Compare the position that was restored with the live data, and move the live schedule to it.
+
+        Args:
+            live: what Trainer passes to callbacks.
+        """
+        manifest, conversion = self._restored or (None, None)
+        if manifest is None or state.global_step != (conversion or manifest.position).global_step:
+            # Resumed from a path that the user chose, if at all.
+            found = self.checkpointer.saved_at(state.global_step) if state.global_step else None
+            if found is not None:
+                topology.check_converted(found, args)
+            return
+        topology.check(manifest, args, state, epoch)
+        if conversion is not None:
+            topology.move_schedule(conversion, state, live)
+
+    def begin(
+        self, args: TrainingArguments, state: TrainerState, *, uploads: bool = False
+    ) -> AttemptLifecycle:
+        """Start an attempt, for the first callback that asks. Each TrainerState is one start: `auto_find_batch_size` makes a new one.
+
+        Args:
+            uploads: whether the callback uploads checkpoints.
+        """
+        self._uploads |= uploads
+        lifecycle = self.open(args)
         if self._begun is not state:
-            checkpointer = self.open(args)
-            if self.listens:
+            if self._listens:
                 check_no_jit_checkpoint(args)
-                check_no_pending_notice(checkpointer)
-            interrupted = self._begun is not None and not self._ended and not self.is_leaving
-            started_over = interrupted and args.auto_find_batch_size
-            self._attempt = checkpointer.begin(state.global_step, started_over=started_over).number
-            self._begun = state
-            self._ended = self.stops_here = self.is_leaving = False
-            self.inexact_reason = None
-        return self._attempt
+            interrupted = self._begun is not None and not self._ended and not lifecycle.is_leaving
+            lifecycle.begin(
+                state.global_step,
+                started_over=interrupted and args.auto_find_batch_size,
+                check_notices=self._listens,
+                interrupted="failed",
+            )
+            self._begun, self._ended = state, False
+            self._saves_here, self._inexact_reason = False, None
+        return lifecycle
+
+    def leave(self, *, here: bool, inexact_reason: str | None = None) -> None:
+        """Note that the training is cut short.
+
+        Args:
+            here: whether it saves at this step, rather than after the evaluation at the end of the epoch.
+            inexact_reason: why a resume from that save cannot equal an uninterrupted run, if so.
+        """
+        self._saves_here, self._inexact_reason = here, inexact_reason
+        self.lifecycle.is_leaving = True
 
     def end(self) -> None:
-        """Wait for the uploads, once. Where steps alone are tracked there are none."""
-        if self._ended or self.is_leaving:
-            return
-        self._ended = True
-        checkpointer = self.opened()
-        try:
-            if self.uploads:
-                checkpointer.finish()
-        except CloudTrainError as error:
-            record_end(checkpointer, outcome_of(error), str(error))
-            raise
-        record_end(checkpointer, "finished")
+        """Wait for the uploads, once, and record the end; not where the emergency callback does."""
+        if not self._ended and not self.is_leaving:
+            self._ended = True
+            self.lifecycle.finish(uploads=self._uploads)
 
 
-def check_no_jit_checkpoint(args: TrainingArguments) -> None:
-    """Stop a training in which the framework would save on SIGTERM, too."""
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise ConfigurationError(
-            "enable_jit_checkpoint=True saves on SIGTERM by itself, on each rank at another step, and would write into the "
-            "emergency save. Leave it out: CloudTrainCallback saves on SIGTERM."
-        )
+def _needed_by(ranks: list[int]) -> Any:
+    """Everything but the random states of ranks on other disks."""
 
+    def wanted(path: str) -> bool:
+        match = re.fullmatch(r"rng_state_(\d+)\.pth", path)
+        return match is None or int(match[1]) in ranks
 
-def _no_tracker(outcome: Outcome) -> None:
-    """Nobody tracks steps here."""
+    return wanted

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Feeds the step tracker from a Trainer's events: when steps begin and end, what is logged, what interrupts the steps."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.integrations.trainer.position import step_samples
 from hf_cloudtrain.integrations.trainer.session import Session
-from hf_cloudtrain.integrations.trainer.state import (
-    step_samples,
-)
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.tracking.tracker import StepTracker
 
 
 class StepTrackerCallback(TrainerCallback):
     """Tracks steps: time, rate, eta and what is logged, on storage. The first three arguments are those of `CloudTrainCallback`."""
 
+    @short_traceback
     def __init__(
         self,
         run_url: str | None = None,
@@ -27,27 +26,16 @@ class StepTrackerCallback(TrainerCallback):
         self._session = Session.of(run_url, storage_options, fresh=fresh)
         self._tracker: StepTracker | None = None
 
+    @short_traceback
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the heartbeat on rank 0."""
-        attempt = self._session.begin(args, state)
-        if self._tracker is not None:
-            self._tracker.close("failed")
-            self._tracker = None
-        checkpointer = self._session.opened()
-        if checkpointer.ranks.is_main:
-            self._tracker = StepTracker(
-                checkpointer.catalog,
-                attempt,
-                first_step=state.global_step,
-                total_steps=state.max_steps,
-                samples_per_step=step_samples(args, state),
-                uploads=checkpointer.uploads,
-                ownership=checkpointer.ownership,
-            )
-            self._tracker.start()
-            self._session.close_tracker = self._tracker.close
+        self._tracker = self._session.begin(args, state).track(
+            first_step=state.global_step,
+            total_steps=state.max_steps,
+            samples_per_step=step_samples(args, state),
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,7 +54,7 @@ class StepTrackerCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An evaluation is no step time."""
+        """The time of an evaluation does not count as a step."""
         if self._tracker is not None:
             self._tracker.pause("evaluation")
 
@@ -80,22 +68,14 @@ class StepTrackerCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A save is no step time; the records up to it are stored beside it."""
+        """The time of a save does not count as a step; the records up to it are stored beside the checkpoint."""
         if self._tracker is not None:
             self._tracker.pause("save")
             self._tracker.flush_soon()
 
+    @short_traceback
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the last records, after the uploads are done."""
-        if self._session.is_leaving:
-            return  # whoever cut the training short says how it ended
-        try:
-            self._session.end()
-        except CloudTrainError:
-            if self._tracker is not None:
-                self._tracker.close("failed")
-            raise
-        if self._tracker is not None:
-            self._tracker.close("finished")
+        """Wait for the uploads, if there are any, and write the last records."""
+        self._session.end()

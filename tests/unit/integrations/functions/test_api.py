@@ -1,4 +1,4 @@
-"""The function API in one process: what may be called when, what it keeps, and what it says."""
+"""The function API in one process: the order of calls, what is stored, and the messages."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TestOrder:
             ("processed_steps", ()),
         ],
     )
-    def test_before_init_everything_says_to_call_it(self, name: str, arguments: tuple[Any, ...]) -> None:
+    def test_before_init_every_function_says_to_call_it(self, name: str, arguments: tuple[Any, ...]) -> None:
         with pytest.raises(ConfigurationError, match=rf"Call hf_cloudtrain\.init\(.*before {name}\(\)"):
             getattr(ct, name)(*arguments)
 
@@ -129,7 +129,7 @@ class TestOrder:
             assert ct.processed_steps() == 1
         assert ct.processed_steps() == 2
 
-    def test_a_step_that_raises_is_not_done_and_another_may_start(self) -> None:
+    def test_a_step_that_raises_does_not_count_and_a_new_one_may_start(self) -> None:
         ct.init(10)
         with pytest.raises(KeyError), ct.train_step():
             raise KeyError("batch")
@@ -155,18 +155,18 @@ class TestOrder:
         assert ct.processed_steps() == 0
 
     @pytest.mark.parametrize("total", [0, -1, 1.5, "10", True])
-    def test_a_total_that_is_no_number_of_steps(self, total: Any) -> None:
-        with pytest.raises(ConfigurationError, match="is no number of steps"):
+    def test_a_total_must_be_a_positive_integer(self, total: Any) -> None:
+        with pytest.raises(ConfigurationError, match="must be a positive integer, or None if unknown"):
             ct.init(total)
 
-    def test_a_total_of_numpy_or_none(self) -> None:
+    def test_a_total_may_be_a_numpy_integer_or_none(self) -> None:
         numpy = pytest.importorskip("numpy")
         ct.init(numpy.int64(10))
         ct.init(None)
         steps(20)
         assert ct.processed_steps() == 20
 
-    def test_nobody_has_given_notice(self) -> None:
+    def test_without_a_notice_there_is_no_emergency_save(self) -> None:
         ct.init(10)
         assert ct.is_emergency_save() is False
 
@@ -198,7 +198,7 @@ class TestLocalMode:
         assert of_two.name.endswith("_1.log")
         assert lines_of(of_two) == [{"step": 0, "rank": 1, "loss": 2}]
 
-    def test_that_nothing_is_uploaded_is_said_once(
+    def test_one_warning_says_that_nothing_is_uploaded(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         ct.init(2, checkpoint_dir=tmp_path / "ckpt")
@@ -206,10 +206,10 @@ class TestLocalMode:
         steps(2)
         ct.upload_checkpoint()
         ct.upload_checkpoint()
-        said = [record.getMessage() for record in caplog.records]
-        assert len(said) == 1
-        assert "upload_checkpoint() and restore() do nothing" in said[0]
-        assert "HF_CLOUDTRAIN_RUN_URL" in said[0]
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 1
+        assert "upload_checkpoint() and restore() do nothing" in messages[0]
+        assert "HF_CLOUDTRAIN_RUN_URL" in messages[0]
         assert list(tmp_path.iterdir()) == []
 
     def test_no_torch_is_imported(self) -> None:
@@ -219,7 +219,7 @@ class TestLocalMode:
 
 
 class TestTensors:
-    def test_they_are_read_every_few_calls_and_in_order(self, tmp_path: Path) -> None:
+    def test_they_are_read_every_ten_calls_and_in_order(self, tmp_path: Path) -> None:
         torch = pytest.importorskip("torch")
         ct.init(100, local_log_name=tmp_path / "log")
         running = torch.zeros((), requires_grad=True) * 2
@@ -284,7 +284,7 @@ class TestUploads:
         wait_until(machines.catalog.checkpoints, "the commit")
         assert contents(machines.run / "checkpoint-1") == {"checkpoint.pt": bytes_at(1)}
 
-    def test_our_own_folder_and_temporary_files_are_no_part_of_it(
+    def test_our_own_folder_and_temporary_files_are_not_uploaded(
         self, begin: Callable[..., Path], machines: Machines
     ) -> None:
         folder = begin(1)
@@ -319,7 +319,7 @@ class TestUploads:
             ct.upload_checkpoint()
             assert machines.committed() == [(1, 1)]
 
-    def test_a_last_upload_that_storage_does_not_take_is_an_error_and_kept(
+    def test_a_last_upload_that_storage_refuses_is_an_error_and_stays_in_the_outbox(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "0.2")
@@ -332,7 +332,7 @@ class TestUploads:
         assert [entry.title for entry in Outbox(folder).entries()] == ["checkpoint-1"]
         assert states(machines) == ["failed"]
 
-    def test_an_empty_folder_is_said_and_does_not_end_training(
+    def test_an_empty_folder_is_logged_and_does_not_end_training(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = begin(2)
@@ -344,7 +344,7 @@ class TestUploads:
         ct.upload_checkpoint()
         assert machines.committed() == [(1, 2)]
 
-    def test_a_folder_that_the_script_removes_and_makes_anew_is_uploaded(
+    def test_a_folder_that_the_script_removes_and_creates_again_is_uploaded(
         self, begin: Callable[..., Path], machines: Machines
     ) -> None:
         folder = begin()
@@ -357,7 +357,7 @@ class TestUploads:
             wait_until(lambda: not left_overs(folder), "the end of the upload")
             assert (1, step) in machines.committed()
 
-    def test_without_a_checkpoint_folder_steps_are_tracked_and_an_upload_says_what_is_missing(
+    def test_without_a_checkpoint_folder_steps_are_tracked_and_an_upload_names_the_missing_argument(
         self, machines: Machines
     ) -> None:
         ct.init(2, machines.storage.url)
@@ -372,7 +372,7 @@ class TestUploads:
 
 
 class TestRestore:
-    def test_the_folder_comes_back_on_an_empty_machine_and_steps_go_on(
+    def test_the_folder_is_restored_on_an_empty_machine_and_the_steps_continue(
         self, begin: Callable[..., Path], machines: Machines
     ) -> None:
         trained(begin, 3)
@@ -391,7 +391,7 @@ class TestRestore:
         assert ct.restore() is None
         steps()
 
-    def test_files_that_are_no_part_of_it_stay_and_are_named(
+    def test_files_outside_the_checkpoint_stay_and_are_named(
         self, begin: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         trained(begin, 1)
@@ -408,8 +408,8 @@ class TestRestore:
                 "checkpoint-900/x": b"2",
             }.items()
         )
-        (said,) = [record.getMessage() for record in caplog.records if "no part of" in record.getMessage()]
-        assert said.endswith("the next upload: checkpoint-900/x, mine.txt.")
+        (warning,) = [text for record in caplog.records if "not part of" in (text := record.getMessage())]
+        assert warning.endswith("the next upload will contain them: checkpoint-900/x, mine.txt.")
 
     def test_a_folder_that_is_whole_is_not_downloaded_again(
         self, begin: Callable[..., Path], machines: Machines
@@ -420,14 +420,14 @@ class TestRestore:
         assert ct.restore() == str(folder)
         assert machines.storage.count("download", "checkpoint-*") == 0
 
-    def test_a_file_that_was_written_since_is_put_back(self, begin: Callable[..., Path]) -> None:
+    def test_a_file_that_was_written_since_is_replaced(self, begin: Callable[..., Path]) -> None:
         folder = trained(begin, 2)
         save(folder, 99)
         begin()
         ct.restore()
         assert (folder / "checkpoint.pt").read_bytes() == bytes_at(2)
 
-    def test_a_damaged_newest_gives_way_to_the_one_before(
+    def test_where_the_newest_is_damaged_the_previous_one_is_restored(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         trained(begin, 1)
@@ -444,20 +444,22 @@ class TestRestore:
         assert (folder / "checkpoint.pt").read_bytes() == bytes_at(1)
         assert "damaged" in caplog.text
 
-    def test_a_folder_in_the_way_of_a_file_is_said(self, begin: Callable[..., Path], tmp_path: Path) -> None:
+    def test_a_folder_in_the_way_of_a_file_is_an_error(
+        self, begin: Callable[..., Path], tmp_path: Path
+    ) -> None:
         trained(begin, 1)
         (tmp_path / "other/checkpoint.pt").mkdir(parents=True)
         begin(name="other")
         with pytest.raises(ConfigurationError, match=r"checkpoint\.pt' cannot be restored.*Move what is in"):
             ct.restore()
 
-    def test_it_comes_before_the_first_step(self, begin: Callable[..., Path]) -> None:
+    def test_it_must_come_before_the_first_step(self, begin: Callable[..., Path]) -> None:
         begin()
         steps()
         with pytest.raises(ConfigurationError, match="after training began"):
             ct.restore()
 
-    def test_a_run_that_is_complete_is_said(self, begin: Callable[..., Path]) -> None:
+    def test_a_complete_run_is_an_error(self, begin: Callable[..., Path]) -> None:
         trained(begin, 2)
         begin(2, name="other")
         with pytest.raises(RunCompleteError, match="total_train_steps=2 is not above the 2 steps"):
@@ -472,7 +474,7 @@ class TestRestore:
             ct.start_step()
         assert machines.catalog.attempts.numbers() == [1]
 
-    def test_law_4_what_was_saved_and_not_uploaded_is_finished_first(
+    def test_law_4_uploads_left_over_are_finished_first(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "0.1")
@@ -499,7 +501,7 @@ class TestALauncherThatRestored:
         assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
         assert machines.catalog.attempts.read_all()[-1].global_step == 3
 
-    def test_a_total_that_is_reached_is_said_by_init(self, begin: Callable[..., Path]) -> None:
+    def test_init_refuses_a_total_that_is_reached(self, begin: Callable[..., Path]) -> None:
         with pytest.raises(RunCompleteError, match="total_train_steps=3 is not above the 3 steps"):
             begin(3)
 
@@ -510,7 +512,7 @@ class TestALauncherThatRestored:
         assert ct.processed_steps() == 3
         assert machines.storage.count("download", "checkpoint-*") == 0
 
-    def test_which_of_two_checkpoints_of_one_step_it_was_is_recorded(
+    def test_the_attempt_records_which_of_two_checkpoints_of_one_step_it_resumed(
         self, machines: Machines, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         machine = machines.new("another", fresh=True)
@@ -521,7 +523,7 @@ class TestALauncherThatRestored:
         steps()
         assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
 
-    def test_after_a_restore_what_it_said_does_not_matter(
+    def test_restore_overrides_the_variable(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_RESTORED_CHECKPOINT", "000001-0000000777")
@@ -530,15 +532,15 @@ class TestALauncherThatRestored:
         steps()
         assert ct.processed_steps() == 4
 
-    def test_a_checkpoint_that_is_not_there_is_said(
+    def test_a_checkpoint_that_does_not_exist_is_an_error(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_RESTORED_CHECKPOINT", "000001-0000000777")
         begin()
-        with pytest.raises(ConfigurationError, match="'000001-0000000777' is no checkpoint of"):
+        with pytest.raises(ConfigurationError, match="'000001-0000000777' is not a checkpoint of"):
             ct.start_step()
 
-    def test_an_older_one_is_gone_on_from_with_a_warning(
+    def test_an_older_checkpoint_is_resumed_with_a_warning(
         self,
         begin: Callable[..., Path],
         machines: Machines,
@@ -555,15 +557,17 @@ class TestALauncherThatRestored:
         assert "but the newest checkpoint" in caplog.text
         assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
 
-    def test_a_key_that_is_none(self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HF_CLOUDTRAIN_RESTORED_CHECKPOINT", "checkpoint-3")
-        with pytest.raises(ConfigurationError, match="'checkpoint-3' is no key"):
-            begin()
-
-    def test_after_a_restart_by_torchrun_it_counts_no_more(
+    def test_a_malformed_key_is_an_error(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The files it had put there were written over by the workers that died."""
+        monkeypatch.setenv("HF_CLOUDTRAIN_RESTORED_CHECKPOINT", "checkpoint-3")
+        with pytest.raises(ConfigurationError, match="'checkpoint-3' is not a checkpoint key"):
+            begin()
+
+    def test_after_a_restart_by_torchrun_the_variable_is_ignored(
+        self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The workers that crashed have overwritten the files that it put there."""
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         begin()
         assert ct.processed_steps() == 0
@@ -573,7 +577,7 @@ class TestALauncherThatRestored:
         ct.restore()
         assert ct.processed_steps() == 3
 
-    def test_in_local_mode_it_means_nothing(self) -> None:
+    def test_in_local_mode_the_variable_is_ignored(self) -> None:
         ct.init(3)
         assert ct.processed_steps() == 0
 
@@ -619,7 +623,7 @@ class TestTheRun:
         ]
         assert all(line["time"] > 0 for line in records(machines))
 
-    def test_what_lies_between_the_steps_is_no_step_time(
+    def test_time_between_two_steps_does_not_count_as_step_time(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 0.0
@@ -644,9 +648,9 @@ class TestTheRun:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")
         ct.metric({"loss": 1.0})
-        assert api._Current.run._place._metrics._waiting == []
+        assert api._Current.run._mode._metrics._waiting == []
 
-    def test_a_second_init_closes_the_run_before_in_order(
+    def test_a_second_init_closes_the_previous_run_properly(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = begin(10)
@@ -657,7 +661,7 @@ class TestTheRun:
         ct.init(5)
         assert machines.committed() == [(1, 2)]
         assert states(machines) == ["stopped"]
-        assert "ended at step 5, and the last checkpoint that was uploaded is of step 2" in caplog.text
+        assert "ended at step 5, but the last uploaded checkpoint is of step 2" in caplog.text
 
     @pytest.mark.parametrize(
         ("total", "error", "state"),
@@ -689,7 +693,7 @@ class TestTheRun:
         assert states(machines) == [state]
         assert machines.committed() == [(1, 2)]
 
-    def test_law_5_a_run_that_never_uploaded_did_not_end_well(
+    def test_law_5_a_run_that_never_uploaded_has_failed(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         begin(2)
@@ -698,7 +702,7 @@ class TestTheRun:
         assert states(machines) == ["failed"]
         assert "ended without uploading a checkpoint. Call hf_cloudtrain.upload_checkpoint()" in caplog.text
 
-    def test_law_6_an_upload_of_an_overtaken_attempt_raises_and_the_run_says_so(
+    def test_law_6_an_upload_of_an_overtaken_attempt_raises_and_the_heartbeat_says_so(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
@@ -716,7 +720,7 @@ class TestTheRun:
         assert states(machines)[0] == "overtaken"
         assert machines.committed() == []
 
-    def test_law_6_the_last_upload_of_an_overtaken_attempt_is_no_good_end(
+    def test_law_6_an_overtaken_attempt_does_not_end_as_finished(
         self, begin: Callable[..., Path], machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = begin(1)
@@ -743,7 +747,7 @@ class TestTheRun:
             ct.upload_checkpoint()
         assert machines.committed() == [(1, 1)]
 
-    def test_training_beyond_the_end_is_warned_of_once_and_still_safe(
+    def test_training_beyond_the_end_causes_one_warning_and_is_still_safe(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = begin(1)
@@ -754,7 +758,7 @@ class TestTheRun:
         save(folder)
         ct.upload_checkpoint()
         assert machines.committed() == [(1, 1), (1, 4)]
-        assert caplog.text.count("goes on after step 1") == 1
+        assert caplog.text.count("continues after step 1") == 1
 
     def test_a_process_group_that_appears_after_a_restore_alone_is_refused(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -765,11 +769,11 @@ class TestTheRun:
             is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2
         )
         monkeypatch.setitem(sys.modules, "torch.distributed", group)
-        with pytest.raises(ConfigurationError, match=r"has 2 ranks, and restore\(\) saw 1"):
+        with pytest.raises(ConfigurationError, match=r"has 2 ranks, but restore\(\) saw 1"):
             ct.start_step()
 
 
-def test_nothing_of_it_warns_on_the_happy_path(
+def test_an_ordinary_run_logs_no_warning(
     begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

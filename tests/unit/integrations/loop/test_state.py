@@ -48,39 +48,39 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 class TestLoopState:
-    def test_another_process_reads_where_training_stands(self, tmp_path: Path) -> None:
+    def test_a_new_process_reads_where_training_stands(self, tmp_path: Path) -> None:
         read = LoopState.read(written(tmp_path))
         assert (read.epoch, read.step, read.batches) == (3, 1200, 7)
         assert (read.best_metric, read.best_step) == (0.31, 800)
         assert (read.log, read.sums) == (STATE.log, STATE.sums)
 
-    def test_which_save_it_is_of_and_which_was_the_best_come_back(self, tmp_path: Path) -> None:
+    def test_it_names_its_save_and_the_best_one(self, tmp_path: Path) -> None:
         read = LoopState.read(written(tmp_path, nonce="abc-1200", best_nonce="abc-800"))
         assert (read.nonce, read.best_nonce) == ("abc-1200", "abc-800")
 
-    def test_a_best_metric_of_zero_is_one(self, tmp_path: Path) -> None:
+    def test_a_best_metric_may_be_zero(self, tmp_path: Path) -> None:
         assert LoopState.read(written(tmp_path, best_metric=0)).best_metric == 0.0
 
-    def test_a_folder_without_it_was_saved_by_something_else(self, tmp_path: Path) -> None:
+    def test_a_folder_without_it_was_not_saved_by_a_loop(self, tmp_path: Path) -> None:
         with pytest.raises(
-            ManifestError, match=r"was not saved by a TrainLoop\. Resume this run with what saved it"
+            ManifestError, match=r"was not saved by a TrainLoop\. Resume this run with the API that saved it"
         ):
             LoopState.read(tmp_path)
 
     @pytest.mark.parametrize("count", ["epoch", "step", "batches"])
     @pytest.mark.parametrize("value", [-1, 1.0, "3", True, None, 2**53, ..., [3]])
-    def test_what_is_no_count_is_named(self, tmp_path: Path, count: str, value: Any) -> None:
+    def test_a_value_that_is_not_a_count_is_named(self, tmp_path: Path, count: str, value: Any) -> None:
         with pytest.raises(ManifestError, match=rf"damaged: .*'{count}': .*not counts"):
             LoopState.read(written(tmp_path, **{count: value}))
 
     @pytest.mark.parametrize("value", ["hf_cloudtrain.loop/2", None, ..., {"a": "b" * 1000}])
-    def test_another_format_is_refused_by_its_name(self, tmp_path: Path, value: Any) -> None:
+    def test_an_unknown_format_is_refused_by_its_name(self, tmp_path: Path, value: Any) -> None:
         with pytest.raises(ManifestError, match=r"not 'hf_cloudtrain\.loop/1'") as caught:
             LoopState.read(written(tmp_path, format=value))
         assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{" * 100_000])
-    def test_what_is_no_object_is_refused(self, tmp_path: Path, text: str) -> None:
+    def test_a_file_that_is_not_a_json_object_is_refused(self, tmp_path: Path, text: str) -> None:
         (tmp_path / TRAINING_STATE).write_text(text)
         with pytest.raises(ManifestError, match="damaged"):
             LoopState.read(tmp_path)
@@ -98,21 +98,19 @@ class TestLoopState:
             ("sums", ..., {}),
         ],
     )
-    def test_what_is_only_told_is_left_out_where_it_is_damaged(
+    def test_damaged_values_that_nothing_depends_on_are_dropped(
         self, tmp_path: Path, name: str, value: Any, wanted: Any
     ) -> None:
         assert getattr(LoopState.read(written(tmp_path, **{name: value})), name) == wanted
 
-    def test_a_nan_in_the_log_does_not_keep_a_run_from_going_on(self, tmp_path: Path) -> None:
+    def test_a_nan_in_the_log_does_not_prevent_a_resume(self, tmp_path: Path) -> None:
         log = [{"epoch": 0, "train": {"loss": math.nan}}]
         assert math.isnan(LoopState.read(written(tmp_path, log=log)).log[0]["train"]["loss"])
 
-    def test_people_find_their_letters_in_it(self) -> None:
+    def test_letters_outside_ascii_are_readable(self) -> None:
         assert "영화" in LoopState(script_args={"data": "영화"}).encode()
 
-    def test_a_reader_of_the_log_never_sees_half_of_it(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_log_is_replaced_atomically(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         STATE.write_log(tmp_path)
         assert json.loads((tmp_path / "log.json").read_text()) == STATE.log
 
@@ -142,7 +140,7 @@ class TestStorableArgs:
         }
         assert storable_args(given) == {**given, "dir": "a/b", "betas": "(0.9, 0.95)"}
 
-    def test_a_number_that_is_none_becomes_text(self) -> None:
+    def test_a_number_that_json_lacks_becomes_text(self) -> None:
         assert storable_args({"clip": math.inf, "drop": math.nan}) == {"clip": "inf", "drop": "nan"}
 
     @pytest.mark.parametrize("name", ["hub_token", "api_key", "password", "AWS_SECRET_ACCESS_KEY"])
@@ -158,7 +156,7 @@ class TestStorableArgs:
     def test_a_long_value_is_cut(self) -> None:
         assert len(storable_args({"text": "a b " * 10_000})["text"]) == 2000
 
-    def test_none_at_all_is_nothing(self) -> None:
+    def test_without_arguments_nothing_is_stored(self) -> None:
         assert storable_args(None) == {}
 
 
@@ -177,7 +175,7 @@ class TestWhichFiles:
             "loop_state_0.pt",
         ],
     )
-    def test_what_only_a_resume_needs_is_not_for_people(self, path: str) -> None:
+    def test_files_that_only_a_resume_needs_are_not_published(self, path: str) -> None:
         assert not is_for_people(path)
 
     @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ class TestWhichFiles:
             "random_states_0.pkl.txt",
         ],
     )
-    def test_the_rest_is(self, path: str) -> None:
+    def test_the_other_files_are_published(self, path: str) -> None:
         assert is_for_people(path)
 
     def test_a_disk_gets_the_files_of_its_own_ranks(self) -> None:
@@ -209,13 +207,13 @@ class TestWhichFiles:
         assert all(map(wanted, ["model.safetensors", "optimizer_0.bin", "custom_checkpoint_0.pkl"]))
 
 
-class TestPutRight:
+class TestRepair:
     @pytest.fixture
     def dead(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The process that made what lies here is no more."""
         monkeypatch.setattr(files, "_making", set())
 
-    def test_what_is_left_half_made_goes(self, tmp_path: Path, dead: None) -> None:
+    def test_unfinished_folders_are_removed(self, tmp_path: Path, dead: None) -> None:
         meta = tmp_path / ".cloudtrain"
         left = f"{os.getpid()}-{random.getrandbits(32):08x}"
         for name in (f"best-{left}", f"last-{left}", f"saving-500-{left}", f"gone-{left}", "outbox"):
@@ -224,7 +222,7 @@ class TestPutRight:
         assert [path.name for path in meta.iterdir()] == ["outbox"]
         assert [path.name for path in tmp_path.iterdir()] == [".cloudtrain"]
 
-    def test_a_whole_one_takes_a_place_that_is_empty(self, tmp_path: Path, dead: None) -> None:
+    def test_a_whole_one_is_moved_back_where_it_is_missing(self, tmp_path: Path, dead: None) -> None:
         meta = tmp_path / ".cloudtrain"
         meta.mkdir()
         written(meta / f"best-{os.getpid()}-{1:08x}")
@@ -232,7 +230,7 @@ class TestPutRight:
         assert LoopState.read(tmp_path / "best").step == 1200
         assert not list(meta.iterdir())
 
-    def test_one_that_is_in_its_place_stays(self, tmp_path: Path, dead: None) -> None:
+    def test_an_existing_one_stays(self, tmp_path: Path, dead: None) -> None:
         meta = tmp_path / ".cloudtrain"
         meta.mkdir()
         written(meta / f"best-{os.getpid()}-{1:08x}", step=1)
@@ -241,7 +239,7 @@ class TestPutRight:
         assert LoopState.read(tmp_path / "best").step == 2
 
     @pytest.mark.parametrize("kind", ["best", "saving-500", "gone"])
-    def test_what_a_living_process_makes_is_left_alone(self, tmp_path: Path, kind: str) -> None:
+    def test_folders_of_a_live_process_are_kept(self, tmp_path: Path, kind: str) -> None:
         folder = tmp_path / ".cloudtrain" / f"{kind}-{files.temp_suffix()}"
         folder.mkdir(parents=True)
         written(folder)
@@ -251,7 +249,7 @@ class TestPutRight:
 
 
 class TestPublish:
-    def test_what_lies_in_the_target_goes_with_the_one_before(self, tmp_path: Path) -> None:
+    def test_everything_in_the_target_is_replaced(self, tmp_path: Path) -> None:
         first, second = written(tmp_path / "checkpoint-1", step=1), written(tmp_path / "checkpoint-2", step=2)
         (first / "adapter_config.json").write_text("{}")
         (first / "optimizer.bin").write_bytes(b"x")
@@ -267,16 +265,14 @@ class TestPublish:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def test_folders_within_come_along(self, tmp_path: Path) -> None:
+    def test_folders_within_are_published_too(self, tmp_path: Path) -> None:
         folder = written(tmp_path / "checkpoint-1")
         (folder / "unet").mkdir()
         (folder / "unet" / "config.json").write_text("{}")
         publish(folder, tmp_path / "last")
         assert (tmp_path / "last" / "unet" / "config.json").read_text() == "{}"
 
-    def test_where_the_disk_has_no_links_it_copies(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_hard_links_it_copies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = written(tmp_path / "checkpoint-1")
         (folder / "model.safetensors").write_bytes(bytes(2**20))
 

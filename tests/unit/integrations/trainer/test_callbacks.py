@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from transformers.trainer_callback import ExportableState
 from hf_cloudtrain import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, PositionError, RunCompleteError, RunHasCheckpointsError
-from hf_cloudtrain.integrations.trainer.state import EpochLength, metrics, position
 
 
 @pytest.fixture
@@ -25,9 +21,8 @@ def args(tmp_path: Path) -> TrainingArguments:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
-    yield f"file://{tmp_path / 'run'}"
-    gc.collect()  # sessions live as long as their callbacks
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path / 'run'}"
 
 
 def state_at(step: int, *, max_steps: int = 10, epoch: float | None = None) -> TrainerState:
@@ -40,17 +35,30 @@ def loader(samples: int, batch: int) -> Any:
     return torch.utils.data.DataLoader(list(range(samples)), batch_size=batch)
 
 
-def test_no_callback_is_made_anew_on_resume() -> None:
-    """Trainer re-creates every ExportableState, and the threads of an old one would live on."""
+def test_trainer_creates_no_callback_again_on_resume() -> None:
+    """It does so with every ExportableState, and the threads of the old one would stay."""
     for kind in (CloudTrainCallback, CheckpointUploadCallback, StepTrackerCallback):
         assert issubclass(kind, TrainerCallback)
         assert not issubclass(kind, ExportableState)
 
 
-def test_every_event_of_a_part_reaches_it_through_the_whole() -> None:
-    for part in (CheckpointUploadCallback, StepTrackerCallback):
-        events = {name for name in vars(part) if name.startswith("on_")}
-        assert events <= set(vars(CloudTrainCallback))
+EVENTS = sorted(name for name in dir(TrainerCallback) if name.startswith("on_"))
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_every_event_of_trainer_reaches_every_part(url: str, event: str) -> None:
+    calls: list[tuple[int, Any, Any]] = []
+
+    class Part:
+        def __init__(self, number: int) -> None:
+            setattr(self, event, lambda *args, **kwargs: calls.append((number, args, kwargs)))
+
+    callback = CloudTrainCallback(url)
+    assert len(callback._parts) == 3
+    callback._parts = tuple(Part(number) for number in range(3))  # type: ignore[assignment]
+    assert getattr(callback, event)("args", "state", "control", logs={}) is None
+    order = [0, 1, 2] if event == "on_train_begin" else [2, 1, 0]
+    assert calls == [(number, ("args", "state", "control"), {"logs": {}}) for number in order]
 
 
 class TestSaveAtTheEndOfAnEpoch:
@@ -119,9 +127,9 @@ class TestStart:
         for part in parts:
             part.on_train_begin(args, state, TrainerControl(), train_dataloader=loader(10, 2))
         assert parts[0]._session is parts[1]._session
-        assert parts[0]._session.opened().catalog.attempts.numbers() == [1]
+        assert parts[0]._session.checkpointer.catalog.attempts.numbers() == [1]
 
-    def test_over_with_a_smaller_batch_is_another_attempt(
+    def test_with_a_smaller_batch_after_out_of_memory_is_a_new_attempt(
         self, args: TrainingArguments, url: str, tmp_path: Path
     ) -> None:
         args.auto_find_batch_size = True
@@ -133,14 +141,14 @@ class TestStart:
         callback.on_save(args, state_at(5), TrainerControl())
         callback.wait()
         callback.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 1))
-        assert callback._session.opened().catalog.attempts.numbers() == [1, 2]
+        assert callback._session.checkpointer.catalog.attempts.numbers() == [1, 2]
 
         args.auto_find_batch_size = False
         with pytest.raises(RunHasCheckpointsError, match=r"cloud\.restore\(args\)"):
             callback.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 1))
 
 
-def test_law_8_a_checkpoint_of_another_topology_that_was_not_restored_by_us_is_refused(
+def test_law_8_a_checkpoint_of_a_different_topology_is_refused_unless_restore_converted_it(
     args: TrainingArguments, url: str, tmp_path: Path
 ) -> None:
     callback = CheckpointUploadCallback(url)
@@ -159,44 +167,14 @@ def test_law_8_a_checkpoint_of_another_topology_that_was_not_restored_by_us_is_r
     callback.on_train_begin(args, state_at(4), TrainerControl(), train_dataloader=loader(80, 8))
 
 
-class TestPosition:
-    def test_counts_a_short_last_batch_of_an_epoch_as_it_is(self, args: TrainingArguments) -> None:
-        args.per_device_train_batch_size = 4
-        epoch = EpochLength(loader(10, 4))  # batches of 4, 4 and 2
-        seen = [position(args, state_at(step), epoch).samples_seen for step in range(7)]
-        assert seen == [0, 4, 8, 10, 14, 18, 20]
-
-    def test_counts_steps_where_the_data_is_a_stream(self, args: TrainingArguments) -> None:
-        found = position(args, state_at(3), EpochLength(SimpleNamespace()))
-        assert (found.samples_seen, found.dataset_length) == (3 * args.train_batch_size, None)
-
-    def test_knows_the_end_of_an_epoch_with_accumulation(self) -> None:
-        epoch = EpochLength(loader(10, 2))  # 5 batches, 3 steps of 2
-        assert [step for step in range(1, 7) if epoch.is_whole(step, 2)] == [3, 6]
-
-
-def test_metrics_of_a_checkpoint_are_those_of_its_step_and_the_last_loss() -> None:
-    state = state_at(8)
-    state.best_metric = 0.5
-    state.log_history = [
-        {"step": 4, "epoch": 0.4, "loss": 0.9, "eval_loss": 0.8},
-        {"step": 6, "epoch": 0.6, "loss": 0.7, "learning_rate": 1e-4},
-        {"step": 8, "epoch": 0.8, "eval_loss": 0.6, "note": "text", "eval_nan": float("nan")},
-    ]
-    assert metrics(state, best=False) == {"eval_loss": 0.6, "loss": 0.7}
-    assert metrics(state, best=True)["best_metric"] == 0.5
-
-
-def test_what_stays_on_storage_is_said_once_and_reaches_the_checkpointer(
-    args: TrainingArguments, url: str
-) -> None:
+def test_the_retention_policy_reaches_the_checkpointer(args: TrainingArguments, url: str) -> None:
     cloud = CloudTrainCallback(url, save_total_limit=3, keep_every_n_steps=100)
     cloud.on_train_begin(args, state_at(0), TrainerControl(), train_dataloader=loader(10, 2))
-    checkpointer = cloud._uploads._session.opened()
+    checkpointer = cloud._uploads._session.checkpointer
     assert checkpointer.policy == checkpointer._retention.policy == Policy(3, 100)
     assert checkpointer._retention.attempt == checkpointer.attempt
 
 
-def test_a_limit_that_cannot_be_is_refused_before_training(url: str) -> None:
+def test_an_impossible_save_total_limit_is_refused_before_training(url: str) -> None:
     with pytest.raises(ConfigurationError, match="save_total_limit=0"):
         CloudTrainCallback(url, save_total_limit=0)

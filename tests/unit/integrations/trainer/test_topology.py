@@ -1,4 +1,4 @@
-"""What is converted for Trainer, without a Trainer; the integration tests run one."""
+"""What is converted for a Trainer, without running one; the integration tests do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest, Position
 from hf_cloudtrain.errors import PositionError
 from hf_cloudtrain.integrations.trainer import topology
-from hf_cloudtrain.integrations.trainer.state import EpochLength, position
+from hf_cloudtrain.integrations.trainer.position import EpochLength, position
 
 SAVED = Position(
     global_step=9,
@@ -63,15 +63,15 @@ class TestPlan:
         with pytest.raises(PositionError, match="'OneCycleLR', which depends on more"):
             planned(args, replace(SAVED, lr_scheduler="OneCycleLR"))
 
-    def test_the_batch_that_trainer_found_by_itself_stays(self, args: TrainingArguments) -> None:
+    def test_the_batch_size_that_trainer_found_by_itself_is_kept(self, args: TrainingArguments) -> None:
         args.auto_find_batch_size, args.per_device_train_batch_size = True, 8
         assert planned(args).global_step == 3
 
-    def test_a_length_of_the_schedule_in_steps_of_today_is_taken(self, args: TrainingArguments) -> None:
+    def test_max_steps_must_be_counted_in_new_steps(self, args: TrainingArguments) -> None:
         args.max_steps = 6
         assert planned(args).global_step == 3
         args.max_steps = 18
-        with pytest.raises(PositionError, match=r"max_steps=18 counts steps of today.* pass max_steps=6\."):
+        with pytest.raises(PositionError, match=r"max_steps=18 is counted in the new .* pass max_steps=6\."):
             planned(args)
 
 
@@ -88,7 +88,7 @@ class TestConvertState:
         "log_history": [{"step": 6, "loss": 1.0}, {"step": 8, "loss": 0.5}, "damaged", {"step": "9"}],
     }
 
-    def test_every_number_of_steps_is_one_of_today(self, args: TrainingArguments) -> None:
+    def test_every_step_number_is_converted(self, args: TrainingArguments) -> None:
         args.save_steps, args.logging_steps, args.eval_steps = 0.5, 2, None
         found = topology.convert_state(self.RECORD, planned(args), args)
         assert found == {
@@ -100,21 +100,21 @@ class TestConvertState:
             "log_history": [{"step": 2, "loss": 1.0}, {"step": 2, "loss": 0.5}, "damaged", {"step": "9"}],
         }
 
-    def test_the_size_of_a_batch_is_that_of_today(self, args: TrainingArguments) -> None:
+    def test_the_batch_size_is_the_new_one(self, args: TrainingArguments) -> None:
         args.per_device_train_batch_size = 12
         args.gradient_accumulation_steps = 1
         assert topology.convert_state(self.RECORD, planned(args), args)["train_batch_size"] == 12
 
 
-def test_warmup_in_steps_is_said_to_be_in_steps_of_today(
+def test_a_warning_says_that_warmup_steps_are_new_steps(
     args: TrainingArguments, caplog: pytest.LogCaptureFixture
 ) -> None:
     args.warmup_steps = 5
-    topology._say(planned(args), args)
-    assert "warmup_steps=5 counts steps of today" in caplog.text
+    topology._log(planned(args), args)
+    assert "warmup_steps=5 is counted in the new" in caplog.text
     args.warmup_steps = 0.1  # a share of all steps
     caplog.clear()
-    topology._say(planned(args), args)
+    topology._log(planned(args), args)
     assert "warmup" not in caplog.text
 
 
@@ -157,19 +157,19 @@ class TestLiveObjects:
     def state(self, step: int = 3, max_steps: int = 6) -> TrainerState:
         return TrainerState(global_step=step, max_steps=max_steps)
 
-    def test_the_schedule_stands_where_the_data_does(self, args: TrainingArguments) -> None:
+    def test_the_schedule_is_moved_to_the_position_of_the_data(self, args: TrainingArguments) -> None:
         live = self.live()
-        topology.go_on(planned(args), self.state(), live)
+        topology.move_schedule(planned(args), self.state(), live)
         assert live["lr_scheduler"].get_last_lr() == [0.5]
 
     def test_steps_that_the_gradient_scaler_skipped_stay_skipped(self, args: TrainingArguments) -> None:
         live = self.live()
         live["lr_scheduler"].last_epoch = 6
-        topology.go_on(planned(args), self.state(), live)
+        topology.move_schedule(planned(args), self.state(), live)
         assert live["lr_scheduler"].last_epoch == 2
 
     @pytest.mark.parametrize(
-        ("given", "max_steps", "words"),
+        ("given", "max_steps", "text"),
         [
             (
                 {"lr_scheduler": StepLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 5)},
@@ -181,40 +181,38 @@ class TestLiveObjects:
                 6,
                 "order of a 'torch.RandomSampler'",
             ),
-            ({}, 3, "6 steps were planned, and this Trainer ends at 3"),
+            ({}, 3, "6 steps were planned, but this Trainer ends at step 3"),
         ],
     )
-    def test_what_cannot_go_there_is_refused(
-        self, args: TrainingArguments, given: dict[str, Any], max_steps: int, words: str
+    def test_a_schedule_order_or_length_that_does_not_fit_is_refused(
+        self, args: TrainingArguments, given: dict[str, Any], max_steps: int, text: str
     ) -> None:
-        with pytest.raises(PositionError, match=words):
-            topology.go_on(planned(args), self.state(max_steps=max_steps), self.live(**given))
+        with pytest.raises(PositionError, match=text):
+            topology.move_schedule(planned(args), self.state(max_steps=max_steps), self.live(**given))
 
-    def test_an_order_that_is_unknown_does_not_matter_between_two_epochs(
-        self, args: TrainingArguments
-    ) -> None:
+    def test_an_unknown_order_does_not_matter_between_two_epochs(self, args: TrainingArguments) -> None:
         between = replace(SAVED, global_step=12, samples_seen=48)
         loader = DataLoader(range(24), sampler=RandomSampler(range(24)), batch_size=4)
         live = self.live(train_dataloader=loader)
-        topology.go_on(planned(args, between), self.state(4), live)
+        topology.move_schedule(planned(args, between), self.state(4), live)
 
     def check(self, args: TrainingArguments, loader: Any, step: int = 3) -> None:
         topology.check(manifest(), args, self.state(step), EpochLength(loader))
 
-    def test_the_live_loader_must_stand_where_the_checkpoint_does(self, args: TrainingArguments) -> None:
+    def test_the_live_loader_must_be_at_the_position_of_the_checkpoint(self, args: TrainingArguments) -> None:
         self.check(args, DataLoader(range(24), batch_size=4))
         with pytest.raises(
-            PositionError, match="after 36 samples, and step 4 of this Trainer would go on after 48"
+            PositionError, match="after 36 samples, but step 4 of this Trainer would continue after 48"
         ):
             self.check(args, DataLoader(range(24), batch_size=4), step=4)
-        with pytest.raises(PositionError, match="step 3 of this Trainer would go on after 42"):
+        with pytest.raises(PositionError, match="step 3 of this Trainer would continue after 42"):
             self.check(args, DataLoader(range(24), batch_size=6))
 
-    def test_who_does_not_skip_data_may_have_other_data(self, args: TrainingArguments) -> None:
+    def test_with_ignore_data_skip_the_data_may_differ(self, args: TrainingArguments) -> None:
         args.ignore_data_skip = True
         self.check(args, DataLoader(range(20), batch_size=4))
 
-    def test_what_is_saved_next_says_it_in_steps_of_today(self, args: TrainingArguments) -> None:
+    def test_the_next_save_is_in_new_steps(self, args: TrainingArguments) -> None:
         live = self.live()
         epoch = EpochLength(live["train_dataloader"])
         found = position(args, self.state(), epoch, live["lr_scheduler"])

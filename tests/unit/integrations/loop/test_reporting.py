@@ -1,4 +1,4 @@
-"""LoopLog: means without a device sync a step, and how they look on the bar."""
+"""What a loop reports: means without a device sync a step, and how they look on the bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.integrations.loop.log import LoopLog, number, shown, train_bar
+from hf_cloudtrain.integrations.loop.reporting import LoopLog, number, shown, train_bar
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def log() -> LoopLog:
 
 
 class TestMeans:
-    def test_an_interval_is_what_came_since_the_last_and_an_epoch_is_all_of_it(self, log: LoopLog) -> None:
+    def test_an_interval_holds_the_values_since_the_last_one_and_an_epoch_all_of_them(
+        self, log: LoopLog
+    ) -> None:
         for loss in (1.0, 2.0):
             log.add({"loss": loss})
         assert log.interval() == {"loss": 1.5}
@@ -46,23 +48,23 @@ class TestMeans:
         log.add({"loss": torch.ones(2, dtype=dtype)})
         assert log.interval() == {"loss": 1.0}
 
-    def test_nothing_logged_gives_nothing(self, log: LoopLog) -> None:
+    def test_without_values_there_are_no_means(self, log: LoopLog) -> None:
         log.add({})
         assert log.interval() == log.epoch() == {}
 
-    def test_what_is_forgotten_is_in_no_mean(self, log: LoopLog) -> None:
+    def test_forgotten_values_are_in_no_mean(self, log: LoopLog) -> None:
         log.add({"loss": 100.0})
         log.forget()
         log.add({"loss": 1.0})
         assert log.interval() == log.epoch() == {"loss": 1.0}
 
-    def test_what_is_neither_is_refused_by_name(self, log: LoopLog) -> None:
+    def test_a_value_that_is_neither_number_nor_tensor_is_refused_by_name(self, log: LoopLog) -> None:
         with pytest.raises(ConfigurationError, match=r"log\(loss='low'\)"):
             log.add({"loss": "low"})
 
 
 class TestLaw12Cheap:
-    def test_a_tensor_is_not_read_before_somebody_asks(
+    def test_a_tensor_is_not_read_before_the_report(
         self, log: LoopLog, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         reads: list[int] = []
@@ -74,19 +76,19 @@ class TestLaw12Cheap:
         log.interval()
         assert len(reads) == 2, "one read a name, whatever the number of steps"
 
-    def test_a_graph_is_let_go(self, log: LoopLog) -> None:
+    def test_the_graph_of_a_tensor_is_not_kept(self, log: LoopLog) -> None:
         loss = torch.ones(1, requires_grad=True) * 2
         log.add({"loss": loss})
         assert not log._unread["loss"][0].requires_grad
 
-    def test_nothing_is_kept_after_it_was_read(self, log: LoopLog) -> None:
+    def test_values_are_dropped_after_they_were_read(self, log: LoopLog) -> None:
         log.add({"loss": torch.tensor(1.0)})
         log.interval()
         assert log._unread == {}
 
 
 class TestState:
-    def test_another_process_goes_on_with_the_sums(self, log: LoopLog) -> None:
+    def test_a_new_process_continues_with_the_sums(self, log: LoopLog) -> None:
         log.add({"loss": torch.tensor(1.0)})
         log.interval()
         log.add({"loss": 3.0})
@@ -113,15 +115,15 @@ class TestState:
             {"epoch": {"loss": 2}},
         ],
     )
-    def test_what_is_damaged_is_left_out(self, log: LoopLog, damaged: Any) -> None:
+    def test_damaged_sums_are_dropped(self, log: LoopLog, damaged: Any) -> None:
         log.load_state_dict(damaged)
         assert log.interval() == log.epoch() == {}
 
-    def test_what_is_whole_beside_it_is_taken(self, log: LoopLog) -> None:
+    def test_intact_sums_beside_damaged_ones_are_kept(self, log: LoopLog) -> None:
         log.load_state_dict({"epoch": {"loss": [6.0, 3], "norm": None}, "interval": None})
         assert log.epoch() == {"loss": 2.0}
 
-    def test_a_sum_of_nothing_is_no_mean(self, log: LoopLog) -> None:
+    def test_a_sum_of_nothing_has_no_mean(self, log: LoopLog) -> None:
         log.load_state_dict({"epoch": {"loss": [0.0, 0]}})
         assert log.epoch() == {}
 
@@ -131,10 +133,10 @@ class TestShown:
         ("value", "text"),
         [(2.5612, "2.56"), (7.8e-6, "7.8e-6"), (1e-12, "1e-12"), (0.0, "0"), (12345.0, "1.23e+04")],
     )
-    def test_a_number_takes_little_room(self, value: float, text: str) -> None:
+    def test_a_number_is_short(self, value: float, text: str) -> None:
         assert shown({"loss": value}) == {"loss": text}
 
-    def test_the_bar_says_epoch_phase_and_values(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_bar_shows_epoch_phase_and_values(self, capsys: pytest.CaptureFixture[str]) -> None:
         with train_bar(0, "TRAIN", 4387, 520, hidden=False) as bar:
             bar.set_postfix(shown({"loss": 2.5612, "lr": 7.8e-6}))
         text = capsys.readouterr().err.replace("\r", "\n")
@@ -159,13 +161,13 @@ def test_a_metric_is_a_number(value: Any, wanted: float) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "high", [1.0], {"f1": 1.0}])
-def test_a_metric_that_is_none_is_nan(value: Any) -> None:
+def test_a_metric_that_is_not_a_number_is_nan(value: Any) -> None:
     assert math.isnan(number(value))
 
 
 def _counted(real: Any, reads: list[int]) -> Any:
-    def call(*words: Any, **options: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         reads.append(1)
-        return real(*words, **options)
+        return real(*args, **options)
 
     return call

@@ -1,0 +1,243 @@
+"""One attempt at a run, from begin to end: what Trainer, loop and functions do in the same way.
+
+    of          the lifecycle of a run and a folder: the only registry of Checkpointers in this process
+    restore     the newest checkpoint, converted where a step has another size now
+    begin       checks that no notice is pending, and takes an attempt number for all ranks
+    track       starts heartbeat and step records on rank 0
+    listen      installs signal handlers, and watches for other notices
+    must_stop   after each step: whether all ranks save here and leave
+    finish      waits until everything is committed, then records the end
+    leave       after an emergency save: waits as long as there is time, records the end, and raises PreemptedExit
+
+Saves go to the Checkpointer directly. Every rank calls everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType
+from typing import Any, NoReturn
+
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import Manifest
+from hf_cloudtrain.checkpoints.restore import Restored
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.preemption.agreement import StopDecision
+from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
+from hf_cloudtrain.resume.topology import Conversion
+from hf_cloudtrain.storage.urls import shown_url
+from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
+from hf_cloudtrain.tracking.tracker import StepTracker
+
+_lifecycles: dict[tuple[Any, ...], AttemptLifecycle] = {}
+
+
+class AttemptLifecycle:
+    """The attempts of this process at one run, in one folder, one after another.
+
+    Example:
+        >>> lifecycle = AttemptLifecycle.of("s3://bucket/runs/mrpc", Path("out"))
+        >>> lifecycle.begin(0)
+        >>> lifecycle.track(first_step=0, total_steps=1_000)
+        >>> lifecycle.listen()
+        >>> while not lifecycle.must_stop(): ...     # train a step
+        >>> lifecycle.finish()
+    """
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
+        self.tracker: StepTracker | None = None
+        """Of the attempt under way, on rank 0."""
+        self.preemption: Preemption | None = None
+        self.is_leaving = False
+        """Whether the training was cut short: its last save is, or will be, an emergency save."""
+        self.is_over = False
+        """Whether the end of the attempt is recorded."""
+
+    @classmethod
+    def of(cls, run_url: str, output_dir: Path, **options: Any) -> AttemptLifecycle:
+        """The lifecycle of this run and folder. One that saved elsewhere finishes its uploads first, so that restore finds them.
+
+        Args:
+            options: of the Checkpointer.
+        """
+        run = (shown_url(run_url), os.getpid())
+        key = (*run, output_dir, repr(options))
+        for other, lifecycle in _lifecycles.items():
+            if other[:2] == run and other != key:
+                lifecycle.checkpointer.finish_uploads()
+        forget_end()
+        if key not in _lifecycles:
+            _lifecycles[key] = cls(Checkpointer(run_url, output_dir, **options))
+        return _lifecycles[key]
+
+    def restore(
+        self,
+        wanted: Callable[[str], bool] = lambda path: True,
+        plan: Callable[[Manifest], Conversion | None] = lambda manifest: None,
+    ) -> tuple[Restored, Conversion | None] | None:
+        """Put the newest whole checkpoint on this machine, numbered by new steps; None where the run has none.
+
+        Args:
+            wanted: which files this process's disk needs, by path.
+            plan: looks at the manifest before the download: how its position is converted, if it must be. Raises PositionError
+                where that is impossible.
+        """
+        conversions: dict[str, Conversion | None] = {}
+
+        def accept(manifest: Manifest) -> None:
+            conversion = conversions[manifest.key] = plan(manifest)
+            self.number(manifest, conversion)
+
+        restored = self.checkpointer.restore(wanted=wanted, accept=accept)
+        return None if restored is None else (restored, conversions[restored.manifest.key])
+
+    def number(self, manifest: Manifest, conversion: Conversion | None, number: int | None = None) -> None:
+        """Number the local folder of a checkpoint by new steps.
+
+        Args:
+            number: its number in the steps that the restored checkpoint counts, if that is not its own.
+        """
+        if conversion is not None and conversion.is_renumbered:
+            number = conversion.step_of(manifest.step if number is None else number)
+        self.checkpointer.local.renumber(manifest.key, number)
+
+    def begin(
+        self,
+        step: int,
+        *,
+        started_over: bool = False,
+        check_notices: bool = True,
+        interrupted: Outcome = "stopped",
+    ) -> Attempt:
+        """Start an attempt at `step`.
+
+        Args:
+            started_over: the framework starts over by itself, as with a smaller batch after running out of memory.
+            check_notices: whether a pending notice stops it.
+            interrupted: how an earlier attempt ended that is still under way here: in a notebook, an exception ends no process.
+        """
+        self.interrupt(self.checkpointer.attempt, interrupted)
+        forget_end()
+        if check_notices:
+            check_no_pending_notice(self.checkpointer)
+        attempt = self.checkpointer.begin(step, started_over=started_over)
+        self.is_leaving = self.is_over = False
+        return attempt
+
+    def interrupt(self, attempt: Attempt | None, outcome: Outcome = "stopped") -> None:
+        """Stop what an attempt does in the background, where `break` or an exception has ended it.
+
+        Args:
+            attempt: nothing happens if it is no longer the one under way: a generator may be closed late.
+        """
+        if attempt is self.checkpointer.attempt:
+            self.stop_listening()
+            self._close_tracker(outcome)
+            self.tracker = None
+
+    def track(
+        self, *, first_step: int, total_steps: int | None, samples_per_step: int | None = None
+    ) -> StepTracker | None:
+        """Start the heartbeat of the attempt, once; the tracker on rank 0."""
+        checkpointer = self.checkpointer
+        attempt = checkpointer.attempt
+        if self.tracker is None and attempt is not None and checkpointer.ranks.is_main:
+            self.tracker = StepTracker(
+                checkpointer.catalog,
+                attempt.number,
+                first_step=first_step,
+                total_steps=total_steps,
+                samples_per_step=samples_per_step,
+                uploads=checkpointer.uploads,
+                ownership=checkpointer.ownership,
+            )
+            self.tracker.start()
+        return self.tracker
+
+    def listen(self, *, grace: float | None = None, within: CodeType | None = None) -> None:
+        """Wait for notices in the background. Arguments as `Preemption`."""
+        self.preemption = Preemption(self.checkpointer, grace=grace, within=within)
+        self.preemption.start()
+
+    def stop_listening(self) -> None:
+        """Restore the signal handlers that were installed before."""
+        if self.preemption is not None:
+            self.preemption.close()
+            self.preemption = None
+
+    def must_stop(self, *, now: bool = False) -> bool:
+        """Whether all ranks save at this step and leave; every rank calls it after every step.
+
+        Args:
+            now: wait for all ranks (0.5 ms), as after an evaluation.
+
+        Raises:
+            OvertakenError: a newer attempt of the run has begun.
+        """
+        preemption = self.preemption
+        if preemption is None or self.is_leaving:
+            return False
+        decision = preemption.decide_now() if now else preemption.step_ended()
+        if decision is StopDecision.QUIT:
+            self.is_leaving = True
+            preemption.quit(self._close_tracker)
+        return decision is StopDecision.SAVE
+
+    def announce(self, step: int) -> None:
+        """Log the emergency save of this step, and leave after it."""
+        assert self.preemption is not None, "an emergency save follows a notice"
+        self.preemption.announce(step)
+        self.is_leaving = True
+
+    def leave(self, step: int) -> NoReturn:
+        """Wait for the upload of an emergency save as long as there is time, and end all ranks together."""
+        assert self.preemption is not None, "an emergency save follows a notice"
+        self.is_over = True
+        self.preemption.leave(step, self._close_tracker)
+
+    def finish(
+        self,
+        outcome: Outcome = "finished",
+        *,
+        uploads: bool = True,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Wait until everything is committed, and record how the attempt ended.
+
+        Args:
+            uploads: False where nothing is saved: steps alone are tracked.
+            then: what else belongs to a good end.
+
+        Raises:
+            NotCommittedError, OvertakenError: on all ranks.
+        """
+        try:
+            if uploads:
+                self.checkpointer.finish()
+            then()
+        except CloudTrainError as error:
+            self.end(outcome_of(error), str(error))
+            raise
+        finally:
+            self.stop_listening()  # not before: a signal must not cut off the last upload
+        self.end(outcome)
+
+    def end(self, outcome: Outcome, reason: str | None = None) -> None:
+        """Record the end: in the exit file, and in the last heartbeat."""
+        self.is_over = True
+        record_end(self.checkpointer, outcome, reason)
+        self._close_tracker(outcome)
+
+    def close(self) -> None:
+        """Stop the background threads of the Checkpointer; what is not on storage stays in the outbox."""
+        self.checkpointer.close()
+        for key in [key for key, lifecycle in _lifecycles.items() if lifecycle is self]:
+            del _lifecycles[key]
+
+    def _close_tracker(self, outcome: Outcome) -> None:
+        if self.tracker is not None:
+            self.tracker.close(outcome)

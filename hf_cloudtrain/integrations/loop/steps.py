@@ -1,0 +1,243 @@
+"""The steps of one epoch: they hand out batches, count optimizer steps, and save where a save is due.
+
+A save is exact only where the random states before the next fetch are known. One that was not planned (`save`, `stop`, a notice)
+may therefore come a step later than it was requested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
+from hf_cloudtrain.integrations.loop.folder import Cursor, Resumed
+from hf_cloudtrain.integrations.loop.reporting import LoopReport
+from hf_cloudtrain.integrations.loop.state import LoopState
+from hf_cloudtrain.integrations.loop.topology import samples_per_step, total_steps
+from hf_cloudtrain.resume.data_position import DataPosition
+from hf_cloudtrain.resume.dataloaders import batch_size_of, leave, length
+from hf_cloudtrain.resume.topology import check_same_topology
+from hf_cloudtrain.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+_END = object()
+
+
+@dataclass
+class LoopRun:
+    """What the parts of a loop share."""
+
+    accelerator: Any
+    lifecycle: AttemptLifecycle
+    report: LoopReport
+    state: LoopState
+    save_requested: bool = False
+    stop_requested: bool = False
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of this training."""
+        return self.lifecycle.checkpointer.ranks
+
+    def bar(self, phase: str, total: int | None, done: int = 0) -> Any:
+        """A progress bar of this epoch, on the main process."""
+        return self.report.bar(self.state.epoch, phase, total, done)
+
+
+class EpochSteps:
+    """The steps of one epoch.
+
+    Args:
+        save: saves a checkpoint of where `cursor` points, else of where the training is now.
+    """
+
+    def __init__(
+        self, run: LoopRun, save: Callable[[], None], *, num_epochs: int, save_steps: int | None
+    ) -> None:
+        self.position: DataPosition | None = None
+        """In the loader; None until `iterate`."""
+        self.cursor: Cursor | None = None
+        """Where a resume continues, if that is not where the save is made."""
+        self.is_over = False
+        """Whether all batches are trained on: what is saved now is between two epochs."""
+        self._run = run
+        self._save = save
+        self._num_epochs = num_epochs
+        self._save_steps = save_steps
+        self._inside_batch = False
+
+    def iterate(self, dataloader: Any, resumed: Resumed | None) -> Iterator[Any]:
+        """The batches that are left, as `TrainLoop.steps` has them."""
+        run = self._run
+        if self.position is not None:
+            raise ConfigurationError(
+                f"steps() was called twice in epoch {run.state.epoch}. Use one DataLoader for both parts, or two epochs."
+            )
+        self._check_not_empty(length(dataloader))
+        self.position = position = DataPosition(dataloader)
+        self._begin(position, resumed)
+        run.lifecycle.track(
+            first_step=run.state.step,
+            total_steps=total_steps(run.accelerator, dataloader, self._num_epochs),
+            samples_per_step=samples_per_step(run.accelerator, dataloader),
+        )
+        with position.watching(), run.bar("TRAIN", length(dataloader), position.batches) as bar:
+            yield from self._batches(position, resumed is not None, bar)
+
+    def leave(self) -> None:
+        """Count a batch that was left with `break`: a script that leaves the steps early ends the epoch there."""
+        run = self._run
+        if self.position is None:
+            raise ConfigurationError(
+                f"Epoch {run.state.epoch} took no step. Iterate over loop.steps(train_dataloader) inside the epoch."
+            )
+        if self._inside_batch:
+            self._inside_batch = False
+            self.is_over = True
+            saved = run.lifecycle.checkpointer.last_saved
+            again = saved is not None and saved.step == run.state.step  # one step cannot be saved as two
+            run.state.step += int(run.accelerator.sync_gradients or again)
+        run.report.pause()
+
+    @property
+    def is_at_last_batch(self) -> bool:
+        """Whether the batch that was just trained on is the epoch's last, as far as the loader knows."""
+        position = self.position
+        if position is None:
+            return False
+        if getattr(position.dataloader, "end_of_dataloader", False):
+            return True
+        return position.batches == length(position.dataloader)
+
+    def take_cursor(self) -> Cursor:
+        """Where a resume of the checkpoint continues that is saved now."""
+        cursor, self.cursor = self.cursor or self._here(), None
+        return cursor
+
+    def _here(self) -> Cursor:
+        assert self.position is not None
+        cursor = Cursor.of(self.position, between_epochs=self.is_over)
+        if self._run.accelerator.sync_gradients:
+            return cursor
+        reason = "the epoch ended within an accumulation, and its gradients are in no checkpoint"
+        return dataclasses.replace(cursor, inexact_reason=reason)
+
+    def _batches(self, position: DataPosition, resumed: bool, bar: Any) -> Iterator[Any]:
+        run = self._run
+        batches = iter(position.dataloader)
+        self._discard(position, batches)
+        while True:
+            requested = run.save_requested or run.stop_requested
+            position.save_foreseen = requested or self._is_save_step(run.state.step + 1)
+            try:
+                batch = next(batches, _END)
+            except Exception:
+                self._save_pending()
+                raise
+            if resumed:
+                position.settle()
+                run.ranks.each(position.check_same_order, "find its position in the data")
+                resumed = False
+            position.check_same_order()
+            # Accelerate 1.7 yields one None where nothing is left.
+            if batch is _END or (batch is None and position.batches == length(position.dataloader)):
+                self._check_not_empty(position.batches)
+                self.is_over = True
+                return
+            # Not before it is known that the epoch continues: else its own checkpoint would be a second one of this step.
+            self._save_pending()
+            run.report.begin_step()
+            self._inside_batch = True
+            try:
+                yield batch
+            except GeneratorExit:  # `break`, or an error in the body
+                leave(position.dataloader)
+                raise
+            self._inside_batch = False
+            position.batches += 1
+            bar.update()
+            if run.accelerator.sync_gradients:
+                self._end_step(position, bar)
+                if self._stops_here(position):
+                    return
+
+    def _end_step(self, position: DataPosition, bar: Any) -> None:
+        run = self._run
+        run.state.step += 1
+        run.report.end_step(run.state.step, bar)
+        # After an epoch's last step comes an evaluation of unknown length, so there the ranks wait for each other.
+        if run.lifecycle.must_stop(now=self.is_at_last_batch):
+            run.lifecycle.announce(run.state.step)
+            run.stop_requested = True
+        planned = self._is_save_step(run.state.step)
+        if planned or (run.save_requested and self._can_be_saved(position)):
+            self.cursor = self._here()
+
+    def _stops_here(self, position: DataPosition) -> bool:
+        """Whether this was the last step for now. A resume continues right here, not after what may follow."""
+        if not self._run.stop_requested or not (self.is_at_last_batch or self._can_be_saved(position)):
+            return False
+        self.cursor = self._here()
+        leave(position.dataloader)
+        if self._run.lifecycle.is_leaving:
+            self._save()
+            self._run.lifecycle.leave(self._run.state.step)
+        return True
+
+    def _is_save_step(self, step: int) -> bool:
+        return self._save_steps is not None and step % self._save_steps == 0
+
+    def _can_be_saved(self, position: DataPosition) -> bool:
+        """An unplanned save may lack numpy's state before the next fetch; then it comes a step later."""
+        return all(self._run.ranks.each(position.can_be_saved, "look at its random states"))
+
+    def _save_pending(self) -> None:
+        if self.cursor is not None:
+            self._save()
+
+    def _begin(self, position: DataPosition, resumed: Resumed | None) -> None:
+        epoch = self._run.state.epoch
+        if resumed is None:
+            position.begin(epoch)
+            return
+        cursor, saved = resumed.cursor, resumed.manifest
+        now = Position(global_step=0, per_device_train_batch_size=batch_size_of(position.dataloader))
+        check_same_topology(resumed.topology, now, saved.folder)
+        before, samples = saved.position.dataset_length, length(position.dataloader.dataset)
+        if before is not None and before != samples and self._run.ranks.is_main:
+            logger.warning(
+                "%s was saved when the training dataset had %s samples; it has %s samples now.",
+                saved.folder,
+                before,
+                samples,
+            )
+        position.seed = cursor.seed
+        if cursor.position is None:
+            position.restore_generators(cursor.random_state)
+            position.begin(epoch)
+        else:
+            self._run.ranks.here(
+                lambda: position.begin(epoch, cursor.position, cursor.random_state),
+                "find its position in the data",
+            )
+
+    def _discard(self, position: DataPosition, batches: Iterator[Any]) -> None:
+        """Read the batches of a stream that were seen, where it cannot be set to a position."""
+        if not position.to_read:
+            return
+        with self._run.bar("SKIP", position.to_read) as bar:
+            for _ in range(position.to_read):
+                next(batches, None)
+                bar.update()
+
+    def _check_not_empty(self, batches: int | None) -> None:
+        if batches == 0:
+            raise ConfigurationError(
+                f"The DataLoader yielded no batches in epoch {self._run.state.epoch}. Check the dataset size and drop_last."
+            )

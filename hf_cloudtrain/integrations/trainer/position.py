@@ -1,0 +1,153 @@
+"""Where a Trainer stands in its data and schedule, in the terms of a manifest, and whether a resume from there is exact."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.resume.dataloaders import batch_size_of, is_dispatcher, sampler_name, seed_of
+from hf_cloudtrain.resume.topology import Epoch
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+_DRAWN_EACH_EPOCH = ("torch.RandomSampler", "transformers.LengthGroupedSampler")
+
+
+class EpochLength:
+    """How many samples and batches an epoch has; None where the dataset is streamed."""
+
+    def __init__(self, dataloader: Any = None) -> None:
+        collate = getattr(dataloader, "collate_fn", None)
+        self.masks_at_random = bool(getattr(getattr(collate, "data_collator", collate), "mlm", False))
+        """Whether fetching a batch draws random numbers (masked language models)."""
+        self.samples: int | None
+        self.batches: int | None
+        self.batch: int | None = None
+        """Samples in one batch of one process."""
+        self.seed: int | None = None
+        """The seed of each epoch's order; None where the order is not drawn from a seed."""
+        self.dispatched = dataloader is not None and is_dispatcher(dataloader)
+        """Whether one process reads for all."""
+        self.drawn_each_epoch = False
+        """Whether an epoch's order comes from the random states at its beginning, which no checkpoint within it has."""
+        try:
+            self.samples, self.batches = len(dataloader.dataset), len(dataloader)
+            self.batch = batch_size_of(dataloader)
+            self.seed = seed_of(dataloader)
+            self.drawn_each_epoch = sampler_name(dataloader) in _DRAWN_EACH_EPOCH
+        except (AttributeError, TypeError):
+            self.samples = self.batches = None
+
+    def is_whole(self, global_step: int, accumulation: int) -> bool:
+        """Whether a step is the last of an epoch; False where that is not known."""
+        steps = self.steps(accumulation)
+        return bool(steps) and global_step % (steps or 1) == 0
+
+    def samples_seen(self, global_step: int, step_samples: int, accumulation: int) -> int:
+        """Samples after `global_step` optimizer steps of `step_samples` each; an epoch's last step may be short."""
+        steps = self.steps(accumulation)
+        if self.samples is None or not steps:
+            return global_step * step_samples
+        return Epoch(self.samples, steps, step_samples).samples_at(global_step)
+
+    def steps(self, accumulation: int) -> int | None:
+        """Optimizer steps in one epoch; None where that is not known."""
+        return math.ceil(self.batches / accumulation) if self.batches else None
+
+
+def topology(args: TrainingArguments) -> Position:
+    """What decides the meaning of a step, as configured now."""
+    # Trainer takes the batch size of the checkpoint where it searches for one itself.
+    batch = None if args.auto_find_batch_size else batch_of(args, args.train_batch_size)
+    return Position(
+        global_step=0,
+        world_size=args.world_size,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+
+
+def batch_of(args: TrainingArguments, batch: int) -> int:
+    """Samples that one process gets of what Trainer calls a batch."""
+    split = getattr(args.accelerator_config, "split_batches", False)
+    return batch // int(args.world_size) if split else batch
+
+
+def step_samples(args: TrainingArguments, state: TrainerState) -> int:
+    """Samples of all processes in one optimizer step."""
+    batch = batch_of(args, state.train_batch_size or args.train_batch_size)
+    return batch * int(args.gradient_accumulation_steps) * int(args.world_size)
+
+
+def epoch_ends(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether the step that is over is the last one of its epoch, or of the training."""
+    return (
+        control.should_training_stop
+        or control.should_epoch_stop
+        or (state.epoch is not None and float(state.epoch).is_integer())
+    )
+
+
+def position(
+    args: TrainingArguments, state: TrainerState, epoch: EpochLength, lr_scheduler: Any = None
+) -> Position:
+    """Where the training stands."""
+    accumulation = args.gradient_accumulation_steps
+    return Position(
+        global_step=state.global_step,
+        epoch=state.epoch,
+        samples_seen=epoch.samples_seen(state.global_step, step_samples(args, state), accumulation),
+        world_size=args.world_size,
+        per_device_train_batch_size=batch_of(args, state.train_batch_size or args.train_batch_size),
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=float(state.num_train_epochs),
+        max_steps=state.max_steps,
+        dataset_length=epoch.samples,
+        epoch_steps=epoch.steps(accumulation),
+        data_seed=epoch.seed,
+        lr_scheduler=None if lr_scheduler is None else _kind_of(lr_scheduler),
+    )
+
+
+def inexact_reason(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> str | None:
+    """Why a resume from here cannot equal an uninterrupted run; None where nothing speaks against it."""
+    steps = epoch.steps(args.gradient_accumulation_steps)
+    if args.save_only_model:
+        return "save_only_model=True leaves out the optimizer, the scheduler and the random states"
+    if args.ignore_data_skip:
+        return "ignore_data_skip=True starts the epoch's data again"
+    stateful = sorted({str(name) for name in state.stateful_callbacks or ()} - {"TrainerControl"})
+    if stateful and not args.restore_callback_states_from_checkpoint:
+        return f"{', '.join(stateful)} starts over unless restore_callback_states_from_checkpoint=True"
+    if epoch.masks_at_random and not epoch.is_whole(state.global_step, args.gradient_accumulation_steps):
+        return "batches are masked at random as they are fetched, ahead of the step, so masks differ after a resume"
+    if epoch.drawn_each_epoch and steps and state.global_step > steps and state.global_step % steps:
+        return (
+            "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
+            "some samples of this epoch are repeated and others are skipped"
+        )
+    return None
+
+
+def metrics(state: TrainerState, *, best: bool) -> dict[str, float]:
+    """The values logged last, for people who choose a checkpoint: the loss, and all that was logged at this step."""
+    found: dict[str, float] = {}
+    for record in reversed(state.log_history):
+        is_of_this_step = record.get("step") == state.global_step
+        for key, value in record.items():
+            wanted = key == "loss" or (is_of_this_step and key not in ("step", "epoch"))
+            if wanted and isinstance(value, (int, float)) and math.isfinite(value):
+                found.setdefault(key, float(value))
+        if not is_of_this_step and "loss" in found:
+            break
+    if best and state.best_metric is not None:
+        found["best_metric"] = float(state.best_metric)
+    return found
+
+
+def _kind_of(lr_scheduler: Any) -> str:
+    """`LambdaLR` for a schedule of that class or a subclass, else the name of its class."""
+    names = [kind.__name__ for kind in type(lr_scheduler).__mro__]
+    return "LambdaLR" if "LambdaLR" in names else names[0]
