@@ -345,7 +345,9 @@ class TestResume:
                 Rows(20),
                 kill=7,
                 # A real process would have had its two seconds to store them.
-                inside=lambda loop: loop._report.close("failed") if loop.global_step == 7 else None,
+                inside=lambda loop: (
+                    loop._lifecycle.tracker.close("failed") if loop.global_step == 7 else None
+                ),
             )
         train(tmp_path / "run", tmp_path / "two", Rows(20))
         whole, resumed = (

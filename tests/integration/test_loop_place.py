@@ -166,7 +166,10 @@ class TestOneProcess:
         self.go(tmp_path, "first", epochs=1)
         with caplog.at_level(logging.WARNING):
             self.go(tmp_path, "second", samples=32)
-        assert "checkpoint-6 was saved when the training dataset had 24 samples; it has 32 samples now" in caplog.text
+        assert (
+            "checkpoint-6 was saved when the training dataset had 24 samples; it has 32 samples now"
+            in caplog.text
+        )
 
     def test_law_8_an_epoch_that_was_left_early_cannot_be_counted_in_other_steps(
         self, tmp_path: Path
