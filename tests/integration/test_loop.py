@@ -426,9 +426,9 @@ class TestResume:
         with pytest.raises(PositionError, match=words):
             train(tmp_path / "run", tmp_path / "two", Rows(20), **arguments)
 
-    def test_another_kind_of_data_is_refused(self, tmp_path: Path) -> None:
+    def test_a_different_kind_of_dataset_is_refused(self, tmp_path: Path) -> None:
         _killed(tmp_path, 3)
-        with pytest.raises(PositionError, match="another kind of data"):
+        with pytest.raises(PositionError, match="Use the same kind of dataset and DataLoader"):
             train(tmp_path / "run", tmp_path / "two", _loops.Stream(20))
 
     def test_a_checkpoint_of_something_else_is_refused(self, tmp_path: Path) -> None:
