@@ -40,11 +40,11 @@ QUIET = (
     *("--disable-features=Translate,OptimizationHints,MediaRouter", "--proxy-server=127.0.0.1:9"),
     *("--hide-scrollbars", "--force-color-profile=srgb"),
 )
-"""It stays on this machine: what it asks for anyway goes to a proxy that is not there."""
+"""Chromium stays on this machine: any request that it still makes goes to a proxy that does not exist."""
 
 
 class Browser:
-    """One Chromium with a profile of its own; pages are opened one after the other."""
+    """One Chromium with its own profile; pages are opened one after the other."""
 
     def __init__(self, folder: Path) -> None:
         found = next((path for path in map(shutil.which, NAMES) if path), None)
@@ -104,7 +104,7 @@ class Browser:
         return page
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """The answer to one call; events that come meanwhile are kept."""
+        """The answer to one call; events that arrive before it are kept."""
         self._calls += 1
         message = {"id": self._calls, "method": method, "params": params}
         if session is not None:
@@ -152,8 +152,8 @@ class Page:
 
     @property
     def complaints(self) -> list[str]:
-        """What the console got: errors, warnings and everything else."""
-        self.ask("1")  # hears what has come so far
+        """Everything on the console: errors, warnings and other messages."""
+        self.ask("1")  # reads the events up to now
         thrown = [
             event["exceptionDetails"]
             for event in self._browser.events(self._session, "Runtime.exceptionThrown")
@@ -164,7 +164,7 @@ class Page:
 
     @property
     def requests(self) -> list[str]:
-        """URLs that it asked for, itself included."""
+        """URLs that it requested, including its own."""
         self.ask("1")
         sent = self._browser.events(self._session, "Network.requestWillBeSent")
         return [event["request"]["url"] for event in sent]
@@ -177,7 +177,7 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Until it is true."""
+        """Wait until an expression is true."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while not self.ask(expression):
             if time.monotonic() > deadline:
@@ -194,7 +194,7 @@ class Page:
 
 
 def main(path: Path, width: int, picture: Path, scheme: str = "light") -> None:
-    """python -m tests.browser report.html 390 picture.png [dark]: to look at a page."""
+    """python -m tests.browser report.html 390 picture.png [dark]: to see a page."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, Browser(Path(folder)) as browser:

@@ -1,4 +1,4 @@
-"""Commands as they are typed, and a run without the training that made it."""
+"""Typing commands, and a run on storage that no training had to write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALL = [
 
 
 class Run:
-    """A run as a training makes it, without the training."""
+    """A run on storage, written step by step as a training would."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ def answer(*words: str, code: int = 0) -> dict[str, Any]:
 
 
 def sentence(*words: str, code: int = 1) -> str:
-    """The one line of words of a command that fails, without data."""
+    """The error line of a command that fails and prints no result."""
     result = cloudtrain(*words, code=code)
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")

@@ -29,7 +29,7 @@ class TestWhichCheckpoint:
         chosen = answer("checkpoint", "view", run.url, *(["--checkpoint", which] if which else []))
         assert chosen["key"] == key
 
-    def test_a_step_that_two_attempts_saved_is_the_newest_one_and_says_so(self, run: Run) -> None:
+    def test_a_step_saved_by_two_attempts_is_the_newest_one_with_a_message(self, run: Run) -> None:
         result = cloudtrain("checkpoint", "view", run.url, "-c", "300", "--json")
         assert json.loads(result.stdout)["key"] == "000002-0000000300"
         assert "attempts 1, 2" in result.stderr

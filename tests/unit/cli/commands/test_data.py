@@ -1,4 +1,4 @@
-"""`cloudtrain data`: what is typed, what is printed, and what is asked."""
+"""`cloudtrain data`: its results, its messages and its questions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def glue(tmp_path: Path) -> Path:
     return folder
 
 
-def test_create_says_what_was_sent_and_that_nothing_has_changed(glue: Path, tmp_path: Path) -> None:
+def test_create_reports_the_upload_and_that_nothing_has_changed(glue: Path, tmp_path: Path) -> None:
     first = cloudtrain("create", "glue", str(glue))
     assert first.stderr == "Stored glue, version 1: 2 files, 1.5 kB (1.5 kB uploaded).\n"
     assert first.stdout == ""
@@ -172,7 +172,7 @@ def test_delete_asks_and_takes_one_version_or_all(
     assert "all 2 versions of the dataset 'glue'" in asked[2]
 
 
-def test_delete_finishes_what_was_cut_off(store: DatasetStore, glue: Path) -> None:
+def test_delete_finishes_an_interrupted_deletion(store: DatasetStore, glue: Path) -> None:
     dataset, _ = store.create("glue", glue)
     store.catalog.storage.write(".cloudtrain/retiring/glue-000001.json", dataset.manifest.encode())
     store.catalog.storage.delete([".cloudtrain/folders/glue-000001.json"])
@@ -182,7 +182,7 @@ def test_delete_finishes_what_was_cut_off(store: DatasetStore, glue: Path) -> No
     assert "Dataset 'glue' does not exist" in cloudtrain("delete", "glue", "--yes", code=1).stderr
 
 
-def test_clean_takes_what_was_cut_off_and_no_version(
+def test_clean_deletes_what_was_interrupted_and_keeps_versions(
     store: DatasetStore, glue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leftovers, "WATCH_SECONDS", 0.0)
@@ -210,7 +210,7 @@ def test_clean_takes_what_was_cut_off_and_no_version(
     assert store.create("glue", glue)[0].version == 1
 
 
-def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, glue: Path) -> None:
+def test_clean_finishes_a_deletion_whose_files_are_gone(store: DatasetStore, glue: Path) -> None:
     dataset, _ = store.create("glue", glue)
     store.delete("glue", 1)
     store.catalog.storage.write(".cloudtrain/retiring/glue-000001.json", dataset.manifest.encode())
@@ -219,7 +219,7 @@ def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("view", "glu"), "Dataset 'glu' does not exist in "),
         (("view", "glue", "--version", "3"), "Dataset 'glue' in "),
@@ -229,12 +229,12 @@ def test_clean_finishes_a_deletion_that_only_lacks_its_end(store: DatasetStore, 
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(
-    store: DatasetStore, glue: Path, words: tuple[str, ...], told: str
+    store: DatasetStore, glue: Path, words: tuple[str, ...], expected: str
 ) -> None:
     store.create("glue", glue)
     stderr = cloudtrain(*words, code=1).stderr
     assert stderr.startswith("Error: ")
-    assert told in stderr
+    assert expected in stderr
     assert stderr.count("\n") == 1
 
 

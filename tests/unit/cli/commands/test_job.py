@@ -1,4 +1,4 @@
-"""`cloudtrain job`: the template, the schema, and how mistakes in a job file are shown."""
+"""`cloudtrain job`: the template, the schema, and how errors in a job file are shown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_schema_is_that_of_the_job() -> None:
 
 
 @pytest.mark.parametrize("name", ["job.yml", "a\x1bb.yml"])
-def test_mistakes_are_lines_that_begin_with_file_and_line(tmp_path: Path, name: str) -> None:
+def test_errors_in_a_job_file_start_with_file_and_line(tmp_path: Path, name: str) -> None:
     group = typer.Typer(cls=_Root)
 
     @group.command()

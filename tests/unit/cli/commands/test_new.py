@@ -66,7 +66,7 @@ def test_json_names_the_folder_its_files_and_the_command(
 
 
 @pytest.mark.parametrize("taken", ["folder", "hidden", "file", "link"])
-def test_what_is_there_already_is_refused_and_left_as_it_was(tmp_path: Path, taken: str) -> None:
+def test_an_existing_file_or_folder_is_refused_and_left_alone(tmp_path: Path, taken: str) -> None:
     target = tmp_path / "project"
     if taken == "file":
         target.write_text("mine")
