@@ -1,4 +1,4 @@
-"""Kills runs, again and again, and looks after each kill whether all is still true."""
+"""Kills runs repeatedly, and checks after each kill that every promise still holds."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from tests.chaos._kill import Aim
 from tests.integration._zygote import Child, Zygote
 
 PATIENCE = 3
-"""Attempts in a row that may bring a run no further, before one is let go on for longer."""
+"""Attempts in a row without a new checkpoint, after which one may train for longer."""
 PREFIX = "machine-"
 KEPT = 2
-"""Checkpoints that are never retired, the newest ones; and what was resumed from, until there is a newer one."""
+"""The newest checkpoints, which are never deleted; nor is the one resumed from, until there is a newer one."""
 LONGEST = 5_000
-"""Calls and returns that a phase may take, where nobody has counted them."""
+"""Most Python calls and returns in a phase, if they were not counted."""
 
 
 @dataclass
 class Run:
-    """One run, and the machines it has been on."""
+    """One run, and the machines that it was on."""
 
     url: str
     options: dict[str, Any]
     folder: Path
     machine: Path
     left: list[Path] = field(default_factory=list)
-    """Machines it moved away from; it may come back."""
+    """Machines that it moved away from; it may return."""
     relieved: Path | None = None
-    """The machine that comes back next: it has much to commit."""
+    """The machine to which it returns next: its outbox has several entries."""
     seen: set[CheckpointKey] = field(default_factory=set)
     stuck: int = 0
 
@@ -55,7 +55,7 @@ class Run:
 
 @dataclass
 class Tally:
-    """What came out."""
+    """The results."""
 
     title: str
     kills: int = 0
@@ -64,7 +64,7 @@ class Tally:
     runs: int = 0
     checkpoints: int = 0
     overtaken: int = 0
-    """Picks at which an older attempt had a higher step: it was committed late, and is no successor."""
+    """Restores while an older attempt had a higher step: it was committed late and must not be chosen."""
     wrong_picks: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -72,31 +72,31 @@ class Tally:
     differences: list[float] = field(default_factory=list)
 
     def table(self) -> str:
-        """For people."""
+        """As text."""
         rows = [f"{self.kills} SIGKILLs of {self.title}, in {self.attempts} attempts of {self.runs} runs"]
-        rows += ["in which phase (a process may be in several at once):"]
+        rows += ["by phase (a process may be in several at once):"]
         rows += [f"  {count:5d}  {phase}" for phase, count in self.phases.most_common()]
         rows += [f"checkpoints committed: {self.checkpoints}"]
-        rows += [f"picks while an older attempt had a higher step: {self.overtaken}"]
-        rows += [f"wrong picks: {len(self.wrong_picks)}", f"lost commits: {len(self.lost)}"]
+        rows += [f"restores while an older attempt had a higher step: {self.overtaken}"]
+        rows += [f"wrong checkpoints restored: {len(self.wrong_picks)}", f"lost commits: {len(self.lost)}"]
         rows += [f"broken checkpoints: {len(self.broken)}", f"attempts that failed: {len(self.stuck)}"]
         rows += [f"max |difference|: {max(self.differences, default=float('nan'))}"]
         return "\n".join(rows)
 
     def wrong(self) -> list[str]:
-        """All that is not as it should be, in words."""
-        apart = [f"a run ended {value} away" for value in self.differences if value != 0.0]
+        """Every broken promise, as text."""
+        apart = [f"the weights of a run differ by {value}" for value in self.differences if value != 0.0]
         return [*self.wrong_picks, *self.lost, *self.broken, *self.stuck, *apart]
 
 
 class Chaos:
-    """Kills one run after the other, until so many kills are done and the last run is finished.
+    """Kills one run after the other, until `kills` kills are done and the last run is finished.
 
     Args:
         victim: module with `attempt`, `plain`, `difference` and `PHASES`.
-        folder: of this test alone; nothing outside of it is ever removed.
-        place: (URL of a new run, storage options) by its number.
-        alone: share of the kills that hit one process of several.
+        folder: for this test only; nothing outside of it is deleted.
+        location: (URL of a new run, storage options) by its number.
+        alone: share of the kills that kill one of several processes.
     """
 
     def __init__(
@@ -104,19 +104,19 @@ class Chaos:
         victim: ModuleType,
         zygote: Zygote,
         folder: Path,
-        place: Callable[[int], tuple[str, dict[str, Any]]],
+        location: Callable[[int], tuple[str, dict[str, Any]]],
         *,
         kills: int,
         seed: int,
         ranks: int = 1,
         alone: float = 0.0,
     ) -> None:
-        name = "small runs" if ranks == 1 else f"whole torchrun jobs of {ranks} ranks"
+        name = "small runs" if ranks == 1 else f"complete torchrun jobs of {ranks} ranks"
         self.tally = Tally(f"{name} (CHAOS_SEED={seed})")
         self._victim = victim
         self._zygote = zygote
         self._folder = folder.resolve(strict=True)
-        self._place = place
+        self._location = location
         self._kills = kills
         self._chance = random.Random(seed)
         self._ranks = ranks
@@ -134,7 +134,7 @@ class Chaos:
         return self.tally
 
     def _measure(self) -> None:
-        """An uninterrupted plain training; and one with our callbacks, for how long each phase is."""
+        """Run an uninterrupted plain training, and one with hf_cloudtrain to measure its phases."""
         plain = self._zygote.start(self._victim.__name__, "plain", result=self._plain)
         assert plain.wait() == 0, plain.log
         run = self._new_run()
@@ -144,12 +144,15 @@ class Chaos:
         self._seconds = time.monotonic() - began
         for name, found in (child.value or {}).items():
             getattr(self, f"_{name}").update(found)
+        if self._visits:
+            unreached = self._victim.PHASES.keys() - self._visits.keys() - {"download"}
+            assert not unreached, f"no process is ever killed in {sorted(unreached)}: see PHASES"
         self._remove(run.folder)
         self.tally.runs = 0
 
     def _new_run(self) -> Run:
         self.tally.runs += 1
-        url, options = self._place(self.tally.runs)
+        url, options = self._location(self.tally.runs)
         folder = self._folder / f"run-{self._chance.randrange(10**9)}"
         folder.mkdir()
         return Run(url, options, folder, machine=self._new_machine(folder))
@@ -158,20 +161,20 @@ class Chaos:
         return folder / f"{PREFIX}{self._chance.randrange(10**9)}"
 
     def _live(self, run: Run) -> None:
-        """From the first attempt to the end of the training."""
+        """Run all attempts, from the first one to the end of the training."""
         while not self._attempt(run):
             self._move(run)
         self.tally.differences.append(self._victim.difference(run.folder / "final.result", self._plain))
         self._remove(run.folder)
 
     def _move(self, run: Run) -> None:
-        """Stay on the same machine, come back to one it has been on, or go to an empty one."""
-        if run.relieved:  # its relief has committed what it could, and here it is again
+        """Stay on the same machine, return to an earlier one, or move to an empty one."""
+        if run.relieved:  # the machine in between is done
             run.left.append(run.machine)
             run.machine, run.relieved = run.relieved, None
             return
         if len(Outbox(run.machine).entries()) > 1 and self._chance.random() < 0.7:
-            # Late commits of a higher step than those of its relief, which is killed early: they must not be picked.
+            # An attempt elsewhere is killed early; then this outbox commits higher steps of an older attempt: must not be chosen.
             run.relieved, run.machine = run.machine, self._new_machine(run.folder)
             return
         draw = self._chance.random()
@@ -188,14 +191,14 @@ class Chaos:
             self._remove(before)
 
     def _remove(self, folder: Path) -> None:
-        """Delete a folder that this test has made; anything else is refused, whatever the bug that asks for it."""
+        """Delete a folder that this test has created; any other folder is an error."""
         if not folder.is_absolute() or self._folder not in folder.resolve().parents or folder.is_symlink():
-            raise ValueError(f"'{folder}' is not below '{self._folder}', so it is not ours to delete")
+            raise ValueError(f"'{folder}' is not below '{self._folder}'; not deleting it")
         if folder.exists():
             shutil.rmtree(folder)
 
     def _attempt(self, run: Run) -> bool:
-        """Whether it got to the end of the training."""
+        """Run one attempt; returns whether it reached the end of the training."""
         accepted = {entry.key for entry in Outbox(run.machine).entries()}
         before = run.catalog.attempts.numbers()
         state = run.folder / "state"
@@ -207,8 +210,8 @@ class Chaos:
             self._wait_and_kill(child)
         code = child.wait()
         self.tally.attempts += 1
-        hit_alone = code == 1 and given is not None and not given["everybody"]
-        if (code not in (0, -signal.SIGKILL) and not hit_alone) or any(
+        killed_alone = code == 1 and given is not None and not given["whole_job"]
+        if (code not in (0, -signal.SIGKILL) and not killed_alone) or any(
             words in child.log for words in (" cannot be committed: ", "Cannot read")
         ):
             self.tally.stuck.append(f"aim {given}, exit code {code}:\n{child.log}")
@@ -220,9 +223,9 @@ class Chaos:
         return code == 0
 
     def _draw(self, run: Run, accepted: set[CheckpointKey]) -> str:
-        """A phase to be killed in that can come, or `any` moment."""
+        """A phase that can occur, to be killed in; or `any` moment."""
         if run.stuck >= PATIENCE or run.relieved:
-            return "commit"  # not in the first: see _aim
+            return "commit"  # not in its first visit: see _aim
         if not self._aims:
             self._aims = ["any"] * 2 + list(self._victim.PHASES) * 2
             self._chance.shuffle(self._aims)
@@ -252,7 +255,7 @@ class Chaos:
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+            with contextlib.suppress(ProcessLookupError):  # it has no process group of its own yet
                 os.killpg(child.pid, signal.SIGKILL)
         child.kill()
 
@@ -265,13 +268,13 @@ class Chaos:
         resumed_from = attempts[-1].resumed_from if attempts else None
         kept = sorted(keys)[-KEPT:][0] if keys else CheckpointKey(0, 0)
 
-        # What was resumed from may go when the attempt has committed one of its own.
+        # The checkpoint resumed from may be deleted once the attempt has committed its own.
         alone = not any(attempts and key.attempt == attempts[-1].number for key in keys)
 
         def stays(key: CheckpointKey) -> bool:
             return len(keys) < KEPT or key >= kept or (alone and key == resumed_from)
 
-        tally.lost += [f"{key} is gone" for key in sorted(run.seen - keys) if stays(key)]
+        tally.lost += [f"{key} was deleted" for key in sorted(run.seen - keys) if stays(key)]
         for key in sorted(keys):
             tally.broken += [f"{key}: {problem}" for problem in verify(catalog, catalog.read(key))]
         progress = max((key.step for key in new), default=0) > max((key.step for key in run.seen), default=0)
@@ -279,17 +282,19 @@ class Chaos:
         seen, before_this = run.seen, run.seen | accepted
         run.seen = keys
         if [attempt.number for attempt in attempts] == before:
-            return  # it did not get so far
+            return  # it was killed before it began an attempt
         attempt = attempts[-1]
-        tally.lost += [f"{key} was accepted" for key in sorted(accepted - keys) if stays(key)]
-        # What it took may be retired by now, and what was accepted may have been committed before it chose.
+        tally.lost += [
+            f"{key} was accepted and not committed" for key in sorted(accepted - keys) if stays(key)
+        ]
+        # The one it chose may be deleted by now, and accepted ones may have been committed before it chose.
         there = seen | keys | (accepted & {attempt.resumed_from})
         newest = max((key for key in there if key.attempt < attempt.number), default=None)
         if newest is not None:
             tally.overtaken += any(key < newest and key.step > newest.step for key in before_this)
         if attempt.resumed_from != newest:
             tally.wrong_picks.append(
-                f"attempt {attempt.number} took {attempt.resumed_from}, newest {newest}\n{log}"
+                f"attempt {attempt.number} restored {attempt.resumed_from}, newest {newest}\n{log}"
             )
 
     def _start(self, run: Run, **arguments: Any) -> Child:
@@ -306,7 +311,7 @@ class Chaos:
 
 
 def phases_of(state: Path) -> list[str]:
-    """Where a process was when it died: `training` is the step loop with nothing in the background."""
+    """The phases of a process when it was killed; `training` is the step loop with nothing in the background."""
     if not state.exists():
         return ["start"]
     found = state.read_text().strip(" \0")

@@ -1,4 +1,4 @@
-"""A whole torchrun job: its agent and two ranks of a real Trainer, forked instead of started, so that no one imports torch."""
+"""A complete torchrun job: its agent and two ranks of a real Trainer, forked so that no process has to import torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import Trainer
 
+from hf_cloudtrain.checkpoints import checkpointer
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.storage.client import Storage
@@ -17,7 +18,7 @@ from tests.integration._attempts import train
 from tests.integration._lab import max_difference as difference
 
 PHASES: Phases = {
-    "flush": (Checkpointer, "_finish_left_overs"),
+    "flush": (checkpointer, "finish_left_overs"),
     "restore": (Checkpointer, "restore"),
     "download": (Storage, "download"),
     "begin": (Checkpointer, "begin"),
@@ -34,14 +35,14 @@ __all__ = ["PHASES", "attempt", "difference", "plain"]
 
 
 def plain(result: str) -> None:
-    """The same without a stop and without a line of ours."""
+    """The same training, uninterrupted and without hf_cloudtrain."""
     launch({"output_dir": str(Path(result).with_suffix(".out")), "result": result})
 
 
 def attempt(
     output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
 ) -> None:
-    """One start of the job. Its steps take as long as they take, whatever `hurry` says."""
+    """One start of the job. `hurry` has no effect."""
     launch(
         {"output_dir": output_dir, "run_url": run_url, "result": result},
         state=state,
@@ -66,7 +67,7 @@ def launch(arguments: dict[str, Any], **watched: Any) -> None:
 
 
 def rank(arguments: dict[str, Any], watched: dict[str, Any]) -> None:
-    """One of the ranks. Only the first one moves bytes, so the other is aimed at in phases of both."""
+    """One of the ranks. Only rank 0 moves bytes; rank 1 is killed in phases that both ranks have."""
     if watched:
         number = int(os.environ["RANK"])
         aim = Aim(**watched["aim"]) if watched["aim"] and watched["aim"].pop("rank") == number else None

@@ -1,4 +1,4 @@
-"""SIGKILL to this process, or to all of its job, at a chosen point; and a file that says in which phases it is."""
+"""SIGKILL to this process or its whole job at a chosen point; a file records the phases that the process is in."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ STATE_BYTES = 128
 
 @dataclass(frozen=True)
 class Aim:
-    """Where to kill: at the n-th call or return of Python within a visit of a phase, or at its end."""
+    """Where to kill: at the n-th Python call or return in one visit of a phase, or at the end of the visit."""
 
     phase: str
     visit: int
     event: int
-    everybody: bool = True
-    """The whole process group, as when a machine goes; False: this process alone."""
+    whole_job: bool = True
+    """The whole process group, as when a machine is lost; False: this process only."""
 
     def given(self) -> dict[str, Any]:
-        """As an argument of another process."""
+        """As an argument for a child process."""
         return asdict(self)
 
     def hit(self) -> None:
-        """It is time."""
-        (os.killpg if self.everybody else os.kill)(
-            os.getpgrp() if self.everybody else os.getpid(), signal.SIGKILL
+        """Kill now."""
+        (os.killpg if self.whole_job else os.kill)(
+            os.getpgrp() if self.whole_job else os.getpid(), signal.SIGKILL
         )
 
 
 class Watch:
-    """Watches the phases of this process, from `begin` on.
+    """Records the phases of this process, from `begin` on.
 
     Args:
-        state: file that always names the phases it is in, and outlives it.
+        state: file that always names the current phases; it is still there after a kill.
     """
 
     def __init__(self, phases: Phases, state: str, aim: Aim | None) -> None:
         self.events: dict[str, int] = {}
-        """The most calls and returns of Python that a visit of each phase took."""
+        """The most Python calls and returns in one visit of each phase."""
         self.visits: Counter[str] = Counter()
         self._phases = phases
         self._aim = aim
@@ -56,7 +56,7 @@ class Watch:
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Patch the methods; there is no end."""
+        """Patch the methods, for the rest of the process."""
         for phase, (owner, method) in self._phases.items():
             setattr(owner, method, self._watched(phase, getattr(owner, method)))
 
@@ -90,7 +90,7 @@ class Watch:
 
 
 class Counting:
-    """Counts the calls and returns of this thread, and hits at the n-th, or at the end where there are fewer."""
+    """Counts the Python calls and returns of this thread, and kills at the n-th, or at the end if there are fewer."""
 
     def __init__(self, aim: Aim | None) -> None:
         self.seen = 0
@@ -99,14 +99,14 @@ class Counting:
 
     def __enter__(self) -> None:
         self._outer = sys.getprofile()
-        sys.setprofile(self._hear)
+        sys.setprofile(self._count)
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._outer)
         if self._aim is not None:
             self._aim.hit()
 
-    def _hear(self, frame: Any, event: str, argument: Any) -> None:
+    def _count(self, frame: Any, event: str, argument: Any) -> None:
         self.seen += 1
         if self.seen == self._at and self._aim is not None:
             self._aim.hit()

@@ -1,4 +1,4 @@
-"""A training without torch, so that a thousand of them can be killed in minutes: all that it does is save and resume."""
+"""A training without torch that only saves and resumes, so that a thousand of them can be killed in minutes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-import s3fs  # noqa: F401 - paid for before the fork
+import s3fs  # noqa: F401 - imported before the fork
 
-from hf_cloudtrain.checkpoints import deletion, upload_queue
+from hf_cloudtrain.checkpoints import checkpointer, deletion, upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
@@ -25,7 +25,7 @@ from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim, Phases, Watch
 
 PHASES: Phases = {
-    "flush": (Checkpointer, "_finish_left_overs"),
+    "flush": (checkpointer, "finish_left_overs"),
     "restore": (Checkpointer, "restore"),
     "download": (Storage, "download"),
     "begin": (Checkpointer, "begin"),
@@ -38,16 +38,16 @@ PHASES: Phases = {
 STEPS, SAVE_STEPS, KEPT = 12, 2, 2
 NUMBERS = 64
 PADDING = SMALL_FILE // 8 + 1
-"""Numbers that make a file one that is linked, not copied."""
+"""Numbers that make a file so large that it is linked, not copied."""
 
 
 def warm_up() -> None:
-    """What each process would find out anew."""
+    """Cache what each forked process would compute again."""
     origin()
 
 
 def plain(result: str) -> None:
-    """The same without a stop and without a line of ours."""
+    """The same training, uninterrupted and without hf_cloudtrain."""
     weights, chance = begin()
     for _ in range(STEPS):
         step(weights, chance)
@@ -57,39 +57,39 @@ def plain(result: str) -> None:
 def attempt(
     output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One start: resume, train, save, retire what is old, wait.
+    """One attempt: resume, train, save, delete old checkpoints, wait.
 
     Args:
-        hurry: share of the saves that come before the upload of the one before is done, and of the slow uploads.
+        hurry: share of saves that do not wait for the upload of the previous one, and share of slow uploads.
     """
     os.setpgrp()
-    upload_queue.MAX_WAITING = 1_000  # steps of microseconds outrun any upload
+    upload_queue.MAX_WAITING = 1_000  # steps of microseconds are faster than any upload
     hurries = random.Random(hurry)
     slow_down(hurry)
     watch = Watch(PHASES, state, Aim(**aim) if aim else None)
     watch.begin()
-    checkpointer = Checkpointer(run_url, output_dir)
-    restored = checkpointer.restore()
+    run = Checkpointer(run_url, output_dir)
+    restored = run.restore()
     weights, chance = load(restored.path) if restored else begin()
     done = restored.manifest.step if restored else 0
-    checkpointer.begin(done)
+    run.begin(done)
     for at in range(done + 1, STEPS + 1):
         step(weights, chance)
         if at % SAVE_STEPS == 0:
-            checkpointer.save(save(Path(output_dir), at, weights, chance), Position(global_step=at))
+            run.save(save(Path(output_dir), at, weights, chance), Position(global_step=at))
             rotate(Path(output_dir), at)
-            retire_old(checkpointer.catalog)
+            retire_old(run.catalog)
             if hurries.random() > hurry:
-                checkpointer.wait()
-    checkpointer.wait()
-    retire_old(checkpointer.catalog)
-    checkpointer.close()
+                run.wait()
+    run.wait()
+    retire_old(run.catalog)
+    run.close()
     Path(result).write_bytes(weights.tobytes())
     return {"events": watch.events, "visits": watch.visits}
 
 
 def slow_down(share: float) -> None:
-    """A link so slow that checkpoints pile up in the outbox."""
+    """Slow uploads, so that checkpoints accumulate in the outbox."""
     chance, upload = random.Random(share), Storage.upload
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -105,13 +105,13 @@ def begin() -> tuple[array[float], random.Random]:
 
 
 def step(weights: array[float], chance: random.Random) -> None:
-    """Each number depends on all random numbers so far, so what is done twice or left out is seen at the end."""
+    """Each number depends on all random numbers so far, so a repeated or missing step changes the result."""
     for at in range(NUMBERS):
         weights[at] = 0.99 * weights[at] + chance.random()
 
 
 def save(output_dir: Path, at: int, weights: array[float], chance: random.Random) -> Path:
-    """Written again where an earlier attempt had got as far, as frameworks do."""
+    """Overwrites a folder of an earlier attempt, as frameworks do."""
     folder = output_dir / f"checkpoint-{at}"
     (folder / "state").mkdir(parents=True, exist_ok=True)
     (folder / "model.bin").write_bytes((weights + array("d", [float(at)] * PADDING)).tobytes())
@@ -130,14 +130,14 @@ def load(folder: Path) -> tuple[array[float], random.Random]:
 
 
 def rotate(output_dir: Path, at: int) -> None:
-    """What save_total_limit does."""
+    """Delete old local checkpoints, as Trainer's save_total_limit does."""
     for folder in output_dir.glob("checkpoint-*"):
         if int(folder.name.rpartition("-")[2]) < at - SAVE_STEPS * (KEPT - 1):
             shutil.rmtree(folder)
 
 
 def retire_old(catalog: Catalog) -> None:
-    """The same on storage."""
+    """Delete old checkpoints on storage."""
     kept = protected(catalog)
     for key in catalog.checkpoints()[:-KEPT]:
         if key not in kept:

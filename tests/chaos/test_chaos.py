@@ -1,8 +1,7 @@
 """SIGKILL at random moments: in the step loop, a save, an upload, a commit, a restore, a delete, …
 
-Half-written files, half-sent folders, half-done renames and half-done deletes must never be taken for checkpoints, and
-in the end the weights are those of a training that nobody killed. `make chaos` kills a thousand small runs and fifty
-torchrun jobs.
+A partly written file, a partly uploaded folder, an interrupted rename or delete must never count as a checkpoint, and the final
+weights must equal those of an uninterrupted training. `make chaos` kills a thousand small runs and fifty torchrun jobs.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from tests.integration._zygote import Zygote
 from tests.servers import MotoServer
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "1000"))
-"""Of small runs; jobs get a twentieth."""
+"""Of small runs; torchrun jobs get a twentieth."""
 
 
-def test_100_kills_of_small_runs_pick_nothing_wrong_lose_no_commit_and_change_no_weight(
+def test_100_kills_of_small_runs_restore_the_newest_lose_no_commit_and_change_no_weight(
     moto: MotoServer, tmp_path: Path
 ) -> None:
     assert of_small_runs(moto, tmp_path, 100).wrong() == []
 
 
-def test_5_kills_of_whole_torchrun_jobs_do_neither(tmp_path: Path) -> None:
+def test_5_kills_of_complete_torchrun_jobs_do_the_same(tmp_path: Path) -> None:
     assert of_jobs(tmp_path, 5).wrong() == []
 
 
@@ -46,26 +45,26 @@ def test_many_kills(moto: MotoServer, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def of_small_runs(moto: MotoServer, folder: Path, kills: int) -> Tally:
-    """One run in twelve is on S3, the others on a disk."""
+    """One run in twelve is on S3, the others are on a disk."""
 
-    def place(number: int) -> tuple[str, dict[str, Any]]:
+    def location(number: int) -> tuple[str, dict[str, Any]]:
         if number % 12 != 6:
             return f"file://{folder}/storage-{number}", {}
         return f"s3://{moto.make_bucket()}/runs/chaos", moto.storage_options
 
     with Zygote(folder, "tests.chaos._quick") as zygote:
-        return killed(Chaos(_quick, zygote, folder, place, kills=kills, seed=seed()), kills)
+        return killed(Chaos(_quick, zygote, folder, location, kills=kills, seed=seed()), kills)
 
 
 def of_jobs(folder: Path, kills: int) -> Tally:
-    """On a disk; one kill in five hits a rank alone, which torchrun then sees."""
+    """On a disk; one kill in five kills a single rank, which torchrun detects."""
     from tests.chaos import _job
 
-    def place(number: int) -> tuple[str, dict[str, Any]]:
+    def location(number: int) -> tuple[str, dict[str, Any]]:
         return f"file://{folder}/storage-{number}", {}
 
     with Zygote(folder, "tests.integration._attempts") as zygote:
-        chaos = Chaos(_job, zygote, folder, place, kills=kills, seed=seed(), ranks=_job.RANKS, alone=0.2)
+        chaos = Chaos(_job, zygote, folder, location, kills=kills, seed=seed(), ranks=_job.RANKS, alone=0.2)
         return killed(chaos, kills)
 
 
@@ -80,5 +79,5 @@ def killed(chaos: Chaos, kills: int) -> Tally:
 
 
 def seed() -> int:
-    """CHAOS_SEED repeats the draws of a run that failed; when a signal arrives is the machine's."""
+    """CHAOS_SEED repeats the random choices of a failed run; the arrival of a signal still depends on the machine."""
     return int(os.environ.get("CHAOS_SEED", time.time_ns() % 10**6))
