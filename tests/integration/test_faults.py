@@ -1,4 +1,4 @@
-"""Trainer and the loop on a disk that fails, and with storage that is away: what was committed stays, and is exact."""
+"""Trainer and TrainLoop on a disk that fails and with unavailable storage: committed checkpoints stay, and are exact."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TestTrainer:
     @pytest.mark.parametrize(
         ("trouble", "words"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
     )
-    def test_a_disk_that_fails_stops_training_in_words_and_another_machine_goes_on(
+    def test_a_disk_that_fails_stops_training_with_an_error_and_a_new_machine_continues(
         self, lab: Lab, trouble: str, words: str
     ) -> None:
         if reason := why_impossible():
@@ -35,7 +35,9 @@ class TestTrainer:
         assert lab.train("second").value["step"] == 12
         assert lab.difference("second") == 0.0
 
-    def test_a_disk_without_room_for_a_snapshot_costs_one_checkpoint_and_no_training(self, lab: Lab) -> None:
+    def test_a_disk_without_space_for_a_snapshot_costs_one_checkpoint_and_not_the_training(
+        self, lab: Lab
+    ) -> None:
         lab.plain()
         child = lab.train("first", "no_room_for_a_snapshot", module=MISHAPS)
         assert "checkpoint-4 could not be kept for upload" in child.log
@@ -45,7 +47,7 @@ class TestTrainer:
 
 
 class TestLoop:
-    def test_a_disk_without_room_for_a_snapshot_costs_one_checkpoint_and_no_training(
+    def test_a_disk_without_space_for_a_snapshot_costs_one_checkpoint_and_not_the_training(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         plain, _, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))
@@ -55,7 +57,7 @@ class TestLoop:
         assert difference(plain, weights) == 0.0
         assert problems(Catalog(client.Storage(str(tmp_path / "run")))) == []
 
-    def test_an_outage_during_training_harms_nothing_and_all_is_committed_at_the_end(
+    def test_after_an_outage_during_training_everything_is_committed_and_exact(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(retries, "PAUSES", (0.01,))

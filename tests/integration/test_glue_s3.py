@@ -1,4 +1,4 @@
-"""The promise of the README on real data: run_glue.py under torchrun, on S3, killed and continued elsewhere."""
+"""The promise of the README on real data: run_glue.py under torchrun, on S3, killed and resumed on a different machine."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     with torchrun(*script(data, tmp_path / "plain"), log=tmp_path / "plain.log") as launcher:
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "plain.log").read_text()
 
-    words = script(data, tmp_path / "first", "--run_url", run_url)
-    with torchrun(*words, log=tmp_path / "first.log", env=moto.env) as launcher:
+    argv = script(data, tmp_path / "first", "--run_url", run_url)
+    with torchrun(*argv, log=tmp_path / "first.log", env=moto.env) as launcher:
         deadline = time.monotonic() + PATIENCE
         while not catalog.checkpoints() and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -51,8 +51,8 @@ def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     (killed,) = catalog.checkpoints()[-1:]
     assert SAVE_STEPS <= killed.step < MAX_STEPS
 
-    words = script(data, tmp_path / "second", "--run_url", run_url)
-    with torchrun(*words, log=tmp_path / "second.log", env=moto.env) as launcher:
+    argv = script(data, tmp_path / "second", "--run_url", run_url)
+    with torchrun(*argv, log=tmp_path / "second.log", env=moto.env) as launcher:
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
     assert f"Resuming from checkpoint-{killed.step} (attempt 1)" in (tmp_path / "second.log").read_text()
 
@@ -68,11 +68,11 @@ def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
 
 def script(data: Path, machine: Path, *more: str) -> list[str]:
     options = {**OPTIONS, "--dataset_dir": data, "--output_dir": machine, "--cache_dir": machine / "cache"}
-    words = [str(word) for option in options.items() for word in option]
-    return [str(REPOSITORY / "examples" / "glue" / "run_glue.py"), *words, *more]
+    argv = [str(value) for option in options.items() for value in option]
+    return [str(REPOSITORY / "examples" / "glue" / "run_glue.py"), *argv, *more]
 
 
 def metrics(machine: Path) -> dict[str, float]:
-    """What the script reports at the end, without the times."""
+    """The final metrics of the script, without times."""
     found: dict[str, float] = json.loads((machine / "eval_results.json").read_text())
     return {name: value for name, value in found.items() if not any(word in name for word in TIMES)}

@@ -1,4 +1,4 @@
-"""Law 6 in real trainings: of two that are alive on one run, the newer one goes on, and the other ends and says why."""
+"""Law 6 in real trainings: of two that train one run, the newer one continues, and the older one stops with an error."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.integration._lab import Lab
 OFTEN = {"HF_CLOUDTRAIN_HEARTBEAT": "0.1"}
 
 
-def test_law_6_of_two_live_trainers_exactly_one_goes_on_to_the_end(lab: Lab) -> None:
-    """The first one sleeps at step 6 until it is overtaken, and wakes while the other one trains."""
+def test_law_6_of_two_live_trainers_exactly_one_trains_to_the_end(lab: Lab) -> None:
+    """The first one sleeps at step 6 until it is overtaken, and wakes while the second one trains."""
     first = lab.start("first", "zombie", module="tests.integration._mishaps", at=6, env=OFTEN)
     lab.wait_until(lambda: lab.steps() == [4] or first.poll() is not None)
     second = lab.train("second", env=OFTEN)
@@ -34,7 +34,7 @@ def test_law_6_of_two_live_trainers_exactly_one_goes_on_to_the_end(lab: Lab) -> 
     assert [info.state for info in read_history(lab.run_url).attempts] == ["overtaken", "finished"]
 
 
-def test_law_6_a_loop_that_is_overtaken_ends_and_stores_nothing_more(
+def test_law_6_an_overtaken_loop_stops_and_writes_no_more_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.05")
