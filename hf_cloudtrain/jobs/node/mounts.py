@@ -247,7 +247,7 @@ def _link_as_root(source: Path, target: Path) -> None:
                 ["sudo", "-n", *step], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
             )
         except FileNotFoundError as error:
-            raise _not_linked(source, target, "Permission denied, and there is no 'sudo'") from error
+            raise _not_linked(source, target, "Permission denied, and 'sudo' is not installed") from error
         except subprocess.CalledProcessError as error:
             raise _not_linked(source, target, error.stderr.strip()) from error
 
