@@ -1,4 +1,4 @@
-"""PeriFlow's two job files on this machine: other values where a laptop needs them, one agent killed, and finished."""
+"""PeriFlow's two job files on this machine, with values for a laptop: one torchrun is killed, and the job finishes."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ CIFAR = {
 }
 
 
-def test_glue_on_mnli_goes_on_after_an_agent_was_killed(
+def test_glue_on_mnli_finishes_after_a_torchrun_was_killed(
     desk: Desk, shared_data: Path, tmp_path: Path
 ) -> None:
     desk.call("data", "create", "mnli", str(shared_data / "glue" / "mnli"))
     shutil.copytree(REPOSITORY / "examples" / "glue", desk.project / "huggingface")
-    (desk.project / "huggingface" / "requirements.txt").write_text("transformers\n")  # it is here already
-    other_values(desk, "periflow_glue.yml", GLUE)
+    (desk.project / "huggingface" / "requirements.txt").write_text("transformers\n")  # installed already
+    with_values(desk, "periflow_glue.yml", GLUE)
     finishes_after_a_kill(desk, "glue-run", 60, tmp_path)
     assert (Path(desk.record("glue-run").home) / "workspace" / "ckpt" / "final" / "config.json").exists()
 
 
-def test_cifar100_goes_on_after_an_agent_was_killed(desk: Desk, shared_data: Path, tmp_path: Path) -> None:
+def test_cifar100_finishes_after_a_torchrun_was_killed(desk: Desk, shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "cifar" / "cifar-100-python.subset.tar.xz") as archive:
         archive.extractall(tmp_path / "data", filter="data")
     desk.call("data", "create", "cifar100", str(tmp_path / "data"))
     shutil.copytree(REPOSITORY / "examples" / "cifar", desk.project / "cifar")
-    other_values(desk, "periflow_cifar.yml", CIFAR)
+    with_values(desk, "periflow_cifar.yml", CIFAR)
     finishes_after_a_kill(desk, "cifar-job", 80, tmp_path)
 
 
-def other_values(desk: Desk, name: str, values: dict[str, str]) -> None:
-    """PeriFlow's file with these values, a port that is free, and two processes instead of eight."""
+def with_values(desk: Desk, name: str, values: dict[str, str]) -> None:
+    """Write PeriFlow's file with these values, a free port, and two processes instead of eight."""
     text = (FILES / name).read_text()
     for old, new in {**values, "--master_port 6000": f"--master_port {free_port()}"}.items():
         assert text.count(old) == 1, old
