@@ -15,52 +15,37 @@ from hf_cloudtrain.errors import ConfigurationError
 
 RUN_URL = "HF_CLOUDTRAIN_RUN_URL"
 """Run URL for code that passes none: any fsspec URL, or a folder. Default: none."""
-
 STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
 """JSON object with the `storage_options` of fsspec, for code that passes none. Default: `{}`."""
-
 STORE = "HF_CLOUDTRAIN_STORE"
 """URL or folder that holds your datasets and the records of your jobs. Default: `~/.hf_cloudtrain`."""
-
 CACHE = "HF_CLOUDTRAIN_CACHE"
 """Folder for local copies of datasets, shared by the processes of a machine. Default: `~/.cache/hf_cloudtrain`."""
-
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
 """Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none. Default: none."""
-
 RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
 """Set by a launcher that has restored a checkpoint before the script starts: its key, such as `000003-0000000500`.
 Default: none."""
-
 DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 """Seconds that the end of training waits for uploads. Default: `1800`, enough for 225 GB at 1 Gbit/s."""
-
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
 """Seconds between two heartbeats of a run, and between two checks for a newer attempt. Default: `15`."""
-
 GRACE = "HF_CLOUDTRAIN_GRACE"
 """Seconds from a preemption notice that names no time, such as a signal, to the end of the machine. Default: `30`, as for
 torchrun."""
-
 EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
 """File to which an attempt writes how it ended, for the program that started it. Default: none."""
-
 STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
 """Path of a file: once it exists, the run saves and stops. Default: none."""
-
 CLOUD_NOTICES = "HF_CLOUDTRAIN_CLOUD_NOTICES"
 """Metadata service that is asked for preemption notices: `ec2`, `gce`, `azure`, `off`, or `auto`, which recognises the
 machine. Default: `auto`."""
-
 EC2_DISABLED = "AWS_EC2_METADATA_DISABLED"
 """Variable of AWS: `true` forbids requests to the metadata service of EC2. Default: `false`."""
-
 EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 """Variable of AWS: URL of the metadata service of EC2. Default: `http://169.254.169.254`."""
-
 GCE_HOST = "GCE_METADATA_HOST"
 """Variable of Google Cloud: host, or host:port, of its metadata service. Default: `169.254.169.254`."""
-
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
 """Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names. Default: none."""
 
@@ -70,12 +55,12 @@ DEFAULT_GRACE = 30.0
 
 def run_url(argument: str | None) -> str:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
-    url = argument or os.environ.get(RUN_URL)
-    if not url:
+    url = run_url_or_none(argument)
+    if url is None:
         raise ConfigurationError(
             f"No run URL was given. Pass one, for example CloudTrainCallback('s3://bucket/runs/mrpc'), or set {RUN_URL}."
         )
-    return _in_scratch(url)
+    return url
 
 
 def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Agreement:
         answer, self._pending = self._pending, None
         assert answer is not None
         deadline: float | None = None
-        while not answer.is_ready():
+        while not answer.done():
             now = time.monotonic()
             if has_notice():
                 deadline = deadline or now + PEER_SECONDS
@@ -108,7 +108,7 @@ class Agreement:
                         "command again to resume from the newest checkpoint."
                     )
             time.sleep(0.0002)
-        decision, left, seconds = answer.get()
+        decision, left, seconds = answer.result()
         self._waits = seconds > SLOW_STEP_SECONDS
         self._every = max(1, min(MOST_STEPS, int(INTERVAL_SECONDS / max(seconds, 1e-6))))
         # The time left is that of the vote, which may be some steps ago.

@@ -34,14 +34,7 @@ class Progress:
 
 
 class Bar:
-    """A tqdm bar over a Progress, on a terminal and in notebooks.
-
-    Example:
-        >>> progress = Progress()
-        >>> with Bar(progress):
-        ...     progress.begin("Downloading checkpoint-500", 1_300_000_000)
-        ...     progress.add(1_000_000)
-    """
+    """A tqdm bar over a Progress, on a terminal and in notebooks: `with Bar(progress): progress.begin(…); progress.add(…)`."""
 
     def __init__(self, progress: Progress, *, hidden: bool = False) -> None:
         self._progress = progress

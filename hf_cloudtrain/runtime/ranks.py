@@ -14,15 +14,15 @@ import datetime
 import functools
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PeerError
-from hf_cloudtrain.runtime.rendezvous import FolderStore, Known, LauncherStore, Rendezvous, Store
-from hf_cloudtrain.runtime.threads import at_exit
+from hf_cloudtrain.runtime.rendezvous import FolderStore, LauncherStore, Rendezvous, Store
+from hf_cloudtrain.runtime.threads import at_exit, in_thread
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class Ranks:
         """Set `leaders` and `neighbours`: each rank creates a file in `folder` and lists those that it sees there."""
         if self.size == 1:
             return
-        rendezvous = self._broadcast(os.urandom(8).hex())
+        rendezvous = self.agree(lambda: os.urandom(8).hex(), "choose a name")
         mine = folder / f".meet-{rendezvous}-{self.rank}"
 
         def appear() -> None:
@@ -152,7 +152,7 @@ class Ranks:
         except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
             error = caught
         # A number takes a third of the time of an object, and errors are rare.
-        (failed,) = self.begin_largest([float(error is not None)]).get()
+        (failed,) = self.begin_largest([float(error is not None)]).result()
 
         def raise_error() -> None:
             if error is not None:
@@ -165,7 +165,9 @@ class Ranks:
     def begin_largest(self, values: list[float]) -> Largest:
         """Start to find the largest of each value among all ranks, without waiting for the answer."""
         if self.size == 1:
-            return Known(values)
+            known: Future[list[float]] = Future()
+            known.set_result(values)
+            return known
         found: Largest = self._group.begin_largest(values)
         return found
 
@@ -173,20 +175,23 @@ class Ranks:
         """Exchange states in short turns until the work of every rank is done; what `agree` and `each` are made of."""
         if self.size == 1:
             return [work() if work else None]
-        task = _Task(work)
-        task.settle(QUICK_SECONDS)
-        pause = 0.001
+        task = in_thread(work) if work is not None else None
+        if task is not None:
+            wait([task], QUICK_SECONDS)
+        pause = 0.001  # short at first, so that quick work does not wait
         while True:
-            states = self._gather(task.state())
+            states = self._gather(_state(task))
             if all(done for done, _, _ in states):
                 break
-            # Short at first, so that quick work does not wait.
             pause = min(TURN_SECONDS, pause * 2)
-            task.wait(pause)
+            if task is not None and not task.done():
+                wait([task], pause)
+            else:
+                time.sleep(pause)
         for rank, (_, _, error) in enumerate(states):
             if error is not None:
-                if task.error is not None:
-                    raise task.error
+                if task is not None and (own := task.exception()) is not None:
+                    raise own
                 raise _peer_error(error, rank, what)
         return [answer for _, answer, _ in states]
 
@@ -194,18 +199,14 @@ class Ranks:
         found: list[Any] = self._group.gather(value)
         return found
 
-    def _broadcast(self, value: T) -> T:
-        answer: T = self._group.broadcast(value)
-        return answer
-
 
 class Largest(Protocol):
     """An answer in progress."""
 
-    def is_ready(self) -> bool:
-        """Whether `get` returns at once."""
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
 
-    def get(self) -> list[float]:
+    def result(self) -> list[float]:
         """The answer. Raises PeerError if a rank has crashed."""
 
 
@@ -236,12 +237,6 @@ class _GlooGroup:
             self._dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        box = [value]
-        with _peers():
-            self._dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
     def begin_largest(self, values: list[float]) -> Largest:
         import torch
 
@@ -257,10 +252,10 @@ class _Reduced:
         self._box = box
         self._work = work
 
-    def is_ready(self) -> bool:
+    def done(self) -> bool:
         return bool(self._work.is_completed())
 
-    def get(self) -> list[float]:
+    def result(self) -> list[float]:
         with _peers():
             self._work.wait()
         values: list[float] = self._box.tolist()
@@ -278,39 +273,19 @@ def _peers() -> Iterator[None]:
         ) from error
 
 
-class _Task:
-    """Work in a thread of its own, and its state for the other ranks."""
-
-    def __init__(self, work: Callable[[], Any] | None) -> None:
-        self.error: BaseException | None = None
-        self._answer: Any = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name="cloudtrain-turn", daemon=True)
-        if work is not None:
-            self._thread.start()
-
-    def state(self) -> tuple[bool, Any, BaseException | None]:
-        """(done, answer, error), as sent to the other ranks."""
-        if self._thread.is_alive():
-            return False, None, None
-        return True, self._answer, _picklable(self.error)
-
-    def settle(self, seconds: float) -> None:
-        """Wait for the work, if this rank has any."""
-        if self._thread.is_alive():
-            self._thread.join(seconds)
-
-    def wait(self, seconds: float) -> None:
-        """Wait for the work, or sleep if that of other ranks is still running."""
-        if self._thread.is_alive():
-            self._thread.join(seconds)
-        else:
-            time.sleep(seconds)
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            self._answer = work()
-        except BaseException as error:  # noqa: BLE001 - every rank must receive it
-            self.error = error
+def _state(task: Future[Any] | None) -> tuple[bool, Any, BaseException | None]:
+    """(done, answer, error), as sent to the other ranks."""
+    if task is None or not task.done():
+        return task is None, None, None
+    error = task.exception()
+    if error is None:
+        return True, task.result(), None
+    # Other classes may not be picklable, or not importable on the other ranks.
+    return (
+        True,
+        None,
+        type(error)(str(error)) if isinstance(error, CloudTrainError) else PeerError(repr(error)),
+    )
 
 
 def _torch_distributed() -> Any:
@@ -357,16 +332,6 @@ def _rendezvous_store(folder: Path, size: int) -> Store:
             "torch.distributed.init_process_group first."
         )
     return FolderStore(folder)
-
-
-def _picklable(error: BaseException | None) -> BaseException | None:
-    if error is None:
-        return None
-    return (
-        type(error)(str(error))
-        if type(error).__module__ == "hf_cloudtrain.errors"
-        else PeerError(repr(error))
-    )
 
 
 def _peer_error(error: BaseException, rank: int, what: str) -> CloudTrainError:

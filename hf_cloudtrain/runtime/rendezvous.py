@@ -53,15 +53,7 @@ class Store(Protocol):
 
 
 class Rendezvous:
-    """The ranks of one launch, connected through a store.
-
-    Args:
-        store: reached by all ranks.
-        rank: of this process.
-        size: number of ranks.
-
-    Raises:
-        PeerError: a rank does not answer.
+    """The ranks of one launch, connected through a store. Raises PeerError if a rank does not answer.
 
     Example:
         >>> rendezvous = Rendezvous(FolderStore(Path("out/.cloudtrain/ranks")), rank=1, size=2)
@@ -86,10 +78,6 @@ class Rendezvous:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
-
-    def broadcast(self, value: Any) -> Any:
-        """The value of rank 0."""
-        return self.gather(value)[0]
 
     def begin_largest(self, values: list[float]) -> Round:
         """Start to find the largest of each value among all ranks."""
@@ -162,7 +150,7 @@ class Round:
         self._last = last
         self._found: list[Any] = []
 
-    def is_ready(self) -> bool:
+    def done(self) -> bool:
         """Whether the values of all ranks have arrived."""
         while self._missing and (data := self._store.get(self._missing[0])) is not None:
             self._found.append(pickle.loads(data))  # noqa: S301 - from our own ranks; torch.distributed does the same
@@ -174,31 +162,16 @@ class Round:
 
     def values(self) -> list[Any]:
         """The values, in order of rank. Raises PeerError if a rank does not answer."""
-        _wait_for(self.is_ready, self._silent)
+        _wait_for(self.done, self._silent)
         return self._found
 
-    def get(self) -> list[float]:
+    def result(self) -> list[float]:
         """The largest of each value. Raises PeerError if a rank does not answer."""
         return [max(column) for column in zip(*self.values(), strict=True)]
 
     def _silent(self) -> list[int]:
         missing = [key for key in self._missing if self._store.get(key) is None]
         return [int(key.rpartition("-")[2]) for key in missing]
-
-
-class Known:
-    """An answer that is known already."""
-
-    def __init__(self, values: list[float]) -> None:
-        self._values = values
-
-    def is_ready(self) -> bool:
-        """It is."""
-        return True
-
-    def get(self) -> list[float]:
-        """The values."""
-        return self._values
 
 
 class FolderStore:

@@ -6,7 +6,9 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -48,28 +50,28 @@ def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
 
     The thread cannot be ended: it keeps running as a daemon, so from then on nothing else may use the objects of `work`.
     """
-    over = threading.Event()
-    answers: list[T] = []
-    errors: list[BaseException] = []
+    task = in_thread(work)
+    while not wait([task], TURN).done:
+        if is_late() and not task.done():
+            raise TimeoutError("no answer")
+    try:
+        return task.result()
+    finally:
+        del task  # an error that refers to its own frame keeps all objects of the frame alive
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a daemon thread of its own."""
+    task: Future[T] = Future()
 
     def call() -> None:
         try:
-            answers.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            errors.append(error)
-        finally:
-            over.set()
+            task.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks for the result
+            task.set_exception(error)
 
     threading.Thread(target=call, name="cloudtrain-call", daemon=True).start()
-    while not over.wait(TURN):
-        if is_late() and not over.is_set():
-            raise TimeoutError("no answer")
-    if errors:
-        try:
-            raise errors[0]
-        finally:
-            errors.clear()  # an error that refers to its own frame keeps all objects of the frame alive
-    return answers[0]
+    return task
 
 
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:
@@ -83,20 +85,22 @@ def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -
     answers: list[list[Any]] = [[None] * len(items) for items, _ in groups]
     errors: list[BaseException] = []
 
-    def take(number: int, queue: Iterator[tuple[int, Any]]) -> None:
-        for index, item in queue:
-            if errors:
+    def take(found: list[Any], queue: deque[tuple[int, Any]]) -> None:
+        while queue and not errors:
+            try:
+                index, item = queue.popleft()
+            except IndexError:  # another thread took the last item
                 return
             try:
-                answers[number][index] = work(item)
+                found[index] = work(item)
             except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
                 errors.append(error)
 
     threads = []
-    for number, (items, workers) in enumerate(groups):
-        queue = _Shared(enumerate(items))
+    for found, (items, workers) in zip(answers, groups, strict=True):
+        queue = deque(enumerate(items))
         for _ in range(min(workers, len(items))):
-            thread = threading.Thread(target=take, args=(number, queue), name="cloudtrain-io", daemon=True)
+            thread = threading.Thread(target=take, args=(found, queue), name="cloudtrain-io", daemon=True)
             thread.start()
             threads.append(thread)
     for thread in threads:
@@ -105,18 +109,3 @@ def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -
     if errors:
         raise errors[0]
     return answers
-
-
-class _Shared:
-    """An iterator that several threads can share."""
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        self._items = iter(items)
-        self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        with self._lock:
-            return next(self._items)

@@ -17,10 +17,6 @@ def short_traceback(function: F) -> F:
     """Decorate a public function or constructor: a CloudTrainError leaves it without inner frames and without causes.
 
     The whole traceback goes to the log at DEBUG level. Any other exception is a bug and keeps its traceback.
-
-    Example:
-        >>> @short_traceback
-        ... def restore(self): ...
     """
 
     @functools.wraps(function)

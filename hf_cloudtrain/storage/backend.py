@@ -40,43 +40,33 @@ class Backend(Protocol):
 
     def read(self, path: str, limit: int) -> bytes:
         """The first `limit` bytes of an object."""
-        ...
 
     def write(self, path: str, data: bytes) -> None:
         """Store an object, replacing any other. Readers see the old or the new object, never a part."""
-        ...
 
     def create(self, path: str, data: bytes) -> None:
         """Store an object, or raise FileExistsError where one exists."""
-        ...
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         """All objects below a folder."""
-        ...
 
     def delete(self, path: str) -> None:
         """Delete an object; may raise FileNotFoundError where there is none."""
-        ...
 
     def copy(self, source: str, path: str) -> None:
         """Copy an object within the storage; NotImplementedError where the bytes would travel through this machine."""
-        ...
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
         """Unfinished uploads, as far as the store lists them."""
-        ...
 
     def abort(self, upload: IncompleteUpload) -> None:
         """Abort an upload; may raise FileNotFoundError where it has ended."""
-        ...
 
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         """Store the content of an open file; returns the digest of the bytes that were sent."""
-        ...
 
     def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
         """Write an object of `size` bytes into an open file; returns the digest of the bytes that were written."""
-        ...
 
 
 def copy_hashed(

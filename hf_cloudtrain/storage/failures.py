@@ -20,14 +20,10 @@ from hf_cloudtrain.storage.urls import missing_extra
 
 logger = logging.getLogger(__name__)
 
-_REFUSED = {
-    "PermissionDeniedError",
-    "UnauthenticatedError",
-    "NoCredentialsError",
-    "ClientAuthenticationError",
-    "UnauthorizedSSOTokenError",
-    "SSOTokenLoadError",
-}
+_REFUSED = set(
+    "PermissionDeniedError UnauthenticatedError NoCredentialsError ClientAuthenticationError UnauthorizedSSOTokenError "
+    "SSOTokenLoadError".split()
+)
 # A status code, and not the number in a name such as checkpoint-403 or 301-of-1000.json.
 _CODE = r"(?<![\w./-])(?:{})(?![\w/-]|\.\w)"
 _THROTTLED = re.compile(
@@ -51,11 +47,9 @@ _OTHER_REGION = re.compile(
 
 
 def explain(error: Exception, what: str, protocol: str, secrets: tuple[str, ...]) -> CloudTrainError:
-    """One of our errors for a client's error. The client's traceback goes to the log at DEBUG level, without secrets.
+    """One of our errors for a client's error, which starts with "Could not <what>" and contains none of the secrets.
 
-    Args:
-        what: the request, as in "Could not <what>".
-        secrets: what must not be in the message.
+    The client's traceback goes to the log at DEBUG level, also without secrets.
     """
     if isinstance(error, CloudTrainError):
         return error

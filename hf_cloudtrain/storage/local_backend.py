@@ -29,15 +29,11 @@ class LocalBackend:
             return file.read(limit)
 
     def write(self, path: str, data: bytes) -> None:
-        with self._temporary(path) as temporary:
-            with open(temporary, "wb") as file:
-                file.write(data)
+        with self._temporary(path, data) as temporary:
             os.replace(temporary, self._full(path))
 
     def create(self, path: str, data: bytes) -> None:
-        with self._temporary(path) as temporary:
-            with open(temporary, "wb") as file:
-                file.write(data)
+        with self._temporary(path, data) as temporary:
             os.link(temporary, self._full(path))
             os.unlink(temporary)
 
@@ -95,12 +91,15 @@ class LocalBackend:
         return os.path.join(self._root, path)
 
     @contextlib.contextmanager
-    def _temporary(self, path: str) -> Iterator[str]:
-        """The name of a temporary file beside `path`, which is deleted if the block raises."""
+    def _temporary(self, path: str, data: bytes | None = None) -> Iterator[str]:
+        """The name of a temporary file beside `path`, perhaps with data; the file is deleted if the block raises."""
         folder = os.path.dirname(self._full(path))
         os.makedirs(folder, exist_ok=True)
         temporary = os.path.join(folder, f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
+            if data is not None:
+                with open(temporary, "wb") as file:
+                    file.write(data)
             yield temporary
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

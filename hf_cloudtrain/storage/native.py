@@ -1,14 +1,12 @@
-"""Bytes of large files through obstore, a native client for `s3://`, `gs://` and `az://`.
+"""Large files through obstore, a native client for `s3://`, `gs://` and `az://`.
 
-It costs an eighth of the CPU of s3fs or boto3 a byte and releases the GIL, so a thread beside the training loop is
-enough. Credentials, region and endpoint are resolved by the provider's own library (botocore, google-auth,
-azure-identity), because obstore alone reads neither profiles nor `~/.aws`. Where an option has no counterpart here,
-the answer is None and the fsspec file system moves the bytes.
+It takes an eighth of the CPU time of s3fs or boto3 per byte and releases the GIL, so a thread beside the training loop is enough.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 import re
@@ -27,15 +25,12 @@ if TYPE_CHECKING:
     from obstore import GetOptions
 
 PARTS_IN_FLIGHT = 4
-"""Parts of one file under way at once: 64 MiB of memory a file."""
+"""Parts of one file at a time: 64 MiB of memory per file."""
 MAX_PARTS = 9_000
-"""S3 takes 10,000 parts; above 140 GB the parts grow."""
+"""S3 accepts 10,000 parts; above 140 GB the parts grow."""
 BLOCK_SIZE = 256 * 2**10
-"""Bytes handled at a time in a download: still in the processor's cache when they are hashed and written. Blocks of
-1 MiB and more cost twice the CPU a byte, because malloc gives their memory back to the system each time."""
-
-_first_pid: list[int] = []
-"""The process that used a native client first."""
+"""Bytes of a download that are handled at a time: still in the cache of the processor when they are hashed and written. Blocks
+of 1 MiB and more take twice the CPU time per byte, because malloc returns their memory to the system each time."""
 
 
 class NativeTransfer:
@@ -45,15 +40,15 @@ class NativeTransfer:
         self._store = store
         self._prefix = prefix
         self._ranged = True
-        """Whether the storage answers ranges as the protocol says; known after the first one."""
+        """Whether the storage answers range requests correctly; known after the first one."""
 
     @staticmethod
     def can_name(path: str) -> bool:
-        """Whether the client keeps this name as it is; it would percent-encode other characters."""
+        """Whether the client keeps this name; it percent-encodes other characters."""
         return re.fullmatch(r"[A-Za-z0-9_./=+-]+", path) is not None
 
     def upload(self, source: IO[bytes], size: int, path: str, on_bytes: Callable[[int], None]) -> str:
-        """Send an open file; returns the digest value of what was sent."""
+        """Send an open file; returns the digest of the bytes that were sent."""
         import obstore
 
         digest = Digest()
@@ -75,15 +70,15 @@ class NativeTransfer:
         return str(digest)
 
     def download(self, path: str, target: FileIO, size: int, on_bytes: Callable[[int], None]) -> str:
-        """Fetch `size` bytes into an empty file, open for both; returns the digest value of what was written."""
+        """Fetch `size` bytes into an empty file, open for both; returns the digest of the bytes that were written."""
         key = self._key(path)
-        # A device keeps nothing that could be read back.
+        # A device such as /dev/null cannot be read back.
         ranged = size > PART_SIZE and self._ranged and stat.S_ISREG(os.fstat(target.fileno()).st_mode)
         if ranged:
             try:
                 return self._download_ranges(key, target, size, on_bytes)
             except Exception as error:
-                # `rclone serve s3` sends the range and calls it 200: refused at the first one, so nothing is counted.
+                # `rclone serve s3` answers a range with status 200; obstore refuses the first one, before any byte.
                 if "non-partial" not in str(error):
                     raise
                 self._ranged = False
@@ -97,18 +92,18 @@ class NativeTransfer:
             position = _write_at(target, block, position)
             on_bytes(len(block))
             if position > size:
-                break  # not what was committed; the caller counts
+                break  # larger than what was committed; the digest will differ
         return str(digest)
 
     def _download_ranges(self, key: str, target: FileIO, size: int, on_bytes: Callable[[int], None]) -> str:
-        """Ranges are written where they belong, in parallel, and hashed in order while the page cache has them."""
+        """Write ranges at their positions, in parallel, and hash them in order while they are in the page cache."""
         digest = Digest()
         starts = iter(range(0, size, PART_SIZE))
         waiting: deque[Future[int]] = deque()
         position = 0
         with ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="cloudtrain-range") as pool:
             while True:
-                # One more than there are threads, so that none waits for the digest.
+                # One more than there are threads, so that no thread waits for the digest.
                 while len(waiting) <= PARTS_IN_FLIGHT and (start := next(starts, None)) is not None:
                     stop = min(start + PART_SIZE, size)
                     waiting.append(pool.submit(self._fetch_range, key, target, start, stop))
@@ -137,13 +132,12 @@ class NativeTransfer:
 
 
 def native_transfer(protocol: str, root: str, options: dict[str, Any]) -> NativeTransfer | None:
-    """A native client for `root` ("bucket/prefix"), or None where fsspec must move the bytes.
+    """A native client for `root` ("bucket/prefix"), or None if fsspec must move the bytes.
 
-    None after a fork of a process that has used one: the threads of the client do not exist in the child, and a call
-    would hang for ever.
+    None after a fork of a process that has used one: its threads do not exist in the child, and a call would hang for ever.
     """
     build = STORES.get(protocol)
-    if build is None or not _usable_in_this_process():
+    if build is None or _first_pid() != os.getpid():
         return None
     bucket, _, prefix = root.partition("/")
     if prefix and not NativeTransfer.can_name(prefix):
@@ -155,14 +149,14 @@ def native_transfer(protocol: str, root: str, options: dict[str, Any]) -> Native
     return NativeTransfer(store, prefix) if store is not None else None
 
 
-def _usable_in_this_process() -> bool:
-    if not _first_pid:
-        _first_pid.append(os.getpid())
-    return _first_pid[0] == os.getpid()
+@functools.cache
+def _first_pid() -> int:
+    """The process that used a native client first; a forked child inherits the answer."""
+    return os.getpid()
 
 
 def _write_at(target: FileIO, block: bytes, position: int) -> int:
-    """Write all of a block at a position, whatever the file's own; returns where it ends."""
+    """Write all of a block at a position; returns the position of its end."""
     view = memoryview(block)
     while view:
         written = os.pwrite(target.fileno(), view, position)
@@ -171,13 +165,13 @@ def _write_at(target: FileIO, block: bytes, position: int) -> int:
 
 
 def _hash_span(file: FileIO, start: int, stop: int, digest: Digest) -> None:
-    """Hash what was written between two positions; `start` is a multiple of the page size.
+    """Hash the bytes between two positions; `start` is a multiple of the page size.
 
-    Mapped, because copying it out of the page cache again costs as much as the digest does.
+    Mapped, because a copy out of the page cache costs as much as the digest.
     """
     try:
         span = mmap.mmap(file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start)
-    except (OSError, ValueError):  # nothing is mapped here, or the file was cut: reading tells which
+    except (OSError, ValueError):  # no mapping possible, or the file was truncated: reading shows which
         _hash_read(file, start, stop, digest)
         return
     with span:
@@ -189,7 +183,7 @@ def _hash_read(file: FileIO, start: int, stop: int, digest: Digest) -> None:
     while start < stop:
         got = os.preadv(file.fileno(), [view[: stop - start]], start)
         if not got:
-            raise OSError(errno.EIO, f"{file.name!r} lost what was written to it")
+            raise OSError(errno.EIO, f"{file.name!r} was truncated during the download")
         digest.update(view[:got])
         start += got
 

@@ -114,23 +114,20 @@ def _s3_credentials(session: Any, options: dict[str, Any]) -> Any:
     found = (
         botocore.credentials.Credentials(key, secret, token) if key and secret else session.get_credentials()
     )
-    return None if found is None else _S3Credentials(found)
+    if found is None:
+        return None
 
-
-class _S3Credentials:
-    """Credentials from botocore, which renews those that expire; obstore asks for them every few minutes."""
-
-    def __init__(self, credentials: Any) -> None:
-        self._credentials = credentials
-
-    def __call__(self) -> dict[str, Any]:
-        frozen = self._credentials.get_frozen_credentials()
+    def provide() -> dict[str, Any]:
+        """Ask botocore again every few minutes, because it renews credentials that expire."""
+        frozen = found.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
             "expires_at": datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=5),
         }
+
+    return provide
 
 
 def gcs_store(bucket: str, options: dict[str, Any]) -> Any:

@@ -51,12 +51,9 @@ class Retries:
         explain: Callable[[Exception], CloudTrainError],
         reconnect: Callable[[], None],
     ) -> T:
-        """Make a call, and make it again while the failure may be transient. Every error leaves as one of ours.
+        """Make a call, again while its failure may be transient; `explain` turns a client's error into one of ours.
 
-        Args:
-            attempt: makes the call once.
-            explain: turns a client's error into one of ours.
-            reconnect: drops the connection, so that the next attempt makes a new one.
+        `reconnect` drops the connection, so that the next attempt makes a new one.
         """
         pauses = iter(PAUSES)
         reconnects = {"silence", "credentials"}  # each of these causes is worth one new connection

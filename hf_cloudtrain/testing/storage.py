@@ -1,17 +1,4 @@
-"""A storage that fails on purpose, for tests of training scripts and of this package: docs/testing.md shows examples.
-
-    storage = FaultyStorage("file:///tmp/run")
-    storage.fail("upload", call=2)                      # the second upload is reset; the client tries again
-    storage.fail("commit")                              # so is the write of a manifest; see POINTS for such names
-    storage.lose_answer("create")                       # it succeeds, and the connection breaks before the answer
-    storage.slow("upload", seconds=0.5)                 # every upload waits first
-    storage.hang("read")                                # the next read is never answered
-    storage.hold("upload", until=event)                 # uploads wait for event.set()
-    storage.corrupt("download", path="*.safetensors")   # one bit changes in transit
-    storage.lie("missing", "read")                      # "not found", although it exists; also: exists, late, size
-    storage.crash("commit", after=True)                 # the process ends as with SIGKILL
-    with storage.everywhere():
-        train()
+"""A storage that fails on purpose, for tests of training scripts and of this package.
 
 A call is one request, so a retry is one more call. `CrashPoint` kills a process between any two changes of its disk, not only
 at a storage call; `FaultyDisk` is a disk that is full or read-only.
@@ -30,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, NamedTuple, NoReturn, get_args
 from unittest import mock
 
-from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.backend import Backend, IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
 from hf_cloudtrain.storage.digest import Digest
 from hf_cloudtrain.testing.disk import crash_now
@@ -145,7 +132,7 @@ class FaultyStorage(Storage):
         path: str = "*",
     ) -> None:
         """The request waits for the event before it is made."""
-        self._add(_Fault(kind, path, call, times, before=lambda: _wait(until)))
+        self._add(_Fault(kind, path, call, times, before=until.wait))
 
     def corrupt(
         self,
@@ -258,8 +245,8 @@ class _Fault:
     path: str
     first: int
     times: int
-    before: Callable[[], None] = lambda: None
-    after: Callable[[], None] = lambda: None
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
     change: Callable[[bytes], bytes] | None = None
     lie: Lie | None = None
     change_listing: Callable[[list[ObjectInfo]], list[ObjectInfo]] | None = None
@@ -275,13 +262,13 @@ class _Fault:
 class _FaultyBackend:
     """Stands between a Storage and its back end, and applies the faults of the script to each request."""
 
-    def __init__(self, backend: Any, script: FaultyStorage) -> None:
+    def __init__(self, backend: Backend, script: FaultyStorage) -> None:
         self._backend = backend
         self._script = script
 
     def read(self, path: str, limit: int) -> bytes:
         with self._script._request("read", path) as change:
-            data: bytes = self._backend.read(path, limit)
+            data = self._backend.read(path, limit)
             return change(data) if change else data
 
     def write(self, path: str, data: bytes) -> None:
@@ -294,7 +281,7 @@ class _FaultyBackend:
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         with self._script._request("list", prefix) as change:
-            found: list[ObjectInfo] = self._backend.list(prefix)
+            found = self._backend.list(prefix)
             return change(found) if change else found
 
     def delete(self, path: str) -> None:
@@ -307,8 +294,7 @@ class _FaultyBackend:
 
     def incomplete(self) -> Sequence[IncompleteUpload]:
         with self._script._request("list", ""):
-            found: Sequence[IncompleteUpload] = self._backend.incomplete()
-            return found
+            return self._backend.incomplete()
 
     def abort(self, upload: IncompleteUpload) -> None:
         with self._script._request("delete", upload.path):
@@ -316,7 +302,7 @@ class _FaultyBackend:
 
     def upload(self, source: IO[bytes], path: str, on_bytes: Callable[[int], None]) -> str:
         with self._script._request("upload", path) as change:
-            digest: str = self._backend.upload(source, path, on_bytes)
+            digest = self._backend.upload(source, path, on_bytes)
             if change:
                 self._backend.write(path, change(self._backend.read(path, MAX_RECORD_READ)))
             return digest
@@ -324,8 +310,7 @@ class _FaultyBackend:
     def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
         with self._script._request("download", path) as change:
             if change is None:
-                digest: str = self._backend.download(path, target, size, on_bytes)
-                return digest
+                return self._backend.download(path, target, size, on_bytes)
             data = change(self._backend.read(path, MAX_RECORD_READ))
             target.write(data)
             on_bytes(len(data))
@@ -340,10 +325,6 @@ def _fits(kind: str, path: str, call: Call) -> bool:
 
 def _raise(error: Exception) -> NoReturn:
     raise error
-
-
-def _wait(until: threading.Event) -> None:
-    until.wait()
 
 
 def _hang(until: threading.Event) -> None:

@@ -1,13 +1,13 @@
-"""Ranks that are threads: they meet in the same turns as processes do, without torch and its seconds of start."""
+"""Ranks that are threads: they agree in the same turns as processes, without torch and its seconds of start."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.runtime.rendezvous import Known
 from tests.faults.runs import DEADLINE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class _Rendezvous:
 
 
 class ThreadRanks(Ranks):
-    """One rank of a world whose ranks are threads."""
+    """One of several ranks that are threads."""
 
     def __init__(self, rank: int, rendezvous: _Rendezvous) -> None:
         super().__init__(rank, rendezvous.size)
@@ -33,22 +33,21 @@ class ThreadRanks(Ranks):
     def barrier(self) -> None:
         self._rendezvous.barrier.wait()
 
-    def begin_largest(self, values: list[float]) -> Known:
-        return Known([max(column) for column in zip(*self._gather(values), strict=True)])
+    def begin_largest(self, values: list[float]) -> Future[list[float]]:
+        answer: Future[list[float]] = Future()
+        answer.set_result([max(column) for column in zip(*self._gather(values), strict=True)])
+        return answer
 
     def _gather(self, value: Any) -> list[Any]:
         self._rendezvous.values[self.rank] = value
         self.barrier()
         found = list(self._rendezvous.values)
-        self.barrier()  # nobody writes the next one before all have read this
+        self.barrier()  # no rank writes its next value before all have read this one
         return found
-
-    def _broadcast(self, value: T) -> T:
-        return self._gather(value)[0]  # type: ignore[no-any-return]
 
 
 def on_ranks(size: int, work: Callable[[Ranks], T], monkeypatch: pytest.MonkeyPatch) -> list[T | Exception]:
-    """What `work` gives or raises on each rank; `Ranks.current()` in it is that rank's."""
+    """The answer or the error of `work` on each rank; in it, `Ranks.current()` returns that rank."""
     rendezvous = _Rendezvous(size)
     here = threading.local()
     answers: list[Any] = [None] * size

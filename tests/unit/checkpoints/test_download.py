@@ -12,7 +12,6 @@ from hf_cloudtrain.checkpoints import download as module
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside, verify
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.errors import CorruptCheckpointError, StorageError
-from hf_cloudtrain.storage.digest import file_digest
 from tests.faults.runs import Machines, bytes_of, contents, left_overs, write_files
 
 
@@ -145,13 +144,6 @@ def test_a_file_that_was_made_true_here_counts_as_it_was(manifest: Manifest, tmp
     assert is_whole(local, manifest, originals=originals)
     write_files(originals, {"trainer_state.json": b"not even that"})
     assert not is_whole(local, manifest, originals=originals)
-
-
-def test_the_digest_of_a_file_is_the_one_that_xxhsum_prints(tmp_path: Path) -> None:
-    """The value of no bytes: https://github.com/Cyan4973/xxHash, `xxhsum -H2 /dev/null`."""
-    write_files(tmp_path, {"empty": b"", "text": b"hf_cloudtrain"})
-    assert file_digest(tmp_path / "empty") == "xxh3-128:99aa06d3014798d86001c324468d497f"
-    assert file_digest(tmp_path / "text") != file_digest(tmp_path / "empty")
 
 
 def test_bytes_that_were_damaged_on_the_way_are_fetched_once_more(

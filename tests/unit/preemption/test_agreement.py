@@ -123,7 +123,7 @@ def test_a_rank_with_a_notice_does_not_wait_for_a_crashed_one(
     made: Checkpointer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Silent:
-        def is_ready(self) -> bool:
+        def done(self) -> bool:
             return False
 
     monkeypatch.setattr(agreement, "PEER_SECONDS", 0.05)

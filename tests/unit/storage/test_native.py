@@ -1,10 +1,11 @@
-"""How a native client's bytes get to disk and under the digest, with a store in memory."""
+"""Bytes of the native client: on disk, and in the digest. The store is in memory."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
+import sys
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from obstore.store import MemoryStore
 
 from hf_cloudtrain.storage import native
 from hf_cloudtrain.storage.backend import PART_SIZE
-from hf_cloudtrain.storage.native import NativeTransfer
+from hf_cloudtrain.storage.native import NativeTransfer, native_transfer
 
 CONTENT = os.urandom(2 * PART_SIZE + 5)
 
@@ -33,12 +34,14 @@ def _fetch(transfer: NativeTransfer, target: Path) -> str:
         return transfer.download("large.bin", file, len(CONTENT), lambda count: None)
 
 
-def test_ranges_are_under_the_digest_as_they_lie_on_disk(transfer: NativeTransfer, tmp_path: Path) -> None:
+def test_digest_of_parallel_ranges_is_that_of_the_file_on_disk(
+    transfer: NativeTransfer, tmp_path: Path
+) -> None:
     assert _fetch(transfer, tmp_path / "got") == f"xxh3-128:{xxhash.xxh3_128_hexdigest(CONTENT)}"
     assert (tmp_path / "got").read_bytes() == CONTENT
 
 
-def test_digest_is_the_same_where_the_file_system_maps_nothing(
+def test_digest_is_the_same_without_memory_mapping(
     transfer: NativeTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -52,12 +55,19 @@ def test_digest_is_the_same_where_the_file_system_maps_nothing(
     assert asked == [0, PART_SIZE, 2 * PART_SIZE]
 
 
-def test_file_that_somebody_cuts_is_an_error_and_no_other_digest(
+def test_file_that_is_truncated_during_the_download_is_an_error(
     transfer: NativeTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lose(file: FileIO, block: bytes, position: int) -> int:
         return position + len(block)
 
     monkeypatch.setattr(native, "_write_at", lose)
-    with pytest.raises(OSError, match="lost what was written to it"):
+    with pytest.raises(OSError, match="was truncated during the download"):
         _fetch(transfer, tmp_path / "got")
+
+
+def test_missing_native_client_leaves_the_bytes_to_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:9"}
+    assert native_transfer("s3", "bucket/run", options) is None
