@@ -1,4 +1,4 @@
-"""What an engine does, and the table that finds one by its name. This module is light: SageMaker's containers start with it."""
+"""What an engine does, and the table that finds one by name. Light to import: SageMaker's containers start with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
         """Raise ConfigurationError if this machine or this job lacks something: a command, credentials, GPUs."""
 
     def show(self, submission: Submission) -> str:
-        """Exactly what would be started, for `--dry-run`: commands, scripts, requests. Never the value of a variable."""
+        """Exactly what would be started, for `--dry-run`: commands, scripts, requests; no value of a variable."""
 
     def submit(self, submission: Submission, store: JobStore, record: JobRecord) -> JobRecord:
         """Hand the job over and return the record, with a handle that finds the job again. Do not wait for its end.

@@ -19,7 +19,7 @@ In each container of the training job:
                                                                ^ port 7778
                                            container_main in algo-2: agent           -> node_main -> bash -> torchrun
 
-After a crash all nodes start again in the same containers, from the newest checkpoint. SageMaker ends the training job as
-soon as one container ends with an error, so each container stays until all know how the job ended. SageMaker itself
+After a crash all nodes start again in the same containers, from the newest checkpoint. SageMaker ends the training job
+as soon as one container ends with an error, so each container stays until all know how the job ended. SageMaker itself
 restarts a managed spot job whose machines were preempted.
 """

@@ -1,4 +1,4 @@
-"""The requests to AWS about a training job. Only this file of the engines imports boto3, and only when it sends a request."""
+"""The requests to AWS about a training job. Only this file of the engines imports boto3, and only for a request."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def create(region: str, request: Mapping[str, Any], secrets: tuple[str, ...]) ->
         _ask(SAGEMAKER, f"create the training job {name!r}", client.create_training_job, secrets, **request)
     except _TakenError as error:
         raise ConfigurationError(
-            f"SageMaker already has a training job {name!r}, and accepts each name only once. Run the job again to get a new name."
+            f"SageMaker already has a training job {name!r}, and accepts each name only once. Run the job again: "
+            "it gets a new name."
         ) from error
     except _NoAnswerError as error:
         try:
@@ -182,7 +183,7 @@ def configured_region() -> str | None:
 
 
 def missing_here(region: str | None) -> Iterator[str]:
-    """What this machine lacks to use AWS, one sentence each. Sends no request, unless credentials come from a service."""
+    """What this machine lacks to use AWS, one line each. Sends no request, unless credentials come from a service."""
     try:
         import boto3
         import botocore.exceptions as theirs

@@ -172,7 +172,7 @@ class Container:
 
 
 def review(verdict: Verdict, lost: Sequence[int]) -> Verdict:
-    """The supervisor's verdict; but no process restarts a lost container: SageMaker ends the job with the first of them."""
+    """The supervisor's verdict; but a lost container is never restarted: SageMaker ends the job with it."""
     if verdict.state is not None or not lost:
         return verdict
     reason = f"{verdict.reason or ''} The containers of these nodes are gone: {', '.join(map(str, lost))}."

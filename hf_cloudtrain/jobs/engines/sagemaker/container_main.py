@@ -11,8 +11,8 @@
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html
 
-The exit code is 0 after a finished training, 75 after one that saved and stopped, and else 1. For SageMaker every code but
-0 is a failure, unless SageMaker itself has stopped the job.
+The exit code is 0 after a finished training, 75 after one that saved and stopped, and else 1. For SageMaker every code
+but 0 is a failure, unless SageMaker itself has stopped the job.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def status_of(description: Mapping[str, Any]) -> EngineStatus:
     failure = description.get("FailureReason")
     if state == "failed" and failure:
         text = redact(str(failure), secrets_of_environment())
-        # container_main writes "preempted: …" or "cancelled: …"; SageMaker adds "AlgorithmError: " and the exit code.
+        # container_main writes "preempted: …" or "cancelled: …"; SageMaker adds "AlgorithmError: " and the code.
         match = re.match(r"(?:\w+: )?(preempted|cancelled): (.*?)(?:, exit code: \d+)?$", text, re.DOTALL)
         return EngineStatus(cast("State", match[1]), match[2]) if match else EngineStatus("failed", text)
     detail = _EXPLAINED.get(secondary)

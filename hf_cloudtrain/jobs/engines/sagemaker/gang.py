@@ -47,7 +47,7 @@ class Connection:
             self.is_open = False
 
     def messages(self, seconds: float) -> list[dict[str, Any]]:
-        """The messages that have arrived; waits for them at most some seconds. Raises ValueError for a malformed one."""
+        """The messages that arrive within some seconds. Raises ValueError for a malformed one."""
         if not self.is_open:
             return []
         self._socket.settimeout(max(seconds, 0.001))
@@ -162,7 +162,7 @@ class ContainerGang(Gang):
                 self._codes.setdefault(rank, None)
 
     def _note_end(self, rank: int, message: Mapping[str, Any]) -> None:
-        """Write the files of a node where the supervisor reads those of its own."""
+        """Write a node's files to where the supervisor reads them."""
         files = {
             "exit": self._submission.exit_file(rank, self.number),
             "node": self._submission.node_file(rank, self.number),

@@ -76,8 +76,8 @@ class Layout:
         folder = self._root / "input/data" / DATA_CHANNEL
         if not is_whole(folder, manifest):
             raise CorruptCheckpointError(
-                f"The dataset {data.name!r} arrived damaged: SageMaker's copy differs from what was stored. Run the job "
-                "again; if that fails, create the dataset again with `cloudtrain data create`."
+                f"The dataset {data.name!r} arrived damaged: SageMaker's copy differs from what was stored. Run the "
+                "job again; if that fails, create the dataset again with `cloudtrain data create`."
             )
         logger.info("Dataset %r at %s.", data.name, data.mount_path)
         link([Mount(folder, data.mount_path)])

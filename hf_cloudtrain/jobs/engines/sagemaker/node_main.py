@@ -1,6 +1,6 @@
 """One start of a container's node, in a process of its own: a node needs the main thread, and all signals.
 
-python -m hf_cloudtrain.jobs.engines.sagemaker.node_main HOME --master-addr algo-1 --master-port 7777 --start 1 --node-rank 0
+python -m hf_cloudtrain.jobs.engines.sagemaker.node_main HOME, and the options of hf_cloudtrain.jobs.node.node
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def request(
 
 
 def training_job_name(submission: Submission, number: int = 1) -> str:
-    """A name that SageMaker accepts (letters, digits, single '-', at most 63), and that no job of a different store has."""
+    """A name that SageMaker accepts (letters, digits, single '-', at most 63), and that no other store's job has."""
     digest = hashlib.sha256(f"{submission.store}\n{submission.id}".encode()).hexdigest()[:8]
     end = f"-{digest}" if number == 1 else f"-{digest}-{number}"
     stem = re.sub(r"[^A-Za-z0-9]+", "-", submission.id)
@@ -141,7 +141,7 @@ def is_spot(submission: Submission) -> bool:
 
 
 def own_prefix(submission: Submission) -> str:
-    """URL of the folder that the containers receive from us. Without the '/' at its end it would match longer names, too."""
+    """URL of the folder that the containers receive from us. The '/' at its end keeps it from matching longer names."""
     return f"{_store(submission)}/jobs/{submission.id}/submission/"
 
 
@@ -162,8 +162,8 @@ def problems(submission: Submission) -> Iterator[str]:
         yield "The job has no image. Write an image in ECR as `image`, below `job_setting.docker`."
     elif not re.match(r"\d{12}\.dkr\.ecr[a-z0-9.-]*\.[a-z0-9.-]+/", image):
         yield (
-            f"The image {image!r} is not in ECR, and SageMaker pulls images only from there. Push it to a repository of "
-            "yours: 111122223333.dkr.ecr.us-east-1.amazonaws.com/…"
+            f"The image {image!r} is not in ECR, and SageMaker pulls images only from there. Push it to a repository "
+            "of yours: 111122223333.dkr.ecr.us-east-1.amazonaws.com/…"
         )
     if not _is_s3(submission.store):
         yield (
@@ -186,8 +186,8 @@ def warnings(submission: Submission) -> Iterator[str]:
     machine = submission.job.machine
     if machine is not None and machine.cloud != "aws":
         yield (
-            f"{str(machine)!r} is not a machine of AWS: its GPUs are used, but not its cloud {machine.cloud!r} and region "
-            f"{machine.region!r}. The region comes from your AWS configuration."
+            f"{str(machine)!r} is not a machine of AWS: its GPUs are used, but not its cloud {machine.cloud!r} and "
+            f"region {machine.region!r}. The region comes from your AWS configuration."
         )
     if submission.plan.variables:
         yield (
@@ -221,16 +221,16 @@ def _machine_problems(submission: Submission) -> Iterator[str]:
         yield "`max_wait` is only for spot machines. Remove it, or use a `vm` that ends in '-spot'."
     elif block.max_wait is not None and block.max_wait < longest:
         yield (
-            f"`max_wait` is {block.max_wait}, less than the {longest} seconds that the training may take. Write {longest} "
-            "or more, or a shorter `max_run`."
+            f"`max_wait` is {block.max_wait}, less than the {longest} seconds that the training may take. Write "
+            f"{longest} or more, or a shorter `max_run`."
         )
 
 
 def _variable_problems(submission: Submission) -> Iterator[str]:
     if grace(submission) > LONGEST_GRACE:
         yield (
-            f"{env.GRACE} is {submission.plan.grace:g} s, but SageMaker kills a container after {LONGEST_GRACE:g} s. Remove "
-            f"it: the default is {GRACE:g}."
+            f"{env.GRACE} is {submission.plan.grace:g} s, but SageMaker kills a container after {LONGEST_GRACE:g} s. "
+            f"Remove it: the default is {GRACE:g}."
         )
     names = _environment(submission, None)
     if len(names) > MAX_VARIABLES:

@@ -19,7 +19,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self.raises = True
-        """Whether the first signal raises `Stopped`. A container that follows the first one looks at `received` instead."""
+        """Whether the first signal raises `Stopped`. An `Agent` looks at `received` instead."""
 
     def install(self) -> None:
         """Handle the signals from now on."""

@@ -1,4 +1,4 @@
-"""The engine `skypilot`: one job of SkyPilot's for each of ours. What SkyPilot cannot answer, the run's storage does."""
+"""The engine `skypilot`. The run's storage fills its gaps: saving before a cancel, the end of a forgotten job."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _verdict(record: JobRecord) -> EngineStatus | None:
 
 
 def _forgotten(record: JobRecord) -> EngineStatus:
-    """SkyPilot tears a cluster down after its job, and its controller while no job runs: then the run says how it ended."""
+    """The end by the run itself: SkyPilot removes a cluster after its job, and its controller while no job runs."""
     if record.state == "stopping":
         return CANCELLED
     try:

@@ -40,7 +40,7 @@ PORT = 29500
 
 
 def run(home: Path, environment: Mapping[str, str] = os.environ) -> int:
-    """Run this node for one start; return the exit code for SkyPilot. Raises ConfigurationError as `rank_and_master`."""
+    """Run this node for one start; return the exit code for SkyPilot. Raises as `rank_and_master`."""
     submission = Submission.load(home)
     rank, master = rank_and_master(submission, environment)
     _find_workspace(submission)
@@ -90,7 +90,7 @@ def exit_code(verdict: Verdict, code: int, *, managed: bool) -> int:
     return 1  # a cluster for one start: SkyPilot never restarts it
 
 
-def in_links(submission: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:  # noqa: ARG001 - see Wrap
+def in_links(_: Submission, mounts: Sequence[Mount], command: list[str]) -> list[str]:
     """Make each mount path a link, as SkyPilot made this machine for the job. Raises ConfigurationError as `link`."""
     link(mounts)
     return command

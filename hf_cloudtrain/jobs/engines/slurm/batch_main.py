@@ -93,14 +93,15 @@ class SlurmWatch:
         why = _why(job, self._restarts, notice(self._submission))
         if job is not None and why == TIME_LIMIT and self._is_too_short(job):
             reason = (
-                f"The time limit of {job.limit:.0f} s is too short: Slurm's notice comes {notice(self._submission)} s before "
-                f"its end and up to {EARLY} s early, and nothing was saved. Set a longer 'slurm.time'."
+                f"The time limit of {job.limit:.0f} s is too short: Slurm's notice comes "
+                f"{notice(self._submission)} s before its end and up to {EARLY} s early, and nothing was saved. Set a "
+                "longer 'slurm.time'."
             )
             return dataclasses.replace(verdict, state="failed", reason=reason)
         return dataclasses.replace(verdict, state="queued", reason=f"{why} {verdict.reason or ''}".strip())
 
     def _is_too_short(self, job: SlurmJob) -> bool:
-        """Whether the time limit (perhaps the partition's) leaves no time to begin, so that a restart would not help."""
+        """Whether the time limit, perhaps the partition's, leaves no time to train, so that a restart cannot help."""
         if job.limit is None or job.limit > notice(self._submission) + EARLY:
             return False
         return not any(end.get("saved") for end in exit_records(self._submission, self._gang.number))

@@ -63,24 +63,26 @@ class SlurmEngine:
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
         if missing:
             raise ConfigurationError(
-                f"{missing[0]!r} is not found. Submit on a machine of the Slurm cluster, such as its login node, or use a "
-                "different engine."
+                f"{missing[0]!r} is not found. Submit on a machine of the Slurm cluster, such as its login node, or "
+                "use a different engine."
             )
         home = str(submission.home)
         if not submission.home.is_absolute():
             raise ConfigurationError(
-                f"{home!r} is relative, but a job runs in a different folder. Set HF_CLOUDTRAIN_STORE to an absolute path."
+                f"{home!r} is relative, but a job runs in a different folder. Set HF_CLOUDTRAIN_STORE to an absolute "
+                "path."
             )
         if "%" in home or not home.isprintable():
             raise ConfigurationError(
-                f"{home!r} has a character with a meaning in Slurm's file names. Set HF_CLOUDTRAIN_STORE to a folder without it."
+                f"{home!r} has a character with a meaning in Slurm's file names. Set HF_CLOUDTRAIN_STORE to a folder "
+                "without it."
             )
         limit, least = submission.job.slurm.time, notice(submission) + EARLY
         if limit is not None and 0 < seconds(limit) <= least:
             raise ConfigurationError(
-                f"'slurm.time' is {limit!r}, but Slurm's notice comes {notice(submission)} s before its end and up to {EARLY} s "
-                f"early, so the job would be asked to stop as it starts. Set more than {math.ceil(least / 60)} minutes, or a "
-                "shorter HF_CLOUDTRAIN_GRACE."
+                f"'slurm.time' is {limit!r}, but Slurm's notice comes {notice(submission)} s before its end and up to "
+                f"{EARLY} s early, so the job would be asked to stop as it starts. Set more than "
+                f"{math.ceil(least / 60)} minutes, or a shorter HF_CLOUDTRAIN_GRACE."
             )
 
     def show(self, submission: Submission) -> str:

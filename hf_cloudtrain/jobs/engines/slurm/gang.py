@@ -1,7 +1,7 @@
 """The nodes of a job within a Slurm allocation: one srun, one task per node.
 
-A signal to the job step asks the nodes to stop; a signal to srun would kill them. It is SIGURG, which processes without a
-handler ignore: SIGTERM would end a `| tee` beside a training that saves.
+A signal to the job step asks the nodes to stop; a signal to srun would kill them. It is SIGURG, which processes without
+a handler ignore: SIGTERM would end a `| tee` beside a training that saves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SIGNAL_PAUSE = 2.0
 """Seconds between two signals: a node that has not installed its handler yet has lost the first one."""
 FIRST_PORT, PORTS = 20_000, 12_000
-"""Below the ports that Linux assigns by itself: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
+"""Below those that Linux assigns: https://docs.kernel.org/networking/ip-sysctl.html (ip_local_port_range)."""
 ALLOCATION_OPTIONS = (
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"),
     *("SLURM_EXPORT_ENV", "SLURM_DISTRIBUTION", "SLURM_SRUN_REDUCE_TASK_EXIT_MSG"),

@@ -1,4 +1,4 @@
-"""The engine `local`: what its supervisor is started with. That it runs jobs is in tests/integration/test_jobs_local.py."""
+"""The engine `local`: how its supervisor is started. tests/integration/test_jobs_local.py runs jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on SkyPilot's machines: it reads SkyPilot's variables, and chooses the exit code that restarts a job or does not."""
+"""What runs on SkyPilot's machines: SkyPilot's variables, and the exit code that restarts a job or does not."""
 
 from __future__ import annotations
 
