@@ -1,4 +1,4 @@
-"""The wheel, in a fresh environment that holds nothing but what the wheel declares: what `pip install` gives."""
+"""The wheel, in a fresh environment with only its declared dependencies, as after `pip install`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_cloudtrain", "examples")
 TEMPLATE = ROOT / "examples" / "template"
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "output", "runs")
-"""What Python and a training in an example leave there."""
+"""Files of Python, and of a training in an example."""
 
 TRAIN = """
 import sys
@@ -60,24 +60,24 @@ print(len(names))
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own, with no way to this one."""
+    """A virtual environment without access to this one."""
 
     folder: Path
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment, and return whatever came of it."""
+        """Run a program of the environment."""
         program = self.folder / "bin" / command[0]
         # Outside the repository, so that `hf_cloudtrain` is the installed one.
         return _run([program, *command[1:]], cwd=self.folder, env=_plain_environ())
 
     def output(self, *command: str) -> str:
-        """Run a program that must succeed, and return what it wrote."""
+        """Run a program that must succeed, and return its output."""
         return _succeed(self.run(*command))
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: setuptools leaves a build folder beside what it builds, and takes stale files from it.
+    # From a copy: setuptools leaves a build folder beside the sources, and reads stale files from it.
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -92,7 +92,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The wheel, and the closure of its Requires-Dist, taken from this environment distribution by distribution.
+    """The wheel and all distributions that its Requires-Dist leads to, linked from this environment.
 
     pip would fetch the same versions again: minutes and a gigabyte, to end at the same files.
     """
@@ -123,7 +123,7 @@ def test_the_wheel_declares_every_dependency_of_setup_cfg(wheel: Path) -> None:
     assert {normal(text) for text in metadata(wheel).get_all("Requires-Dist", [])} == expected
 
 
-def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+def test_the_wheel_has_complete_metadata(wheel: Path) -> None:
     told = metadata(wheel)
     assert (told["Name"], told["Version"], told["License-Expression"]) == (
         "hf_cloudtrain",
@@ -143,7 +143,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert told.get_payload(), "the README is the page of the package"
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {PurePath(name) for name in archive.namelist()}
     package = {path for path in names if path.parts[0] == "hf_cloudtrain"}
@@ -157,7 +157,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert package == {*data, *sources, *template}
 
 
-def test_the_fresh_environment_holds_only_what_is_declared(fresh: Environment) -> None:
+def test_the_fresh_environment_contains_only_declared_dependencies(fresh: Environment) -> None:
     code = "import importlib.util as u; print(*(n for n in ('torch', 's3fs', 'obstore', 'pytest') if u.find_spec(n)))"
     assert fresh.output("python", "-c", code).split() == ["torch"]
 
@@ -204,7 +204,7 @@ def test_training_and_the_command_line_work_on_a_folder(fresh: Environment, tmp_
 
 
 def template_files() -> set[str]:
-    """The files of `examples/template`, without what Python and a training leave there."""
+    """The files of `examples/template`, without those of Python and of a training."""
     found = (path.relative_to(TEMPLATE) for path in TEMPLATE.rglob("*") if path.is_file())
     return {path.as_posix() for path in found if not {"__pycache__", "output", "runs"} & set(path.parts)}
 
@@ -232,7 +232,7 @@ def normal(text: str) -> str:
 
 
 def closure(declared: Iterable[Requirement]) -> list[Distribution]:
-    """Every distribution that the requirements lead to, extras of dependencies included."""
+    """All distributions that the requirements lead to, including extras of dependencies."""
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, str]] = set()
     todo = [(requirement, "") for requirement in declared]
@@ -250,7 +250,7 @@ def closure(declared: Iterable[Requirement]) -> list[Distribution]:
 
 
 def expose(wanted: list[Distribution], site_packages: Path) -> None:
-    """Link the files of these distributions into `site_packages`, and of no other."""
+    """Link the files of these distributions, and of no others, into `site_packages`."""
     names = {canonicalize_name(found.name) for found in wanted}
     owners: defaultdict[str, set[str]] = defaultdict(set)
     for found in distributions():
@@ -258,7 +258,7 @@ def expose(wanted: list[Distribution], site_packages: Path) -> None:
             owners[top].add(canonicalize_name(found.name))
     for found in wanted:
         for top in tops(found):
-            # A namespace that others share would bring them along as a whole.
+            # A namespace package may contain files of other distributions.
             assert owners[top] <= names, f"{top} belongs to {owners[top] - names} too: link it file by file"
             if not (site_packages / top).exists():
                 (site_packages / top).symlink_to(Path(str(found.locate_file(top))).resolve())

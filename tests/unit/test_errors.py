@@ -1,4 +1,4 @@
-"""The exception tree is as it is drawn, and survives the way between processes."""
+"""The tree of exceptions is as documented, and exceptions can be sent between processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issu
 
 
 def drawn() -> dict[str, tuple[str, str | None]]:
-    """name -> (parent, built-in base) as the docstring draws them."""
+    """name -> (parent, built-in base) as in the docstring."""
     found: dict[str, tuple[str, str | None]] = {}
     above = ["CloudTrainError"]
     for line in (errors.__doc__ or "").splitlines():
@@ -27,7 +27,7 @@ def drawn() -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def test_every_exception_is_drawn_where_it_is() -> None:
+def test_the_documented_tree_is_the_real_one() -> None:
     real = {
         kind.__name__: (
             kind.__bases__[0].__name__,
@@ -40,13 +40,13 @@ def test_every_exception_is_drawn_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_an_exception_keeps_its_kind_and_message_between_processes(kind: type[CloudTrainError]) -> None:
+def test_an_exception_keeps_its_class_and_message_between_processes(kind: type[CloudTrainError]) -> None:
     error = kind("could not reach 's3://bucket'")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert str(again) == "could not reach 's3://bucket'"
 
 
-def test_a_full_disk_keeps_its_number() -> None:
+def test_a_full_disk_keeps_its_errno() -> None:
     error = errors.StorageError(28, "no space is left")
     assert pickle.loads(pickle.dumps(error)).errno == 28

@@ -1,4 +1,4 @@
-"""What each of three real processes does with Ranks, for test_ranks.py; the answers go to a file a rank."""
+"""One of three real processes that use Ranks, for test_ranks.py; each writes its answers to a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hf_cloudtrain.runtime.ranks import Ranks
 
 SIZE = 3
 GROUP_SECONDS = 4.0
-"""Timeout of every collective here, the user's and ours."""
+"""Timeout of all collectives, the user's and ours."""
 SLOW_SECONDS = 6.0
-"""Work that lasts longer than any collective may."""
+"""Duration of work that takes longer than a collective may."""
 
 
 def told(ask: Callable[[], Any]) -> Any:
-    """The answer, or the kind and words of the error."""
+    """The answer, or class and message of the error."""
     try:
         return ask()
-    except Exception as error:  # noqa: BLE001 - a test looks at it
+    except Exception as error:  # noqa: BLE001 - a test checks it
         return [type(error).__name__, str(error)]
 
 
@@ -52,7 +52,7 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     found["slow"] = ranks.agree(lambda: (time.sleep(SLOW_SECONDS), "slept")[1], "sleep")
     assert time.monotonic() - began >= SLOW_SECONDS
-    dist.barrier()  # the user's own group is as well as before
+    dist.barrier()  # the user's own group still works
     found["the user's group"] = "alive"
 
     for name, mine in (

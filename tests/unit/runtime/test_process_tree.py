@@ -1,4 +1,4 @@
-"""Processes of a job: which one is meant."""
+"""Identity of processes, and the end of a process tree."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pytest
 from hf_cloudtrain.runtime.process_tree import is_alive, this_process
 
 
-def test_a_process_is_known_again_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_recognised_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     known = this_process()
-    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 1e9)  # it comes from the clock
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 1e9)  # psutil computes it from the clock
     assert is_alive(known)
 
 
 @pytest.mark.parametrize("other", [{"boot": "another"}, {"began": 1.0}, {"pid": 2**22 + 1}, {"pid": None}])
-def test_another_process_or_none_is_not_taken_for_it(other: dict[str, object]) -> None:
+def test_a_different_or_missing_process_is_not_recognised(other: dict[str, object]) -> None:
     assert is_alive(this_process())
     assert not is_alive({**this_process(), **other})
 
 
-def test_nobody_is_alive_where_nobody_is_known() -> None:
+def test_an_empty_identity_is_not_alive() -> None:
     assert not is_alive({})
 
 
-def test_who_started_a_process_that_is_ended_hears_how() -> None:
-    """In a process of its own: this one has servers for other tests."""
+def test_the_parent_of_a_killed_process_gets_its_exit_code() -> None:
+    """In a process of its own, because this one has started servers for other tests."""
     code = (
         "import subprocess\n"
         "from hf_cloudtrain.runtime.process_tree import kill_children\n"

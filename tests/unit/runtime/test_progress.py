@@ -1,4 +1,4 @@
-"""Bytes under way, and a bar only for who has to wait."""
+"""Progress of a transfer, and a bar only if it takes a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_bytes_add_up_and_a_failed_try_is_taken_back() -> None:
+def test_bytes_add_up_and_a_failed_try_is_subtracted() -> None:
     moved = Progress()
     moved.begin("Uploading checkpoint-5", 100)
     moved.add(60)
@@ -35,7 +35,7 @@ def test_bytes_of_many_threads_are_all_counted() -> None:
     assert moved.done == 8_000
 
 
-def test_work_that_is_over_soon_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_transfer_shows_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
     moved = Progress()
     with Bar(moved):
         moved.begin("Downloading", 10)
@@ -43,7 +43,7 @@ def test_work_that_is_over_soon_shows_no_bar(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
-def test_work_that_lasts_shows_a_bar_with_its_title(
+def test_a_long_transfer_shows_a_bar_with_its_title(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
@@ -69,7 +69,7 @@ def test_a_hidden_bar_shows_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_next_transfer_begins_anew_in_the_same_bar(
+def test_the_next_transfer_starts_at_zero_in_the_same_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
@@ -84,11 +84,11 @@ def test_the_next_transfer_begins_anew_in_the_same_bar(
     assert "1.00k/4.00k" in last
 
 
-def test_bytes_that_arrive_while_the_bar_goes_away_do_no_harm() -> None:
-    """The upload goes on when the person who watched it has had enough."""
+def test_bytes_that_arrive_while_the_bar_is_removed_are_counted() -> None:
+    """The upload continues after the user has stopped watching it."""
 
     class Left(Progress):
-        """Its bar is there when a thread asks, and gone when it calls."""
+        """Its bar exists when a thread reads it, and is removed before the thread calls it."""
 
         looks = 0
 

@@ -1,4 +1,4 @@
-"""How ranks agree: alone, as threads, and as three real processes of torch.distributed (started once)."""
+"""How ranks agree: a single process, threads, and three real processes of torch.distributed (started once)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Answers = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What each of three processes answered."""
+    """The answers of each of three processes."""
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("gloo")
     processes = [
@@ -47,26 +47,26 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(SIZE)]
 
 
-def test_each_process_knows_who_it_is(ranks: Answers) -> None:
+def test_each_process_knows_its_rank(ranks: Answers) -> None:
     assert [answers["who"] for answers in ranks] == [[0, 3, True], [1, 3, False], [2, 3, False]]
 
 
-def test_what_rank_0_decides_is_decided_for_all(ranks: Answers) -> None:
+def test_the_decision_of_rank_0_reaches_all_ranks(ranks: Answers) -> None:
     assert [answers["agree"] for answers in ranks] == ["from 0"] * SIZE
 
 
-def test_every_rank_hears_all_answers_in_order(ranks: Answers) -> None:
+def test_every_rank_receives_all_answers_in_order(ranks: Answers) -> None:
     assert [answers["each"] for answers in ranks] == [[0, 10, 20]] * SIZE
 
 
-def test_an_error_of_ours_keeps_its_kind_on_all_ranks(ranks: Answers) -> None:
+def test_an_error_of_ours_keeps_its_class_on_all_ranks(ranks: Answers) -> None:
     assert [answers["agree fails"] for answers in ranks] == [["RunHasCheckpointsError", "it has"]] * SIZE
     assert [answers["each fails with ours"] for answers in ranks] == [
         ["RunHasCheckpointsError", "it has"]
     ] * SIZE
 
 
-def test_any_other_error_keeps_its_kind_where_it_happened_and_is_told_elsewhere(ranks: Answers) -> None:
+def test_any_other_error_keeps_its_class_on_its_rank_and_is_a_peer_error_elsewhere(ranks: Answers) -> None:
     kinds = [answers["each fails"][0] for answers in ranks]
     assert kinds == ["PeerError", "OSError", "PeerError"]
     for answers in (ranks[0], ranks[2]):
@@ -74,12 +74,12 @@ def test_any_other_error_keeps_its_kind_where_it_happened_and_is_told_elsewhere(
         assert "full" in answers["each fails"][1]
 
 
-def test_after_an_error_the_ranks_still_meet(ranks: Answers) -> None:
+def test_the_ranks_still_agree_after_an_error(ranks: Answers) -> None:
     assert [answers["after errors"] for answers in ranks] == [[0, 1, 2]] * SIZE
     assert [answers["after no disk"] for answers in ranks] == [[0, 1, 2]] * SIZE
 
 
-def test_work_that_lasts_longer_than_a_collective_may_does_not_break_it(ranks: Answers) -> None:
+def test_work_may_take_longer_than_the_timeout_of_a_collective(ranks: Answers) -> None:
     assert [answers["slow"] for answers in ranks] == ["slept"] * SIZE
     assert [answers["the user's group"] for answers in ranks] == ["alive"] * SIZE
 
@@ -92,7 +92,7 @@ def test_work_that_lasts_longer_than_a_collective_may_does_not_break_it(ranks: A
         ("two disks", [0, 2], [[0, 1], [0, 1], [2]]),
     ],
 )
-def test_ranks_find_out_who_shares_their_disk(
+def test_ranks_find_out_which_ranks_share_their_disk(
     ranks: Answers, disks: str, leaders: list[int], neighbours: list[list[int]]
 ) -> None:
     for rank, answers in enumerate(ranks):
@@ -100,8 +100,8 @@ def test_ranks_find_out_who_shares_their_disk(
         assert found["leaders"] == leaders
         assert found["neighbours"] == neighbours[rank]
         assert found["leads"] == (rank in leaders)
-        assert found["answers"] == leaders, "one answer a disk"
-        # Every rank looks before the last one has cleared up, so only its own mark is surely gone.
+        assert found["answers"] == leaders, "one answer per disk"
+        # Each rank lists the folder before the others have removed their files, so only its own file must be gone.
         assert f"-{rank}" not in [name[-2:] for name in found["left"]]
 
 
@@ -111,7 +111,7 @@ def test_a_disk_that_cannot_be_written_is_an_error_on_all_ranks(ranks: Answers) 
     assert "Rank 2 could not write to" in ranks[0]["no disk"][1]
 
 
-def test_alone_everything_is_decided_at_once() -> None:
+def test_a_single_process_decides_at_once() -> None:
     ranks = Ranks()
     assert (ranks.rank, ranks.size, ranks.is_main, ranks.is_leader) == (0, 1, True, True)
     assert ranks.agree(lambda: 5, "think") == 5
@@ -122,16 +122,16 @@ def test_alone_everything_is_decided_at_once() -> None:
         ranks.agree(lambda: (_ for _ in ()).throw(StorageError("as it was")), "think")
 
 
-def test_alone_no_disk_is_touched(tmp_path: Path) -> None:
+def test_a_single_process_creates_no_files(tmp_path: Path) -> None:
     Ranks().meet_disks(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_single_process_without_a_group_is_a_world_of_one() -> None:
+def test_a_single_process_without_a_group_is_one_rank() -> None:
     assert Ranks.current().size == 1
 
 
-def test_several_processes_without_a_group_are_told_to_make_one_first(
+def test_several_processes_without_a_group_are_an_error_that_says_how_to_make_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -142,13 +142,13 @@ def test_several_processes_without_a_group_are_told_to_make_one_first(
         Ranks.current()
 
 
-def test_asking_for_the_world_imports_no_torch() -> None:
+def test_asking_for_the_ranks_does_not_import_torch() -> None:
     code = "import sys; from hf_cloudtrain.runtime.ranks import Ranks; Ranks.current(); print('torch' in sys.modules)"
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert asked.stdout == "False\n"
 
 
-def test_only_leaders_work_once_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_leaders_work_once_per_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     worked: list[int] = []
 
     def lead(ranks: Ranks) -> list[int]:
@@ -159,7 +159,7 @@ def test_only_leaders_work_once_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(worked) == [0, 2]
 
 
-def test_the_first_of_several_errors_is_told_and_each_rank_raises_its_own(
+def test_each_rank_raises_its_own_error_or_the_first_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(ranks: Ranks) -> None:
@@ -175,7 +175,7 @@ def test_the_first_of_several_errors_is_told_and_each_rank_raises_its_own(
     assert [str(answer) for answer in answers[1:]] == ["of rank 1", "of rank 2"]
 
 
-def test_a_full_disk_of_another_rank_is_told_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_of_one_rank_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(ranks: Ranks) -> None:
         def work() -> None:
             if ranks.rank == 1:
@@ -188,7 +188,7 @@ def test_a_full_disk_of_another_rank_is_told_with_its_number(monkeypatch: pytest
     assert all("no space is left on the disk" in str(answer) for answer in answers)
 
 
-def test_who_a_process_is_comes_from_the_process_group_then_the_launcher(
+def test_the_rank_comes_from_the_process_group_then_from_the_launcher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert rank_and_size() == (0, 1)
@@ -203,11 +203,13 @@ def test_who_a_process_is_comes_from_the_process_group_then_the_launcher(
     assert Ranks().group_size == 2
 
 
-def test_a_world_without_a_group_knows_no_other_size() -> None:
+def test_without_a_group_the_size_is_that_of_the_launcher() -> None:
     assert Ranks(0, 3).group_size == 3
 
 
-def test_work_in_this_thread_runs_there_and_its_error_is_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_in_this_thread_runs_there_and_its_error_is_raised_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     threads: list[bool] = []
 
     def work(ranks: Ranks) -> int:
@@ -227,7 +229,7 @@ def test_work_in_this_thread_runs_there_and_its_error_is_one_of_all(monkeypatch:
     assert isinstance(answers[1], OSError)
 
 
-def test_a_process_with_a_gloo_group_rests_before_it_ends() -> None:
+def test_a_process_with_a_gloo_group_sleeps_before_it_exits() -> None:
     code = """
 import time
 import torch.distributed as dist
@@ -235,8 +237,8 @@ from hf_cloudtrain.runtime.ranks import Ranks
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 for _ in range(2):
     Ranks.current()
-time.sleep = lambda seconds: print("rests for", seconds)
+time.sleep = lambda seconds: print("sleeps for", seconds)
 print("the script is over")
 """
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert asked.stdout.splitlines() == ["the script is over", "rests for 0.1"]
+    assert asked.stdout.splitlines() == ["the script is over", "sleeps for 0.1"]

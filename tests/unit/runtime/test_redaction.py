@@ -1,4 +1,4 @@
-"""What `redact` leaves readable. That it hides credentials is in tests/laws/test_law_11_secrets.py."""
+"""Texts that `redact` leaves as they are. tests/laws/test_law_11_secrets.py tests that it hides credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ranks meet without a process group. Ranks are threads here, each with its own view of the store."""
+"""Ranks communicate without a process group. They are threads here, each with its own client of the store."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 def launch(place: Place, size: int, work: Callable[[Rendezvous, int], Any]) -> list[Any]:
-    """What each rank of a launch answers or raises."""
+    """The answer or the error of each rank of a launch."""
     answers: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         try:
             answers[rank] = work(Rendezvous(place(), rank, size), rank)
-        except Exception as error:  # noqa: BLE001 - a test looks at it
+        except Exception as error:  # noqa: BLE001 - a test checks it
             answers[rank] = error
 
     ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
@@ -55,13 +55,13 @@ def talk(rendezvous: Rendezvous, rank: int) -> list[Any]:
     return found
 
 
-def test_everybody_hears_everybody_in_order(place: Place) -> None:
+def test_every_rank_receives_all_values_in_order(place: Place) -> None:
     for answer in launch(place, 3, talk):
         assert answer == [[(0, n), (1, n), (2, n)] for n in range(5)]
 
 
 def test_a_second_launch_reads_nothing_of_the_first(place: Place) -> None:
-    """Killed between any two meetings, as far as the store can tell."""
+    """As if the first launch was killed between two rounds."""
     for said in ("first", "second", "third"):
         for answer in launch(place, 2, lambda rendezvous, rank, said=said: rendezvous.gather((said, rank))):
             assert answer == [(said, 0), (said, 1)]
@@ -72,8 +72,8 @@ def test_a_launch_of_fewer_ranks_reads_nothing_of_a_larger_one(place: Place) -> 
     assert launch(place, 2, lambda rendezvous, rank: rendezvous.gather(rank)) == [[0, 1]] * 2
 
 
-def test_a_rank_that_comes_late_takes_the_place_of_its_predecessor(place: Place) -> None:
-    """Rank 0 finds the nonce of a dead rank 2 and invites it; only the living one can accept, and all wait for it."""
+def test_a_late_rank_replaces_its_predecessor(place: Place) -> None:
+    """Rank 0 finds the nonce of an ended rank 2 and invites it; only the new process can accept, and all ranks wait for it."""
     launch(place, 3, talk)
     store = place()
     old = store.get("roster")
@@ -87,7 +87,7 @@ def test_a_rank_that_comes_late_takes_the_place_of_its_predecessor(place: Place)
     second.start()
     wait_until(
         lambda: store.get("roster") not in {old, None} and store.get("ack-1") == store.get("roster"),
-        "rank 1 accepts an invitation with the nonce of the dead",
+        "rank 1 accepts an invitation with the nonce of the ended process",
     )
     late.start()
     for thread in (first, second, late):
@@ -95,7 +95,7 @@ def test_a_rank_that_comes_late_takes_the_place_of_its_predecessor(place: Place)
     assert answers == {number: [0, 1, 2] for number in range(3)}
 
 
-def test_a_rank_that_never_comes_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rank_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(place, 2, talk)
     monkeypatch.setattr(module, "PATIENCE", 0.05)
     for rank, missing in ((0, 1), (1, 0)):
@@ -103,7 +103,7 @@ def test_a_rank_that_never_comes_is_named(place: Place, monkeypatch: pytest.Monk
             Rendezvous(place(), rank, 2)
 
 
-def test_a_rank_that_stays_away_from_a_later_meeting_is_named(
+def test_a_rank_that_is_missing_in_a_later_round_is_named(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave(rendezvous: Rendezvous, rank: int) -> list[Any]:
@@ -119,10 +119,10 @@ def test_a_rank_that_stays_away_from_a_later_meeting_is_named(
     assert "Rank 2 did not answer" in str(first)
 
 
-def test_what_was_asked_is_heard_although_another_meeting_comes_first(
+def test_a_pending_answer_arrives_although_other_rounds_come_first(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in `if step % 100 == 0 or is_emergency_save()`: a save comes between the question and its answer."""
+    """As in `if step % 100 == 0 or is_emergency_save()`: a save comes between the request and its answer."""
     monkeypatch.setattr(module, "PATIENCE", 10.0)
 
     def work(rendezvous: Rendezvous, rank: int) -> list[list[float]]:
@@ -136,21 +136,21 @@ def test_what_was_asked_is_heard_although_another_meeting_comes_first(
     assert launch(place, 2, work) == [[[1.0, float(-number)] for number in range(5)]] * 2
 
 
-def test_what_was_said_is_forgotten(tmp_path: Path) -> None:
+def test_old_values_are_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     for _ in range(3):
         launch(lambda: FolderStore(folder), 2, talk)
     names = {path.name for path in folder.iterdir()}
-    assert len(names - {"hello-0", "hello-1", "ack-1", "roster", "go"}) == 2, "each rank's last word"
+    assert len(names - {"hello-0", "hello-1", "ack-1", "roster", "go"}) == 2, "the last value of each rank"
 
 
-def test_nothing_of_another_kind_is_removed(tmp_path: Path) -> None:
+def test_other_files_are_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "notes-1-2.txt").touch()
     launch(lambda: FolderStore(tmp_path), 2, talk)
     assert (tmp_path / "notes-1-2.txt").exists()
 
 
-def test_a_launcher_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_has_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.servers import free_port
 
     monkeypatch.setattr(module, "CONNECT_SECONDS", 1)
@@ -159,16 +159,18 @@ def test_a_launcher_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class TestRanks:
-    """Ranks that met like this decides as any other; `launch` is what torchrun or mpirun sets."""
+    """Ranks over a rendezvous agree like any others. The variables are those that torchrun or mpirun sets."""
 
     @staticmethod
-    def worlds(folder: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Ranks], Any]) -> list[Any]:
+    def on_two_ranks(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Ranks], Any]
+    ) -> list[Any]:
         def run(rendezvous: Rendezvous, rank: int) -> Any:
             return work(Ranks(rank, 2, rendezvous))
 
         return launch(lambda: FolderStore(folder), 2, run)
 
-    def test_a_decision_is_taken_once_and_an_error_is_everybodys(
+    def test_a_decision_is_taken_once_and_an_error_is_raised_on_all_ranks(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def work(ranks: Ranks) -> Any:
@@ -177,11 +179,11 @@ class TestRanks:
             assert ranks.agree(lambda: f"from {ranks.rank}", "think") == "from 0"
             return ranks.agree(lambda: (_ for _ in ()).throw(StorageError("no")), "think")
 
-        assert [type(answer) for answer in self.worlds(tmp_path / "ranks", monkeypatch, work)] == [
+        assert [type(answer) for answer in self.on_two_ranks(tmp_path / "ranks", monkeypatch, work)] == [
             StorageError
         ] * 2
 
-    def test_without_a_launchers_store_they_meet_in_the_folder(
+    def test_without_a_store_of_the_launcher_they_use_the_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -191,7 +193,7 @@ class TestRanks:
             Ranks.current(tmp_path / "ranks")
         assert (tmp_path / "ranks/hello-0").exists()
 
-    def test_on_several_hosts_a_process_group_is_asked_for(
+    def test_on_several_hosts_a_process_group_is_needed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
@@ -200,7 +202,7 @@ class TestRanks:
             Ranks.current(tmp_path / "ranks")
 
     @pytest.mark.parametrize("rank", [None, "2", "x", "-1"])
-    def test_a_rank_that_is_none_is_said(
+    def test_a_rank_out_of_range_is_an_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None
     ) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -209,6 +211,6 @@ class TestRanks:
         with pytest.raises(ConfigurationError, match=r"RANK='.*' is out of range.*torchrun"):
             Ranks.current(tmp_path / "ranks")
 
-    def test_a_folder_is_not_touched_by_one_process_alone(self, tmp_path: Path) -> None:
+    def test_a_single_process_creates_no_folder(self, tmp_path: Path) -> None:
         assert Ranks.current(tmp_path / "ranks").size == 1
         assert not (tmp_path / "ranks").exists()

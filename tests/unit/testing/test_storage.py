@@ -1,4 +1,4 @@
-"""The faults that tests rely on really happen, and only where they were told to."""
+"""The faults of `hf_cloudtrain.testing` happen, and only where they were configured."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def storage(tmp_path: Path, no_pauses: None) -> FaultyStorage:
     return FaultyStorage(f"file://{tmp_path / 'run'}")
 
 
-def test_without_a_fault_it_is_a_storage_that_remembers(storage: FaultyStorage, tmp_path: Path) -> None:
+def test_without_a_fault_it_is_a_storage_that_records(storage: FaultyStorage, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"data")
     storage.write("a/x", b"1")
@@ -60,14 +60,14 @@ def test_without_a_fault_it_is_a_storage_that_remembers(storage: FaultyStorage, 
     assert (storage.count(), storage.count("read"), storage.count("any", "a/*")) == (7, 1, 4)
 
 
-def test_the_call_that_was_named_fails_and_is_tried_again(storage: FaultyStorage) -> None:
+def test_the_chosen_call_fails_and_is_tried_again(storage: FaultyStorage) -> None:
     storage.fail("write", call=2)
     for number in range(3):
         storage.write(f"{number}", b"x")
     assert [call.path for call in storage.calls] == ["0", "1", "1", "2"]
 
 
-def test_an_error_that_no_retry_helps_comes_through(storage: FaultyStorage) -> None:
+def test_a_lasting_error_is_raised(storage: FaultyStorage) -> None:
     storage.fail("write", StoragePermissionError("refused"))
     with pytest.raises(StoragePermissionError, match="refused"):
         storage.write("x", b"1")
@@ -75,7 +75,7 @@ def test_an_error_that_no_retry_helps_comes_through(storage: FaultyStorage) -> N
         storage.read("x")
 
 
-def test_trouble_that_lasts_is_unavailable_storage_until_it_is_healed(storage: FaultyStorage) -> None:
+def test_a_long_outage_is_unavailable_storage_until_heal(storage: FaultyStorage) -> None:
     storage.fail("any", times=1_000)
     with pytest.raises(StorageUnavailableError):
         storage.write("x", b"1")
@@ -83,14 +83,14 @@ def test_trouble_that_lasts_is_unavailable_storage_until_it_is_healed(storage: F
     storage.write("x", b"1")
 
 
-def test_only_paths_that_fit_are_met(storage: FaultyStorage) -> None:
+def test_only_matching_paths_are_affected(storage: FaultyStorage) -> None:
     storage.fail("write", StoragePermissionError("refused"), path="*/y", times=1_000)
     storage.write("a/x", b"1")
     with pytest.raises(StoragePermissionError):
         storage.write("a/y", b"1")
 
 
-def test_a_lost_answer_is_a_call_that_was_made(storage: FaultyStorage) -> None:
+def test_a_lost_answer_is_a_call_that_succeeded(storage: FaultyStorage) -> None:
     storage.lose_answer("create")
     assert storage.create("x", b"mine"), "what is there is ours"
     assert storage.count("create") == 2
@@ -111,7 +111,7 @@ def test_a_held_call_waits_for_its_event(storage: FaultyStorage) -> None:
     assert storage.read("x") == b"1"
 
 
-def test_bytes_change_on_the_way_and_nobody_is_told(storage: FaultyStorage, tmp_path: Path) -> None:
+def test_bytes_change_in_transit_without_an_error(storage: FaultyStorage, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"data")
     storage.corrupt("upload")
@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_one_bit() -> None:
     assert flip_bit(b"") != b""
 
 
-def test_everywhere_means_every_storage_of_that_run_and_no_other(
+def test_everywhere_affects_every_storage_of_that_run_and_no_other(
     storage: FaultyStorage, tmp_path: Path
 ) -> None:
     same, other = Storage(storage.url), Storage(f"file://{tmp_path / 'other'}")
@@ -149,7 +149,7 @@ def test_everywhere_means_every_storage_of_that_run_and_no_other(
     same.write("x", b"1")
 
 
-def test_a_request_may_be_named_by_its_place_in_the_life_of_a_checkpoint(storage: FaultyStorage) -> None:
+def test_a_request_may_be_named_by_its_purpose(storage: FaultyStorage) -> None:
     storage.fail("commit", StoragePermissionError("refused"), times=1_000)
     storage.create(".cloudtrain/claims/checkpoint-5.json", b"1")
     with pytest.raises(StoragePermissionError):
@@ -157,8 +157,8 @@ def test_a_request_may_be_named_by_its_place_in_the_life_of_a_checkpoint(storage
     assert (storage.count("claim"), storage.count("commit"), storage.count("pointer")) == (1, 2, 0)
 
 
-def test_every_named_request_is_one_that_a_run_makes(machines: Machines) -> None:
-    """Or a crash point would never be reached. Parts are made by several hosts, heartbeats and steps by the tracker."""
+def test_a_run_makes_every_named_request(machines: Machines) -> None:
+    """Otherwise a crash point could never be reached. Several hosts make parts; the tracker makes heartbeats and steps."""
     machine = machines.new()
     machine.start()
     machine.save(5, best=True)
@@ -172,14 +172,14 @@ def test_every_named_request_is_one_that_a_run_makes(machines: Machines) -> None
     assert [point for point in POINTS if not machines.storage.count(point)] == []
 
 
-def test_a_name_of_no_request_is_refused_with_those_that_are(storage: FaultyStorage) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_names(storage: FaultyStorage) -> None:
     with pytest.raises(ValueError, match=r"Unknown request 'comit'\. Use one of: any, read, .*commit"):
         storage.fail("comit")
     with pytest.raises(ValueError, match=r"Unknown disk point 'acept'\. Use one of: accept, "):
         CrashPoint("out", point="acept")
 
 
-def test_lies_are_told_and_nothing_else_is_changed(storage: FaultyStorage, tmp_path: Path) -> None:
+def test_wrong_answers_are_given_and_change_nothing_else(storage: FaultyStorage, tmp_path: Path) -> None:
     storage.write("a/x", b"12")
     storage.lie("missing", "read")
     with pytest.raises(ObjectNotFoundError):
@@ -209,7 +209,7 @@ def test_a_slow_request_takes_longer_and_succeeds(
     assert (storage.read("x"), waited) == (b"1", [2.5])
 
 
-def test_a_request_that_hangs_is_broken_off_by_healing(storage: FaultyStorage) -> None:
+def test_heal_breaks_a_request_that_hangs(storage: FaultyStorage) -> None:
     storage.hang("write")
     thread = threading.Thread(target=storage.write, args=("x", b"1"))
     thread.start()
@@ -220,7 +220,7 @@ def test_a_request_that_hangs_is_broken_off_by_healing(storage: FaultyStorage) -
     assert storage.read("x") == b"1", "the client tried again"
 
 
-def test_a_faulty_disk_refuses_from_its_change_on(tmp_path: Path) -> None:
+def test_a_faulty_disk_refuses_changes_from_the_chosen_one_on(tmp_path: Path) -> None:
     with FaultyDisk(tmp_path, errno.EROFS, at=2, times=2) as disk:
         (tmp_path / "a").mkdir()
         with pytest.raises(OSError, match="Read-only file system") as raised:
@@ -233,7 +233,7 @@ def test_a_faulty_disk_refuses_from_its_change_on(tmp_path: Path) -> None:
     assert (disk.refused, sorted(path.name for path in tmp_path.iterdir())) == (2, ["a", "d", "e"])
 
 
-def test_a_full_disk_still_gives_space_back(tmp_path: Path) -> None:
+def test_a_full_disk_still_permits_deletion(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1")
     with FaultyDisk(tmp_path) as disk:
         with pytest.raises(OSError, match="No space left on device"):
@@ -273,7 +273,7 @@ storage.write("second", b"2")
 
 
 @pytest.mark.parametrize(("when", "there"), [("before", ["first"]), ("after", ["first", "second"])])
-def test_a_crash_is_the_end_of_the_process_before_or_after_the_call(
+def test_a_crash_ends_the_process_before_or_after_the_call(
     tmp_path: Path, when: str, there: list[str]
 ) -> None:
     ended = subprocess.run([sys.executable, "-c", CRASHES, str(tmp_path), when], cwd=ROOT, check=False)
@@ -281,7 +281,7 @@ def test_a_crash_is_the_end_of_the_process_before_or_after_the_call(
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
-def test_a_crash_point_counts_what_changes_below_its_folder(tmp_path: Path) -> None:
+def test_a_crash_point_counts_changes_below_its_folder(tmp_path: Path) -> None:
     below, beside = tmp_path / "below", tmp_path / "below-not"
     beside.mkdir()
     with CrashPoint(below) as point:
