@@ -101,7 +101,7 @@ def record_run(catalog: Catalog) -> None:
 
 
 def commit(catalog: Catalog, key: CheckpointKey, created: float, **more: Any) -> None:
-    """A checkpoint whose files nobody will ask for."""
+    """Commit a manifest without its files."""
     files = tuple(
         FileEntry(name, size, "xxh3-128:" + "0" * 32)
         for name, size in (("model.safetensors", 438_000_000), ("optimizer.pt", 2_000_000))
