@@ -35,6 +35,12 @@ class AcceptedFile:
     inode: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, folder: Path, path: str) -> AcceptedFile:
+        """A file of a folder as it looks now."""
+        found = os.stat(folder / path)
+        return cls(path, found.st_size, found.st_ino, found.st_mtime_ns)
+
 
 def freeze(
     source: Path, target: Path, since_ns: int, wanted: Callable[[str], bool] = lambda path: True
@@ -55,8 +61,7 @@ def freeze(
         if small or link_failed:
             _copy(source / path, target / path, found.st_size)
             copied += found.st_size
-        kept = os.stat(target / path)
-        accepted.append(AcceptedFile(path, kept.st_size, kept.st_ino, kept.st_mtime_ns))
+        accepted.append(AcceptedFile.of(target, path))
     if link_failed is not None:
         logger.warning(
             "Files of %r were copied, because the disk cannot link them (%s): saving takes longer.",
@@ -88,8 +93,7 @@ def copy_out(
         left -= stat.st_size
         if _looks(os.stat(source / path)) != _looks(stat):
             raise OSError(errno.EBUSY, "It was written while it was copied", str(source / path))
-        kept = os.stat(target / path)
-        accepted.append(AcceptedFile(path, kept.st_size, kept.st_ino, kept.st_mtime_ns))
+        accepted.append(AcceptedFile.of(target, path))
     return tuple(accepted)
 
 

@@ -25,7 +25,7 @@ from hf_cloudtrain.checkpoints.download import download, is_whole
 from hf_cloudtrain.checkpoints.freeze import AcceptedFile, fresh_files
 from hf_cloudtrain.checkpoints.manifest import Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError
-from hf_cloudtrain.runtime.files import locked, temp_suffix
+from hf_cloudtrain.runtime.files import locked, write_whole
 from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,7 @@ class LocalCopy:
             download(self._catalog, self._manifest, self._folder, on_bytes=on_bytes)
         _make_read_only(self._folder)
         # Last: without the record, the next process compares the digests.
-        beside = self._record.with_name(f".{self._record.name}-{temp_suffix()}")
-        beside.write_bytes(encode_record({"files": self._looks()}))
-        os.replace(beside, self._record)
+        write_whole(self._record, encode_record({"files": self._looks()}))
 
     def _is_exact(self) -> bool:
         here = set(fresh_files(self._folder, 0))
@@ -95,12 +93,8 @@ class LocalCopy:
             return False
 
     def _looks(self) -> list[dict[str, object]]:
-        found = []
-        for path in sorted(fresh_files(self._folder, 0)):
-            stat = os.stat(self._folder / path)
-            file = AcceptedFile(path, stat.st_size, stat.st_ino, stat.st_mtime_ns)
-            found.append(dataclasses.asdict(file))
-        return found
+        paths = sorted(fresh_files(self._folder, 0))
+        return [dataclasses.asdict(AcceptedFile.of(self._folder, path)) for path in paths]
 
 
 @contextlib.contextmanager

@@ -284,14 +284,9 @@ def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
         name=name,
         origin={**origin(), "source": shown_url(source)},
         boot=boot_id(),
-        files=tuple(_accepted(home, path) for path in sorted(paths)),
+        files=tuple(AcceptedFile.of(home, path) for path in sorted(paths)),
         home=home,
     )
-
-
-def _accepted(folder: Path, path: str) -> AcceptedFile:
-    found = os.stat(folder / path)
-    return AcceptedFile(path, found.st_size, found.st_ino, found.st_mtime_ns)
 
 
 def _bytes_there(catalog: Catalog, entry: OutboxEntry, before: Manifest) -> dict[str, tuple[str, str]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.datasets.cache import alone
 from hf_cloudtrain.errors import ManifestError
-from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.files import write_whole
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.digest import file_digest
 
@@ -37,9 +36,6 @@ HASHES_AT_ONCE = 4
 class Upload:
     """One upload of a dataset from this machine.
 
-    Args:
-        record: the file that records it.
-
     Example:
         >>> with sending(cache, catalog, entry) as (upload, entry):
         ...     there = upload.arrived(entry)
@@ -49,6 +45,7 @@ class Upload:
 
     catalog: Catalog
     record: Path
+    """The file that records it."""
     resumed: bool
     """Whether it continues an interrupted one."""
 
@@ -85,9 +82,7 @@ def sending(cache: Path, catalog: Catalog, entry: OutboxEntry) -> Iterator[tuple
             if nonce and entry.name:
                 _delete_arrived(catalog, entry.name, nonce)
             nonce = secrets.token_hex(16)
-            beside = record.with_name(f".{record.name}-{temp_suffix()}")
-            beside.write_bytes(encode_record({"nonce": nonce, "looks": looks}))
-            os.replace(beside, record)
+            write_whole(record, encode_record({"nonce": nonce, "looks": looks}))
         yield Upload(catalog, record, resumed), dataclasses.replace(entry, nonce=nonce)
 
 

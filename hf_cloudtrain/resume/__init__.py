@@ -7,8 +7,8 @@ Reading order:
 - `random_state`: all random states of a process, captured, stored and restored;
 - `dataloaders`: facts about a DataLoader, made by torch, Accelerate or torchdata;
 - `data_position`: the position in an epoch of a DataLoader, and the resume there;
-- its parts: `watched_sampler` (observes the fetches and chains their fingerprint), `sample_order` (compares it),
-  `loader_state` (streams and DataLoaders that save their own position);
+- its parts: `watched_sampler` (observes the fetches, and compares the fingerprint of their indices) and `loader_state`
+  (streams and DataLoaders that save their own position);
 - `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop.
 
     DataPosition.begin(epoch, record)          a resume

@@ -7,7 +7,7 @@ the order is drawn, those of the fetch before the first batch is fetched, and th
 had fetched as much. All three moments are observed through the batch sampler (`watched_sampler`).
 
 A checkpoint holds a fingerprint of every index that was handed out. A resume computes it again over what it skips; a
-different order is an error (`sample_order`), not a silent repetition of half the data.
+different order is an error, not a silent repetition of half the data.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import torch
 
 from hf_cloudtrain.errors import ConfigurationError, PositionError
 from hf_cloudtrain.resume.dataloaders import (
+    BY_INDEX,
+    BY_READING,
+    BY_STATE,
     fetches_per_batch,
     generators_of,
     innermost_sampler,
@@ -29,10 +32,9 @@ from hf_cloudtrain.resume.dataloaders import (
     set_epoch,
     share_generator,
 )
-from hf_cloudtrain.resume.loader_state import BY_INDEX, BY_READING, BY_STATE, LoaderState
+from hf_cloudtrain.resume.loader_state import LoaderState
 from hf_cloudtrain.resume.random_state import RandomState, numpy_state, same_numpy_state
-from hf_cloudtrain.resume.sample_order import OrderCheck
-from hf_cloudtrain.resume.watched_sampler import Fetch, Fetches, fingerprint_text, watch
+from hf_cloudtrain.resume.watched_sampler import Fetch, Fetches, OrderCheck, fingerprint_text, watch
 
 
 class DataPosition:
@@ -62,6 +64,7 @@ class DataPosition:
         """Whether a save follows the next step: then numpy's state is noted before the fetches of that step, too."""
         self._base = getattr(dataloader, "base_dataloader", dataloader)
         self._loader_state = LoaderState(dataloader)
+        self._way = self._loader_state.way
         self._fetches_per_batch = fetches_per_batch(dataloader)
         ahead = 3 + self._base.num_workers * (self._base.prefetch_factor or 0)
         self._fetches = Fetches(recent=self._fetches_per_batch * ahead + 1)
@@ -101,11 +104,6 @@ class DataPosition:
             innermost_sampler(self._base).initial_seed = seed
 
     @property
-    def way(self) -> str:
-        """How a resume reaches a batch of this DataLoader: `BY_INDEX`, `BY_STATE` or `BY_READING`."""
-        return self._loader_state.way
-
-    @property
     def inexact_reason(self) -> str | None:
         """Why a resume from here, within an epoch, cannot be exact; None if it can."""
         return self._loader_state.inexact_reason
@@ -116,13 +114,11 @@ class DataPosition:
         fetch = self._next_fetch()
         return fingerprint_text(fetch.fingerprint if fetch else self._fetches.fingerprint)
 
-    def begin(
-        self, epoch: int, record: dict[str, Any] | None = None, saved: RandomState | None = None
-    ) -> None:
+    def begin(self, epoch: int, record: Any = None, saved: RandomState | None = None) -> None:
         """Prepare the next iteration of the DataLoader.
 
         Args:
-            record: what `state_dict` returned within this epoch; None at its start.
+            record: the dict that `state_dict` returned within this epoch; None at its start.
             saved: the random states of the save, which apply from the first batch on.
 
         Raises:
@@ -179,7 +175,7 @@ class DataPosition:
         if before is not None and before.numpy is None:
             before = dataclasses.replace(before, numpy=numpy_state())
         return {
-            "way": self.way,
+            "way": self._way,
             "epoch": self._epoch,
             "batches": self.batches,
             "fetched": self._fetches.count,
@@ -211,7 +207,7 @@ class DataPosition:
         if self._loader_state.observed_stream is not None:
             self._fetches.count = skipped  # the stream itself starts there
         for indices in inner:
-            if self._fetches.count < skipped and self.way == BY_INDEX:
+            if self._fetches.count < skipped and self._way == BY_INDEX:
                 self._fetches.add(indices)
                 continue
             self._before_fetch(skipped)
@@ -222,15 +218,15 @@ class DataPosition:
             self._order.fail(f"the epoch has only {self._fetches.count} batches")
 
     def _go_to(self, record: dict[str, Any]) -> None:
-        if record["way"] != self.way:
+        if record["way"] != self._way:
             raise PositionError(
-                f"The position in the dataset was saved as {record['way']!r}, but this DataLoader resumes by {self.way!r}. "
+                f"The position in the dataset was saved as {record['way']!r}, but this DataLoader resumes by {self._way!r}. "
                 "Use the same kind of dataset and DataLoader, or start a new run from that model."
             )
         self.batches = record["batches"]
-        if self.way == BY_READING:
+        if self._way == BY_READING:
             self.to_read = self.batches
-        elif self.way == BY_STATE:
+        elif self._way == BY_STATE:
             self._loader_state.restore(record["state"])
 
     def _next_fetch(self) -> Fetch | None:
@@ -281,11 +277,8 @@ class DataPosition:
                 RandomState.from_record(resumed["before_fetch"]).restore()
                 self._numpy = None
         # As much was fetched before the save. Workers draw from states of their own: `settle` is soon enough.
-        if (
-            self._saved is not None
-            and self._fetches.count >= resumed["fetched"]
-            and self._base.num_workers == 0
-        ):
+        reached = self._fetches.count >= resumed["fetched"] and self._base.num_workers == 0
+        if self._saved is not None and reached:
             self._saved.restore()
             self._saved = self._numpy = None
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+BY_INDEX = "index"
+"""A resume skips batches by index: map-style data."""
+BY_STATE = "state"
+"""The stream or the DataLoader restores its own state."""
+BY_READING = "reading"
+"""A resume reads the batches again and discards them: a stream without a state of its own."""
+
 
 def length(sized: Any) -> int | None:
     """Batches of a DataLoader for one rank, or samples of a dataset; None if unknown."""
@@ -103,17 +110,14 @@ def fetches_per_batch(dataloader: Any) -> int:
 
 def keeps_state(dataloader: Any) -> bool:
     """Whether it is a StatefulDataLoader, as Accelerate's `use_stateful_dataloader` makes them."""
-    return bool(
-        getattr(dataloader, "use_stateful_dataloader", type(dataloader).__name__ == "StatefulDataLoader")
-    )
+    is_one = type(dataloader).__name__ == "StatefulDataLoader"
+    return bool(getattr(dataloader, "use_stateful_dataloader", is_one))
 
 
 def shuffles_in_a_buffer(dataset: Any) -> bool:
     """Whether a stream of `datasets` shuffles in a buffer: its state does not hold the buffer, so samples would be lost."""
     module = sys.modules.get("datasets.iterable_dataset")
-    kind = getattr(module, "BufferShuffledExamplesIterable", None)
-    if kind is None:
-        return False
+    kind = getattr(module, "BufferShuffledExamplesIterable", ())
     waiting = [getattr(dataset, "_ex_iterable", None)]
     while waiting:
         one = waiting.pop()

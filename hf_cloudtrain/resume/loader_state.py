@@ -8,6 +8,9 @@ from torch.utils.data import IterableDataset
 
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.resume.dataloaders import (
+    BY_INDEX,
+    BY_READING,
+    BY_STATE,
     fills_up,
     is_dispatcher,
     keeps_state,
@@ -16,20 +19,9 @@ from hf_cloudtrain.resume.dataloaders import (
 )
 from hf_cloudtrain.resume.watched_sampler import Fetch
 
-BY_INDEX = "index"
-"""Batches are skipped by index: map-style data."""
-BY_STATE = "state"
-"""The stream or the DataLoader restores its own state."""
-BY_READING = "reading"
-"""The batches are read again and discarded: a stream without a state of its own."""
-
 
 class LoaderState:
-    """How a resume reaches a batch of this DataLoader, and the state that it needs for that.
-
-    Args:
-        dataloader: a torch DataLoader, prepared by Accelerate or not.
-    """
+    """How a resume reaches a batch of this DataLoader, and the state that it needs for that."""
 
     def __init__(self, dataloader: Any) -> None:
         self._dataloader = dataloader
@@ -50,11 +42,7 @@ class LoaderState:
         return None
 
     def capture(self, fetch: Fetch | None) -> Any:
-        """The state before the next fetch, as numbers, texts and tensors; None if `way` needs none.
-
-        Args:
-            fetch: what was noted before it; None if it has not started, so that the stream is right before it now.
-        """
+        """The state before the next fetch, for a file; `fetch` is what was noted then, None if it has not started."""
         if self.way != BY_STATE or not reads_here(self._dataloader):
             return None
         if keeps_state(self._dataloader):

@@ -55,6 +55,13 @@ def is_left_over(name: str) -> bool:
     return False
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, and nothing in between."""
+    beside = path.with_name(f".{path.name}-{temp_suffix()}")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
 @contextlib.contextmanager
 def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock that one process of this machine can hold at a time. The system releases it when the process ends.

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.errors import CloudTrainError, OvertakenError
+from hf_cloudtrain.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,12 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
         "saved": None if saved is None else str(saved),
         "committed": None if committed is None else str(committed),
     }
-    beside = Path(f"{name}.tmp")
+    path = Path(name)
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(record) + "\n")
-        os.replace(beside, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{json.dumps(record)}\n".encode())
     except OSError as error:
-        logger.error("The exit file %r could not be written: %s", name, error)
+        logger.error("Cannot write the exit file %r: %s", name, error)
 
 
 def read_end(path: Path) -> dict[str, Any] | None:

@@ -78,11 +78,9 @@ def run_state(catalog: Catalog) -> RunState:
     numbers = catalog.attempts.numbers()
     if not numbers:
         return RunState(url, "waiting")
-    progress = catalog.attempts.read_progress(numbers[-1]) or {}
+    progress = last_heartbeat(catalog, numbers[-1])
     keys = catalog.checkpoints()
     last_seen = number(progress.get("time"))
-    if last_seen is None:  # it ended, or is about to begin, before its first heartbeat
-        last_seen = max((attempt.started for attempt in catalog.attempts.read_all(last=1)), default=None)
     state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
     is_training = state == "training"
     uploading = _uploading(progress, keys) if is_training else None
@@ -105,6 +103,15 @@ def run_state(catalog: Catalog) -> RunState:
         last_seen=last_seen,
         heartbeat_age_seconds=age(last_seen),
     )
+
+
+def last_heartbeat(catalog: Catalog, attempt: int) -> dict[str, Any]:
+    """The last heartbeat of an attempt; one with its start as the time if it has none (yet)."""
+    progress = catalog.attempts.read_progress(attempt) or {}
+    if number(progress.get("time")) is None:
+        started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
+        progress = {**progress, "time": max(started, default=None)}
+    return progress
 
 
 def quiet_seconds() -> float:

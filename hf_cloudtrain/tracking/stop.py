@@ -10,7 +10,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import duration_text
-from hf_cloudtrain.tracking.status import ALIVE, count, number, quiet_seconds
+from hf_cloudtrain.tracking.status import ALIVE, count, last_heartbeat, number, quiet_seconds
 
 LOOK_SECONDS = 1.0
 """Between two reads of the heartbeat of a run that is stopping."""
@@ -90,10 +90,7 @@ def wait_until_stopped(catalog: Catalog, now: Heartbeat) -> tuple[Heartbeat, str
 
 
 def _heartbeat(catalog: Catalog, attempt: int) -> Heartbeat:
-    progress = catalog.attempts.read_progress(attempt)
-    if progress is None:  # it is about to begin, or ended before its first heartbeat
-        started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
-        progress = {"time": max(started, default=None)}
+    progress = last_heartbeat(catalog, attempt)
     last_committed = progress.get("last_committed")
     return Heartbeat(
         run_url=catalog.storage.url,

@@ -15,8 +15,8 @@ from typing import Any
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
 from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.resume.data_position import DataPosition, converted
-from hf_cloudtrain.resume.dataloaders import batch_size_of, innermost_sampler, keeps_state, length
-from hf_cloudtrain.resume.loader_state import BY_READING
+from hf_cloudtrain.resume.dataloaders import BY_READING, batch_size_of, innermost_sampler, keeps_state, length
+from hf_cloudtrain.resume.loader_state import LoaderState
 from hf_cloudtrain.resume.random_state import RandomState, derived_seed
 from hf_cloudtrain.resume.schedules import check_movable, move_to
 from hf_cloudtrain.resume.topology import Conversion, Epoch, convert, refusal, same_topology
@@ -168,7 +168,7 @@ def _check_same_order(conversion: Conversion, loader: Any) -> None:
         return
     why = None
     drawn = length(innermost_sampler(getattr(loader, "base_dataloader", loader)))
-    if DataPosition(loader).way == BY_READING:
+    if LoaderState(loader).way == BY_READING:
         why = "The data was dispatched in batches of the old size."
     elif keeps_state(loader):
         why = "A stateful DataLoader keeps its position in batches of the old size."

@@ -261,4 +261,4 @@ def test_the_exit_file_is_written_atomically_and_an_error_does_not_stop_the_proc
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_CLOUDTRAIN_EXIT_FILE", str(tmp_path / "file" / "exit.json"))
     record_end(made, "finished")
-    assert "could not be written" in caplog.text
+    assert "Cannot write the exit file" in caplog.text

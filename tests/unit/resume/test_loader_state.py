@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
-from hf_cloudtrain.resume.data_position import DataPosition
-from hf_cloudtrain.resume.loader_state import BY_INDEX, BY_READING, BY_STATE, storable
+from hf_cloudtrain.resume.dataloaders import BY_INDEX, BY_READING, BY_STATE
+from hf_cloudtrain.resume.loader_state import LoaderState, storable
 from tests.unit.resume._epochs import (
     Rows,
     StatefulStream,
@@ -31,7 +31,7 @@ from tests.unit.resume._epochs import (
     ],
 )
 def test_how_a_resume_reaches_a_batch_depends_on_the_data(dataset: Any, workers: int, way: str) -> None:
-    assert DataPosition(loader(dataset(), num_workers=workers)).way == way
+    assert LoaderState(loader(dataset(), num_workers=workers)).way == way
 
 
 def test_the_state_of_a_stream_is_stored_as_what_torch_loads_safely() -> None:
