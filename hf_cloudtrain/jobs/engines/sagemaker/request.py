@@ -59,13 +59,6 @@ INSTANCES: dict[tuple[str, int], dict[int, str]] = {
 https://aws.amazon.com/sagemaker/ai/pricing/ and https://aws.amazon.com/ec2/instance-types/
 """
 
-ROLE_MISSING = "<missing: role>"
-IMAGE_MISSING = "<missing: image>"
-INSTANCE_MISSING = "<missing: instance_type>"
-STORE_MISSING = "s3://<missing: a store on S3>"
-RUN_MISSING = "<missing: run_url>"
-HIDDEN = "***"
-
 
 def request(
     submission: Submission,
@@ -88,16 +81,16 @@ def request(
     job, block = submission.job, submission.job.sagemaker
     found: dict[str, Any] = {
         "TrainingJobName": training_job_name(submission, number),
-        "RoleArn": block.role or ROLE_MISSING,
+        "RoleArn": block.role or "<missing: role>",
         "AlgorithmSpecification": {
-            "TrainingImage": job.job_setting.docker.image or IMAGE_MISSING,
+            "TrainingImage": job.job_setting.docker.image or "<missing: image>",
             "TrainingInputMode": "File",
             "ContainerEntrypoint": list(ENTRY),
         },
         "InputDataConfig": [_channel(name, url) for name, url in _channels(submission, dataset).items()],
         "OutputDataConfig": {"S3OutputPath": block.output_s3_uri or _beside_run(submission, "output")},
         "ResourceConfig": {
-            "InstanceType": instance_type(submission) or INSTANCE_MISSING,
+            "InstanceType": instance_type(submission) or "<missing: instance_type>",
             "InstanceCount": submission.plan.nodes,
             "VolumeSizeInGB": DISK_GB + (math.ceil(dataset.size / 1e9) if dataset else 0),
         },
@@ -257,11 +250,11 @@ def value_problems(variables: Mapping[str, str]) -> Iterator[str]:
 def _environment(submission: Submission, variables: Mapping[str, str] | None) -> dict[str, str]:
     """The variables that are the same on all nodes; each container adds its own (container.py)."""
     plan = submission.plan
-    own = dict.fromkeys(plan.variables, HIDDEN) if variables is None else dict(variables)
+    own = dict.fromkeys(plan.variables, "***") if variables is None else dict(variables)
     ours = {
         "NUM_NODES": str(plan.nodes),
         "NPROC_PER_NODE": str(plan.nproc_per_node),
-        env.RUN_URL: submission.run_url if "://" in submission.run_url else RUN_MISSING,
+        env.RUN_URL: submission.run_url if "://" in submission.run_url else "<missing: run_url>",
         env.STORE: _store(submission),
         env.GRACE: f"{grace(submission):g}",
     }
@@ -291,7 +284,7 @@ def _beside_run(submission: Submission, name: str) -> str:
 
 
 def _store(submission: Submission) -> str:
-    return _s3(submission.store) if _is_s3(submission.store) else STORE_MISSING
+    return _s3(submission.store) if _is_s3(submission.store) else "s3://<missing: a store on S3>"
 
 
 def _is_s3(url: str) -> bool:
