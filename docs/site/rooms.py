@@ -41,7 +41,7 @@ def purpose(path: Path) -> str:
     """The first sentence of a docstring."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first = " ".join(docstring.split("\n\n")[0].split())
-    return re.split(r"\. (?=[A-Z])", first, maxsplit=1)[0].rstrip(".")
+    return first.split(". ", 1)[0].rstrip(".")
 
 
 if __name__ == "__main__":
