@@ -60,7 +60,7 @@ def test_a_planted_phrase_is_found(text: str) -> None:
 
 
 def test_ordinary_words_are_not_found() -> None:
-    assert list(phrases("It is no longer there. There is nothing new. The manifest is notable.")) == []
+    assert list(phrases("It is no longer there. There is no run at 'x'. The manifest is notable.")) == []
 
 
 def phrases(text: str) -> Iterator[tuple[int, str, str]]:
@@ -68,5 +68,7 @@ def phrases(text: str) -> Iterator[tuple[int, str, str]]:
     plain = re.sub(r"[_-]", " ", text.lower())
     for phrase in BANNED:
         for match in re.finditer(rf"\b{phrase}\b".replace(" ", r"[\s#*\"]+"), plain):
+            if phrase.startswith("is no") and re.search(r"\bthere\s+$", plain[: match.start()]):
+                continue  # "There is no run at …" is good English
             line = plain.count("\n", 0, match.start()) + 1
             yield line, phrase, text.split("\n")[line - 1]
