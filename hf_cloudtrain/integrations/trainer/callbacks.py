@@ -14,7 +14,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_cloudtrain.checkpoints.retention import Policy
@@ -96,9 +98,7 @@ class CheckpointUploadCallback(TrainerCallback):
         return self._session.checkpointer.save_folder(os.fspath(folder), name)
 
     @short_traceback
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Take an attempt; refuse what cannot work before the first step."""
         checks.check_saves(args)
         checks.check_not_hyperparameter_search(state)
@@ -111,12 +111,11 @@ class CheckpointUploadCallback(TrainerCallback):
         self._mark_save_begin()
 
     @short_traceback
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Hold a save back that would come before the epoch's evaluation, and note when a save begins."""
         at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and epoch_ends(state, control)
-        self._before_evaluation = at_epoch_end and not self._session.saves_here
+        last = self._session.last_save
+        self._before_evaluation = at_epoch_end and not (last and last.is_here)
         if control.should_save:
             if self._before_evaluation:
                 # Resume skips the evaluation and the random numbers it draws; saved after it, resume is exact.
@@ -126,9 +125,7 @@ class CheckpointUploadCallback(TrainerCallback):
                 self._mark_save_begin()
 
     @short_traceback
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Let the save that was held back happen: Trainer evaluates first, then saves."""
         self._before_evaluation = False
         if self._held_back:
@@ -138,22 +135,19 @@ class CheckpointUploadCallback(TrainerCallback):
             self._mark_save_begin()
 
     @short_traceback
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note when a save begins that was asked for during the evaluation."""
-        if control.should_save and self._session.uploads:
+        if control.should_save and self._save_began_ns:  # not in an evaluation outside of training
             self._mark_save_begin()
 
     @short_traceback
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Freeze the folder that was just written."""
         checkpointer = self._session.checkpointer
         if not self._session.listens:
             checkpointer.check_not_overtaken()  # else the ranks learn of it at the end of a step
-        reason = self._session.inexact_reason or inexact_reason(args, state, self._epoch)
+        last = self._session.last_save
+        reason = (last and last.inexact_reason) or inexact_reason(args, state, self._epoch)
         if self._before_evaluation:
             reason = (
                 reason or "it was saved before the evaluation at the end of the epoch, which a resume skips"
@@ -169,9 +163,7 @@ class CheckpointUploadCallback(TrainerCallback):
         )
 
     @short_traceback
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Wait for the uploads: training ends when its last checkpoint is safe, or fails."""
         self._session.end()
 

@@ -13,11 +13,13 @@ import time
 from types import CodeType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.integrations.trainer.position import epoch_ends
-from hf_cloudtrain.integrations.trainer.session import Session
+from hf_cloudtrain.integrations.trainer.session import LastSave, Session
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
@@ -26,9 +28,7 @@ class EmergencySaveCallback(TrainerCallback):
     """Saves and leaves when the machine is preempted: on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a notice of the cloud.
 
     Args:
-        run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
-        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
-        fresh: as for `CloudTrainCallback`.
+        run_url, storage_options, fresh: those of `CloudTrainCallback`.
         grace_seconds: time that this machine has after a notice that names none; None takes `HF_CLOUDTRAIN_GRACE`, else
             30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
 
@@ -59,9 +59,7 @@ class EmergencySaveCallback(TrainerCallback):
         self._evaluation_seconds: float | None = None
 
     @short_traceback
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Install the signal handlers, and watch for other notices."""
         lifecycle = self._session.begin(args, state)
         self._saves_at_epoch_end = False
@@ -69,9 +67,7 @@ class EmergencySaveCallback(TrainerCallback):
         lifecycle.listen(grace=self._grace_seconds, within=_code_of_trainer())
 
     @short_traceback
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Save and stop, if any rank has a notice."""
         preemption = self._session.preemption
         if preemption is None:
@@ -83,9 +79,7 @@ class EmergencySaveCallback(TrainerCallback):
             self._busy_since = time.monotonic()
 
     @short_traceback
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Save right after an evaluation during which a notice came."""
         preemption = self._session.preemption
         if preemption is None or state.global_step == self._first_step or self._session.is_leaving:
@@ -98,17 +92,13 @@ class EmergencySaveCallback(TrainerCallback):
             preemption.announce(state.global_step)
             self._save_and_stop(control)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note that it is saved, and how long that took."""
         self._saved_step = state.global_step
         if self._session.preemption is not None:
             self._session.preemption.save_seconds = time.monotonic() - self._busy_since
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Nothing more after the emergency save: Trainer would evaluate, and save the same step into the same files."""
         if self._session.is_leaving and self._saved_step == state.global_step:
             control.should_save = control.should_evaluate = control.should_log = False
@@ -119,17 +109,13 @@ class EmergencySaveCallback(TrainerCallback):
             self._busy_since = time.monotonic()
 
     @short_traceback
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Leave, after an emergency save; else wait for the uploads."""
         if self._session.is_leaving:
             self._session.lifecycle.leave(state.global_step)
         self._session.end()
 
-    def _stop(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, preemption: Preemption
-    ) -> None:
+    def _stop(self, args: TrainingArguments, state: State, control: Control, preemption: Preemption) -> None:
         """Save at this step: after the evaluation that is due, if there is time for it, else without."""
         at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and epoch_ends(state, control)
         if not control.should_evaluate and not at_epoch_end:
@@ -143,10 +129,10 @@ class EmergencySaveCallback(TrainerCallback):
             self._save_and_stop(control)  # Trainer evaluates first
         else:
             self._saves_at_epoch_end = control.should_training_stop = True
-            self._session.leave(here=False)
+            self._session.leave(LastSave(is_here=False))
 
-    def _save_and_stop(self, control: TrainerControl, inexact_reason: str | None = None) -> None:
-        self._session.leave(here=True, inexact_reason=inexact_reason)
+    def _save_and_stop(self, control: Control, inexact_reason: str | None = None) -> None:
+        self._session.leave(LastSave(is_here=True, inexact_reason=inexact_reason))
         control.should_save = control.should_training_stop = True
 
     def _has_time_to_evaluate(self, preemption: Preemption) -> bool:
@@ -158,7 +144,7 @@ class EmergencySaveCallback(TrainerCallback):
         return self._session.checkpointer.ranks.agree(has_time, "look at the time")
 
 
-def _is_over(state: TrainerState, control: TrainerControl) -> bool:
+def _is_over(state: State, control: Control) -> bool:
     """Whether the training ends here by itself, so that what follows is not half-trained."""
     return bool(state.global_step >= state.max_steps or control.should_training_stop)
 

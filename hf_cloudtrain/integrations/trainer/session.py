@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
 
+@dataclass(frozen=True)
+class LastSave:
+    """The emergency save, which is the last thing that a training does."""
+
+    is_here: bool
+    """Whether it saves at this step, rather than after the evaluation at the end of the epoch."""
+    inexact_reason: str | None = None
+    """Why a resume from that save cannot equal an uninterrupted run, if so."""
+
+
 class Session:
     """The session of one run in this process; `of` finds it. Callbacks that name the same URL are one attempt.
 
@@ -48,8 +59,7 @@ class Session:
         self._restored: tuple[Manifest, Conversion | None] | None = None
         self._begun: TrainerState | None = None
         self._ended = False
-        self._saves_here = False
-        self._inexact_reason: str | None = None
+        self._last_save: LastSave | None = None
 
     @classmethod
     def of(
@@ -96,19 +106,9 @@ class Session:
         return self._listens
 
     @property
-    def uploads(self) -> bool:
-        """Whether a callback of this session uploads checkpoints."""
-        return self._uploads
-
-    @property
-    def saves_here(self) -> bool:
-        """Whether the save at this step is the last thing that the training does."""
-        return self._saves_here
-
-    @property
-    def inexact_reason(self) -> str | None:
-        """Why a resume from that save cannot equal an uninterrupted run, if so."""
-        return self._inexact_reason
+    def last_save(self) -> LastSave | None:
+        """The emergency save that comes, once that is decided."""
+        return self._last_save
 
     @property
     def is_leaving(self) -> bool:
@@ -193,18 +193,12 @@ class Session:
                 interrupted="failed",
             )
             self._begun, self._ended = state, False
-            self._saves_here, self._inexact_reason = False, None
+            self._last_save = None
         return lifecycle
 
-    def leave(self, *, here: bool, inexact_reason: str | None = None) -> None:
-        """Note that the training is cut short.
-
-        Args:
-            here: whether it saves at this step, rather than after the evaluation at the end of the epoch.
-            inexact_reason: why a resume from that save cannot equal an uninterrupted run, if so.
-        """
-        self._saves_here, self._inexact_reason = here, inexact_reason
-        self.lifecycle.is_leaving = True
+    def leave(self, last_save: LastSave) -> None:
+        """Note that the training is cut short by an emergency save."""
+        self._last_save, self.lifecycle.is_leaving = last_save, True
 
     def end(self) -> None:
         """Wait for the uploads, once, and record the end; not where the emergency callback does."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
 
 from hf_cloudtrain.integrations.trainer.position import step_samples
 from hf_cloudtrain.integrations.trainer.session import Session
@@ -27,9 +29,7 @@ class StepTrackerCallback(TrainerCallback):
         self._tracker: StepTracker | None = None
 
     @short_traceback
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Start the heartbeat on rank 0."""
         self._tracker = self._session.begin(args, state).track(
             first_step=state.global_step,
@@ -37,45 +37,33 @@ class StepTrackerCallback(TrainerCallback):
             samples_per_step=step_samples(args, state),
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note the time."""
         if self._tracker is not None:
             self._tracker.begin_step()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note the time."""
         if self._tracker is not None:
             self._tracker.end_step(state.global_step, state.num_input_tokens_seen)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """The time of an evaluation does not count as a step."""
         if self._tracker is not None:
             self._tracker.pause("evaluation")
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note what is logged."""
         if self._tracker is not None:
             self._tracker.log(state.global_step, kwargs.get("logs") or {})
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """The time of a save does not count as a step; the records up to it are stored beside the checkpoint."""
         if self._tracker is not None:
             self._tracker.pause("save")
             self._tracker.flush_soon()
 
     @short_traceback
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Wait for the uploads, if there are any, and write the last records."""
         self._session.end()
