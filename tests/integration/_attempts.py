@@ -46,7 +46,9 @@ from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.records import StepRecords
 
 torch.set_num_threads(1)  # sums in one order
-agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = (
+    0.0  # vote after each step, although steps take milliseconds, so that the deciding step is known
+)
 disable_progress_bar()
 
 PATIENCE = 60.0
@@ -120,7 +122,7 @@ class SaveAt(TrainerCallback):
 
 
 class Jolt(TrainerCallback):
-    """Moves the weights by chance: whoever else draws from these generators is found out."""
+    """Moves the weights at random: other code that draws from these generators changes the weights."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         chance = random.random() + np.random.random() + torch.rand(()).item()
@@ -214,7 +216,7 @@ class CallAt(TrainerCallback):
 
 
 class Litter(TrainerCallback):
-    """A file of an earlier, larger world in the folder of a checkpoint to come."""
+    """A file of an earlier training on more ranks, in the folder of a checkpoint to come."""
 
     def __init__(self, step: int, path: str) -> None:
         self.step, self.path = step, path
@@ -273,7 +275,7 @@ def train(
         restore: `passed` to train(), `dropped` (called, its answer not passed) or `forgotten`.
         kill_at: step of a SIGKILL, once step `committed` is on storage.
         before, after: callbacks of the user in front of ours and behind it, as [name, {argument: value}].
-        seen: file that hears of each batch before it is used; `{rank}` in its name is replaced.
+        seen: file that each batch is appended to before it is used; `{rank}` in its name is replaced.
         waiting: checkpoints that may wait for their upload; many, because steps of milliseconds outrun any.
         samples: length of the training data.
         on_storage: how many checkpoints stay there.
@@ -387,7 +389,7 @@ def save_weights(trainer: Trainer, path: str) -> None:
 
 
 def clean(record: dict[str, Any]) -> dict[str, Any]:
-    """A log record without what depends on the clock. (`train_loss` is of one attempt alone.)"""
+    """A log record without what depends on the clock. (`train_loss` covers one attempt alone.)"""
     return {name: value for name, value in record.items() if "second" not in name and "runtime" not in name}
 
 

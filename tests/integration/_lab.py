@@ -1,4 +1,4 @@
-"""A run, the machines it passes through, and what is left of it: the words that the tests of real training use."""
+"""A run, the machines that train it, and what they leave: what the tests of real training have in common."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class Lab:
         return [self.start(machine, function, env={**shared, **rank}, **arguments) for rank in ranks]
 
     def train(self, machine: str, function: str = "train", **arguments: Any) -> Child:
-        """An attempt that ends well."""
+        """An attempt that succeeds."""
         child = self.start(machine, function, **arguments)
         assert child.wait() == 0, child.log
         return child
 
     def plain(self, **arguments: Any) -> Child:
-        """The same training, uninterrupted, without a line of ours."""
+        """The same training, uninterrupted, without our callbacks."""
         return self.train("plain", run_url=None, **arguments)
 
     def killed(self, machine: str, *, kill_at: int, committed: int, **arguments: Any) -> Child:
@@ -80,7 +80,7 @@ class Lab:
         return child
 
     def fails(self, machine: str, function: str = "train", **arguments: Any) -> str:
-        """An attempt that ends with an error; returns what it said."""
+        """An attempt that ends with an error; returns its output."""
         child = self.start(machine, function, **arguments)
         assert child.wait() == 1, child.log
         return child.log

@@ -13,14 +13,14 @@ from tests.integration._loops import KilledError, Rows, StatefulStream, Stream, 
 
 
 class Counted(Stream):
-    """A stream that knows its length, and not where it stands."""
+    """A stream with a length, and without a state."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class StatefulCounted(StatefulStream):
-    """A stream that knows both."""
+    """A stream with both."""
 
     def __len__(self) -> int:
         return len(self.rows)

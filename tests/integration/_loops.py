@@ -25,11 +25,13 @@ from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.storage.client import Storage
 
 EPOCHS = 2
-agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = (
+    0.0  # vote after each step, although steps take milliseconds, so that the deciding step is known
+)
 
 
 class KilledError(Exception):
-    """Training ends here, as if the machine had gone away: whatever is in memory is lost."""
+    """Training ends here, as if the machine had crashed: everything in memory is lost."""
 
 
 class Rows(Dataset):
@@ -50,7 +52,7 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same as a stream that cannot tell where it stands."""
+    """The same as a stream without a state."""
 
     def __init__(self, size: int, *, noise: bool = False) -> None:
         self.rows = Rows(size, noise=noise)
@@ -64,7 +66,7 @@ class Stream(IterableDataset):
 
 
 class StatefulStream(Stream):
-    """The same as a stream that can."""
+    """The same as a stream with a state."""
 
     def state_dict(self) -> dict[str, int]:
         return {"at": self.at}
@@ -83,7 +85,7 @@ def hub_stream(size: int, *, shuffled: bool = False) -> Any:
     return stream.shuffle(seed=2, buffer_size=8) if shuffled else stream
 
 
-# Per case: the data set, and what is unusual about the loop. Data sets and generators are made anew for every attempt.
+# Per case: the dataset, and what is unusual about the loop. Every attempt creates its own datasets and generators.
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "shuffling": (lambda: Rows(20), {}),
     "data that draws random numbers": (lambda: Rows(20, noise=True), {}),
@@ -155,7 +157,7 @@ def train(
     dataset: Any,
     *,
     kill: int | None = None,
-    told: int | None = None,
+    signal_at: int | None = None,
     seen: list[Any] | None = None,
     epochs: int = EPOCHS,
     save_steps: int | None = 2,
@@ -178,7 +180,7 @@ def train(
 
     Args:
         kill: ends within the step after this one, when all that was saved is committed.
-        told: SIGTERM to the last rank within the step after this one.
+        signal_at: SIGTERM to the last rank within the step after this one.
         seen: takes the batches as they come.
         inside: called in the body of each batch.
         prepared: called when everything is prepared.
@@ -237,7 +239,7 @@ def train(
             loop.log(loss=loss)
             seen.append([loop.global_step + 1, epoch, batch["id"].tolist()])
             inside(loop)
-            if loop.global_step == told and accelerator.is_last_process:
+            if loop.global_step == signal_at and accelerator.is_last_process:
                 os.kill(os.getpid(), signal.SIGTERM)
             if kill is not None and loop.global_step == kill:
                 loop._checkpointer.wait()
@@ -265,7 +267,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 def through_kills(
     folder: Path, dataset: Callable[[], Any], *, kills: tuple[int, ...] = (3, 7), **arguments: Any
 ) -> dict[str, Any]:
-    """Train without a stop, and the same through kills, each followed by an empty machine with another seed; compare."""
+    """Train without a stop, and the same through kills, each followed by an empty machine with a different seed; compare."""
     weights, whole, _ = train(folder / "plain", folder / "uninterrupted", dataset(), **arguments)
     run = folder / "run"
     seen: list[Any] = []
@@ -289,15 +291,15 @@ def through_kills(
 
 
 def through_a_signal(
-    folder: Path, dataset: Callable[[], Any], *, told: int, seed: int = 1, **arguments: Any
+    folder: Path, dataset: Callable[[], Any], *, signal_at: int, seed: int = 1, **arguments: Any
 ) -> dict[str, Any]:
-    """The same through SIGTERM to one rank: where was it saved, and does an empty machine go on as if nothing were."""
+    """The same through SIGTERM to one rank: which step was saved, and whether an empty machine continues as if uninterrupted."""
     weights, whole, _ = train(folder / "plain", folder / "uninterrupted", dataset(), seed=seed, **arguments)
     run = folder / "run"
     seen: list[Any] = []
     exit_code = None
     try:
-        train(run, folder / "machine", dataset(), told=told, seen=seen, seed=seed, **arguments)
+        train(run, folder / "machine", dataset(), signal_at=signal_at, seen=seen, seed=seed, **arguments)
     except SystemExit as left:
         exit_code = left.code
     newest = Catalog(Storage(str(run))).newest()
@@ -319,7 +321,7 @@ def _newest_position(run: Path) -> dict[str, Any]:
 
 
 def failing_save(folder: Path, failing_rank: int) -> str:
-    """What this rank hears when the disk of one of them is full."""
+    """The error on this rank when the disk of one of them is full."""
     real = Accelerator.save_state
 
     def fail(self: Accelerator, output_dir: str, **options: Any) -> Any:
@@ -345,9 +347,11 @@ def main(folder: str) -> None:
     for number, (name, (dataset, arguments)) in enumerate(OF_TWO.items()):
         results[name] = through_kills(Path(folder) / str(number), dataset, **arguments)
         PartialState().wait_for_everyone()
-    told = through_a_signal(Path(folder) / "told", lambda: Rows(67, noise=True), told=2, accumulation=2)
+    signalled = through_a_signal(
+        Path(folder) / "signal", lambda: Rows(67, noise=True), signal_at=2, accumulation=2
+    )
     rank = torch.distributed.get_rank()
-    Path(folder, f"results-{rank}.json").write_text(json.dumps({"cases": results, "told": told}))
+    Path(folder, f"results-{rank}.json").write_text(json.dumps({"cases": results, "signalled": signalled}))
     torch.distributed.destroy_process_group()
 
 

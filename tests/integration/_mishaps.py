@@ -26,7 +26,7 @@ from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train
 
 
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
-    """No file of a checkpoint arrives before a step, or before somebody waits for it, or ever (-1)."""
+    """No file of a checkpoint arrives before a step, or before the process waits for it, or ever (-1)."""
     gate = threading.Event()
     plain_wait = UploadQueue.wait
 
@@ -71,7 +71,7 @@ def zombie(at: int, run_url: str, **arguments: Any) -> Any:
 
 
 def out_of_memory(at: int, **arguments: Any) -> Any:
-    """The memory does not suffice for a batch of more than 2 in the n-th step."""
+    """The n-th step runs out of memory, unless its batch has 2 samples or fewer."""
     calls = 0
 
     def prepare(trainer: Trainer) -> None:

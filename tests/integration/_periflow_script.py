@@ -1,4 +1,4 @@
-"""A plain PyTorch script, as PeriFlow's users have them: it loads before `init`, saves one path, and knows no run URL.
+"""A plain PyTorch script, as PeriFlow's users have them: it loads before `init`, saves to one path, and has no run URL.
 
     torchrun --nproc_per_node 2 _periflow_script.py '{"save": "ckpt", "total_steps": 12, …}'
 
@@ -25,7 +25,9 @@ import hf_cloudtrain as pf
 from hf_cloudtrain.preemption import agreement
 
 SAMPLES, WIDTH, BATCH = 96, 8, 4
-agreement.INTERVAL_SECONDS = 0.0  # steps of milliseconds ask at each, so that it is known where one is heard
+agreement.INTERVAL_SECONDS = (
+    0.0  # vote after each step, although steps take milliseconds, so that the deciding step is known
+)
 
 
 def data() -> TensorDataset:
@@ -50,7 +52,7 @@ def main(
         result: where rank 0 writes the final weights.
         restore: call `restore` rather than trust the platform.
         group: whether the process group is made `before` or `after` init and restore.
-        log: file for the metrics where there is no run URL.
+        log: file for the metrics without a run URL.
         options: of `train`.
     """
     if group == "before":
@@ -96,7 +98,7 @@ def train(
     save_interval: int = 4,
     seen: str | None = None,
     hold_at: int | None = None,
-    told: int | None = None,
+    signal_at: int | None = None,
 ) -> None:
     """Train to the last step.
 
@@ -104,7 +106,7 @@ def train(
         path: the file to save.
         seen: file for (step, samples); `{rank}` in it is replaced.
         hold_at: step after which it waits to be killed.
-        told: step within which the last rank gets SIGTERM.
+        signal_at: step within which the last rank gets SIGTERM.
     """
     loader = DataLoader(data(), batch_size=BATCH, sampler=sampler)
     while step < total_steps:
@@ -114,7 +116,7 @@ def train(
                 loss = nn.functional.mse_loss(model(inputs), targets)
                 loss.backward()
                 optimizer.step()
-                if step + 1 == told and dist.get_rank() == dist.get_world_size() - 1:
+                if step + 1 == signal_at and dist.get_rank() == dist.get_world_size() - 1:
                     os.kill(os.getpid(), signal.SIGTERM)
             step += 1
             sampler.advance(len(numbers))
@@ -134,7 +136,7 @@ def train(
 
 
 def shards(save: str, total_steps: int) -> list[Any]:
-    """Ranks that never make a process group; each has a file of its own. What each found, and where it began."""
+    """Ranks that never create a process group; each has a file of its own. What each found, and where it started."""
     pf.init(total_train_steps=total_steps)
     folder = pf.restore()
     began = pf.processed_steps()

@@ -18,21 +18,21 @@ PATHS = os.pathsep.join([str(Path(__file__).parent / "_site"), os.environ.get("P
 
 
 @contextmanager
-def torchrun(*words: str, log: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
-    """The launcher of two workers; what is left of it at the end gets SIGKILL. `words` name the script."""
+def torchrun(*arguments: str, log: Path, env: dict[str, str] | None = None) -> Iterator[psutil.Popen]:
+    """The launcher of two workers; what is left of it at the end gets SIGKILL. `arguments` name the script."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with _started(*command, *words, log=log, env=env) as launcher:
+    with _started(*command, *arguments, log=log, env=env) as launcher:
         yield launcher
 
 
 @contextmanager
 def accelerate_launch(
-    *words: str, processes: int, log: Path, env: dict[str, str] | None = None
+    *arguments: str, processes: int, log: Path, env: dict[str, str] | None = None
 ) -> Iterator[psutil.Popen]:
-    """The same by `accelerate launch`, which starts no second process on a CPU unless it is told that it is multi-GPU."""
+    """The same by `accelerate launch`, which starts no second process on a CPU without `--multi_gpu`."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *several]
-    with _started(*command, *words, log=log, env=env) as launcher:
+    with _started(*command, *arguments, log=log, env=env) as launcher:
         yield launcher
 
 
@@ -49,10 +49,10 @@ def kill_family(launcher: psutil.Popen) -> None:
 
 
 @contextmanager
-def _started(*words: str, log: Path, env: dict[str, str] | None) -> Iterator[psutil.Popen]:
+def _started(*arguments: str, log: Path, env: dict[str, str] | None) -> Iterator[psutil.Popen]:
     with open(log, "w") as output:
         launcher = psutil.Popen(
-            [sys.executable, *words],
+            [sys.executable, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, **(env or {})},
             cwd=REPOSITORY,
             stdout=output,

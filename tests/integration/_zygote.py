@@ -52,7 +52,7 @@ class Child:
         return self._code
 
     def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code. Raises TimeoutError, with what it said, after killing it."""
+        """The exit code. Kills it and raises TimeoutError, with its output, after too long."""
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -73,7 +73,7 @@ class Child:
 
     @property
     def log(self) -> str:
-        """What it said on stdout and stderr."""
+        """Its stdout and stderr."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     @property
@@ -138,7 +138,7 @@ class Zygote:
 
 
 def serve(preload: str) -> None:
-    """The zygote's life: fork and reap as asked, until nobody asks any more."""
+    """The loop of the zygote: fork and reap on request, until stdin is closed."""
     importlib.import_module(preload).warm_up()
     check_no_threads()
     gc.collect()
@@ -163,7 +163,7 @@ def serve(preload: str) -> None:
 
 
 def live(request: dict[str, Any]) -> NoReturn:
-    """A child's life."""
+    """What a child does."""
     os.environ.clear()
     os.environ.update(request["env"])
     with open(os.devnull) as nothing, open(request["log"], "w") as log:

@@ -1,4 +1,4 @@
-"""Training processes that start in no time, and a place to submit jobs from."""
+"""Training processes that start quickly, and a folder to submit jobs from."""
 
 from __future__ import annotations
 

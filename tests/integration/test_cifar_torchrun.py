@@ -41,12 +41,12 @@ def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     run_url = f"s3://{moto.make_bucket()}/runs/cifar"
     catalog = Catalog(Storage(run_url, moto.storage_options))
 
-    words = script(data, tmp_path / "plain", str(tmp_path / "plain-run"))
-    with torchrun(*words, log=tmp_path / "plain.log") as launcher:
+    arguments = script(data, tmp_path / "plain", str(tmp_path / "plain-run"))
+    with torchrun(*arguments, log=tmp_path / "plain.log") as launcher:
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "plain.log").read_text()
 
-    words = script(data, tmp_path / "first", run_url)
-    with torchrun(*words, log=tmp_path / "first.log", env=moto.env) as launcher:
+    arguments = script(data, tmp_path / "first", run_url)
+    with torchrun(*arguments, log=tmp_path / "first.log", env=moto.env) as launcher:
         deadline = time.monotonic() + PATIENCE
         while len(catalog.checkpoints()) < 2 and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -55,8 +55,8 @@ def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     killed = catalog.checkpoints()[-1]
     assert killed.step < STEPS
 
-    words = script(data, tmp_path / "second", run_url)
-    with torchrun(*words, log=tmp_path / "second.log", env=moto.env) as launcher:
+    arguments = script(data, tmp_path / "second", run_url)
+    with torchrun(*arguments, log=tmp_path / "second.log", env=moto.env) as launcher:
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
 
     history = read_history(run_url, storage_options=moto.storage_options)
@@ -80,20 +80,20 @@ def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_at_the_same_image(tmp_path: Path) -> None:
+def test_a_different_number_of_processes_continues_at_the_same_image(tmp_path: Path) -> None:
     write_set(tmp_path / "data", "cifar10")  # 200 images
     run_url = str(tmp_path / "run")
     sizes = {"--dataset": "cifar10", "--batch-size": 20, "--save-interval": 1000, "--total-epochs": 2}
-    words = script(tmp_path / "data", tmp_path / "two", run_url, **sizes)
-    with torchrun(*words, log=tmp_path / "two.log") as launcher:
+    arguments = script(tmp_path / "data", tmp_path / "two", run_url, **sizes)
+    with torchrun(*arguments, log=tmp_path / "two.log") as launcher:
         assert launcher.wait(PATIENCE) == 0, (tmp_path / "two.log").read_text()
     two = content(tmp_path / "two")
     assert (two["step"], two["sampler"]["epoch"], two["sampler"]["samples_seen"]) == (10, 1, 200)
 
     sizes |= {"--batch-size": 40, "--total-epochs": 3}
-    words = script(tmp_path / "data", tmp_path / "one", run_url, **sizes)
+    arguments = script(tmp_path / "data", tmp_path / "one", run_url, **sizes)
     log = tmp_path / "one.log"
-    with torchrun("--nproc_per_node", "1", *words, log=log) as launcher:
+    with torchrun("--nproc_per_node", "1", *arguments, log=log) as launcher:
         assert launcher.wait(PATIENCE) == 0, log.read_text()
     one = content(tmp_path / "one")
     assert (one["step"], one["sampler"]["epoch"], one["sampler"]["samples_seen"]) == (15, 2, 200)
@@ -102,8 +102,8 @@ def test_another_number_of_processes_goes_on_at_the_same_image(tmp_path: Path) -
 
 def script(data: Path, machine: Path, run_url: str, **options: object) -> list[str]:
     options = {**OPTIONS, **options, "--data-path": data, "--save": machine, "--run-url": run_url}
-    words = [str(word) for option in options.items() for word in option]
-    return [str(REPOSITORY / "examples" / "cifar" / "main.py"), "--use-cpu", *words]
+    arguments = [str(word) for option in options.items() for word in option]
+    return [str(REPOSITORY / "examples" / "cifar" / "main.py"), "--use-cpu", *arguments]
 
 
 def content(machine: Path) -> dict:

@@ -1,4 +1,4 @@
-"""A machine that is about to go: one rank is told, all save at the same step, leave, and another machine goes on."""
+"""A preemption: one rank receives a notice, all save at the same step and leave, and a different machine continues."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ EPOCHS = {"num_train_epochs": 3}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_law_7_told_to_go_saved_and_resumed_in_an_empty_folder_equals_uninterrupted(
-    lab: Lab, name: str
-) -> None:
+def test_law_7_preempted_and_resumed_in_an_empty_folder_equals_uninterrupted(lab: Lab, name: str) -> None:
     arguments, where, step = CASES[name]
     arguments = {**EPOCHS, **arguments}
     lab.plain(**arguments)
@@ -60,7 +58,7 @@ def test_law_7_told_to_go_saved_and_resumed_in_an_empty_folder_equals_uninterrup
     assert lab.steps().count(step) == 1
     assert "SIGTERM: saving at step" in child.log
     assert f"checkpoint-{step} is on storage." in child.log
-    assert not (lab.folder / "first.safetensors").exists()  # the script does not go on
+    assert not (lab.folder / "first.safetensors").exists()  # nothing after the training runs
     lab.train("second", **arguments)
     assert lab.manifest(1, step).exact
     assert lab.difference("second") == 0.0
@@ -69,8 +67,8 @@ def test_law_7_told_to_go_saved_and_resumed_in_an_empty_folder_equals_uninterrup
     assert lab.problems() == []
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_law_7_one_rank_is_told_and_both_save_the_same_step(lab: Lab, told: int) -> None:
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_law_7_one_rank_receives_the_signal_and_both_save_the_same_step(lab: Lab, signalled: int) -> None:
     arguments = {
         "per_device_train_batch_size": 1,  # 11 batches an epoch and rank, 6 steps
         "gradient_accumulation_steps": 2,
@@ -78,10 +76,10 @@ def test_law_7_one_rank_is_told_and_both_save_the_same_step(lab: Lab, told: int)
         "eval_strategy": "epoch",
     }
     finish(lab.start_ranks("plain", run_url=None, **arguments))
-    where = {"step": 7, "rank": told, "times": 3}
+    where = {"step": 7, "rank": signalled, "times": 3}
     ranks = lab.start_ranks("first", after=[["SignalAt", where]], **arguments)
     assert [rank.wait() for rank in ranks] == [LEFT, LEFT], "\n".join(rank.log for rank in ranks)
-    assert lab.steps() == [6, 9]  # told after step 7, said at the end of 8, heard at the end of 9
+    assert lab.steps() == [6, 9]  # received after step 7, voted at the end of 8, known at the end of 9
     assert all(lab.catalog.read(key).exact for key in lab.catalog.checkpoints())
     finish(lab.start_ranks("second", **arguments))
     assert lab.difference("second") == 0.0
@@ -92,12 +90,12 @@ def test_law_7_one_rank_is_told_and_both_save_the_same_step(lab: Lab, told: int)
 
 
 @pytest.mark.slow
-def test_law_7_a_launcher_that_is_told_to_go_lets_all_ranks_save_before_it_ends(lab: Lab) -> None:
+def test_law_7_a_launcher_that_receives_the_signal_lets_all_ranks_save_before_it_ends(lab: Lab) -> None:
     """It signals the whole group of each rank's process, and a loader worker that died of it would end the training."""
     finish(lab.start_ranks("plain", run_url=None))
     exit_file, log = lab.folder / "exit.json", lab.folder / "first.log"
-    words = worker(lab, "first", after=[["SignalLauncherAt", {"step": 5}]], dataloader_num_workers=1)
-    with torchrun(*words, log=log, env={"HF_CLOUDTRAIN_EXIT_FILE": str(exit_file)}) as launcher:
+    arguments = worker(lab, "first", after=[["SignalLauncherAt", {"step": 5}]], dataloader_num_workers=1)
+    with torchrun(*arguments, log=log, env={"HF_CLOUDTRAIN_EXIT_FILE": str(exit_file)}) as launcher:
         assert launcher.wait(PATIENCE) == 1, log.read_text()  # whatever its workers' exit code was
     assert json.loads(exit_file.read_text())["committed"] == "000001-0000000006"
     assert lab.steps() == [4, 6]
@@ -105,8 +103,8 @@ def test_law_7_a_launcher_that_is_told_to_go_lets_all_ranks_save_before_it_ends(
     assert lab.difference("second") == 0.0
 
 
-def test_a_rank_that_is_gone_is_not_waited_for(lab: Lab) -> None:
-    """A launcher tells the survivors of a crash to go, too."""
+def test_ranks_do_not_wait_for_a_crashed_one(lab: Lab) -> None:
+    """A launcher signals the survivors of a crash, too."""
     dies = {"step": 5, "rank": 1, "signal": signal.SIGKILL}
     survivor = {"step": 5, "rank": 0}
     ranks = lab.start_ranks("first", after=[["SignalAt", dies], ["SignalAt", survivor]])
@@ -115,14 +113,14 @@ def test_a_rank_that_is_gone_is_not_waited_for(lab: Lab) -> None:
     assert lab.steps() == [4]
 
 
-def test_the_exit_file_and_the_heartbeat_say_that_it_was_preempted(lab: Lab) -> None:
+def test_exit_file_and_heartbeat_record_the_preemption(lab: Lab) -> None:
     path = lab.folder / "exit.json"
-    path.write_text("of an attempt before")
+    path.write_text("of an earlier attempt")
     env = {"HF_CLOUDTRAIN_EXIT_FILE": str(path)}
     child = lab.start("first", after=[["SignalAt", {"step": 6, "signal": signal.SIGUSR1}]], env=env)
     assert child.wait() == LEFT, child.log
-    said = json.loads(path.read_text())
-    assert said == {
+    output = json.loads(path.read_text())
+    assert output == {
         "outcome": "preempted",
         "reason": "SIGUSR1",
         "run_url": lab.run_url,
@@ -138,7 +136,7 @@ def test_the_exit_file_and_the_heartbeat_say_that_it_was_preempted(lab: Lab) -> 
     assert json.loads(path.read_text())["outcome"] == "finished"
 
 
-def test_a_signal_at_the_last_step_leaves_a_training_that_is_complete(lab: Lab) -> None:
+def test_after_a_signal_at_the_last_step_the_training_is_complete(lab: Lab) -> None:
     lab.plain()
     child = lab.train(
         "first", after=[["SignalAt", {"step": 12, "event": "on_step_begin"}], ["SignalAt", {"step": 11}]]
@@ -147,7 +145,7 @@ def test_a_signal_at_the_last_step_leaves_a_training_that_is_complete(lab: Lab) 
     assert lab.difference("first") == 0.0
 
 
-def test_an_evaluation_for_which_there_is_no_time_is_left_out_and_recorded(lab: Lab) -> None:
+def test_an_evaluation_that_does_not_fit_into_the_time_is_skipped_and_recorded(lab: Lab) -> None:
     arguments = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 100}
     child = lab.start("first", after=[["SignalAt", {"step": 3}]], **arguments)
     assert child.wait() == LEFT, child.log
@@ -158,7 +156,7 @@ def test_an_evaluation_for_which_there_is_no_time_is_left_out_and_recorded(lab: 
     assert "eval_loss" not in child.log
 
 
-def test_what_is_not_uploaded_in_time_stays_in_the_outbox_and_the_next_start_finishes_it(lab: Lab) -> None:
+def test_a_late_upload_stays_in_the_outbox_and_the_next_start_finishes_it(lab: Lab) -> None:
     child = lab.start(
         "first",
         "outage",
@@ -178,8 +176,8 @@ def test_what_is_not_uploaded_in_time_stays_in_the_outbox_and_the_next_start_fin
 
 
 @pytest.mark.parametrize("parts", ["uploads first", "emergency first"])
-def test_the_parts_alone_leave_in_time_in_whatever_order(lab: Lab, parts: str) -> None:
-    told = {"after": [["SignalAt", {"step": 6}]]}
+def test_the_separate_callbacks_leave_in_time_in_any_order(lab: Lab, parts: str) -> None:
+    signalled = {"after": [["SignalAt", {"step": 6}]]}
     child = lab.start(
         "first",
         "outage",
@@ -188,7 +186,7 @@ def test_the_parts_alone_leave_in_time_in_whatever_order(lab: Lab, parts: str) -
         last=None,
         parts=parts,
         env={"HF_CLOUDTRAIN_GRACE": "2", "HF_CLOUDTRAIN_EXIT_FILE": str(lab.folder / "exit.json")},
-        **told,
+        **signalled,
     )
     assert child.wait() == LEFT, child.log
     assert "Not on storage yet: checkpoint-7" in child.log
@@ -197,8 +195,8 @@ def test_the_parts_alone_leave_in_time_in_whatever_order(lab: Lab, parts: str) -
 
 class TestRefused:
     def test_the_frameworks_own_save_on_sigterm(self, lab: Lab) -> None:
-        said = lab.fails("first", enable_jit_checkpoint=True)
-        assert "ConfigurationError: enable_jit_checkpoint=True saves on SIGTERM by itself" in said
+        output = lab.fails("first", enable_jit_checkpoint=True)
+        assert "ConfigurationError: enable_jit_checkpoint=True saves on SIGTERM by itself" in output
 
 
 class TestCtrlC:

@@ -43,12 +43,23 @@ class Shards:
     def agents(self, machine: str, **arguments: Any) -> list[Child]:
         """Two torchruns with a rank each, which have a disk each: `<machine>-0` and `<machine>-1`, by rank."""
         rendezvous = f"127.0.0.1:{free_port()}"
-        words = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "0", "--rdzv_backend", "static"]
-        words += ["--master_addr", "127.0.0.1", "--master_port", rendezvous.rpartition(":")[2]]
+        arguments = [
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+            "--max_restarts",
+            "0",
+            "--rdzv_backend",
+            "static",
+        ]
+        arguments += ["--master_addr", "127.0.0.1", "--master_port", rendezvous.rpartition(":")[2]]
         given = self.arguments(machine, checkpoint_dir=f"{self.folder}/{machine}-{{rank}}", **arguments)
         return [
             self.lab._zygote.start(
-                SCRIPT, "agent", words=[*words, "--node_rank", str(host), "-m", SCRIPT, json.dumps(given)]
+                SCRIPT,
+                "agent",
+                arguments=[*arguments, "--node_rank", str(host), "-m", SCRIPT, json.dumps(given)],
             )
             for host in range(2)
         ]
@@ -82,7 +93,7 @@ def shards(lab: Lab) -> Shards:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) -> None:
+def test_killed_and_resumed_on_the_same_and_on_a_different_number_of_ranks(shards: Shards) -> None:
     plain = shards.plain()
     ranks = shards.start("first", hold={"step": HELD, "rank": 1})
     shards.wait_for_commit(8, ranks)
@@ -97,7 +108,7 @@ def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) ->
 
     assert max_difference(shards.result("together"), shards.result("plain")) == 0.0
     assert [losses[8:] for losses in plain] == together
-    assert max_difference(before["1"], before["2"]) == 0.0, "DCP deals the shards anew"
+    assert max_difference(before["1"], before["2"]) == 0.0, "DCP redistributes the shards"
     mean = [sum(pair) / 2 for pair in zip(*plain, strict=True)]
     assert alone[0] == pytest.approx(mean[8:], rel=1e-3)
     files = {entry.path for entry in shards.lab.manifest(1, 8).files}
@@ -106,7 +117,7 @@ def test_killed_and_resumed_with_as_many_ranks_or_with_others(shards: Shards) ->
 
 
 @pytest.mark.slow
-def test_two_torchruns_without_a_shared_disk_one_killed_both_started_anew_on_empty_disks(
+def test_of_two_torchruns_without_a_shared_disk_one_is_killed_and_both_restart_on_empty_disks(
     shards: Shards,
 ) -> None:
     shards.plain()
@@ -148,7 +159,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def kill_with_children(child: Child) -> None:
-    """As when a machine goes: torchrun's workers are in sessions of their own."""
+    """As when a machine goes away: torchrun's workers are in sessions of their own."""
     agent = psutil.Process(child.pid)
     agent.suspend()  # it must not start anything while we look
     family = agent.children(recursive=True)

@@ -1,4 +1,4 @@
-"""TrainLoop: law 7 over every kind of loader, and what people find on their disk."""
+"""TrainLoop: law 7 with every kind of DataLoader, and what users find on their disk."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
         assert launcher.wait(PATIENCE * 4) == 0, log.read_text()
     for rank in range(2):
         answer = json.loads((tmp_path / f"results-{rank}.json").read_text())
-        results, told = answer["cases"], answer["told"]
+        results, signalled = answer["cases"], answer["signalled"]
         for failing in range(2):
             assert "No space left on device" in results.pop(f"rank {failing} cannot save")
         assert set(results) == set(OF_TWO)
@@ -97,15 +97,15 @@ def test_law_7_a_loop_of_two_processes_equals_uninterrupted(tmp_path: Path) -> N
             assert found["difference"] == 0.0, name
             assert found["batches"] == found["uninterrupted"], name
             assert found["attempts"] == [1, 2, 3], name
-        # Rank 1 alone was told in step 3, and all heard it at the end of step 4.
-        assert (told["exit_code"], told["saved"]) == (PreemptedExit.CODE, 4)
-        assert told["difference"] == 0.0
-        assert told["batches"] == told["uninterrupted"]
+        # Rank 1 alone received the signal in step 3, and all ranks decided at the end of step 4.
+        assert (signalled["exit_code"], signalled["saved"]) == (PreemptedExit.CODE, 4)
+        assert signalled["difference"] == 0.0
+        assert signalled["batches"] == signalled["uninterrupted"]
 
 
-class TestToldToGo:
+class TestPreemption:
     @pytest.mark.parametrize(
-        ("told", "arguments", "saved"),
+        ("signal_at", "arguments", "saved"),
         [
             (5, {}, 6),  # a step that is saved anyway
             (6, {}, 8),  # numpy drew in between
@@ -115,26 +115,26 @@ class TestToldToGo:
             (5, {"accumulation": 2}, 6),
         ],
     )
-    def test_law_7_saved_at_a_step_without_the_evaluation_and_exact(
-        self, tmp_path: Path, told: int, arguments: dict[str, Any], saved: int
+    def test_law_7_an_emergency_save_comes_before_the_evaluation_and_is_exact(
+        self, tmp_path: Path, signal_at: int, arguments: dict[str, Any], saved: int
     ) -> None:
-        found = through_a_signal(tmp_path, lambda: Rows(20, noise=True), told=told, **arguments)
+        found = through_a_signal(tmp_path, lambda: Rows(20, noise=True), signal_at=signal_at, **arguments)
         assert found["exit_code"] == PreemptedExit.CODE
         assert found["saved"] == saved
         assert found["difference"] == 0.0
         assert found["batches"] == found["uninterrupted"]
 
-    def test_during_an_evaluation_it_leaves_when_the_epoch_is_saved(
+    def test_after_a_signal_during_an_evaluation_it_leaves_once_the_epoch_is_saved(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         evaluate, seen = _loops.evaluate, []
 
-        def told_meanwhile(model: Any, loop: TrainLoop) -> float:
+        def signalled_meanwhile(model: Any, loop: TrainLoop) -> float:
             os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(model, loop)
 
         whole, batches, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))
-        monkeypatch.setattr(_loops, "evaluate", told_meanwhile)
+        monkeypatch.setattr(_loops, "evaluate", signalled_meanwhile)
         with pytest.raises(PreemptedExit):
             train(tmp_path / "run", tmp_path / "out", Rows(20), save_steps=None, seen=seen)
         monkeypatch.setattr(_loops, "evaluate", evaluate)
@@ -143,10 +143,10 @@ class TestToldToGo:
         assert difference(whole, weights) == 0.0
         assert [item[1:] for item in seen + rest] == [item[1:] for item in batches]
 
-    def test_signals_are_given_back(self, tmp_path: Path) -> None:
+    def test_previous_signal_handlers_are_restored(self, tmp_path: Path) -> None:
         before = [signal.getsignal(number) for number in STOPPING]
         with pytest.raises(PreemptedExit):
-            train(tmp_path / "run", tmp_path / "out", Rows(20), told=3)
+            train(tmp_path / "run", tmp_path / "out", Rows(20), signal_at=3)
         assert [signal.getsignal(number) for number in STOPPING] == before
         with pytest.raises(KilledError):
             train(tmp_path / "run", tmp_path / "out", Rows(20), kill=7)
@@ -154,16 +154,18 @@ class TestToldToGo:
         train(tmp_path / "run", tmp_path / "out", Rows(20))
         assert [signal.getsignal(number) for number in STOPPING] == before
 
-    def test_in_a_notebook_it_is_an_exception(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_in_a_notebook_it_raises_an_exception(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object))
         with pytest.raises(
             PreemptedError, match=r"stopped at step \d \(SIGTERM\). checkpoint-\d is on storage."
         ):
-            train(tmp_path / "run", tmp_path / "out", Rows(20), told=3)
+            train(tmp_path / "run", tmp_path / "out", Rows(20), signal_at=3)
 
 
 class TestSave:
-    def test_a_save_that_nobody_foresaw_is_exact(self, tmp_path: Path) -> None:
+    def test_an_unplanned_save_is_exact(self, tmp_path: Path) -> None:
         def ask(loop: TrainLoop) -> None:
             if loop.global_step in (1, 6):
                 loop.save()
@@ -174,7 +176,7 @@ class TestSave:
         assert found["difference"] == 0.0
         assert found["resumed_at"] == 8, "numpy drew in between, so it came a step later"
 
-    def test_a_save_that_nobody_foresaw_comes_at_once_where_numpy_is_at_rest(
+    def test_an_unplanned_save_comes_at_once_where_numpy_draws_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_loops.np.random, "rand", lambda: 0.5)
@@ -195,14 +197,14 @@ class TestSave:
         seen = {item.step: item.position.samples_seen for item in manifests}
         assert seen == {1: 8, 2: 16, 3: 20, 4: 28, 5: 36, 6: 40}
 
-    def test_an_epoch_that_the_script_does_not_end_is_saved_nevertheless(
+    def test_an_epoch_is_saved_though_the_script_does_not_call_end_epoch(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(TrainLoop, "end_epoch", lambda self, metrics: None)
         train(tmp_path / "run", tmp_path / "out", Rows(20), save_steps=None)
         assert [item.step for item in _manifests(tmp_path / "run")] == [5, 10]
 
-    def test_a_failing_save_leaves_the_one_before_whole(
+    def test_a_failing_save_leaves_the_previous_one_whole(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         real = Accelerator.save_state
@@ -229,11 +231,11 @@ class TestSave:
         found = through_kills(tmp_path, lambda: Rows(20), prepared=name_them)
         assert found["difference"] == 0.0
 
-    def test_locally_the_newest_checkpoint_alone_is_kept(self, tmp_path: Path) -> None:
+    def test_on_disk_only_the_newest_checkpoint_is_kept(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "out", Rows(20))
         assert [item.name for item in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-10"]
 
-    def test_the_end_of_an_epoch_is_no_second_save_of_a_step_where_the_loader_cannot_tell_its_end(
+    def test_the_end_of_an_epoch_does_not_save_a_step_twice_where_the_loader_cannot_tell_its_end(
         self, tmp_path: Path
     ) -> None:
         train(tmp_path / "run", tmp_path / "out", _loops.Stream(20), prepare=False, save_steps=1)
@@ -243,7 +245,9 @@ class TestSave:
         assert all("eval_loss" in item.metrics for item in ends)
         assert catalog.pointer("best") is not None
 
-    def test_the_middle_of_an_accumulation_between_epochs_is_not_called_exact(self, tmp_path: Path) -> None:
+    def test_the_middle_of_an_accumulation_between_epochs_is_recorded_as_inexact(
+        self, tmp_path: Path
+    ) -> None:
         from accelerate.utils import GradientAccumulationPlugin
 
         plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
@@ -252,7 +256,7 @@ class TestSave:
         assert not first.exact
         assert "within an accumulation" in str(first.inexact_reason)
 
-    def test_what_a_living_process_is_writing_is_spared(self, tmp_path: Path) -> None:
+    def test_a_folder_that_a_live_process_is_writing_is_kept(self, tmp_path: Path) -> None:
         from hf_cloudtrain.integrations.loop.state import repair
         from hf_cloudtrain.runtime.files import temp_suffix
 
@@ -265,7 +269,7 @@ class TestSave:
 
 class TestMetrics:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high"])
-    def test_a_metric_that_is_no_number_is_never_the_best_and_ends_no_training(
+    def test_a_metric_that_is_not_a_number_is_never_the_best_and_does_not_end_training(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
     ) -> None:
         answers = iter([value, 0.5])
@@ -274,7 +278,7 @@ class TestMetrics:
         assert loop.best_metric == 0.5
         assert [item.step for item in _manifests(tmp_path / "run") if "best_metric" in item.metrics] == [10]
 
-    def test_a_metric_that_is_not_there_costs_no_epoch(self, tmp_path: Path) -> None:
+    def test_a_missing_metric_is_an_error_after_the_epoch_is_saved(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"'los' is not among.*nearest is 'loss'"):
             train(tmp_path / "run", tmp_path / "one", Rows(20), metric_for_best_model="los")
         catalog = Catalog(Storage(str(tmp_path / "run")))
@@ -282,7 +286,7 @@ class TestMetrics:
         _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20))
         assert {item[1] for item in seen} == {1}
 
-    def test_a_tracker_that_is_down_ends_no_training(
+    def test_a_tracker_that_is_down_does_not_end_training(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def fail(self: Accelerator, values: Any, step: int | None = None) -> None:
@@ -295,7 +299,7 @@ class TestMetrics:
 
 
 class TestResume:
-    def test_what_was_registered_for_checkpointing_comes_back(self, tmp_path: Path) -> None:
+    def test_objects_registered_for_checkpointing_are_restored(self, tmp_path: Path) -> None:
         counters: list[_Counter] = []
 
         def register(accelerator: Accelerator) -> None:
@@ -309,7 +313,7 @@ class TestResume:
         assert counters[0].count == counters[-1].count == 10
 
     @pytest.mark.parametrize(("save_steps", "kills"), [(None, (6,)), (2, (3, 7))])
-    def test_random_numbers_that_a_script_draws_after_resume_do_not_matter(
+    def test_random_numbers_that_a_script_draws_after_resume_have_no_effect(
         self, tmp_path: Path, save_steps: int | None, kills: tuple[int, ...]
     ) -> None:
         def draw(loop: TrainLoop) -> None:
@@ -336,7 +340,7 @@ class TestResume:
         assert tracker.steps[:before] == [(2, "loss"), (4, "loss"), (5, "eval_loss"), (6, "loss")]
         assert tracker.steps[before:] == [(8, "loss"), (10, "loss"), (10, "eval_loss")]
 
-    def test_the_logs_of_all_attempts_are_one_line(self, tmp_path: Path) -> None:
+    def test_the_logs_of_all_attempts_join_without_gaps(self, tmp_path: Path) -> None:
         train(tmp_path / "plain", tmp_path / "whole", Rows(20))
         with pytest.raises(KilledError):
             train(
@@ -344,7 +348,7 @@ class TestResume:
                 tmp_path / "one",
                 Rows(20),
                 kill=7,
-                # A real process would have had its two seconds to store them.
+                # A real process would have had two seconds to store them.
                 inside=lambda loop: (
                     loop._lifecycle.tracker.close("failed") if loop.global_step == 7 else None
                 ),
@@ -364,7 +368,7 @@ class TestResume:
             (1, 10, {"loss"}, {"loss"}),
         ]
 
-    def test_another_order_is_refused_before_a_step(self, tmp_path: Path) -> None:
+    def test_a_different_order_is_refused_before_a_step(self, tmp_path: Path) -> None:
         _killed(tmp_path, 3)
         steps: list[int] = []
         with pytest.raises(PositionError, match=r"order differs.*or start a new run"):
@@ -377,8 +381,8 @@ class TestResume:
             )
         assert steps == []
 
-    def test_a_sampler_that_goes_on_otherwise_is_refused(self, tmp_path: Path) -> None:
-        """It gives the same batches again, for its first numbers are restored, and then others."""
+    def test_a_sampler_that_continues_differently_is_refused(self, tmp_path: Path) -> None:
+        """It yields the same batches again, because its first random numbers are restored, and then different ones."""
         _killed(tmp_path, 3, loader=lambda: {"shuffle": False, "sampler": _Lazy(20)})
         with pytest.raises(PositionError, match="the batch after them differs"):
             train(
@@ -388,14 +392,14 @@ class TestResume:
                 loader=lambda: {"shuffle": False, "sampler": _Lazy(20)},
             )
 
-    def test_a_batch_sampler_with_a_generator_of_its_own_finds_its_place(self, tmp_path: Path) -> None:
+    def test_a_batch_sampler_with_a_generator_of_its_own_is_restored(self, tmp_path: Path) -> None:
         found = through_kills(
             tmp_path, lambda: Rows(20), loader=lambda: {"batch_sampler": _Shuffled(20)}, batch_size=1
         )
         assert found["difference"] == 0.0
         assert found["batches"] == found["uninterrupted"]
 
-    def test_another_iteration_of_the_loader_meanwhile_does_not_count(self, tmp_path: Path) -> None:
+    def test_a_second_iteration_of_the_loader_in_between_does_not_count(self, tmp_path: Path) -> None:
         loaders: list[Any] = []
 
         def keep(accelerator: Accelerator) -> None:
@@ -410,20 +414,20 @@ class TestResume:
         assert found["difference"] == 0.0
         assert found["batches"] == found["uninterrupted"]
 
-    def test_fewer_data_are_refused_before_a_step(self, tmp_path: Path) -> None:
+    def test_a_shorter_dataset_is_refused_before_a_step(self, tmp_path: Path) -> None:
         _killed(tmp_path, 5, size=32)
         with pytest.raises(PositionError, match="cannot be reproduced"):
             train(tmp_path / "run", tmp_path / "two", Rows(12))
 
     @pytest.mark.parametrize(
-        ("arguments", "words"),
+        ("arguments", "text"),
         [({"batch_size": 3}, "4 samples per batch"), ({"accumulation": 3}, "1 batches per optimizer step")],
     )
-    def test_another_meaning_of_a_step_that_ends_elsewhere_is_refused(
-        self, tmp_path: Path, arguments: dict[str, Any], words: str
+    def test_a_step_of_a_different_size_that_cannot_be_converted_is_refused(
+        self, tmp_path: Path, arguments: dict[str, Any], text: str
     ) -> None:
         _killed(tmp_path, 3)
-        with pytest.raises(PositionError, match=words):
+        with pytest.raises(PositionError, match=text):
             train(tmp_path / "run", tmp_path / "two", Rows(20), **arguments)
 
     def test_a_different_kind_of_dataset_is_refused(self, tmp_path: Path) -> None:
@@ -431,7 +435,7 @@ class TestResume:
         with pytest.raises(PositionError, match="Use the same kind of dataset and DataLoader"):
             train(tmp_path / "run", tmp_path / "two", _loops.Stream(20))
 
-    def test_a_checkpoint_of_something_else_is_refused(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_that_a_loop_did_not_save_is_refused(self, tmp_path: Path) -> None:
         from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
         from hf_cloudtrain.checkpoints.manifest import Position
 
@@ -454,7 +458,7 @@ class TestResume:
         assert "The run is complete: 2 of 2 epochs" in caplog.text
         assert Catalog(Storage(str(tmp_path / "run"))).attempts.numbers() == [1]
 
-    def test_a_complete_run_goes_on_when_it_gets_more_epochs(self, tmp_path: Path) -> None:
+    def test_a_complete_run_continues_when_it_gets_more_epochs(self, tmp_path: Path) -> None:
         whole, _, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), epochs=3)
         _, _, before = train(tmp_path / "run", tmp_path / "one", Rows(20), epochs=2)
         more, seen, loop = train(tmp_path / "run", tmp_path / "two", Rows(20), epochs=3)
@@ -462,14 +466,14 @@ class TestResume:
         assert _loops.difference(whole, more) == 0.0
         assert loop.best_metric <= before.best_metric
 
-    def test_fresh_begins_anew(self, tmp_path: Path) -> None:
+    def test_fresh_starts_over(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "one", Rows(20))
         _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20), fresh=True)
         assert len(seen) == 10
 
 
 class TestEnd:
-    # Asked for in the second step: numpy draws there, so it comes a step later, unless another batch of it is to come.
+    # Requested in the second step: numpy draws there, so it comes a step later, unless the step has one more batch.
     @pytest.mark.parametrize(("accumulation", "stopped_at"), [(1, 3), (2, 2)])
     def test_stop_within_an_epoch_is_exact_though_an_evaluation_follows(
         self, tmp_path: Path, accumulation: int, stopped_at: int
@@ -496,7 +500,7 @@ class TestEnd:
     def test_stop_at_the_last_step_of_an_epoch_is_exact(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
     ) -> None:
-        """Where the script leaves the evaluation out when it was stopped, the next attempt makes up for it."""
+        """Where a stopped script skips the evaluation, the next attempt catches up on it."""
         whole, _, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20), save_steps=None)
 
         def stop(loop: TrainLoop) -> None:
@@ -537,7 +541,7 @@ class TestEnd:
         assert [item.step for item in _manifests(tmp_path / "run")] == [2, 4]
         assert [item.position.epoch for item in _manifests(tmp_path / "run")] == [1.0, 2.0]
 
-    def test_a_loop_that_was_interrupted_goes_on_from_its_checkpoint_when_it_is_iterated_again(
+    def test_an_interrupted_loop_resumes_from_its_checkpoint_when_it_is_iterated_again(
         self, tmp_path: Path
     ) -> None:
         accelerator = _loops.Accelerator(cpu=True)
@@ -567,9 +571,7 @@ class TestEnd:
             cell(3)
         assert cell(None) == list(range(8, 20))
 
-    def test_an_epoch_that_is_ended_twice_is_refused(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ending_an_epoch_twice_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         once = TrainLoop.end_epoch
 
         def twice(loop: TrainLoop, metrics: dict[str, Any]) -> None:
@@ -589,7 +591,7 @@ class TestEnd:
             "finished",
         ]
 
-    def test_epochs_that_are_left_with_break_are_a_stop(self, tmp_path: Path) -> None:
+    def test_leaving_the_epochs_with_break_counts_as_a_stop(self, tmp_path: Path) -> None:
         accelerator = _loops.Accelerator(cpu=True)
         batches = accelerator.prepare(torch.utils.data.DataLoader(Rows(20), batch_size=4))
         accelerator.prepare(torch.nn.Linear(1, 1))
@@ -600,12 +602,12 @@ class TestEnd:
             break
         assert [info.state for info in read_history(str(tmp_path / "run")).attempts] == ["stopped"]
 
-    def test_a_loader_without_a_batch_is_refused(self, tmp_path: Path) -> None:
+    def test_a_loader_without_batches_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="yielded no batches in epoch 0"):
             train(tmp_path / "run", tmp_path / "out", Rows(3), loader=lambda: {"drop_last": True})
 
     @pytest.mark.parametrize(
-        ("misuse", "words"),
+        ("misuse", "text"),
         [
             (lambda loop: next(loop.steps([])), "steps.. belongs inside"),
             (lambda loop: loop.end_epoch(), "end_epoch.. belongs inside"),
@@ -614,11 +616,11 @@ class TestEnd:
             (lambda loop: loop.log(loss="low"), "neither a number nor a tensor"),
         ],
     )
-    def test_misuse_says_what_to_do(self, tmp_path: Path, misuse: Any, words: str) -> None:
+    def test_misuse_says_what_to_do(self, tmp_path: Path, misuse: Any, text: str) -> None:
         accelerator = _loops.Accelerator(cpu=True)
         accelerator.prepare(torch.nn.Linear(1, 1))
         loop = TrainLoop(accelerator, str(tmp_path / "run"), num_epochs=1, output_dir=tmp_path / "out")
-        with pytest.raises(ConfigurationError, match=words):
+        with pytest.raises(ConfigurationError, match=text):
             misuse(loop)
 
     def test_a_loop_before_prepare_is_refused(self, tmp_path: Path) -> None:
@@ -629,7 +631,7 @@ class TestEnd:
             next(loop.epochs())
 
     @pytest.mark.parametrize("name", ["num_epochs", "save_steps", "logging_steps"])
-    def test_numbers_that_cannot_work_are_refused(self, tmp_path: Path, name: str) -> None:
+    def test_counts_must_be_positive(self, tmp_path: Path, name: str) -> None:
         arguments: dict[str, Any] = {"num_epochs": 1, name: 0}
         with pytest.raises(ConfigurationError, match=f"{name}=0"):
             TrainLoop(_loops.Accelerator(cpu=True), str(tmp_path / "run"), **arguments)
@@ -647,7 +649,7 @@ class _Counter:
 
 
 class _Lazy(torch.utils.data.Sampler):
-    """Draws each index when it is asked for, from the state that the model draws from, too."""
+    """Draws each index on demand, from the same random state as the model."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -661,7 +663,7 @@ class _Lazy(torch.utils.data.Sampler):
 
 
 class _Shuffled(torch.utils.data.BatchSampler):
-    """Shuffles batches of neighbours by a generator of its own."""
+    """Shuffles batches of consecutive samples by a generator of its own."""
 
     def __init__(self, size: int) -> None:
         super().__init__(torch.utils.data.SequentialSampler(range(size)), 4, drop_last=False)

@@ -1,4 +1,4 @@
-"""TrainLoop: what a checkpoint says of itself, and corners that a fault could hide in."""
+"""TrainLoop: what a checkpoint records about itself, and rare cases."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def test_a_manifest_tells_the_position(tmp_path: Path) -> None:
     assert manifests(tmp_path / "run")[-1].position.fingerprint is None, "between epochs there is no order"
 
 
-def test_what_cannot_be_exact_is_recorded_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_inexact_checkpoint_records_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_cloudtrain.resume.loader_state.fills_up", lambda loader: True)
     train(tmp_path / "run", tmp_path / "out", StatefulStream(20))
     found = {item.step: (item.exact, item.inexact_reason) for item in manifests(tmp_path / "run")}
@@ -59,7 +57,7 @@ def test_what_cannot_be_exact_is_recorded_with_its_reason(
     assert all("filled up with its first one" in reason for reason in within)
 
 
-def test_the_seed_that_was_set_is_told(tmp_path: Path) -> None:
+def test_the_seed_is_recorded(tmp_path: Path) -> None:
     train(tmp_path / "run", tmp_path / "out", Rows(20), seed=7)
     assert json.loads((tmp_path / "out" / "last" / "training_state.json").read_text())["seed"] == 7
 
@@ -73,7 +71,7 @@ def test_the_seed_of_a_seedable_sampler_is_that_of_the_first_attempt(tmp_path: P
     assert difference(whole, resumed) == 0.0
 
 
-def test_what_a_killed_process_left_half_made_goes_at_the_start(tmp_path: Path) -> None:
+def test_unfinished_folders_of_a_killed_process_are_removed_at_the_start(tmp_path: Path) -> None:
     killed(tmp_path, 3, Rows(20))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -83,7 +81,9 @@ def test_what_a_killed_process_left_half_made_goes_at_the_start(tmp_path: Path) 
     assert not half.exists()
 
 
-def test_the_best_of_the_newest_attempt_is_brought_without_what_only_a_resume_needs(tmp_path: Path) -> None:
+def test_the_best_of_the_newest_attempt_is_downloaded_without_files_that_only_a_resume_needs(
+    tmp_path: Path,
+) -> None:
     train(tmp_path / "run", tmp_path / "one", Rows(20), seed=1)
     train(tmp_path / "run", tmp_path / "two", Rows(20), seed=2, fresh=True)  # the same steps, other weights
     train(tmp_path / "run", tmp_path / "three", Rows(20))
@@ -95,7 +95,7 @@ def test_the_best_of_the_newest_attempt_is_brought_without_what_only_a_resume_ne
     }
 
 
-def test_a_checkpoint_whose_state_is_of_another_step_is_refused(
+def test_a_checkpoint_whose_state_names_a_different_step_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_cloudtrain.integrations.loop.state import LoopState
@@ -107,7 +107,7 @@ def test_a_checkpoint_whose_state_is_of_another_step_is_refused(
         train(tmp_path / "run", tmp_path / "two", Rows(20))
 
 
-def test_automatic_naming_is_as_the_user_set_it_after_a_save(tmp_path: Path) -> None:
+def test_automatic_naming_is_restored_after_a_save(tmp_path: Path) -> None:
     seen: list[bool] = []
     accelerators: list[Accelerator] = []
 
@@ -125,7 +125,7 @@ def test_automatic_naming_is_as_the_user_set_it_after_a_save(tmp_path: Path) -> 
     assert seen == [True] * 10
 
 
-def test_weights_that_a_hook_of_the_user_writes_are_left_to_it(tmp_path: Path) -> None:
+def test_weights_that_a_hook_of_the_user_writes_are_not_changed(tmp_path: Path) -> None:
     from safetensors.torch import load_model, save_model
 
     def register(accelerator: Accelerator) -> None:
@@ -149,7 +149,7 @@ def test_weights_that_a_hook_of_the_user_writes_are_left_to_it(tmp_path: Path) -
     assert "model.safetensors" not in names
 
 
-def test_an_epoch_left_with_break_within_an_accumulation_is_no_second_save_of_its_last_step(
+def test_leaving_an_epoch_with_break_within_an_accumulation_does_not_save_its_last_step_twice(
     tmp_path: Path,
 ) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -174,7 +174,7 @@ def test_an_epoch_left_with_break_within_an_accumulation_is_no_second_save_of_it
     assert manifests(tmp_path / "run")[-1].metrics == {"eval_loss": 1.0}
 
 
-def test_a_save_is_made_though_the_next_batch_cannot_be_read(tmp_path: Path) -> None:
+def test_a_pending_save_happens_though_the_next_batch_cannot_be_read(tmp_path: Path) -> None:
     class Damaged(Rows):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             if index == 12:
@@ -193,8 +193,8 @@ def test_a_save_is_made_though_the_next_batch_cannot_be_read(tmp_path: Path) -> 
     assert (tmp_path / "out" / "checkpoint-3" / "training_state.json").is_file()
 
 
-def test_a_look_into_a_loader_with_lasting_processes_before_the_loop_changes_nothing(tmp_path: Path) -> None:
-    """A pool of lasting processes keeps the sampler that it was made with."""
+def test_iterating_a_loader_with_persistent_workers_before_the_loop_changes_nothing(tmp_path: Path) -> None:
+    """A pool of persistent workers keeps the sampler that it was created with."""
 
     def look(accelerator: Accelerator) -> None:
         next(iter(accelerator._dataloaders[0]))

@@ -1,4 +1,4 @@
-"""What a TrainLoop leaves on the disk and on storage: models that `from_pretrained` loads, here and elsewhere."""
+"""What a TrainLoop writes to the disk and to storage: models that `from_pretrained` loads, on any machine."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def state_in(folder: Path) -> dict[str, Any]:
 
 
 class TestBestAndLast:
-    def test_both_load_with_their_tokenizer_and_tell_where_they_stand(self, tmp_path: Path) -> None:
+    def test_both_load_with_their_tokenizer_and_record_their_step(self, tmp_path: Path) -> None:
         secret = {"learning_rate": 0.1, "hub_token": "hf_abcdef", "data_dir": Path("data")}
         model, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4), script_args=secret)
         last = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "last")
@@ -131,12 +131,12 @@ class TestBestAndLast:
             assert not list(folder.glob("optimizer*"))
         assert loop.best_metric == 0.3
 
-    def test_the_best_of_storage_is_the_folder_that_the_command_brings(self, tmp_path: Path) -> None:
+    def test_download_best_brings_the_best_folder_of_storage(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4))
         for flags, name in ((["--best"], "best"), ([], "last")):
             target = tmp_path / f"here-{name}"
-            words = ["checkpoint", "download", str(tmp_path / "run"), str(target), *flags]
-            answer = CliRunner().invoke(app, words)
+            arguments = ["checkpoint", "download", str(tmp_path / "run"), str(target), *flags]
+            answer = CliRunner().invoke(app, arguments)
             assert answer.exit_code == 0, answer.output
             folder = Path(answer.stdout.strip())
             brought = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -144,7 +144,9 @@ class TestBestAndLast:
             assert same_weights(brought, mine)
             assert AutoTokenizer.from_pretrained(folder).tokenize("bad") == ["bad"]
 
-    def test_another_machine_remembers_the_best_and_brings_it_at_the_end(self, tmp_path: Path) -> None:
+    def test_a_different_machine_keeps_the_best_metric_and_downloads_best_at_the_end(
+        self, tmp_path: Path
+    ) -> None:
         train(tmp_path / "run", tmp_path / "one", losses=(0.5, 0.3))
         _, loop = train(tmp_path / "run", tmp_path / "two", losses=(0.5, 0.3, 0.4, 0.6))
         assert loop.best_metric == 0.3
@@ -157,7 +159,7 @@ class TestBestAndLast:
         log = json.loads((tmp_path / "two" / "log.json").read_text())
         assert [item["valid"]["loss"] for item in log] == [0.5, 0.3, 0.4, 0.6]
 
-    def test_greater_is_better_for_what_is_no_loss(self, tmp_path: Path) -> None:
+    def test_greater_is_better_for_a_metric_that_is_not_a_loss(self, tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"metric_for_best_model": "accuracy"}
         _, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4), **arguments)
         assert loop.best_metric == 0.7
@@ -165,7 +167,7 @@ class TestBestAndLast:
         _, loop = train(tmp_path / "other", tmp_path / "other-out", losses=(0.5, 0.3, 0.4), **arguments)
         assert loop.best_metric == 0.5
 
-    def test_an_equal_metric_and_none_at_all_do_not_replace_the_best(self, tmp_path: Path) -> None:
+    def test_an_equal_or_missing_metric_does_not_replace_the_best(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "out", losses=(0.3, 0.3))
         assert state_in(tmp_path / "out" / "best")["step"] == 2
         arguments: dict[str, Any] = {"metric_for_best_model": None}
@@ -178,7 +180,7 @@ class TestBestAndLast:
         (tmp_path / "out" / "last" / "config.json").write_text("{}")
         assert (tmp_path / "out" / "checkpoint-2" / "config.json").read_text() == committed
 
-    def test_what_another_run_left_in_the_folder_is_replaced(self, tmp_path: Path) -> None:
+    def test_files_of_a_different_run_in_the_folder_are_replaced(self, tmp_path: Path) -> None:
         train(tmp_path / "other", tmp_path / "out", losses=(0.1, 0.2), rate=0.5)
         train(tmp_path / "run", tmp_path / "elsewhere", losses=(0.3, 0.4))
         train(tmp_path / "run", tmp_path / "out", losses=(0.3, 0.4))  # complete: nothing is trained
@@ -191,10 +193,10 @@ class TestBestAndLast:
         logs = [(tmp_path / folder / "log.json").read_text() for folder in ("out", "elsewhere")]
         assert logs[0] == logs[1]
 
-    def test_a_disk_that_is_full_for_copies_ends_no_training(
+    def test_a_disk_without_room_for_best_and_last_does_not_end_training(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        def fail(*words: Any) -> None:
+        def fail(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("hf_cloudtrain.integrations.loop.folder.publish", fail)
@@ -206,9 +208,7 @@ class TestBestAndLast:
 
 class TestModels:
     @pytest.mark.parametrize("kind", ["tied", "channels last"])
-    def test_weights_that_share_memory_or_lie_in_another_order_are_saved(
-        self, tmp_path: Path, kind: str
-    ) -> None:
+    def test_shared_and_non_contiguous_weights_are_saved(self, tmp_path: Path, kind: str) -> None:
         def make() -> Any:
             set_seed(3)
             model: Any = torch.nn.Sequential(
@@ -252,7 +252,7 @@ class TestModels:
         train(tmp_path / "run", tmp_path / "out", losses=(0.3,), prepared=prepared)
         assert (tmp_path / "out" / "best" / "unet" / "model.safetensors").is_file()
 
-    def test_weights_that_are_one_tensor_load_again(self, tmp_path: Path) -> None:
+    def test_tied_weights_load_again(self, tmp_path: Path) -> None:
         tied = config()
         tied.architectures = ["BertForMaskedLM"]
         model, _ = train(
@@ -266,7 +266,7 @@ class TestModels:
         assert loop.global_step == 2
         assert same_weights(model, again)
 
-    def test_an_adapter_is_saved_alone_and_goes_on(self, tmp_path: Path) -> None:
+    def test_an_adapter_is_saved_without_its_base_model_and_resumed(self, tmp_path: Path) -> None:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         def adapted() -> Any:
@@ -298,19 +298,19 @@ class TestPublish:
         return tmp_path / "checkpoint-2", tmp_path / "best"
 
     @pytest.mark.parametrize("killed_at", range(1, 5))
-    def test_one_whole_folder_is_there_after_a_kill_at_any_moment(
+    def test_after_a_kill_at_any_moment_one_whole_folder_exists(
         self, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, killed_at: int
     ) -> None:
         new, best = folders
         calls = 0
 
         def killable(real: Any) -> Any:
-            def call(*words: Any, **options: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
                 nonlocal calls
                 calls += 1
                 if calls == killed_at:
                     raise KeyboardInterrupt
-                return real(*words, **options)
+                return real(*args, **options)
 
             return call
 
@@ -326,7 +326,7 @@ class TestPublish:
                 pytest.fail(f"there are only {calls} changes")
         monkeypatch.setattr(
             "hf_cloudtrain.runtime.files._making", set()
-        )  # the process that made them is no more
+        )  # the process that created them has exited
         repair(best.parent)
         step = LoopState.read(best).step
         assert (best / "model.safetensors").read_bytes() == bytes([step]) * 2**20
@@ -348,7 +348,7 @@ class TestPublish:
 
 
 @pytest.mark.parametrize("of_script", [False, True])
-def test_in_a_job_the_run_and_the_folder_are_the_jobs_unless_the_script_names_them(
+def test_in_a_job_run_and_folder_come_from_the_job_unless_the_script_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_script: bool
 ) -> None:
     monkeypatch.setenv(env.RUN_URL, str(tmp_path / "run"))

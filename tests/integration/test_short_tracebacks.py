@@ -71,8 +71,8 @@ def test_a_script_that_forgets_to_restore(tmp_path: Path) -> None:
 
 
 def test_a_training_that_would_never_save(lab: Lab) -> None:
-    said = lab.fails("first", save_strategy="no", restore="forgotten")
-    check_short(said, r"ConfigurationError: save_strategy='no' never saves a checkpoint")
+    output = lab.fails("first", save_strategy="no", restore="forgotten")
+    check_short(output, r"ConfigurationError: save_strategy='no' never saves a checkpoint")
 
 
 def test_a_training_that_was_overtaken(lab: Lab) -> None:
@@ -85,5 +85,5 @@ def test_a_training_that_was_overtaken(lab: Lab) -> None:
 
 def test_a_training_whose_last_checkpoint_is_not_committed(lab: Lab) -> None:
     env = {"HF_CLOUDTRAIN_DRAIN_TIMEOUT": "1"}
-    said = lab.fails("first", "outage", module=MISHAPS, first=5, last=None, env=env)
-    check_short(said, r"NotCommittedError: Not on storage yet: checkpoint-12 .*cloudtrain checkpoint flush")
+    output = lab.fails("first", "outage", module=MISHAPS, first=5, last=None, env=env)
+    check_short(output, r"NotCommittedError: Not on storage yet: checkpoint-12 .*cloudtrain checkpoint flush")

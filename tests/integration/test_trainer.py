@@ -1,6 +1,6 @@
-"""Law 7 with the real Trainer: killed by SIGKILL and resumed on an empty disk equals never interrupted.
+"""Law 7 with the real Trainer: killed by SIGKILL and resumed on an empty disk equals uninterrupted.
 
-The uninterrupted training is a plain one, without our callbacks, so these tests also hold that they change nothing.
+The uninterrupted training is a plain one, without our callbacks, so these tests also show that the callbacks change nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_law_7_resumed_equals_uninterrupted_with(lab: Lab, name: str) -> None:
 
 
 def on_start(record: dict[str, Any], name: str, step: int) -> bool:
-    """Whether it is of the evaluation that each start does anew."""
+    """Whether it is of the evaluation that each start repeats."""
     return name == "eval_on_start" and record["step"] == step and "eval_loss" in record
 
 
@@ -87,7 +87,7 @@ class TestSaveBeforeAnEvaluation:
         assert [record["step"] for record in state["log_history"] if "eval_loss" in record] == [6, 12]
         assert "eval_loss" in lab.manifest(1, 12).metrics
 
-    def test_one_that_a_later_callback_asks_for_is_recorded_as_inexact_and_restore_says_so(
+    def test_a_save_that_a_later_callback_requests_is_recorded_as_inexact_and_restore_says_so(
         self, lab: Lab
     ) -> None:
         arguments = {"eval_strategy": "epoch", "save_steps": 100, "after": [["SaveAt", {"step": 6}]]}
@@ -100,7 +100,7 @@ class TestSaveBeforeAnEvaluation:
 
 
 class TestBestModelOnAFreshMachine:
-    def test_it_is_brought_along_survives_rotation_and_is_loaded_at_the_end(self, lab: Lab) -> None:
+    def test_it_is_downloaded_survives_rotation_and_is_loaded_at_the_end(self, lab: Lab) -> None:
         """Of both: the one on this disk, and the one on storage."""
         arguments = {**LOAD_BEST, "save_total_limit": 1, "on_storage": 1}
         lab.killed("first", kill_at=10, committed=8, **arguments)
@@ -110,7 +110,9 @@ class TestBestModelOnAFreshMachine:
         assert resumed.value["best"] == str(best)
         assert (best / "model.safetensors").is_file()
 
-    def test_the_path_in_its_state_is_this_machines_and_the_original_is_kept(self, lab: Lab) -> None:
+    def test_the_path_in_the_state_is_changed_to_this_machine_and_the_original_is_kept(
+        self, lab: Lab
+    ) -> None:
         arguments = {**LOAD_BEST, "save_total_limit": 2}
         lab.killed("first", kill_at=10, committed=8, **arguments)
         lab.killed("second", kill_at=9, committed=8, **arguments)

@@ -29,7 +29,7 @@ def start_hosts(lab: Lab, machine: str, function: str = "train", **arguments: An
 
 
 def test_law_7_hosts_killed_and_resumed_on_empty_disks_equal_uninterrupted(lab: Lab) -> None:
-    """Both write optimizer and state; both need everything back but the random states of the other's rank."""
+    """Both write optimizer and state; both need all files except the random states of the other rank."""
     finish(lab.start_ranks("plain", run_url=None))
     ranks = start_hosts(lab, "first", kill_at=6, committed=4)
     assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2, "\n".join(rank.log for rank in ranks)

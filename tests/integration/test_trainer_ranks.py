@@ -54,7 +54,7 @@ def test_law_7_ranks_killed_and_resumed_equal_uninterrupted_with(lab: Lab, name:
     assert all(lab.catalog.read(key).exact for key in lab.catalog.checkpoints())
 
 
-def test_one_process_moves_bytes_and_talks_to_the_storage(lab: Lab) -> None:
+def test_only_one_process_sends_requests_to_the_storage(lab: Lab) -> None:
     ranks = lab.start_ranks("first", "calls", module=MISHAPS)
     finish(ranks)
     first, second = (rank.value for rank in ranks)
@@ -71,35 +71,35 @@ def test_one_process_moves_bytes_and_talks_to_the_storage(lab: Lab) -> None:
 class TestErrorsReachAllRanks:
     def test_law_9_a_forgotten_restore(self, lab: Lab) -> None:
         finish(lab.start_ranks("first", max_steps=3))
-        for said in fail(lab.start_ranks("second", max_steps=3, restore="forgotten")):
-            assert "RunHasCheckpointsError: The run" in said
-            assert "'loss'" not in said
+        for output in fail(lab.start_ranks("second", max_steps=3, restore="forgotten")):
+            assert "RunHasCheckpointsError: The run" in output
+            assert "'loss'" not in output
 
-    def test_law_8_another_number_of_processes_whose_steps_end_elsewhere(self, lab: Lab) -> None:
+    def test_law_8_a_position_that_cannot_be_converted(self, lab: Lab) -> None:
         lab.killed("first", kill_at=4, committed=3, save_steps=3)
-        for said in fail(lab.start_ranks("second")):
-            assert "PositionError: checkpoint-3 cannot be resumed here: 1 processes before, 2 now." in said
-            assert "12 samples, 12 of them in this epoch, which is not a multiple of the 8 samples" in said
+        for output in fail(lab.start_ranks("second")):
+            assert "PositionError: checkpoint-3 cannot be resumed here: 1 processes before, 2 now." in output
+            assert "12 samples, 12 of them in this epoch, which is not a multiple of the 8 samples" in output
 
     def test_a_storage_that_cannot_be_reached(self, lab: Lab) -> None:
         (lab.folder / "run").touch()
-        for said in fail(lab.start_ranks("first")):
-            assert "hf_cloudtrain.errors.Storage" in said
-            assert f"'{lab.folder}/run'" in said
+        for output in fail(lab.start_ranks("first")):
+            assert "hf_cloudtrain.errors.Storage" in output
+            assert f"'{lab.folder}/run'" in output
 
     def test_law_5_checkpoints_that_are_not_on_storage_at_the_end(self, lab: Lab) -> None:
         env = {"HF_CLOUDTRAIN_DRAIN_TIMEOUT": "1"}
-        for said in fail(lab.start_ranks("first", "outage", module=MISHAPS, first=2, last=None, env=env)):
-            assert "NotCommittedError: Not on storage yet: checkpoint-6" in said
-            assert f"cloudtrain checkpoint flush {lab.machine('first')}" in said
+        for output in fail(lab.start_ranks("first", "outage", module=MISHAPS, first=2, last=None, env=env)):
+            assert "NotCommittedError: Not on storage yet: checkpoint-6" in output
+            assert f"cloudtrain checkpoint flush {lab.machine('first')}" in output
 
     def test_a_configuration_that_never_saves(self, lab: Lab) -> None:
-        for said in fail(lab.start_ranks("first", save_strategy="no")):
-            assert "ConfigurationError: save_strategy='no' never saves" in said
+        for output in fail(lab.start_ranks("first", save_strategy="no")):
+            assert "ConfigurationError: save_strategy='no' never saves" in output
 
 
 def worker(lab: Lab, machine: str, **arguments: Any) -> list[str]:
-    """The words that start an attempt on that machine."""
+    """The arguments that start an attempt on that machine."""
     given = {
         "output_dir": str(lab.machine(machine)),
         "run_url": lab.run_url,
@@ -115,6 +115,6 @@ def finish(ranks: list[Child]) -> None:
 
 
 def fail(ranks: list[Child]) -> list[str]:
-    """What each rank said, after all of them failed."""
+    """The output of each rank, after all of them failed."""
     assert [rank.wait() for rank in ranks] == [1] * len(ranks), "\n".join(rank.log for rank in ranks)
     return [rank.log for rank in ranks]

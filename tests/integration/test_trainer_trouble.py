@@ -1,4 +1,4 @@
-"""What a person may get wrong with the real Trainer, and what may go wrong for them."""
+"""Mistakes that a user may make with the real Trainer, and failures that may happen."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ from tests.servers import MotoServer
 
 MISHAPS = "tests.integration._mishaps"
 FIRST_STEP = "'loss'"
-"""What Trainer prints after a step."""
+"""Trainer prints it after a step."""
 SOON = 30.0
-"""Seconds in which a process ends that nothing holds back, on a slow and busy machine."""
+"""Seconds in which a process ends on a slow and busy machine, if nothing delays it."""
 
 
 class TestRefusedBeforeTheFirstStep:
     def test_a_configuration_that_never_saves(self, lab: Lab) -> None:
-        said = lab.fails("first", save_strategy="no")
-        assert "ConfigurationError: save_strategy='no' never saves a checkpoint" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("first", save_strategy="no")
+        assert "ConfigurationError: save_strategy='no' never saves a checkpoint" in output
+        assert FIRST_STEP not in output
 
     @pytest.mark.parametrize("restore", ["forgotten", "dropped"])
     def test_law_9_step_0_on_a_run_that_has_checkpoints(self, lab: Lab, restore: str) -> None:
         lab.train("first")
-        said = lab.fails("first", restore=restore)
-        assert "RunHasCheckpointsError" in said
-        assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("first", restore=restore)
+        assert "RunHasCheckpointsError" in output
+        assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in output
+        assert FIRST_STEP not in output
         assert lab.catalog.attempts.numbers() == [1]
-        # Nothing is touched: the corrected script finds all as it was.
+        # Nothing is changed: the corrected script finds everything as it was.
         assert (lab.machine("first") / "checkpoint-12" / "model.safetensors").is_file()
 
     def test_a_trial_of_a_hyperparameter_search(self, lab: Lab) -> None:
-        said = lab.fails("first", "search", module=MISHAPS)
-        assert "A hyperparameter search trains many runs, but a run URL names one" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("first", "search", module=MISHAPS)
+        assert "A hyperparameter search trains many runs, but a run URL names one" in output
+        assert FIRST_STEP not in output
         assert lab.catalog.attempts.numbers() == []
 
     @pytest.mark.parametrize(
-        ("change", "words"),
+        ("change", "text"),
         [
             ({"per_device_train_batch_size": 3}, "4 samples per batch and process before, 3 now"),
             ({"gradient_accumulation_steps": 3}, "1 batches per optimizer step before, 3 now"),
         ],
     )
-    def test_law_8_another_batch_or_accumulation_whose_steps_end_elsewhere(
-        self, lab: Lab, change: dict[str, int], words: str
+    def test_law_8_a_batch_or_accumulation_that_cannot_be_converted(
+        self, lab: Lab, change: dict[str, int], text: str
     ) -> None:
         lab.killed("first", kill_at=6, committed=4)
-        said = lab.fails("second", **change)
-        assert f"PositionError: checkpoint-4 cannot be resumed here: {words}" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("second", **change)
+        assert f"PositionError: checkpoint-4 cannot be resumed here: {text}" in output
+        assert FIRST_STEP not in output
         assert not (lab.machine("second") / "checkpoint-4").exists()
 
     def test_an_output_dir_that_cannot_be_written_to(self, lab: Lab) -> None:
         lab.killed("first", kill_at=6, committed=4)
         (lab.folder / "file").touch()
-        said = lab.fails("file/out", "restores_only", module=MISHAPS)
-        assert f"output_dir '{lab.machine('file/out')}' cannot be written to" in said
+        output = lab.fails("file/out", "restores_only", module=MISHAPS)
+        assert f"output_dir '{lab.machine('file/out')}' cannot be written to" in output
 
     def test_a_bucket_that_does_not_exist(self, lab: Lab, moto: MotoServer) -> None:
-        said = lab.fails("first", run_url="s3://no-such-bucket/run", env=on(moto))
-        assert "ObjectNotFoundError" in said
-        assert "no-such-bucket" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("first", run_url="s3://no-such-bucket/run", env=on(moto))
+        assert "ObjectNotFoundError" in output
+        assert "no-such-bucket" in output
+        assert FIRST_STEP not in output
 
     def test_a_bucket_that_may_only_be_read(self, lab: Lab, moto: MotoServer) -> None:
         with Proxy(moto.endpoint) as proxy:
@@ -78,14 +78,14 @@ class TestRefusedBeforeTheFirstStep:
                 lambda call, _: s3_error(403, "AccessDenied") if call.method == "PUT" else None
             )
             run_url = f"s3://{moto.make_bucket()}/run"
-            said = lab.fails("first", run_url=run_url, env=on(moto, endpoint_url=proxy.endpoint))
-        assert "StoragePermissionError" in said
-        assert FIRST_STEP not in said
+            output = lab.fails("first", run_url=run_url, env=on(moto, endpoint_url=proxy.endpoint))
+        assert "StoragePermissionError" in output
+        assert FIRST_STEP not in output
 
 
 class TestCallbacks:
     @pytest.mark.parametrize("parts", ["uploads", "both"])
-    def test_parts_make_one_attempt_and_resume(self, lab: Lab, parts: str) -> None:
+    def test_separate_callbacks_are_one_attempt_and_resume(self, lab: Lab, parts: str) -> None:
         lab.killed("first", kill_at=6, committed=4, parts=parts)
         assert lab.train("second", parts=parts).value["restored"]
         assert lab.catalog.attempts.numbers() == [1, 2]
@@ -110,7 +110,7 @@ class TestCallbacks:
         lab.train("first", env={"HF_CLOUDTRAIN_RUN_URL": lab.run_url})
         assert lab.steps() == [4, 8, 12]
 
-    def test_a_final_model_is_committed_by_its_own_manifest_each_time_anew(self, lab: Lab) -> None:
+    def test_each_save_of_a_final_model_has_a_manifest_of_its_own(self, lab: Lab) -> None:
         value = lab.train("first", "saves_model", module=MISHAPS, times=2).value
         assert value["urls"] == [f"{lab.run_url}/final", f"{lab.run_url}/final.2"]
         manifest = NamedFolders(lab.catalog).read(NamedFolders(lab.catalog).keys()[0])
@@ -141,22 +141,22 @@ class TestStartsAgain:
 
     def test_a_run_complete_within_an_epoch_is_not_trained_on(self, lab: Lab) -> None:
         lab.train("first", max_steps=9)
-        said = lab.fails("second", max_steps=9)
-        assert "RunCompleteError" in said
-        assert FIRST_STEP not in said
+        output = lab.fails("second", max_steps=9)
+        assert "RunCompleteError" in output
+        assert FIRST_STEP not in output
         assert lab.steps() == [4, 8, 9]
 
-    def test_law_9_a_second_train_of_the_same_trainer_is_no_fresh_start(self, lab: Lab) -> None:
-        said = lab.fails("first", "trains_again", module=MISHAPS)
-        assert "RunHasCheckpointsError" in said
+    def test_law_9_a_second_train_of_the_same_trainer_is_not_a_fresh_start(self, lab: Lab) -> None:
+        output = lab.fails("first", "trains_again", module=MISHAPS)
+        assert "RunHasCheckpointsError" in output
         assert lab.steps() == [4, 8, 12]
 
     def test_law_9_a_notebook_that_forgets_to_restore_after_an_error(self, lab: Lab) -> None:
         first = {"after": [["FailAt", {"step": 6}]]}
-        said = lab.fails("first", "notebook", module=MISHAPS, first=first, second={"restore": "forgotten"})
-        assert "RunHasCheckpointsError" in said
+        output = lab.fails("first", "notebook", module=MISHAPS, first=first, second={"restore": "forgotten"})
+        assert "RunHasCheckpointsError" in output
 
-    def test_a_notebook_continues_in_another_folder_after_an_error(self, lab: Lab) -> None:
+    def test_a_notebook_continues_in_a_different_folder_after_an_error(self, lab: Lab) -> None:
         first = {"after": [["FailAt", {"step": 6}]]}
         second = {"output_dir": str(lab.machine("second"))}
         value = lab.train("first", "notebook", module=MISHAPS, first=first, second=second).value
@@ -178,7 +178,7 @@ class TestStartsAgain:
 
 
 class TestStaleFiles:
-    def test_local_checkpoints_of_another_lineage_are_moved_aside_and_never_taken(self, lab: Lab) -> None:
+    def test_local_checkpoints_of_a_different_history_are_moved_aside_and_never_used(self, lab: Lab) -> None:
         lab.killed("first", kill_at=6, committed=4)
         stale = lab.machine("first") / "checkpoint-999"
         stale.mkdir()
@@ -190,14 +190,14 @@ class TestStaleFiles:
         assert (moved / "model.safetensors").read_bytes() == b"of another run"
         assert lab.steps() == [4, 8, 12]
 
-    def test_a_local_checkpoint_that_is_half_there_is_not_taken(self, lab: Lab) -> None:
+    def test_an_incomplete_local_checkpoint_is_not_used(self, lab: Lab) -> None:
         lab.plain()
         lab.killed("first", kill_at=6, committed=4)
         (lab.machine("first") / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
         lab.train("first")
         assert lab.difference("first") == 0.0
 
-    def test_a_random_state_of_a_larger_world_is_not_uploaded(self, lab: Lab) -> None:
+    def test_a_random_state_of_a_training_on_more_ranks_is_not_uploaded(self, lab: Lab) -> None:
         litter = {"step": 2, "path": "checkpoint-4/rng_state_3.pth"}
         lab.train("first", before=[["Litter", litter]])
         paths = {entry.path for entry in lab.manifest(1, 4).files}
@@ -214,9 +214,9 @@ class TestInexact:
         assert not lab.manifest(1, 4).exact
         second = lab.train("second", save_only_model=True)
         assert "will not equal an uninterrupted one: save_only_model=True leaves out" in second.log
-        assert lab.difference("second") > 0.0  # or the 0.0 of the other tests would mean nothing
+        assert lab.difference("second") > 0.0  # else the 0.0 of the other tests would prove nothing
 
-    def test_callbacks_whose_state_a_resume_forgets_are_recorded(self, lab: Lab) -> None:
+    def test_callbacks_whose_state_is_not_restored_are_recorded(self, lab: Lab) -> None:
         stopping = ["EarlyStoppingCallback", {"early_stopping_patience": 3}]
         arguments: dict[str, Any] = {
             "eval_strategy": "steps",
@@ -235,7 +235,7 @@ class TestSlowAndBrokenStorage:
         arguments = {"save_steps": 2, "save_total_limit": 1, "waiting": 2}
         child = lab.train("first", "slow_upload", module=MISHAPS, until=11, **arguments)
         assert [path.name for path in lab.machine("first").glob("checkpoint-*")] == ["checkpoint-12"]
-        # The first was under way, the newest counts; what waited between them was overtaken, and that is said.
+        # The first was under way, and the newest counts; those that waited in between were dropped, and the log says so.
         steps = lab.steps()
         assert (steps[0], steps[-1]) == (2, 12)
         assert 4 not in steps
@@ -243,7 +243,7 @@ class TestSlowAndBrokenStorage:
         assert lab.problems() == []
         assert lab.outbox("first") == []
 
-    def test_law_4_what_a_kill_left_in_the_outbox_is_committed_by_the_next_start(self, lab: Lab) -> None:
+    def test_law_4_the_next_start_commits_what_a_kill_left_in_the_outbox(self, lab: Lab) -> None:
         lab.plain()
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, kill_at=6)
         assert child.wait() == -signal.SIGKILL
@@ -254,9 +254,7 @@ class TestSlowAndBrokenStorage:
         assert lab.keys() == ["000001-0000000004", "000002-0000000008", "000002-0000000012"]
         assert lab.difference("first") == 0.0
 
-    def test_an_outage_during_training_leaves_it_unharmed_and_all_is_committed_at_the_end(
-        self, lab: Lab
-    ) -> None:
+    def test_after_an_outage_during_training_everything_is_committed_at_the_end(self, lab: Lab) -> None:
         jolts = {"after": [["Jolt", {}]]}
         plain = lab.plain(**jolts)
         child = lab.train("first", "outage", module=MISHAPS, first=3, last=11, **jolts)
@@ -267,15 +265,15 @@ class TestSlowAndBrokenStorage:
         assert child.value["log"] == plain.value["log"]
 
     def test_law_5_an_outage_until_the_end_is_an_error_that_names_the_command(self, lab: Lab) -> None:
-        said = lab.fails(
+        output = lab.fails(
             "first", "outage", module=MISHAPS, first=5, last=None, env={"HF_CLOUDTRAIN_DRAIN_TIMEOUT": "1"}
         )
-        assert "NotCommittedError: Not on storage yet: checkpoint-12" in said
-        assert f"cloudtrain checkpoint flush {lab.machine('first')}" in said
+        assert "NotCommittedError: Not on storage yet: checkpoint-12" in output
+        assert f"cloudtrain checkpoint flush {lab.machine('first')}" in output
         assert lab.train("first").value["step"] == 12
         assert lab.steps()[-1] == 12
 
-    def test_law_5_the_deadline_ends_the_process_though_an_upload_hangs(self, lab: Lab) -> None:
+    def test_law_5_the_deadline_ends_the_process_even_if_an_upload_hangs(self, lab: Lab) -> None:
         env = {"HF_CLOUDTRAIN_DRAIN_TIMEOUT": "1"}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, env=env)
         assert child.wait(SOON) == 1
@@ -285,9 +283,9 @@ class TestSlowAndBrokenStorage:
 class TestLaw5EndsEarly:
     def test_an_exception_in_training_drains_what_was_saved(self, lab: Lab) -> None:
         fails = {"after": [["FailAt", {"step": 6}]]}
-        said = lab.fails("first", "slow_upload", module=MISHAPS, until=None, **fails)
-        assert "ZeroDivisionError: a bug of the user" in said
-        assert "Training ended early. Finishing the upload" in said
+        output = lab.fails("first", "slow_upload", module=MISHAPS, until=None, **fails)
+        assert "ZeroDivisionError: a bug of the user" in output
+        assert "Training ended early. Finishing the upload" in output
         assert lab.steps() == [4]
         assert lab.problems() == []
 
@@ -299,7 +297,7 @@ class TestLaw5EndsEarly:
         assert "Training ended early. Finishing the upload" in child.log
         assert lab.steps() == [4]
 
-    @pytest.mark.slow  # once in some ten runs on a busy machine the first Ctrl-C is not heard in time
+    @pytest.mark.slow  # on a busy machine about one run in ten handles the first Ctrl-C too late
     def test_a_third_ctrl_c_names_the_command_that_finishes_it(self, lab: Lab) -> None:
         interrupted = {"after": [["InterruptAt", {"step": 6, "times": 2}]]}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, **interrupted)

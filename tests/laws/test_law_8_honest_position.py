@@ -1,7 +1,7 @@
 """Law 8, Honest position: other processes, batches or accumulation convert the place, or nothing is resumed.
 
-Here the arithmetic, against loaders that Accelerate makes; real training is in tests/integration/test_trainer_place.py
-and test_loop_place.py.
+Here the arithmetic, against loaders that Accelerate makes; real training is in tests/integration/test_trainer_topology.py
+and test_loop_topology.py.
 """
 
 from __future__ import annotations

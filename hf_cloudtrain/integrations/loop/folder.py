@@ -166,7 +166,9 @@ class LoopFolder:
         # Where several hosts saved the step again, the nonce ends with a number.
         best = next((found for found in manifests if f"{found.nonce}-".startswith(f"{nonce}-")), None)
         if best is None:
-            logger.warning("The best checkpoint (step %d) is not on storage, so there is no 'best'.", step)
+            logger.warning(
+                "The best checkpoint (step %d) is not on storage, so 'best' cannot be written.", step
+            )
             return
         work = self._output_dir / META / f"best-{temp_suffix()}"
         download(catalog, best, work / "files", wanted=is_for_people)

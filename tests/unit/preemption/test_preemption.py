@@ -30,7 +30,7 @@ def save(checkpointer: Checkpointer, step: int) -> None:
     checkpointer.save(folder, Position(global_step=step))
 
 
-def said(tmp_path: Path) -> dict[str, Any]:
+def exit_record(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "exit.json").read_text())  # type: ignore[no-any-return]
 
 
@@ -58,8 +58,8 @@ class TestAlone:
         assert left.value.code == 75
         assert states == ["preempted"]
         assert [key.step for key in made.catalog.checkpoints()] == [5]
-        assert said(tmp_path)["reason"] == "a rebooting host"
-        assert said(tmp_path)["committed"] == "000001-0000000005"
+        assert exit_record(tmp_path)["reason"] == "a rebooting host"
+        assert exit_record(tmp_path)["committed"] == "000001-0000000005"
 
     def test_it_leaves_when_the_time_is_up_and_names_what_is_not_on_storage(
         self, made: Checkpointer, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -73,7 +73,7 @@ class TestAlone:
             preemption.leave(5)
         assert "Training was stopped at step 5 (EC2). " in caplog.text
         assert "checkpoint-5" in caplog.text
-        assert said(tmp_path)["committed"] is None
+        assert exit_record(tmp_path)["committed"] is None
         assert [entry.title for entry in made.outbox.entries()] == ["checkpoint-5"]
 
     def test_the_first_notice_counts_and_the_shortest_time(
@@ -97,7 +97,7 @@ class TestAlone:
         states: list[str] = []
         with pytest.raises(OvertakenError):
             preemption.leave(5, states.append)
-        assert (states, said(tmp_path)["outcome"]) == (["overtaken"], "overtaken")
+        assert (states, exit_record(tmp_path)["outcome"]) == (["overtaken"], "overtaken")
 
     def test_a_heartbeat_that_cannot_be_stored_does_not_delay_it(
         self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +109,7 @@ class TestAlone:
         with pytest.raises(PreemptedExit):
             preemption.leave(5, lambda state: hung.wait(600) and None)
         hung.set()
-        assert said(tmp_path)["committed"] == "000001-0000000005"
+        assert exit_record(tmp_path)["committed"] == "000001-0000000005"
 
     def test_storage_that_does_not_answer_does_not_delay_it(
         self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -163,7 +163,7 @@ class TestAlone:
         assert preemption.step_ended() is StopDecision.QUIT
         with pytest.raises(OvertakenError):
             preemption.quit()
-        assert said(tmp_path)["outcome"] == "overtaken"
+        assert exit_record(tmp_path)["outcome"] == "overtaken"
 
     def test_training_does_not_start_while_a_notice_is_pending(
         self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,8 +175,8 @@ class TestAlone:
         stop.touch()
         with pytest.raises(PreemptedExit):
             check_no_pending_notice(made)
-        assert said(tmp_path)["outcome"] == "preempted"
-        assert str(stop) in said(tmp_path)["reason"]
+        assert exit_record(tmp_path)["outcome"] == "preempted"
+        assert str(stop) in exit_record(tmp_path)["reason"]
 
     def test_a_file_that_appears_is_a_notice(
         self, made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +256,7 @@ def test_the_exit_file_is_written_atomically_and_an_error_does_not_stop_the_proc
     made: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record_end(made, "stopped", "why")
-    assert (said(tmp_path)["outcome"], said(tmp_path)["saved"]) == ("stopped", None)
+    assert (exit_record(tmp_path)["outcome"], exit_record(tmp_path)["saved"]) == ("stopped", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exit.json", "out", "run"]
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_CLOUDTRAIN_EXIT_FILE", str(tmp_path / "file" / "exit.json"))

@@ -166,7 +166,7 @@ class TestOrder:
         steps(20)
         assert ct.processed_steps() == 20
 
-    def test_without_a_notice_there_is_no_emergency_save(self) -> None:
+    def test_without_a_notice_no_emergency_save_is_due(self) -> None:
         ct.init(10)
         assert ct.is_emergency_save() is False
 

@@ -1,4 +1,4 @@
-"""Law 8 under the real Trainer: resumed with other processes or another accumulation, each sample is seen as often."""
+"""Law 8 with the real Trainer: resumed with different processes or accumulation, each sample is seen once an epoch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.integration.test_trainer_ranks import finish
 
 EPOCHS, SAMPLES = 3, 24
 HALF = 32
-"""Samples of which every topology below makes two equal halves."""
+"""Samples that every topology below divides into two equal halves."""
 COMMON: dict[str, Any] = {"num_train_epochs": EPOCHS, "samples": SAMPLES, "save_steps": 1}
 
 Topology = tuple[int, dict[str, Any]]
-"""Processes, and what else decides the meaning of a step."""
+"""Processes, and the other settings that decide how many samples a step has."""
 ONE: Topology = (1, {"per_device_train_batch_size": 4})
 TWO: Topology = (2, {"per_device_train_batch_size": 4})
 CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
-    # then, today, the step of then at epoch 1.5 of 3, the same place in steps of today
+    # old, new, the old step at epoch 1.5 of 3, the same position in new steps
     "doubled accumulation": (
         (1, {"per_device_train_batch_size": 2}),
         (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
@@ -47,31 +47,31 @@ CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_law_8_every_sample_is_seen_as_often_and_the_schedule_ends_right_with(lab: Lab, change: str) -> None:
-    old, new, step, same_place = CHANGES[change]
+def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_with_the_data_with(
+    lab: Lab, change: str
+) -> None:
+    old, new, step, converted = CHANGES[change]
     killed(lab, "first", old, kill_at=step + 1, committed=step, samples=HALF)
     plain = trained(lab, "plain", new, samples=HALF, run_url=None)
     resumed = trained(lab, "second", new, samples=HALF)
     assert lab.manifest(1, step).position.epoch == 1.5
-    seen = samples_of(lab, "first", old[0], until=step) + samples_of(lab, "second", new[0], after=same_place)
+    seen = samples_of(lab, "first", old[0], until=step) + samples_of(lab, "second", new[0], after=converted)
     assert seen == samples_of(lab, "plain", new[0])
     assert Counter(seen) == dict.fromkeys(range(HALF), EPOCHS)
     assert resumed["step"] == plain["step"]
     rates = [record["learning_rate"] for record in plain["log"]]
-    assert [record["learning_rate"] for record in resumed["log"] if record["step"] > same_place] == rates[
-        same_place:
+    assert [record["learning_rate"] for record in resumed["log"] if record["step"] > converted] == rates[
+        converted:
     ]
     epochs = [record["epoch"] for record in plain["log"]]
-    assert [record["epoch"] for record in resumed["log"] if record["step"] > same_place] == epochs[
-        same_place:
-    ]
+    assert [record["epoch"] for record in resumed["log"] if record["step"] > converted] == epochs[converted:]
     attempt = lab.catalog.attempts.read_all()[-1]
-    assert (attempt.global_step, str(attempt.resumed_from)) == (same_place, f"000001-{step:010d}")
+    assert (attempt.global_step, str(attempt.resumed_from)) == (converted, f"000001-{step:010d}")
     assert lab.keys()[-1] == f"000002-{plain['step']:010d}"
     assert lab.problems() == []
 
 
-def test_law_8_hosts_that_did_not_exist_get_the_place_and_random_states_of_their_own(lab: Lab) -> None:
+def test_law_8_new_hosts_get_the_position_and_random_states_of_their_own(lab: Lab) -> None:
     killed(lab, "first", ONE, kill_at=9, committed=8)
     finish(start_hosts(lab, "second", **COMMON, **TWO[1]))
     seen = samples_of(lab, "first", 1, until=8) + samples_of(lab, "second", 2)
@@ -82,7 +82,7 @@ def test_law_8_hosts_that_did_not_exist_get_the_place_and_random_states_of_their
     assert lab.problems() == []
 
 
-def test_law_8_the_log_says_what_changed_and_what_is_no_longer_exact(lab: Lab) -> None:
+def test_law_8_the_log_says_what_changed_and_what_is_not_exact(lab: Lab) -> None:
     killed(lab, "first", TWO, kill_at=5, committed=4)
     second = start(lab, "second", ONE)[0]
     assert second.wait() == 0, second.log
@@ -96,8 +96,8 @@ def test_law_8_the_log_says_what_changed_and_what_is_no_longer_exact(lab: Lab) -
     )
 
 
-def test_law_8_a_place_is_converted_once_however_often_it_is_restored(lab: Lab) -> None:
-    """On the machine that saved it, whose folders count otherwise; and back again."""
+def test_law_8_a_position_is_converted_once_however_often_it_is_restored(lab: Lab) -> None:
+    """On the machine that saved it, whose folders have old numbers; and back again."""
     killed(lab, "first", ONE, kill_at=9, committed=8)
     doubled = (1, {"per_device_train_batch_size": 8})
     for _ in range(2):
@@ -113,12 +113,12 @@ def test_law_8_a_place_is_converted_once_however_often_it_is_restored(lab: Lab) 
     assert [attempt.global_step for attempt in lab.catalog.attempts.read_all()] == [0, 4, 4, 8]
 
 
-def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_counted_otherwise(lab: Lab) -> None:
+def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_renumbered(lab: Lab) -> None:
     best = {
         "eval_strategy": "steps",
         "eval_steps": 1,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "nearness",  # best after 6 steps, of whatever size
+        "metric_for_best_model": "nearness",  # best after 6 steps, of any size
         "greater_is_better": True,
         "save_total_limit": 2,
     }
@@ -135,8 +135,8 @@ def test_law_8_the_best_checkpoint_stays_the_best_when_steps_are_counted_otherwi
     assert all((loaded[name] == saved[name]).all() for name in saved)
 
 
-def test_law_8_a_dispatched_loader_is_refused_within_an_epoch_and_the_remedy_holds(lab: Lab) -> None:
-    """On the same topology: Accelerate would go on in the order of another epoch, and finish."""
+def test_law_8_a_dispatched_loader_is_refused_within_an_epoch_and_the_advice_works(lab: Lab) -> None:
+    """On the same topology: Accelerate would continue in the order of a different epoch, and finish."""
     dispatched = {"accelerator_config": {"dispatch_batches": True}}
     killed(lab, "first", ONE, kill_at=9, committed=8, **dispatched)
     assert "accelerator_config={'dispatch_batches': False}" in failed(lab, "second", ONE, **dispatched)
@@ -145,8 +145,8 @@ def test_law_8_a_dispatched_loader_is_refused_within_an_epoch_and_the_remedy_hol
     assert Counter(seen) == dict.fromkeys(range(SAMPLES), EPOCHS)
 
 
-def test_law_8_an_order_that_no_checkpoint_holds_is_said_to_be_lost(lab: Lab) -> None:
-    """In the first epoch it is drawn as it was: the script's seed leads there."""
+def test_law_8_an_order_that_is_in_no_checkpoint_is_recorded_as_inexact(lab: Lab) -> None:
+    """In the first epoch the same order is drawn again, from the seed of the script."""
     killed(lab, "first", ONE, kill_at=9, committed=8, accelerator_config={"use_seedable_sampler": False})
     assert [lab.manifest(1, step).exact for step in range(1, 9)] == [True] * 6 + [False] * 2
     second = start(lab, "second", ONE, accelerator_config={"use_seedable_sampler": False})[0]
@@ -157,18 +157,16 @@ def test_law_8_an_order_that_no_checkpoint_holds_is_said_to_be_lost(lab: Lab) ->
 
 
 class TestWhatCannotBeConvertedIsRefused:
-    def test_law_8_a_schedule_of_max_steps_until_its_length_is_given_in_steps_of_today(
-        self, lab: Lab
-    ) -> None:
+    def test_law_8_max_steps_must_be_given_in_new_steps(self, lab: Lab) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8, max_steps=16)
-        said = failed(lab, "second", TWO, max_steps=16)
-        assert "max_steps=16 is counted in the new (differently sized) steps" in said
-        assert "pass max_steps=8" in said
+        output = failed(lab, "second", TWO, max_steps=16)
+        assert "max_steps=16 is counted in the new (differently sized) steps" in output
+        assert "pass max_steps=8" in output
         assert trained(lab, "third", TWO, max_steps=8)["step"] == 8
         assert len(samples_of(lab, "third", 2)) == 8 * (16 - 8) // 2
 
     @pytest.mark.parametrize(
-        ("change", "words"),
+        ("change", "text"),
         [
             ({"samples": 22}, "the training dataset had 24 samples; it has 22 samples now"),
             ({"seed": 43}, "in the order of seed 42, but this Trainer uses seed 43"),
@@ -184,15 +182,15 @@ class TestWhatCannotBeConvertedIsRefused:
         ],
         ids=str,
     )
-    def test_law_8_other_data_or_another_order(self, lab: Lab, change: dict[str, Any], words: str) -> None:
+    def test_law_8_a_different_dataset_or_order(self, lab: Lab, change: dict[str, Any], text: str) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8)
-        assert words in failed(lab, "second", (1, {**ONE[1], **change}))
+        assert text in failed(lab, "second", (1, {**ONE[1], **change}))
         assert lab.catalog.attempts.numbers() == [1]
 
-    def test_law_8_a_stream_of_which_trainer_knows_no_place(self, lab: Lab) -> None:
+    def test_law_8_a_stream_has_no_position_to_convert(self, lab: Lab) -> None:
         killed(lab, "first", ONE, kill_at=9, committed=8, stream=True, max_steps=18)
-        said = failed(lab, "second", TWO, stream=True, max_steps=9)
-        assert "1 processes before, 2 now. The dataset is streamed" in said
+        output = failed(lab, "second", TWO, stream=True, max_steps=9)
+        assert "1 processes before, 2 now. The dataset is streamed" in output
 
 
 def start(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> list[Child]:
@@ -222,7 +220,7 @@ def failed(lab: Lab, machine: str, topology: Topology, **arguments: Any) -> str:
 
 
 def samples_of(lab: Lab, machine: str, size: int, *, after: int = 0, until: int = 10**9) -> list[int]:
-    """The samples that a machine's models saw, in the order of the data: the ranks take turns, batch by batch."""
+    """The samples that the models of a machine saw, in the order of the data: the ranks take turns, batch by batch."""
     ranks = [lab.batches(machine, rank=rank, after=after, until=until) for rank in range(size)]
     batches = chain.from_iterable(zip(*ranks, strict=True))
     return [number for _, numbers in batches for number in numbers]

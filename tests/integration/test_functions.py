@@ -1,4 +1,4 @@
-"""Plain PyTorch scripts on the function API, in real processes: killed, restored elsewhere, and gone on with."""
+"""Plain PyTorch scripts on the function API, in real processes: killed, restored elsewhere, and continued."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrup
     run_url = f"s3://{moto.make_bucket()}/runs/cifar"
     catalog = Catalog(Storage(run_url, moto.storage_options))
 
-    def words(machine: str, **arguments: Any) -> list[str]:
+    def arguments_of(machine: str, **arguments: Any) -> list[str]:
         (tmp_path / machine).mkdir()
         return [
             "-m",
@@ -123,13 +123,13 @@ def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrup
         }
 
     log = tmp_path / "log"
-    with torchrun(*words("first", hold_at=HELD), log=log, env=env("first")) as launcher:
+    with torchrun(*arguments_of("first", hold_at=HELD), log=log, env=env("first")) as launcher:
         deadline = time.monotonic() + PATIENCE
         while not any(key.step == 8 for key in catalog.checkpoints()) and time.monotonic() < deadline:
             assert launcher.poll() is None, log.read_text()
             time.sleep(0.05)
         kill_family(launcher)
-    second = words("second", restore=True, group="after", result=str(tmp_path / "second.safetensors"))
+    second = arguments_of("second", restore=True, group="after", result=str(tmp_path / "second.safetensors"))
     with torchrun(*second, log=log, env=env("second")) as launcher:
         assert launcher.wait(PATIENCE) == 0, log.read_text()
     assert "Resuming from checkpoint-8 (attempt 1)" in log.read_text()
@@ -139,8 +139,8 @@ def test_torchrun_on_s3_killed_and_restored_in_an_empty_folder_equals_uninterrup
     assert problems(catalog) == []
 
 
-def test_a_script_that_loads_before_init_goes_on_where_its_platform_says(runs: Runs) -> None:
-    """PeriFlow's way: the platform puts the files there, says so by environment, and the script is as it was."""
+def test_a_script_that_loads_before_init_continues_at_the_step_that_its_platform_names(runs: Runs) -> None:
+    """As on PeriFlow: the platform restores the files, names the checkpoint in the environment, and the script is unchanged."""
     runs.plain()
     runs.killed("first", committed=8, hold_at=HELD)
     key = runs.catalog.newest()
@@ -159,8 +159,8 @@ def test_a_script_that_loads_before_init_goes_on_where_its_platform_says(runs: R
     assert runs.lab.problems() == []
 
 
-def test_a_kill_while_files_are_newer_than_their_commit_puts_the_committed_ones_back(runs: Runs) -> None:
-    """On the same disk: what the killed process wrote and did not hand over is not what the run goes on from."""
+def test_after_a_kill_files_newer_than_the_last_commit_are_replaced(runs: Runs) -> None:
+    """On the same disk: the run does not resume from files that the killed process wrote and did not upload."""
     runs.plain()
     runs.killed("first", committed=8, hold_at=HELD)
     (runs.folder / "first/checkpoint.pt").write_bytes(b"half written")
@@ -169,16 +169,18 @@ def test_a_kill_while_files_are_newer_than_their_commit_puts_the_committed_ones_
 
 
 @pytest.mark.parametrize("group", ["before", "after"])
-def test_law_7_one_rank_is_told_to_go_and_all_save_the_same_step_and_leave(runs: Runs, group: str) -> None:
+def test_law_7_one_rank_receives_the_signal_and_all_save_the_same_step_and_leave(
+    runs: Runs, group: str
+) -> None:
     runs.plain()
     seen = f"{runs.folder}/first-{{rank}}.seen"
     exit_file = runs.folder / "exit.json"
     env = {"HF_CLOUDTRAIN_EXIT_FILE": str(exit_file)}
-    ranks = runs.start("first", told=5, seen=seen, restore=True, group=group, env=env)
+    ranks = runs.start("first", signal_at=5, seen=seen, restore=True, group=group, env=env)
     assert [rank.wait() for rank in ranks] == [PreemptedExit.CODE] * 2, "\n".join(rank.log for rank in ranks)
     assert runs.lab.steps() == [4, 6]
-    said = json.loads(exit_file.read_text())
-    assert (said["outcome"], said["reason"]) == ("preempted", "SIGTERM")
+    ended = json.loads(exit_file.read_text())
+    assert (ended["outcome"], ended["reason"]) == ("preempted", "SIGTERM")
     progress = runs.catalog.attempts.read_progress(1)
     assert progress is not None
     assert progress["state"] == "preempted"
@@ -189,14 +191,14 @@ def test_law_7_one_rank_is_told_to_go_and_all_save_the_same_step_and_leave(runs:
     assert json.loads(exit_file.read_text())["outcome"] == "finished"
 
 
-def test_on_another_number_of_processes_each_sample_is_seen_once(runs: Runs) -> None:
+def test_on_a_different_number_of_processes_each_sample_is_seen_once(runs: Runs) -> None:
     runs.killed("first", committed=4, hold_at=6)
     runs.train("second", size=1, restore=True, total_steps=4 + 16)
     seen = [n for rank in range(2) for n in runs.samples("first", rank, until=4)]
     assert sorted(seen + runs.samples("second")) == list(range(96))
 
 
-def test_ranks_that_never_make_a_process_group_are_one_attempt(runs: Runs) -> None:
+def test_ranks_without_a_process_group_are_one_attempt(runs: Runs) -> None:
     first = runs.start("first", function="shards", total_steps=3)
     finish(first)
     assert [rank.value for rank in first] == [[0, None]] * 2
@@ -210,7 +212,7 @@ def test_ranks_that_never_make_a_process_group_are_one_attempt(runs: Runs) -> No
     assert runs.lab.problems() == []
 
 
-def test_law_9_is_said_on_all_ranks(runs: Runs) -> None:
+def test_law_9_a_forgotten_restore_is_an_error_on_all_ranks(runs: Runs) -> None:
     finish(runs.start("first", function="shards", total_steps=1))
     ranks = runs.start("second")
     assert [rank.wait() for rank in ranks] == [1, 1]
@@ -223,7 +225,7 @@ def test_law_9_is_said_on_all_ranks(runs: Runs) -> None:
     ("ending", "code", "state"),
     [("", 0, "finished"), ("raise ValueError('of the script')", 1, "failed"), ("sys.exit(3)", 3, "finished")],
 )
-def test_law_5_a_script_that_just_ends_has_its_last_upload_on_storage(
+def test_law_5_a_script_that_simply_ends_has_its_last_upload_on_storage(
     tmp_path: Path, ending: str, code: int, state: str
 ) -> None:
     script = f"""

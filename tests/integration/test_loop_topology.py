@@ -1,4 +1,4 @@
-"""Law 8 in a loop: resumed with other processes, batches or accumulation, each sample is seen once an epoch."""
+"""Law 8 in a loop: resumed with different processes, batches or accumulation, each sample is seen once an epoch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tests.integration.test_trainer_hosts import start_hosts
 
 EPOCHS, SAMPLES = 3, 24
 HALF = 32
-"""Samples of which every topology below makes two equal halves."""
+"""Samples that every topology below divides into two equal halves."""
 
 Topology = tuple[int, dict[str, Any]]
-"""Processes, and what else decides the meaning of a step."""
+"""Processes, and the other settings that decide how many samples a step has."""
 ONE: Topology = (1, {})
 TWO: Topology = (2, {})
 SEEDED = {"config": {"use_seedable_sampler": True}}
 STATEFUL = {"config": {"use_stateful_dataloader": True}}
 CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
-    # then, today, the step of then at epoch 1.5 of 3, the same place in steps of today
+    # old, new, the old step at epoch 1.5 of 3, the same position in new steps
     "doubled accumulation": ((1, {"batch_size": 2}), (1, {"batch_size": 2, "accumulation": 2}), 24, 12),
     "1 process instead of 2": (TWO, ONE, 6, 12),
     "2 processes instead of 1": (ONE, TWO, 12, 6),
@@ -46,7 +46,7 @@ CHANGES: dict[str, tuple[Topology, Topology, int, int]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_with(
+def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_with_the_data_with(
     lab: Lab, change: str
 ) -> None:
     old, new, step, place = CHANGES[change]
@@ -70,8 +70,8 @@ def test_law_8_every_sample_is_seen_once_an_epoch_and_the_schedule_ends_right_wi
     assert lab.problems() == []
 
 
-def test_law_8_a_host_that_did_not_exist_hears_its_place_from_the_first_one(lab: Lab) -> None:
-    """Two hosts that share no disk: what process 0 has saved is brought to both."""
+def test_law_8_a_new_host_takes_its_position_from_the_first_one(lab: Lab) -> None:
+    """Two hosts that share no disk: both download what process 0 has saved."""
     first = ran(lab, "first", ONE, save_steps=12, kill=12)
     second = ran(lab, "second", TWO, epochs=2, disks=True)
     seen = counted(first, until=12) + counted(second)
@@ -91,7 +91,7 @@ class TestOneProcess:
     def go(self, tmp_path: Path, machine: str, **arguments: Any) -> dict[str, Any]:
         return attempt(str(tmp_path / machine), run_url=str(tmp_path / "run"), **{"epochs": 2, **arguments})
 
-    def test_law_8_between_two_epochs_any_step_will_do(self, tmp_path: Path) -> None:
+    def test_law_8_between_two_epochs_any_topology_can_resume(self, tmp_path: Path) -> None:
         self.first(tmp_path, kill=6)  # of 6 an epoch, and the save that ends it
         catalog = Catalog(Storage(str(tmp_path / "run")))
         newest = catalog.newest()
@@ -103,7 +103,7 @@ class TestOneProcess:
         )
         assert (resumed["step"], resumed["schedule"]) == (4, 4)
 
-    def test_law_8_the_folder_of_then_is_taken_and_stays_out_of_the_way(self, tmp_path: Path) -> None:
+    def test_law_8_the_local_folder_is_reused_under_its_new_number(self, tmp_path: Path) -> None:
         self.first(tmp_path, kill=4)
         found: list[Path] = []
         inodes: list[int] = []
@@ -118,7 +118,7 @@ class TestOneProcess:
         assert inodes == [inode], "it was not downloaded again"
         assert (again["step"], again["seen"][0][:2]) == (6, [3, 0])
 
-    def test_law_8_a_stream_that_knows_its_length_and_its_place_is_converted(self, tmp_path: Path) -> None:
+    def test_law_8_a_stream_with_a_length_and_a_state_is_converted(self, tmp_path: Path) -> None:
         seen = self.first(tmp_path, data="stateful", epochs=1)
         resumed = self.go(tmp_path, "second", data="stateful", batch_size=8, epochs=1)
         numbers = [number for step, _, batch in seen for number in batch if step <= 4]
@@ -127,7 +127,7 @@ class TestOneProcess:
         assert resumed["step"] == 3
 
     @pytest.mark.parametrize(
-        ("old", "new", "words"),
+        ("old", "new", "text"),
         [
             (
                 {},
@@ -153,14 +153,14 @@ class TestOneProcess:
         ids=str,
     )
     @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's
-    def test_law_8_what_cannot_be_converted_is_refused(
-        self, tmp_path: Path, old: dict[str, Any], new: dict[str, Any], words: str
+    def test_law_8_a_position_that_cannot_be_converted_is_refused(
+        self, tmp_path: Path, old: dict[str, Any], new: dict[str, Any], text: str
     ) -> None:
         self.first(tmp_path, **old)
-        with pytest.raises(PositionError, match=words):
+        with pytest.raises(PositionError, match=text):
             self.go(tmp_path, "second", **new)
 
-    def test_law_8_other_data_between_two_epochs_is_said(
+    def test_law_8_a_different_dataset_between_two_epochs_causes_a_warning(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         self.go(tmp_path, "first", epochs=1)
@@ -171,9 +171,7 @@ class TestOneProcess:
             in caplog.text
         )
 
-    def test_law_8_an_epoch_that_was_left_early_cannot_be_counted_in_other_steps(
-        self, tmp_path: Path
-    ) -> None:
+    def test_law_8_an_epoch_that_was_left_early_cannot_be_converted(self, tmp_path: Path) -> None:
         forget_accelerate()
         accelerator = Accelerator(cpu=True)
         batches = DataLoader(Rows(SAMPLES), batch_size=4)
@@ -214,7 +212,7 @@ def ran(
 
 
 def rate_at(position: int) -> float:
-    """The learning rate of `_loops.train` after so many moves of its schedule."""
+    """The learning rate of `_loops.train` after so many steps of its schedule."""
     return 0.05 / (1 + position / 10)
 
 
