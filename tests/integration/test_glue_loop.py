@@ -55,11 +55,11 @@ def test_mrpc_killed_in_epoch_1_and_resumed_in_an_empty_folder_equals_uninterrup
                 "--output_dir": tmp_path / machine / "output",
                 "--per_device_train_batch_size": BATCH // processes,
             }
-            words = [str(word) for option in options.items() for word in option]
+            arguments = [str(argument) for option in options.items() for argument in option]
             script = str(REPOSITORY / "examples" / "glue" / "train.py")
             log = tmp_path / f"{machine}.log"
             return stack.enter_context(
-                accelerate_launch(script, *words, processes=processes, log=log, env=moto.env)
+                accelerate_launch(script, *arguments, processes=processes, log=log, env=moto.env)
             )
 
         plain = start("plain", str(tmp_path / "run"))  # beside the other one: both cores have work

@@ -44,7 +44,9 @@ def test_a_manifest_tells_the_position(tmp_path: Path) -> None:
     assert position.max_steps == 9, "five batches an epoch are three steps"
     assert position.fingerprint is not None
     train(tmp_path / "run", tmp_path / "two", Rows(20), accumulation=2, epochs=3)
-    assert manifests(tmp_path / "run")[-1].position.fingerprint is None, "between epochs there is no order"
+    assert manifests(tmp_path / "run")[-1].position.fingerprint is None, (
+        "an order exists within an epoch only"
+    )
 
 
 def test_an_inexact_checkpoint_records_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.manifest import decode_record
 from hf_cloudtrain.errors import ManifestError
-from hf_cloudtrain.runtime.files import is_left_over, temp_suffix
+from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
 from hf_cloudtrain.storage.names import META
 
@@ -73,10 +73,8 @@ class LoopState:
 
     def write_log(self, output_dir: Path) -> None:
         """Write `log.json`, so that a reader sees either the old one or the new one."""
-        path = output_dir / "log.json"
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(json.dumps(self.log, indent=2, ensure_ascii=False) + "\n")
-        os.replace(beside, path)
+        text = json.dumps(self.log, indent=2, ensure_ascii=False) + "\n"
+        write_whole(output_dir / "log.json", text.encode())
 
     @classmethod
     def read(cls, folder: Path) -> LoopState:

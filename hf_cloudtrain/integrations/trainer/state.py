@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.resume.topology import Conversion
+from hf_cloudtrain.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -114,12 +114,8 @@ class RestoredState:
         if changed != _read(self._path):
             if not self._original.exists():
                 self._original.parent.mkdir(parents=True, exist_ok=True)
-                beside = self._original.with_suffix(".tmp")
-                shutil.copyfile(self._path, beside)
-                os.replace(beside, self._original)
-            beside = self._path.with_suffix(".tmp")
-            beside.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n")
-            os.replace(beside, self._path)
+                write_whole(self._original, self._path.read_bytes())
+            write_whole(self._path, (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode())
 
     def _as_saved(self) -> Record:
         """The record of the checkpoint: the file here may have been changed already, even for another topology."""
