@@ -1,4 +1,4 @@
-"""Run the import and the tests of errors, env and storage on each Python of setup.cfg that this machine has, without torch.
+"""Run the import and the basic tests on each Python of setup.cfg that this machine has, without torch.
 
 `make test-pythons`. A Python is found on PATH or among those of pyenv, and gets a small environment in .venv-pythons/.
 """

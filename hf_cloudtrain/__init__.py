@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError(
-        "hf_cloudtrain does not run on Windows, because it needs file locks and signals of Linux or macOS. Install it and run "
-        "your training inside WSL: https://learn.microsoft.com/windows/wsl/install"
+        "hf_cloudtrain does not run on Windows, because it needs file locks and signals of Linux or macOS. Install it "
+        "and run your training inside WSL: https://learn.microsoft.com/windows/wsl/install"
     )
 
 if TYPE_CHECKING:

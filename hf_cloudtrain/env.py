@@ -22,7 +22,8 @@ STORE = "HF_CLOUDTRAIN_STORE"
 CACHE = "HF_CLOUDTRAIN_CACHE"
 """Folder for local copies of datasets, shared by the processes of a machine. Default: `~/.cache/hf_cloudtrain`."""
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
-"""Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none. Default: none."""
+"""Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none.
+Default: none."""
 RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
 """Set by a launcher that has restored a checkpoint before the script starts: its key, such as `000003-0000000500`.
 Default: none."""
@@ -31,8 +32,8 @@ DRAIN_TIMEOUT = "HF_CLOUDTRAIN_DRAIN_TIMEOUT"
 HEARTBEAT = "HF_CLOUDTRAIN_HEARTBEAT"
 """Seconds between two heartbeats of a run, and between two checks for a newer attempt. Default: `15`."""
 GRACE = "HF_CLOUDTRAIN_GRACE"
-"""Seconds from a preemption notice that names no time, such as a signal, to the end of the machine. Default: `30`, as for
-torchrun."""
+"""Seconds from a preemption notice that names no time, such as a signal, to the end of the machine. Default: `30`, as
+for torchrun."""
 EXIT_FILE = "HF_CLOUDTRAIN_EXIT_FILE"
 """File to which an attempt writes how it ended, for the program that started it. Default: none."""
 STOP_FILE = "HF_CLOUDTRAIN_STOP_FILE"
@@ -47,7 +48,8 @@ EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 GCE_HOST = "GCE_METADATA_HOST"
 """Variable of Google Cloud: host, or host:port, of its metadata service. Default: `169.254.169.254`."""
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
-"""Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names. Default: none."""
+"""Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names.
+Default: none."""
 
 DEFAULT_GRACE = 30.0
 """Seconds; see `GRACE`."""
@@ -58,7 +60,7 @@ def run_url(argument: str | None) -> str:
     url = run_url_or_none(argument)
     if url is None:
         raise ConfigurationError(
-            f"No run URL was given. Pass one, for example CloudTrainCallback('s3://bucket/runs/mrpc'), or set {RUN_URL}."
+            f"No run URL was given. Pass one, such as CloudTrainCallback('s3://bucket/runs/mrpc'), or set {RUN_URL}."
         )
     return url
 

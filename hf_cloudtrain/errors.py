@@ -119,7 +119,7 @@ class PreemptedError(CloudTrainError):
 
 
 class PreemptedExit(SystemExit):
-    """Ends a script whose training was saved and stopped. Its exit code is 75, which means "try again later" (sysexits.h)."""
+    """Ends a script whose training was saved and stopped. Exit code 75 means "try again later" (sysexits.h)."""
 
     CODE = 75
 

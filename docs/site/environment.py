@@ -22,9 +22,9 @@ An argument of the API takes precedence over its variable. An empty value counts
 """
 
 FOOT = """
-Rank and number of processes come from the process group, or else from the variables that torchrun, `accelerate launch` and
-`mpirun` wrappers set: `RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` and `TORCHELASTIC_*`. Credentials
-of the clouds come from their own variables and files: [Storage](storage.md).
+Rank and number of processes come from the process group, or else from the variables that torchrun and `accelerate
+launch` set: `RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` and `TORCHELASTIC_*`. Credentials of
+the clouds come from their own variables and files: [Storage](storage.md).
 """
 
 

@@ -1,8 +1,8 @@
-"""What every room needs from the process, the machine and the other ranks. Nothing here knows about storage or checkpoints.
+"""What every room needs from the process, the machine and the other ranks; nothing about storage or checkpoints.
 
 In reading order:
 
-- `ranks`: which rank this process is, and how all ranks take one decision or raise one error (`Ranks.agree`, `Ranks.each`)
+- `ranks`: the rank of this process; one decision or one error for all ranks (`Ranks.agree`, `Ranks.each`)
 - `rendezvous`: how ranks communicate before a process group exists
 - `threads`: parallel work, time limits, and work before the process ends
 - `files`: locks, and folders that a process is still making

@@ -33,7 +33,7 @@ _making: set[str] = set()
 
 
 def temp_suffix() -> str:
-    """A suffix for the name of a folder that this process is making, by which `is_left_over` finds out whether it ended."""
+    """A suffix for the name of a folder that this process is making; `is_left_over` recognises it after its end."""
     token = f"{os.getpid()}-{secrets.token_hex(4)}"
     _making.add(token)
     return token

@@ -34,7 +34,7 @@ class Progress:
 
 
 class Bar:
-    """A tqdm bar over a Progress, on a terminal and in notebooks: `with Bar(progress): progress.begin(…); progress.add(…)`."""
+    """A tqdm bar over a Progress, on a terminal and in notebooks: `with Bar(progress): progress.add(…)`."""
 
     def __init__(self, progress: Progress, *, hidden: bool = False) -> None:
         self._progress = progress

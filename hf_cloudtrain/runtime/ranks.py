@@ -1,10 +1,10 @@
 """Which rank this process is, and how the ranks of one job agree.
 
 Each decision is taken once and broadcast, and an error on one rank is raised on all ranks. Work that may wait for the
-network or the disk never runs inside a collective, which would time out after `ddp_timeout`: it runs in a thread, and the
-ranks exchange its state in short turns until it is done. The group is a gloo group of our own; the user's group is never
-used. Before `init_process_group`, ranks communicate through `rendezvous.py`. A single process without a process group, or
-without torch, is rank 0 of 1.
+network or the disk never runs inside a collective, which would time out after `ddp_timeout`: it runs in a thread, and
+the ranks exchange its state in short turns until it is done. The group is a gloo group of our own; the user's group is
+never used. Before `init_process_group`, ranks communicate through `rendezvous.py`. A single process without a process
+group, or without torch, is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUICK_SECONDS = 0.02
 TURN_SECONDS = 0.25
 """Longest time between two turns, and so the longest delay of an answer."""
 SETTLE_SECONDS = 0.1
-"""Time for the threads of gloo at the end of a process, see `_let_gloo_settle`."""
+"""Time for the threads of gloo at the end of a process, see `_settle_at_exit`."""
 GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 """A rank that takes part in no turn for this long is assumed to have crashed. Turns never wait for uploads."""
 
@@ -58,8 +58,7 @@ class Ranks:
         """The ranks of torch.distributed; one rank without a process group.
 
         Args:
-            folder: a folder through which ranks of one host can communicate before a process group exists; None: several
-                ranks need a process group.
+            folder: where ranks of one host can communicate before a process group exists; None: they need a group.
 
         Raises:
             ConfigurationError: several ranks that cannot communicate.
@@ -72,8 +71,8 @@ class Ranks:
             return cls(rank := _rank(size), size, Rendezvous(_rendezvous_store(folder, size), rank, size))
         if size > 1 and "torch" in sys.modules:
             raise ConfigurationError(
-                f"WORLD_SIZE is {size}, but no process group exists yet. Create TrainingArguments or Accelerator, or call "
-                "torch.distributed.init_process_group, before restore()."
+                f"WORLD_SIZE is {size}, but no process group exists yet. Create TrainingArguments or Accelerator, or "
+                "call torch.distributed.init_process_group, before restore()."
             )
         return cls()
 
@@ -145,7 +144,7 @@ class Ranks:
         return [answers[rank] for rank in self.leaders]  # type: ignore[misc]
 
     def here(self, work: Callable[[], T], what: str) -> T:
-        """Run `work` on every rank, in this thread because frameworks require it; an error on one rank is raised on all."""
+        """Run `work` on every rank, in this thread, as frameworks require; an error on one rank is raised on all."""
         error: Exception | None = None
         try:
             answer = work()
@@ -298,18 +297,13 @@ def _torch_distributed() -> Any:
 
 @functools.cache
 def _settle_at_exit() -> None:
-    """Register `_let_gloo_settle`, once."""
-    at_exit(_let_gloo_settle)
+    """At the end of the process, let gloo's threads release the objects of the last collectives; registered once.
 
-
-def _let_gloo_settle() -> None:
-    """Let gloo's threads release the objects of the last collectives while the interpreter still runs.
-
-    They do it some time after the collective has ended, and need the GIL for it. A thread that asks for the GIL while the
-    interpreter shuts down aborts the process: "terminate called without an active exception" (PyTorch 2.13,
+    They do it some time after the collective has ended, and need the GIL for it. A thread that asks for the GIL while
+    the interpreter shuts down aborts the process: "terminate called without an active exception" (PyTorch 2.13,
     `ProcessGroupGloo::runLoop`). Sleeping releases the GIL and the core.
     """
-    time.sleep(SETTLE_SECONDS)
+    at_exit(lambda: time.sleep(SETTLE_SECONDS))
 
 
 def _rank(size: int) -> int:

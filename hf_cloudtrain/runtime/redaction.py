@@ -17,14 +17,14 @@ SECRET_NAME = re.compile(
 MIN_LENGTH = 8
 """Characters of the shortest variable that counts as a secret: `false` and `1` occur in many texts."""
 
-# On hostile text the time of these patterns grows with its length, not with its square: a lookahead finds the word in a name
-# once, and the length of a user or a token is limited.
+# On hostile text the time of these patterns grows with its length, not with its square: a lookahead finds the word in a
+# name once, and the length of a user or a token is limited.
 _PARAMETER = re.compile(
     r"((?:^|[?&;\s])(?=[\w-]*?(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)))[\w-]+=)[^&\s'\";]+",
     re.IGNORECASE,
 )
-# As clients print their options and headers. Not any 'Key', which in S3 is the name of an object, and not the name of an
-# exception such as NoCredentialsError.
+# As clients print their options and headers. Not any 'Key', which in S3 is the name of an object, and not the name of
+# an exception such as NoCredentialsError.
 _FIELD = re.compile(
     r"((?<![\w-])(?![\w-]*(?-i:Error|Exception)\b)"
     r"(?=[\w-]*?(?:token|secret|passw|credential|access_?key|account_?key|authorization))[\w-]+['\"]?\s*:\s*"

@@ -1,7 +1,7 @@
 """Communication of ranks without a process group: through the launcher's store, or a folder that all of them see.
 
-Both may hold values of earlier processes: torchrun keeps its store when it restarts its workers, and a folder outlives every
-launch. So the ranks of a launch first agree on a roster:
+Both may hold values of earlier processes: torchrun keeps its store when it restarts its workers, and a folder outlives
+every launch. So the ranks of a launch first agree on a roster:
 
     every rank    hello-<rank> = a fresh nonce
     rank 0        roster = the nonces of all
@@ -241,8 +241,8 @@ class LauncherStore:
             return call()
         except RuntimeError as error:  # the type of all errors of torch's stores
             raise PeerError(
-                f"The launcher's store at {self._where!r} does not answer ({str(error).splitlines()[0]}). Restart the job, "
-                "or call torch.distributed.init_process_group first."
+                f"The launcher's store at {self._where!r} does not answer ({str(error).splitlines()[0]}). Restart the "
+                "job, or call torch.distributed.init_process_group first."
             ) from error
 
 
@@ -254,8 +254,8 @@ def _wait_for(condition: Callable[[], bool], missing: Callable[[], list[int]]) -
             ranks = ", ".join(map(str, missing()))
             raise PeerError(
                 f"Rank {ranks} did not answer within {PATIENCE:.0f} s. Every rank must call the same "
-                "functions. If the ranks share neither a launcher nor a disk, call torch.distributed.init_process_group "
-                "first."
+                "functions. If the ranks share neither a launcher nor a disk, call "
+                "torch.distributed.init_process_group first."
             )
         time.sleep(pause)
         pause = min(LONGEST_PAUSE, pause * 2)

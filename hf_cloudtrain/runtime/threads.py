@@ -20,8 +20,8 @@ TURN = 0.2
 def before_exit(method: Callable[[], None]) -> None:
     """Call a bound method while threads still run, when the script ends or an exception, Ctrl-C or sys.exit ends it.
 
-    `atexit` is too late: no thread pool starts a thread then. `concurrent.futures` uses the same hook. The object is not
-    kept alive, and a forked child does not call the method.
+    `atexit` is too late: no thread pool starts a thread then. `concurrent.futures` uses the same hook. The object is
+    not kept alive, and a forked child does not call the method.
     """
     reference: Any = weakref.WeakMethod(method)
 
@@ -48,7 +48,8 @@ def at_exit(call: Callable[[], None]) -> None:
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
     """The answer or the error of `work`, which runs in a thread of its own; TimeoutError once `is_late` returns True.
 
-    The thread cannot be ended: it keeps running as a daemon, so from then on nothing else may use the objects of `work`.
+    The thread cannot be ended: it keeps running as a daemon, so from then on nothing else may use the objects of
+    `work`.
     """
     task = in_thread(work)
     while not wait([task], TURN).done:

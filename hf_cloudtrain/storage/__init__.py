@@ -1,8 +1,8 @@
 """Bytes at a URL. This is the only room that imports fsspec or a native client, and the only one that retries requests.
 
-    other rooms ─> client.Storage ─> retries ─> silence ─┬─> fsspec_backend   any protocol of fsspec; names, records
-                       │               │                 ├─> local_backend    folders on a disk
-                       └─> urls        └─> failures      └─> native           large files of s3://, gs:// and az://
+    rooms ─> client ─> retries ─> silence ─┬─> fsspec_backend   any protocol of fsspec; names, records
+               │          │                ├─> local_backend    folders on a disk
+               └─> urls   └─> failures     └─> native           large files of s3://, gs:// and az://
 
 In reading order:
 
@@ -16,5 +16,5 @@ In reading order:
 - `native`: parallel transfers through obstore; `native_stores`: its credentials, region and endpoint for each cloud
 - `digest`: the digest algorithm; `names`: the folder of our own records, and safe paths
 
-Imports `errors`, `runtime` and `env`.
+Imports only `errors` and `runtime`.
 """

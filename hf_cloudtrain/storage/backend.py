@@ -36,7 +36,7 @@ class IncompleteUpload:
 
 
 class Backend(Protocol):
-    """The requests to one storage location. Paths are relative to its root; each method raises what its client raises."""
+    """Requests to one storage location. Paths are relative to its root. Each method raises the errors of its client."""
 
     def read(self, path: str, limit: int) -> bytes:
         """The first `limit` bytes of an object."""

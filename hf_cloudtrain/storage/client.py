@@ -35,7 +35,9 @@ DELETES_AT_ONCE = 8
 MAX_RECORD_READ = 64 * 2**20
 """Bytes of the largest record that is read into memory."""
 
-_DIFFERENT_BYTES = "{!r} returned different bytes from those written (read-after-write check failed). Check the storage and any proxy."
+_DIFFERENT_BYTES = (
+    "{!r} returned different bytes from those written (read-after-write check failed). Check the storage."
+)
 
 
 class Storage:
@@ -69,7 +71,7 @@ class Storage:
         self._retries = Retries()
 
     def check(self) -> None:
-        """Write, read, create twice and delete a small object through each client that will move bytes; sets `exclusive`.
+        """Write, read, create twice and delete a small object through each client that will be used; sets `exclusive`.
 
         Raises:
             StorageError: says what to do, for example about a missing bucket, missing permission or a wrong region.
@@ -106,8 +108,8 @@ class Storage:
     def create(self, path: str, data: bytes) -> bool:
         """Store an object only if none exists; returns False where another writer's exists.
 
-        Returns True also where exactly these bytes exist: they are from our own first try, whose answer was lost. So the
-        data of two writers must differ, by a nonce.
+        Returns True also where exactly these bytes exist: they are from our own first try, whose answer was lost. So
+        the data of two writers must differ, by a nonce.
         """
 
         def create(backend: Backend) -> bool:

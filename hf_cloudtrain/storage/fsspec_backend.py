@@ -21,15 +21,15 @@ from hf_cloudtrain.storage.retries import S3_CLIENT_ATTEMPTS
 from hf_cloudtrain.storage.urls import local_path, missing_extra
 
 COPIES = {"s3", "s3a", "gs", "gcs", "memory"}
-"""Protocols whose file systems copy an object of any size and return when the copy exists. adlfs does not wait for it."""
+"""Protocols whose file systems copy objects of any size and wait for the copy. adlfs does not wait."""
 
 S3_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
     "retries": {"max_attempts": S3_CLIENT_ATTEMPTS},
 }
-"""Our own digests check the bytes. Servers other than AWS refuse or break botocore's checksums of each request and response:
-rclone sends the checksum of the whole object with a part, so reading up to a limit fails."""
+"""Our own digests check the bytes. Servers other than AWS refuse or break botocore's checksums of each request and
+response: rclone sends the checksum of the whole object with a part, so reading up to a limit fails."""
 
 
 class FsspecBackend:
@@ -148,8 +148,8 @@ def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, 
         raise missing_extra(protocol, str(error)) from None
     except ValueError:
         raise ConfigurationError(
-            f"Unknown protocol {protocol + '://'!r}. Use s3://, gs://, az://, hf://buckets/, file://, or a protocol that "
-            "an fsspec plug-in registers."
+            f"Unknown protocol {protocol + '://'!r}. Use s3://, gs://, az://, hf://buckets/, file://, or one that an "
+            "fsspec plug-in registers."
         ) from None
     # An instance of our own: a shared one may cache listings, and may have been made before a fork.
     arguments = {**kind._get_kwargs_from_urls(url), **options, "skip_instance_cache": True}

@@ -44,7 +44,8 @@ class LocalBackend:
         full = self._full(path)
         os.unlink(full)
         parent = os.path.dirname(full)
-        # Remove empty folders of a checkpoint, but not those of our records: another process may be about to write there.
+        # Remove empty folders of a checkpoint, but not those of our records: another process may be about to write
+        # there.
         while parent != self._root and not path.startswith(META):
             try:
                 os.rmdir(parent)

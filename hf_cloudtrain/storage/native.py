@@ -1,6 +1,7 @@
 """Large files through obstore, a native client for `s3://`, `gs://` and `az://`.
 
-It takes an eighth of the CPU time of s3fs or boto3 per byte and releases the GIL, so a thread beside the training loop is enough.
+It takes an eighth of the CPU time of s3fs or boto3 per byte and releases the GIL, so a thread beside the training loop
+is enough.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ PARTS_IN_FLIGHT = 4
 MAX_PARTS = 9_000
 """S3 accepts 10,000 parts; above 140 GB the parts grow."""
 BLOCK_SIZE = 256 * 2**10
-"""Bytes of a download that are handled at a time: still in the cache of the processor when they are hashed and written. Blocks
-of 1 MiB and more take twice the CPU time per byte, because malloc returns their memory to the system each time."""
+"""Bytes of a download that are handled at a time: still in the cache of the processor when they are hashed and written.
+Blocks of 1 MiB and more take twice the CPU time per byte, because malloc returns their memory to the system each
+time."""
 
 
 class NativeTransfer:
@@ -134,7 +136,8 @@ class NativeTransfer:
 def native_transfer(protocol: str, root: str, options: dict[str, Any]) -> NativeTransfer | None:
     """A native client for `root` ("bucket/prefix"), or None if fsspec must move the bytes.
 
-    None after a fork of a process that has used one: its threads do not exist in the child, and a call would hang for ever.
+    None after a fork of a process that has used one: its threads do not exist in the child, and a call would hang for
+    ever.
     """
     build = STORES.get(protocol)
     if build is None or _first_pid() != os.getpid():

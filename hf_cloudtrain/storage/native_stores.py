@@ -1,8 +1,8 @@
 """obstore's clients for S3, GCS and Azure: credentials, region, endpoint, timeouts.
 
 The provider's own library resolves them (botocore, google-auth, azure-identity), because obstore alone reads neither
-profiles nor `~/.aws`. Each function returns None where a storage option has no counterpart in obstore; fsspec then moves
-the bytes.
+profiles nor `~/.aws`. Each function returns None where a storage option has no counterpart in obstore; fsspec then
+moves the bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _S3_IRRELEVANT = (
     "use_listings_cache skip_instance_cache listings_expiry_time max_paths"
 ).split()
 _S3_KNOWN = (
-    "key username secret password token profile anon endpoint_url use_ssl client_kwargs config_kwargs s3_additional_kwargs "
-    "requester_pays"
+    "key username secret password token profile anon endpoint_url use_ssl client_kwargs config_kwargs "
+    "s3_additional_kwargs requester_pays"
 ).split()
 _S3_CLIENT_KNOWN = (
     "endpoint_url region_name verify use_ssl aws_access_key_id aws_secret_access_key aws_session_token"

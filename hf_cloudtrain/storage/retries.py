@@ -30,7 +30,7 @@ NATIVE_RETRIES: Any = {"max_retries": 4, "retry_timeout": datetime.timedelta(min
 """Retries inside obstore."""
 
 S3_CLIENT_ATTEMPTS = 1
-"""Attempts inside s3fs and botocore. With three layers of retries, a lasting error would take five minutes to appear."""
+"""Attempts inside s3fs and botocore. With three layers of retries, a lasting error would appear after five minutes."""
 
 # A generator of our own: retries must not change the random numbers of the training.
 _jitter = random.Random()
@@ -65,7 +65,6 @@ class Retries:
             except Exception as error:  # noqa: BLE001 - every client has its own tree of errors
                 ours = explain(error)
                 cause = self._cause_to_reconnect(ours)
-                pause: float | None
                 if cause is None:
                     pause = next(pauses, None) if isinstance(ours, StorageUnavailableError) else None
                 else:
@@ -98,7 +97,7 @@ class Retries:
 
 
 def jittered(pause: float) -> float:
-    """A random time between half of `pause` (s) and all of it, so that a thousand hosts do not retry at the same moment."""
+    """A random time between half of `pause` (s) and all of it, so that a thousand hosts do not retry at once."""
     return pause * _jitter.uniform(0.5, 1.0)
 
 

@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SILENCE = 600.0
-"""Seconds of silence after which a request is given up. A native client with its own timeouts ends within 8 minutes (5 for a
-request, and no new try after 3); other clients may wait for ever."""
+"""Seconds of silence after which a request is given up. A native client with its own timeouts ends within 8 minutes (5
+for a request, and no new try after 3); other clients may wait for ever."""
 
 SILENT_RATE = 1e6
 """Bytes per second that extend the limit: clients of fsspec may buffer a whole file before they report progress."""
@@ -79,5 +79,6 @@ def answer_unless_silent(
             if not count.late:
                 raise  # the client's own
             raise SilentError(
-                f"Could not {what}: no answer and no byte for {count.patience:.0f} s. Check the network and the endpoint."
+                f"Could not {what}: no answer and no byte for {count.patience:.0f} s. Check the network and the "
+                "endpoint."
             ) from error

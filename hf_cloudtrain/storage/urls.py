@@ -25,10 +25,9 @@ def shown_url(url: str) -> str:
         raise ConfigurationError(
             f"{url!r} is not a run URL. Use a URL such as 's3://bucket/runs/mrpc', or a folder."
         )
-    scheme, separator, _ = url.partition("://")
-    if not separator:
-        return local_path(url)
-    return f"file://{local_path(url)}" if scheme in ("file", "local") else redact(url.rstrip("/"))
+    if not is_local(url):
+        return redact(url.rstrip("/"))
+    return f"file://{local_path(url)}" if "://" in url else local_path(url)
 
 
 def protocol_of(url: str) -> str:

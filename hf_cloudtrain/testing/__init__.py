@@ -1,7 +1,7 @@
 """Fault injection for tests of training scripts, public as `hf_cloudtrain.testing`. docs/testing.md shows examples.
 
 - `storage`: `FaultyStorage`, whose requests fail, hang, are slow or return wrong answers
-- `disk`: `FaultyDisk`, which is full or read-only, and `CrashPoint`, which ends the process at a chosen change of a folder
+- `disk`: `FaultyDisk`, which is full or read-only, and `CrashPoint`, which ends the process at a change of a folder
 
 May import every other room; no other room imports this one.
 """

@@ -1,7 +1,7 @@
-"""A disk that fails on purpose, and a process that is killed at a change of its disk; public in `hf_cloudtrain.testing`.
+"""A disk that fails on purpose, and a process that is killed at a change of its disk.
 
-An audit hook of the interpreter sees every change before it is made: an open for writing, a link, a rename, a removal, a new
-or removed folder, a new time. Names relative to an open folder count as below the watched one.
+An audit hook of the interpreter sees every change before it is made: an open for writing, a link, a rename, a removal,
+a new or removed folder, a new time. Names relative to an open folder count as below the watched one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DISK_POINTS = {
 }
 """Changes of an output folder by name: audit event, which of its paths, and a glob for that path.
 
-A save freezes large files by links, and a rename accepts it. A rename removes a committed entry from the outbox. A rename
-turns a verified download into `checkpoint-<step>`.
+A save freezes large files by links, and a rename accepts it. A rename removes a committed entry from the outbox. A
+rename turns a verified download into `checkpoint-<step>`.
 """
 
 _EVER = sys.maxsize
@@ -112,8 +112,8 @@ class CrashPoint(_Watch):
 class FaultyDisk(_Watch):
     """Refuses changes below a folder from the n-th on, as a full disk does, or one that the kernel made read-only.
 
-    A full disk (`errno.ENOSPC`) refuses only what needs space: files opened for writing, folders, links. Bytes written to a
-    file that is already open are not seen; use a small tmpfs for that.
+    A full disk (`errno.ENOSPC`) refuses only what needs space: files opened for writing, folders, links. Bytes written
+    to a file that is already open are not seen; use a small tmpfs for that.
 
     Args:
         below: the folder; other changes do not count or fail.

@@ -1,7 +1,7 @@
 """A storage that fails on purpose, for tests of training scripts and of this package.
 
-A call is one request, so a retry is one more call. `CrashPoint` kills a process between any two changes of its disk, not only
-at a storage call; `FaultyDisk` is a disk that is full or read-only.
+A call is one request, so a retry is one more call. `CrashPoint` kills a process between any two changes of its disk,
+not only at a storage call; `FaultyDisk` is a disk that is full or read-only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_cloudtrain.storage.digest import Digest
 from hf_cloudtrain.testing.disk import crash_now
 
 Kind = Literal["any", "read", "write", "create", "list", "delete", "copy", "upload", "download"]
-"""The calls that a fault affects. `upload` and `download` move files; `read`, `write` and `create` move small records."""
+"""The calls that a fault affects. `upload` and `download` move files; `read`, `write`, `create` move small records."""
 
 Point = Literal[
     "attempt", "claim", "files", "arrival", "part", "commit", "pointer", "heartbeat", "steps",
@@ -46,8 +46,8 @@ POINTS: dict[str, tuple[Kind, str]] = {
     "fetch": ("download", "checkpoint-*"),
     "retire": ("delete", ".cloudtrain/checkpoints/*"),
 }
-"""Kind of the request and glob of its path, for each `Point`: the attempt, a save (claim, files, arrival, part of one host,
-commit, pointer), a restore (newest, manifest, fetch), and the deletion of a manifest."""
+"""Kind of the request and glob of its path, for each `Point`: the attempt, a save (claim, files, arrival, part of one
+host, commit, pointer), a restore (newest, manifest, fetch), and the deletion of a manifest."""
 
 Lie = Literal["missing", "exists", "late", "size"]
 """A wrong answer of a storage."""
@@ -65,9 +65,9 @@ class Call(NamedTuple):
 class FaultyStorage(Storage):
     """A Storage that records its requests, and whose requests fail as configured. Arguments as `Storage`.
 
-    Each fault counts the matching requests from the moment it is added: `call=2` affects the second one, and `times` is the
-    number of requests in a row that it affects. Bytes move through fsspec, never through a native client, so that each
-    request is seen.
+    Each fault counts the matching requests from the moment it is added: `call=2` affects the second one, and `times` is
+    the number of requests in a row that it affects. Bytes move through fsspec, never through a native client, so that
+    each request is seen.
 
     Example:
         >>> storage = FaultyStorage("memory://runs/mrpc")
@@ -156,8 +156,9 @@ class FaultyStorage(Storage):
         """The storage gives a wrong answer.
 
         Args:
-            what: `missing`: "not found" although the object exists, and empty listings. `exists`: a create is refused although
-                no object exists. `late`: listings show only the objects of now. `size`: listings show one byte less.
+            what: `missing`: "not found" although the object exists, and empty listings. `exists`: a create is refused
+                although no object exists. `late`: listings show only the objects of now. `size`: listings show one
+                byte less.
         """
         if what == "late":
             before = {info.path for info in self._connected()._backend.list("")}
@@ -189,7 +190,7 @@ class FaultyStorage(Storage):
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[FaultyStorage]:
-        """In this block, every Storage of this process for the same URL has these faults and records its requests here."""
+        """In this block, every Storage of this process for the same URL has these faults and is recorded here."""
         connect = Storage._connected
         script = self
 

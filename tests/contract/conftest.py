@@ -1,4 +1,4 @@
-"""The storage locations that the contract suite runs on: each kind of storage, with each client that can move its bytes."""
+"""The storage locations of the contract suite: each kind of storage, with each client that can move its bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that has used a storage is forked (`notebook_launcher`, `datasets.map(num_proc)`): the child must not hang."""
+"""A child of a process that has used a storage must not hang (`notebook_launcher`, `datasets.map(num_proc)`)."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_truncated_response_is_fetched_again(wire: Wire, tmp_path: Path) -> None
 def test_a_storage_that_throttles_gets_few_requests(
     wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Including the tries inside the clients: five of obstore, with back-off, and two of s3fs between two pauses of ours."""
+    """Including tries inside the clients: five of obstore, with back-off, and two of s3fs between our pauses."""
     (tmp_path / "source").write_bytes(b"content")
     wire.storage.write("record", b"x")
     pauses: list[float] = []

@@ -1,4 +1,4 @@
-"""An expected error of ours ends a script with a short traceback whose last line is our sentence; the rest is at DEBUG level."""
+"""An expected error of ours ends a script with a short traceback and our sentence; the rest is at DEBUG level."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_a_launch_of_fewer_ranks_reads_nothing_of_a_larger_one(place: Place) -> 
 
 
 def test_a_late_rank_replaces_its_predecessor(place: Place) -> None:
-    """Rank 0 finds the nonce of an ended rank 2 and invites it; only the new process can accept, and all ranks wait for it."""
+    """Rank 0 invites the nonce of an ended rank 2; only the new process can accept, and all ranks wait for it."""
     launch(place, 3, talk)
     store = place()
     old = store.get("roster")

@@ -158,7 +158,7 @@ def test_a_request_may_be_named_by_its_purpose(storage: FaultyStorage) -> None:
 
 
 def test_a_run_makes_every_named_request(machines: Machines) -> None:
-    """Otherwise a crash point could never be reached. Several hosts make parts; the tracker makes heartbeats and steps."""
+    """Or a crash point could not be reached. Several hosts make parts; the tracker makes heartbeats and steps."""
     machine = machines.new()
     machine.start()
     machine.save(5, best=True)
