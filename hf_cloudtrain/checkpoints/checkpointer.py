@@ -246,6 +246,7 @@ class Checkpointer:
         for hook in self._saved_hooks:
             hook(position.global_step)
 
+    @short_traceback
     def save_folder(self, folder: str | Path, name: str) -> str:
         """Commit any folder of rank 0's disk under a name, by the same manifest; returns its URL once it is committed.
 

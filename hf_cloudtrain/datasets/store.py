@@ -54,6 +54,7 @@ from hf_cloudtrain.runtime.files import boot_id, is_left_over, temp_suffix
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.runtime.provenance import origin
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META, clean_path
@@ -96,6 +97,7 @@ class DatasetStore:
         self.catalog = Catalog(Storage(f"{self.url.removesuffix('/')}/datasets", self._options))
         self._folders = NamedFolders(self.catalog)
 
+    @short_traceback
     def create(
         self, name: str, source: str | Path, *, progress: Progress | None = None
     ) -> tuple[Dataset, int | None]:
@@ -132,6 +134,7 @@ class DatasetStore:
             found.setdefault(name, []).append(version)
         return found
 
+    @short_traceback
     def find(self, name: str, version: int | None = None) -> Dataset:
         """A version of a dataset; None finds the newest. Raises NoDatasetError, ManifestError."""
         known = self.versions()
@@ -148,6 +151,7 @@ class DatasetStore:
         except NoCheckpointError:  # deleted since the listing
             raise self._missing(name, []) from None
 
+    @short_traceback
     def delete(self, name: str, version: int) -> None:
         """Delete one version. Raises NoDatasetError, ManifestError, StorageError."""
         try:
@@ -160,6 +164,7 @@ class DatasetStore:
         found = map(parse_folder_key, self._folders.retiring())
         return sorted(item[1] for item in found if item and item[0] == name)
 
+    @short_traceback
     def local_copy(
         self,
         dataset: Dataset,
@@ -230,6 +235,7 @@ class DatasetStore:
         )
 
 
+@short_traceback
 def local_copy(name: str, version: int | None = None, *, store: str | None = None) -> Path:
     """The folder with a dataset's files on this machine, verified, read-only and shared by its processes.
 

@@ -15,6 +15,7 @@ from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
 from hf_cloudtrain.tracking.records import StepRecords
 from hf_cloudtrain.tracking.status import number
@@ -121,6 +122,7 @@ class History:
         return min(1.0, productive / wall) if wall > 0 and productive > 0 else None
 
 
+@short_traceback
 def read_history(run_url: str | None, storage_options: dict[str, Any] | None = None) -> History:
     """Read the records of a run.
 
