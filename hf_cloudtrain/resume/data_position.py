@@ -161,15 +161,9 @@ class DataPosition:
         return same_numpy_state(numpy_state(), self._numpy)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after `batches`, as numbers, texts and tensors.
-
-        Raises:
-            ConfigurationError: `begin` was not called.
-        """
+        """The position after `batches`, as numbers, texts and tensors. Raises ConfigurationError before `begin`."""
         if self._begun is None:
-            raise ConfigurationError(
-                "The position of this DataLoader is unknown. Call begin() before state_dict()."
-            )
+            raise ConfigurationError("The position is unknown. Call begin() before state_dict().")
         fetch = self._next_fetch()
         before = fetch.random if fetch else None
         if before is not None and before.numpy is None:
@@ -284,22 +278,13 @@ class DataPosition:
 
 
 def converted(record: dict[str, Any], *, batches: int, old: tuple[int, int]) -> dict[str, Any]:
-    """The same position for different ranks or batches, from what rank 0 saved with `state_dict`.
+    """The same position under new settings, from what rank 0 saved with `state_dict`.
 
     Args:
-        batches: under the new settings, that each rank has trained on.
+        batches: that each rank has trained on, under the new settings.
         old: ranks, and samples in a batch of one rank, when it was saved.
     """
-    processes, batch = old
-    return {
-        **record,
-        "batches": batches,
-        "fetched": 0,  # the random states of the save apply from the first fetch on
-        "before_fetch": None,
-        "old": {
-            "processes": processes,
-            "batch": batch,
-            "batches": record["batches"],
-            "fingerprint": record["fingerprint"],
-        },
-    }
+    kept = {name: record[name] for name in ("batches", "fingerprint")}
+    before = {"processes": old[0], "batch": old[1], **kept}
+    # The random states of the save apply from the first fetch on.
+    return {**record, "batches": batches, "fetched": 0, "before_fetch": None, "old": before}

@@ -48,11 +48,7 @@ class RandomState:
 
     @classmethod
     def derived(cls, seed: int, generators: Iterable[Any] = ()) -> RandomState:
-        """States for a rank that the checkpoint does not have, all from one seed of 32 bits.
-
-        Args:
-            generators: states of generators, which all ranks share.
-        """
+        """States for a rank that the checkpoint does not have, from a seed of 32 bits; all ranks share the generators'."""
         import numpy
         import torch
 

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cloudtrain.errors import PositionError
+from hf_cloudtrain.resume.topology import Conversion
 
 
-def is_movable(scheduler: Any) -> bool:
-    """Whether the rate of the schedule depends on the step alone."""
-    from torch.optim.lr_scheduler import LambdaLR
-
-    return isinstance(scheduler, LambdaLR)
-
-
-def check_same_schedule(kind: str | None, what: str, changes: str) -> None:
-    """Stop if a schedule cannot be moved.
-
-    Args:
-        kind: name of its class; None if unknown.
-
-    Raises:
-        PositionError: names the schedule.
-    """
+def check_same_schedule(kind: str | None, conversion: Conversion) -> None:
+    """Raise PositionError if a schedule of this class cannot be moved; None if its class is unknown."""
     if kind not in (None, "LambdaLR"):
-        raise PositionError(
-            f"{what} cannot be resumed here: {changes}. Its learning rate schedule is a {kind!r}, which depends on more than "
-            "the step. Use the old settings, or start a new run with a LambdaLR, such as those of transformers' "
-            "get_scheduler."
+        raise conversion.refusal(
+            f"Its learning rate schedule is a {kind!r}, which depends on more than the step; only a LambdaLR, such as those "
+            "of transformers' get_scheduler, can be moved."
         )
 
 
-def check_movable(scheduler: Any, what: str, changes: str) -> None:
-    """The same for a live schedule."""
-    if not is_movable(scheduler):
-        check_same_schedule(type(scheduler).__name__, what, changes)
+def check_movable(scheduler: Any, conversion: Conversion) -> None:
+    """Raise PositionError if a live schedule cannot be moved."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    if not isinstance(scheduler, LambdaLR):
+        check_same_schedule(type(scheduler).__name__, conversion)
 
 
 def move_to(scheduler: Any, position: int) -> None:

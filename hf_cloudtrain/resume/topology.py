@@ -38,13 +38,7 @@ class Epoch:
 
     @classmethod
     def of(cls, samples: int, batches: int, *, batch: int, accumulation: int, processes: int) -> Epoch:
-        """The epoch of a DataLoader.
-
-        Args:
-            batches: batches of each process in one epoch.
-            batch: samples in one of them.
-            accumulation: batches of each process in one optimizer step.
-        """
+        """The epoch of a DataLoader with so many batches, of `batch` samples, for each process."""
         # At least one step, as in Trainer.set_initial_training_values.
         return cls(samples, max(math.ceil(batches / accumulation), 1), batch * accumulation * processes)
 
@@ -113,11 +107,7 @@ class Conversion:
         return refusal(self.saved, self.now, self.what, why)
 
     def story(self, *, derived: bool) -> str:
-        """What was converted and what is not exact any more, for the log.
-
-        Args:
-            derived: whether random states were derived for ranks that the checkpoint does not have.
-        """
+        """What was converted and what is not exact any more, for the log; `derived`: random states for new ranks."""
         derivation = (
             ", and ranks that the checkpoint does not have start with derived random states"
             if derived
@@ -185,26 +175,14 @@ def convert(saved: Position, now: Position, new: Epoch | None, what: str) -> Con
 
 
 def check_same_topology(saved: Position, now: Position, what: str) -> None:
-    """Stop if a step has a different size than before and cannot be converted.
-
-    Raises:
-        PositionError: names every difference.
-    """
+    """Raise PositionError with every difference if a step has a different size than before."""
     if not same_topology(saved, now):
         why = f"Step {saved.global_step} now corresponds to a different position in the dataset."
         raise refusal(saved, now, what, why)
 
 
 def check_same_length(old: int | None, new: int | None, what: str) -> None:
-    """Stop if the training dataset is not the one of the checkpoint.
-
-    Args:
-        old: samples; None for a stream.
-        new: the same now.
-
-    Raises:
-        PositionError: names both lengths.
-    """
+    """Raise PositionError with both lengths if the training dataset has changed; the length of a stream is None."""
     if old != new:
         before = "was streamed" if old is None else f"had {old} samples"
         after = "is streamed" if new is None else f"has {new} samples"

@@ -191,32 +191,23 @@ def lineage(attempts: list[Attempt]) -> dict[int, tuple[float, float]]:
 
 
 class _Joiner:
-    """Adds the records of one attempt to a history.
-
-    Args:
-        limit: the last step of the attempt that is kept.
-        scale: steps of the newest attempt in one of its steps.
-    """
+    """Adds the records of one attempt to a history; `limit` and `scale` as in `lineage`."""
 
     def __init__(self, history: History, info: AttemptInfo, limit: float, scale: float) -> None:
         self._history, self._info = history, info
         self._limit, self._scale = limit, scale
-        self._clock = _Clock(info)
+        self._anchors = [(info.first_step, info.started, info.started)]
+        self._seconds: dict[int, float] = {}
 
     def add(self, batches: list[bytes]) -> None:
-        info, clock = self._info, self._clock
+        info = self._info
+        kinds = {"steps": self._add_steps, "log": self._add_log, "pause": self._add_pause}
+        kinds["commit"] = self._add_commit
         for record in _records(batches):
-            if record.get("kind") == "steps":
-                self._add_steps(record)
-            elif record.get("kind") == "pause":
-                self._add_pause(record)
-            elif record.get("kind") == "commit":
-                self._add_commit(record)
-            elif record.get("kind") == "log" and _is_step(record.get("step")):
-                self._add_log(record)
-        for pause in info.stretches:
-            clock.anchor(pause.step, pause.began, pause.began + pause.seconds)
-        clock.set()
+            add = kinds.get(str(record.get("kind")))
+            if add is not None:
+                add(record)
+        clock = _Clock(info, self._anchors, self._seconds)
         info.kept_until = clock.time_of(self._limit) if self._limit >= info.first_step else info.started
         stretches = [*_longest(info.stretches), *_longest(clock.stalls())]
         info.stretches = sorted(stretches, key=lambda stretch: stretch.began)
@@ -231,7 +222,7 @@ class _Joiner:
             return
         for step, duration in enumerate(map(_float, seconds), first):
             info.last_step = max(info.last_step, step)
-            self._clock.add(step, duration)
+            self._seconds[step] = duration
             if step <= self._limit:
                 new = math.ceil(step * self._scale)  # several old steps may make one new step
                 before = history.step_seconds.get(new, 0.0) if self._scale < 1 else 0.0
@@ -245,11 +236,14 @@ class _Joiner:
                 history.redone_step_seconds.append((info.number, step, duration))
 
     def _add_log(self, record: dict[str, Any]) -> None:
-        log = {key: value for key, value in record.items() if key != "kind"}
-        log = {**log, "time": _float(log.get("time")), "attempt": self._info.number}
-        self._clock.anchor(log["step"], log["time"])
-        if log["step"] <= self._limit:
-            self._history.logs.append({**log, "step": round(log["step"] * self._scale)})
+        step, time = record.get("step"), _float(record.get("time"))
+        if not _is_step(step):
+            return
+        self._anchor(step, time, time)
+        metrics = {key: value for key, value in record.items() if key != "kind"}
+        log = {**metrics, "time": time, "attempt": self._info.number}
+        if step <= self._limit:
+            self._history.logs.append({**log, "step": round(step * self._scale)})
         else:
             self._history.superseded.append(log)
 
@@ -259,6 +253,7 @@ class _Joiner:
         if _is_step(step) and began > 0 and seconds > 0:
             known = why if isinstance(why, str) and why in ("start", "evaluation", "save") else "pause"
             self._info.stretches.append(Stretch(known, step, began, seconds))
+            self._anchor(step, began, began + seconds)
 
     def _add_commit(self, record: dict[str, Any]) -> None:
         found, commits = parse_checkpoint_key(str(record.get("checkpoint"))), self._history.commits
@@ -272,29 +267,23 @@ class _Joiner:
             size = before.size if size is None and before is not None else size
             commits[key] = CommitInfo(key, saved, committed, size)
 
+    def _anchor(self, step: int, time: float, until: float) -> None:
+        """That step was finished at `time`; the next one started at `until`."""
+        if time > 0:
+            self._anchors.append((step, time, until))
+
 
 class _Clock:
     """When each step of an attempt was finished, from the times in its records and the durations of the steps."""
 
-    def __init__(self, info: AttemptInfo) -> None:
+    def __init__(
+        self, info: AttemptInfo, anchors: list[tuple[int, float, float]], seconds: dict[int, float]
+    ) -> None:
         self._info = info
-        self._anchors: list[tuple[int, float, float]] = [(info.first_step, info.started, info.started)]
-        self._seconds: dict[int, float] = {}
-
-    def anchor(self, step: int, time: float, until: float | None = None) -> None:
-        """That step was finished at `time`; the next one started at `until`."""
-        if time > 0:
-            self._anchors.append((step, time, time if until is None else until))
-
-    def add(self, step: int, seconds: float) -> None:
-        """How long a step took."""
-        self._seconds[step] = seconds
-
-    def set(self) -> None:
-        """Call it when everything was added."""
-        self._anchors.sort()
-        self._steps = sorted(self._seconds)
-        self._sums = [0.0, *accumulate(self._seconds[step] for step in self._steps)]
+        self._anchors = sorted(anchors)
+        self._seconds = seconds
+        self._steps = sorted(seconds)
+        self._sums = [0.0, *accumulate(seconds[step] for step in self._steps)]
 
     def time_of(self, step: float) -> float:
         """When a step was finished, within the attempt."""

@@ -30,7 +30,7 @@ class RunState:
     """Number of the newest attempt."""
     attempts: int = 0
     stalled: str | None = None
-    """Why the run seems to make no progress; None if it does, or if it is over."""
+    """Why the run seems to make no progress, if so."""
     step: int | None = None
     total_steps: int | None = None
     step_seconds: float | None = None
@@ -121,11 +121,8 @@ def quiet_seconds() -> float:
 
 def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
     """The state of an attempt: a killed attempt cannot record its end, so it follows from its last heartbeat."""
-    if recorded not in ALIVE:
-        return recorded
-    if not newest:
-        return "killed"
-    return recorded if time.time() - last_seen <= quiet_seconds() else "killed"
+    is_alive = newest and time.time() - last_seen <= quiet_seconds()
+    return recorded if recorded not in ALIVE or is_alive else "killed"
 
 
 def number(value: Any) -> float | None:

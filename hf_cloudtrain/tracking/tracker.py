@@ -111,11 +111,7 @@ class StepTracker:
             self._end_pause(self._mark)
 
     def end_step(self, step: int, tokens_seen: int | None = None) -> None:
-        """Mark the end of optimizer step number `step`.
-
-        Args:
-            tokens_seen: tokens since the start of the run, if they are counted.
-        """
+        """Mark the end of optimizer step `step`; `tokens_seen` since the start of the run, if tokens are counted."""
         now = time.perf_counter()
         seconds = now - self._mark if self._mark is not None else 0.0
         self._mark = now
@@ -142,14 +138,9 @@ class StepTracker:
         (began, why), self._pause = self._pause, None
         seconds = now - began
         if seconds >= PAUSE_SECONDS:
-            record = {
-                "step": self.step,
-                "why": why,
-                "time": time.time() - seconds,
-                "seconds": round(seconds, 3),
-            }
+            times = {"time": time.time() - seconds, "seconds": round(seconds, 3)}
             with self._lock:
-                self._logs.append({"kind": "pause", **record})
+                self._logs.append({"kind": "pause", "step": self.step, "why": why, **times})
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Note metrics as they were reported; only finite numbers and texts are kept."""

@@ -92,7 +92,7 @@ def plan(accelerator: Any, manifest: Manifest) -> Conversion | None:
     conversion = convert(saved, now, _epoch_of(accelerator, loader), what)
     _check_same_order(conversion, loader)
     for scheduler in accelerator._schedulers:
-        check_movable(getattr(scheduler, "scheduler", scheduler), what, conversion.changes)
+        check_movable(getattr(scheduler, "scheduler", scheduler), conversion)
     return conversion
 
 

@@ -57,7 +57,7 @@ def plan(args: TrainingArguments, manifest: Manifest) -> Conversion | None:
         why = f"train_sampling_strategy={strategy!r} orders the data by the batch size."
         raise refusal(saved, now, what, why)
     conversion = convert(saved, now, _epoch_of(args, saved), what)
-    check_same_schedule(saved.lr_scheduler, what, conversion.changes)
+    check_same_schedule(saved.lr_scheduler, conversion)
     _check_same_end(args, conversion)
     return conversion
 
@@ -169,7 +169,7 @@ def move_schedule(conversion: Conversion, state: TrainerState, live: dict[str, A
     """
     scheduler: Any = live.get("lr_scheduler")
     _check_same_order(conversion, live.get("train_dataloader"))
-    check_movable(scheduler, conversion.what, conversion.changes)
+    check_movable(scheduler, conversion)
     _check_steps_left(conversion, state)
     step = conversion.saved.global_step
     # A step that the gradient scaler skipped moved no schedule; their share stays the same.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
+from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import PositionError
-from hf_cloudtrain.resume.schedules import check_same_schedule, is_movable, move_to
+from hf_cloudtrain.resume.schedules import check_movable, check_same_schedule, move_to
+from hf_cloudtrain.resume.topology import Epoch, convert
 
 
 def made(*, tensor: bool = False) -> LambdaLR:
@@ -55,11 +58,14 @@ def test_a_moved_schedule_continues_like_one_that_was_stepped_there(
 
 
 def test_only_a_schedule_that_depends_on_the_step_alone_can_move() -> None:
-    assert is_movable(made())
-    assert not is_movable(StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), 5))
-    check_same_schedule("LambdaLR", "checkpoint-5", "2 processes before, 1 now")
-    check_same_schedule(None, "checkpoint-5", "2 processes before, 1 now")
-    with pytest.raises(
-        PositionError, match=r"2 processes before, 1 now\. Its learning rate schedule is a 'StepLR'"
-    ):
-        check_same_schedule("StepLR", "checkpoint-5", "2 processes before, 1 now")
+    saved = Position(
+        global_step=4, samples_seen=16, world_size=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=1, dataset_length=32,
+    )  # fmt: skip
+    conversion = convert(saved, replace(saved, world_size=1), Epoch(32, 16, 2), "checkpoint-4")
+    check_movable(made(), conversion)
+    check_same_schedule("LambdaLR", conversion)
+    check_same_schedule(None, conversion)
+    text = r"checkpoint-4 .* 2 processes before, 1 now\. Its learning rate schedule is a 'StepLR'"
+    with pytest.raises(PositionError, match=text):
+        check_movable(StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), 5), conversion)
