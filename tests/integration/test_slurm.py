@@ -336,7 +336,7 @@ def test_without_a_controller_submit_fails_status_shows_the_record_and_cancel_st
         assert "Nothing was submitted" in refused.output
         assert desk.record("toy-2").state == "failed"
         shown = desk.call("job", "status", "toy-1")
-        assert "slurm does not answer about toy-1" in shown.output
+        assert "cannot ask slurm about toy-1" in shown.output
         assert "toy-1" in shown.stdout
         desk.wait_until(lambda: ": saving at step" in desk.log("toy-1"))
     assert desk.wait_until_over("toy-1").state == "cancelled"
