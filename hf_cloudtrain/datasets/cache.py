@@ -59,7 +59,7 @@ class LocalCopy:
             CorruptCheckpointError: a file on storage differs from its manifest. StorageError, OSError
         """
         if not self._is_untouched():
-            with alone(self._home / "lock", f"is downloading the dataset {self._manifest.folder!r}"):
+            with exclusive(self._home / "lock", f"is downloading the dataset {self._manifest.folder!r}"):
                 if not self._is_untouched():
                     self._download(on_bytes)
         with contextlib.suppress(OSError):  # it belongs to a different user
@@ -98,7 +98,7 @@ class LocalCopy:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, what: str) -> Iterator[None]:
+def exclusive(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock of this machine while the process does `what`; a process that waits for long logs a warning."""
     with contextlib.ExitStack() as held:
         try:

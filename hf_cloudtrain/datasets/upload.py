@@ -22,7 +22,7 @@ from hf_cloudtrain.checkpoints.freeze import AcceptedFile
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import OutboxEntry
-from hf_cloudtrain.datasets.cache import alone
+from hf_cloudtrain.datasets.cache import exclusive
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import write_whole
 from hf_cloudtrain.runtime.threads import in_threads
@@ -75,7 +75,7 @@ def sending(cache: Path, catalog: Catalog, entry: OutboxEntry) -> Iterator[tuple
     """
     record = cache / "sending" / f"{store_token(catalog)}-{entry.name}.json"
     looks = _looks(entry)
-    with alone(record.with_suffix(".lock"), f"is uploading the dataset {entry.name!r}"):
+    with exclusive(record.with_suffix(".lock"), f"is uploading the dataset {entry.name!r}"):
         nonce, known = _read(record)
         resumed = known == looks
         if not resumed:

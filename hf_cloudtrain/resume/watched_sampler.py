@@ -27,7 +27,7 @@ class Fetch(NamedTuple):
     """Of all indices before it."""
     random: RandomState | None
     stream: Any
-    """State of the stream that is read, where it has one."""
+    """State of the stream, if it has one."""
 
 
 class Fetches:

@@ -212,7 +212,7 @@ class Chaos:
         self.tally.attempts += 1
         killed_alone = code == 1 and given is not None and not given["whole_job"]
         if (code not in (0, -signal.SIGKILL) and not killed_alone) or any(
-            words in child.log for words in (" cannot be committed: ", "Cannot read")
+            text in child.log for text in (" cannot be committed: ", "Cannot read")
         ):
             self.tally.stuck.append(f"aim {given}, exit code {code}:\n{child.log}")
             raise AssertionError(f"{self.tally.table()}\n{self.tally.stuck[-1]}")

@@ -1,6 +1,6 @@
-"""Small trainings on public names alone: they ran under the commit that made `tests/data/recorded`, and go on under this one.
+"""Small trainings that use public names only: an old commit made `tests/data/recorded` with them, and the current one resumes it.
 
-Each draws random numbers in its order, its model and its loss, so that a resume which is not exact ends elsewhere.
+Each draws random numbers for its order and its dropout, so that a resume that is not exact ends with different weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rows(Dataset):
 
 
 class SmallConfig(PretrainedConfig):
-    """Its size on disk is what matters."""
+    """A config that is small on disk."""
 
     model_type = "recorded-small"
 
@@ -75,7 +75,7 @@ class SmallModel(PreTrainedModel):
 
 
 class After(TrainerCallback):
-    """Calls `what` when a step and its save are done."""
+    """Calls `what` after a step and its save."""
 
     def __init__(self, step: int, what: Callable[[], None]) -> None:
         self.step, self.what = step, what

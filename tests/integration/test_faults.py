@@ -20,16 +20,16 @@ MISHAPS = "tests.integration._mishaps"
 
 class TestTrainer:
     @pytest.mark.parametrize(
-        ("trouble", "words"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
+        ("trouble", "text"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
     )
     def test_a_disk_that_fails_stops_training_with_an_error_and_a_new_machine_continues(
-        self, lab: Lab, trouble: str, words: str
+        self, lab: Lab, trouble: str, text: str
     ) -> None:
         if reason := why_impossible():
             pytest.skip(f"no small disk can be mounted here: {reason}")
         lab.plain()
         said = lab.fails("first", "bad_disk", module=MISHAPS, trouble=trouble, at=6, committed=4)
-        assert words in said
+        assert text in said
         assert lab.steps() == [4]
         assert lab.problems() == []
         assert lab.train("second").value["step"] == 12

@@ -24,12 +24,12 @@ RECORDED = Path(__file__).resolve().parents[1] / "data" / "recorded"
 WAITING = "000003-0000000010"
 """The checkpoint in the outbox."""
 TOLERANCE = 1e-5
-"""Another processor may round differently; a resume that is not exact is off by more than a hundredth."""
+"""A different processor may round differently; a resume that is not exact differs by more than 0.01."""
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """A copy, as if this had been the recording machine."""
+    """A copy in which paths, inodes and times are those of this machine."""
     folder = tmp_path / "recorded"
     shutil.copytree(RECORDED, folder)
     local = folder / "trainer" / "out" / ".cloudtrain"
@@ -65,7 +65,7 @@ def all_are_whole(run_url: str) -> bool:
 
 
 def check_continued(name: str, seen: training.Seen, weights: dict[str, torch.Tensor], *, after: int) -> None:
-    """Each batch after that step was seen once, in the recorded order, and the weights are those without a stop."""
+    """Each batch after that step was seen once, in the recorded order, and the weights equal those of the uninterrupted training."""
     expected = json.loads((RECORDED / "uninterrupted" / f"{name}.json").read_text())
     assert [[step, ids] for step, ids in seen] == expected[after:]
     whole = load_file(RECORDED / "uninterrupted" / f"{name}.safetensors")
@@ -85,8 +85,8 @@ class TestCommandLine:
         assert (found["kept_steps"], found["superseded_steps"]) == (11, 1)
         assert found["last_committed"] == "000002-0000000008"
         assert found["loss"] == pytest.approx(0.605654, abs=1e-6)
-        told = ("state", "first_step", "last_step", "resumed_from", "checkpoints")
-        assert [[attempt[name] for name in told] for attempt in found["attempts"]] == [
+        shown = ("state", "first_step", "last_step", "resumed_from", "checkpoints")
+        assert [[attempt[name] for name in shown] for attempt in found["attempts"]] == [
             ["killed", 0, 5, None, ["000001-0000000002", "000001-0000000004"]],
             ["preempted", 4, 8, "000001-0000000004", ["000002-0000000006", "000002-0000000008"]],
             ["killed", 8, 11, "000002-0000000008", []],
@@ -107,8 +107,8 @@ class TestCommandLine:
 
     def test_checkpoint_list_shows_the_pointers_the_pin_and_the_named_folder(self, recorded: Path) -> None:
         found = answer("checkpoint", "list", url(recorded, "trainer"))
-        told = ("key", "file_count", "exact", "newest", "best", "pinned")
-        assert [[item[name] for name in told] for item in found["checkpoints"]] == [
+        shown = ("key", "file_count", "exact", "newest", "best", "pinned")
+        assert [[item[name] for name in shown] for item in found["checkpoints"]] == [
             ["000001-0000000002", 7, True, False, False, True],
             ["000001-0000000004", 7, True, False, False, False],
             ["000002-0000000006", 7, True, False, False, False],
@@ -150,8 +150,8 @@ class TestCommandLine:
     def test_checkpoint_flush_commits_the_outbox_under_its_original_attempt(self, recorded: Path) -> None:
         run_url, out = url(recorded, "trainer"), recorded / "trainer" / "out"
         found = answer("checkpoint", "flush", str(out))
-        told = ("run_url", "title", "attempt", "step", "file_count", "state")
-        assert [[item[name] for name in told] for item in found["entries"]] == [
+        shown = ("run_url", "title", "attempt", "step", "file_count", "state")
+        assert [[item[name] for name in shown] for item in found["entries"]] == [
             [run_url, "checkpoint-10", 3, 10, 7, "committed"]
         ]
         assert found["unreadable"] == []

@@ -234,7 +234,7 @@ def test_a_fetch_checks_the_free_space_and_deletes_what_a_killed_process_left(
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "words"),
+    ("name", "source", "text"),
     [
         ("no/slash", "glue", "'no/slash' is not a valid dataset name"),
         ("..", "glue", "is not a valid dataset name"),
@@ -245,11 +245,11 @@ def test_a_fetch_checks_the_free_space_and_deletes_what_a_killed_process_left(
     ],
 )
 def test_a_name_or_source_that_cannot_be_stored_is_an_error(
-    name: str, source: str, words: str, tmp_path: Path, glue: Path
+    name: str, source: str, text: str, tmp_path: Path, glue: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     store = DatasetStore()
-    with pytest.raises(ConfigurationError, match=words):
+    with pytest.raises(ConfigurationError, match=text):
         store.create(name, tmp_path / source)
     assert store.versions() == {}
 

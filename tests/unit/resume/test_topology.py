@@ -30,15 +30,15 @@ def test_the_same_topology_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "text"),
     [
         ("world_size", "4 processes before, 3 now"),
         ("per_device_train_batch_size", "8 samples per batch and process before, 3 now"),
         ("gradient_accumulation_steps", "2 batches per optimizer step before, 3 now"),
     ],
 )
-def test_each_change_is_an_error_that_names_it(name: str, words: str) -> None:
-    with pytest.raises(PositionError, match=f"checkpoint-500 cannot be resumed here: {words}"):
+def test_each_change_is_an_error_that_names_it(name: str, text: str) -> None:
+    with pytest.raises(PositionError, match=f"checkpoint-500 cannot be resumed here: {text}"):
         check_same_topology(SAVED, replace(SAVED, **{name: 3}), "checkpoint-500")
 
 
@@ -92,13 +92,13 @@ def test_steps_of_the_same_size_keep_their_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "now", "words"),
+    ("old", "now", "text"),
     [
         (24, 22, "had 24 samples; it has 22 samples now"),
         (24, None, "had 24 samples; it is streamed now"),
         (None, 22, "was streamed; it has 22 samples now"),
     ],
 )
-def test_a_dataset_of_a_different_length_is_an_error(old: int | None, now: int | None, words: str) -> None:
-    with pytest.raises(PositionError, match=f"checkpoint-5 was saved when the training dataset {words}"):
+def test_a_dataset_of_a_different_length_is_an_error(old: int | None, now: int | None, text: str) -> None:
+    with pytest.raises(PositionError, match=f"checkpoint-5 was saved when the training dataset {text}"):
         check_same_length(old, now, "checkpoint-5")

@@ -225,14 +225,14 @@ class TestWhereTheTimeWent:
 
     def test_commits_are_known_by_checkpoint_including_deleted_ones(self, catalog: Catalog) -> None:
         number = begin(catalog, 100.0)
-        told = {"kind": "commit", "checkpoint": "000001-0000000005", "saved": 110.0, "time": 114.0}
-        again = {**told, "time": 120.0, "size": 7}
+        commit = {"kind": "commit", "checkpoint": "000001-0000000005", "saved": 110.0, "time": 114.0}
+        again = {**commit, "time": 120.0, "size": 7}
         record(
             catalog,
             number,
-            told,
+            commit,
             again,
-            {**told, "checkpoint": "000001-0000000009", "time": 112.5, "size": 9},
+            {**commit, "checkpoint": "000001-0000000009", "time": 112.5, "size": 9},
         )
         found = history_of(catalog).commits
         assert {key: (item.lag, item.size) for key, item in found.items()} == {
