@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from hf_cloudtrain import env
-from hf_cloudtrain.datasets.cache import alone
+from hf_cloudtrain.datasets.cache import exclusive
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError, PreemptedExit
 from hf_cloudtrain.jobs.node.docker import container_name, in_namespace_or_docker
@@ -163,14 +163,14 @@ class Node:
         if folder is None:
             return {}
         choice = self.submission.restored_file(self.start)
-        with alone(self.submission.home / "restore.lock", "restores the checkpoint"):
+        with exclusive(self.submission.home / "restore.lock", "is restoring the checkpoint"):
             key = restore(self.submission.run_url, folder, choice)
         return {env.RESTORED_CHECKPOINT: str(key)} if key else {}
 
     def _set_up(self, call: Callable[[], int]) -> None:
         """Run the setup once in each start on each machine, which may have several nodes."""
         done = self.submission.home / f"setup-{platform.node()}"
-        with alone(done.with_suffix(".lock"), "prepares this machine"):
+        with exclusive(done.with_suffix(".lock"), "is preparing this machine"):
             if done.exists() and done.read_text() == str(self.start):
                 return
             code = call()
