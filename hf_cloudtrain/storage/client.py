@@ -97,7 +97,7 @@ class Storage:
         data = self._call(f"read {self._name(path)}", lambda backend: backend.read(path, max_bytes + 1))
         if len(data) > max_bytes:
             raise StorageError(
-                f"{self._name(path)} is larger than the {max_bytes} bytes that are read at most."
+                f"{self._name(path)} is larger than {max_bytes} bytes, the limit for a record."
             )
         return data
 

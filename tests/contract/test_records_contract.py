@@ -41,7 +41,7 @@ class TestRecords:
         storage.write("record", b"0123456789")
         assert storage.read("record", max_bytes=10) == b"0123456789"
         for limit in (9, 3):
-            with pytest.raises(StorageError, match=rf"'\S*/record' is larger than the {limit} bytes"):
+            with pytest.raises(StorageError, match=rf"'\S*/record' is larger than {limit} bytes"):
                 storage.read("record", max_bytes=limit)
 
     def test_delete_takes_many_paths_and_ignores_missing_objects(self, storage: Storage) -> None:

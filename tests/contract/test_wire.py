@@ -170,7 +170,7 @@ def test_bytes_of_files_move_through_the_intended_client(
 def test_read_over_the_limit_fetches_no_more_than_the_limit(wire: Wire) -> None:
     wire.storage.write("record", bytes(100_000))
     before = len(wire.proxy.calls)
-    with pytest.raises(OSError, match="larger than the 1000 bytes"):
+    with pytest.raises(OSError, match="larger than 1000 bytes"):
         wire.storage.read("record", max_bytes=1000)
     assert sum(call.sent for call in wire.proxy.calls[before:]) <= 2000
 

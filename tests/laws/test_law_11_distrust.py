@@ -230,7 +230,7 @@ def test_law_11_a_flipped_bit_in_a_manifest_gives_an_error_of_ours_or_the_same_f
 
 def test_law_11_a_record_beyond_its_bound_is_never_read_whole(machines: Machines) -> None:
     machines.storage.write(".cloudtrain/best.json", b"{}" + b" " * 2_000)
-    with pytest.raises(CloudTrainError, match="larger than the 1000 bytes"):
+    with pytest.raises(CloudTrainError, match="larger than 1000 bytes"):
         machines.storage.read(".cloudtrain/best.json", max_bytes=1_000)
 
 
