@@ -45,7 +45,7 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 
 
 RUN_ONCE_MORE = {"integration", "faults", "unit", "laws", "contract"}
-"""Folders whose tests start processes, threads and servers; whoever counts losses (tests/chaos) counts them once."""
+"""Folders whose tests start processes, threads and servers. tests/chaos is not one of them: it counts each loss once."""
 
 
 def foreign(name: str) -> bool:

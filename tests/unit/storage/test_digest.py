@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_cloudtrain.storage import digest
 from hf_cloudtrain.storage.digest import file_digest, is_digest
 
 
@@ -17,7 +18,14 @@ def test_the_digest_of_a_file_is_the_one_that_xxhsum_prints(tmp_path: Path) -> N
 
 def test_only_the_algorithm_of_this_version_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    digest = file_digest(tmp_path / "file")
-    assert is_digest(digest)
-    for other in (digest[:-1], digest.upper(), digest.partition(":")[2], f"md5:{'0' * 32}", f"{digest}\n"):
+    known = file_digest(tmp_path / "file")
+    assert is_digest(known)
+    for other in (known[:-1], known.upper(), known.partition(":")[2], f"md5:{'0' * 32}", f"{known}\n"):
         assert not is_digest(other)
+
+
+def test_one_module_knows_the_algorithm() -> None:
+    """Besides the fingerprint of sample indices in `resume/`, which identifies an order of samples and no file."""
+    package = Path(digest.__file__).parents[1]
+    users = [path.relative_to(package) for path in package.rglob("*.py") if "xxhash" in path.read_text()]
+    assert [str(path) for path in users if path.parts[0] != "resume"] == ["storage/digest.py"]
