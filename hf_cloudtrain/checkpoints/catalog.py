@@ -101,15 +101,6 @@ class Catalog:
         same = owner.get("attempt") == key.attempt and _of_attempt(owner.get("nonce")) == _of_attempt(nonce)
         return plain if same else suffixed
 
-    def claimed_by(self, folder: str) -> int | None:
-        """The attempt that claimed a folder; None if unknown."""
-        try:
-            path = f"{CLAIMS}/{folder}.json"
-            owner = decode_record(self.storage.read(path), f"claim {path!r}").get("attempt")
-        except (ObjectNotFoundError, ManifestError):
-            return None
-        return owner if type(owner) is int and owner > 0 else None
-
     def commit(self, manifest: Manifest) -> bool:
         """Make a checkpoint exist. False if another save of the same (attempt, step) was committed before."""
         return self.commit_to(f"{CHECKPOINTS}/{manifest.key}.json", manifest)

@@ -12,8 +12,6 @@ One rank of each disk (a leader) moves bytes, and rank 0 decides.
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,33 +20,28 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import rehearsal
+from hf_cloudtrain.checkpoints.attempt_checks import TRAINER_ADVICE, Advice, AttemptChecks, bounded
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
 from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
-from hf_cloudtrain.checkpoints.local_folders import LocalFolders, Wanted
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position, folder_name
-from hf_cloudtrain.checkpoints.multihost import ManyHosts, Part
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.host_shares import HostShares, Share
+from hf_cloudtrain.checkpoints.local_folders import ALL_FILES, LocalFolders, Wanted
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership
-from hf_cloudtrain.checkpoints.restore import Restored, Restorer, read_or_reason
+from hf_cloudtrain.checkpoints.restore import ANY_MANIFEST, Accept, Restored, Restorer
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
-from hf_cloudtrain.checkpoints.start import TRAINER_ADVICE, Advice, take_attempt
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
-from hf_cloudtrain.errors import ConfigurationError, ManifestError, NotCommittedError, PeerError
-from hf_cloudtrain.runtime.provenance import origin
-from hf_cloudtrain.runtime.threads import answer_in_time
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, PeerError
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)
-
-RETIRE_PATIENCE = 5.0
-"""Seconds that the end of training gives the deletion of old checkpoints; the next attempt completes it."""
-LATE = 0.5
-"""Seconds that a wait with little time may take longer: for an answer that arrived in the last moment."""
 
 
 class Checkpointer:
@@ -96,15 +89,14 @@ class Checkpointer:
         self.ranks = self.local.find_ranks()
         self.ranks.meet_disks(self.output_dir / META)
         self.restorer = Restorer(self.catalog, self.local, self.ranks)
-        self._fresh = fresh
-        self._advice = advice
-        self._restored: CheckpointKey | None = None
+        self._checks = AttemptChecks(self.catalog, self.local, advice, fresh=fresh)
         self._retention = Retention(self.catalog, self.policy, None)
         self._upload_queue: UploadQueue | None = None
-        self._hosts = (
-            ManyHosts(self.catalog, self.ranks, self.uploads) if len(self.ranks.leaders) > 1 else None
-        )
-        self._saves_of_step = 0
+        self._watch: CommitWatch | None = None
+        self._shares: HostShares | None = None
+        if len(self.ranks.leaders) > 1:
+            self._watch = CommitWatch(self.catalog, self.uploads) if self.ranks.is_main else None
+            self._shares = HostShares(self.ranks, self._watch, step_in_names=self.local.step_in_names)
         self._save_error: Exception | None = None
 
     @property
@@ -118,35 +110,21 @@ class Checkpointer:
         return self.ownership.overtaken_by if self.ownership is not None else None
 
     @short_traceback
-    def restore(
-        self,
-        *,
-        wanted: Wanted = lambda path: True,
-        accept: Callable[[Manifest], None] = lambda manifest: None,
-    ) -> Restored | None:
-        """The newest whole checkpoint as a verified local folder; None if the run has none.
-
-        Args:
-            wanted: which files this process's disk needs, by path (it does not need other ranks' rng files).
-            accept: looks at the manifest before anything is downloaded, and raises if it does not fit.
-
-        Raises:
-            CorruptCheckpointError: there are checkpoints, and all of them are damaged.
-            StorageError: the storage does not answer.
-        """
+    def restore(self, *, wanted: Wanted = ALL_FILES, accept: Accept = ANY_MANIFEST) -> Restored | None:
+        """The newest whole checkpoint as a verified local folder; None if the run has none. See `Restorer.newest`."""
         self.ranks.each_leader(self.local.check_writable, f"write to {str(self.output_dir)!r}")
         self.ranks.agree(self.storage.check, f"reach {self.storage.url!r}")
         self.finish_uploads()
-        if self._fresh:
+        if self._checks.fresh:
             return None
         restored = self.restorer.newest(wanted=wanted, accept=accept)
         if restored is not None:
-            self._restored = CheckpointKey(restored.manifest.attempt, restored.manifest.step)
+            self._checks.restored = CheckpointKey(restored.manifest.attempt, restored.manifest.step)
         return restored
 
     def restored_before(self, key: CheckpointKey) -> None:
         """Note that a launcher restored this checkpoint before the process began."""
-        self._restored = key
+        self._checks.restored = key
 
     @short_traceback
     def begin(self, global_step: int, *, started_over: bool = False) -> Attempt:
@@ -159,38 +137,23 @@ class Checkpointer:
             RunHasCheckpointsError: training starts at step 0 on a run that has checkpoints.
         """
         self.ranks.each_leader(self.local.check_writable, f"write to {str(self.output_dir)!r}")
-        if global_step == 0 and not self._fresh and not started_over:
+        if global_step == 0 and not self._checks.fresh and not started_over:
             # What was saved here and is not uploaded yet counts as a checkpoint of the run, too.
             self.finish_uploads()
         self._end_attempt()
-        restored = self._restored
-        if restored is not None and self.local.number_of(restored) != global_step:
-            restored = None
-        start = partial(
-            take_attempt,
-            self.catalog,
-            global_step,
-            restored,
-            fresh=self._fresh,
-            started_over=started_over,
-            advice=self._advice,
-        )
+        start = partial(self._checks.take_attempt, global_step, started_over=started_over)
         self.attempt = self.ranks.agree(start, "start an attempt")
         self.storage.exclusive = self.attempt.exclusive  # only rank 0 has asked the storage
         ownership = self._own(self.attempt)
         prepare = partial(self.local.begin, self.storage.url, global_step, ownership.check)
         self.ranks.each_leader(prepare, "move stale checkpoints")
-        self.uploads.saved(None, None)
+        self.uploads.last_saved = self.uploads.last_saved_time = None
         self._save_error = None
         self._retention.policy = self.policy
         self._retention.attempt = self.attempt if self.ranks.is_main else None
         if self.ranks.is_leader and self._upload_queue is None:
             self._upload_queue = UploadQueue(
-                self.catalog,
-                self.outbox,
-                self.uploads,
-                retention=self._retention,
-                keep_all=bool(self._saved_hooks),
+                self.catalog, self.outbox, self.uploads, self._retention, keep_all=bool(self._saved_hooks)
             )
             self._upload_queue.follow(ownership)
             self._upload_queue.start()
@@ -222,27 +185,19 @@ class Checkpointer:
             self._own(self.attempt)  # training continues after its end
         if not all_written:
             self.ranks.barrier()
-        key = CheckpointKey(self.attempt.number, position.global_step)
-        self._saves_of_step = self._saves_of_step + 1 if key == self.last_saved else 1
-        # On one disk, a second save of a step replaces the first.
-        save = 1 if self._hosts is None else self._saves_of_step
-        entry = OutboxEntry(
-            run_url=self.storage.url,
-            key=key,
-            nonce=f"{self.attempt.nonce}-{position.global_step}" + (f"-{save}" if save > 1 else ""),
-            position=position,
-            exclusive=self.attempt.exclusive,
-            exact=inexact_reason is None,
-            inexact_reason=inexact_reason,
-            created=time.time(),
-            metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-            best=best,
-            save=save,
-            origin=origin(),
-        )
-        self.uploads.saved(key, entry.created)
-        part = Part(entry) if self._hosts is None else self._part_of_host(folder, entry, since_ns)
-        self.local.take_over(self.ranks, partial(self._submit, folder, part, since_ns))
+        entry = OutboxEntry.new(self.storage.url, self.attempt, position, inexact_reason, metrics or {}, best)
+        self.uploads.last_saved, self.uploads.last_saved_time = entry.key, entry.created
+        try:
+            look, queue = partial(self.local.written, folder, since_ns), self._upload_queue
+            share = Share(entry) if self._shares is None else self._shares.agree(entry, look, queue)
+        except PeerError as error:  # a disk cannot be read, so the checkpoint cannot become whole
+            self._lose(entry, error)
+            return
+        submit = partial(self._submit, folder, share, since_ns)
+        if self.local.links:
+            submit()
+        else:  # the next save writes into the same files, so all ranks wait for the copy
+            self.ranks.each_leader(partial(self.local.copied_by, submit), "copy the checkpoint")
         for hook in self._saved_hooks:
             hook(position.global_step)
 
@@ -254,31 +209,17 @@ class Checkpointer:
             NotCommittedError: the storage did not take it in time; the outbox keeps it.
             OvertakenError: a newer attempt has begun.
         """
-        folder_name(name)
         self.ranks.barrier()
+        attempt, step = self.attempt, self.last_saved.step if self.last_saved else 0
 
         def save() -> str:
             if self.ownership is not None:
                 self.ownership.check()
-            step = self.last_saved.step if self.last_saved else 0
-            key = CheckpointKey(self.attempt.number if self.attempt else 0, step)
-            return save_folder(self.catalog, self.outbox, self._upload_queue, Path(folder), name, key)
+            return save_folder(
+                self.catalog, self.outbox, self._upload_queue, Path(folder), name, attempt, step
+            )
 
         return self.ranks.agree(save, f"commit {name!r}")
-
-    def saved_at(self, step: int) -> Manifest | None:
-        """The newest committed checkpoint of that step, on all ranks; None if there is none, or a damaged one."""
-
-        def find() -> Manifest | None:
-            keys = [key for key in self.catalog.checkpoints() if key.step == step]
-            manifest = read_or_reason(self.catalog, keys[-1]) if keys else None
-            return manifest if isinstance(manifest, Manifest) else None
-
-        return self.ranks.agree(find, f"find the checkpoint of step {step}")
-
-    def newest(self) -> CheckpointKey | None:
-        """The newest committed checkpoint of the run, on all ranks."""
-        return self.ranks.agree(self.catalog.newest, "find the newest checkpoint")
 
     @short_traceback
     def wait(self, timeout: float | None = None, *, in_time: bool = False) -> None:
@@ -293,22 +234,11 @@ class Checkpointer:
             OvertakenError: on all ranks: a newer attempt has begun.
         """
         seconds = env.drain_timeout() if timeout is None else timeout
-        deadline = time.monotonic() + seconds + (LATE if in_time else threading.TIMEOUT_MAX)
-
-        def bounded(work: Callable[[], None]) -> Callable[[], None]:
-            def call() -> None:
-                try:
-                    answer_in_time(work, lambda: time.monotonic() > deadline)
-                except TimeoutError:
-                    raise NotCommittedError(
-                        f"The storage {self.storage.url!r} does not answer whether the last checkpoint is there. What is not "
-                        f"is kept on this machine; finish with `cloudtrain checkpoint flush {self.output_dir}`."
-                    ) from None
-
-            return call if in_time else work
-
-        self.ranks.each_leader(bounded(lambda: self._wait_for_uploads(seconds)), "finish its uploads")
-        self.ranks.agree(bounded(self._check_last_checkpoint_stored), "find its last checkpoint on storage")
+        work: list[Callable[[], None]] = [partial(self._wait_for_uploads, seconds), self._check_last_stored]
+        if in_time:
+            work = [bounded(part, seconds, self.storage.url, self.output_dir) for part in work]
+        self.ranks.each_leader(work[0], "finish its uploads")
+        self.ranks.agree(work[1], "find its last checkpoint on storage")
 
     def finish(self, timeout: float | None = None) -> None:
         """The end of training: `wait`; an attempt that begins later does not overtake this one.
@@ -318,8 +248,10 @@ class Checkpointer:
         """
         self.wait(timeout)
         if self._upload_queue is not None and self.ranks.is_main:
-            # With several hosts, another one may have committed the last checkpoint after this host's last pass.
-            self._upload_queue.settle(RETIRE_PATIENCE, again=self._hosts is not None)
+            # Another host may have committed the last checkpoint after this host's last pass.
+            if self._shares is not None:
+                self._upload_queue.retire_old()
+            self._retention.settle()
         self._end_attempt()
 
     def check_not_overtaken(self) -> None:
@@ -348,12 +280,12 @@ class Checkpointer:
         """Before this process ends: finish what is pending; never raises, and logs what is left and what to do."""
         if self._upload_queue is not None:
             self._upload_queue.drain()
-        if self._hosts is not None:
-            self._hosts.drain()
+        if self._watch is not None:
+            self._watch.drain()
 
     def close(self) -> None:
         """Stop the background threads after the upload under way; what is left stays in the outbox."""
-        for part in (self.ownership, self._upload_queue, self._hosts):
+        for part in (self.ownership, self._upload_queue, self._watch):
             if part is not None:
                 part.close()
 
@@ -378,38 +310,23 @@ class Checkpointer:
             self.ownership.note(newer)
             raise self._upload_queue.overtaken_error()
 
-    def _part_of_host(self, folder: Path, entry: OutboxEntry, since_ns: int) -> Part:
-        assert self._hosts is not None
-        try:
-            return self._hosts.part(
-                entry,
-                partial(self.local.written, folder, since_ns),
-                lambda: self._upload_queue is not None and self._upload_queue.is_busy(),
-                entry.key.step if self.local.step_in_names else None,
-                keep=entry.best or self.policy.is_milestone(entry.key.step),
-            )
-        except PeerError as error:
-            self._lose(entry, error)
-            return Part(entry, lost=True)
-
-    def _submit(self, folder: Path, part: Part, since_ns: int) -> None:
+    def _submit(self, folder: Path, share: Share, since_ns: int) -> None:
         """Freeze the folder and queue its upload, on the rank that moves the bytes of this disk."""
-        entry, queue = part.entry, self._upload_queue
-        if queue is None or part.lost or entry.key == self.uploads.last_committed:
+        entry, queue = share.entry, self._upload_queue
+        if queue is None or entry.key == self.uploads.last_committed:
             return
-        if part.wanted is None:
+        if share.wanted is None:
             queue.skip()
-            return
-        if self.overtaken_by is not None:
-            logger.warning(
-                "checkpoint-%d is not uploaded: attempt %d has begun.", entry.key.step, self.overtaken_by
-            )
-            return
-        try:
-            entry = self.local.accept(self.outbox, folder, entry, since_ns, part.wanted)
-            queue.submit(entry, hold=part.hold)
-        except (OSError, ConfigurationError, ManifestError) as error:
-            self._lose(entry, error)
+        elif self.overtaken_by is not None:
+            logger.warning("%s is not uploaded: attempt %d has begun.", entry.title, self.overtaken_by)
+        else:
+            hold = share.hold and not (entry.best or self.policy.is_milestone(entry.key.step))
+            link, wanted = self.local.links, share.wanted
+            try:
+                entry = self.outbox.accept(folder, entry, since_ns=since_ns, link=link, wanted=wanted)
+                queue.submit(entry, hold=hold)
+            except (OSError, ConfigurationError, ManifestError) as error:
+                self._lose(entry, error)
 
     def _lose(self, entry: OutboxEntry, error: Exception) -> None:
         # One lost checkpoint must not end the training; `wait` raises if it was the last.
@@ -422,20 +339,11 @@ class Checkpointer:
             if self.ownership is not None:
                 self.ownership.start()  # ranks other than 0 do not check while they train
             self._upload_queue.wait(seconds, bar=self.ranks.is_main)
-        if self._hosts is not None:
+        if self._watch is not None:
             left = max(0.0, began + seconds - time.monotonic())
-            self._hosts.wait(left, lambda: self.overtaken_by is not None)
+            self._watch.wait(left, lambda: self.overtaken_by is not None)
 
-    def _check_last_checkpoint_stored(self) -> None:
-        """A training that ends without an error has its last checkpoint on storage."""
+    def _check_last_stored(self) -> None:
         if self.ownership is not None and (newer := self.ownership.look()) is not None:
             self._stop(newer)
-        wanted = self.last_saved or self._restored
-        if wanted is None:
-            raise NotCommittedError(
-                f"Training ended without saving any checkpoint, so {self.storage.url!r} holds nothing of it. "
-                f"{self._advice.save}"
-            )
-        if wanted not in self.catalog.checkpoints() and not self.catalog.holds(wanted):
-            reason = f" {self._save_error}" if self._save_error else ""
-            raise NotCommittedError(f"The last checkpoint, {wanted}, is not on {self.storage.url!r}.{reason}")
+        self._checks.check_stored(self.last_saved, self._save_error)

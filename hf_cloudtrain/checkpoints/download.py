@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.freeze import own_files
+from hf_cloudtrain.checkpoints.frozen import own_files
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest
 from hf_cloudtrain.errors import (
     ConfigurationError,
@@ -21,7 +21,7 @@ from hf_cloudtrain.errors import (
     ObjectTruncatedError,
     StorageError,
 )
-from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.files import check_free_space, temp_suffix
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.digest import file_digest
@@ -60,7 +60,7 @@ def download(
     work = target.parent / META / f"restore-{temp_suffix()}"
     work.mkdir(parents=True)
     try:
-        check_free_space(work, sum(entry.size for entry in entries), target)
+        check_space(work, sum(entry.size for entry in entries), target)
         _fetch(catalog, manifest, entries, work, on_bytes)
         if os.path.lexists(target):
             move_aside(target)
@@ -237,11 +237,9 @@ def _on_all(work: Callable[[FileEntry], Any], entries: Sequence[FileEntry]) -> l
     ]
 
 
-def check_free_space(folder: Path, size: int, target: Path) -> None:
-    """Raise StorageError where the disk of `folder` lacks room for `size` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < size + SPARE_SPACE:
-        raise StorageError(
-            f"{str(target)!r} needs {size / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free there. Free some space, "
-            "or choose a folder on a larger disk."
-        )
+def check_space(folder: Path, size: int, target: Path) -> None:
+    """Raise StorageError if the disk of `folder` lacks room for a download of `size` bytes."""
+    try:
+        check_free_space(folder, size, repr(str(target)), spare=SPARE_SPACE)
+    except OSError as error:
+        raise StorageError(f"{error.strerror}.") from None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
-from hf_cloudtrain.checkpoints.sender import EntrySender, set_aside_unusable
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, NotCommittedError
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.storage.client import Storage
@@ -38,7 +39,7 @@ def flush(catalog: Catalog, outbox: Outbox, progress: Progress) -> list[OutboxEn
                 try:
                     sender.send(entry, progress.add)
                 except CorruptCheckpointError as error:
-                    set_aside_unusable(outbox, entry, error)
+                    outbox.set_aside(entry, error)
                 else:
                     done.append(entry)
                     outbox.remove(entry)

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.flush import flush
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position, folder_name
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.errors import NotCommittedError
@@ -21,24 +23,30 @@ from hf_cloudtrain.runtime.provenance import origin
 
 
 def save_folder(
-    catalog: Catalog, outbox: Outbox, queue: UploadQueue | None, folder: Path, name: str, key: CheckpointKey
+    catalog: Catalog,
+    outbox: Outbox,
+    queue: UploadQueue | None,
+    folder: Path,
+    name: str,
+    attempt: Attempt | None,
+    step: int,
 ) -> str:
     """Commit a folder under a name, by way of the outbox; returns its URL once it is committed.
 
     Args:
         queue: the background uploads, if they have begun.
-        key: the attempt and step that save it.
+        attempt: the attempt that saves it, and `step`, the last one that it has saved; None and 0 before the first.
 
     Raises:
         NotCommittedError: the storage did not take it in time; the outbox keeps it.
     """
     entry = OutboxEntry(
         run_url=catalog.storage.url,
-        key=key,
+        key=CheckpointKey(attempt.number if attempt else 0, step),
         nonce=os.urandom(16).hex(),
-        position=Position(global_step=key.step),
+        position=Position(global_step=step),
         created=time.time(),
-        name=name,
+        name=folder_name(name),
         origin=origin(),
     )
     entry = outbox.accept(folder, entry)
@@ -77,7 +85,8 @@ def send_folder(
         f"Uploading {entry.title}", sum(file.size for file in entry.files if file.path not in there)
     )
     sender = EntrySender(catalog, there)
-    if not sender.send(entry, progress.add) or sender.manifest is None:
+    sender.send(entry, progress.add)
+    if sender.manifest is None:
         raise NotCommittedError(
             f"{entry.title!r} was not committed: another process has written its folder on {catalog.storage.url!r} in the "
             "meantime. Try again."

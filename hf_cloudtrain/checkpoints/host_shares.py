@@ -1,15 +1,16 @@
-"""Who gives which file to a checkpoint, where hosts have disks of their own.
+"""Which host gives which file to a checkpoint, if hosts have disks of their own.
 
-Each disk gives the files that it alone holds. A file of one name on several disks is given by the lowest: every node
-may have written its own `config.json`. This is agreed before anything is sent, because two hosts must not write one
-object.
+Each disk gives the files that it alone holds. If several disks hold a file of one name, the lowest gives it: every node
+may have written its own `config.json`. The ranks agree on this before anything is sent, because two hosts must not write
+one object.
 
-A save costs one small meeting of the ranks: a digest of the names a disk holds, and whether it still sends the save
-before. The names themselves travel only when a digest has changed; with steps in them left out, that is the first time.
+A save costs one small exchange between the ranks: a digest of the names that a disk holds, and whether it is still sending
+an earlier save. The names themselves are exchanged only when a digest has changed; without the steps in them, that is the
+first time.
 
-A checkpoint counts only if every host sends its part, so a save that comes while any host still sends is held by all
-of them: they begin with it when somebody waits for the end, and the next save takes its place. Left to itself, each
-host would skip another one, and on a slow link no set would ever be whole.
+A checkpoint counts only if every host sends its part. So a save that comes while any host is still sending is held by all
+of them: they begin with it when a process waits for the end, and the next save replaces it. If each host decided alone, it
+would skip a different save, and on a slow link no set would ever be complete.
 """
 
 from __future__ import annotations
@@ -18,100 +19,111 @@ import hashlib
 import platform
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.errors import PeerError
 from hf_cloudtrain.runtime.ranks import Ranks
 
 Look = Callable[[], tuple[Iterable[str], Iterable[str]]]
-"""Gives the names of the files that are on this disk, and of those of them that were written for this save."""
+"""Finds the names of the files that are on this disk, and of those of them that were written for this save."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """One disk's part of a checkpoint."""
+    """What this disk gives to a save; everything, if it is the only one."""
 
+    entry: OutboxEntry
     wanted: Callable[[str], bool] | None = lambda path: True
     """Which files it gives, by path; None: it gives nothing."""
-    host: int = 0
-    """Its number among those that give something."""
-    givers: tuple[str, ...] = ("",)
-    """Those that give something, in words."""
     hold: bool = False
-    """Whether some host still sends an earlier save."""
+    """Whether some host is still sending an earlier save."""
+    givers: tuple[str, ...] = ("",)
+    """The hosts that give something, for messages."""
 
 
 class HostShares:
-    """Agrees, save by save, on what each disk gives.
+    """Agrees, save by save, on what each disk gives. All ranks call `agree`.
 
     Args:
-        world: the ranks, which all call `agree`.
-
-    Example:
-        >>> share = Shares(world).agree(lambda: (names, names), busy=uploader.is_busy, step=500)
-        >>> share.wanted("config.json")
-        True
+        watch: on rank 0, watches until the save is committed.
+        step_in_names: whether names of files may contain the step, and so change from save to save.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, watch: CommitWatch | None, *, step_in_names: bool) -> None:
         self._ranks = ranks
+        self._watch = watch
+        self._step_in_names = step_in_names
         self._digests: list[str] = []
         self._writers: dict[str, int] = {}
         """Which disk wrote a file last, by name."""
         self._given: set[str] = set()
         self._givers: list[int] = []
         self._hosts: list[str] = []
+        self._last: CheckpointKey | None = None
+        self._saves = 0
+        """How often the last step was saved."""
 
-    def agree(self, look: Look, busy: Callable[[], bool], step: int | None = None) -> Share:
+    def agree(self, entry: OutboxEntry, look: Look, queue: UploadQueue | None) -> Share:
         """What this disk gives to the save that all ranks have just written.
 
         Args:
-            step: a number in the names that changes from save to save.
+            queue: the uploads of this disk, on the rank that does them.
 
         Raises:
             PeerError: a disk cannot be read, so the checkpoint cannot become whole.
         """
         ranks = self._ranks
-        if len(ranks.leaders) == 1:
-            return Share()
+        self._saves = self._saves + 1 if entry.key == self._last else 1
+        self._last = entry.key
+        if self._saves > 1:
+            entry = replace(entry, save=self._saves, nonce=f"{entry.nonce}-{self._saves}")
+        step = entry.key.step if self._step_in_names else None
         found: list[tuple[str, ...]] = []
-        answers = ranks.each_leader(lambda: _snapshot(look, busy, step, found), "look at the checkpoint")
+        answers = ranks.each_leader(lambda: _snapshot(look, queue, step, found), "look at the checkpoint")
         for rank, (_, _, problem) in zip(ranks.leaders, answers, strict=True):
             if problem:
                 raise PeerError(f"Rank {rank} could not look at the checkpoint: {problem}")
         digests = [digest for digest, _, _ in answers]
         if digests != self._digests:
-            lists = ranks.each_leader(lambda: (platform.node(), found[0], found[1]), "tell what it holds")
+            lists = ranks.each_leader(lambda: (platform.node(), found[0], found[1]), "list its files")
             self._share_out([(there, written) for _, there, written in lists])
             self._hosts = [host for host, _, _ in lists]
             self._digests = digests
-        return self._mine(step, any(is_busy for _, is_busy, _ in answers))
+        share = self._mine(entry, step, any(busy for _, busy, _ in answers))
+        if self._watch is not None:
+            self._watch.expect(share.entry, share.givers)
+        return share
 
     def _share_out(self, found: list[tuple[tuple[str, ...], ...]]) -> None:
         for host, (_, written) in reversed(list(enumerate(found))):
-            # A name that several disks have written is the first one's.
+            # A name that several disks have written belongs to the first one.
             self._writers.update(dict.fromkeys(written, host))
         given = [
             {name for name in there if self._writers.get(name, 0) == host}
             for host, (there, _) in enumerate(found)
         ]
-        # Where nobody has anything, the first one says so.
+        # If no disk has anything, the first one reports it.
         self._givers = [host for host, names in enumerate(given) if names] or [0]
         if self._ranks.is_leader:
             self._given = given[self._ranks.leaders.index(self._ranks.rank)]
 
-    def _mine(self, step: int | None, hold: bool) -> Share:
-        leaders = self._ranks.leaders
+    def _mine(self, entry: OutboxEntry, step: int | None, hold: bool) -> Share:
+        leaders, rank = self._ranks.leaders, self._ranks.rank
         givers = tuple(f"rank {leaders[host]} on {self._hosts[host]!r}" for host in self._givers)
         hosts = [leaders[host] for host in self._givers]
-        if self._ranks.rank not in hosts:
-            return Share(None, 0, givers, hold)
+        entry = replace(entry, hosts=len(givers), host=hosts.index(rank) if rank in hosts else 0)
+        if rank not in hosts:
+            return Share(entry, None, hold, givers)
         given = self._given
-        return Share(lambda path: _without(step, path) in given, hosts.index(self._ranks.rank), givers, hold)
+        return Share(entry, lambda path: _without(step, path) in given, hold and len(givers) > 1, givers)
 
 
 def _snapshot(
-    look: Look, busy: Callable[[], bool], step: int | None, found: list[tuple[str, ...]]
+    look: Look, queue: UploadQueue | None, step: int | None, found: list[tuple[str, ...]]
 ) -> tuple[str, bool, str]:
     """(digest of the names, busy, problem); the names themselves go to `found`."""
     try:
@@ -121,10 +133,11 @@ def _snapshot(
         found[:] = ((), ())  # it has written nothing
     except OSError as error:
         return "", False, str(error)
+    busy = queue is not None and queue.is_busy()
     text = "\n\n".join("\n".join(names) for names in found)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), busy(), ""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), busy, ""
 
 
 def _without(step: int | None, name: str) -> str:
-    """The name with the step's number taken out: by a character that no clean path has, so that names stay apart."""
+    """The name without the step's number: a character that no clean path has replaces it, so that names stay distinct."""
     return name if step is None else re.sub(rf"(?<!\d){step}(?!\d)", "\0", name)

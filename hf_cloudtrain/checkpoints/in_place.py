@@ -14,10 +14,9 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, put_in_place
-from hf_cloudtrain.checkpoints.freeze import own_files
+from hf_cloudtrain.checkpoints.frozen import own_files
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders, Wanted
 from hf_cloudtrain.checkpoints.manifest import Manifest
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.names import META
 
@@ -37,6 +36,7 @@ class InPlace(LocalFolders):
         >>> checkpointer.save(checkpointer.output_dir, Position(global_step=500))
     """
 
+    links = False
     step_in_names = False
 
     def __init__(self, output_dir: Path) -> None:
@@ -84,18 +84,8 @@ class InPlace(LocalFolders):
         """Names of the folder's files, and of those that were written since the last copy."""
         return list(own_files(folder)), list(own_files(folder, self._copied_ns))
 
-    def accept(
-        self, outbox: Outbox, folder: Path, entry: OutboxEntry, since_ns: int, wanted: Wanted
-    ) -> OutboxEntry:
-        """Copy the folder into the outbox."""
-        return outbox.accept(folder, entry, link=False, wanted=wanted)
-
-    def take_over(self, ranks: Ranks, take: Callable[[], None]) -> None:
-        """Call `take`, which copies the folder, while all ranks wait: afterwards they may write into it again."""
-
-        def copy() -> None:
-            take()
-            self.check_writable()  # creates our folder again if the user has deleted everything
-            self._copied_ns = self.mark_save_begin()
-
-        ranks.each_leader(copy, "copy the checkpoint")
+    def copied_by(self, copy: Callable[[], None]) -> None:
+        """Call `copy`, which copies a save, and note when: only later files count as written by the next save."""
+        copy()
+        self.check_writable()  # creates our folder again if the user has deleted everything
+        self._copied_ns = self.mark_save_begin()

@@ -28,9 +28,16 @@ from typing import Any, TypeVar
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record, parse_checkpoint_key
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
-from hf_cloudtrain.errors import ManifestError, NoCheckpointError, StorageError, StorageUnavailableError
+from hf_cloudtrain.checkpoints.paths import CLAIMS
+from hf_cloudtrain.errors import (
+    ManifestError,
+    NoCheckpointError,
+    ObjectNotFoundError,
+    StorageError,
+    StorageUnavailableError,
+)
 from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.names import META
 
@@ -240,7 +247,7 @@ class _Finder:
             return None
         if f"{META}/claims/{folder}.json" not in self._records or folder.startswith("checkpoint-"):
             return None
-        attempt = self._catalog.claimed_by(folder)
+        attempt = _claimed_by(self._catalog, folder)
         return LeftOver("upload", folder, attempt, **self._contents(folder), free=self._is_below(attempt))
 
     def _of_checkpoint(self, key: CheckpointKey, name: str) -> LeftOver:
@@ -264,7 +271,7 @@ class _Finder:
             # Most plain folders are of a checkpoint that exists, and need no look at their claim.
             if key.step == int(match[1]) and key not in self._suffixed:
                 return key
-        attempt = self._catalog.claimed_by(folder)
+        attempt = _claimed_by(self._catalog, folder)
         return None if attempt is None else CheckpointKey(attempt, int(match[1]))
 
     def _is_replaced(self, key: CheckpointKey, folder: str) -> bool:
@@ -330,6 +337,16 @@ def _remove(catalog: Catalog, left: LeftOver) -> str | None:
     if remove(catalog, left):
         return None
     return "it has just been committed; check its files with `cloudtrain checkpoint verify`"
+
+
+def _claimed_by(catalog: Catalog, folder: str) -> int | None:
+    """The attempt that claimed a folder; None if unknown."""
+    path = f"{CLAIMS}/{folder}.json"
+    try:
+        owner = decode_record(catalog.storage.read(path), f"claim {path!r}").get("attempt")
+    except (ObjectNotFoundError, ManifestError):
+        return None
+    return owner if type(owner) is int and owner > 0 else None
 
 
 def _is_committed(catalog: Catalog, left: LeftOver) -> bool:

@@ -26,9 +26,8 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside
-from hf_cloudtrain.checkpoints.freeze import fresh_files
+from hf_cloudtrain.checkpoints.frozen import fresh_files
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.names import META
@@ -37,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Wanted = Callable[[str], bool]
 """Which files of a checkpoint a disk takes or gives, by path."""
+ALL_FILES: Wanted = lambda path: True  # noqa: E731
 
 
 class LocalFolders:
@@ -126,23 +126,19 @@ class LocalFolders:
 
     # Saved folders
 
+    links = True
+    """Whether a save may be frozen by hard links. If not, the next save writes into the same files, so they are copied."""
     step_in_names = True
     """Whether names of files may contain the step, and so change from save to save."""
+
+    def copied_by(self, copy: Callable[[], None]) -> None:
+        """Call `copy`, which copies a save, and note when; only where `links` is False."""
+        raise NotImplementedError
 
     def written(self, folder: Path, since_ns: int) -> tuple[list[str], list[str]]:
         """Names of the files in a saved folder, and of those of them that this save has written."""
         names = list(fresh_files(folder, since_ns))
         return names, names
-
-    def accept(
-        self, outbox: Outbox, folder: Path, entry: OutboxEntry, since_ns: int, wanted: Wanted
-    ) -> OutboxEntry:
-        """Freeze a saved folder in the outbox."""
-        return outbox.accept(folder, entry, since_ns=since_ns, wanted=wanted)
-
-    def take_over(self, ranks: Ranks, take: Callable[[], None]) -> None:
-        """Call `take`, which freezes a saved folder. Other ranks may continue at once: the links are safe."""
-        take()
 
 
 def parse_renumbered(name: str) -> tuple[int, CheckpointKey] | None:

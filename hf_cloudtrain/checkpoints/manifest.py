@@ -14,11 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hf_cloudtrain.errors import (
-    ConfigurationError,
-    ManifestError,
-    NewerFormatError,
-)
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
 from hf_cloudtrain.storage.digest import ALGORITHM, is_digest
 from hf_cloudtrain.storage.names import clean_path
 

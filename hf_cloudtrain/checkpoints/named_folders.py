@@ -5,9 +5,13 @@ Each save of a name is a new version: `final`, `final.2`, `final.3`. Datasets ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import delete_files
-from hf_cloudtrain.checkpoints.manifest import Manifest, encode_record, parse_folder_key
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest, encode_record, parse_folder_key
+from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.paths import CLAIMS, FOLDERS, RETIRING
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, ObjectNotFoundError
 
@@ -44,6 +48,23 @@ class NamedFolders:
     def commit(self, manifest: Manifest) -> bool:
         """Make a named folder exist. False if another save's manifest has its key."""
         return self._catalog.commit_to(_path(manifest.key), manifest)
+
+    def upload(
+        self, entry: OutboxEntry, send_files: Callable[[str], list[FileEntry]], ownership: Ownership | None
+    ) -> Manifest | None:
+        """Upload and commit an entry that has a name; None if another save's manifest has its key.
+
+        Args:
+            send_files: sends the files to a folder; see `EntrySender`, as `ownership`.
+        """
+        assert entry.name is not None
+        key, folder = self.begin(entry.name, entry.nonce, entry.key.attempt)
+        if self.holds(key):
+            return self.read(key)
+        manifest = entry.manifest(key, folder, send_files(folder))
+        if ownership is not None:
+            ownership.check()
+        return manifest if self.commit(manifest) else None
 
     def keys(self) -> list[str]:
         """Keys of all named folders, sorted."""

@@ -16,19 +16,18 @@ from functools import partial
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.local_folders import LocalFolders, Wanted
+from hf_cloudtrain.checkpoints.local_folders import ALL_FILES, LocalFolders, Wanted
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
-from hf_cloudtrain.errors import (
-    CorruptCheckpointError,
-    ManifestError,
-    NewerFormatError,
-    NoCheckpointError,
-)
+from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError, NewerFormatError, NoCheckpointError
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.runtime.redaction import visible
 
 logger = logging.getLogger(__name__)
+
+Accept = Callable[[Manifest], None]
+"""Looks at a manifest before anything is downloaded, and raises if it does not fit."""
+ANY_MANIFEST: Accept = lambda manifest: None  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,17 @@ class Restorer:
         self._local = local
         self._ranks = ranks
 
-    def newest(
-        self,
-        *,
-        wanted: Wanted = lambda path: True,
-        accept: Callable[[Manifest], None] = lambda manifest: None,
-    ) -> Restored | None:
-        """The newest whole checkpoint; None if the run has none. See `Checkpointer.restore`."""
+    def newest(self, *, wanted: Wanted = ALL_FILES, accept: Accept = ANY_MANIFEST) -> Restored | None:
+        """The newest whole checkpoint; None if the run has none.
+
+        Args:
+            wanted: which files this process's disk needs, by path (it does not need other ranks' rng files).
+            accept: looks at the manifest before anything is downloaded, and raises if it does not fit.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, and all of them are damaged.
+            StorageError: the storage does not answer.
+        """
         tried: set[CheckpointKey] = set()
         while True:
             # Listed again after a damaged one: it may be gone because a newer one was committed since.
@@ -81,7 +84,17 @@ class Restorer:
             )
         return None
 
-    def fetcher(self, manifest: Manifest, wanted: Wanted = lambda path: True) -> Callable[[], str | None]:
+    def saved_at(self, step: int) -> Manifest | None:
+        """The newest committed checkpoint of that step, on all ranks; None if there is none, or a damaged one."""
+
+        def find() -> Manifest | None:
+            keys = [key for key in self._catalog.checkpoints() if key.step == step]
+            manifest = _read_or_reason(self._catalog, keys[-1]) if keys else None
+            return manifest if isinstance(manifest, Manifest) else None
+
+        return self._ranks.agree(find, f"find the checkpoint of step {step}")
+
+    def fetcher(self, manifest: Manifest, wanted: Wanted = ALL_FILES) -> Callable[[], str | None]:
         """Work for one rank of a disk: fetch a checkpoint, unless it is here. Returns what is damaged, if anything."""
 
         def fetch() -> str | None:
@@ -98,15 +111,13 @@ class Restorer:
 
         return fetch
 
-    def _restore(
-        self, key: CheckpointKey, wanted: Wanted, accept: Callable[[Manifest], None]
-    ) -> tuple[Restored | None, str]:
+    def _restore(self, key: CheckpointKey, wanted: Wanted, accept: Accept) -> tuple[Restored | None, str]:
         """The restored checkpoint, or what is damaged."""
         before: Manifest | None = None
         problem = ""
         while True:
             manifest = self._ranks.agree(
-                partial(read_or_reason, self._catalog, key), f"read the manifest of {key}"
+                partial(_read_or_reason, self._catalog, key), f"read the manifest of {key}"
             )
             if isinstance(manifest, str) or manifest == before:
                 return None, problem or str(manifest)
@@ -128,7 +139,7 @@ class Restorer:
             logger.warning("The resumed run will not equal an uninterrupted one: %s", reason)
 
 
-def read_or_reason(catalog: Catalog, key: CheckpointKey) -> Manifest | str:
+def _read_or_reason(catalog: Catalog, key: CheckpointKey) -> Manifest | str:
     """A manifest, or why there is none. Raises NewerFormatError, StorageError."""
     reason = ""
     for _ in range(2):  # going back to an older checkpoint costs hours; one wrong answer is not enough for it

@@ -12,18 +12,24 @@ that was cut in half included.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import finish_retiring, retire, retiring
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, encode_record
 from hf_cloudtrain.checkpoints.paths import PINS
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NoCheckpointError
 
 logger = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 5.0
+"""Seconds that the end of training gives the deletion of old checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,22 @@ class Policy:
     def is_milestone(self, step: int) -> bool:
         """Whether a step is one of every n."""
         return self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0
+
+    def superseded(
+        self, waiting: Collection[OutboxEntry], newest: OutboxEntry, limit: int
+    ) -> list[OutboxEntry]:
+        """Saves beyond the `limit` newest that wait for their upload and that a newer one of their attempt makes useless."""
+        best = max((entry.key for entry in waiting if entry.best), default=None)
+        return [
+            entry
+            for entry in sorted(waiting, key=lambda entry: entry.key, reverse=True)[limit:]
+            if entry.key.attempt == newest.key.attempt
+            and entry.key < newest.key
+            and entry.name is None
+            and entry.hosts == 1  # other hosts may have begun to send it
+            and entry.key != best
+            and not self.is_milestone(entry.key.step)
+        ]
 
 
 def to_retire(
@@ -159,15 +181,49 @@ class Retention:
         """Whether a deletion that was cut off may be waiting: an attempt before may have left one."""
         self._unreadable: set[CheckpointKey] = set()
         self._warned = False
+        self._changed = threading.Condition()
+        self._requested = False
+        """Whether a pass was requested since the last one began."""
+        self.is_running = False
 
     @property
     def is_active(self) -> bool:
         """Whether anything can ever go, and this process is the one that deletes it."""
         return self.policy.save_total_limit is not None and self.attempt is not None
 
-    def hear_of_best(self, key: CheckpointKey) -> None:
-        """A best checkpoint was saved: it stays from now on, and not only from when its pointer has moved."""
+    def note_best(self, key: CheckpointKey) -> None:
+        """Note a best checkpoint when it is saved: it stays even before its pointer has moved."""
         self._best = max(key, self._best or key)
+
+    def request(self, go_on: Callable[[], bool]) -> None:
+        """Run a pass in a thread of its own, so that a slow delete holds up no upload; one that runs is repeated."""
+        if not self.is_active:
+            return
+        with self._changed:
+            self._requested = True
+            if not self.is_running:
+                with contextlib.suppress(RuntimeError):  # the interpreter is ending: the next attempt does it
+                    threading.Thread(
+                        target=self._passes, args=(go_on,), name="cloudtrain-retire", daemon=True
+                    ).start()
+                    self.is_running = True
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Give the pass under way some time (s), `SETTLE_SECONDS` by default; the next attempt completes what is left."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self.is_running, SETTLE_SECONDS if timeout is None else timeout
+            )
+
+    def _passes(self, go_on: Callable[[], bool]) -> None:
+        while True:
+            with self._changed:
+                if not self._requested:
+                    self.is_running = False
+                    self._changed.notify_all()
+                    return
+                self._requested = False
+            self.run(go_on)
 
     def run(self, go_on: Callable[[], bool] = lambda: True) -> None:
         """One pass; never raises. Trouble is warned about once, and the next pass tries again.

@@ -1,34 +1,28 @@
-"""The uploader empties an outbox: one background thread in training, the same code in the foreground for `flush`.
+"""The background uploads of one process: a thread that empties the outbox, one entry at a time, the newest first.
 
-One entry at a time, the newest first: claim its folder, send its files (two large ones and several small ones at
-once, hashed as they are sent), look at what arrived, look again at what was sent, commit, move the pointers, remove
-the entry. Trouble with the storage is warned about once and tried again for as long as the process lives; an entry
-leaves the outbox only when it is committed, or when a newer one has overtaken it before it was started. After a commit,
-and while nothing waits, old checkpoints are retired.
+Trouble with the storage is warned about once and tried again for as long as the process lives. An entry leaves the outbox
+only when it is committed, or when a newer one has replaced it before its upload began. After each commit, old checkpoints
+are retired. Before the first byte and right before the commit the sender checks whether a newer attempt has begun (law 6);
+then the queue stops, and the outbox keeps what is left.
 
-Before the first byte and right before the commit it looks whether a newer attempt has begun elsewhere (law 6). Then it
-stops, and the outbox keeps what is left.
-
-Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as
-long as one entry; `cloudtrain-retire` lives as long as one pass of deletes. No collective ever runs here.
+Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as long as
+one entry. No collective ever runs here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
+from operator import attrgetter
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership
-from hf_cloudtrain.checkpoints.retention import Retention
-from hf_cloudtrain.checkpoints.sender import (
-    EntrySender,
-    set_aside_unusable,
-)
+from hf_cloudtrain.checkpoints.retention import Policy, Retention
+from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import (
     CloudTrainError,
@@ -44,9 +38,10 @@ from hf_cloudtrain.storage.retries import jittered
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 2
-"""Uncommitted checkpoints a host keeps: one under way, and the newest."""
+"""Uncommitted checkpoints that a host keeps: the one under way, and the newest."""
 PAUSES = (5.0, 15.0, 30.0, 60.0)
 """Seconds between tries of an entry that failed, jittered; the last is repeated."""
+_BY_KEY = attrgetter("key")
 
 
 class UploadQueue:
@@ -54,6 +49,7 @@ class UploadQueue:
 
     Args:
         uploads: where it notes what it has committed.
+        retention: retires old checkpoints after each commit.
         keep_all: whether to drop no checkpoint, however slow the uploads are.
 
     Example:
@@ -68,40 +64,37 @@ class UploadQueue:
         catalog: Catalog,
         outbox: Outbox,
         uploads: UploadStatus,
-        *,
         retention: Retention | None = None,
+        *,
         keep_all: bool = False,
     ) -> None:
         self.progress = Progress()
         self.uploads = uploads
         self.last_error: CloudTrainError | None = None
-        self._keep_all = keep_all
-        self._deadline: float | None = None
         self._catalog = catalog
         self._outbox = outbox
-        self._retention = retention
-        self._due = False
-        """Whether there was a commit since the last pass began."""
-        self._retiring = False
-        """Whether a pass is under way."""
+        self._retention = retention or Retention(catalog, Policy(), None)
+        self._keep_all = keep_all
         self._changed = threading.Condition()
         self._waiting: list[OutboxEntry] = []
         self._held: OutboxEntry | None = None
         self._current: OutboxEntry | None = None
         self._ownership: Ownership | None = None
-        self._stopping = False
+        self._deadline: float | None = None
         self._hurry = False
+        """Whether a thread waits for the end."""
         self._gave_up = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="cloudtrain-upload", daemon=True)
 
     def start(self) -> None:
-        """Begin with whatever the outbox holds for this run."""
+        """Begin with what the outbox holds for this run."""
         self._waiting = self._outbox.entries(self._catalog.storage.url)
         self._thread.start()
         before_exit(self.drain)
 
     def follow(self, ownership: Ownership | None) -> None:
-        """Upload for this attempt until it is overtaken; None: for attempts that are over, whoever has begun since."""
+        """Upload for this attempt until it is overtaken; None: for attempts that have ended, which nothing overtakes."""
         with self._changed:
             self._ownership = ownership
             self._gave_up = False
@@ -111,49 +104,50 @@ class UploadQueue:
         """Hand over an accepted entry; returns at once.
 
         Args:
-            hold: begin with it only when somebody waits for the end; the next one takes its place until then.
+            hold: begin with it only when a thread waits for the end; the next entry replaces it until then.
         """
         with self._changed:
             self._gave_up = False
             self._waiting = [other for other in self._waiting if other.home != entry.home]
             self._drop_held()
             self._waiting.append(entry)
-            if entry.best and self._retention is not None:
-                self._retention.hear_of_best(entry.key)
+            if entry.best:
+                self._retention.note_best(entry.key)
             self._held = entry if hold else None
-            self._drop_overtaken(entry)
+            self._drop_superseded(entry)
             self._changed.notify_all()
 
     def skip(self) -> None:
-        """A newer checkpoint was saved, of which this host holds nothing."""
+        """Note a newer save of which this host gives nothing."""
         with self._changed:
             self._drop_held()
-            self._retire()  # nothing of its own would ever be the occasion
+        self.retire_old()  # without an upload of its own, nothing else starts a pass here
+
+    def retire_old(self) -> None:
+        """Retire old checkpoints, while nothing is waiting for its upload."""
+        self._retention.request(lambda: not (self._stopping or self.is_busy()))
 
     def is_busy(self) -> bool:
-        """Whether something is under way or next, other than what is held."""
+        """Whether an entry is under way or next, other than a held one."""
         with self._changed:
             return self._current is not None or any(entry is not self._held for entry in self._waiting)
 
     def pending(self) -> list[OutboxEntry]:
         """What is not committed yet, newest first."""
         with self._changed:
-            found = {
-                entry.home: entry for entry in (*self._waiting, *([self._current] if self._current else []))
-            }
-        return sorted(found.values(), key=lambda entry: entry.key, reverse=True)
+            entries = (*self._waiting, *([self._current] if self._current else []))
+        return sorted({entry.home: entry for entry in entries}.values(), key=_BY_KEY, reverse=True)
 
     def wait(self, timeout: float | None = None, *, bar: bool = True) -> None:
         """Return when nothing is pending; a wait of over a second shows a progress bar.
 
         Raises:
             NotCommittedError: after `timeout` seconds, with what to do.
-            OvertakenError: a newer attempt has begun, and something was not committed before.
+            OvertakenError: a newer attempt has begun, and some entries were not committed before.
         """
         deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
         with self._changed:
-            self._hurry = True
-            self._deadline = deadline
+            self._hurry, self._deadline = True, deadline
             self._changed.notify_all()
         with Bar(self.progress, hidden=not bar) as shown:
             while (
@@ -163,30 +157,20 @@ class UploadQueue:
                 and not self._is_overtaken()
             ):
                 with self._changed:
-                    self._changed.wait(0.1)  # short turns, so that Ctrl-C is heard
+                    self._changed.wait(0.1)  # short turns, so that Ctrl-C is noticed
                 shown.update()
         self._hurry, self._deadline = False, None
         pending = self.pending()
         if pending:
             self._gave_up = True
-            if self._is_overtaken():
-                raise self.overtaken_error()
-            raise NotCommittedError(self._not_committed(pending))
-
-    def settle(self, timeout: float, *, again: bool = False) -> None:
-        """Give the deletion of old checkpoints a little time; what is left is for the next one to finish.
-
-        Args:
-            timeout: seconds.
-            again: look once more for what may go.
-        """
-        with self._changed:
-            if again:
-                self._retire()
-            self._changed.wait_for(lambda: not self._retiring, timeout)
+            raise (
+                self.overtaken_error()
+                if self._is_overtaken()
+                else NotCommittedError(self._not_stored(pending))
+            )
 
     def overtaken_error(self) -> OvertakenError:
-        """What to raise where a newer attempt has begun: names what is kept here."""
+        """What to raise once a newer attempt has begun: names what is kept here."""
         assert self._ownership is not None
         names = ", ".join(entry.title for entry in self.pending())
         kept = (
@@ -196,7 +180,7 @@ class UploadQueue:
         return self._ownership.error(kept if names else "")
 
     def drain(self) -> None:
-        """Finish what is pending before the process ends; never raises, and says what is left and what to do."""
+        """Finish what is pending before the process ends; never raises, and logs what is left and what to do."""
         if self._gave_up or self._stopping or not self.pending():
             return
         if self._is_overtaken():
@@ -209,7 +193,7 @@ class UploadQueue:
         except (NotCommittedError, OvertakenError) as error:
             logger.error("%s", error)
         except KeyboardInterrupt:
-            logger.error("%s", self._not_committed(self.pending()))
+            logger.error("%s", self._not_stored(self.pending()))
 
     def close(self) -> None:
         """Stop after the entry under way; what is pending stays in the outbox."""
@@ -221,7 +205,7 @@ class UploadQueue:
         ownership = self._ownership
         return ownership is not None and ownership.overtaken_by is not None
 
-    def _not_committed(self, pending: list[OutboxEntry]) -> str:
+    def _not_stored(self, pending: list[OutboxEntry]) -> str:
         names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
         reason = f" The last error was: {self.last_error}" if self.last_error else ""
         return (
@@ -229,27 +213,13 @@ class UploadQueue:
             f"with `cloudtrain checkpoint flush {self._outbox.output_dir}` or by starting the run again here.{reason}"
         )
 
-    def _drop_overtaken(self, newest: OutboxEntry) -> None:
-        """Keep the outbox small: an entry that waited while newer ones came is not worth its upload any more."""
-        kept: list[OutboxEntry] = []
-        count = 1 if self._current is not None else 0
-        best = max((entry.key for entry in self._waiting if entry.best), default=None)
-        for entry in sorted(self._waiting, key=lambda entry: entry.key, reverse=True):
-            droppable = (
-                not self._keep_all
-                and entry.key.attempt == newest.key.attempt
-                and entry.key < newest.key
-                and entry.name is None
-                and entry.hosts == 1  # other hosts may have begun with it
-                and entry.key != best
-                and not (self._retention and self._retention.policy.is_milestone(entry.key.step))
-            )
-            if droppable and count >= MAX_WAITING:
+    def _drop_superseded(self, newest: OutboxEntry) -> None:
+        """Keep the outbox small: an entry that waited while newer ones came is no longer worth its upload."""
+        limit = MAX_WAITING - (1 if self._current is not None else 0)
+        if not self._keep_all and len(self._waiting) > limit:
+            for entry in self._retention.policy.superseded(self._waiting, newest, limit):
+                self._waiting.remove(entry)
                 self._drop(entry)
-            else:
-                kept.append(entry)
-            count += 1
-        self._waiting = kept
 
     def _drop_held(self) -> None:
         if self._held is not None and self._held in self._waiting:
@@ -259,7 +229,7 @@ class UploadQueue:
 
     def _drop(self, entry: OutboxEntry) -> None:
         logger.warning(
-            "%s is not uploaded: the upload is slower than the saves, and a newer one overtook it.",
+            "%s is not uploaded: uploads are slower than saves, and a newer checkpoint has replaced it.",
             entry.title,
         )
         self._outbox.remove(entry, in_background=True)
@@ -267,10 +237,7 @@ class UploadQueue:
     def _work(self) -> None:
         failures = 0
         sender = EntrySender(self._catalog)
-        while True:
-            entry = self._take()
-            if entry is None:
-                return
+        while (entry := self._take()) is not None:
             try:
                 self.progress.begin(f"Uploading {entry.title}", entry.size)
                 with self._outbox.lock():
@@ -280,10 +247,10 @@ class UploadQueue:
                     self._done(entry, committed)
                 failures = 0
             except OvertakenError:
-                self._put_back(entry, 0.0)  # the fence has said it; `_take` hands out nothing more
+                self._put_back(entry, 0.0)  # the ownership has logged it; `_take` hands out nothing more
             except BlockingIOError:
-                self._put_back(entry, 1.0)  # another process on this disk is at it
-            except Exception as error:  # noqa: BLE001 - a thread that dies of surprise loses checkpoints silently
+                self._put_back(entry, 1.0)  # another process on this disk is uploading
+            except Exception as error:  # noqa: BLE001 - a thread that dies of a surprise loses checkpoints silently
                 self._failed(entry, error, failures)
                 failures += 1
 
@@ -301,8 +268,8 @@ class UploadQueue:
         return [entry for entry in self._waiting if entry is not self._held or self._hurry]
 
     def _choose(self, ready: list[OutboxEntry]) -> OutboxEntry:
-        """The newest; where time is short, the newest that can be done in it, or else the smallest."""
-        newest_first = sorted(ready, key=lambda entry: entry.key, reverse=True)
+        """The newest; if time is short, the newest that can be done in it, or else the smallest."""
+        newest_first = sorted(ready, key=_BY_KEY, reverse=True)
         if self._deadline is None or self.uploads.pace is None:
             return newest_first[0]
         bytes_left = self.uploads.pace[1] * (self._deadline - time.monotonic())
@@ -323,30 +290,11 @@ class UploadQueue:
         with self._changed:
             self._current = None
             self.last_error = None
-            if committed and entry.name is None:
+            if committed:
                 size = entry.size if entry.hosts == 1 else None
                 self.uploads.committed(Commit(entry.key, entry.created, time.time(), size))
-            self._retire()  # before anybody hears that nothing is pending any more
+            self.retire_old()  # before `wait` sees that nothing is pending
             self._changed.notify_all()
-
-    def _retire(self) -> None:
-        """Delete old checkpoints, beside the uploads: a delete that hangs or is slowed down holds none of them up."""
-        self._due = self._retention is not None and self._retention.is_active
-        if self._due and not self._retiring:
-            with contextlib.suppress(RuntimeError):  # the interpreter is ending: another attempt does it
-                threading.Thread(target=self._retire_old, name="cloudtrain-retire", daemon=True).start()
-                self._retiring = True
-
-    def _retire_old(self) -> None:
-        assert self._retention is not None
-        while True:
-            with self._changed:
-                if not self._due:
-                    self._retiring = False
-                    self._changed.notify_all()
-                    return
-                self._due = False
-            self._retention.run(lambda: not (self._stopping or self.is_busy()))
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
         ours = (
@@ -358,23 +306,18 @@ class UploadQueue:
         if local or isinstance(error, CorruptCheckpointError):
             entry_now = self._outbox.current(entry)
             if entry_now is None or entry_now.files == entry.files:
-                self._give_up(entry, ours)
+                self._outbox.set_aside(entry, ours)
+                with self._changed:
+                    self._current = None
+                    self.last_error = ours
+                    self._changed.notify_all()
                 return
-            entry = entry_now  # saved again meanwhile
-        first = self.last_error is None
+            entry = entry_now  # saved again in the meantime
+        say = logger.info if self.last_error else logger.warning
         self.last_error = ours
-        (logger.warning if first else logger.info)(
-            "The upload of %s failed and is tried again; training goes on. %s", entry.title, ours
-        )
+        say("The upload of %s failed and will be tried again; training continues. %s", entry.title, ours)
         logger.debug("The failed upload", exc_info=error)
         self._put_back(entry, jittered(PAUSES[min(failures, len(PAUSES) - 1)]))
-
-    def _give_up(self, entry: OutboxEntry, error: CloudTrainError) -> None:
-        set_aside_unusable(self._outbox, entry, error)
-        with self._changed:
-            self._current = None
-            self.last_error = error
-            self._changed.notify_all()
 
     def _put_back(self, entry: OutboxEntry, pause: float) -> None:
         with self._changed:
@@ -382,7 +325,7 @@ class UploadQueue:
                 self._waiting.append(entry)
             self._current = None
             self._changed.notify_all()
-            # Whoever waits for the end does not want to sit out a minute; a second spares the storage.
+            # A thread that waits for the end must not sit out a minute; one second spares the storage.
             self._changed.wait_for(lambda: self._stopping or self._hurry, timeout=pause)
             if self._hurry:
                 self._changed.wait_for(lambda: self._stopping, timeout=min(pause, 1.0))

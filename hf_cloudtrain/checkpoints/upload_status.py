@@ -50,10 +50,6 @@ class UploadStatus:
         self._commits: deque[Commit] = deque(maxlen=REMEMBERED_COMMITS)
         self._lock = threading.Lock()
 
-    def saved(self, key: CheckpointKey | None, seconds: float | None) -> None:
-        """Note what was saved last, and when; None at the beginning of an attempt."""
-        self.last_saved, self.last_saved_time = key, seconds
-
     def committed(self, commit: Commit) -> None:
         """Note a commit. Rank 0 may note one twice: from its own upload and from its watch."""
         with self._lock:

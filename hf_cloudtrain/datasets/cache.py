@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole
-from hf_cloudtrain.checkpoints.freeze import AcceptedFile, fresh_files
+from hf_cloudtrain.checkpoints.frozen import AcceptedFile, fresh_files
 from hf_cloudtrain.checkpoints.manifest import Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import locked, write_whole

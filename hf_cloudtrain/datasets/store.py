@@ -27,9 +27,9 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.download import LARGE_AT_ONCE, SMALL_AT_ONCE, check_free_space
+from hf_cloudtrain.checkpoints.download import LARGE_AT_ONCE, SMALL_AT_ONCE, check_space
 from hf_cloudtrain.checkpoints.folder_upload import send_folder
-from hf_cloudtrain.checkpoints.freeze import AcceptedFile, fresh_files
+from hf_cloudtrain.checkpoints.frozen import AcceptedFile, OutboxEntry, fresh_files
 from hf_cloudtrain.checkpoints.manifest import (
     MAX_FILES,
     CheckpointKey,
@@ -40,7 +40,6 @@ from hf_cloudtrain.checkpoints.manifest import (
     parse_folder_key,
 )
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
-from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import Upload, digests, sending, store_token
 from hf_cloudtrain.errors import (
@@ -354,7 +353,7 @@ def _fetch(source: str, options: dict[str, Any], work: Path, progress: Progress)
         raise ConfigurationError(f"No files found at {shown!r}. Check the URL.")
     check_paths([clean_path(path) for path in sizes], f"listing of {shown!r}")
     total = sum(sizes.values())
-    check_free_space(work, total, work)
+    check_space(work, total, work)
     progress.begin(f"Fetching {shown}", total)
 
     def fetch(path: str) -> None:

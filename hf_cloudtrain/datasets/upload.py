@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.freeze import AcceptedFile
+from hf_cloudtrain.checkpoints.frozen import AcceptedFile, OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
-from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.datasets.cache import exclusive
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import write_whole

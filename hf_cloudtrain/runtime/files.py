@@ -1,18 +1,38 @@
-"""Files that processes of one machine share: locks, and the names of folders that are being made."""
+"""Files and disks that processes of one machine share: free space, locks, and the names of folders that are being made."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_cloudtrain.runtime.text import size_text
 from hf_cloudtrain.runtime.threads import TURN
+
+SPARE_SPACE = 16 * 2**20
+"""Bytes that must stay free on a disk after a copy."""
+MORE_SPACE = "Free some space, or choose a folder on a larger disk"
+
+
+def check_free_space(
+    folder: Path, size: int, what: str, *, spare: int = SPARE_SPACE, remedy: str = MORE_SPACE
+) -> None:
+    """Raise OSError (ENOSPC) if the disk of `folder` lacks room for `size` bytes of `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < size + spare:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs {size_text(size)}, and only {size_text(free)} are free. {remedy}",
+            str(folder),
+        )
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import s3fs  # noqa: F401 - imported before the fork
 from hf_cloudtrain.checkpoints import checkpointer, deletion, upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
+from hf_cloudtrain.checkpoints.frozen import SMALL_FILE
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.checkpoints.retention import protected
 from hf_cloudtrain.checkpoints.sender import EntrySender

@@ -15,9 +15,8 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import verify
 from hf_cloudtrain.checkpoints.flush import flush
-from hf_cloudtrain.checkpoints.freeze import SMALL_FILE
+from hf_cloudtrain.checkpoints.frozen import SMALL_FILE, OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
-from hf_cloudtrain.checkpoints.outbox import OutboxEntry
 from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.storage.client import Storage

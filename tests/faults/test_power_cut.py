@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints import outbox
+from hf_cloudtrain.checkpoints import frozen
 from hf_cloudtrain.checkpoints.manifest import Position
 from tests.faults.runs import Machine, Machines, bytes_of, contents, wait_until
 
@@ -66,7 +66,7 @@ def home(machines: Machines) -> Path:
 
 
 def starts_again(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(outbox, "boot_id", lambda: "the next life of the machine")
+    monkeypatch.setattr(frozen, "boot_id", lambda: "the next life of the machine")
     machine = machines.new()
     machine.begins_after = machine.start()  # type: ignore[attr-defined]
     return machine

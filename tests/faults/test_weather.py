@@ -41,7 +41,8 @@ def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_afte
     assert requests <= 6 * (12 * 2 + 3)
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert (
-        len([record for record in warned if "is tried again; training goes on" in record.getMessage()]) == 1
+        len([record for record in warned if "will be tried again; training continues" in record.getMessage()])
+        == 1
     )
 
 
@@ -90,7 +91,7 @@ def test_credentials_that_are_renewed_late_cost_no_checkpoint(
     machines.storage.fail("any", StoragePermissionError("ExpiredToken"), times=1_000_000)
     machine.save(5)
     wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
-    assert "tried again; training goes on. ExpiredToken" in caplog.text
+    assert "tried again; training continues. ExpiredToken" in caplog.text
     machines.storage.heal()
     machine.checkpointer.wait(DEADLINE)
     assert machines.committed() == [(1, 5)]

@@ -81,7 +81,7 @@ def during_a_copy(machine: Machine, disk: Path) -> None:
     assert Position(global_step=15) == entry.position
     with full(disk, left=2**19):
         said = refused(lambda: machine.checkpointer.outbox.accept(source, entry, link=False))
-    assert "No space" in said, said
+    assert "are free. Free some space" in said, said
     assert left_overs(machine.output_dir) == []
     machine.rotate(15)
 
@@ -89,7 +89,7 @@ def during_a_copy(machine: Machine, disk: Path) -> None:
 def during_a_restore(machines: Machines, disk: Path) -> None:
     elsewhere = machines.new("elsewhere")
     said = refused(elsewhere.start)
-    assert "GB are free there. Free some space" in said, said  # it looks before the first byte
+    assert " are free. Free some space" in said, said  # it looks before the first byte
     download.SPARE_SPACE = -SIZE  # the space goes away after the look
     with full(disk, left=2**20):
         said = refused(elsewhere.start)
@@ -103,7 +103,7 @@ def during_a_restore(machines: Machines, disk: Path) -> None:
 def on_a_read_only_disk(machines: Machines, disk: Path) -> None:
     make_read_only(disk)
     said = refused(machines.new("elsewhere").start)
-    assert "cannot be written to (Read-only file system). Choose another one." in said, said
+    assert "cannot be written to (Read-only file system). Choose a different one." in said, said
 
 
 def refused(call: object) -> str:

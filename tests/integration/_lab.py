@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.storage.client import Storage
 from tests.integration._zygote import PATIENCE, POLL, Child, Zygote
 from tests.servers import free_port

@@ -239,7 +239,7 @@ class TestSlowAndBrokenStorage:
         steps = lab.steps()
         assert (steps[0], steps[-1]) == (2, 12)
         assert 4 not in steps
-        assert "checkpoint-4 is not uploaded: the upload is slower than the saves" in child.log
+        assert "checkpoint-4 is not uploaded: uploads are slower than saves" in child.log
         assert lab.problems() == []
         assert lab.outbox("first") == []
 
@@ -258,7 +258,7 @@ class TestSlowAndBrokenStorage:
         jolts = {"after": [["Jolt", {}]]}
         plain = lab.plain(**jolts)
         child = lab.train("first", "outage", module=MISHAPS, first=3, last=11, **jolts)
-        assert "The upload of checkpoint-4 failed and is tried again; training goes on." in child.log
+        assert "The upload of checkpoint-4 failed and will be tried again; training continues." in child.log
         assert lab.steps()[-1] == 12
         assert lab.problems() == []
         assert lab.difference("first") == 0.0

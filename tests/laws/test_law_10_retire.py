@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.checkpoints import checkpointer
+from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import retire, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
@@ -150,7 +150,7 @@ def settled(machine: Machine) -> None:
     """Until the pass after the last commit is over."""
     upload_queue = machine.checkpointer._upload_queue
     assert upload_queue is not None
-    wait_until(lambda: not upload_queue._retiring, "the pass is over")
+    wait_until(lambda: not upload_queue._retention.is_running, "the pass is over")
 
 
 def limited(machines: Machines, name: str = "out", limit: int = 2, n: int | None = None) -> Machine:
@@ -196,7 +196,7 @@ def test_law_10_the_next_attempt_on_another_machine_goes_on_with_the_limit(machi
 def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointer, "RETIRE_PATIENCE", 0.01)
+    monkeypatch.setattr(retention, "SETTLE_SECONDS", 0.01)
     machine = limited(machines, limit=1)
     machine.save(5)
     machine.wait()
@@ -209,7 +209,7 @@ def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
     machine.checkpointer.drain()
     upload_queue = machine.checkpointer._upload_queue
     assert upload_queue is not None
-    assert upload_queue._retiring, "it hangs, and nobody waits for it"
+    assert upload_queue._retention.is_running, "it hangs, and nobody waits for it"
     assert (1, 10) in machines.committed()
 
 
@@ -245,7 +245,7 @@ def test_law_10_deleting_stops_while_there_is_something_to_upload(machines: Mach
     deleting.set()
     upload_queue = machine.checkpointer._upload_queue
     assert upload_queue is not None
-    wait_until(lambda: not upload_queue._retiring, "the pass is over")
+    wait_until(lambda: not upload_queue._retention.is_running, "the pass is over")
     assert machines.storage.count("delete", "*/checkpoints/*") == 1
     assert retiring(machines.catalog) == [CheckpointKey(1, 5)], "cut off in the middle"
     machines.gate.set()

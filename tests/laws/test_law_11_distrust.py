@@ -343,7 +343,7 @@ def test_law_11_credentials_are_in_no_file_no_log_and_no_error(
         machine.wait()
         cloud.fail("list", refused, times=1_000)
         with pytest.raises(CloudTrainError) as told:
-            machine.checkpointer.newest()
+            machine.checkpointer.restorer.newest()
         errors = [str(told.value), repr(told.value), *map(str, chain_of(told.value))]
         machine.stop()
 

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from hf_cloudtrain.checkpoints import freeze
+from hf_cloudtrain.checkpoints import frozen
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.testing import CrashPoint
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until, write_checkpoint, write_files
@@ -91,7 +91,7 @@ def test_law_3_a_save_is_links_small_copies_and_one_rename(machines: Machines) -
 def test_law_3_all_copies_of_a_save_together_are_bounded(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(freeze, "SMALL_TOTAL", 3_000)
+    monkeypatch.setattr(frozen, "SMALL_TOTAL", 3_000)
     machine = machines.new()
     machine.start()
     machines.storage.hold("upload", machines.gate)
@@ -105,7 +105,7 @@ def test_law_3_all_copies_of_a_save_together_are_bounded(
     ]
     assert sum(copied) <= 3_000
     assert len(entry.files) == 9 + len(bytes_of(5))
-    assert freeze.SMALL_FILE == 2**20, "the bound that the law names"
+    assert frozen.SMALL_FILE == 2**20, "the bound that the law names"
 
 
 def test_law_3_files_that_were_there_before_this_save_do_not_belong_to_it(machines: Machines) -> None:

@@ -19,8 +19,9 @@ from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.storage import backends
+from hf_cloudtrain.storage import backend
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from hf_cloudtrain.storage.names import META
 from tests.contract.conftest import Location, new_location
 from tests.faults.ranks import on_ranks
@@ -130,7 +131,7 @@ class TestTheOvertakenOne:
         self, machines: Machines, often: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In the middle of a file, too: the rest of a large one may take an hour."""
-        monkeypatch.setattr(backends, "PART_SIZE", 4096)
+        monkeypatch.setattr(backend, "PART_SIZE", 4096)
         old, new = machines.new("old"), machines.new("new")
         old.start()
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/model.safetensors")
@@ -466,7 +467,7 @@ class TestWithoutExclusiveCreate:
 
     @pytest.fixture(autouse=True)
     def no_exclusive_create(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backends.LocalBackend, "create", backends.LocalBackend.write)
+        monkeypatch.setattr(LocalBackend, "create", LocalBackend.write)
 
     def test_law_6_of_two_that_take_one_number_the_one_written_over_takes_another(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch

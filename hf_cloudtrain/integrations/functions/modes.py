@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.attempt_checks import Advice
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
-from hf_cloudtrain.checkpoints.start import Advice
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.ranks import rank_and_size

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.attempt_checks import Advice
 from hf_cloudtrain.checkpoints.retention import Policy
-from hf_cloudtrain.checkpoints.start import Advice
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed

@@ -164,7 +164,7 @@ class Session:
         manifest, conversion = self._restored or (None, None)
         if manifest is None or state.global_step != (conversion or manifest.position).global_step:
             # Resumed from a path that the user chose, if at all.
-            found = self.checkpointer.saved_at(state.global_step) if state.global_step else None
+            found = self.checkpointer.restorer.saved_at(state.global_step) if state.global_step else None
             if found is not None:
                 topology.check_converted(found, args)
             return

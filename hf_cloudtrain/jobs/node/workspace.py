@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.node.ignore_files import OWN, Rules
-from hf_cloudtrain.runtime.files import is_left_over, temp_suffix
+from hf_cloudtrain.runtime.files import check_free_space, is_left_over, temp_suffix
 from hf_cloudtrain.runtime.text import size_text
 
 LARGE = 10**9
@@ -22,8 +22,6 @@ SHOWN = 3
 """Largest files and folders that are named."""
 CHUNK = 64 * 2**20
 """Bytes copied between two calls of `on_bytes`."""
-SPACE_LEFT = 16 * 2**20
-"""Bytes that a copy must leave free on the disk."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ def copy_workspace(
     copied = walk.copied()
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean(target)
-    _check_free_space(target.parent, copied.size)
+    remedy = f"Exclude what the job does not need in {OWN}, or free some space"
+    check_free_space(target.parent, copied.size, "The copy of the workspace", remedy=remedy)
     beside = target.with_name(f".{target.name}-{temp_suffix()}")
     try:
         beside.mkdir()
@@ -224,17 +223,6 @@ def _copy_metadata(source: Path, target: Path, at_least: int) -> None:
         return
     os.chmod(target, found.st_mode & 0o777 | at_least)
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def _check_free_space(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size + SPACE_LEFT:
-        raise OSError(
-            errno.ENOSPC,
-            f"The workspace has {size_text(size)}, and only {size_text(free)} are free. Exclude what the job does not "
-            f"need in {OWN}, or free some space",
-            str(folder),
-        )
 
 
 def _clean(target: Path) -> None:

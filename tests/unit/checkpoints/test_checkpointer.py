@@ -107,7 +107,9 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
         nonce = f"{attempt.nonce}-15"
         parts = HostParts(checkpointer.catalog, CheckpointKey(1, 15), nonce, save=1, hosts=2)
         wait_until(lambda: parts.missing() == [1], "the first one's part")
-        wait_until(lambda: not (upload_queue.pending() or upload_queue._retiring), "the first one's look")
+        wait_until(
+            lambda: not (upload_queue.pending() or upload_queue._retention.is_running), "the first one's look"
+        )
         machines.gate.set()
 
     machines.storage.hold("upload", machines.gate, path="checkpoint-15/rng_1.pth")

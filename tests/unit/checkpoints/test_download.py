@@ -103,7 +103,7 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(
     free = manifest.size + module.SPARE_SPACE - 1
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     machines.storage.calls.clear()
-    with pytest.raises(StorageError, match=r"needs 0\.00 GB, and only 0\.07 GB are free there"):
+    with pytest.raises(StorageError, match=r"needs .*, and only .* are free"):
         download(machines.catalog, manifest, target)
     assert machines.storage.calls == []
     assert left_overs(target.parent) == []

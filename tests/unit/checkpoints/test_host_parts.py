@@ -12,9 +12,10 @@ from hf_cloudtrain.checkpoints import host_parts as module
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import verify
 from hf_cloudtrain.checkpoints.flush import flush
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.errors import ManifestError, StorageError
 from hf_cloudtrain.runtime.progress import Progress
@@ -61,7 +62,7 @@ def test_a_part_of_another_nonce_is_not_ours(catalog: Catalog) -> None:
     for host in (1, 2):
         parts_of(catalog).put(host, [])
     assert not parts_of(catalog).has(0)
-    with pytest.raises(ManifestError, match="another save"):
+    with pytest.raises(ManifestError, match="a different save"):
         parts_of(catalog).files()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.checkpoints import commit_watch as watch_module
-from hf_cloudtrain.checkpoints import local_folders, multihost
+from hf_cloudtrain.checkpoints import local_folders
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
@@ -320,7 +320,7 @@ class TestWaiting:
 
         first, second = hosts(2, work)
         assert isinstance(first, NotCommittedError)
-        assert "checkpoint-5 (attempt 1). What is missing is the part of rank 1 on '" in str(first)
+        assert "checkpoint-5 (attempt 1). Missing is the part of rank 1 on '" in str(first)
         assert "flush" in str(first)
         assert isinstance(second, NotCommittedError)
         assert "connection reset on purpose" in str(second), "the host itself says why"
@@ -358,7 +358,7 @@ class TestWaiting:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr(multihost, "LAST_LOOK", 0.2)
+        monkeypatch.setattr(watch_module, "LAST_LOOK", 0.2)
         machines.storage.hold("upload", machines.gate, path="*/shard-1")
 
         def work(host: Host) -> None:

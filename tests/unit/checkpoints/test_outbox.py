@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_cloudtrain.checkpoints import freeze
+from hf_cloudtrain.checkpoints import frozen
 from hf_cloudtrain.checkpoints import outbox as module
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry, read_entry
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError, ManifestError
 from tests.faults.runs import bytes_of, contents, entry_of, write_checkpoint, write_files
 
@@ -39,7 +40,7 @@ def test_an_accepted_folder_is_an_entry_with_all_its_bytes(outbox: Outbox) -> No
     assert contents(entry.home / "files") == bytes_of(5)
     assert entry.size == sum(map(len, bytes_of(5).values()))
     assert entry.title == "checkpoint-5"
-    assert read_entry(entry.home) == entry
+    assert OutboxEntry.read(entry.home) == entry
     assert outbox.entries() == [entry]
 
 
@@ -177,7 +178,7 @@ def test_a_copy_that_would_fill_the_disk_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr(os, "link", refused)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(OSError, match="No space is left to copy") as told:
+    with pytest.raises(OSError, match=r"A copy of .* needs 1.0 MB, and only 1.0 MB are free") as told:
         accepted(outbox)
     assert told.value.errno == errno.ENOSPC
     assert list(outbox.folder.iterdir()) == []
@@ -379,12 +380,12 @@ class TestCopies:
     ) -> None:
         folder = outbox.output_dir / "ckpt"
         write_files(folder, {name: bytes(2**20) for name in "abcd"})
-        free = 4 * 2**20 + freeze.SMALL_TOTAL - 1
-        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        free = 4 * 2**20 + frozen.SMALL_TOTAL - 1
+        monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         copied: list[object] = []
-        monkeypatch.setattr(freeze.shutil, "copyfile", lambda *paths: copied.append(paths))
-        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
-        with pytest.raises(OSError, match="No space is left") as told:
+        monkeypatch.setattr(frozen.shutil, "copyfile", lambda *paths: copied.append(paths))
+        monkeypatch.setattr(frozen, "_clone", lambda source, target: False)
+        with pytest.raises(OSError, match=r"A copy of .* are free") as told:
             self.copied(outbox, folder)
         assert told.value.errno == errno.ENOSPC
         assert copied == []
@@ -395,17 +396,17 @@ class TestCopies:
     ) -> None:
         folder = outbox.output_dir / "ckpt"
         write_files(folder, {name: bytes(2**20) for name in "abcd"})
-        free = 4 * 2**20 + freeze.SMALL_TOTAL
-        copyfile = freeze.shutil.copyfile
+        free = 4 * 2**20 + frozen.SMALL_TOTAL
+        copyfile = frozen.shutil.copyfile
 
         def copy(source: Path, target: Path) -> None:
             nonlocal free
             copyfile(source, target)
             free -= 2**20
 
-        monkeypatch.setattr(freeze.shutil, "copyfile", copy)
-        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
+        monkeypatch.setattr(frozen.shutil, "copyfile", copy)
+        monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        monkeypatch.setattr(frozen, "_clone", lambda source, target: False)
         assert len(self.copied(outbox, folder).files) == 4
 
     def test_where_blocks_are_shared_no_space_is_asked_for(
@@ -418,8 +419,8 @@ class TestCopies:
             asked.append(request)
             os.sendfile(descriptor, source, 0, 2**30)
 
-        monkeypatch.setattr(freeze.fcntl, "ioctl", clone)
-        monkeypatch.setattr(freeze.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        monkeypatch.setattr(frozen.fcntl, "ioctl", clone)
+        monkeypatch.setattr(frozen.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
         assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
         assert set(asked) == {0x40049409}
         assert len(asked) == len(bytes_of(5))
@@ -434,7 +435,7 @@ class TestCopies:
             asked.append(request)
             raise OSError(errno.EOPNOTSUPP, "not here")
 
-        monkeypatch.setattr(freeze.fcntl, "ioctl", refuse)
+        monkeypatch.setattr(frozen.fcntl, "ioctl", refuse)
         assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
         assert len(asked) == 1
 
@@ -442,15 +443,15 @@ class TestCopies:
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
-        copyfile = freeze.shutil.copyfile
+        copyfile = frozen.shutil.copyfile
 
         def while_written(source: Path, target: Path) -> None:
             copyfile(source, target)
             with open(source, "ab") as file:
                 file.write(b"more")
 
-        monkeypatch.setattr(freeze.shutil, "copyfile", while_written)
-        monkeypatch.setattr(freeze, "_clone", lambda source, target: False)
+        monkeypatch.setattr(frozen.shutil, "copyfile", while_written)
+        monkeypatch.setattr(frozen, "_clone", lambda source, target: False)
         with pytest.raises(OSError, match="written while it was copied"):
             self.copied(outbox, folder)
         assert outbox.entries() == []
@@ -458,6 +459,7 @@ class TestCopies:
 
 def test_of_what_cannot_be_committed_only_the_last_is_kept(outbox: Outbox) -> None:
     for step in (5, 10, 15):
-        aside = outbox.set_aside(accepted(outbox, step))
-    assert list(aside.parent.iterdir()) == [aside]
+        outbox.set_aside(accepted(outbox, step), CorruptCheckpointError("written again"))
+    (aside,) = (outbox.output_dir / ".cloudtrain/unusable").iterdir()
+    assert aside.name.startswith("000001-0000000015-")
     assert contents(aside / "files") == bytes_of(15)

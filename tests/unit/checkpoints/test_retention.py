@@ -152,7 +152,7 @@ class TestPass:
     ) -> None:
         catalog.point("best", CheckpointKey(1, 1))
         retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
-        retention.hear_of_best(CheckpointKey(1, 3))
+        retention.note_best(CheckpointKey(1, 3))
         retention.run()
         assert catalog.checkpoints() == keys("1/1", "1/3", "1/5")
 

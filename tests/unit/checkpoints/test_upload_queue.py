@@ -11,10 +11,11 @@ import pytest
 from hf_cloudtrain.checkpoints import flush as module
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.flush import flush
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
@@ -160,7 +161,7 @@ def test_a_long_outage_is_warned_about_once_and_its_end_is_clean(
     upload_queue.wait(DEADLINE)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert "The upload of checkpoint-5 failed and is tried again; training goes on" in warnings[0]
+    assert "The upload of checkpoint-5 failed and will be tried again; training continues" in warnings[0]
     assert upload_queue.last_error is None
 
 
@@ -319,5 +320,5 @@ def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointe
     for step in (10, 15):
         upload_queue.submit(disk.entry(step))
         upload_queue.wait(DEADLINE)
-        upload_queue.settle(DEADLINE)
+        upload_queue._retention.settle(DEADLINE)
     assert disk.catalog.checkpoints() == [best.key, CheckpointKey(1, 15)]

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.flush import flush
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
-from hf_cloudtrain.checkpoints.outbox import Outbox, OutboxEntry
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.storage.client import Storage

@@ -224,7 +224,7 @@ def test_a_fetch_checks_the_free_space_and_deletes_what_a_killed_process_left(
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=1_000_000))
     try:
-        with pytest.raises(StorageError, match=r"only 0\.00 GB are free"):
+        with pytest.raises(StorageError, match=r"only 1\.0 MB are free"):
             DatasetStore().create("glue", "memory://corpora/glue")
     finally:
         fsspec.filesystem("memory").store.clear()

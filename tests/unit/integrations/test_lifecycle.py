@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain.checkpoints.attempt_checks import Advice
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
-from hf_cloudtrain.checkpoints.start import Advice
 from hf_cloudtrain.errors import NotCommittedError, OvertakenError, PreemptedExit
 from hf_cloudtrain.integrations import lifecycle as lifecycle_module
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle

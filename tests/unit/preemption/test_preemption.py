@@ -115,7 +115,7 @@ class TestAlone:
         self, made: Checkpointer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         silent = threading.Event()
-        monkeypatch.setattr(made, "_check_last_checkpoint_stored", lambda: silent.wait(600) and None)
+        monkeypatch.setattr(made, "_check_last_stored", lambda: silent.wait(600) and None)
         preemption = Preemption(made)
         preemption.receive(Notice("EC2", 0.5))
         save(made, 5)

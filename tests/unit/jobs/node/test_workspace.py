@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,7 +146,7 @@ class TestCopy:
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write(source, main_py="x")
-        monkeypatch.setattr(workspace, "SPACE_LEFT", 2**62)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
         with pytest.raises(
             OSError, match=r"are free\. Exclude what the job does not need in \.cloudtrainignore"
         ):

@@ -1,0 +1,351 @@
+"""A saved folder, frozen in the outbox: how its files are linked or copied, how each looked, and what is known of it.
+
+Large files are hard links and small ones copies, as long as all copies of a save are small; a folder that is written again
+and again is copied whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.manifest import (
+    CheckpointKey,
+    FileEntry,
+    Manifest,
+    Position,
+    decode_record,
+    encode_record,
+)
+from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError
+from hf_cloudtrain.runtime.files import boot_id, check_free_space
+from hf_cloudtrain.runtime.provenance import origin
+from hf_cloudtrain.storage.names import META, clean_path
+
+logger = logging.getLogger(__name__)
+
+SMALL_FILE = 2**20
+"""Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
+SMALL_TOTAL = 16 * 2**20
+"""Bytes that all copies of one save may have: 10 ms. The rest is linked."""
+FICLONE = 0x40049409
+"""The request that makes a file share another's blocks until one is written: _IOW(0x94, 9, int) of <linux/fs.h>."""
+TEMPORARY = re.compile(r".*(~|\.tmp|\.part|\.partial|\.incomplete)|\.(tmp|nfs).*|tmp[a-z0-9_]{8}")
+"""Names of files that somebody is still writing: editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
+
+
+@dataclass(frozen=True)
+class AcceptedFile:
+    """One file as it looked when it was accepted."""
+
+    path: str
+    size: int
+    inode: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, folder: Path, path: str) -> AcceptedFile:
+        """A file of a folder as it looks now."""
+        found = os.stat(folder / path)
+        return cls(path, found.st_size, found.st_ino, found.st_mtime_ns)
+
+    def is_unchanged(self, path: Path, *, restarted: bool) -> bool:
+        """Whether the file at `path` is still what was accepted.
+
+        Args:
+            restarted: whether the machine went down since: then blocks of the file may never have reached the disk.
+        """
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return False
+        same = (found.st_ino, found.st_size, found.st_mtime_ns) == (self.inode, self.size, self.mtime_ns)
+        return same and not (restarted and _has_hole(path, self.size))
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    """One saved, not yet committed folder of this host."""
+
+    run_url: str
+    key: CheckpointKey
+    nonce: str
+    position: Position
+    exclusive: bool = True
+    """Whether the storage honoured exclusive create when the attempt began."""
+    exact: bool = True
+    inexact_reason: str | None = None
+    created: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: bool = False
+    """Whether it was the best when it was saved: never dropped, and `best.json` will point at it."""
+    name: str | None = None
+    """Of a folder that is not a checkpoint (`cloud.save`)."""
+    host: int = 0
+    hosts: int = 1
+    """This host's part of a checkpoint of several hosts."""
+    save: int = 1
+    """If hosts have disks of their own: how often this attempt had saved the step then, this save included."""
+    origin: dict[str, str] = field(default_factory=dict)
+    boot: str = ""
+    """The boot id of the machine when it was accepted: what was not on the disk when the machine went down is lost."""
+    files: tuple[AcceptedFile, ...] = ()
+    home: Path = Path()
+    """The entry's own folder."""
+
+    @classmethod
+    def new(
+        cls,
+        run_url: str,
+        attempt: Attempt,
+        position: Position,
+        inexact_reason: str | None,
+        metrics: dict[str, float],
+        best: bool,
+    ) -> OutboxEntry:
+        """The entry of a save of an attempt, before it is accepted."""
+        return cls(
+            run_url=run_url,
+            key=CheckpointKey(attempt.number, position.global_step),
+            nonce=f"{attempt.nonce}-{position.global_step}",
+            position=position,
+            exclusive=attempt.exclusive,
+            exact=inexact_reason is None,
+            inexact_reason=inexact_reason,
+            created=time.time(),
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            best=best,
+            origin=origin(),
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name or f"checkpoint-{self.key.step}"
+
+    def local_path(self, file: AcceptedFile) -> Path:
+        """Where the bytes are."""
+        return self.home / "files" / file.path
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file differs from what was accepted."""
+        restarted = self.boot != boot_id()
+        for file in self.files:
+            if file.is_unchanged(self.local_path(file), restarted=restarted):
+                continue
+            reason = (
+                "is not what was saved: it was written again since, or had not reached the disk when this machine went down"
+                if restarted
+                else "was written again after it was saved"
+            )
+            raise CorruptCheckpointError(
+                f"{file.path!r} of {self.title} (attempt {self.key.attempt}) {reason}, so {str(self.home)!r} cannot be "
+                "committed."
+            )
+
+    def manifest(self, key: str, folder: str, files: list[FileEntry]) -> Manifest:
+        """The manifest that commits it."""
+        return Manifest(
+            key=key,
+            folder=folder,
+            attempt=self.key.attempt,
+            step=self.key.step,
+            nonce=self.nonce,
+            files=tuple(files),
+            position=self.position,
+            exact=self.exact,
+            inexact_reason=self.inexact_reason,
+            created=self.created,
+            metrics=self.metrics,
+            origin=self.origin,
+        )
+
+    def encode(self) -> bytes:
+        """The JSON in `entry.json`."""
+        record = dataclasses.asdict(self)
+        del record["home"], record["key"]
+        return encode_record({"attempt": self.key.attempt, "step": self.key.step, **record})
+
+    @classmethod
+    def read(cls, home: Path) -> OutboxEntry:
+        """The entry in a folder of the outbox. Raises ManifestError, OSError."""
+        what = f"outbox entry {home.name!r}"
+        record = decode_record((home / "entry.json").read_bytes(), what)
+        try:
+            files = tuple(
+                AcceptedFile(
+                    clean_path(item["path"]), int(item["size"]), int(item["inode"]), int(item["mtime_ns"])
+                )
+                for item in record["files"]
+            )
+            return cls(
+                run_url=str(record["run_url"]),
+                key=CheckpointKey(int(record["attempt"]), int(record["step"])),
+                nonce=str(record["nonce"]),
+                position=Position.parse(record["position"], what),
+                exclusive=bool(record["exclusive"]),
+                exact=bool(record["exact"]),
+                inexact_reason=record["inexact_reason"],
+                created=float(record["created"]),
+                metrics=dict(record["metrics"]),
+                best=bool(record["best"]),
+                name=record["name"],
+                host=int(record["host"]),
+                hosts=int(record["hosts"]),
+                save=int(record.get("save", 1)),
+                origin=dict(record["origin"]),
+                boot=str(record.get("boot", "")),
+                files=files,
+                home=home,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"The {what} is damaged ({error!r}).") from None
+
+
+def freeze(
+    source: Path, target: Path, since_ns: int, wanted: Callable[[str], bool] = lambda path: True
+) -> tuple[AcceptedFile, ...]:
+    """Links to a folder's files that are wanted by path, and copies of small ones; not those that `fresh_files` omits."""
+    accepted = []
+    copied = 0
+    link_failed: OSError | None = None
+    for path in _files_below(source):
+        found = os.stat(source / path)
+        if found.st_mtime_ns < since_ns or not wanted(path):
+            continue
+        clean_path(path)
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        small = found.st_size < SMALL_FILE and copied + found.st_size <= SMALL_TOTAL
+        if not small:
+            link_failed = _link(source / path, target / path)
+        if small or link_failed:
+            _copy(source / path, target / path, found.st_size)
+            copied += found.st_size
+        accepted.append(AcceptedFile.of(target, path))
+    if link_failed is not None:
+        logger.warning(
+            "Files of %r were copied, because the disk cannot link them (%s): saving takes longer.",
+            str(source),
+            link_failed.strerror,
+        )
+    return tuple(accepted)
+
+
+def copy_out(
+    source: Path, target: Path, wanted: Callable[[str], bool] = lambda path: True
+) -> tuple[AcceptedFile, ...]:
+    """Copies of a folder's own files that are wanted by path, none of which shares an inode with its source.
+
+    Raises:
+        OSError: the disk is full, or a file was written meanwhile.
+    """
+    found = {path: os.stat(source / path) for path in own_files(source) if wanted(path)}
+    left = sum(stat.st_size for stat in found.values())
+    clones = True
+    accepted = []
+    for path, stat in found.items():
+        clean_path(path)
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        clones = clones and _clone(source / path, target / path)
+        if not clones:
+            check_free_space(target, left, f"A copy of {str(source)!r}")
+            shutil.copyfile(source / path, target / path)
+        left -= stat.st_size
+        if _looks(os.stat(source / path)) != _looks(stat):
+            raise OSError(errno.EBUSY, "It was written while it was copied", str(source / path))
+        accepted.append(AcceptedFile.of(target, path))
+    return tuple(accepted)
+
+
+def fresh_files(source: Path, since_ns: int) -> Iterator[str]:
+    """Relative paths in a folder that was just saved, without what was last written before `since_ns` (ns)."""
+    return (path for path in _files_below(source) if os.stat(source / path).st_mtime_ns >= since_ns)
+
+
+def own_files(source: Path, since_ns: int = 0) -> Iterator[str]:
+    """Relative paths in a folder that its owner writes again and again.
+
+    Neither links to folders nor temporary files, nor what was last written before `since_ns`.
+    """
+    for path in _files_below(source, follow=False):
+        if not TEMPORARY.fullmatch(os.path.basename(path)) and os.stat(source / path).st_mtime_ns >= since_ns:
+            yield path
+
+
+def _looks(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Make `target` share the blocks of `source`; False where the file system cannot."""
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        except OSError:  # which one is for each file system to choose; the copy says what is really wrong
+            return False
+    return True
+
+
+def _files_below(source: Path, *, follow: bool = True) -> Iterator[str]:
+    """Relative paths of all files, without our own folder.
+
+    Args:
+        follow: whether to go into folders by links; in a folder of the user's own they may lead round in a circle.
+    """
+    stack = [""]
+    while stack:
+        below = stack.pop()
+        with os.scandir(source / below) as items:
+            for item in items:
+                path = f"{below}/{item.name}" if below else item.name
+                if path == META:
+                    continue
+                if item.is_dir(follow_symlinks=follow):
+                    stack.append(path)
+                elif item.is_file():
+                    yield path
+
+
+def _link(source: Path, target: Path) -> OSError | None:
+    try:
+        # A link to what a symbolic link names: the checkpoint holds files, not links.
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+            return error
+        raise
+    return None
+
+
+def _copy(source: Path, target: Path, size: int) -> None:
+    if size >= SMALL_FILE:
+        check_free_space(target.parent, size, f"A copy of {str(source)!r}")
+    shutil.copyfile(source, target)
+
+
+def _has_hole(path: Path, size: int) -> bool:
+    """Whether blocks of a file are missing, which read as zeros.
+
+    safetensors sets a file's size before it writes: a power cut within half a minute of that leaves the right size and no
+    blocks. No framework writes a checkpoint with holes on purpose.
+    """
+    with open(path, "rb", buffering=0) as file, contextlib.suppress(OSError):  # unknown to some file systems
+        return size > 0 and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size
+    return False
