@@ -27,8 +27,9 @@ from hf_cloudtrain.runtime.tracebacks import short_traceback
 class EmergencySaveCallback(TrainerCallback):
     """Saves and leaves when the machine is preempted: on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a notice of the cloud.
 
+    `run_url`, `storage_options` and `fresh` are those of `CloudTrainCallback`.
+
     Args:
-        run_url, storage_options, fresh: those of `CloudTrainCallback`.
         grace_seconds: time that this machine has after a notice that names none; None takes `HF_CLOUDTRAIN_GRACE`, else
             30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
 
