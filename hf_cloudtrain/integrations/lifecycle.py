@@ -1,7 +1,7 @@
 """One attempt at a run, from begin to end: what Trainer, loop and functions do in the same way.
 
     of          the lifecycle of a run and a folder: the only registry of Checkpointers in this process
-    restore     the newest checkpoint, converted where a step has another size now
+    restore     the newest checkpoint, converted where a step has a different size now
     begin       checks that no notice is pending, and takes an attempt number for all ranks
     track       starts heartbeat and step records on rank 0
     listen      installs signal handlers, and watches for other notices
@@ -79,7 +79,7 @@ class AttemptLifecycle:
         wanted: Callable[[str], bool] = lambda path: True,
         plan: Callable[[Manifest], Conversion | None] = lambda manifest: None,
     ) -> tuple[Restored, Conversion | None] | None:
-        """Put the newest whole checkpoint on this machine, numbered by new steps; None where the run has none.
+        """Restore the newest whole checkpoint, numbered by new steps; None if the run has no checkpoint.
 
         Args:
             wanted: which files this process's disk needs, by path.
@@ -118,7 +118,7 @@ class AttemptLifecycle:
         Args:
             started_over: the framework starts over by itself, as with a smaller batch after running out of memory.
             check_notices: whether a pending notice stops it.
-            interrupted: how an earlier attempt ended that is still under way here: in a notebook, an exception ends no process.
+            interrupted: how an earlier attempt ended that is still under way: in a notebook, the process survives an exception.
         """
         self.interrupt(self.checkpointer.attempt, interrupted)
         forget_end()

@@ -42,7 +42,7 @@ class Vote:
 
     decision: StopDecision
     seconds_left: float = 1e9
-    """Until the machine goes; the shortest time of all ranks counts."""
+    """Until the machine is taken away; the shortest time of all ranks counts."""
 
 
 class Agreement:

@@ -36,7 +36,7 @@ RESERVE_SECONDS = 2.0
 
 
 class Preemption:
-    """Waits for notices in the background, and brings all ranks to the same decision at the same step.
+    """Waits for notices in the background, and lets all ranks take the same decision at the same step.
 
     Args:
         grace: seconds that this machine has after a notice that names no time; None takes `HF_CLOUDTRAIN_GRACE`.
@@ -110,7 +110,7 @@ class Preemption:
         return self._decide(self._agreement.now(self._vote(), self._has_notice))
 
     def seconds_left(self) -> float:
-        """Until the first machine goes, less what leaving takes."""
+        """Until the first machine is taken away, less the time that leaving takes."""
         reserve = min(RESERVE_SECONDS, self._patience / 10)
         return max(0.0, self._deadline - time.monotonic() - reserve)
 

@@ -29,7 +29,7 @@ STOPPING = tuple(
 
 
 class SignalWatch:
-    """Handlers for the signals of `STOPPING`, on the main thread: Python runs none on other threads.
+    """Handlers for the signals of `STOPPING`, on the main thread: Python runs no handler on other threads.
 
     Args:
         on_signal: receives the number of the first signal, inside the handler: it must only note it.

@@ -36,7 +36,7 @@ RUN_STOP = "`cloudtrain run stop`"
 
 
 class Source(Protocol):
-    """A place that a notice may appear in."""
+    """Where a notice may appear."""
 
     pause: float
     """Seconds between two looks."""

@@ -66,7 +66,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint says of this process."""
+    """The part of a checkpoint that concerns this process."""
 
     state: LoopState
     cursor: Cursor
@@ -94,13 +94,13 @@ class LoopFolder:
         self._publishing = _Background(None)
 
     def load(self) -> Resumed | None:
-        """Bring the newest checkpoint here and set it on the live objects; None where the run has none.
+        """Restore the newest checkpoint and set it on the live objects; None if the run has no checkpoint.
 
         Raises:
             PositionError: its position cannot be converted to the new number of processes, batch size or accumulation.
         """
         self._ranks.each_leader(lambda: repair(self._output_dir), f"tidy {str(self._output_dir)!r}")
-        # The files of process 0 tell the position to processes that did not exist.
+        # Processes that did not exist take the position from the files of process 0.
         wanted = wanted_by([0, *self._ranks.neighbours])
         found = self._lifecycle.restore(wanted, lambda manifest: topology.plan(self._accelerator, manifest))
         if found is None:
@@ -115,7 +115,7 @@ class LoopFolder:
         self, state: LoopState, cursor: Cursor, position: Position, *, metrics: dict[str, float], best: bool
     ) -> None:
         """Save everything as `checkpoint-<step>`. `cursor` is where a resume continues."""
-        # Named after rank 0's process, so that the folder of a killed process is known as left over, and a live one's is kept.
+        # Named after rank 0's process: the folder of a killed process can be removed, and that of a live one is kept.
         self._token = self._token or self._ranks.agree(temp_suffix, "name a folder")
         folder = self._output_dir / f"checkpoint-{state.step}"
         beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
@@ -139,13 +139,13 @@ class LoopFolder:
             self._publish_later(state, folder, ("last", "best") if best else ("last",))
 
     def complete(self, state: LoopState) -> None:
-        """Bring `last/`, `best/` and `log.json` here, where they were reached on a different machine. On one rank."""
+        """Write `last/`, `best/` and `log.json`, where a different machine saved what they show. On one rank."""
         self._publishing.join()
         if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
             self._publish(self._newest, "last")
         self._write_log(state)
         if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
-            self._bring_best(state.best_step, state.best_nonce)
+            self._download_best(state.best_step, state.best_nonce)
 
     def _publish_later(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
         """Write what people look at: within an epoch while training continues, at its end before the script does."""
@@ -160,7 +160,7 @@ class LoopFolder:
         if state.batches == 0:
             self._publishing.join()
 
-    def _bring_best(self, step: int, nonce: str) -> None:
+    def _download_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
         manifests = (catalog.read(key) for key in reversed(catalog.checkpoints()) if key.step == step)
         # Where several hosts saved the step again, the nonce ends with a number.

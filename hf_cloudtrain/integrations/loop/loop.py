@@ -1,7 +1,7 @@
 """TrainLoop: the safety of the Trainer callbacks for people who write their own loop with Accelerate.
 
-    epochs()    resume, take an attempt, and hand out the epochs that are left; at the end wait until all is committed
-    steps()     hand out the batches that are left, count optimizer steps, save where a save is due (`steps.py`)
+    epochs()    resume, take an attempt, and yield the epochs that are left; at the end wait until all is committed
+    steps()     yield the batches that are left, count optimizer steps, save where a save is due (`steps.py`)
     end_epoch() best, log.json, and a checkpoint of the finished epoch
 
 A save is Accelerate's own `save_state`, into a folder beside that is renamed when every rank has written (`folder.py`); the
@@ -227,7 +227,7 @@ class TrainLoop:
         samples does not. Let augmentation depend on the sample's index and the epoch.
 
         Args:
-            dataloader: the training loader, as `accelerator.prepare` made it.
+            dataloader: the training loader, as returned by `accelerator.prepare`.
 
         Raises:
             PositionError: the sampler's order or the batch size is not that of the checkpoint.
@@ -308,7 +308,7 @@ class TrainLoop:
         if better:
             state.best_metric, state.best_step = self._best.value_in(metrics), state.step
         self._report.evaluated(state.step, metrics)
-        if steps.is_over:  # else it was stopped within the epoch, and another attempt may finish it
+        if steps.is_over:  # else it was stopped within the epoch, and the next attempt may finish it
             steps.cursor = None
             self._report.close_epoch(state, metrics)
         self._save(metrics, best=better)
@@ -341,7 +341,7 @@ class TrainLoop:
             self._lifecycle.preemption.save_seconds = time.monotonic() - began
 
     def _complete_folder(self) -> None:
-        self._run.ranks.agree(lambda: self._folder.complete(self._run.state), "bring the best checkpoint")
+        self._run.ranks.agree(lambda: self._folder.complete(self._run.state), "download the best checkpoint")
 
 
 def _folder_of(url: str) -> str:

@@ -180,7 +180,7 @@ class EpochSteps:
             self.cursor = self._here()
 
     def _stops_here(self, position: DataPosition) -> bool:
-        """Whether this was the last step for now. A resume continues right here, not after what may follow."""
+        """Whether this was the last step for now. A resume continues from this step, not from what follows it."""
         if not self._run.stop_requested or not (self.is_at_last_batch or self._can_be_saved(position)):
             return False
         self.cursor = self._here()

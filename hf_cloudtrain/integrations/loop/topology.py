@@ -196,6 +196,6 @@ def _schedule_at(last: int, old: int, new: int, conversion: Conversion) -> int:
     if _FEW_SKIPPED * steps <= last < steps:
         return round(last * new * conversion.global_step / steps)
     raise conversion.refusal(
-        f"A schedule of its learning rate stands at {last}, which is neither its {saved.global_step} steps nor its {epochs} "
+        f"A schedule of its learning rate is at {last}, which is neither its {saved.global_step} steps nor its {epochs} "
         "epochs."
     )

@@ -12,7 +12,7 @@ In reading order:
 - `session`        what callbacks of the same run share: the lifecycle, and what was restored
 - `checks`         configurations that are refused before the first step
 - `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
-- `state`          trainer_state.json of a restored checkpoint, made true on this machine
+- `state`          trainer_state.json of a restored checkpoint, adapted to this machine
 - `topology`       a checkpoint of other processes, batches or accumulation, converted to new steps
 
 It imports `integrations.lifecycle` and lower rooms, and nothing from `loop/` and `functions/`.

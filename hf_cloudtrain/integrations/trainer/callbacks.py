@@ -56,7 +56,7 @@ class CheckpointUploadCallback(TrainerCallback):
 
     @short_traceback
     def restore(self, args: TrainingArguments) -> str | None:
-        """Bring the newest whole checkpoint of the run into `args.output_dir`. Call it on all ranks.
+        """Restore the newest whole checkpoint of the run into `args.output_dir`. Call it on all ranks.
 
         Returns:
             The folder for `trainer.train(resume_from_checkpoint=…)`; None on the first start.

@@ -2,7 +2,7 @@
 
 on_step_end     some rank has a notice: save here and stop; where an evaluation is due, after it
 on_evaluate     the notice came during an evaluation: save right after it
-on_epoch_end    Trainer comes here after every stop, and would evaluate and save once more
+on_epoch_end    prevent a second save: after every stop, Trainer ends the epoch, evaluates and saves once more
 on_train_end    wait for the upload as long as there is time, and end all ranks together
 """
 
@@ -146,7 +146,7 @@ class EmergencySaveCallback(TrainerCallback):
 
 
 def _is_over(state: State, control: Control) -> bool:
-    """Whether the training ends here by itself, so that what follows is not half-trained."""
+    """Whether the training ends at this step anyway, so that the script does not continue with a half-trained model."""
     return bool(state.global_step >= state.max_steps or control.should_training_stop)
 
 

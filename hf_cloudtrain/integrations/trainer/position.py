@@ -112,7 +112,7 @@ def position(
 
 
 def inexact_reason(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> str | None:
-    """Why a resume from here cannot equal an uninterrupted run; None where nothing speaks against it."""
+    """Why a resume from here cannot equal an uninterrupted run; None if it can, as far as is known."""
     steps = epoch.steps(args.gradient_accumulation_steps)
     if args.save_only_model:
         return "save_only_model=True leaves out the optimizer, the scheduler and the random states"

@@ -121,8 +121,8 @@ class Session:
         return None if self._lifecycle is None else self._lifecycle.preemption
 
     def open(self, args: TrainingArguments) -> AttemptLifecycle:
-        """The lifecycle for the output folder, once the process group exists: TrainingArguments makes it."""
-        _ = args.device  # makes the process group
+        """The lifecycle for the output folder, once the process group exists: TrainingArguments creates it."""
+        _ = args.device  # creates the process group
         check_all_processes_train_together(args)
         output_dir = Path(str(args.output_dir)).absolute()
         if self._lifecycle is None or self._lifecycle.checkpointer.output_dir != output_dir:
@@ -175,7 +175,7 @@ class Session:
     def begin(
         self, args: TrainingArguments, state: TrainerState, *, uploads: bool = False
     ) -> AttemptLifecycle:
-        """Start an attempt, for the first callback that asks. Each TrainerState is one start: `auto_find_batch_size` makes a new one.
+        """Start an attempt, for the first callback that calls it. Each TrainerState is one start: `auto_find_batch_size` creates a new one.
 
         Args:
             uploads: whether the callback uploads checkpoints.

@@ -1,4 +1,4 @@
-"""trainer_state.json of a restored checkpoint, made true on this machine: its paths, its best checkpoint, its step numbers.
+"""trainer_state.json of a restored checkpoint, adapted to this machine: its paths, its best checkpoint, its step numbers.
 
 The file as it was saved is kept under `.cloudtrain/originals`.
 """
@@ -47,7 +47,7 @@ class RestoredState:
     def localize(
         self, *, needs_best: bool, adjust: Callable[[Record], Record] = lambda record: record
     ) -> None:
-        """Make the file true on this machine, and bring the best checkpoint here if it is needed.
+        """Adapt the file to this machine, and download the best checkpoint if it is needed.
 
         Args:
             adjust: changes the record in everything but the best checkpoint.
@@ -59,11 +59,11 @@ class RestoredState:
             manifest, number = best
             self._lifecycle.number(manifest, self._conversion, number)
             if needs_best:
-                self._bring(manifest)
+                self._download(manifest)
         folder = None if best is None else self._checkpointer.local.folder(best[0]).name
         ranks.each_leader(lambda: self._rewrite(folder, adjust), f"adjust {TRAINER_STATE}")
 
-    def _bring(self, best: Manifest) -> None:
+    def _download(self, best: Manifest) -> None:
         ranks = self._checkpointer.ranks
         outcomes = ranks.each_leader(
             self._checkpointer.restorer.fetcher(best), "download the best checkpoint"
@@ -80,7 +80,7 @@ class RestoredState:
         newest = CheckpointKey(self._restored.manifest.attempt, self._restored.manifest.step)
         renumbered = parse_renumbered(_last_part(record.get("best_model_checkpoint")))
         step = record.get("best_global_step")
-        if renumbered is not None:  # it was the best already when steps had another size
+        if renumbered is not None:  # it was the best already when steps had a different size
             step = renumbered[1].step
             keys = [key for key in catalog.checkpoints() if key == renumbered[1]]
         elif step:
@@ -118,7 +118,7 @@ class RestoredState:
             write_whole(self._path, (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode())
 
     def _as_saved(self) -> Record:
-        """The record of the checkpoint: the file here may have been changed already, even for another topology."""
+        """The record of the checkpoint: the local file may have been changed already, even for a different topology."""
         return _read(self._original if self._original.is_file() else self._path)
 
 

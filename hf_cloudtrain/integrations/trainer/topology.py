@@ -215,7 +215,7 @@ def _check_same_order(conversion: Conversion, dataloader: Any) -> None:
 
 
 def _check_steps_left(conversion: Conversion, state: TrainerState) -> None:
-    """If the old schedule had steps left, so must the new one: else nothing would be trained, and it would look like success."""
+    """Stop if the old schedule has steps left and the new one has none: nothing would be trained, and it would look like success."""
     planned = conversion.max_steps
     if planned is not None and conversion.global_step < planned and state.global_step >= state.max_steps:
         why = f"{planned} steps were planned, but this Trainer ends at step {state.max_steps}."
