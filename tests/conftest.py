@@ -1,4 +1,4 @@
-"""What every test gets: an environment that says nothing about clouds or launchers, and real servers on request."""
+"""What every test gets: an environment without settings of clouds or launchers, and real servers on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.slurm_cluster import SlurmCluster
 TESTS = Path(__file__).resolve().parent
 SHARED_DATA = TESTS.parent.parent / "shared" / "data"
 
-# huggingface_hub and datasets read these once, at their import.
+# huggingface_hub and datasets read these once, when they are imported.
 SESSION_FOLDER = tempfile.mkdtemp(prefix="cloudtrain-tests-")
 SESSION_ENVIRONMENT = {
     "HF_HOME": os.path.join(SESSION_FOLDER, "hf"),
@@ -44,12 +44,12 @@ FOREIGN_NAMES = {"RANK", "WORLD_SIZE"} | {
 }
 
 
-RUN_ONCE_MORE = {"integration", "faults", "unit", "laws", "contract"}
-"""Folders whose tests start processes, threads and servers. tests/chaos is not one of them: it counts each loss once."""
+RERUN_FOLDERS = {"integration", "faults", "unit", "laws", "contract"}
+"""Folders whose tests start processes, threads and servers. tests/chaos is not one of them: it must count every loss."""
 
 
 def foreign(name: str) -> bool:
-    """Whether a variable of the machine would change what a test sees."""
+    """Whether an environment variable of the machine would change how a test behaves."""
     return name.startswith(FOREIGN) or name in FOREIGN_NAMES or name.lower() in FOREIGN_NAMES
 
 
@@ -59,9 +59,9 @@ os.environ.update(SESSION_ENVIRONMENT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of real processes that fails is run once more, and the summary names it: docs/testing.md."""
+    """Run a failed test of these folders once more; the summary names it (docs/testing.md)."""
     for item in items:
-        if not RUN_ONCE_MORE.isdisjoint(item.path.relative_to(TESTS).parts[:-1]):
+        if not RERUN_FOLDERS.isdisjoint(item.path.relative_to(TESTS).parts[:-1]):
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
@@ -71,7 +71,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, endpoints, proxies or ranks: neither the machine's nor those a test before this one left."""
+    """Remove credentials, endpoints, proxies and ranks, both the machine's own and those that an earlier test left."""
     for name in filter(foreign, list(os.environ)):
         monkeypatch.delenv(name)
     nowhere = os.path.join(SESSION_FOLDER, "nowhere")
@@ -81,7 +81,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "AWS_EC2_METADATA_DISABLED": "true",
         "AZURE_CONFIG_DIR": nowhere,
         "CLOUDSDK_CONFIG": nowhere,
-        # CI's own machines are in a cloud, too.
+        # CI's machines run in a cloud, too.
         "HF_CLOUDTRAIN_CLOUD_NOTICES": "off",
     }
     for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
@@ -89,8 +89,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_run_of_the_functions_is_left() -> Iterator[None]:
-    """They have one run a process, and the next test is in this one."""
+def close_the_run_of_the_function_api() -> Iterator[None]:
+    """The function API has one run per process, and the next test uses the same process."""
     yield
     functional = sys.modules.get("hf_cloudtrain.integrations.functions.api")
     if functional is not None and functional._Current.run is not None:
@@ -129,7 +129,7 @@ def azurite() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A real Slurm of two nodes."""
+    """A real Slurm cluster of two nodes."""
     with contextlib.ExitStack() as until_the_end:
         try:
             cluster = until_the_end.enter_context(SlurmCluster())

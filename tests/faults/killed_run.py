@@ -1,4 +1,4 @@
-"""A run that is killed at a given change of its disk: what the child process does. No torch, so a child starts fast."""
+"""The child process of a run that is killed at a given disk operation. It imports no torch, so it starts fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISK, RUN, ACCEPTED, FAILED = "disk", "disk/run", "accepted", "failed"
 
 
 def killed_run(folder: Path, at: int) -> None:
-    """The process ends just before change number `at`; where it fails instead, it leaves its traceback."""
+    """Train until killed just before disk operation number `at`; write the traceback of an error to FAILED."""
     try:
         run(folder, at)
     except BaseException:
@@ -26,14 +26,14 @@ def killed_run(folder: Path, at: int) -> None:
         raise
 
 
-def take_for_granted(self: client.Storage) -> None:
+def skip_the_probe(self: client.Storage) -> None:
     self.exclusive = True
 
 
 def run(folder: Path, at: int) -> None:
     """Save, rotate, save again, commit, retire and restore."""
     retries.PAUSES = (0.0,)
-    client.Storage.check = take_for_granted  # a kill between the requests of the probe shows nothing
+    client.Storage.check = skip_the_probe  # a kill between the probe's requests tests nothing
     upload_queue.PAUSES = (0.01,)
     logging.disable()
     disk = folder / DISK
@@ -49,7 +49,7 @@ def run(folder: Path, at: int) -> None:
         machine.rotate(5)
         machine.save(10, salt="first", best=True)
         os.write(accepted, b"10\n")
-        machine.rotate(10)  # written again in place, the first would be noticed as changed: see law 5
+        machine.rotate(10)  # rewritten in place, the first save would be reported as changed: see law 5
         machine.save(10, salt="second", best=True)
         machine.wait()
         retire(machine.checkpointer.catalog, CheckpointKey(1, 5))

@@ -1,4 +1,4 @@
-"""Ranks that are threads: they agree in the same turns as processes, without torch and its seconds of start."""
+"""Ranks that are threads: they exchange values in the same order as processes, without the start-up time of torch."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(size: int, work: Callable[[Ranks], T], monkeypatch: pytest.MonkeyPatch) -> list[T | Exception]:
-    """The answer or the error of `work` on each rank; in it, `Ranks.current()` returns that rank."""
+    """The result or the error of `work` on each rank; within `work`, `Ranks.current()` returns that rank."""
     rendezvous = _Rendezvous(size)
     here = threading.local()
-    answers: list[Any] = [None] * size
+    results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         here.ranks = ThreadRanks(rank, rendezvous)
         try:
-            answers[rank] = work(here.ranks)
-        except Exception as error:  # noqa: BLE001 - a test looks at it
-            answers[rank] = error
+            results[rank] = work(here.ranks)
+        except Exception as error:  # noqa: BLE001 - returned to the test
+            results[rank] = error
 
     with monkeypatch.context() as patched:
         patched.setattr(Ranks, "current", classmethod(lambda kind, folder=None: here.ranks))
@@ -66,4 +66,4 @@ def on_ranks(size: int, work: Callable[[Ranks], T], monkeypatch: pytest.MonkeyPa
             rank.start()
         for rank in ranks:
             rank.join()
-    return answers
+    return results

@@ -1,4 +1,4 @@
-"""A run as tests start it, break it and continue it: small folders of known bytes, on machines that are folders."""
+"""A run that tests start, interrupt and continue: small checkpoint folders of known bytes; each machine is a folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.testing import FaultyStorage
 
 DEADLINE = 30.0
-"""Seconds after which what should have happened never will."""
+"""Seconds after which a test stops waiting and fails."""
 
 
 class Machine:
-    """One machine that a run trains on: its disk, and the Checkpointer of its only process."""
+    """One machine of a run: its disk, and the Checkpointer of its only process."""
 
     def __init__(self, output_dir: Path, url: str, **options: Any) -> None:
         self.output_dir = output_dir
         self.checkpointer = Checkpointer(url, output_dir, **options)
 
     def start(self) -> int:
-        """As a training script does; gives the step it begins after."""
+        """Restore and begin as a training script does; return the step that training resumes after."""
         restored = self.checkpointer.restore()
         step = restored.manifest.step if restored else 0
         self.checkpointer.begin(step)
@@ -47,14 +47,14 @@ class Machine:
         return folder
 
     def rotate(self, step: int) -> None:
-        """What save_total_limit does to an old folder."""
+        """Delete an old folder, as `save_total_limit` does."""
         shutil.rmtree(self.output_dir / f"checkpoint-{step}")
 
     def wait(self) -> None:
         self.checkpointer.wait(DEADLINE)
 
     def land(self) -> None:
-        """Wait for the commits; where a newer attempt has begun, a person makes them by hand."""
+        """Wait for the commits; if a newer attempt has overtaken this one, flush the outbox by hand."""
         try:
             self.wait()
         except OvertakenError:
@@ -73,14 +73,14 @@ class Machine:
 
 
 class Machines:
-    """The machines of one run, and its storage, which obeys `storage`; stops their threads at the end."""
+    """The machines of one run and its storage, whose faults are set on `storage`; stops their threads at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
         self.storage = FaultyStorage(f"file://{self.run}")
         self.catalog = Catalog(Storage(f"file://{self.run}"))
         self.gate = threading.Event()
-        """For `storage.hold`: opened at the end, so that no thread stays behind."""
+        """For `storage.hold`: opened at the end, so that every thread can end."""
         self._folder = folder
         self.made: list[Machine] = []
         self._everywhere = self.storage.everywhere()
@@ -99,18 +99,18 @@ class Machines:
             self._everywhere.__exit__(None, None, None)
 
     def new(self, name: str = "out", **options: Any) -> Machine:
-        """A machine with the disk `name`: an empty one, or one that was used before."""
+        """A machine with the disk `name`, which may be empty or used before."""
         machine = Machine(self._folder / name, self.storage.url, **options)
         self.made.append(machine)
         return machine
 
     def restored(self, name: str) -> dict[str, bytes] | None:
-        """What another machine gets."""
+        """The files that the machine `name` restores; None if the run has no checkpoint."""
         found = self.new(name).checkpointer.restore()
         return contents(found.path) if found else None
 
     def committed(self) -> list[tuple[int, int]]:
-        """(attempt, step) of each checkpoint that exists; each is whole, or this fails."""
+        """(attempt, step) of each checkpoint that exists; fails unless each one is complete."""
         keys = self.catalog.checkpoints()
         for key in keys:
             assert verify(self.catalog, self.catalog.read(key)) == []
@@ -129,7 +129,7 @@ def bytes_of(step: int, salt: str = "") -> dict[str, bytes]:
 
 
 def write_checkpoint(output_dir: Path, step: int, salt: str = "") -> Path:
-    """Write it as a framework does, in place where it was before."""
+    """Write a checkpoint as a framework does: in place if the folder exists."""
     folder = output_dir / f"checkpoint-{step}"
     write_files(folder, bytes_of(step, salt))
     return folder
@@ -149,7 +149,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def entry_of(url: str, attempt: int, step: int, **options: Any) -> OutboxEntry:
-    """An entry before it is accepted."""
+    """An outbox entry before it is accepted."""
     return OutboxEntry(
         run_url=url,
         key=CheckpointKey(attempt, step),
@@ -160,7 +160,7 @@ def entry_of(url: str, attempt: int, step: int, **options: Any) -> OutboxEntry:
 
 
 def left_overs(output_dir: Path) -> list[str]:
-    """What a machine keeps of work that is over: half-made folders, trash, entries."""
+    """What finished work has left on a machine: unfinished folders, trash, outbox entries."""
     meta = output_dir / META
     return sorted(
         path.relative_to(meta).as_posix()
@@ -170,10 +170,10 @@ def left_overs(output_dir: Path) -> list[str]:
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Wait for what another thread does."""
+    """Wait until another thread has made the condition true."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.005)
 
 

@@ -1,4 +1,4 @@
-"""A real disk that is small: a tmpfs that this process alone sees, in a mount namespace of its own. No right is needed."""
+"""A real, small disk: a tmpfs in a mount namespace of this process alone. It needs no privileges."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x1, 0x20, 0x4000, 0x40000
 
 
 def why_impossible() -> str:
-    """Why there is none here: containers may forbid it. Empty where there is."""
+    """Why this machine cannot mount a small disk (containers may forbid it), or an empty string if it can."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", folder]
         try:
             tried = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            return "there is no `unshare`"
+            return "`unshare` was not found"
         return tried.stderr.strip() if tried.returncode else ""
 
 
 def mount_small_disk(folder: Path, size: int) -> None:
-    """From now on `folder` is an empty disk of `size` bytes, for this process and its children. It must have one thread."""
+    """Mount an empty disk of `size` bytes for this process and its children only. The process must have one thread."""
     folder.mkdir(parents=True, exist_ok=True)
     user, group = os.getuid(), os.getgid()
     _call("unshare", CLONE_NEWUSER | CLONE_NEWNS)
@@ -40,12 +40,12 @@ def mount_small_disk(folder: Path, size: int) -> None:
 
 
 def make_read_only(folder: Path) -> None:
-    """As a kernel does when a disk fails."""
+    """Remount the disk read-only, as a kernel does when a disk fails."""
     _call("mount", b"none", os.fsencode(folder), None, MS_REMOUNT | MS_RDONLY, None)
 
 
 def fill(folder: Path, left: int = 0) -> Path:
-    """Take all space but some bytes; the file to remove, to give it back."""
+    """Use up all space but `left` bytes; remove the returned file to free it again."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         found = os.statvfs(folder)
@@ -57,7 +57,7 @@ def fill(folder: Path, left: int = 0) -> Path:
 
 @contextlib.contextmanager
 def full(folder: Path, left: int = 0) -> Iterator[None]:
-    """In this block there is no more room than `left` bytes."""
+    """Within this block at most `left` bytes are free."""
     ballast = fill(folder, left)
     yield
     ballast.unlink()

@@ -1,4 +1,4 @@
-"""The machine goes down before the disk has all that was accepted: nothing is committed that is not what was saved."""
+"""The power fails before an accepted checkpoint is fully on the disk: a damaged checkpoint is never committed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.runs import Machine, Machines, bytes_of, contents, wait_until
 
 
 def cut(size: int) -> Callable[[Path], None]:
-    """Blocks that were not written are not in the file, though a journal may have its time."""
+    """The file lacks the blocks that were not written, although the journal has its times."""
 
     def damage(path: Path) -> None:
         before = os.stat(path)
@@ -25,7 +25,7 @@ def cut(size: int) -> Callable[[Path], None]:
 
 
 def lose_blocks(path: Path) -> None:
-    """safetensors sets the size first; then the journal has size and time, and the disk none of the blocks."""
+    """safetensors sets the size first, so the journal may have size and times while the disk has none of the blocks."""
     before = os.stat(path)
     os.truncate(path, 0)
     os.truncate(path, before.st_size)
@@ -40,17 +40,17 @@ LOSSES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a small file is empty": (SMALL, cut(0)),
     "a file has its size and no content": (MODEL, lose_blocks),
     "a small file has its size and no content": (SMALL, lose_blocks),
-    "a file is not there": (MODEL, os.unlink),
+    "a file is missing": (MODEL, os.unlink),
     "the entry is empty": (ENTRY, cut(0)),
-    "the entry is cut": (ENTRY, cut(100)),
+    "the entry is truncated": (ENTRY, cut(100)),
     "the entry is zeros": (ENTRY, lose_blocks),
-    "the entry is not there": (ENTRY, os.unlink),
+    "the entry is missing": (ENTRY, os.unlink),
 }
 
 
 @pytest.fixture
 def home(machines: Machines) -> Path:
-    """The entry of step 10, accepted and not sent, of a machine that has committed step 5 and is down."""
+    """The outbox entry of step 10, accepted but not uploaded, on a stopped machine that has committed step 5."""
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -65,15 +65,15 @@ def home(machines: Machines) -> Path:
     return home
 
 
-def starts_again(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(frozen, "boot_id", lambda: "the next life of the machine")
+def start_after_reboot(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(frozen, "boot_id", lambda: "a new boot id")
     machine = machines.new()
-    machine.begins_after = machine.start()  # type: ignore[attr-defined]
+    machine.resumed_after = machine.start()  # type: ignore[attr-defined]
     return machine
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_did_not_reach_the_disk_is_not_committed_and_it_is_said(
+def test_an_entry_that_did_not_reach_the_disk_is_not_committed_and_is_reported(
     machines: Machines,
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -82,21 +82,21 @@ def test_what_did_not_reach_the_disk_is_not_committed_and_it_is_said(
 ) -> None:
     path, lose = LOSSES[loss]
     lose(home / path)
-    machine = starts_again(machines, monkeypatch)
-    assert machine.begins_after == 5
+    machine = start_after_reboot(machines, monkeypatch)
+    assert machine.resumed_after == 5
     assert machines.committed() == [(1, 5)]
-    said = "cannot be committed" if path != ENTRY else "Cannot read"
-    assert f"{said}" in caplog.text
-    assert f"{home}" in caplog.text
+    message = "cannot be committed" if path != ENTRY else "Cannot read"
+    assert message in caplog.text
+    assert str(home) in caplog.text
     kept = list(machine.output_dir.rglob("state/rng_state_0.pth"))
-    assert len(kept) >= 2, "what is left of it stays, for a person to look at"
+    assert len(kept) >= 2, "the remaining files are kept for the user to inspect"
 
 
-def test_what_was_on_the_disk_in_time_is_committed_in_the_next_life(
+def test_an_entry_that_reached_the_disk_is_committed_after_the_reboot(
     machines: Machines, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = starts_again(machines, monkeypatch)
-    assert machine.begins_after == 10
+    machine = start_after_reboot(machines, monkeypatch)
+    assert machine.resumed_after == 10
     assert machines.restored("elsewhere") == bytes_of(10)
     assert contents(machine.output_dir / "checkpoint-10") == bytes_of(10)
 
@@ -107,13 +107,13 @@ def test_a_restored_folder_that_did_not_reach_the_disk_is_restored_again(
     for file in contents(machines.made[0].output_dir / "checkpoint-5"):
         lose_blocks(machines.made[0].output_dir / "checkpoint-5" / file)
     lose_blocks(home / MODEL)
-    machine = starts_again(machines, monkeypatch)
-    assert machine.begins_after == 5
+    machine = start_after_reboot(machines, monkeypatch)
+    assert machine.resumed_after == 5
     assert contents(machine.output_dir / "checkpoint-5") == bytes_of(5)
 
 
-def test_a_file_with_holes_is_as_good_as_any_while_the_machine_lives(machines: Machines) -> None:
-    """Only a power cut makes them suspicious: a file of the user's own may have some."""
+def test_a_file_with_holes_is_valid_unless_the_machine_rebooted(machines: Machines) -> None:
+    """Holes are suspicious only after a power cut: a user's own file may be sparse."""
     machine = machines.new()
     machine.start()
     folder = machine.output_dir / "checkpoint-5"

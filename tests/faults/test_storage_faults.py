@@ -1,4 +1,4 @@
-"""Trouble at every request of a run in turn: one that passes is not noticed, one that stays loses nothing."""
+"""A fault at each request of a run in turn: a short one has no visible effect, a permanent one loses nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError, StoragePermissionError
 from hf_cloudtrain.storage import silence
 from hf_cloudtrain.testing import FaultyStorage
-from tests.faults.aftermath import what_goes_wrong_next
+from tests.faults.aftermath import first_broken_promise
 from tests.faults.runs import DEADLINE, Machines, bytes_of, one_fast
 
 FOR_EVER = 1_000_000
@@ -39,22 +39,22 @@ def whole_run(machines: Machines, accepted: list[int], timeout: float = DEADLINE
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FaultyStorage:
-    """The storage of a run without trouble."""
+    """The storage of a run without faults."""
     with Machines(tmp_path_factory.mktemp("undisturbed")) as machines:
         whole_run(machines, [])
-        assert machines.storage.count() > 40, "the sweeps see the whole run"
+        assert machines.storage.count() > 40, "the sweeps must cover the whole run"
         return machines.storage
 
 
 @pytest.fixture
 def requests(undisturbed: FaultyStorage) -> range:
-    """The numbers of all requests."""
+    """The numbers of all requests of the run."""
     return range(1, undisturbed.count() + 1)
 
 
 @pytest.fixture
-def places(undisturbed: FaultyStorage) -> list[int]:
-    """The number of the first request of each sort: where each takes time, a few must stand for all."""
+def one_of_each_sort(undisturbed: FaultyStorage) -> list[int]:
+    """The number of the first request of each sort, for sweeps that are too slow to try every request."""
     sorts: dict[tuple[str, str], int] = {}
     for number, call in enumerate(undisturbed.calls, start=1):
         sorts.setdefault((call.kind, re.sub(r"probe-\w+|\d+", "", call.path)), number)
@@ -67,7 +67,7 @@ def each(
     caplog: pytest.LogCaptureFixture,
     check: Callable[[Machines, int], str],
 ) -> None:
-    """Check a run for the fault at each of its requests, and show all that is wrong."""
+    """Check a run with the fault at each of its requests, and report every problem."""
     caplog.set_level(logging.CRITICAL)
     problems = []
     for number in requests:
@@ -77,18 +77,18 @@ def each(
     assert not problems, "\n".join(problems)
 
 
-PASSING = [ConnectionResetError("reset by peer"), TimeoutError("timed out"), OSError("503 Slow Down")]
+SHORT_ERRORS = [ConnectionResetError("reset by peer"), TimeoutError("timed out"), OSError("503 Slow Down")]
 
 ONCE: dict[str, Callable[[FaultyStorage, int], None]] = {
     "a failure": lambda storage, number: storage.fail(
-        "any", PASSING[number % len(PASSING)], call=number, times=2
+        "any", SHORT_ERRORS[number % len(SHORT_ERRORS)], call=number, times=2
     ),
     "a lost answer": lambda storage, number: storage.lose_answer("any", call=number),
 }
 
 
 @pytest.mark.parametrize("trouble", one_fast(ONCE))
-def test_trouble_that_passes_is_not_noticed_at_any_request(
+def test_a_short_fault_at_any_request_has_no_visible_effect(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
     def check(machines: Machines, number: int) -> str:
@@ -96,12 +96,12 @@ def test_trouble_that_passes_is_not_noticed_at_any_request(
         try:
             whole_run(machines, [])
         except CloudTrainError as error:
-            return f"it was noticed: {error!r}"
+            return f"the run failed: {error!r}"
         if machines.committed() != [(1, 10)]:
             return f"committed: {machines.committed()}"
         if machines.catalog.pointer("best") != CheckpointKey(1, 10):
-            return "the best is not remembered"
-        return "" if machines.restored("third") == bytes_of(10) else "other bytes"
+            return "the best pointer is wrong"
+        return "" if machines.restored("third") == bytes_of(10) else "the restored files differ"
 
     each(requests, tmp_path, caplog, check)
 
@@ -113,49 +113,56 @@ LIES: dict[str, tuple[tuple[str, ...], Lie]] = {
         ("create", "upload", "list"),
         lambda storage, kind, n: storage.fail(kind, PermissionError("ExpiredToken"), call=n),
     ),
-    "what is there is not found": (
+    "an existing object is not found": (
         ("read", "download", "list"),
         lambda storage, kind, n: storage.lie("missing", kind, call=n),
     ),
-    "what is not there exists": (("create",), lambda storage, kind, n: storage.lie("exists", kind, call=n)),
-    "as it was at the start": (("list",), lambda storage, kind, n: storage.lie("late", kind, call=n)),
-    "other sizes": (("list",), lambda storage, kind, n: storage.lie("size", kind, call=n)),
-    "other bytes come back": (("read", "download"), lambda storage, kind, n: storage.corrupt(kind, call=n)),
-    "other bytes are stored": (("commit",), lambda storage, kind, n: storage.corrupt(kind, call=n)),
+    "a missing object exists": (("create",), lambda storage, kind, n: storage.lie("exists", kind, call=n)),
+    "listings as at the start": (("list",), lambda storage, kind, n: storage.lie("late", kind, call=n)),
+    "wrong sizes": (("list",), lambda storage, kind, n: storage.lie("size", kind, call=n)),
+    "different bytes are returned": (
+        ("read", "download"),
+        lambda storage, kind, n: storage.corrupt(kind, call=n),
+    ),
+    "different bytes are stored": (("commit",), lambda storage, kind, n: storage.corrupt(kind, call=n)),
 }
-"""What is said that is not so, about which requests, and how the n-th of them is told so."""
+"""A wrong answer: to which kinds of requests it is given, and how to set it for the n-th of them."""
 
 
 @pytest.mark.parametrize("lie", one_fast(LIES))
-def test_one_wrong_answer_is_not_noticed_or_said_before_anything_is_lost(
+def test_one_wrong_answer_has_no_effect_or_is_reported_before_anything_is_lost(
     undisturbed: FaultyStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: str
 ) -> None:
-    """Said at the start, where a probe finds out whether the storage is to be trusted, and to who deletes by hand."""
-    kinds, tell = LIES[lie]
+    """The probe at the start may report it, and so may a deletion that the user requests."""
+    kinds, set_lie = LIES[lie]
     cases = [(kind, n) for kind in kinds for n in range(1, undisturbed.count(kind) + 1)]
 
     def check(machines: Machines, number: int) -> str:
         accepted: list[int] = []
-        tell(machines.storage, *cases[number])
+        set_lie(machines.storage, *cases[number])
         try:
             whole_run(machines, accepted)
         except CloudTrainError as error:
-            met = machines.storage.calls[-1]
+            last = machines.storage.calls[-1]
             machines.storage.heal()
-            if "/probe-" not in met.path and not isinstance(error, (NoCheckpointError, ManifestError)):
-                return f"{cases[number]} was noticed: {error!r}"
+            if "/probe-" not in last.path and not isinstance(error, (NoCheckpointError, ManifestError)):
+                return f"{cases[number]}: the run failed: {error!r}"
             for machine in machines.made:
                 machine.stop()
-            return what_goes_wrong_next(machines, accepted[-1] if accepted else 0)
+            return first_broken_promise(machines, accepted[-1] if accepted else 0)
         machines.storage.heal()
         if machines.committed() != [(1, 10)]:
             return f"{cases[number]}: committed {machines.committed()}"
-        return "" if machines.restored("third") == bytes_of(10) else f"{cases[number]}: other bytes"
+        return (
+            ""
+            if machines.restored("third") == bytes_of(10)
+            else f"{cases[number]}: the restored files differ"
+        )
 
     each(range(len(cases)), tmp_path, caplog, check)
 
 
-STAYS: dict[str, Callable[[FaultyStorage, int], None]] = {
+PERMANENT: dict[str, Callable[[FaultyStorage, int], None]] = {
     "an outage": lambda storage, number: storage.fail("any", call=number, times=FOR_EVER),
     "an outage with lost answers": lambda storage, number: storage.lose_answer(
         "any", call=number, times=FOR_EVER
@@ -167,8 +174,11 @@ STAYS: dict[str, Callable[[FaultyStorage, int], None]] = {
 
 
 @pytest.mark.slow
-def test_a_request_that_is_never_answered_is_made_again(
-    places: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_request_without_an_answer_is_retried(
+    one_of_each_sort: list[int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(silence, "SILENCE", 0.3)
 
@@ -177,68 +187,70 @@ def test_a_request_that_is_never_answered_is_made_again(
         try:
             whole_run(machines, [])
         except CloudTrainError as error:
-            return f"it was noticed: {error!r}"
+            return f"the run failed: {error!r}"
         if machines.committed() != [(1, 10)]:
             return f"committed: {machines.committed()}"
-        return "" if machines.restored("third") == bytes_of(10) else "other bytes"
+        return "" if machines.restored("third") == bytes_of(10) else "the restored files differ"
 
-    each(places, tmp_path, caplog, check)
+    each(one_of_each_sort, tmp_path, caplog, check)
 
 
-@pytest.mark.parametrize("trouble", one_fast(STAYS))
-def test_trouble_that_stays_from_any_request_on_loses_nothing_that_was_accepted(
+@pytest.mark.parametrize("trouble", one_fast(PERMANENT))
+def test_a_permanent_fault_from_any_request_on_loses_no_accepted_checkpoint(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
 ) -> None:
     def check(machines: Machines, number: int) -> str:
         accepted: list[int] = []
-        STAYS[trouble](machines.storage, number)
+        PERMANENT[trouble](machines.storage, number)
         try:
             whole_run(machines, accepted, timeout=0.05)
         except CloudTrainError:
-            pass  # it says so, which is right; what matters is what is left
+            pass  # the error is expected; the state that is left matters
         else:
-            return "it was not noticed"
+            return "the fault was not reported"
         for machine in machines.made:
             machine.stop()
         machines.storage.heal()
         machines.committed()
-        return what_goes_wrong_next(machines, accepted[-1] if accepted else 0)
+        return first_broken_promise(machines, accepted[-1] if accepted else 0)
 
     each(requests, tmp_path, caplog, check)
 
 
-STAYS_UNSEEN: dict[str, Callable[[FaultyStorage, int], None]] = {
+SILENT_OR_WRONG: dict[str, Callable[[FaultyStorage, int], None]] = {
     "no answer": lambda storage, number: storage.hang("any", call=number, times=FOR_EVER),
-    "what is there is not found": lambda storage, number: storage.lie("missing", call=number, times=FOR_EVER),
+    "an existing object is not found": lambda storage, number: storage.lie(
+        "missing", call=number, times=FOR_EVER
+    ),
     "listings as at the start": lambda storage, number: storage.lie("late", call=number, times=FOR_EVER),
 }
 
 
-@pytest.mark.parametrize("trouble", one_fast(STAYS_UNSEEN))
-def test_a_storage_that_says_nothing_or_lies_from_any_request_on_loses_nothing_that_was_accepted(
-    places: list[int],
+@pytest.mark.parametrize("trouble", one_fast(SILENT_OR_WRONG))
+def test_storage_that_is_silent_or_wrong_from_any_request_on_loses_no_accepted_checkpoint(
+    one_of_each_sort: list[int],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     trouble: str,
 ) -> None:
-    """What a lie does not touch may end well, and then it is right."""
+    """A run that the wrong answers do not affect may succeed; then its checkpoints must be right."""
 
     def check(machines: Machines, number: int) -> str:
         accepted: list[int] = []
-        STAYS_UNSEEN[trouble](machines.storage, number)
-        noticed = False
+        SILENT_OR_WRONG[trouble](machines.storage, number)
+        reported = False
         with monkeypatch.context() as patched:
             patched.setattr(silence, "SILENCE", 0.05 if trouble == "no answer" else silence.SILENCE)
             try:
                 whole_run(machines, accepted, timeout=0.05)
             except CloudTrainError:
-                noticed = True
+                reported = True
         machines.storage.heal()
         for machine in machines.made:
             machine.stop()
-        if not noticed and machines.committed() != [(1, 10)]:
-            return f"it was not noticed, and committed is {machines.committed()}"
-        return what_goes_wrong_next(machines, accepted[-1] if accepted else 0)
+        if not reported and machines.committed() != [(1, 10)]:
+            return f"the fault was not reported, and {machines.committed()} is committed"
+        return first_broken_promise(machines, accepted[-1] if accepted else 0)
 
-    each(places, tmp_path, caplog, check)
+    each(one_of_each_sort, tmp_path, caplog, check)

@@ -1,4 +1,4 @@
-"""Storage that is away, slow, full of requests or silent for a while: training is not held up, and nothing is lost."""
+"""Storage is unreachable, slow, throttling or silent for a while: training is not blocked, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from hf_cloudtrain.storage import retries, silence
 from tests.faults.runs import DEADLINE, Machines, bytes_of, wait_until
 
 SCALE = 1_000
-"""How much faster time goes: ten minutes are 0.6 s."""
+"""How much faster time passes: ten minutes take 0.6 s."""
 PAUSES, RETRY_PAUSES = upload_queue.PAUSES, retries.PAUSES
-"""As they are; those of the tests are shorter."""
+"""The real pauses; a fixture makes them shorter in these tests."""
 
 
-def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_after_it(
+def test_an_outage_of_ten_minutes_warns_once_and_everything_is_committed_afterwards(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upload_queue, "PAUSES", tuple(pause / SCALE for pause in PAUSES))
     monkeypatch.setattr(retries, "PAUSES", tuple(pause / SCALE for pause in RETRY_PAUSES))
-    monkeypatch.setattr(upload_queue, "MAX_WAITING", 10)  # none is overtaken by a newer one
+    monkeypatch.setattr(upload_queue, "MAX_WAITING", 10)  # so that no entry is dropped for a newer one
     machine = machines.new()
     machine.start()
     machines.storage.fail("any", times=1_000_000)
-    over = threading.Timer(600 / SCALE, machines.storage.heal)
-    over.start()
+    end_of_outage = threading.Timer(600 / SCALE, machines.storage.heal)
+    end_of_outage.start()
     machine.save(5, best=True)
     machine.save(10, best=True)
     machine.save(15)
-    over.join()
-    requests = machines.storage.count("manifest")  # each try begins with one
+    end_of_outage.join()
+    requests = machines.storage.count("manifest")  # each try begins with such a request
     machine.wait()
     assert machines.committed() == [(1, 5), (1, 10), (1, 15)]
     assert machines.restored("elsewhere") == bytes_of(15)
@@ -46,7 +46,7 @@ def test_an_outage_of_ten_minutes_is_warned_about_once_and_all_is_committed_afte
     )
 
 
-def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_turn(
+def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_is_uploaded(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(silence, "SILENCE", 0.3)
@@ -56,14 +56,16 @@ def test_an_upload_that_hangs_is_given_up_and_the_next_checkpoint_comes_to_its_t
     machine.save(5)
     wait_until(lambda: machines.storage.count("files", "checkpoint-5/model.safetensors"), "the upload")
     machine.save(10)
-    wait_until(lambda: (1, 10) in machines.committed(), "the next one")
-    wait_until(lambda: [key.step for key in machine.waiting()] == [5], "it leaves the outbox")
+    wait_until(lambda: (1, 10) in machines.committed(), "the next commit")
+    wait_until(
+        lambda: [key.step for key in machine.waiting()] == [5], "the removal of step 10 from the outbox"
+    )
     machines.storage.heal()
     machine.wait()
     assert machines.committed() == [(1, 5), (1, 10)]
 
 
-def test_an_upload_that_hangs_does_not_keep_the_end_from_its_deadline(machines: Machines) -> None:
+def test_an_upload_that_hangs_does_not_delay_the_end_beyond_its_deadline(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.hang("files", times=1_000_000)
@@ -83,7 +85,7 @@ def test_a_restore_that_hangs_ends_with_an_error(machines: Machines, monkeypatch
         machines.restored("elsewhere")
 
 
-def test_credentials_that_are_renewed_late_cost_no_checkpoint(
+def test_credentials_that_are_renewed_late_lose_no_checkpoint(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
@@ -97,7 +99,7 @@ def test_credentials_that_are_renewed_late_cost_no_checkpoint(
     assert machines.committed() == [(1, 5)]
 
 
-def test_a_listing_that_lags_does_not_send_a_checkpoint_again(machines: Machines) -> None:
+def test_a_stale_listing_does_not_cause_a_second_upload(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.lie("late", "arrival")
@@ -106,7 +108,7 @@ def test_a_listing_that_lags_does_not_send_a_checkpoint_again(machines: Machines
     assert machines.storage.count("files", "checkpoint-5/model.safetensors") == 1
 
 
-def test_what_did_not_arrive_is_sent_again_and_nothing_else(machines: Machines) -> None:
+def test_only_a_file_that_did_not_arrive_is_uploaded_again(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.corrupt("files", lambda data: data[:-1], path="checkpoint-5/trainer_state.json")
@@ -117,7 +119,7 @@ def test_what_did_not_arrive_is_sent_again_and_nothing_else(machines: Machines) 
     assert machines.committed() == [(1, 5)]
 
 
-def test_a_newest_that_a_listing_lacks_is_found_by_its_pointer(
+def test_the_newest_checkpoint_is_found_by_its_pointer_if_a_listing_lacks_it(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
@@ -131,7 +133,7 @@ def test_a_newest_that_a_listing_lacks_is_found_by_its_pointer(
     assert "lacks 000001-0000000010, which exists" in caplog.text
 
 
-def test_a_manifest_that_changed_on_its_way_is_written_again(machines: Machines) -> None:
+def test_a_manifest_that_was_corrupted_in_transit_is_written_again(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.corrupt("commit")

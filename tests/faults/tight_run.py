@@ -1,4 +1,4 @@
-"""A run on a disk that is really full at the wrong moments: what the child process does. No torch, so it starts fast."""
+"""The child process of a run whose real disk is full at the worst moments. It imports no torch, so it starts fast."""
 
 from __future__ import annotations
 
@@ -42,37 +42,37 @@ def main(folder: Path) -> None:
 
 
 def during_a_save_of_the_framework(machine: Machine, disk: Path) -> None:
-    """The error is the framework's own; what it leaves is no checkpoint."""
+    """The framework raises the error; the partial folder that it leaves is not taken as a checkpoint."""
     with full(disk, left=2**19):
-        said = refused(lambda: machine.save(10))
-    assert "No space left" in said, said
+        message = error_of(lambda: machine.save(10))
+    assert "No space left" in message, message
     machine.rotate(10)
     assert machine.checkpointer.last_saved.step == 5
 
 
 def during_a_snapshot(machine: Machine, disk: Path) -> None:
-    """Links need little, copies of small files need some. Training goes on, and its end says so."""
-    machine.save(10)  # the folder is there ...
+    """Links need little space, copies of small files need some. Training continues, and its end reports the error."""
+    machine.save(10)  # the folder is written ...
     machine.wait()
     retire(machine.checkpointer.catalog, machine.checkpointer.last_saved)
     machine.rotate(10)
-    begun = machine.checkpointer.outbox.accept
+    real_accept = machine.checkpointer.outbox.accept
 
     def accept(*arguments: object, **options: object) -> object:
-        with full(disk):  # ... and then, when it is taken over, the space is not
-            return begun(*arguments, **options)
+        with full(disk):  # ... but the disk is full when the outbox accepts it
+            return real_accept(*arguments, **options)
 
     machine.checkpointer.outbox.accept = accept
     machine.save(15)
-    machine.checkpointer.outbox.accept = begun
-    said = refused(machine.wait)
-    assert "is not on" in said, said
-    assert "No space left" in said, said
-    assert left_overs(machine.output_dir) == [], "what was begun is no more"
+    machine.checkpointer.outbox.accept = real_accept
+    message = error_of(machine.wait)
+    assert "is not on" in message, message
+    assert "No space left" in message, message
+    assert left_overs(machine.output_dir) == [], "the unfinished entry must be removed"
 
 
 def during_a_copy(machine: Machine, disk: Path) -> None:
-    """`upload_checkpoint` copies all of it."""
+    """`upload_checkpoint` copies every file."""
     from hf_cloudtrain.checkpoints.manifest import Position
     from tests.faults.runs import entry_of
 
@@ -80,20 +80,20 @@ def during_a_copy(machine: Machine, disk: Path) -> None:
     entry = entry_of(machine.checkpointer.storage.url, 1, 15)
     assert Position(global_step=15) == entry.position
     with full(disk, left=2**19):
-        said = refused(lambda: machine.checkpointer.outbox.accept(source, entry, link=False))
-    assert "are free. Free some space" in said, said
+        message = error_of(lambda: machine.checkpointer.outbox.accept(source, entry, link=False))
+    assert "are free. Free some space" in message, message
     assert left_overs(machine.output_dir) == []
     machine.rotate(15)
 
 
 def during_a_restore(machines: Machines, disk: Path) -> None:
     elsewhere = machines.new("elsewhere")
-    said = refused(elsewhere.start)
-    assert " are free. Free some space" in said, said  # it looks before the first byte
-    download.SPARE_SPACE = -SIZE  # the space goes away after the look
+    message = error_of(elsewhere.start)
+    assert " are free. Free some space" in message, message  # checked before the first byte
+    download.SPARE_SPACE = -SIZE  # the space is used up after the check
     with full(disk, left=2**20):
-        said = refused(elsewhere.start)
-    assert "no space is left on the disk" in said, said
+        message = error_of(elsewhere.start)
+    assert "no space is left on the disk" in message, message
     assert not list(elsewhere.output_dir.glob("checkpoint-*"))
     assert elsewhere.start() == 20
     assert contents(elsewhere.output_dir / "checkpoint-20") == bytes_of(20)
@@ -102,16 +102,16 @@ def during_a_restore(machines: Machines, disk: Path) -> None:
 
 def on_a_read_only_disk(machines: Machines, disk: Path) -> None:
     make_read_only(disk)
-    said = refused(machines.new("elsewhere").start)
-    assert "cannot be written to (Read-only file system). Choose a different one." in said, said
+    message = error_of(machines.new("elsewhere").start)
+    assert "cannot be written to (Read-only file system). Choose a different one." in message, message
 
 
-def refused(call: object) -> str:
+def error_of(call: object) -> str:
     try:
         call()  # type: ignore[operator]
     except (OSError, CloudTrainError) as error:
         return str(error)
-    raise AssertionError("nothing was said")
+    raise AssertionError("no error was raised")
 
 
 if __name__ == "__main__":

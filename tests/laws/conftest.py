@@ -1,4 +1,4 @@
-"""Machines of one run, storage that fails when told to, and no pauses between tries."""
+"""The machines of one run, storage that fails on request, and no pauses between retries."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
-    with Machines(tmp_path) as found:
-        yield found
+    with Machines(tmp_path) as all_machines:
+        yield all_machines
