@@ -20,7 +20,7 @@ def test_law_1_exists_if_and_only_if_its_manifest_does(machines: Machines) -> No
     machine.save(5)
     wait_until(lambda: machines.storage.count("create", MANIFESTS), "the commit")
 
-    assert (machines.run / "checkpoint-5/model.safetensors").is_file(), "every byte is there"
+    assert (machines.run / "checkpoint-5/model.safetensors").is_file(), "every byte is uploaded"
     assert machines.committed() == []
     assert machines.restored("before") is None
 
@@ -34,7 +34,7 @@ def test_law_1_exists_if_and_only_if_its_manifest_does(machines: Machines) -> No
     assert machines.restored("deleted") is None
 
 
-def test_law_1_the_claim_comes_first_and_the_manifest_last_and_once(machines: Machines) -> None:
+def test_law_1_the_claim_is_created_first_and_the_manifest_last_and_once(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -47,7 +47,7 @@ def test_law_1_the_claim_comes_first_and_the_manifest_last_and_once(machines: Ma
     uploads = [index for index, call in enumerate(calls) if call.path.startswith("checkpoint-5/")]
     assert len(uploads) == len(bytes_of(5))
     assert claim < min(uploads) <= max(uploads) < commit
-    assert machines.storage.count("create", MANIFESTS) == 1, "created, and never touched again"
+    assert machines.storage.count("create", MANIFESTS) == 1, "created once and never changed"
     assert machines.storage.count("write", MANIFESTS) + machines.storage.count("delete", MANIFESTS) == 0
 
 
@@ -80,7 +80,7 @@ def test_law_1_attempts_that_save_the_same_step_write_two_folders(machines: Mach
     assert machines.restored("elsewhere") == bytes_of(5, "new")
 
 
-def test_law_1_a_second_save_never_overwrites_what_a_commit_has_named(
+def test_law_1_a_second_save_never_overwrites_a_committed_file(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = machines.new()
@@ -92,9 +92,9 @@ def test_law_1_a_second_save_never_overwrites_what_a_commit_has_named(
     accept = machine.checkpointer.outbox.accept
 
     def accept_late(*args: object, **options: object) -> object:
-        """The first save is committed just after the second was asked for."""
+        """The first save is committed just after the second one was requested."""
         machines.gate.set()
-        wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the first save is done")
+        wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the end of the first save")
         return accept(*args, **options)
 
     monkeypatch.setattr(machine.checkpointer.outbox, "accept", accept_late)
@@ -103,10 +103,12 @@ def test_law_1_a_second_save_never_overwrites_what_a_commit_has_named(
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_1_a_commit_whose_process_died_then_is_not_sent_again(machines: Machines) -> None:
+def test_law_1_a_checkpoint_whose_process_died_after_the_commit_is_not_uploaded_again(
+    machines: Machines,
+) -> None:
     machine = machines.new()
     machine.start()
-    machine.checkpointer.outbox.remove = lambda entry: None  # dead before it forgets what it committed
+    machine.checkpointer.outbox.remove = lambda entry: None  # it dies before it removes the committed entry
     machine.save(5)
     machine.wait()
     assert machine.waiting() == [CheckpointKey(1, 5)]
@@ -123,7 +125,7 @@ def test_law_1_a_commit_whose_process_died_then_is_not_sent_again(machines: Mach
 def test_law_1_without_exclusive_create_attempts_above_1_use_their_suffix(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(LocalBackend, "create", LocalBackend.write)  # the condition is ignored
+    monkeypatch.setattr(LocalBackend, "create", LocalBackend.write)  # as a store that ignores the condition
     first, second = machines.new("first"), machines.new("second")
     first.start()
     assert "best effort" in caplog.text
@@ -137,7 +139,7 @@ def test_law_1_without_exclusive_create_attempts_above_1_use_their_suffix(
     assert machines.committed() == [(1, 5), (2, 5)]
 
 
-def test_law_1_an_upload_that_was_cut_off_goes_on_in_its_own_folder(machines: Machines) -> None:
+def test_law_1_an_interrupted_upload_continues_in_its_own_folder(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=1_000)
@@ -151,22 +153,22 @@ def test_law_1_an_upload_that_was_cut_off_goes_on_in_its_own_folder(machines: Ma
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_1_ranks_of_one_start_take_one_attempt_and_starts_at_once_take_two(machines: Machines) -> None:
+def test_law_1_two_starts_at_once_take_different_attempt_numbers(machines: Machines) -> None:
     first, second = machines.new("first").checkpointer, machines.new("second").checkpointer
     numbers = first.catalog.attempts.numbers
 
-    def and_another_was_faster() -> list[int]:
+    def numbers_while_the_second_starts() -> list[int]:
         found = numbers()
         if not second.attempt:
             second.begin(0)
         return found
 
-    first.catalog.attempts.numbers = and_another_was_faster
+    first.catalog.attempts.numbers = numbers_while_the_second_starts
     assert first.begin(0).number == 2
     assert second.attempt.number == 1
 
 
-def test_law_1_the_half_written_folder_of_a_retired_checkpoint_is_no_checkpoint(machines: Machines) -> None:
+def test_law_1_a_folder_without_a_manifest_is_not_a_checkpoint(machines: Machines) -> None:
     write_checkpoint(machines.run, 7)
     assert machines.committed() == []
     checkpointer: Checkpointer = machines.new().checkpointer

@@ -1,4 +1,4 @@
-"""Law 3, Off the path: the step loop never waits for the network; a save is links, small copies and one rename."""
+"""Law 3, Off the path: the step loop never waits for the network; a save makes links, small copies and one rename."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def in_time(work: object) -> None:
-    """Run what must not wait for the storage, and fail rather than wait for ever."""
+    """Run `work`, which must not wait for the storage; fail if it is still running after DEADLINE seconds."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(DEADLINE)
-    assert not thread.is_alive(), "it waits for the storage"
+    assert not thread.is_alive(), "the call waits for the storage"
 
 
 def test_law_3_a_save_does_not_wait_for_storage_that_hangs(machines: Machines) -> None:
@@ -36,20 +36,20 @@ def test_law_3_a_save_does_not_wait_for_storage_that_hangs(machines: Machines) -
     assert machines.committed() == [(1, 5), (1, 10)]
 
 
-def test_law_3_a_save_makes_no_request_of_its_own(machines: Machines) -> None:
+def test_law_3_a_save_makes_no_request_on_the_training_thread(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     threads = set()
     request = machines.storage._request
 
-    def noticed(kind: str, path: str) -> object:
+    def recorded(kind: str, path: str) -> object:
         threads.add(threading.current_thread())
         return request(kind, path)
 
-    machines.storage._request = noticed
+    machines.storage._request = recorded
     machine.save(5)
     wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the upload")
-    assert threads, "the upload was seen"
+    assert threads, "the upload must make requests"
     assert threading.main_thread() not in threads
 
 
@@ -65,7 +65,7 @@ def test_law_3_large_files_are_linked_and_small_ones_copied(machines: Machines) 
     }
     assert same == {
         "model.safetensors": True,
-        "trainer_state.json": False,  # frameworks write those again in place
+        "trainer_state.json": False,  # frameworks rewrite these in place
         "state/rng_state_0.pth": False,
         "empty": False,
     }
@@ -73,7 +73,7 @@ def test_law_3_large_files_are_linked_and_small_ones_copied(machines: Machines) 
     machine.wait()
 
 
-def test_law_3_a_save_is_links_small_copies_and_one_rename(machines: Machines) -> None:
+def test_law_3_a_save_makes_links_small_copies_and_one_rename(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.hold("any", machines.gate)
@@ -88,7 +88,7 @@ def test_law_3_a_save_is_links_small_copies_and_one_rename(machines: Machines) -
     assert disk.seen.count("open") <= written_by_the_framework + small + record_and_lock
 
 
-def test_law_3_all_copies_of_a_save_together_are_bounded(
+def test_law_3_the_total_size_of_the_copies_of_a_save_is_bounded(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen, "SMALL_TOTAL", 3_000)
@@ -108,10 +108,10 @@ def test_law_3_all_copies_of_a_save_together_are_bounded(
     assert frozen.SMALL_FILE == 2**20, "the bound that the law names"
 
 
-def test_law_3_files_that_were_there_before_this_save_do_not_belong_to_it(machines: Machines) -> None:
+def test_law_3_files_older_than_a_save_do_not_belong_to_it(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
-    write_files(machine.output_dir / "checkpoint-5", {"rng_state_3.pth": b"of a larger world"})
+    write_files(machine.output_dir / "checkpoint-5", {"rng_state_3.pth": b"of more ranks"})
     os.utime(machine.output_dir / "checkpoint-5/rng_state_3.pth", (1, 1))
     since_ns = machine.checkpointer.local.mark_save_begin()
     machine.save(5, since_ns=since_ns)
@@ -119,7 +119,7 @@ def test_law_3_files_that_were_there_before_this_save_do_not_belong_to_it(machin
     assert machines.restored("elsewhere") == bytes_of(5)
 
 
-def test_law_3_a_save_that_finds_nothing_of_its_own_is_reported_and_training_goes_on(
+def test_law_3_a_save_without_files_is_reported_and_training_continues(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()

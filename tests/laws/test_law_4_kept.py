@@ -86,12 +86,14 @@ def test_law_4_flush_finishes_a_killed_trainers_upload_under_its_own_attempt(
     assert [entry.key for entry in flush(machines.catalog, outbox, Progress())] == [CheckpointKey(1, 5)]
 
     assert machines.committed() == [(1, 5), (2, 3)]
-    assert machines.restored("elsewhere") == bytes_of(3), "the higher step of the older attempt does not win"
+    assert machines.restored("elsewhere") == bytes_of(3), "the older attempt must not win by its higher step"
     assert machines.catalog.pointer("last") == CheckpointKey(2, 3)
     assert outbox.entries() == []
 
 
-def test_law_4_the_next_start_on_that_disk_finishes_it_first(machines: Machines, killed: Path) -> None:
+def test_law_4_the_next_start_on_that_disk_finishes_the_upload_first(
+    machines: Machines, killed: Path
+) -> None:
     machine = machines.new("killed")
     assert machine.start() == 5
     assert machine.checkpointer.attempt.number == 2
@@ -100,7 +102,7 @@ def test_law_4_the_next_start_on_that_disk_finishes_it_first(machines: Machines,
     assert machine.waiting() == []
 
 
-def test_law_4_a_flush_that_fails_keeps_what_is_left(machines: Machines, killed: Path) -> None:
+def test_law_4_a_failed_flush_keeps_the_remaining_entries(machines: Machines, killed: Path) -> None:
     outbox = machines.new("killed").checkpointer.outbox
     machines.storage.fail("upload", times=1_000)
     with pytest.raises(StorageError):
@@ -109,20 +111,20 @@ def test_law_4_a_flush_that_fails_keeps_what_is_left(machines: Machines, killed:
     assert [entry.key for entry in flush(machines.catalog, outbox, Progress())] == [CheckpointKey(1, 5)]
 
 
-def blocked(machines: Machines) -> Machine:
-    """A machine whose first upload, of step 1, is under way for as long as the gate is closed."""
+def with_blocked_upload(machines: Machines) -> Machine:
+    """A machine whose upload of step 1 is running until the gate opens."""
     machine = machines.new()
     machine.start()
     machines.storage.hold("upload", machines.gate)
     machine.save(1)
-    wait_until(lambda: machines.storage.count("upload", "checkpoint-*"), "the upload of the first")
+    wait_until(lambda: machines.storage.count("upload", "checkpoint-*"), "the upload of step 1")
     return machine
 
 
-def test_law_4_only_what_was_overtaken_before_it_began_is_dropped_and_it_is_said(
+def test_law_4_only_entries_overtaken_before_their_upload_are_dropped_and_the_log_names_them(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
-    machine = blocked(machines)
+    machine = with_blocked_upload(machines)
     for step in (2, 3, 4):
         machine.save(step)
     assert [key.step for key in machine.waiting()] == [4, 1]
@@ -133,8 +135,8 @@ def test_law_4_only_what_was_overtaken_before_it_began_is_dropped_and_it_is_said
     assert machines.committed() == [(1, 1), (1, 4)]
 
 
-def test_law_4_the_best_is_never_dropped(machines: Machines) -> None:
-    machine = blocked(machines)
+def test_law_4_the_best_checkpoint_is_never_dropped(machines: Machines) -> None:
+    machine = with_blocked_upload(machines)
     machine.save(2, best=True)
     for step in (3, 4):
         machine.save(step)
@@ -145,13 +147,13 @@ def test_law_4_the_best_is_never_dropped(machines: Machines) -> None:
     assert machines.catalog.pointer("best") == CheckpointKey(1, 2)
 
 
-def test_law_4_what_an_earlier_attempt_left_is_not_dropped_for_a_newer_one(
+def test_law_4_entries_of_an_earlier_attempt_are_not_dropped_for_newer_ones(
     machines: Machines, killed: Path
 ) -> None:
     machine = machines.new("killed", fresh=True)
     machines.storage.hold("upload", machines.gate, path="checkpoint-*")
     machine.checkpointer.begin(0)
-    wait_until(lambda: machines.storage.count("upload", "checkpoint-*"), "the upload of what was left")
+    wait_until(lambda: machines.storage.count("upload", "checkpoint-*"), "the upload of the old entry")
     for step in (1, 2, 3):
         machine.save(step)
     assert [(key.attempt, key.step) for key in machine.waiting()] == [(2, 3), (1, 5)]
@@ -161,7 +163,7 @@ def test_law_4_what_an_earlier_attempt_left_is_not_dropped_for_a_newer_one(
 
 
 @pytest.mark.parametrize("kind", ["upload", "create", "list"])
-def test_law_4_a_bucket_that_is_gone_for_a_while_loses_nothing(machines: Machines, kind: str) -> None:
+def test_law_4_a_bucket_that_is_missing_for_a_while_loses_nothing(machines: Machines, kind: str) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.fail(kind, ObjectNotFoundError("NoSuchBucket"), times=5)
@@ -170,8 +172,8 @@ def test_law_4_a_bucket_that_is_gone_for_a_while_loses_nothing(machines: Machine
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_4_flush_deletes_nothing_that_it_could_not_commit(machines: Machines, killed: Path) -> None:
-    """An outbox that was copied to another disk has other inodes, and is worth all the more."""
+def test_law_4_flush_deletes_no_entry_that_it_could_not_commit(machines: Machines, killed: Path) -> None:
+    """An outbox that was copied to a different disk has different inodes; it may be the only copy."""
     [home] = (killed / ".cloudtrain/outbox").iterdir()
     model = home / "files/model.safetensors"
     data = model.read_bytes()
@@ -183,39 +185,39 @@ def test_law_4_flush_deletes_nothing_that_it_could_not_commit(machines: Machines
     assert machines.committed() == [(1, 5)] or any(still_there)
 
 
-def test_law_4_a_flush_beside_a_live_trainer_destroys_no_save_that_is_under_way(
+def test_law_4_a_flush_during_training_destroys_no_running_save(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = machines.new()
     machine.start()
     rename = os.rename
 
-    def flushed_first(source: str, target: str) -> None:
-        """A person runs `cloudtrain checkpoint flush` just before the save moves its folder in."""
+    def rename_after_a_flush(source: str, target: str) -> None:
+        """The user runs `cloudtrain checkpoint flush` just before the save moves its folder into the outbox."""
         monkeypatch.setattr(os, "rename", rename)
         flush(machines.catalog, machine.checkpointer.outbox, Progress())
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", flushed_first)
+    monkeypatch.setattr(os, "rename", rename_after_a_flush)
     machine.save(5)
     machine.wait()
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_4_what_another_process_flushed_meanwhile_is_not_called_lost(
+def test_law_4_an_entry_that_a_different_process_flushed_is_not_reported_as_lost(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
     machine.start()
-    machines.storage.fail("upload", path="*/model.safetensors", times=6)  # one whole try
+    machines.storage.fail("upload", path="*/model.safetensors", times=6)  # all retries of one try
     upload_queue = machine.checkpointer._upload_queue
     put_back = upload_queue._put_back
 
-    def flushed_between_tries(*args: object) -> None:
+    def put_back_after_a_flush(*args: object) -> None:
         flush(machines.catalog, machine.checkpointer.outbox, Progress())
         put_back(*args)
 
-    upload_queue._put_back = flushed_between_tries
+    upload_queue._put_back = put_back_after_a_flush
     machine.save(5)
     machine.wait()
     assert machines.committed() == [(1, 5)]

@@ -19,7 +19,7 @@ from tests.faults.runs import Machines, bytes_of, wait_until, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = 0.2
-"""Seconds of a wait that is meant to fail."""
+"""Seconds of a wait that must time out."""
 
 
 def test_law_5_the_end_waits_for_the_last_commit(machines: Machines) -> None:
@@ -31,14 +31,16 @@ def test_law_5_the_end_waits_for_the_last_commit(machines: Machines) -> None:
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_5_with_storage_down_the_end_is_an_error_that_names_the_flush_command(machines: Machines) -> None:
+def test_law_5_during_an_outage_training_ends_with_an_error_that_names_the_flush_command(
+    machines: Machines,
+) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.fail("any", times=1_000_000)
     machine.save(5)
-    with pytest.raises(NotCommittedError) as told:
+    with pytest.raises(NotCommittedError) as raised:
         machine.checkpointer.wait(SHORT)
-    message = str(told.value)
+    message = str(raised.value)
     assert "checkpoint-5 (attempt 1)" in message
     assert f"cloudtrain checkpoint flush {machine.output_dir}" in message
     assert "connection reset on purpose" in message
@@ -49,14 +51,14 @@ def test_law_5_with_storage_down_the_end_is_an_error_that_names_the_flush_comman
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_5_a_run_that_saved_nothing_does_not_end_green(machines: Machines) -> None:
+def test_law_5_a_run_that_saved_nothing_ends_with_an_error(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     with pytest.raises(NotCommittedError, match="without saving any checkpoint"):
         machine.wait()
 
 
-def test_law_5_a_last_save_that_could_not_be_kept_does_not_end_green(
+def test_law_5_a_run_whose_last_save_failed_ends_with_an_error(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = machines.new()
@@ -73,7 +75,7 @@ def test_law_5_a_last_save_that_could_not_be_kept_does_not_end_green(
         machine.wait()
 
 
-def test_law_5_a_manifest_that_vanished_does_not_end_green(machines: Machines) -> None:
+def test_law_5_a_run_whose_last_manifest_was_deleted_ends_with_an_error(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -83,7 +85,7 @@ def test_law_5_a_manifest_that_vanished_does_not_end_green(machines: Machines) -
         machine.wait()
 
 
-def test_law_5_a_resume_with_nothing_left_to_train_ends_green(machines: Machines) -> None:
+def test_law_5_a_resume_with_nothing_left_to_train_ends_without_an_error(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -93,10 +95,10 @@ def test_law_5_a_resume_with_nothing_left_to_train_ends_green(machines: Machines
     again.wait()
 
 
-def test_law_5_the_end_fails_on_all_ranks_together(
+def test_law_5_all_ranks_raise_the_error_at_the_end(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 alone moves bytes; the others must not go on to the next thing as if all were well."""
+    """Only rank 0 uploads, but the other ranks must not continue as if the upload had succeeded."""
 
     def train(ranks: Ranks) -> None:
         checkpointer = machines.new().checkpointer
@@ -108,15 +110,15 @@ def test_law_5_the_end_fails_on_all_ranks_together(
         checkpointer.save(checkpointer.output_dir / "checkpoint-5", Position(global_step=5))
         checkpointer.wait(SHORT)
 
-    answers = on_ranks(3, train, monkeypatch)
-    assert [type(answer) for answer in answers] == [NotCommittedError] * 3
-    assert all("cloudtrain checkpoint flush" in str(answer) for answer in answers)
+    results = on_ranks(3, train, monkeypatch)
+    assert [type(result) for result in results] == [NotCommittedError] * 3
+    assert all("cloudtrain checkpoint flush" in str(result) for result in results)
 
 
-def test_law_5_a_file_written_again_in_place_during_its_upload_is_never_committed(
+def test_law_5_a_file_rewritten_in_place_during_its_upload_is_never_committed(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch.save to the same path writes through the hard link."""
+    """`torch.save` to the same path writes through the hard link."""
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -141,7 +143,7 @@ def test_law_5_a_second_save_of_a_step_before_its_commit_wins(machines: Machines
     machine.start()
     machines.storage.hold("upload", machines.gate, path="checkpoint-*")
     machine.save(5, salt="first")
-    wait_until(lambda: machines.storage.count("upload", "checkpoint-5/*"), "the upload of the first")
+    wait_until(lambda: machines.storage.count("upload", "checkpoint-5/*"), "the upload of the first save")
     machine.rotate(5)
     machine.save(5, salt="second")
     machines.gate.set()
@@ -150,7 +152,7 @@ def test_law_5_a_second_save_of_a_step_before_its_commit_wins(machines: Machines
     assert machines.restored("elsewhere") == bytes_of(5, "second")
 
 
-def test_law_5_a_second_save_of_a_step_after_its_commit_is_no_new_checkpoint(machines: Machines) -> None:
+def test_law_5_a_second_save_of_a_committed_step_is_ignored(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5, salt="first")
@@ -171,14 +173,14 @@ from hf_cloudtrain.testing import FaultyStorage
 from tests.faults.runs import Machine
 
 folder, end, down = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "down"
-retries.PAUSES = (0.5,)  # only a process that waits for the upload sees its second try
+retries.PAUSES = (0.5,)  # only a process that waits for the upload makes the second try
 cloud = FaultyStorage(f"file://{folder}/run")
 contextlib.ExitStack().enter_context(keep := cloud.everywhere())
 machine = Machine(folder / "out", cloud.url)
 machine.start()
 cloud.fail("upload", path="*/model.safetensors", times=1_000 if down else 1)
 machine.save(5)
-if end == "waited and went on":
+if end == "wait timed out":
     with contextlib.suppress(CloudTrainError):
         machine.checkpointer.wait(0.01)
     machine.save(6)
@@ -192,8 +194,8 @@ if end == "sys.exit":
 """
 
 
-def ends_early(folder: Path, end: str, storage: str = "up", timeout: str = "60") -> str:
-    """What a training script says that ends without waiting."""
+def stderr_of_script(folder: Path, end: str, storage: str = "up", timeout: str = "60") -> str:
+    """The messages of a training script that ends without waiting."""
     ended = subprocess.run(
         [sys.executable, "-c", ENDS_EARLY, str(folder), end, storage],
         cwd=ROOT,
@@ -209,20 +211,20 @@ def ends_early(folder: Path, end: str, storage: str = "up", timeout: str = "60")
 
 @pytest.mark.parametrize("end", ["exception", "Ctrl-C", "sys.exit", "end of the script"])
 def test_law_5_a_script_that_ends_without_waiting_still_commits(machines: Machines, end: str) -> None:
-    said = ends_early(machines.run.parent, end)
-    assert "Finishing the upload" in said
+    messages = stderr_of_script(machines.run.parent, end)
+    assert "Finishing the upload" in messages
     assert machines.committed() == [(1, 5)]
 
 
-def test_law_5_a_script_that_waited_in_vain_and_saved_again_still_commits(machines: Machines) -> None:
-    said = ends_early(machines.run.parent, "waited and went on")
-    assert "Finishing the upload" in said
+def test_law_5_a_script_whose_wait_timed_out_and_that_saved_again_still_commits(machines: Machines) -> None:
+    messages = stderr_of_script(machines.run.parent, "wait timed out")
+    assert "Finishing the upload" in messages
     assert machines.committed()[-1] == (1, 6)
 
 
-def test_law_5_a_script_that_ends_with_storage_down_names_the_flush_command(machines: Machines) -> None:
-    said = ends_early(machines.run.parent, "exception", storage="down", timeout="0.2")
-    assert "RuntimeError: the script broke" in said
-    assert f"cloudtrain checkpoint flush {machines.run.parent / 'out'}" in said
+def test_law_5_a_script_that_ends_during_an_outage_names_the_flush_command(machines: Machines) -> None:
+    messages = stderr_of_script(machines.run.parent, "exception", storage="down", timeout="0.2")
+    assert "RuntimeError: the script broke" in messages
+    assert f"cloudtrain checkpoint flush {machines.run.parent / 'out'}" in messages
     flush(machines.catalog, machines.new("out").checkpointer.outbox, Progress())
     assert machines.committed() == [(1, 5)]
