@@ -119,7 +119,7 @@ class DatasetStore:
         text = os.fspath(source)
         self.catalog.storage.check()
         with _local(text, self._options, progress) as folder:
-            self._check_not_inside(folder)
+            self._check_without_store(folder)
             entry = _entry(self.catalog.storage.url, name, folder, text)
             with sending(Path(env.cache(None)), self.catalog, entry) as (upload, entry):
                 stored = self._store(entry, upload, progress)
@@ -191,7 +191,7 @@ class DatasetStore:
                 raise
             raise ConfigurationError(
                 f"Cannot write to {error.filename!r} ({error.strerror}). Set {env.CACHE} to a writable folder."
-            ) from error
+            ) from None
 
     def _store(self, entry: OutboxEntry, upload: Upload, progress: Progress) -> tuple[Dataset, int | None]:
         assert entry.name is not None
@@ -217,7 +217,7 @@ class DatasetStore:
             logger.warning("%s Uploading every file.", error)
             return None
 
-    def _check_not_inside(self, folder: Path) -> None:
+    def _check_without_store(self, folder: Path) -> None:
         url = self.catalog.storage.url
         if is_local(url) and Path(local_path(url)).resolve().is_relative_to(folder.resolve()):
             raise ConfigurationError(
