@@ -1,4 +1,4 @@
-"""Law 12, Cheap: no cost that grows with the number of past checkpoints, none on the step."""
+"""Law 12, Cheap: no cost that grows with the number of past checkpoints, and no request during a step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_cloudtrain.tracking.tracker import StepTracker
 from tests.faults.runs import Machine, Machines, bytes_of
 
 
-def past(machines: Machines, count: int) -> None:
-    """Manifests of so many older checkpoints; their names are all that may be looked at."""
+def write_old_manifests(machines: Machines, count: int) -> None:
+    """Write `count` manifests of older checkpoints. They are empty, so only their names may be used."""
     for step in range(1, count + 1):
         machines.storage.write(f".cloudtrain/checkpoints/000001-{step:010d}.json", b"{}")
 
 
-def test_law_12_the_newest_of_1000_costs_one_list(machines: Machines) -> None:
-    past(machines, 1_000)
+def test_law_12_finding_the_newest_of_1000_checkpoints_costs_one_list(machines: Machines) -> None:
+    write_old_manifests(machines, 1_000)
     machines.storage.calls.clear()
     assert machines.catalog.newest() == CheckpointKey(1, 1_000)
     assert machines.storage.calls == [Call("list", ".cloudtrain/checkpoints")]
@@ -28,7 +28,7 @@ def test_law_12_the_newest_of_1000_costs_one_list(machines: Machines) -> None:
 def test_law_12_a_restore_costs_one_list_one_pointer_one_manifest_and_its_own_files(
     machines: Machines,
 ) -> None:
-    past(machines, 50)
+    write_old_manifests(machines, 50)
     machine = machines.new(fresh=True)
     machine.start()
     machine.save(100)
@@ -36,8 +36,8 @@ def test_law_12_a_restore_costs_one_list_one_pointer_one_manifest_and_its_own_fi
     elsewhere = machines.new("elsewhere").checkpointer
     machines.storage.calls.clear()
     elsewhere.restore()
-    of_the_check = [call for call in machines.storage.calls if "/probe-" in call.path]
-    rest = [call for call in machines.storage.calls if call not in of_the_check]
+    of_the_probe = [call for call in machines.storage.calls if "/probe-" in call.path]
+    rest = [call for call in machines.storage.calls if call not in of_the_probe]
     assert sorted(rest) == sorted(
         [
             Call("list", ".cloudtrain/checkpoints"),
@@ -46,7 +46,7 @@ def test_law_12_a_restore_costs_one_list_one_pointer_one_manifest_and_its_own_fi
             *(Call("download", f"checkpoint-100/{path}") for path in bytes_of(100)),
         ]
     )
-    assert len(of_the_check) <= 7
+    assert len(of_the_probe) <= 7
 
 
 def requests_of_a_save(machines: Machines, machine: Machine, step: int) -> Counter[str]:
@@ -56,16 +56,16 @@ def requests_of_a_save(machines: Machines, machine: Machine, step: int) -> Count
     return Counter(call.kind for call in machines.storage.calls)
 
 
-def test_law_12_a_save_costs_the_same_after_many_as_after_few(machines: Machines) -> None:
+def test_law_12_a_save_costs_the_same_with_many_checkpoints_as_with_few(machines: Machines) -> None:
     machine = machines.new(fresh=True)
     machine.start()
     requests_of_a_save(machines, machine, 1_001)
     few = requests_of_a_save(machines, machine, 1_002)
-    past(machines, 200)
+    write_old_manifests(machines, 200)
     assert requests_of_a_save(machines, machine, 1_003) == few
 
 
-def test_law_12_a_start_costs_the_same_after_many_checkpoints_as_after_few(machines: Machines) -> None:
+def test_law_12_a_start_costs_the_same_with_many_checkpoints_as_with_few(machines: Machines) -> None:
     def requests_of_a_start(name: str) -> int:
         machines.storage.calls.clear()
         machines.new(name).start()
@@ -76,21 +76,21 @@ def test_law_12_a_start_costs_the_same_after_many_checkpoints_as_after_few(machi
     machine.save(1_001)
     machine.wait()
     few = requests_of_a_start("few")
-    past(machines, 200)
+    write_old_manifests(machines, 200)
     assert requests_of_a_start("many") == few
 
 
-def test_law_12_a_commit_that_failed_does_not_send_the_files_again(machines: Machines) -> None:
+def test_law_12_a_failed_commit_does_not_upload_the_files_again(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
-    machines.storage.fail("create", path="*/checkpoints/*", times=6)  # all tries of the client
+    machines.storage.fail("create", path="*/checkpoints/*", times=6)  # all retries of the client
     machine.save(5)
     machine.wait()
     assert machines.storage.count("create", "*/checkpoints/*") == 7
     assert machines.storage.count("upload", "checkpoint-5/*") == len(bytes_of(5))
 
 
-def test_law_12_a_second_try_sends_only_what_has_not_arrived(machines: Machines) -> None:
+def test_law_12_a_second_try_uploads_only_the_missing_files(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=6)
@@ -103,7 +103,7 @@ def test_law_12_a_second_try_sends_only_what_has_not_arrived(machines: Machines)
 def test_law_12_a_step_makes_no_request_and_waits_for_nothing(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tracker's thread is never started here, so whatever is requested is requested by the step."""
+    """The tracker's thread is never started here, so any request would come from the step itself."""
     tracker = StepTracker(machines.catalog, 1, first_step=0, total_steps=100)
     monkeypatch.setattr("time.sleep", pytest.fail)
     machines.storage.calls.clear()

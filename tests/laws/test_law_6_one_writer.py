@@ -1,4 +1,4 @@
-"""Law 6, One writer: a trainer that a newer attempt has overtaken stops, moves no pointer and deletes nothing."""
+"""Law 6, One writer: an attempt that a newer one has overtaken stops, moves no pointer and deletes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.faults.runs import (
 
 COMMITS = "*/checkpoints/*"
 SOON = 0.02
-"""Seconds between two heartbeats, where a test waits for one."""
+"""Seconds between two heartbeats in tests that wait for one."""
 
 
 @pytest.fixture(params=["file", "moto", "azurite", "rclone"])
@@ -47,20 +47,20 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Locatio
 
 
 @pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hearts beat often."""
+def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats every 20 ms."""
     monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", str(SOON))
 
 
 def overtaken(machine: Machine) -> str:
-    """What a training says that ends because a newer attempt has begun."""
-    with pytest.raises(OvertakenError) as told:
+    """The message of the error that ends an overtaken attempt."""
+    with pytest.raises(OvertakenError) as raised:
         machine.wait()
-    return str(told.value)
+    return str(raised.value)
 
 
-def storage_as_it_is(folder: Path) -> dict[str, bytes]:
-    """Every object but those that are about one attempt alone."""
+def objects_of_the_run(folder: Path) -> dict[str, bytes]:
+    """Every object of the run except attempt and progress records."""
     return {
         path: data
         for path, data in contents(folder).items()
@@ -69,10 +69,10 @@ def storage_as_it_is(folder: Path) -> dict[str, bytes]:
 
 
 class TestTwoLiveAttempts:
-    def test_law_6_exactly_one_goes_on(
+    def test_law_6_exactly_one_continues(
         self, location: Location, tmp_path: Path, no_pauses: None, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """On every kind of storage; where fencing is best effort, the log says so."""
+        """On every kind of storage; where ownership is best effort, the log says so."""
         catalog = Catalog(location.open())
         old, new, next_one = (
             Machine(tmp_path / name, location.url, storage_options=location.options)
@@ -83,16 +83,16 @@ class TestTwoLiveAttempts:
             old.save(5)
             old.wait()
             assert new.start() == 5
-            old.save(900, best=True)  # it has noticed nothing yet
-            told = overtaken(old)
+            old.save(900, best=True)  # it does not know yet that it was overtaken
+            message = overtaken(old)
             new.save(6)
             new.wait()
 
             assert catalog.checkpoints() == [CheckpointKey(1, 5), CheckpointKey(2, 6)]
             assert catalog.pointer("last") == CheckpointKey(2, 6)
             assert catalog.pointer("best") is None
-            assert "Attempt 1 of" in told
-            assert "overtaken by attempt 2, which began on host" in told
+            assert "Attempt 1 of" in message
+            assert "overtaken by attempt 2, which began on host" in message
             assert [verify(catalog, catalog.read(key)) for key in catalog.checkpoints()] == [[], []]
             assert next_one.start() == 6
         finally:
@@ -100,14 +100,14 @@ class TestTwoLiveAttempts:
                 machine.stop()
         assert ("told apart only by best effort" in caplog.text) == (not location.exclusive)
 
-    def test_law_6_of_starts_at_once_exactly_one_goes_on(
+    def test_law_6_of_simultaneous_starts_exactly_one_continues(
         self, location: Location, no_pauses: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.5)
         together = threading.Barrier(3)
         before = Catalog(location.open())
         before.storage.check()
-        before.attempts.begin(0.0, 0, None, {})  # rclone may hang where several make one folder at once
+        before.attempts.begin(0.0, 0, None, {})  # rclone may hang if several starts create one folder at once
 
         def start(number: int) -> Attempt:
             catalog = Catalog(location.open())
@@ -118,19 +118,18 @@ class TestTwoLiveAttempts:
         with ThreadPoolExecutor(3) as pool:
             attempts = list(pool.map(start, range(3)))
         catalog = Catalog(location.open())
-        left = [attempt for attempt in attempts if Ownership(catalog, attempt).look() is None]
-        assert [attempt.number for attempt in left] == [max(catalog.attempts.numbers())]
-        if (
-            location.exclusive
-        ):  # elsewhere a start that is held up for longer than the others settle shares its number
+        remaining = [attempt for attempt in attempts if Ownership(catalog, attempt).look() is None]
+        assert [attempt.number for attempt in remaining] == [max(catalog.attempts.numbers())]
+        # Without exclusive create, a start that is delayed beyond the settle time may share its number.
+        if location.exclusive:
             assert catalog.attempts.numbers() == [1, 2, 3, 4]
 
 
-class TestTheOvertakenOne:
-    def test_law_6_stops_an_upload_that_is_under_way_and_keeps_it(
-        self, machines: Machines, often: None, monkeypatch: pytest.MonkeyPatch
+class TestTheOvertakenAttempt:
+    def test_law_6_stops_a_running_upload_and_keeps_its_entry(
+        self, machines: Machines, fast_heartbeats: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """In the middle of a file, too: the rest of a large one may take an hour."""
+        """It stops even within a file: the rest of a large file may take an hour."""
         monkeypatch.setattr(backend, "PART_SIZE", 4096)
         old, new = machines.new("old"), machines.new("new")
         old.start()
@@ -138,20 +137,20 @@ class TestTheOvertakenOne:
         old.save(5)
         wait_until(lambda: machines.storage.count("upload", "*/model.safetensors"), "the upload")
         new.start()
-        wait_until(lambda: old.checkpointer.overtaken_by, "the look")
+        wait_until(lambda: old.checkpointer.overtaken_by, "the ownership check")
         machines.gate.set()
-        told = overtaken(old)
+        message = overtaken(old)
 
-        wait_until(lambda: old.checkpointer._upload_queue._current is None, "the upload has stopped")
+        wait_until(lambda: old.checkpointer._upload_queue._current is None, "the end of the upload")
         assert old.checkpointer._upload_queue.progress.done < len(bytes_of(5)["model.safetensors"])
         assert machines.storage.count("create", COMMITS) == 0
         assert not (machines.run / "checkpoint-5" / "model.safetensors").exists()
         assert old.waiting() == [CheckpointKey(1, 5)]
-        assert "not on storage: checkpoint-5" in told
-        assert f"cloudtrain checkpoint flush {old.output_dir}" in told
+        assert "not on storage: checkpoint-5" in message
+        assert f"cloudtrain checkpoint flush {old.output_dir}" in message
 
-    def test_law_6_rests_once_it_has_stopped(self, machines: Machines) -> None:
-        """What waits in its outbox is not looked at again and again."""
+    def test_law_6_does_not_retry_once_it_has_stopped(self, machines: Machines) -> None:
+        """The entries in its outbox are tried once."""
         old, new = machines.new("old"), machines.new("new")
         old.start()
         new.start()
@@ -164,8 +163,8 @@ class TestTheOvertakenOne:
             new.wait()
         assert tries == ["Uploading checkpoint-5"]
 
-    def test_law_6_looks_right_before_the_commit(self, machines: Machines) -> None:
-        """It was overtaken while it sent the files, and no heart has beaten since."""
+    def test_law_6_checks_right_before_the_commit(self, machines: Machines) -> None:
+        """It was overtaken during the upload, and no heartbeat has run since."""
         old = machines.new("old")
         old.start()
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/model.safetensors")
@@ -174,10 +173,12 @@ class TestTheOvertakenOne:
         machines.new("new").start()
         machines.gate.set()
         overtaken(old)
-        assert machines.storage.count("upload", "checkpoint-5/*") == len(bytes_of(5)), "all of it was sent"
+        assert machines.storage.count("upload", "checkpoint-5/*") == len(bytes_of(5)), (
+            "all files were uploaded"
+        )
         assert machines.storage.count("create", COMMITS) == 0
 
-    def test_law_6_what_it_had_saved_may_be_committed_under_its_own_number_and_moves_nothing(
+    def test_law_6_its_old_save_may_be_committed_under_its_own_number_and_moves_no_pointer(
         self, machines: Machines
     ) -> None:
         old, new = machines.new("old"), machines.new("new")
@@ -193,80 +194,80 @@ class TestTheOvertakenOne:
         assert machines.catalog.pointer("best") == machines.catalog.pointer("last") == CheckpointKey(2, 5)
         assert old.waiting() == []
 
-    def test_law_6_accepts_nothing_once_it_knows(
-        self, machines: Machines, often: None, caplog: pytest.LogCaptureFixture
+    def test_law_6_accepts_no_save_once_it_knows(
+        self, machines: Machines, fast_heartbeats: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         old = machines.new("old")
         old.start()
         machines.new("new").start()
-        wait_until(lambda: old.checkpointer.overtaken_by, "the look")
+        wait_until(lambda: old.checkpointer.overtaken_by, "the ownership check")
         assert old.checkpointer.overtaken_by == 2
-        before = storage_as_it_is(machines.run)
+        before = objects_of_the_run(machines.run)
         old.save(5)
         assert old.waiting() == []
         assert "checkpoint-5 is not uploaded: attempt 2 has begun" in caplog.text
         overtaken(old)
-        assert storage_as_it_is(machines.run) == before
+        assert objects_of_the_run(machines.run) == before
 
-    def test_law_6_learns_of_it_though_it_saves_nothing_and_no_step_asks(
-        self, machines: Machines, often: None, caplog: pytest.LogCaptureFixture
+    def test_law_6_learns_of_it_without_a_save_and_without_a_request_per_step(
+        self, machines: Machines, fast_heartbeats: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         old = machines.new("old")
         old.start()
         new = machines.new("new")
         new.start()
-        wait_until(lambda: old.checkpointer.overtaken_by, "the look")
+        wait_until(lambda: old.checkpointer.overtaken_by, "the ownership check")
         new.stop()
         machines.storage.calls.clear()
         assert [old.checkpointer.overtaken_by for _ in range(1_000)] == [2] * 1_000
         assert machines.storage.count("any", f"{META}/attempts*") == 0
-        said = [record.getMessage() for record in caplog.records if "overtaken" in record.getMessage()]
-        assert len(said) == 1, "said once"
+        messages = [record.getMessage() for record in caplog.records if "overtaken" in record.getMessage()]
+        assert len(messages) == 1, "logged once"
 
-    def test_law_6_goes_on_while_nobody_can_look(self, machines: Machines, often: None) -> None:
-        """An outage overtakes nobody."""
+    def test_law_6_continues_while_the_check_fails(self, machines: Machines, fast_heartbeats: None) -> None:
+        """An outage does not count as being overtaken."""
         machine = machines.new()
         machine.start()
         machines.storage.fail("list", path=f"{META}/attempts", times=12)
-        wait_until(lambda: machines.storage.count("list", f"{META}/attempts") > 14, "some looks")
+        wait_until(lambda: machines.storage.count("list", f"{META}/attempts") > 14, "a few checks")
         assert machine.checkpointer.overtaken_by is None
         machine.save(5)
         machine.wait()
         assert machines.committed() == [(1, 5)]
 
-    def test_law_6_commits_nothing_while_nobody_can_look(self, machines: Machines) -> None:
+    def test_law_6_commits_nothing_while_the_check_fails(self, machines: Machines) -> None:
         machine = machines.new()
         machine.start()
         machines.storage.fail("list", path=f"{META}/attempts", times=1_000_000)
         machine.save(5)
-        wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed look")
+        wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed check")
         assert machines.storage.count("create", COMMITS) == 0
         machines.storage.heal()
         machine.wait()
         assert machines.committed() == [(1, 5)]
 
-    def test_law_6_does_not_wait_for_an_upload_that_hangs(self, machines: Machines, often: None) -> None:
+    def test_law_6_does_not_wait_for_an_upload_that_hangs(
+        self, machines: Machines, fast_heartbeats: None
+    ) -> None:
         old = machines.new("old")
         old.start()
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/*")
         old.save(5)
         machines.new("new").start()
-        told: list[str] = []
+        messages: list[str] = []
 
         def wait() -> None:
             with pytest.raises(OvertakenError) as error:
                 old.checkpointer.wait(timeout=1e6)  # the gate opens after the test
-            told.append(str(error.value))
+            messages.append(str(error.value))
 
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(DEADLINE)
-        assert "not on storage: checkpoint-5" in "".join(told)
+        assert "not on storage: checkpoint-5" in "".join(messages)
 
-    def test_law_6_waits_at_its_end_for_nothing_and_does_not_pass_for_finished(
-        self, machines: Machines
-    ) -> None:
-        """All of it is committed, and yet another one goes on."""
+    def test_law_6_finish_does_not_wait_and_reports_that_it_was_overtaken(self, machines: Machines) -> None:
+        """Its checkpoints are committed, but a newer attempt continues the run."""
         old = machines.new("old")
         old.start()
         old.save(5)
@@ -275,22 +276,22 @@ class TestTheOvertakenOne:
         with pytest.raises(OvertakenError, match=r"Attempt 1 of .* was overtaken by attempt 2"):
             old.checkpointer.finish(DEADLINE)
 
-    def test_law_6_drains_nothing_at_exit_and_says_what_is_left(
-        self, machines: Machines, often: None, caplog: pytest.LogCaptureFixture
+    def test_law_6_uploads_nothing_at_exit_and_names_what_is_left(
+        self, machines: Machines, fast_heartbeats: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         old = machines.new("old")
         old.start()
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/*")
         old.save(5)
         machines.new("new").start()
-        wait_until(lambda: old.checkpointer.overtaken_by, "the look")
+        wait_until(lambda: old.checkpointer.overtaken_by, "the ownership check")
         old.checkpointer.drain()
-        said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-        assert len(said) == 1
-        assert f"not on storage: checkpoint-5. `cloudtrain checkpoint flush {old.output_dir}`" in said[0]
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert len(messages) == 1
+        assert f"not on storage: checkpoint-5. `cloudtrain checkpoint flush {old.output_dir}`" in messages[0]
         assert "Finishing the upload" not in caplog.text
 
-    def test_law_6_saves_no_folder_by_name(self, machines: Machines) -> None:
+    def test_law_6_saves_no_named_folder(self, machines: Machines) -> None:
         old = machines.new("old")
         old.start()
         folder = write_checkpoint(old.output_dir, 5)
@@ -298,23 +299,23 @@ class TestTheOvertakenOne:
         with pytest.raises(OvertakenError):
             old.checkpointer.save_folder(folder, "final")
         assert NamedFolders(machines.catalog).keys() == []
-        assert old.waiting() == [], "and a flush finds none"
+        assert old.waiting() == [], "a flush must find no entry"
 
-    def test_law_6_moves_no_local_folder_that_a_newer_one_may_have_saved(
+    def test_law_6_moves_no_local_folder_that_a_newer_attempt_may_have_saved(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """On a disk that both see, it wakes between taking its number and tidying up."""
+        """On a shared disk, a newer attempt begins after the old one took its number and before it tidies up."""
         slow = machines.new("shared")
         begin = Attempts.begin
 
-        def and_sleeps(self: Attempts, *arguments: object) -> Attempt:
+        def begin_and_be_overtaken(self: Attempts, *arguments: object) -> Attempt:
             taken = begin(self, *arguments)
             monkeypatch.undo()
             machines.catalog.attempts.begin(0.0, 0, None, {})
             write_checkpoint(slow.output_dir, 7)
             return taken
 
-        monkeypatch.setattr(Attempts, "begin", and_sleeps)
+        monkeypatch.setattr(Attempts, "begin", begin_and_be_overtaken)
         with pytest.raises(OvertakenError):
             slow.start()
         assert contents(slow.output_dir / "checkpoint-7") == bytes_of(7)
@@ -331,15 +332,15 @@ class TestTheOvertakenOne:
                 checkpointer.ownership.look()
             checkpointer.check_not_overtaken()
 
-        answers = on_ranks(3, train, monkeypatch)
-        assert [type(answer) for answer in answers] == [OvertakenError] * 3
-        assert all("attempt 2, which began on host 'elsewhere'" in str(answer) for answer in answers)
+        results = on_ranks(3, train, monkeypatch)
+        assert [type(result) for result in results] == [OvertakenError] * 3
+        assert all("attempt 2, which began on host 'elsewhere'" in str(result) for result in results)
 
-    @pytest.mark.parametrize("how", ["told by rank 0", "by waiting"])
-    def test_law_6_a_host_that_is_not_the_first_stops_its_upload_too(
-        self, machines: Machines, monkeypatch: pytest.MonkeyPatch, often: None, how: str
+    @pytest.mark.parametrize("how", ["rank 0 tells it", "it waits for the commit"])
+    def test_law_6_the_other_hosts_stop_their_uploads_too(
+        self, machines: Machines, monkeypatch: pytest.MonkeyPatch, fast_heartbeats: None, how: str
     ) -> None:
-        """It does not look while it trains: a thousand hosts would ask as often."""
+        """Other hosts make no checks of their own during training: the requests would grow with the number of hosts."""
         monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "5")
         machines.storage.hold("upload", machines.gate, path="*/of-rank-1")
 
@@ -352,10 +353,12 @@ class TestTheOvertakenOne:
             wait_until(lambda: machines.storage.count("upload", "*/of-rank-1"), "the upload")
             if ranks.is_main:
                 machines.catalog.attempts.begin(0.0, 0, None, {})
-                wait_until(lambda: checkpointer.overtaken_by, "the look")
+                wait_until(lambda: checkpointer.overtaken_by, "the ownership check")
             ranks.barrier()
             with pytest.raises(OvertakenError):
-                checkpointer.check_not_overtaken() if how == "told by rank 0" else checkpointer.wait(DEADLINE)
+                checkpointer.check_not_overtaken() if how == "rank 0 tells it" else checkpointer.wait(
+                    DEADLINE
+                )
             checkpointer.drain()
             return checkpointer.overtaken_by
 
@@ -364,9 +367,9 @@ class TestTheOvertakenOne:
 
 
 class TestTheWindow:
-    """Between the look and what follows it, a newer attempt may begin: nobody can close that, and it does no harm."""
+    """A newer attempt may begin between the check and the write after it. This cannot be prevented, but is harmless."""
 
-    def test_law_6_a_commit_in_the_window_sorts_below_and_touches_nothing_of_the_newer_one(
+    def test_law_6_a_commit_in_the_window_sorts_below_and_changes_nothing_of_the_newer_attempt(
         self, machines: Machines
     ) -> None:
         old, new = machines.new("old"), machines.new("new")
@@ -375,39 +378,41 @@ class TestTheWindow:
         old.wait()
         machines.storage.hold("create", machines.gate, path=COMMITS, times=1)
         old.save(900, best=True, salt="late")
-        wait_until(lambda: machines.storage.count("create", COMMITS) == 2, "it has looked, and commits")
+        wait_until(lambda: machines.storage.count("create", COMMITS) == 2, "the commit after the check")
         assert new.start() == 5
         for step in (6, 900):
             new.save(step, salt="new", best=True)
             new.wait()
-        before = storage_as_it_is(machines.run)
+        before = objects_of_the_run(machines.run)
         machines.gate.set()
         wait_until(lambda: len(machines.catalog.checkpoints()) == 4, "the late commit")
         overtaken(old)
 
-        after = storage_as_it_is(machines.run)
+        after = objects_of_the_run(machines.run)
         added = {path for path in after if path not in before}
         assert added == {f"{META}/checkpoints/000001-0000000900.json"}
         assert {path: after[path] for path in before} == before, (
-            "pointers and all that the newer one has written"
+            "pointers and all objects of the newer attempt must be unchanged"
         )
         assert machines.committed() == [(1, 5), (1, 900), (2, 6), (2, 900)]
         assert machines.restored("next") == bytes_of(900, "new")
 
-    def test_law_6_a_pointer_moved_in_the_window_is_put_right_by_the_next_commit(
+    def test_law_6_a_pointer_moved_in_the_window_is_corrected_by_the_next_commit(
         self, machines: Machines
     ) -> None:
         old, new = machines.new("old"), machines.new("new")
         old.start()
         machines.storage.hold("write", machines.gate, path=f"{META}/best.json", times=1)
         old.save(5, best=True)
-        wait_until(lambda: machines.storage.count("write", f"{META}/best.json"), "it has looked, and points")
+        wait_until(
+            lambda: machines.storage.count("write", f"{META}/best.json"), "the pointer write after the check"
+        )
         assert new.start() == 5
         new.save(6, best=True, metrics={"best_metric": 0.5})
         new.wait()
         machines.gate.set()
         old.checkpointer._upload_queue.wait(DEADLINE)
-        assert machines.catalog.pointer("best") == CheckpointKey(1, 5), "it is a checkpoint that exists"
+        assert machines.catalog.pointer("best") == CheckpointKey(1, 5), "it points to an existing checkpoint"
         new.save(7)
         new.wait()
         assert machines.catalog.pointer("best") == CheckpointKey(2, 6)
@@ -416,10 +421,8 @@ class TestTheWindow:
 
 
 class TestAfterwards:
-    def test_law_6_started_again_in_the_same_process_it_is_an_attempt_as_any_other(
-        self, machines: Machines
-    ) -> None:
-        """A cell of a notebook that ended with the error, and is run again."""
+    def test_law_6_a_new_start_in_the_same_process_is_an_ordinary_attempt(self, machines: Machines) -> None:
+        """A notebook cell ended with the error, and the user runs it again."""
         old, new = machines.new("old"), machines.new("new")
         old.start()
         new.start()
@@ -435,8 +438,8 @@ class TestAfterwards:
         old.wait()
         assert "by attempt 3" in overtaken(new)
 
-    def test_law_6_the_framework_that_starts_over_does_not_overtake_itself(
-        self, machines: Machines, often: None, caplog: pytest.LogCaptureFixture
+    def test_law_6_a_framework_that_starts_over_does_not_overtake_itself(
+        self, machines: Machines, fast_heartbeats: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         machine = machines.new()
         machine.start()
@@ -450,7 +453,7 @@ class TestAfterwards:
         assert "overtaken" not in caplog.text
 
     def test_law_6_an_attempt_that_has_finished_is_not_overtaken(
-        self, machines: Machines, often: None
+        self, machines: Machines, fast_heartbeats: None
     ) -> None:
         machine = machines.new("old")
         machine.start()
@@ -463,43 +466,43 @@ class TestAfterwards:
 
 
 class TestWithoutExclusiveCreate:
-    """Best effort: two may take one number at the same moment, and the nonce tells who has it."""
+    """Best effort: two attempts may take one number at the same moment; the nonce decides which one keeps it."""
 
     @pytest.fixture(autouse=True)
     def no_exclusive_create(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(LocalBackend, "create", LocalBackend.write)
 
-    def test_law_6_of_two_that_take_one_number_the_one_written_over_takes_another(
+    def test_law_6_an_attempt_whose_record_is_overwritten_takes_a_different_number(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second = machines.new("first"), machines.new("second")
-        seen_free = threading.Event()
-        machines.storage.hold("write", seen_free, path="*/attempts/*", call=1, times=1)
+        first_may_write = threading.Event()
+        machines.storage.hold("write", first_may_write, path="*/attempts/*", call=1, times=1)
         starting = threading.Thread(target=first.start)
         starting.start()
-        wait_until(lambda: machines.storage.count("write", "*/attempts/*"), "it saw number 1 free")
-        # The second one writes the same number, and settles; only then the first one's write arrives.
+        wait_until(lambda: machines.storage.count("write", "*/attempts/*"), "the first write of number 1")
+        # The second start writes the same number and settles; only then does the first start's write arrive.
         monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
         sleep = attempts_module.time.sleep
 
         def settle(seconds: float) -> None:
-            if seconds == 0.0 and not seen_free.is_set():
-                seen_free.set()
+            if seconds == 0.0 and not first_may_write.is_set():
+                first_may_write.set()
                 starting.join(DEADLINE)
             else:
                 sleep(seconds)
 
         monkeypatch.setattr(attempts_module.time, "sleep", settle)
         second.start()
-        seen_free.set()  # where nobody settles
+        first_may_write.set()  # in case the settle time is not used
         starting.join(DEADLINE)
         monkeypatch.undo()
         numbers = (first.checkpointer.attempt.number, second.checkpointer.attempt.number)
         assert numbers == (1, 2)
         assert machines.catalog.attempts.numbers() == [1, 2]
 
-    def test_law_6_a_number_that_another_one_is_just_writing_is_not_ours(self, machines: Machines) -> None:
-        """`rclone serve s3` says then that there is no such object."""
+    def test_law_6_a_number_that_a_different_attempt_is_writing_is_not_ours(self, machines: Machines) -> None:
+        """`rclone serve s3` then answers that the object does not exist."""
         machines.storage.fail("read", FileNotFoundError("no such key"), call=2, path="*/attempts/000001.json")
         machine = machines.new()
         machine.start()
@@ -508,23 +511,24 @@ class TestWithoutExclusiveCreate:
         machine.wait()
         assert machines.committed() == [(2, 5)]
 
-    def test_law_6_whoever_lost_its_number_later_stops(self, machines: Machines) -> None:
+    def test_law_6_an_attempt_that_loses_its_number_later_stops(self, machines: Machines) -> None:
         first = machines.new("first")
         first.start()
         other = Catalog(Storage(machines.storage.url))
         other.storage.exclusive = False
         other.storage.write(
-            f"{META}/attempts/000001.json", b'{"nonce": "of another", "facts": {"host": "x"}}'
+            f"{META}/attempts/000001.json", b'{"nonce": "of a different start", "facts": {"host": "x"}}'
         )
         first.save(5)
-        told = overtaken(first)
-        assert "Attempt 1 of" in told
+        message = overtaken(first)
+        assert "Attempt 1 of" in message
         assert (
-            "started twice at the same moment, and the other one has it now, which began on host 'x'" in told
+            "started twice at the same moment, and the other one has it now, which began on host 'x'"
+            in message
         )
         assert machines.storage.count("upload", "checkpoint-5/*") == 0
 
-    def test_law_6_two_with_one_number_write_two_folders(self, machines: Machines) -> None:
+    def test_law_6_two_attempts_with_one_number_write_two_folders(self, machines: Machines) -> None:
         catalog = Catalog(machines.storage)
         catalog.storage.exclusive = False
         key = CheckpointKey(1, 5)

@@ -1,7 +1,7 @@
-"""Law 8, Honest position: other processes, batches or accumulation convert the place, or nothing is resumed.
+"""Law 8, Honest position: the position is converted to a new process count, batch and accumulation, or restore stops.
 
-Here the arithmetic, against loaders that Accelerate makes; real training is in tests/integration/test_trainer_topology.py
-and test_loop_topology.py.
+This file tests the arithmetic against a count batch by batch. Real training is in
+tests/integration/test_trainer_topology.py and test_loop_topology.py.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ EPOCHS = 3
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What decides the meaning of a step."""
+class Setup:
+    """The settings that decide how many samples a step covers."""
 
     processes: int
     batch: int
     accumulation: int
 
     def steps(self, samples: int) -> list[int]:
-        """Samples seen after each step of the training, counted one by one."""
+        """Samples seen after each step of the training, counted batch by batch."""
         seen, ends = 0, []
         for epoch in range(1, EPOCHS + 1):
             rounds = math.ceil(math.ceil(samples / self.batch) / self.processes)
@@ -59,40 +59,40 @@ class Machine:
         )
 
 
-machines = st.builds(Machine, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+setups = st.builds(Setup, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
 
 
-@given(machines, st.integers(1, 60))
-def test_law_8_samples_seen_are_those_that_were_seen(machine: Machine, samples: int) -> None:
-    ends = machine.steps(samples)
-    assert [machine.epoch(samples).samples_at(step) for step in range(len(ends) + 1)] == [0, *ends]
+@given(setups, st.integers(1, 60))
+def test_law_8_samples_seen_match_a_count_batch_by_batch(setup: Setup, samples: int) -> None:
+    ends = setup.steps(samples)
+    assert [setup.epoch(samples).samples_at(step) for step in range(len(ends) + 1)] == [0, *ends]
 
 
-@given(machines, machines, st.integers(1, 60), st.data())
-def test_law_8_a_place_is_after_the_same_samples_or_there_is_none(
-    then: Machine, today: Machine, samples: int, data: st.DataObject
+@given(setups, setups, st.integers(1, 60), st.data())
+def test_law_8_a_position_is_converted_to_the_same_samples_or_refused(
+    old: Setup, new: Setup, samples: int, data: st.DataObject
 ) -> None:
-    before, after = then.steps(samples), today.steps(samples)
+    before, after = old.steps(samples), new.steps(samples)
     step = data.draw(st.integers(1, len(before)))
     seen = before[step - 1]
-    saved, now = then.position(samples, step), today.position(samples, 0)
+    saved, now = old.position(samples, step), new.position(samples, 0)
     if seen in after:
-        conversion = convert(saved, now, today.epoch(samples), "checkpoint-1")
+        conversion = convert(saved, now, new.epoch(samples), "checkpoint-1")
         assert after[conversion.global_step - 1] == seen
         assert conversion.max_steps == len(after), "the schedule ends with the data"
         assert conversion.step_of(step) == conversion.global_step
     else:
         with pytest.raises(PositionError, match=f"It was saved after {seen} samples"):
-            convert(saved, now, today.epoch(samples), "checkpoint-1")
+            convert(saved, now, new.epoch(samples), "checkpoint-1")
 
 
-@given(machines, machines, st.integers(1, 60))
-def test_law_8_numbers_of_then_stay_in_order_and_never_run_ahead(
-    then: Machine, today: Machine, samples: int
+@given(setups, setups, st.integers(1, 60))
+def test_law_8_converted_steps_stay_in_order_and_never_claim_unseen_samples(
+    old: Setup, new: Setup, samples: int
 ) -> None:
-    before, after = then.steps(samples), today.steps(samples)
-    saved = then.position(samples, len(before))
-    conversion = convert(saved, today.position(samples, 0), today.epoch(samples), "checkpoint-1")
+    before, after = old.steps(samples), new.steps(samples)
+    saved = old.position(samples, len(before))
+    conversion = convert(saved, new.position(samples, 0), new.epoch(samples), "checkpoint-1")
     steps = [conversion.step_of(step) for step in range(len(before) + 1)]
     assert steps == sorted(steps)
     for step, seen in zip(steps, [0, *before], strict=True):
@@ -100,8 +100,8 @@ def test_law_8_numbers_of_then_stay_in_order_and_never_run_ahead(
 
 
 @pytest.mark.parametrize("unknown", ["samples_seen", "dataset_length", "world_size"])
-def test_law_8_what_is_not_known_is_not_guessed(unknown: str) -> None:
-    facts = vars(Machine(2, 4, 1).position(24, 3)) | {unknown: None}
-    today = Machine(1, 4, 2)
+def test_law_8_an_unknown_value_is_not_guessed(unknown: str) -> None:
+    facts = vars(Setup(2, 4, 1).position(24, 3)) | {unknown: None}
+    new = Setup(1, 4, 2)
     with pytest.raises(PositionError, match="cannot be resumed here"):
-        convert(Position(**facts), today.position(24, 0), today.epoch(24), "checkpoint-3")
+        convert(Position(**facts), new.position(24, 0), new.epoch(24), "checkpoint-3")

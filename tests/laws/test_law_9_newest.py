@@ -1,4 +1,4 @@
-"""Law 9, Newest: by (attempt, step), not by number alone; and no run is started over by mistake."""
+"""Law 9, Newest: by (attempt, step), not by step alone; and no run is started over by mistake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_law_9_a_stale_higher_step_of_an_older_attempt_never_wins(machines: Mach
     first.save(5)
     first.wait()
     assert second.start() == 5
-    first.save(900)  # the old attempt lives on for a while
+    first.save(900)  # the old attempt still runs for a while
     first.land()
     second.save(6)
     second.wait()
@@ -39,7 +39,7 @@ def test_law_9_a_late_commit_of_an_older_attempt_does_not_move_the_pointers_back
     assert machines.catalog.pointer("best") == CheckpointKey(2, 5)
 
 
-def test_law_9_keys_sort_by_number_and_not_as_text() -> None:
+def test_law_9_keys_sort_as_numbers_and_not_as_text() -> None:
     keys = [CheckpointKey(2, 5), CheckpointKey(10, 1), CheckpointKey(2, 10), CheckpointKey(1_000_000, 1)]
     assert sorted(keys) == [
         CheckpointKey(2, 5),
@@ -57,19 +57,19 @@ def test_law_9_beyond_the_padding_the_newest_is_still_the_highest_attempt(machin
     assert machines.catalog.attempts.numbers() == [999_999, 1_000_000]
 
 
-def test_law_9_a_start_at_step_0_on_a_run_with_checkpoints_is_stopped(machines: Machines) -> None:
+def test_law_9_a_start_at_step_0_on_a_run_with_checkpoints_is_refused(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
     machine.wait()
-    with pytest.raises(RunHasCheckpointsError) as told:
+    with pytest.raises(RunHasCheckpointsError) as raised:
         machines.new("forgetful").checkpointer.begin(0)
-    assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in str(told.value)
-    assert "fresh=True" in str(told.value)
-    assert machines.catalog.attempts.numbers() == [1], "it is stopped before it takes a number"
+    assert "trainer.train(resume_from_checkpoint=cloud.restore(args))" in str(raised.value)
+    assert "fresh=True" in str(raised.value)
+    assert machines.catalog.attempts.numbers() == [1], "it must be refused before it takes an attempt number"
 
 
-def test_law_9_a_fresh_start_ranks_above_all_that_was(machines: Machines) -> None:
+def test_law_9_a_fresh_start_ranks_above_all_older_checkpoints(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(900)
@@ -91,7 +91,7 @@ def test_law_9_a_fresh_start_that_has_saved_nothing_yet_hides_nothing(machines: 
     assert machines.new("next").start() == 5
 
 
-def test_law_9_local_checkpoints_of_another_lineage_are_moved_aside_and_not_deleted(
+def test_law_9_local_checkpoints_of_a_different_history_are_moved_aside_and_not_deleted(
     machines: Machines,
 ) -> None:
     machine = machines.new()
@@ -109,7 +109,7 @@ def test_law_9_local_checkpoints_of_another_lineage_are_moved_aside_and_not_dele
     assert (machine.output_dir / "checkpoint-5").is_dir()
 
 
-def test_law_9_a_resume_from_an_older_checkpoint_is_said(
+def test_law_9_a_resume_from_an_older_checkpoint_is_logged(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
@@ -118,13 +118,13 @@ def test_law_9_a_resume_from_an_older_checkpoint_is_said(
         machine.save(step)
         machine.wait()
     again = machines.new("again").checkpointer
-    attempt = again.begin(5)  # a person passed checkpoint-5 to Trainer
+    attempt = again.begin(5)  # the user passed checkpoint-5 to Trainer
     assert attempt.resumed_from == CheckpointKey(1, 5)
     assert "newest checkpoint" in caplog.text
     assert "000001-0000000010" in caplog.text
 
 
-def test_law_9_the_lineage_is_that_of_what_was_restored_and_not_of_what_was_damaged(
+def test_law_9_resumed_from_names_the_restored_checkpoint_and_not_the_damaged_one(
     machines: Machines,
 ) -> None:
     machine = machines.new()
