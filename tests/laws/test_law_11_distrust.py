@@ -1,4 +1,4 @@
-"""Law 11, Distrust: what comes from storage is untrusted, and credentials are in no file, log or error."""
+"""Law 11, Distrust: data from storage is untrusted, and no file, log or error contains credentials."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GOOD = json.loads(
     ).encode()
 )
 
-LEADS_AWAY = [
+UNSAFE_PATHS = [
     "../model.safetensors",
     "a/../../b",
     "/etc/passwd",
@@ -76,12 +76,12 @@ def parsed(change: Callable[[dict[str, Any]], object]) -> Manifest:
     return Manifest.parse(json.dumps(record).encode(), KEY)
 
 
-def test_law_11_the_manifest_that_the_others_are_made_from_is_good() -> None:
+def test_law_11_the_unchanged_manifest_is_valid() -> None:
     assert parsed(lambda record: None).files[0].path == "model.safetensors"
 
 
-@pytest.mark.parametrize("path", LEADS_AWAY, ids=lambda path: ascii(path[:30]))
-def test_law_11_a_path_that_could_lead_away_is_refused(path: str) -> None:
+@pytest.mark.parametrize("path", UNSAFE_PATHS, ids=lambda path: ascii(path[:30]))
+def test_law_11_a_path_that_could_leave_its_folder_is_refused(path: str) -> None:
     with pytest.raises(ManifestError, match="not a clean relative path"):
         parsed(lambda record: record["files"][0].update(path=path))
     with pytest.raises(ManifestError, match="not a clean relative path"):
@@ -96,8 +96,8 @@ def test_law_11_an_unusual_name_that_stays_below_its_folder_is_accepted(name: st
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a file twice": (lambda r: r["files"].append(r["files"][0]), "twice"),
-    "a file that is a folder too": (
+    "a duplicate file": (lambda r: r["files"].append(r["files"][0]), "twice"),
+    "a file that is also a folder": (
         lambda r: r["files"].append({**r["files"][0], "path": "state"}),
         "as a file and as a folder",
     ),
@@ -105,10 +105,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a negative size": (lambda r: r["files"][0].update(size=-1), "not a count"),
     "a huge size": (lambda r: r["files"][0].update(size=2**64), "not a count"),
     "a fractional size": (lambda r: r["files"][0].update(size=1.5), "not a count"),
-    "a true size": (lambda r: r["files"][0].update(size=True), "not a count"),
-    "a size in words": (lambda r: r["files"][0].update(size="3"), "not a count"),
-    "another digest": (lambda r: r["files"][0].update(digest="md5:" + "0" * 32), "only 'xxh3-128' is known"),
-    "a digest too short": (lambda r: r["files"][0].update(digest="xxh3-128:00"), "digest"),
+    "a boolean size": (lambda r: r["files"][0].update(size=True), "not a count"),
+    "a size as text": (lambda r: r["files"][0].update(size="3"), "not a count"),
+    "an unknown digest": (
+        lambda r: r["files"][0].update(digest="md5:" + "0" * 32),
+        "only 'xxh3-128' is known",
+    ),
+    "a digest that is too short": (lambda r: r["files"][0].update(digest="xxh3-128:00"), "digest"),
     "a link": (lambda r: r["files"][0].update(link="/etc/passwd"), "unknown key 'link'"),
     "a file with a misspelt key": (lambda r: r["files"][0].update(digets="x"), "nearest known key: 'digest'"),
     "a misspelt key": (lambda r: r.update(positon={}), "nearest known key: 'position'"),
@@ -117,20 +120,20 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "nearest known key: 'global_step'",
     ),
     "no files": (lambda r: r.pop("files"), "'files' is missing"),
-    "files that are no list": (lambda r: r.update(files={}), "'files' is missing"),
-    "a file that is no object": (lambda r: r.update(files=["a"]), "a file is not an object"),
+    "files that are not a list": (lambda r: r.update(files={}), "'files' is missing"),
+    "a file that is not an object": (lambda r: r.update(files=["a"]), "a file is not an object"),
     "no position": (lambda r: r.pop("position"), "'position' is missing"),
     "a huge whole number": (lambda r: r.update(created=10**400), "'created'"),
     "a huge number of samples": (lambda r: r["position"].update(samples_seen=10**400), "'samples_seen'"),
-    "metrics that are none": (lambda r: r.update(metrics={"loss": "low"}), "'loss'"),
-    "an origin that is none": (lambda r: r.update(origin=[]), "'origin'"),
-    "a key of another": (lambda r: r.update(key="000002-0000000005"), "moved or forged"),
+    "a metric that is not a number": (lambda r: r.update(metrics={"loss": "low"}), "'loss'"),
+    "an origin that is not an object": (lambda r: r.update(origin=[]), "'origin'"),
+    "the key of a different checkpoint": (lambda r: r.update(key="000002-0000000005"), "moved or forged"),
     "a nonce that is a path": (lambda r: r.update(nonce="/../../x"), "'nonce'"),
 }
 
 
 @pytest.mark.parametrize("hostility", HOSTILE)
-def test_law_11_a_hostile_manifest_is_refused_with_what_is_wrong(hostility: str) -> None:
+def test_law_11_a_hostile_manifest_is_refused_with_the_reason(hostility: str) -> None:
     change, message = HOSTILE[hostility]
     with pytest.raises(ManifestError, match=message):
         parsed(change)
@@ -153,7 +156,7 @@ def test_law_11_a_hostile_manifest_is_refused_with_what_is_wrong(hostility: str)
     ],
     ids=lambda data: ascii(data[:12]),
 )
-def test_law_11_bytes_that_are_no_manifest_are_refused(data: bytes) -> None:
+def test_law_11_bytes_that_are_not_a_manifest_are_refused(data: bytes) -> None:
     with pytest.raises(ManifestError):
         Manifest.parse(data, KEY)
 
@@ -163,7 +166,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=8,
 )
-PLACES = [
+PATHS_IN_A_MANIFEST = [
     (),
     ("files",),
     ("files", 0),
@@ -176,18 +179,20 @@ PLACES = [
 
 @given(data=st.data())
 @settings(max_examples=400, deadline=None)
-def test_law_11_no_manifest_raises_anything_else_or_names_a_path_outside(data: st.DataObject) -> None:
+def test_law_11_a_random_manifest_raises_a_manifest_error_or_names_only_paths_below_its_folder(
+    data: st.DataObject,
+) -> None:
     record = copy.deepcopy(GOOD)
     for _ in range(data.draw(st.integers(1, 3))):
-        place: Any = record
-        for part in data.draw(st.sampled_from(PLACES)):
+        target: Any = record
+        for part in data.draw(st.sampled_from(PATHS_IN_A_MANIFEST)):
             try:
-                place = place[part]
+                target = target[part]
             except (KeyError, IndexError, TypeError):
                 break
-        if isinstance(place, dict):
-            name = data.draw(st.sampled_from([*place, "x"]) if place else st.just("x"))
-            place[name] = data.draw(JSON)
+        if isinstance(target, dict):
+            name = data.draw(st.sampled_from([*target, "x"]) if target else st.just("x"))
+            target[name] = data.draw(JSON)
     try:
         manifest = Manifest.parse(json.dumps(record).encode(), KEY)
     except ManifestError:
@@ -200,7 +205,7 @@ def test_law_11_no_manifest_raises_anything_else_or_names_a_path_outside(data: s
 
 @given(path=st.text(alphabet=st.sampled_from("a./\\\0:C~\n é"), max_size=12))
 @settings(max_examples=500, deadline=None)
-def test_law_11_no_path_that_is_accepted_leads_away(path: str) -> None:
+def test_law_11_an_accepted_path_never_leaves_its_folder(path: str) -> None:
     try:
         parsed(lambda record: record["files"][0].update(path=path))
     except ManifestError:
@@ -216,7 +221,7 @@ def stays_below(path: str) -> bool:
 
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_law_11_a_flipped_bit_in_a_manifest_gives_an_error_of_ours_or_the_same_files(
+def test_law_11_a_flipped_bit_in_a_manifest_gives_a_manifest_error_or_safe_paths(
     position: int, bit: int
 ) -> None:
     data = bytearray(json.dumps(GOOD).encode())
@@ -228,13 +233,13 @@ def test_law_11_a_flipped_bit_in_a_manifest_gives_an_error_of_ours_or_the_same_f
     assert all(stays_below(manifest.object_path(entry)) for entry in manifest.files)
 
 
-def test_law_11_a_record_beyond_its_bound_is_never_read_whole(machines: Machines) -> None:
+def test_law_11_a_record_above_its_size_limit_is_never_read_completely(machines: Machines) -> None:
     machines.storage.write(".cloudtrain/best.json", b"{}" + b" " * 2_000)
     with pytest.raises(CloudTrainError, match="larger than 1000 bytes"):
         machines.storage.read(".cloudtrain/best.json", max_bytes=1_000)
 
 
-def test_law_11_names_on_storage_that_are_no_records_are_passed_over(machines: Machines) -> None:
+def test_law_11_names_on_storage_that_are_not_records_are_ignored(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -249,7 +254,7 @@ def test_law_11_names_on_storage_that_are_no_records_are_passed_over(machines: M
 
 
 def test_law_11_a_download_never_follows_a_link_out_of_its_folder(machines: Machines, tmp_path: Path) -> None:
-    """Somebody on this machine put a link where the checkpoint will be."""
+    """A different user of this machine created a link at the path of the checkpoint."""
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -269,7 +274,7 @@ def test_law_11_a_download_never_follows_a_link_out_of_its_folder(machines: Mach
     "record", ["claims/checkpoint-5.json", "last.json", "best.json", "attempts/000001.json", "run.json"]
 )
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"attempt": "x", "step": null}'])
-def test_law_11_a_damaged_record_that_nothing_depends_on_stops_no_commit(
+def test_law_11_a_damaged_optional_record_does_not_stop_a_commit(
     machines: Machines, record: str, damage: bytes
 ) -> None:
     machine = machines.new()
@@ -281,8 +286,8 @@ def test_law_11_a_damaged_record_that_nothing_depends_on_stops_no_commit(
     assert machines.restored("elsewhere") == bytes_of(5)
 
 
-def test_law_11_an_attempt_number_too_large_to_be_ours_is_passed_over(machines: Machines) -> None:
-    """The next one would be larger still, and no key could hold it: nothing could ever be committed again."""
+def test_law_11_an_attempt_number_that_is_too_large_is_ignored(machines: Machines) -> None:
+    """The next attempt number would not fit in a key, so no checkpoint could be committed."""
     machines.storage.write(".cloudtrain/attempts/9999999999999.json", b"{}")
     machine = machines.new()
     machine.start()
@@ -313,14 +318,14 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[1][:30])
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda arguments: arguments[1][:30])
 def test_law_11_the_command_line_is_stored_without_its_secrets(command: list[str]) -> None:
     shown = shown_command(command)
     assert [secret for secret in SECRETS if secret in shown] == []
-    assert shown.startswith("train.py"), "the rest is worth keeping"
+    assert shown.startswith("train.py"), "the rest must be kept"
 
 
-def test_law_11_credentials_are_in_no_file_no_log_and_no_error(
+def test_law_11_no_file_log_or_error_contains_credentials(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -342,12 +347,12 @@ def test_law_11_credentials_are_in_no_file_no_log_and_no_error(
         )
         machine.wait()
         cloud.fail("list", refused, times=1_000)
-        with pytest.raises(CloudTrainError) as told:
+        with pytest.raises(CloudTrainError) as raised:
             machine.checkpointer.restorer.newest()
-        errors = [str(told.value), repr(told.value), *map(str, chain_of(told.value))]
+        errors = [str(raised.value), repr(raised.value), *map(str, chain_of(raised.value))]
         machine.stop()
 
-    places = {
+    outputs = {
         "the run": b"".join(bytes(item.getvalue()) for item in fsspec.filesystem("memory").store.values()),
         "the disk": b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()),
         "the log": caplog.text.encode(),
@@ -355,16 +360,16 @@ def test_law_11_credentials_are_in_no_file_no_log_and_no_error(
         "the terminal": "".join(capfd.readouterr()).encode(),
     }
     fsspec.filesystem("memory").store.clear()
-    assert b"global_step" in places["the disk"]
-    assert b"train.py" in places["the run"]
+    assert b"global_step" in outputs["the disk"]
+    assert b"train.py" in outputs["the run"]
     found = [
-        (place, secret) for place, data in places.items() for secret in SECRETS if secret.encode() in data
+        (output, secret) for output, data in outputs.items() for secret in SECRETS if secret.encode() in data
     ]
     assert found == []
 
 
 def chain_of(error: BaseException | None) -> list[BaseException]:
-    """The error and what a traceback would show under it."""
+    """The error and the errors that its traceback would show."""
     found = []
     while error is not None:
         found.append(error)
@@ -374,9 +379,9 @@ def chain_of(error: BaseException | None) -> list[BaseException]:
 
 @pytest.mark.parametrize("secret", [SECRETS[1], SECRETS[3]])
 def test_law_11_a_run_url_with_credentials_is_refused_without_showing_them(secret: str) -> None:
-    with pytest.raises(CloudTrainError) as told:
+    with pytest.raises(CloudTrainError) as raised:
         Checkpointer(f"s3://{SECRETS[0]}:{secret}@bucket/run", "out")
-    assert [found for found in SECRETS if found in str(told.value)] == []
+    assert [found for found in SECRETS if found in str(raised.value)] == []
 
 
 def test_law_11_a_run_url_that_may_carry_credentials_never_shows_them() -> None:

@@ -1,7 +1,7 @@
-"""Law 11: somebody else writes into the bucket. Whatever is there, a command ends in words, and nothing runs or leaks out.
+"""Law 11: an attacker writes to the bucket. Commands end with output or a clear error; no code runs and no file leaks.
 
-Every record of a run is changed at random; names, numbers and texts are those that break programs. `LAW_11_EXAMPLES=2000`
-tries more of them.
+The records of a run are changed at random, with names, numbers and texts that often break programs. Set
+`LAW_11_EXAMPLES=2000` to try more of them.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ ARABIC = {ord("0") + digit: 0x660 + digit for digit in range(10)}
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two checkpoints, the best among them, a named folder, heartbeats and steps."""
-    folder = tmp_path_factory.mktemp("honest")
+    folder = tmp_path_factory.mktemp("intact")
     checkpointer = Checkpointer(f"file://{folder}/run", folder / "out")
     checkpointer.begin(0)
     attempt = checkpointer.attempt
@@ -160,7 +160,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where hostile runs are restored to: the only place on this machine that may change."""
+    """Where hostile runs are restored: the only folder of this machine that may change."""
     folder = tmp_path / "deep" / "down" / "sandbox"
     (folder / "tmp").mkdir(parents=True)
     monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
@@ -173,18 +173,18 @@ CHANGES = {f"os.{name}" for name in "link symlink rename remove mkdir rmdir utim
 
 
 class Guard:
-    """Hears of every change of a disk outside of a folder, of everything unpickled, and of every program started."""
+    """Records every file change outside a folder, every unpickling, and every started program."""
 
     active: Guard | None = None
-    listening = False
+    hooked = False
 
     def __init__(self, folder: Path) -> None:
-        self.heard: list[str] = []
+        self.events: list[str] = []
         self._folder = str(folder)
-        # A heartbeat of another test's training may still be at work in this process, in that test's own folder.
+        # A heartbeat of a different test may still write to that test's own folder in this process.
         self._test = folder.parents[2]
 
-    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def record(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in (
             "pickle.find_class",
             "os.system",
@@ -193,11 +193,11 @@ class Guard:
             "subprocess.Popen",
             "os.fork",
         ):
-            self.heard.append(f"{event} {arguments!r}")
+            self.events.append(f"{event} {arguments!r}")
         elif event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             names = arguments[:1] if event == "open" else arguments[:2]
             paths = [os.fsdecode(name) for name in names if isinstance(name, (str, bytes, os.PathLike))]
-            self.heard += [
+            self.events += [
                 f"{event} {path}"
                 for path in paths
                 if path != os.devnull and os.path.isabs(path) and not self._is_below(path)
@@ -212,26 +212,26 @@ class Guard:
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Fail where anything but `folder` changes meanwhile, or anything runs."""
-    if not Guard.listening:
+    """Fail if anything outside `folder` changes, or any program or pickle runs, during the block."""
+    if not Guard.hooked:
 
         def listen(event: str, arguments: tuple[Any, ...]) -> None:
             if Guard.active is not None:
-                Guard.active.hear(event, arguments)
+                Guard.active.record(event, arguments)
 
-        sys.addaudithook(listen)  # one for all, because none can be taken away
-        Guard.listening = True
+        sys.addaudithook(listen)  # one hook for all tests, because hooks cannot be removed
+        Guard.hooked = True
     guard = Guard.active = Guard(folder)
     try:
         yield
     finally:
         Guard.active = None
-    assert guard.heard == []
+    assert guard.events == []
 
 
 @st.composite
 def hostilities(draw: st.DrawFn, records: list[str]) -> list[Callable[[Path], None]]:
-    """What somebody does to a run: to a few of its records, and to the names beside them."""
+    """Changes of an attacker to a run: to a few of its records, and planted names beside them."""
     done = []
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["value", "value", "value", "bytes", "name", "gone"]))
@@ -272,7 +272,7 @@ def replaced(record: str, data: bytes) -> Callable[[Path], None]:
 
 
 def changed(record: str, path: list[int], value: Any) -> Callable[[Path], None]:
-    """One value of a record, found by counting its way down, becomes another."""
+    """Replace one value of a record; `path` gives its index at each level."""
 
     def do(run: Path) -> None:
         lines = []
@@ -309,12 +309,12 @@ def records_of(run: Path) -> list[str]:
 
 
 @contextmanager
-def hostile_run(honest: Path, sandbox: Path, data: st.DataObject) -> Iterator[Path]:
+def hostile_run(intact: Path, sandbox: Path, data: st.DataObject) -> Iterator[Path]:
     run = sandbox / "run"
     shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(sandbox / "out", ignore_errors=True)
-    shutil.copytree(honest, run)
-    for do in data.draw(hostilities(records_of(honest))):
+    shutil.copytree(intact, run)
+    for do in data.draw(hostilities(records_of(intact))):
         do(run)
     with guarded(sandbox):
         yield run
@@ -333,11 +333,11 @@ COMMANDS = [
 
 
 @given(data=st.data())
-@settings(fuzzed, max_examples=-(-EXAMPLES // 2))  # each is sixteen commands
-def test_law_11_every_command_ends_in_words_and_shows_nothing_that_a_terminal_obeys(
-    honest: Path, sandbox: Path, data: st.DataObject
+@settings(fuzzed, max_examples=-(-EXAMPLES // 2))  # each example runs sixteen commands
+def test_law_11_every_command_ends_without_a_traceback_and_prints_no_control_characters(
+    intact: Path, sandbox: Path, data: st.DataObject
 ) -> None:
-    with hostile_run(honest, sandbox, data) as run:
+    with hostile_run(intact, sandbox, data) as run:
         for words in COMMANDS:
             url = str(run.parent) if words == ["run", "list"] else str(run)
             for extra in ([], ["--json"]):
@@ -356,13 +356,13 @@ def test_law_11_every_command_ends_in_words_and_shows_nothing_that_a_terminal_ob
 
 @given(data=st.data())
 @fuzzed
-def test_law_11_a_restore_gives_what_was_committed_or_an_error_of_ours(
-    honest: Path, sandbox: Path, data: st.DataObject
+def test_law_11_a_restore_returns_committed_bytes_or_raises_a_package_error(
+    intact: Path, sandbox: Path, data: st.DataObject
 ) -> None:
-    with hostile_run(honest, sandbox, data) as run:
+    with hostile_run(intact, sandbox, data) as run:
         digests = {
             path.stat().st_size: file_digest(path)
-            for path in honest.rglob("checkpoint-*/**/*")
+            for path in intact.rglob("checkpoint-*/**/*")
             if path.is_file()
         }
         checkpointer = Checkpointer(f"file://{run}", sandbox / "out")
@@ -378,20 +378,20 @@ def test_law_11_a_restore_gives_what_was_committed_or_an_error_of_ours(
 
 @given(data=st.data())
 @fuzzed
-def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_says_why_not(
-    honest: Path, sandbox: Path, data: st.DataObject
+def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_raises_a_package_error(
+    intact: Path, sandbox: Path, data: st.DataObject
 ) -> None:
-    """Its threads run, too: none of them may die of surprise, or never end."""
-    died: list[Any] = []
+    """Its threads run, too: none of them may raise an unexpected error or hang."""
+    crashed: list[Any] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(threading, "excepthook", died.append)
+        patched.setattr(threading, "excepthook", crashed.append)
         patched.setattr(
             "hf_cloudtrain.runtime.provenance._git_commit", lambda: None
-        )  # starts git, as it should
-        with hostile_run(honest, sandbox, data) as run:
+        )  # it starts git, which is allowed
+        with hostile_run(intact, sandbox, data) as run:
             checkpointer = Checkpointer(f"file://{run}", sandbox / "out", fresh=True)
 
-            def go_on() -> None:
+            def train() -> None:
                 checkpointer.begin(0)
                 source = sandbox / "out/checkpoint-15"
                 source.mkdir(parents=True)
@@ -403,21 +403,21 @@ def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_says_why_not(
                 read_history(str(run))
 
             try:
-                short_error(go_on)
+                short_error(train)
             finally:
                 checkpointer.close()
                 if checkpointer._upload_queue is not None:
                     checkpointer._upload_queue._thread.join(20.0)
-    assert died == []
+    assert crashed == []
 
 
 def short_error(work: Callable[[], T]) -> T | None:
-    """What it gives; None where it raises an error of ours that a person can read."""
+    """The result of `work`; None if it raises a package error of readable length."""
     error = ""
     try:
         return work()
-    except CloudTrainError as ours:
-        error = str(ours)
+    except CloudTrainError as raised:
+        error = str(raised)
     assert 10 < len(error) < 5_000
     return None
 
@@ -434,11 +434,11 @@ def short_error(work: Callable[[], T]) -> T | None:
         "000007-0000000005\n",
     ],
 )
-def test_law_11_a_name_that_only_looks_like_a_checkpoint_is_none(
-    honest: Path, sandbox: Path, name: str
+def test_law_11_a_name_that_only_resembles_a_checkpoint_key_is_ignored(
+    intact: Path, sandbox: Path, name: str
 ) -> None:
-    """Its digits would be read as a number, and another object's name be made of it."""
-    shutil.copytree(honest, sandbox / "run")
+    """Its digits would be parsed as a number that names a different object."""
+    shutil.copytree(intact, sandbox / "run")
     catalog = Catalog(Storage(f"file://{sandbox}/run"))
     before = catalog.newest()
     (sandbox / "run" / META / "checkpoints" / f"{name}.json").write_bytes(b"{}")
@@ -447,18 +447,18 @@ def test_law_11_a_name_that_only_looks_like_a_checkpoint_is_none(
 
 
 @pytest.mark.parametrize("name", [f"{7:06d}".translate(ARABIC), "0000007", "7", "000007\n"])
-def test_law_11_a_name_that_only_looks_like_an_attempt_is_none(
-    honest: Path, sandbox: Path, name: str
+def test_law_11_a_name_that_only_resembles_an_attempt_number_is_ignored(
+    intact: Path, sandbox: Path, name: str
 ) -> None:
-    shutil.copytree(honest, sandbox / "run")
+    shutil.copytree(intact, sandbox / "run")
     (sandbox / "run" / META / "attempts" / f"{name}.json").write_bytes(b"{}")
     assert Catalog(Storage(f"file://{sandbox}/run")).attempts.numbers() == [1]
 
 
-def test_law_11_after_the_last_possible_attempt_comes_an_error_that_names_the_record(
-    honest: Path, sandbox: Path
+def test_law_11_an_attempt_number_at_the_limit_raises_an_error_that_names_the_record(
+    intact: Path, sandbox: Path
 ) -> None:
-    shutil.copytree(honest, sandbox / "run")
+    shutil.copytree(intact, sandbox / "run")
     (sandbox / "run" / META / "attempts/999999999.json").write_bytes(b"{}")
     with pytest.raises(
         ManifestError,
@@ -468,10 +468,10 @@ def test_law_11_after_the_last_possible_attempt_comes_an_error_that_names_the_re
 
 
 @pytest.mark.parametrize("name", [f"{ESC}[31mfinal", "\u202efinal", "a b", "checkpoint 5"])
-def test_law_11_a_folder_of_a_name_that_nobody_could_give_is_none(
-    honest: Path, sandbox: Path, name: str
+def test_law_11_a_named_folder_with_an_impossible_name_is_ignored(
+    intact: Path, sandbox: Path, name: str
 ) -> None:
-    shutil.copytree(honest, sandbox / "run")
+    shutil.copytree(intact, sandbox / "run")
     (sandbox / "run" / META / f"folders/{name}-000001.json").write_bytes(b"{}")
     assert NamedFolders(Catalog(Storage(f"file://{sandbox}/run"))).keys() == ["final-000001"]
 
@@ -479,7 +479,7 @@ def test_law_11_a_folder_of_a_name_that_nobody_could_give_is_none(
 @pytest.mark.parametrize(
     "files", ["5", "{}", '"x"', "null", "[5]", '[{"path": "../x", "size": 1, "digest": "x"}]']
 )
-def test_law_11_a_damaged_part_of_another_host_is_an_error_of_ours(sandbox: Path, files: str) -> None:
+def test_law_11_a_damaged_part_of_a_different_host_raises_a_manifest_error(sandbox: Path, files: str) -> None:
     catalog = Catalog(Storage(f"file://{sandbox}/run"))
     key = CheckpointKey(1, 5)
     for host in range(2):
@@ -496,7 +496,7 @@ def a_manifest(*files: FileEntry) -> Manifest:
     return Manifest("000001-0000000005", "checkpoint-5", 1, 5, "n", files, Position(global_step=5))
 
 
-def test_law_11_an_object_larger_than_promised_does_not_fill_the_disk(sandbox: Path) -> None:
+def test_law_11_an_object_larger_than_its_manifest_says_does_not_fill_the_disk(sandbox: Path) -> None:
     storage = Storage(f"file://{sandbox}/run")
     storage.write("checkpoint-5/model.safetensors", b"x" * 100_000)
     (sandbox / "got").touch()
@@ -508,15 +508,15 @@ def test_law_11_an_object_larger_than_promised_does_not_fill_the_disk(sandbox: P
     assert verify(Catalog(storage), a_manifest(entry)) == ["'model.safetensors' differs from its digest"]
 
 
-def test_law_11_more_bytes_than_the_disk_has_are_refused_before_the_first(sandbox: Path) -> None:
+def test_law_11_a_download_larger_than_the_disk_is_refused_before_its_first_byte(sandbox: Path) -> None:
     entry = FileEntry("model.safetensors", 2**53 - 1, "xxh3-128:" + "0" * 32)
     with pytest.raises(StorageError, match="Free some space"):
         download(Catalog(Storage(f"file://{sandbox}/run")), a_manifest(entry), sandbox / "out/checkpoint-5")
     assert list((sandbox / "out").rglob("*.safetensors")) == []
 
 
-def test_law_11_two_names_that_are_one_on_this_disk_are_refused(sandbox: Path) -> None:
-    """As 'A' and 'a' on macOS, where each would be verified and one of them be lost."""
+def test_law_11_two_names_of_one_file_on_this_disk_are_refused(sandbox: Path) -> None:
+    """For example 'A' and 'a' on macOS: both would be verified, and one would be lost."""
     storage = Storage(f"file://{sandbox}/run")
     storage.write("checkpoint-5/a", b"first")
     digest = file_digest(sandbox / "run/checkpoint-5/a")
@@ -525,36 +525,36 @@ def test_law_11_two_names_that_are_one_on_this_disk_are_refused(sandbox: Path) -
         download(Catalog(storage), twice, sandbox / "out/checkpoint-5")
 
 
-def test_law_11_a_folder_of_records_is_none_in_any_case_of_its_letters() -> None:
+def test_law_11_the_records_folder_is_not_a_file_path_in_upper_or_lower_case() -> None:
     with pytest.raises(ManifestError, match="not a clean relative path"):
         FileEntry.parse({"path": ".CloudTrain/outbox/x", "size": 1, "digest": "xxh3-128:" + "0" * 32}, "x")
 
 
-def test_law_11_links_where_checkpoints_were_are_moved_away_and_never_followed(
-    honest: Path, sandbox: Path
+def test_law_11_links_at_checkpoint_paths_are_moved_aside_and_never_followed(
+    intact: Path, sandbox: Path
 ) -> None:
     outside = sandbox / "outside"
     outside.mkdir()
     (outside / "precious").write_text("precious")
     target = sandbox / "out/checkpoint-10"
     target.parent.mkdir()
-    catalog = Catalog(Storage(f"file://{honest}"))
+    catalog = Catalog(Storage(f"file://{intact}"))
     manifest = catalog.read(CheckpointKey(1, 10))
-    for there in (outside, sandbox / "nowhere"):  # the second link leads nowhere
-        target.symlink_to(there)
+    for destination in (outside, sandbox / "nowhere"):  # the second link is dangling
+        target.symlink_to(destination)
         download(catalog, manifest, target)
         assert not target.is_symlink()
-        move_aside(target)  # a real folder after a link, both to the same place
+        move_aside(target)  # a real folder after a link, both to the same path
     assert [path.name for path in outside.iterdir()] == ["precious"]
 
 
-# What is said
+# Messages
 
 
-def test_law_11_a_reason_from_storage_is_logged_without_what_a_terminal_obeys(
-    honest: Path, sandbox: Path, caplog: pytest.LogCaptureFixture
+def test_law_11_a_reason_from_storage_is_logged_without_control_characters(
+    intact: Path, sandbox: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(honest, sandbox / "run")
+    shutil.copytree(intact, sandbox / "run")
     record = sandbox / "run" / META / "checkpoints/000001-0000000010.json"
     record.write_text(
         json.dumps({**json.loads(record.read_text()), "inexact_reason": f"{ESC}]0;title\x07\u202e"})

@@ -1,4 +1,4 @@
-"""Law 11: credentials are in no file, error or process listing, wherever they come from; and nothing of ours unpickles."""
+"""Law 11: no file, error or process listing contains credentials, and no code of the package unpickles data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ secrets = st.text(string.ascii_letters + string.digits + "+/=_-", min_size=12, m
 
 @given(secret=secrets, name=st.sampled_from(VARIABLES))
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_law_11_a_secret_of_the_environment_is_taken_out_wherever_it_stands(secret: str, name: str) -> None:
+def test_law_11_a_secret_of_the_environment_is_redacted_everywhere(secret: str, name: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(name, secret)
         command = shown_command(["train.py", secret, f"-x{secret}", f"--note=with {secret}", "--lr", "1e-4"])
@@ -48,9 +48,9 @@ def test_law_11_a_secret_of_the_environment_is_taken_out_wherever_it_stands(secr
         assert "train.py" in command
         storage = FaultyStorage("memory://law-11-environment")
         storage.fail("list", PermissionError(f"denied for {secret!r}: {secret}"), times=10)
-        with pytest.raises(CloudTrainError) as told:
+        with pytest.raises(CloudTrainError) as raised:
             storage.list("x")
-        assert secret not in "".join(traceback.format_exception(told.value))
+        assert secret not in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_law_11_a_secret_of_the_environment_is_taken_out_wherever_it_stands(secr
 )
 @given(secret=secrets)
 @settings(max_examples=20, deadline=None)
-def test_law_11_a_secret_that_is_named_as_one_is_taken_out_of_a_text(template: str, secret: str) -> None:
+def test_law_11_a_value_with_the_name_of_a_secret_is_redacted(template: str, secret: str) -> None:
     assert secret not in redact(template.format(secret))
 
 
@@ -82,7 +82,7 @@ def test_law_11_a_secret_that_is_named_as_one_is_taken_out_of_a_text(template: s
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
     ],
 )
-def test_law_11_what_looks_like_a_token_is_taken_out_wherever_it_stands(token: str) -> None:
+def test_law_11_a_text_in_the_form_of_a_token_is_redacted_everywhere(token: str) -> None:
     assert redact(f"said {token}, and {token}") == "said ***, and ***"
     assert token not in shown_command(["train.py", token])
 
@@ -98,11 +98,11 @@ def test_law_11_what_looks_like_a_token_is_taken_out_wherever_it_stands(token: s
         "checkpoint-500 of s3://bucket/runs/mrpc",
     ],
 )
-def test_law_11_what_is_no_secret_stays(text: str) -> None:
+def test_law_11_a_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact(text) == text
 
 
-def test_law_11_paths_numbers_and_short_words_of_the_environment_are_no_secrets(
+def test_law_11_paths_numbers_and_short_words_of_the_environment_are_not_secrets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in VARIABLES:
@@ -116,21 +116,21 @@ def test_law_11_paths_numbers_and_short_words_of_the_environment_are_no_secrets(
     assert "s3cr3t/nested" in secrets_of_environment()
 
 
-LISTENING: list[list[str]] = []
+RECORDINGS: list[list[str]] = []
 
 
-def listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if LISTENING and event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"):
-        LISTENING[-1].append(repr(arguments))
+def record_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if RECORDINGS and event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"):
+        RECORDINGS[-1].append(repr(arguments))
 
 
-def test_law_11_no_process_is_started_with_a_secret_to_be_listed(
+def test_law_11_no_process_is_started_with_a_secret_in_its_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-of-a-test")
     monkeypatch.setattr(sys, "argv", ["train.py", "--token", "s3cr3t-of-a-test"])
-    sys.addaudithook(listen)  # for good: it does nothing unless LISTENING
-    LISTENING.append([])
+    sys.addaudithook(record_process)  # it cannot be removed; it does nothing while RECORDINGS is empty
+    RECORDINGS.append([])
     try:
         machine = Machine(
             tmp_path / "out", f"file://{tmp_path}/run", storage_options={"secret": "s3cr3t-of-a-test"}
@@ -141,11 +141,11 @@ def test_law_11_no_process_is_started_with_a_secret_to_be_listed(
         machine.stop()
         assert "s3cr3t-of-a-test" not in repr(facts())
     finally:
-        (started,) = LISTENING
-        LISTENING.clear()
-    assert any("git" in words for words in started), "it hears of what is started"
-    # The command line, that is: the environment of git is the user's own, and nobody else can read it.
-    assert [words for words in started if "s3cr3t-of-a-test" in words] == []
+        (started,) = RECORDINGS
+        RECORDINGS.clear()
+    assert any("git" in arguments for arguments in started), "the hook must record started processes"
+    # Only the command line matters: other users cannot read the environment of git.
+    assert [arguments for arguments in started if "s3cr3t-of-a-test" in arguments] == []
 
 
 UNPICKLES = {
@@ -158,11 +158,11 @@ UNPICKLES = {
     "np.load",
 }
 ALLOWED = {"rendezvous.py"}
-"""Ranks of one job tell each other what they found, as torch.distributed does."""
+"""The ranks of one job exchange pickled objects with each other, as `torch.distributed` does."""
 
 
 def unpickling(source: str) -> Iterator[str]:
-    """Calls that would unpickle."""
+    """The calls in `source` that would unpickle data."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -172,7 +172,7 @@ def unpickling(source: str) -> Iterator[str]:
                 yield name
 
 
-def test_law_11_nothing_of_ours_unpickles() -> None:
+def test_law_11_no_module_of_the_package_unpickles() -> None:
     assert list(unpickling("torch.load(path)\npickle.loads(data)\npickle.Unpickler(file)")) != []
     assert list(unpickling("torch.load(path, weights_only=True)\njson.load(file)")) == []
     found = {path.name: list(unpickling(path.read_text())) for path in PACKAGE.rglob("*.py")}
@@ -181,8 +181,8 @@ def test_law_11_nothing_of_ours_unpickles() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("word", ["z", "token-", "?sig", "token"])
-def test_law_11_a_long_text_without_a_space_is_looked_through_in_time(word: str) -> None:
-    """Storage answers with what it likes, and an error that quotes it must not stop the training for an hour."""
+def test_law_11_a_long_text_without_a_space_is_redacted_in_time(word: str) -> None:
+    """A storage server may return any text; redacting an error that quotes it must not block training."""
     text = word * (200_000 // len(word))
     assert redact(text) == text
     assert redact(f"{text} token: abc") == f"{text} token: ***"
@@ -190,7 +190,7 @@ def test_law_11_a_long_text_without_a_space_is_looked_through_in_time(word: str)
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("word", ["a://:", "eyJ-"])
-def test_law_11_the_end_of_what_may_be_a_secret_is_not_looked_for_all_through_a_text(word: str) -> None:
+def test_law_11_a_text_with_many_starts_of_secrets_is_redacted_in_time(word: str) -> None:
     begun = time.process_time()
     assert redact(word * 30_000) == word * 30_000
     assert time.process_time() - begun < 10

@@ -336,7 +336,7 @@ class TestTheOvertakenAttempt:
         assert [type(result) for result in results] == [OvertakenError] * 3
         assert all("attempt 2, which began on host 'elsewhere'" in str(result) for result in results)
 
-    @pytest.mark.parametrize("how", ["rank 0 tells it", "it waits for the commit"])
+    @pytest.mark.parametrize("how", ["by broadcast", "by waiting"])
     def test_law_6_the_other_hosts_stop_their_uploads_too(
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch, fast_heartbeats: None, how: str
     ) -> None:
@@ -356,9 +356,7 @@ class TestTheOvertakenAttempt:
                 wait_until(lambda: checkpointer.overtaken_by, "the ownership check")
             ranks.barrier()
             with pytest.raises(OvertakenError):
-                checkpointer.check_not_overtaken() if how == "rank 0 tells it" else checkpointer.wait(
-                    DEADLINE
-                )
+                checkpointer.check_not_overtaken() if how == "by broadcast" else checkpointer.wait(DEADLINE)
             checkpointer.drain()
             return checkpointer.overtaken_by
 
