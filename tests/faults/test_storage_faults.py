@@ -22,7 +22,7 @@ FOR_EVER = 1_000_000
 
 
 def whole_run(machines: Machines, accepted: list[int], timeout: float = DEADLINE) -> None:
-    """Start, save, rotate, save the best, commit, retire, restore on another machine."""
+    """Start, save, rotate, save the best, commit, retire, restore on a different machine."""
     machine = machines.new("out")
     machine.start()
     machine.save(5)

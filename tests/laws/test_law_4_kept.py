@@ -1,4 +1,4 @@
-"""Law 4, Kept: what was accepted into the outbox is not lost while the disk lives."""
+"""Law 4, Kept: what was accepted into the outbox is not lost while the disk survives."""
 
 from __future__ import annotations
 

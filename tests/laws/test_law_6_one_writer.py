@@ -155,7 +155,8 @@ class TestTheOvertakenAttempt:
         old.start()
         new.start()
         tries: list[str] = []
-        old.checkpointer._upload_queue.progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
+        progress = old.checkpointer._upload_queue.progress
+        progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
         old.save(5)
         overtaken(old)
         for step in (6, 7, 8):
