@@ -53,13 +53,15 @@ class Session:
         self.run_url = run_url
         self._options: dict[str, Any] = {"storage_options": storage_options, "fresh": fresh}
         self._policy = Policy()
-        self._listens = False
+        self.listens = False
+        """Whether a callback of this session waits for notices."""
+        self.last_save: LastSave | None = None
+        """The emergency save, once it is decided (`leave`)."""
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
         self._begun: TrainerState | None = None
         self._ended = False
-        self._last_save: LastSave | None = None
 
     @classmethod
     def of(
@@ -83,7 +85,7 @@ class Session:
         if session is None or session._ended or session._options["fresh"] != fresh:
             session = cls._sessions[key] = cls(url, storage_options, fresh=fresh)
         session._policy = policy or session._policy
-        session._listens |= listens
+        session.listens |= listens
         return session
 
     @property
@@ -99,16 +101,6 @@ class Session:
     def checkpointer(self) -> Checkpointer:
         """Of the lifecycle."""
         return self.lifecycle.checkpointer
-
-    @property
-    def listens(self) -> bool:
-        """Whether a callback of this session waits for notices."""
-        return self._listens
-
-    @property
-    def last_save(self) -> LastSave | None:
-        """The emergency save that comes, once that is decided."""
-        return self._last_save
 
     @property
     def is_leaving(self) -> bool:
@@ -183,22 +175,22 @@ class Session:
         self._uploads |= uploads
         lifecycle = self.open(args)
         if self._begun is not state:
-            if self._listens:
+            if self.listens:
                 check_no_jit_checkpoint(args)
             interrupted = self._begun is not None and not self._ended and not lifecycle.is_leaving
             lifecycle.begin(
                 state.global_step,
                 started_over=interrupted and args.auto_find_batch_size,
-                check_notices=self._listens,
+                check_notices=self.listens,
                 interrupted="failed",
             )
             self._begun, self._ended = state, False
-            self._last_save = None
+            self.last_save = None
         return lifecycle
 
     def leave(self, last_save: LastSave) -> None:
         """Note that the training is cut short by an emergency save."""
-        self._last_save, self.lifecycle.is_leaving = last_save, True
+        self.last_save, self.lifecycle.is_leaving = last_save, True
 
     def end(self) -> None:
         """Wait for the uploads, once, and record the end; not where the emergency callback does."""
