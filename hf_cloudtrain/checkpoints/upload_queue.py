@@ -170,8 +170,9 @@ class UploadQueue:
             )
 
     def overtaken_error(self) -> OvertakenError:
-        """What to raise once a newer attempt has begun: names what is kept here."""
+        """What to raise once a newer attempt has begun: names what is kept here, which `drain` need not repeat."""
         assert self._ownership is not None
+        self._gave_up = True
         names = ", ".join(entry.title for entry in self.pending())
         kept = (
             f"Kept on this machine, and not on storage: {names}. `cloudtrain checkpoint flush {self._outbox.output_dir}` "
@@ -184,7 +185,6 @@ class UploadQueue:
         if self._gave_up or self._stopping or not self.pending():
             return
         if self._is_overtaken():
-            self._gave_up = True
             logger.error("%s", self.overtaken_error())
             return
         logger.warning("Training ended early. Finishing the upload; Ctrl-C leaves it for later.")
