@@ -26,9 +26,9 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
 from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
-from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
 from hf_cloudtrain.checkpoints.host_shares import HostShares, Share
-from hf_cloudtrain.checkpoints.local_folders import ALL_FILES, LocalFolders, Wanted
+from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership

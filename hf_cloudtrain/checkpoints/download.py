@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.frozen import own_files
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, Wanted, own_files
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest
 from hf_cloudtrain.errors import (
     ConfigurationError,
@@ -42,7 +42,7 @@ def download(
     manifest: Manifest,
     target: Path,
     *,
-    wanted: Callable[[str], bool] = lambda path: True,
+    wanted: Wanted = ALL_FILES,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
     """Put a checkpoint's files into `target`, which appears only when all of them are there and verified.
@@ -99,7 +99,7 @@ def is_whole(
     folder: Path,
     manifest: Manifest,
     *,
-    wanted: Callable[[str], bool] = lambda path: True,
+    wanted: Wanted = ALL_FILES,
     originals: Path | None = None,
 ) -> bool:
     """Whether a local folder holds exactly what the manifest promises.

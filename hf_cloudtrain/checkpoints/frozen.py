@@ -46,6 +46,11 @@ TEMPORARY = re.compile(r".*(~|\.tmp|\.part|\.partial|\.incomplete)|\.(tmp|nfs).*
 """Names of files that somebody is still writing: editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
 
 
+Wanted = Callable[[str], bool]
+"""Which files of a checkpoint a disk takes or gives, by path."""
+ALL_FILES: Wanted = lambda path: True  # noqa: E731
+
+
 @dataclass(frozen=True)
 class AcceptedFile:
     """One file as it looked when it was accepted."""
@@ -219,9 +224,7 @@ class OutboxEntry:
             raise ManifestError(f"The {what} is damaged ({error!r}).") from None
 
 
-def freeze(
-    source: Path, target: Path, since_ns: int, wanted: Callable[[str], bool] = lambda path: True
-) -> tuple[AcceptedFile, ...]:
+def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES) -> tuple[AcceptedFile, ...]:
     """Links to a folder's files that are wanted by path, and copies of small ones; not those that `fresh_files` omits."""
     accepted = []
     copied = 0
@@ -248,9 +251,7 @@ def freeze(
     return tuple(accepted)
 
 
-def copy_out(
-    source: Path, target: Path, wanted: Callable[[str], bool] = lambda path: True
-) -> tuple[AcceptedFile, ...]:
+def copy_out(source: Path, target: Path, wanted: Wanted = ALL_FILES) -> tuple[AcceptedFile, ...]:
     """Copies of a folder's own files that are wanted by path, none of which shares an inode with its source.
 
     Raises:

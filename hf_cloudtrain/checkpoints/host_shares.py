@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
-from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.errors import PeerError
@@ -37,7 +37,7 @@ class Share:
     """What this disk gives to a save; everything, if it is the only one."""
 
     entry: OutboxEntry
-    wanted: Callable[[str], bool] | None = lambda path: True
+    wanted: Wanted | None = ALL_FILES
     """Which files it gives, by path; None: it gives nothing."""
     hold: bool = False
     """Whether some host is still sending an earlier save."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, put_in_place
-from hf_cloudtrain.checkpoints.frozen import own_files
-from hf_cloudtrain.checkpoints.local_folders import LocalFolders, Wanted
+from hf_cloudtrain.checkpoints.frozen import Wanted, own_files
+from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.names import META

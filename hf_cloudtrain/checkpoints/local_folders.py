@@ -26,17 +26,13 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside
-from hf_cloudtrain.checkpoints.frozen import fresh_files
+from hf_cloudtrain.checkpoints.frozen import Wanted, fresh_files
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)
-
-Wanted = Callable[[str], bool]
-"""Which files of a checkpoint a disk takes or gives, by path."""
-ALL_FILES: Wanted = lambda path: True  # noqa: E731
 
 
 class LocalFolders:

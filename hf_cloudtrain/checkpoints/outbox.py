@@ -20,10 +20,10 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from hf_cloudtrain.checkpoints.frozen import OutboxEntry, copy_out, freeze
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted, copy_out, freeze
 from hf_cloudtrain.checkpoints.manifest import check_paths
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.files import boot_id, is_left_over, locked, temp_suffix
@@ -55,7 +55,7 @@ class Outbox:
         *,
         since_ns: int = 0,
         link: bool = True,
-        wanted: Callable[[str], bool] = lambda path: True,
+        wanted: Wanted = ALL_FILES,
     ) -> OutboxEntry:
         """Freeze a folder that was just written. Afterwards its files may be rotated away.
 

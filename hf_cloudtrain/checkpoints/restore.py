@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.local_folders import ALL_FILES, LocalFolders, Wanted
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, Wanted
+from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError, NewerFormatError, NoCheckpointError
 from hf_cloudtrain.runtime.progress import Bar, Progress
