@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record, encode_record, texts
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, count, decode_record, encode_record, texts
 from hf_cloudtrain.checkpoints.paths import ATTEMPTS, PROGRESS, RUN, STOP
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, ObjectNotFoundError
 from hf_cloudtrain.runtime.threads import in_threads
@@ -203,13 +203,6 @@ def _path(number: int) -> str:
     return f"{ATTEMPTS}/{number:06d}.json"
 
 
-def _step_of(record: dict[str, Any], what: str) -> int:
-    step = record.get("global_step", 0)
-    if type(step) is not int or not 0 <= step < 2**53:
-        raise ManifestError(f"The {what} is damaged: 'global_step' is {str(step)[:50]!r}, not a count.")
-    return step
-
-
 def _parse(data: bytes, number: int) -> Attempt:
     what = f"record of attempt {number}"
     record = decode_record(data, what)
@@ -220,7 +213,7 @@ def _parse(data: bytes, number: int) -> Attempt:
             number=number,
             nonce=str(record.get("nonce")),
             started=float(record.get("started", 0.0)),
-            global_step=_step_of(record, what),
+            global_step=count({"global_step": 0, **record}, "global_step", what),
             resumed_from=None if resumed is None else CheckpointKey.parse(resumed, what),
             exclusive=record.get("exclusive") is True,
             facts=texts(facts) if isinstance(facts, dict) else {},

@@ -15,7 +15,6 @@ from hf_cloudtrain.checkpoints.manifest import (
     Manifest,
     decode_record,
     encode_record,
-    parse_checkpoint_key,
 )
 from hf_cloudtrain.checkpoints.paths import CHECKPOINTS, CLAIMS
 from hf_cloudtrain.errors import (
@@ -141,8 +140,7 @@ class Catalog:
 
     def keys_in(self, folder: str) -> list[CheckpointKey]:
         """The checkpoints that have a record in a folder of records, oldest first, by one LIST."""
-        found = (parse_checkpoint_key(name) for name in self.names_in(folder))
-        return sorted(CheckpointKey(*key) for key in found if key)
+        return sorted(filter(None, map(CheckpointKey.named, self.names_in(folder))))
 
     def names_in(self, folder: str) -> list[str]:
         """Names of the records in a folder of records, by one LIST."""

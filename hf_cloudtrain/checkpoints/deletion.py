@@ -23,11 +23,11 @@ from hf_cloudtrain.storage.client import DELETES_AT_ONCE
 logger = logging.getLogger(__name__)
 
 
-def retire(catalog: Catalog, key: CheckpointKey, *, go_on: Callable[[], bool] = lambda: True) -> bool:
+def retire(catalog: Catalog, key: CheckpointKey, *, proceed: Callable[[], bool] = lambda: True) -> bool:
     """Delete a checkpoint.
 
     Args:
-        go_on: called between requests; once it returns False, the rest is left to `finish_retiring`.
+        proceed: called between requests; once it returns False, the rest is left to `finish_retiring`.
 
     Returns:
         Whether everything is deleted.
@@ -38,7 +38,7 @@ def retire(catalog: Catalog, key: CheckpointKey, *, go_on: Callable[[], bool] = 
     manifest = catalog.read(key)
     catalog.storage.write(f"{RETIRING}/{key}.json", manifest.encode())
     catalog.storage.delete([f"{CHECKPOINTS}/{key}.json"])
-    return delete_files(catalog, key, manifest, go_on)
+    return delete_files(catalog, key, manifest, proceed)
 
 
 def retiring(catalog: Catalog) -> list[CheckpointKey]:
@@ -47,7 +47,7 @@ def retiring(catalog: Catalog) -> list[CheckpointKey]:
 
 
 def finish_retiring(
-    catalog: Catalog, key: CheckpointKey, *, go_on: Callable[[], bool] = lambda: True
+    catalog: Catalog, key: CheckpointKey, *, proceed: Callable[[], bool] = lambda: True
 ) -> bool:
     """Complete a deletion that was interrupted; whether everything is deleted.
 
@@ -65,11 +65,11 @@ def finish_retiring(
         logger.warning("%s `cloudtrain run clean %s` finds what is left of it.", error, catalog.storage.url)
         catalog.storage.delete([record])
         return True
-    return delete_files(catalog, key, manifest, go_on)
+    return delete_files(catalog, key, manifest, proceed)
 
 
 def delete_files(
-    catalog: Catalog, key: CheckpointKey | str, manifest: Manifest, go_on: Callable[[], bool] = lambda: True
+    catalog: Catalog, key: CheckpointKey | str, manifest: Manifest, proceed: Callable[[], bool] = lambda: True
 ) -> bool:
     """Steps 3 and 4, for a checkpoint or a named folder; whether everything is deleted."""
     storage = catalog.storage
@@ -78,7 +78,7 @@ def delete_files(
     there = [*storage.list(manifest.folder), *storage.list(f"{PARTS}/{key}")]
     paths = list(dict.fromkeys([*files, *(info.path for info in there)]))
     for start in range(0, len(paths), DELETES_AT_ONCE):
-        if not go_on():
+        if not proceed():
             return False
         storage.delete(paths[start : start + DELETES_AT_ONCE])
     storage.delete([f"{PINS}/{key}.json"])

@@ -1,4 +1,4 @@
-"""From a manifest to a verified local folder. Nothing uses a file before all of them are verified."""
+"""From a manifest to a verified local folder. No file is used before all of them are verified."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 LARGE_AT_ONCE = 2
 SMALL_AT_ONCE = 8
 RESTORED_AGE_NS = 10 * 10**9
-"""How much older restored files are made: more than clocks of disks and processes differ, or tick."""
+"""How much older restored files are made to look: more than the clocks of disks and processes differ, or tick."""
 SPARE_SPACE = 64 * 2**20
 """Bytes that must stay free on the disk after a download."""
 
@@ -48,9 +48,8 @@ def download(
     """Put a checkpoint's files into `target`, which appears only when all of them are there and verified.
 
     Args:
-        target: the folder to make; whatever is there now moves aside first.
-        wanted: which files of the manifest to take, by their path.
-        on_bytes: hears of bytes as they arrive.
+        target: the folder to create; a folder that is there now moves aside first.
+        on_bytes: receives the number of bytes as they arrive.
 
     Raises:
         CorruptCheckpointError: a file is missing, cut short or different from its digest.
@@ -73,39 +72,26 @@ def download(
 def verify(
     catalog: Catalog, manifest: Manifest, *, on_bytes: Callable[[int], None] | None = None
 ) -> list[str]:
-    """What is wrong with a checkpoint on storage, in words; empty where every byte is as promised.
-
-    Reads everything, keeps nothing.
+    """What is wrong with a checkpoint on storage, for people; empty if every byte is right. Reads everything, keeps nothing.
 
     Raises:
         StorageError: the storage does not answer, which says nothing about the checkpoint.
     """
 
-    def problem(entry: FileEntry) -> str | None:
-        try:
-            digest = catalog.storage.download(
-                manifest.object_path(entry), os.devnull, entry.size, on_bytes=on_bytes
-            )
-        except ObjectNotFoundError:
-            return f"{entry.path!r} is missing"
-        except ObjectTruncatedError:
-            return f"{entry.path!r} is cut short: {entry.size} bytes were committed"
-        return None if digest == entry.digest else f"{entry.path!r} differs from its digest"
+    def check(entry: FileEntry) -> str | None:
+        problem = _problem(catalog, manifest, entry, os.devnull, on_bytes)
+        return f"{entry.path!r} {problem}" if problem else None
 
-    return [text for text in _on_all(problem, manifest.files) if text is not None]
+    return [text for text in _on_all(check, manifest.files) if text is not None]
 
 
 def is_whole(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    wanted: Wanted = ALL_FILES,
-    originals: Path | None = None,
+    folder: Path, manifest: Manifest, *, wanted: Wanted = ALL_FILES, originals: Path | None = None
 ) -> bool:
-    """Whether a local folder holds exactly what the manifest promises.
+    """Whether a local folder holds exactly the files of a manifest.
 
     Args:
-        originals: folder of files as they were before they were made true on this machine; those count instead.
+        originals: folder of files as they were saved, if they had to be changed on this machine; those count instead.
     """
     for entry in manifest.files:
         if not wanted(entry.path):
@@ -122,16 +108,15 @@ def is_whole(
 
 
 def put_in_place(verified: Path, folder: Path, manifest: Manifest) -> list[str]:
-    """Move verified files into a folder that its owner writes again and again; returns what else lies there.
+    """Move verified files into a folder that is written again and again; returns the names of the other files there.
 
-    Each file is there in one piece, before and after, and looks older than whatever is written from now on. What is
-    not in the manifest stays.
+    Each file is complete at any time, and looks older than what is written from now on. Other files stay.
     """
     ours = {entry.path for entry in manifest.files}
     before = time.time_ns() - RESTORED_AGE_NS
     for path in sorted(ours):
         if not (verified / path).exists():
-            continue  # another disk's
+            continue  # for the ranks of another disk
         target = folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +124,7 @@ def put_in_place(verified: Path, folder: Path, manifest: Manifest) -> list[str]:
             _replace(verified / path, target)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise ConfigurationError(
-                f"{str(target)!r} cannot be restored ({error.strerror}). Move what is in its way, or choose another "
+                f"{str(target)!r} cannot be restored ({error.strerror}). Move what is in its way, or choose a different "
                 "checkpoint_dir."
             ) from error
     return sorted(set(own_files(folder)) - ours)
@@ -151,16 +136,16 @@ def _replace(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        # A folder of it is on another disk.
+        # A folder in the path is on another disk.
         beside = target.with_name(f".tmp-{temp_suffix()}")
         shutil.copy2(source, beside)
         os.replace(beside, target)
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a local folder of another lineage to `.cloudtrain/stale/`; an older one of that name makes room."""
+    """Move a local folder of a different history to `.cloudtrain/stale/`, where it replaces an older one of its name."""
     stale = folder.parent / META / "stale" / folder.name
-    if stale.is_symlink():  # a link that lay in the place of a checkpoint before: only the link goes
+    if stale.is_symlink():  # a link instead of a checkpoint: only the link goes
         stale.unlink()
     shutil.rmtree(stale, ignore_errors=True)
     stale.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +160,7 @@ def _fetch(
     work: Path,
     on_bytes: Callable[[int], None] | None,
 ) -> None:
-    # All names first: a download makes its file anew, and for a moment there is none of that name.
+    # All names first: a download creates its file again, and for a moment there is no file of that name.
     for entry in entries:
         target = work / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,58 +168,42 @@ def _fetch(
             target.touch(exist_ok=False)
         except FileExistsError:
             raise StorageError(
-                f"{entry.path!r} of {manifest.folder} has the name of another file of it on this disk, which does not tell "
-                "'a' from 'A'. Restore on a disk that does."
+                f"{entry.path!r} of {manifest.folder} has the same name as another of its files on this disk, which does not "
+                "distinguish 'a' from 'A'. Restore to a disk that does."
             ) from None
 
     def fetch(entry: FileEntry) -> None:
-        try:
-            digest = _twice(catalog, manifest, entry, str(work / entry.path), on_bytes)
-        except ObjectNotFoundError:
-            raise CorruptCheckpointError(
-                f"{entry.path!r} of {manifest.folder} is missing on storage."
-            ) from None
-        except ObjectTruncatedError:
-            raise CorruptCheckpointError(
-                f"{entry.path!r} of {manifest.folder} is cut short on storage: {entry.size} bytes were committed."
-            ) from None
-        if digest != entry.digest:
-            raise CorruptCheckpointError(
-                f"{entry.path!r} of {manifest.folder} differs from the digest in its manifest: it was damaged or replaced."
-            )
+        problem = _problem(catalog, manifest, entry, str(work / entry.path), on_bytes)
+        # Once more: an older checkpoint costs hours, and the fault may be the network, or a listing that lags.
+        if problem and (problem := _problem(catalog, manifest, entry, str(work / entry.path))):
+            raise CorruptCheckpointError(f"{entry.path!r} of {manifest.folder} {problem}.")
 
     _on_all(fetch, entries)
 
 
-def _twice(
+def _problem(
     catalog: Catalog,
     manifest: Manifest,
     entry: FileEntry,
     target: str,
-    on_bytes: Callable[[int], None] | None,
-) -> str:
-    """The digest of a downloaded file, fetched once more if it is not the promised one.
-
-    A step back costs hours, and the way here, or a listing that lags behind, may be what is wrong.
-    """
+    on_bytes: Callable[[int], None] | None = None,
+) -> str | None:
+    """Download a file; what is wrong with it, if anything."""
     try:
         digest = catalog.storage.download(manifest.object_path(entry), target, entry.size, on_bytes=on_bytes)
-        if digest == entry.digest:
-            return digest
-    except (ObjectNotFoundError, ObjectTruncatedError):
-        pass
-    return catalog.storage.download(manifest.object_path(entry), target, entry.size)
+    except ObjectNotFoundError:
+        return "is missing on storage"
+    except ObjectTruncatedError:
+        return f"is cut short on storage: {entry.size} bytes were committed"
+    return None if digest == entry.digest else "differs from the digest in its manifest"
 
 
 def _on_all(work: Callable[[FileEntry], Any], entries: Sequence[FileEntry]) -> list[Any]:
     """Do `work` on all files, two large ones and several small ones at once; answers of the large ones first."""
     large = [entry for entry in entries if entry.size > PART_SIZE]
     small = [entry for entry in entries if entry.size <= PART_SIZE]
-    return [
-        answer
-        for group in in_threads(work, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
-        for answer in group
-    ]
+    groups = in_threads(work, (large, LARGE_AT_ONCE), (small, SMALL_AT_ONCE))
+    return [answer for group in groups for answer in group]
 
 
 def check_space(folder: Path, size: int, target: Path) -> None:

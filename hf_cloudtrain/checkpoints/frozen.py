@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 SMALL_FILE = 2**20
 """Bytes below which a file is copied: the JSON and rng files that frameworks rewrite in place."""
 SMALL_TOTAL = 16 * 2**20
-"""Bytes that all copies of one save may have: 10 ms. The rest is linked."""
+"""Bytes of all copies of one save: 10 ms. The rest is linked."""
 FICLONE = 0x40049409
-"""The request that makes a file share another's blocks until one is written: _IOW(0x94, 9, int) of <linux/fs.h>."""
+"""The request to share the blocks of a file until one of them is written: _IOW(0x94, 9, int) of <linux/fs.h>."""
 TEMPORARY = re.compile(r".*(~|\.tmp|\.part|\.partial|\.incomplete)|\.(tmp|nfs).*|tmp[a-z0-9_]{8}")
-"""Names of files that somebody is still writing: editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
+"""Names of unfinished files: of editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
 
 
 Wanted = Callable[[str], bool]
@@ -225,7 +225,7 @@ class OutboxEntry:
 
 
 def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES) -> tuple[AcceptedFile, ...]:
-    """Links to a folder's files that are wanted by path, and copies of small ones; not those that `fresh_files` omits."""
+    """Link the files of a folder that are wanted, and copy small ones; without those that `fresh_files` omits."""
     accepted = []
     copied = 0
     link_failed: OSError | None = None
@@ -252,54 +252,50 @@ def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES
 
 
 def copy_out(source: Path, target: Path, wanted: Wanted = ALL_FILES) -> tuple[AcceptedFile, ...]:
-    """Copies of a folder's own files that are wanted by path, none of which shares an inode with its source.
+    """Copy the files of a folder that are wanted; no copy shares an inode with its source.
 
     Raises:
-        OSError: the disk is full, or a file was written meanwhile.
+        OSError: the disk is full, or a file was written during the copy.
     """
-    found = {path: os.stat(source / path) for path in own_files(source) if wanted(path)}
-    left = sum(stat.st_size for stat in found.values())
+    found = [AcceptedFile.of(source, path) for path in own_files(source) if wanted(path)]
+    left = sum(file.size for file in found)
     clones = True
     accepted = []
-    for path, stat in found.items():
-        clean_path(path)
+    for file in found:
+        path = clean_path(file.path)
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         clones = clones and _clone(source / path, target / path)
         if not clones:
             check_free_space(target, left, f"A copy of {str(source)!r}")
             shutil.copyfile(source / path, target / path)
-        left -= stat.st_size
-        if _looks(os.stat(source / path)) != _looks(stat):
+        left -= file.size
+        if AcceptedFile.of(source, path) != file:
             raise OSError(errno.EBUSY, "It was written while it was copied", str(source / path))
         accepted.append(AcceptedFile.of(target, path))
     return tuple(accepted)
 
 
 def fresh_files(source: Path, since_ns: int) -> Iterator[str]:
-    """Relative paths in a folder that was just saved, without what was last written before `since_ns` (ns)."""
+    """Relative paths in a folder that was just saved, without files last written before `since_ns` (ns)."""
     return (path for path in _files_below(source) if os.stat(source / path).st_mtime_ns >= since_ns)
 
 
 def own_files(source: Path, since_ns: int = 0) -> Iterator[str]:
-    """Relative paths in a folder that its owner writes again and again.
+    """Relative paths in a folder that is written again and again.
 
-    Neither links to folders nor temporary files, nor what was last written before `since_ns`.
+    Without links to folders, temporary files, and files last written before `since_ns` (ns).
     """
     for path in _files_below(source, follow=False):
         if not TEMPORARY.fullmatch(os.path.basename(path)) and os.stat(source / path).st_mtime_ns >= since_ns:
             yield path
 
 
-def _looks(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def _clone(source: Path, target: Path) -> bool:
-    """Make `target` share the blocks of `source`; False where the file system cannot."""
+    """Make `target` share the blocks of `source`; False if the file system cannot."""
     with open(source, "rb") as reader, open(target, "wb") as writer:
         try:
             fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
-        except OSError:  # which one is for each file system to choose; the copy says what is really wrong
+        except OSError:  # its number depends on the file system; the copy will raise what is really wrong
             return False
     return True
 
@@ -308,7 +304,7 @@ def _files_below(source: Path, *, follow: bool = True) -> Iterator[str]:
     """Relative paths of all files, without our own folder.
 
     Args:
-        follow: whether to go into folders by links; in a folder of the user's own they may lead round in a circle.
+        follow: whether to follow links to folders, which may form a circle in a folder of the user's own.
     """
     stack = [""]
     while stack:

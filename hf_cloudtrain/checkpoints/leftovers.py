@@ -1,18 +1,18 @@
-"""What work that is over has left on storage, and who may still own it.
+"""What interrupted work has left on storage, and which of it may be deleted.
 
-    deletion    a checkpoint whose manifest is gone and whose data is not: anybody may finish it
-    upload      a folder, or parts of hosts, without a manifest; files of it that were begun and never finished
-    save        the folder of a save that another save of the same step has replaced
-    file        one that was begun and never finished, beside whole ones or among our records
-    probe       the small object of a start that was killed while it tried the storage
+    deletion    a checkpoint whose manifest is deleted and whose files are not: any process may finish it
+    upload      a folder, or parts of hosts, without a manifest, and files in it that were never finished
+    save        the folder of a save that a later save of the same step has replaced
+    file        an unfinished file, beside complete ones or among our records
+    probe       the small object of a start that was killed while it checked the storage
 
-A claim is never taken away, nor is a record of an attempt or its steps: a process that wakes up after weeks must find
-its folder still its own, and nobody else's files in it.
+Claims, attempts and step records are never deleted: a process that wakes up after weeks must find its folder still its own,
+without files of other processes in it.
 
-Who owns an upload is known by its attempt's number, and no clock but our own is trusted. It may go as soon as a newer
-attempt has committed a checkpoint: whatever its owner still does with it sorts below that one. Otherwise it may go when
-nothing has moved while we watched: neither it, nor the heartbeat of its attempt and of the newest one, for at least
-four heartbeats and a minute. An outbox that still holds it sends everything again.
+The owner of an upload is known by its attempt's number; no clock but our own is trusted. An upload may go as soon as a newer
+attempt has committed a checkpoint: whatever its owner still commits sorts below that one. Otherwise it may go if nothing has
+changed during a watch: neither it, nor the heartbeat of its attempt and of the newest one, for at least four heartbeats and a
+minute. An outbox that still holds it sends everything again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.paths import CLAIMS
 from hf_cloudtrain.errors import (
@@ -47,27 +47,27 @@ T = TypeVar("T", ObjectInfo, IncompleteUpload)
 WATCH_SECONDS = 60.0
 """The shortest watch."""
 LONGEST_WATCH = 3600.0
-"""What a heartbeat's own words can make of it."""
+"""The longest watch, whatever interval a heartbeat names."""
 LOOKS = 20
-"""How often the heartbeats are looked at during a watch."""
+"""How often the heartbeats are read during a watch."""
 
 
 @dataclass(frozen=True)
 class LeftOver:
-    """One thing that somebody has left."""
+    """One thing that is left over."""
 
     what: str
     """`deletion`, `upload`, `save`, `file` or `probe`."""
     name: str
     """Its folder or path, below the run URL."""
     attempt: int | None = None
-    """Who wrote it; None where nobody knows."""
+    """The attempt that wrote it, if known."""
     key: CheckpointKey | None = None
     """The checkpoint that it would have been, or was."""
     objects: tuple[ObjectInfo, ...] = ()
     uploads: tuple[IncompleteUpload, ...] = ()
     parts: tuple[str, ...] = ()
-    """Records of hosts that have sent theirs."""
+    """Records of hosts that have sent their files."""
     free: bool = False
     """Whether it may go without a watch."""
 
@@ -92,14 +92,14 @@ def find(catalog: Catalog) -> list[LeftOver]:
 
 
 def remove(catalog: Catalog, left: LeftOver) -> bool:
-    """Delete it; False where it was committed meanwhile, and is none.
+    """Delete it; False if it has been committed since, so that it is not a left-over.
 
-    The parts go first: a host that still has its files must find that it has to send them again.
+    Parts go first, so that a host that still has its files notices that it must send them again.
     """
     if left.what == "deletion":
         if left.key is not None:
             return finish_retiring(catalog, left.key)
-        with contextlib.suppress(NoCheckpointError):  # somebody else has finished it
+        with contextlib.suppress(NoCheckpointError):  # another process has finished it
             NamedFolders(catalog).retire(NamedFolders(catalog).half_deleted().get(left.name, ""))
         return True
     whole = left.what == "upload"
@@ -136,11 +136,11 @@ def clean(
 
 
 class Watch:
-    """Whether anything moves: made before a pause, asked after it.
+    """Compares left-overs and heartbeats before and after a pause.
 
     Example:
         >>> watch = Watch(catalog, [left for left in find(catalog) if not left.free])
-        >>> for left, reason in watch.wait():    # None: nobody owns it
+        >>> for left, reason in watch.wait():
         ...     print(left.name, reason or "may go")
     """
 
@@ -159,7 +159,7 @@ class Watch:
         """How long it takes."""
 
     def wait(self, sleep: Callable[[float], None] = time.sleep) -> Iterator[tuple[LeftOver, str | None]]:
-        """Each left-over with the reason why it stays; None where nothing has moved."""
+        """Each left-over with the reason why it stays; None if nothing has changed."""
         moved: set[int] = set()
         for _ in range(LOOKS):
             if all(self._stays(item, moved) for item in self._left):
@@ -170,7 +170,7 @@ class Watch:
                 for number, beat in self._beats.items()
                 if self._catalog.attempts.read_progress(number) != beat
             }
-        # Only now: what was committed or has grown meanwhile is another thing, or none.
+        # Only now: what was committed or has grown in the meantime is a different left-over, or not one.
         there = {(item.what, item.name): item for item in find(self._catalog)}
         begun = self._catalog.attempts.numbers() != self._attempts
         for item in self._left:
@@ -185,14 +185,14 @@ class Watch:
 
     def _stays(self, item: LeftOver, moved: set[int]) -> str | None:
         if item.what not in ("upload", "deletion"):
-            return None  # nobody works on it for so long
+            return None  # no process needs so long for it
         if any(re.search(r"/\d+-of-\d+\.json$", path) for path in item.parts):
             return "another host may still have the rest: `cloudtrain checkpoint flush` there finishes it"
         for number in filter(None, (item.attempt, *self._attempts[-1:])):
             if number in moved:
-                return f"attempt {number} is alive"
+                return f"attempt {number} still sends heartbeats"
             if self._beats.get(number) is None:
-                return f"attempt {number} has no heartbeat, so nobody knows whether it is alive"
+                return f"attempt {number} has no heartbeat, so it may still be running"
         return None
 
 
@@ -201,7 +201,7 @@ class _Finder:
         self._catalog = catalog
         uploads = _incomplete(catalog)
         objects = catalog.storage.list("")
-        # After the listing: what was committed since is no left-over.
+        # After the listing, so that what was committed in between is not a left-over.
         self._keys = catalog.checkpoints()
         self._named = NamedFolders(catalog).folders()
         self._retiring = set(retiring(catalog)) - set(self._keys)
@@ -223,7 +223,7 @@ class _Finder:
                     homeless.discard(found.key)
         for folder in sorted(self._half_deleted):
             yield LeftOver("deletion", folder, **self._contents(folder), free=True)
-        for key in homeless:  # nothing else is there
+        for key in homeless:  # it has records only
             yield self._of_checkpoint(key, f"{META}/{'retiring' if key in self._retiring else 'parts'}/{key}")
         for path, info in self._records.items():
             if re.fullmatch(rf"{re.escape(META)}/probe-[0-9a-f]{{16}}", path):
@@ -232,14 +232,14 @@ class _Finder:
             yield LeftOver("file", upload.path, uploads=(upload,))
 
     def _in_folder(self, folder: str) -> LeftOver | None:
-        """What a folder below the run is; None where it is whole, or none of ours."""
+        """What a folder below the run is; None if it is complete, or not ours."""
         key = self._key_of(folder)
         if key is not None and key not in self._keys:
             return self._of_checkpoint(key, folder)
         if key is not None and self._is_replaced(key, folder):
             return LeftOver("save", folder, key.attempt, **self._contents(folder), free=True)
         if key is not None or folder in self._named:
-            # All of it has arrived, so nobody sends any more.
+            # All of it has arrived, so no process is still sending.
             uploads = tuple(self._uploads.get(folder, ()))
             attempt = key.attempt if key else None
             return LeftOver("file", folder, attempt, uploads=uploads, free=True) if uploads else None
@@ -263,24 +263,24 @@ class _Finder:
         )
 
     def _key_of(self, folder: str) -> CheckpointKey | None:
-        """Whose folder it is, by its name, else by its claim."""
+        """The checkpoint of a folder, by its name, else by its claim."""
         match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})", folder)
         if match is None:
             return self._homes.get(folder)
         for key in self._keys:
-            # Most plain folders are of a checkpoint that exists, and need no look at their claim.
+            # Most plain folders belong to a checkpoint that exists, so their claim need not be read.
             if key.step == int(match[1]) and key not in self._suffixed:
                 return key
         attempt = _claimed_by(self._catalog, folder)
         return None if attempt is None else CheckpointKey(attempt, int(match[1]))
 
     def _is_replaced(self, key: CheckpointKey, folder: str) -> bool:
-        """Whether a checkpoint that exists has its files in another folder, and will never have them in this one."""
+        """Whether a checkpoint exists and has its files in a different folder."""
         plain = f"checkpoint-{key.step}"
-        rivals = {other for other, owner in self._homes.items() if owner == key} | {plain} & set(
+        folders = {other for other, owner in self._homes.items() if owner == key} | {plain} & set(
             self._objects
         )
-        if rivals <= {folder}:
+        if folders <= {folder}:
             return False
         try:
             return self._catalog.read(key).folder != folder
@@ -291,8 +291,7 @@ class _Finder:
         found: dict[CheckpointKey, tuple[str, ...]] = {}
         for path in self._records:
             match = re.fullmatch(rf"{re.escape(META)}/parts/([^/]+)/.+", path)
-            parsed = parse_checkpoint_key(match[1]) if match else None
-            key = CheckpointKey(*parsed) if parsed else None
+            key = CheckpointKey.named(match[1]) if match else None
             if key is not None and key not in self._keys:
                 found[key] = (*found.get(key, ()), path)
         return found
@@ -304,12 +303,12 @@ class _Finder:
         }
 
     def _is_below(self, attempt: int | None) -> bool:
-        """Whether a newer attempt has committed since."""
+        """Whether a newer attempt has committed a checkpoint since."""
         return attempt is not None and bool(self._keys) and self._keys[-1].attempt > attempt
 
 
 def _key_in(folder: str) -> CheckpointKey | None:
-    """The checkpoint that a folder with an attempt in its name is of."""
+    """The checkpoint of a folder that has an attempt in its name."""
     match = re.fullmatch(r"checkpoint-(0|[1-9]\d{0,14})\.a([1-9]\d{0,8})(?:\.[1-9]\d{0,8})?", folder)
     return CheckpointKey(int(match[2]), int(match[1])) if match else None
 
@@ -319,13 +318,13 @@ def _incomplete(catalog: Catalog) -> Sequence[IncompleteUpload]:
         return catalog.storage.incomplete()
     except StorageUnavailableError:
         raise
-    except StorageError as error:  # a server without this question, or a key that may not ask it
-        logger.warning("Uploads that were begun and never finished are not looked for. %s", error)
+    except StorageError as error:  # a server that cannot list them, or a key that may not
+        logger.warning("Cannot list unfinished uploads, so they are not cleaned. %s", error)
         return []
 
 
 def _by_folder(items: Iterable[T]) -> dict[str, list[T]]:
-    """By the first part of their paths; "" for what is in no folder."""
+    """Items by the first part of their paths; "" for those outside of folders."""
     found: dict[str, list[T]] = {}
     for item in items:
         folder, below, _ = item.path.partition("/")
@@ -354,5 +353,5 @@ def _is_committed(catalog: Catalog, left: LeftOver) -> bool:
 
 
 def _seconds(value: Any) -> float:
-    """A number of a record that nobody vouches for."""
+    """A number of an untrusted record."""
     return float(value) if type(value) in (int, float) and 0 < value < LONGEST_WATCH else 0.0

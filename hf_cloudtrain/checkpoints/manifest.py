@@ -1,7 +1,7 @@
-"""The records of a run, and the names they are stored under. Pure: nothing here reads or writes anything.
+"""The records of a run, and the names they are stored under. Nothing here reads or writes anything.
 
-Whatever is parsed here came from storage or from a disk and is not trusted: sizes are bounded, every key is checked,
-and a path can only lead below the folder it belongs to.
+What is parsed here comes from storage or from a disk and is not trusted: sizes are bounded, every key is checked, and a path
+can only lead below the folder it belongs to.
 """
 
 from __future__ import annotations
@@ -20,12 +20,43 @@ from hf_cloudtrain.storage.names import clean_path
 
 _Parser = Callable[[dict[str, Any], str, str], Any]
 
-
 FORMAT = "hf_cloudtrain.manifest/1"
 MAX_FILES = 100_000
 """Files in one checkpoint. The largest real ones (DCP, 2,816 ranks) have some 10,000."""
 MAX_RECORD_BYTES = 64 * 2**20
 """Size of one record. 100,000 files of 200-byte names make 30 MB."""
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointKey:
+    """Which checkpoint. Keys sort as law 9 demands, so the newest is the largest."""
+
+    attempt: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt:06d}-{self.step:010d}"
+
+    @classmethod
+    def named(cls, name: str) -> CheckpointKey | None:
+        """The key with this name; None if it is not the name of a key."""
+        match = re.fullmatch(r"([0-9]{6,12})-([0-9]{10,15})", name)
+        key = cls(int(match[1]), int(match[2])) if match else None
+        # With too many zeros, it is the name of a different object from the one that would be read.
+        return key if key and str(key) == name else None
+
+    @classmethod
+    def parse(cls, record: Any, what: str) -> CheckpointKey:
+        """The attempt and step that a record names. Raises ManifestError."""
+        values = (record.get("attempt"), record.get("step")) if isinstance(record, dict) else (None, None)
+        if not all(type(value) is int and 0 <= value < 2**53 for value in values):
+            raise ManifestError(f"The {what} is damaged: it names no attempt and step.")
+        return cls(*values)  # type: ignore[arg-type]
+
+    def may_be_in(self, folder: str) -> bool:
+        """Whether a folder may be this checkpoint's: the plain name, or with `.a<attempt>`, or that of its n-th save."""
+        plain = f"checkpoint-{self.step}"
+        return folder == plain or re.fullmatch(rf"{plain}\.a{self.attempt}(\.\d+)?", folder) is not None
 
 
 @dataclass(frozen=True)
@@ -48,7 +79,7 @@ class FileEntry:
         digest = _text(item, "digest", what)
         if not is_digest(digest):
             raise ManifestError(f"The {what} has the digest {digest[:100]!r}; only {ALGORITHM!r} is known.")
-        return cls(clean_path(_text(item, "path", what)), _count(item, "size", what), digest)
+        return cls(clean_path(_text(item, "path", what)), count(item, "size", what), digest)
 
 
 @dataclass(frozen=True)
@@ -68,13 +99,13 @@ class Position:
     dataset_length: int | None = None
     """Samples in one epoch."""
     fingerprint: str | None = None
-    """Of the sampler's indices that this epoch has handed out so far, 16 hexadecimal digits."""
+    """Of the indices that the sampler has handed out in this epoch so far, 16 hexadecimal digits."""
     epoch_steps: int | None = None
     """Optimizer steps in one epoch."""
     data_seed: int | None = None
-    """What each epoch's order is drawn from, with the number of the epoch."""
+    """The order of each epoch is drawn from this and the number of the epoch."""
     lr_scheduler: str | None = None
-    """Class of the learning rate's schedule."""
+    """Class of the learning rate schedule."""
 
     @classmethod
     def parse(cls, record: Any, what: str) -> Position:
@@ -82,17 +113,17 @@ class Position:
         if not isinstance(record, dict):
             raise ManifestError(f"The {what} is damaged: 'position' is missing.")
         _only_known_keys(record, cls, what)
-        values: dict[str, Any] = {"global_step": _count(record, "global_step", what)}
+        values: dict[str, Any] = {"global_step": count(record, "global_step", what)}
         for key, value in record.items():
             if value is not None and key != "global_step":
-                parse: _Parser = _PARSERS.get(key, _count)
+                parse: _Parser = _PARSERS.get(key, count)
                 values[key] = parse(record, key, what)
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed folder is: its files, its position, its origin. Its existence is the commit.
+    """What a committed folder holds: its files, its position, its origin. The existence of the manifest is the commit.
 
     Example:
         >>> manifest = Manifest.parse(data)
@@ -107,7 +138,7 @@ class Manifest:
     attempt: int
     step: int
     nonce: str
-    """Chosen when the folder was saved. Equal nonces are the same save, so a repeated commit is no second one."""
+    """Chosen when the folder was saved. Equal nonces mean the same save, so a repeated commit is not a second one."""
     files: tuple[FileEntry, ...]
     position: Position
     exact: bool = True
@@ -134,7 +165,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, key: str) -> Manifest:
-        """Read and check the JSON stored under `key`. Raises ManifestError with the first thing that is wrong."""
+        """Read and check the JSON stored under `key`. Raises ManifestError with the first problem."""
         what = f"manifest {key!r}"
         record = decode_record(data, what)
         version = record.pop("format", None)
@@ -151,9 +182,9 @@ class Manifest:
         manifest = cls(
             key=_text(record, "key", what),
             folder=clean_path(_text(record, "folder", what)),
-            attempt=_count(record, "attempt", what),
-            step=_count(record, "step", what),
-            nonce=_nonce(record, what),
+            attempt=count(record, "attempt", what),
+            step=count(record, "step", what),
+            nonce=_matching(record, "nonce", what, r"[0-9A-Za-z-]{1,100}"),
             files=tuple(FileEntry.parse(item, what) for item in files),
             position=Position.parse(record.get("position"), what),
             exact=record.get("exact") is True,
@@ -163,33 +194,20 @@ class Manifest:
             origin=_texts(record.get("origin", {}), what),
         )
         if manifest.key != key:
-            raise ManifestError(f"The {what} calls itself {manifest.key[:100]!r}: it was moved or forged.")
+            raise ManifestError(f"The {what} has the key {manifest.key[:100]!r}: it was moved or forged.")
         check_paths([entry.path for entry in manifest.files], what)
         return manifest
 
 
-def checkpoint_key(attempt: int, step: int) -> str:
-    """Name of a checkpoint's manifest; sorts by attempt, then step (law 9)."""
-    return f"{attempt:06d}-{step:010d}"
-
-
-def parse_checkpoint_key(key: str) -> tuple[int, int] | None:
-    """(attempt, step) of a checkpoint's manifest name; None where it is no such name."""
-    match = re.fullmatch(r"([0-9]{6,12})-([0-9]{10,15})", key)
-    found = (int(match[1]), int(match[2])) if match else None
-    # Zeros too many name another object than the one that would be read.
-    return found if found and checkpoint_key(*found) == key else None
-
-
 def parse_folder_key(key: str) -> tuple[str, int] | None:
-    """(name, version) of a named folder's manifest name; None where it is no such name."""
+    """(name, version) from the key of a named folder; None if it is not one."""
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})-([0-9]{6,9})", key)
     found = (match[1], int(match[2])) if match else None
     return found if found and found[1] and f"{found[0]}-{found[1]:06d}" == key else None
 
 
 def folder_name(name: str) -> str:
-    """A name for `cloud.save`, checked: one path part that no checkpoint can have."""
+    """A name for `cloud.save`, checked: one path part that no checkpoint uses."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.startswith("checkpoint-"):
         raise ConfigurationError(
             f"{name!r} cannot name a folder of a run. Use letters, digits, '.', '_' and '-', and do not begin with "
@@ -199,7 +217,7 @@ def folder_name(name: str) -> str:
 
 
 def check_paths(paths: list[str], what: str) -> None:
-    """Refuse names that are there twice, or that are both a file and a folder."""
+    """Raise ManifestError for names that occur twice, or that are both a file and a folder."""
     seen = set()
     for path in paths:
         if path in seen:
@@ -217,12 +235,12 @@ def encode_record(record: dict[str, Any]) -> bytes:
     """JSON as we store it: one line, readable, with a newline."""
     try:
         return (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
-    except (TypeError, ValueError, RecursionError) as error:  # a NaN, or a key that is no text
+    except (TypeError, ValueError, RecursionError) as error:  # a NaN, or a key that is not a text
         raise ManifestError(f"A record cannot be written as JSON ({error}).") from None
 
 
 def decode_record(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from bytes that nobody vouches for. Raises ManifestError."""
+    """A JSON object from untrusted bytes. Raises ManifestError."""
     if len(data) > MAX_RECORD_BYTES:
         raise ManifestError(
             f"The {what} has {len(data)} bytes, more than the {MAX_RECORD_BYTES} that are accepted."
@@ -237,7 +255,7 @@ def decode_record(data: bytes, what: str) -> dict[str, Any]:
 
 
 def texts(record: dict[Any, Any]) -> dict[str, str]:
-    """Names and values for people, from a record that nobody vouches for."""
+    """Names and values for people, from an untrusted record."""
     return {str(key)[:200]: str(item)[:2000] for key, item in record.items()}
 
 
@@ -261,6 +279,14 @@ def _only_known_keys(record: dict[str, Any], kind: type[Any], what: str) -> None
             raise ManifestError(f"The {what} has the unknown key {key[:100]!r}{hint}.")
 
 
+def count(record: dict[str, Any], key: str, what: str) -> int:
+    """A whole number from 0 on. Raises ManifestError."""
+    value = record.get(key)
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise _wrong(value, key, what, "a count")
+    return value
+
+
 def _text(record: dict[str, Any], key: str, what: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
@@ -268,10 +294,10 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
     return value
 
 
-def _nonce(record: dict[str, Any], what: str) -> str:
-    value = _text(record, "nonce", what)
-    if not re.fullmatch(r"[0-9A-Za-z-]{1,100}", value):
-        raise ManifestError(f"The {what} is damaged: 'nonce' is {value[:50]!r}.")
+def _matching(record: dict[str, Any], key: str, what: str, pattern: str) -> str:
+    value = _text(record, key, what)
+    if not re.fullmatch(pattern, value):
+        raise ManifestError(f"The {what} is damaged: {key!r} is {value[:50]!r}.")
     return value
 
 
@@ -279,40 +305,17 @@ def _optional_text(value: Any) -> str | None:
     return value[:1000] if isinstance(value, str) else None
 
 
-def _count(record: dict[str, Any], key: str, what: str) -> int:
-    value = record.get(key)
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a count.")
-    return value
-
-
-def _fingerprint(record: dict[str, Any], key: str, what: str) -> str:
-    value = _text(record, key, what)
-    if not re.fullmatch(r"[0-9a-f]{16}", value):
-        raise ManifestError(f"The {what} is damaged: {key!r} is {value[:50]!r}.")
-    return value
-
-
 def _seed(record: dict[str, Any], key: str, what: str) -> int:
     value = record[key]
-    if (
-        type(value) is not int or not -(2**64) < value < 2**64
-    ):  # torch's seeds have 64 bits, with or without a sign
-        raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a seed.")
+    # The seeds of torch have 64 bits, with or without a sign.
+    if type(value) is not int or not -(2**64) < value < 2**64:
+        raise _wrong(value, key, what, "a seed")
     return value
-
-
-def _short_text(record: dict[str, Any], key: str, what: str) -> str:
-    return _text(record, key, what)[:200]
-
-
-def _epochs(record: dict[str, Any], key: str, what: str) -> float:
-    return _number(record[key], key, what)
 
 
 def _number(value: Any, key: str, what: str) -> float:
-    if type(value) not in (int, float) or not -1e300 < value < 1e300:  # also no NaN
-        raise ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not a number.")
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:  # excludes NaN, too
+        raise _wrong(value, key, what, "a number")
     return float(value)
 
 
@@ -328,35 +331,15 @@ def _texts(value: Any, what: str) -> dict[str, str]:
     return texts(value)
 
 
+def _wrong(value: Any, key: str, what: str, kind: str) -> ManifestError:
+    return ManifestError(f"The {what} is damaged: {key!r} is {str(value)[:50]!r}, not {kind}.")
+
+
 _PARSERS: dict[str, _Parser] = {
-    "epoch": _epochs,
-    "num_train_epochs": _epochs,
-    "fingerprint": _fingerprint,
+    "epoch": lambda record, key, what: _number(record[key], key, what),
+    "num_train_epochs": lambda record, key, what: _number(record[key], key, what),
+    "fingerprint": lambda record, key, what: _matching(record, key, what, r"[0-9a-f]{16}"),
     "data_seed": _seed,
-    "lr_scheduler": _short_text,
+    "lr_scheduler": lambda record, key, what: _text(record, key, what)[:200],
 }
-"""Fields of a position that are no counts."""
-
-
-@dataclass(frozen=True, order=True)
-class CheckpointKey:
-    """Which checkpoint: sorts as law 9 wants it, so the newest is the largest."""
-
-    attempt: int
-    step: int
-
-    def __str__(self) -> str:
-        return checkpoint_key(self.attempt, self.step)
-
-    @classmethod
-    def parse(cls, record: Any, what: str) -> CheckpointKey:
-        """The attempt and step that a record names. Raises ManifestError."""
-        values = (record.get("attempt"), record.get("step")) if isinstance(record, dict) else (None, None)
-        if not all(type(value) is int and 0 <= value < 2**53 for value in values):
-            raise ManifestError(f"The {what} is damaged: it names no attempt and step.")
-        return cls(*values)  # type: ignore[arg-type]
-
-    def may_be_in(self, folder: str) -> bool:
-        """Whether a folder's name is one of this checkpoint: the plain one, or with `.a<attempt>`, or its n-th save's."""
-        plain = f"checkpoint-{self.step}"
-        return folder == plain or re.fullmatch(rf"{plain}\.a{self.attempt}(\.\d+)?", folder) is not None
+"""For the fields of a position that are not counts."""

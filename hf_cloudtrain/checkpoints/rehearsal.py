@@ -1,11 +1,12 @@
-"""What a training does differently while `cloudtrain verify-resume` tries it.
+"""What a training does differently while `cloudtrain verify-resume` tests it.
 
-It touches nothing outside of a scratch folder, and waits at the save after which it will be killed.
+It writes only into a scratch folder, and waits at the save after which it will be killed. The hooks are installed when a
+Checkpointer is created; an ordinary save calls nothing here.
 
     <scratch>/start/     current folder and output of the script
-    <scratch>/runs/      what it takes for its run URL (`env.py`)
-    <scratch>/hold       step of the save to wait at, and the process that will kill
-    <scratch>/go         it need not wait any longer
+    <scratch>/runs/      replaces the run URL (`env.py`)
+    <scratch>/hold       step of the save to wait at, and the process that will kill the training
+    <scratch>/go         the training need not wait any longer
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 
 POLL = 0.02
-"""Seconds between two looks at a file."""
+"""Seconds between two checks of a file."""
 
 
 def saved_hooks(output_dir: Path) -> list[Callable[[int], None]]:
@@ -41,14 +42,14 @@ def saved_hooks(output_dir: Path) -> list[Callable[[int], None]]:
 
 
 def write_hold(folder: Path, step: int) -> None:
-    """Have the training in `folder` wait at its first save from `step` on."""
+    """Make the training in `folder` wait at its first save from `step` on."""
     beside = folder / "hold.new"
     beside.write_text(f"{step} {os.getpid()}")
     beside.replace(folder / "hold")
 
 
 def let_go(folder: Path) -> None:
-    """Have it wait no longer."""
+    """Let the training continue."""
     (folder / "go").touch()
 
 

@@ -1,13 +1,13 @@
 """Which checkpoints stay on storage (law 10), and the passes that retire the others.
 
-    policy      the newest few, every n-th step; nothing without a limit
-    protected   whatever the policy: the newest, the best, the pinned, and the one that the newest attempt resumed from
+    policy      keeps the newest few and every n-th step; without a limit, everything
+    protected   kept by any policy: the newest, the best, the pinned, and the checkpoint that the newest attempt resumed from,
                 until it has committed one of its own
-    pass        after a commit, beside the thread that uploads, on rank 0's host: one checkpoint after the other, and
-                before each a look whether a newer attempt has begun (law 6) and whether it was pinned
+    pass        after a commit, in a thread on rank 0's host: one checkpoint after the other, and before each a check whether
+                a newer attempt has begun (law 6) and whether it was pinned
 
-A pass is left as soon as there is something to upload or the process ends; the next one finishes it, one checkpoint
-that was cut in half included.
+A pass stops as soon as there is something to upload, or when the process ends; the next one completes it, and also the
+deletion that was interrupted.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ SETTLE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Policy:
-    """What stays on storage beside what is protected.
+    """What stays on storage besides what is protected.
 
     Raises:
-        ConfigurationError: a number below 1, or steps to keep where everything is kept.
+        ConfigurationError: a number below 1, or steps to keep although everything is kept.
 
     Example:
         >>> CloudTrainCallback("s3://bucket/runs/mrpc", save_total_limit=3, keep_every_n_steps=10_000)
     """
 
     save_total_limit: int | None = None
-    """How many checkpoints, the newest ones of the run, whichever attempt saved them; None keeps all."""
+    """How many checkpoints stay, the newest of the run, of any attempt; None keeps all."""
     keep_every_n_steps: int | None = None
-    """Steps that are a multiple of this stay too; of attempts that saved the same step, the newest one's."""
+    """Steps that are a multiple of this stay too; if several attempts saved such a step, that of the newest."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and (type(value) is not int or value < 1):
-                raise ConfigurationError(f"{name}={value!r} is not a whole number above 0.")
+                raise ConfigurationError(f"{name}={value!r} must be a positive integer.")
         if self.keep_every_n_steps is not None and self.save_total_limit is None:
             raise ConfigurationError(
-                f"keep_every_n_steps={self.keep_every_n_steps} says what stays beyond save_total_limit, which is not set, "
-                "so everything stays. Set save_total_limit too."
+                f"keep_every_n_steps={self.keep_every_n_steps} needs save_total_limit, which is not set: without a limit "
+                "everything is kept. Set save_total_limit too."
             )
 
     def is_milestone(self, step: int) -> bool:
@@ -82,7 +82,7 @@ class Policy:
 def to_retire(
     keys: Iterable[CheckpointKey], policy: Policy, protected: Collection[CheckpointKey]
 ) -> list[CheckpointKey]:
-    """Those that may go, oldest first, so that what is interrupted leaves the newer ones.
+    """Checkpoints that a policy does not keep, oldest first, so that an interrupted pass leaves the newer ones.
 
     Example:
         >>> to_retire([CheckpointKey(1, step) for step in (10, 20, 30)], Policy(save_total_limit=1), protected=[])
@@ -91,9 +91,7 @@ def to_retire(
     if policy.save_total_limit is None:
         return []
     ordered = sorted(keys)
-    milestones = {
-        key.step: key for key in ordered if policy.is_milestone(key.step)
-    }  # the last one of a step stays
+    milestones = {key.step: key for key in ordered if policy.is_milestone(key.step)}  # the last one of a step
     kept = {*protected, *milestones.values(), *ordered[-policy.save_total_limit :]}
     return [key for key in ordered if key not in kept]
 
@@ -148,7 +146,7 @@ def prunable(catalog: Catalog, policy: Policy) -> tuple[list[CheckpointKey], dic
 
 
 def retire_unprotected(catalog: Catalog, key: CheckpointKey) -> str | None:
-    """Delete a checkpoint, unless a training protects it since; the reason why it stays, None once it is gone."""
+    """Delete a checkpoint, unless it is protected by now; the reason why it stays, None once it is deleted."""
     reason = protected(catalog).get(key)
     if reason is not None:
         return f"{reason} since the command started."
@@ -162,10 +160,10 @@ def retire_unprotected(catalog: Catalog, key: CheckpointKey) -> str | None:
 
 
 class Retention:
-    """Retires, for one attempt, what a policy lets go. One pass at a time.
+    """Retires, for one attempt, what a policy does not keep. One pass at a time.
 
     Args:
-        attempt: nothing is deleted once a newer one has begun. None: another process of the attempt does it.
+        attempt: nothing is deleted once a newer one has begun. None: a different process of the attempt deletes.
 
     Example:
         >>> retention = Retention(catalog, Policy(save_total_limit=3), attempt)
@@ -178,7 +176,7 @@ class Retention:
         self._catalog = catalog
         self._best: CheckpointKey | None = None
         self._unfinished = True
-        """Whether a deletion that was cut off may be waiting: an attempt before may have left one."""
+        """Whether there may be a deletion that was interrupted: an earlier attempt may have left one."""
         self._unreadable: set[CheckpointKey] = set()
         self._warned = False
         self._changed = threading.Condition()
@@ -188,14 +186,14 @@ class Retention:
 
     @property
     def is_active(self) -> bool:
-        """Whether anything can ever go, and this process is the one that deletes it."""
+        """Whether anything can ever be deleted, and this process deletes it."""
         return self.policy.save_total_limit is not None and self.attempt is not None
 
     def note_best(self, key: CheckpointKey) -> None:
         """Note a best checkpoint when it is saved: it stays even before its pointer has moved."""
         self._best = max(key, self._best or key)
 
-    def request(self, go_on: Callable[[], bool]) -> None:
+    def request(self, proceed: Callable[[], bool]) -> None:
         """Run a pass in a thread of its own, so that a slow delete holds up no upload; one that runs is repeated."""
         if not self.is_active:
             return
@@ -204,7 +202,7 @@ class Retention:
             if not self.is_running:
                 with contextlib.suppress(RuntimeError):  # the interpreter is ending: the next attempt does it
                     threading.Thread(
-                        target=self._passes, args=(go_on,), name="cloudtrain-retire", daemon=True
+                        target=self._passes, args=(proceed,), name="cloudtrain-retire", daemon=True
                     ).start()
                     self.is_running = True
 
@@ -215,7 +213,7 @@ class Retention:
                 lambda: not self.is_running, SETTLE_SECONDS if timeout is None else timeout
             )
 
-    def _passes(self, go_on: Callable[[], bool]) -> None:
+    def _passes(self, proceed: Callable[[], bool]) -> None:
         while True:
             with self._changed:
                 if not self._requested:
@@ -223,53 +221,57 @@ class Retention:
                     self._changed.notify_all()
                     return
                 self._requested = False
-            self.run(go_on)
+            self.run(proceed)
 
-    def run(self, go_on: Callable[[], bool] = lambda: True) -> None:
-        """One pass; never raises. Trouble is warned about once, and the next pass tries again.
+    def run(self, proceed: Callable[[], bool] = lambda: True) -> None:
+        """One pass; never raises. The first error is a warning, and the next pass tries again.
 
         Args:
-            go_on: asked between requests; at the first no the rest is left to the next pass.
+            proceed: called between requests; once it returns False, the rest is left to the next pass.
         """
         if not self.is_active:
             return
         try:
-            self._finish_others(go_on)
-            self._retire(go_on)
-        except Exception as error:  # noqa: BLE001 - a pass that fails must not end the thread that uploads
+            self._finish_others(proceed)
+            self._retire(proceed)
+        except Exception as error:  # noqa: BLE001 - a pass that fails must not end its thread
             say = logger.debug if self._warned else logger.warning
             say(
-                "Old checkpoints could not be deleted from %r, which is tried again after the next commit: %s",
+                "Old checkpoints could not be deleted from %r; trying again after the next commit: %s",
                 self._catalog.storage.url,
                 error,
             )
             self._warned = True
 
-    def _finish_others(self, go_on: Callable[[], bool]) -> None:
+    def _finish_others(self, proceed: Callable[[], bool]) -> None:
         if not self._unfinished:
             return
         for key in retiring(self._catalog):
-            if not self._may_delete(go_on):
+            if not self._may_delete(proceed):
                 return
-            if finish_retiring(self._catalog, key, go_on=go_on):
-                logger.info("%s was half deleted, and is gone now.", key)
-        self._unfinished = not go_on()
+            if finish_retiring(self._catalog, key, proceed=proceed):
+                logger.info("%s: finished deleting (a previous deletion was interrupted).", key)
+        self._unfinished = not proceed()
 
-    def _retire(self, go_on: Callable[[], bool]) -> None:
+    def _retire(self, proceed: Callable[[], bool]) -> None:
         for key in self._due():
-            if not self._may_delete(go_on):
+            if not self._may_delete(proceed):
                 return
-            if is_pinned(self._catalog, key):
-                continue  # since the listing
+            if is_pinned(self._catalog, key):  # since the listing
+                continue
             self._unfinished = True
             try:
-                if not retire(self._catalog, key, go_on=go_on):
+                if not retire(self._catalog, key, proceed=proceed):
                     return
-                logger.info("%s was deleted from %r: newer ones are there.", key, self._catalog.storage.url)
+                logger.info(
+                    "%s was deleted from %r: save_total_limit keeps newer ones.",
+                    key,
+                    self._catalog.storage.url,
+                )
             except NoCheckpointError:
-                pass  # somebody else did it
+                pass  # another process deleted it
             except ManifestError as error:
-                # Nobody knows which files are its own. A person may.
+                # Which files are its own is unknown here; a user may know.
                 self._unreadable.add(key)
                 logger.warning("%s stays on storage: %s", key, error)
             self._unfinished = False
@@ -281,15 +283,14 @@ class Retention:
         kept = {*protected(self._catalog), *([self._best] if self._best else [])}
         return to_retire(keys, self.policy, kept)
 
-    def _may_delete(self, go_on: Callable[[], bool]) -> bool:
-        if self.attempt is None or not go_on():
+    def _may_delete(self, proceed: Callable[[], bool]) -> bool:
+        if self.attempt is None or not proceed():
             return False
-        # Not by the attempt's fence: that one rests once the attempt is over, and a pass may still be under way.
-        if self._catalog.attempts.overtaken_by(
-            self.attempt.number
-        ) is None and self._catalog.attempts.is_holder(self.attempt):
+        # Not by the attempt's ownership: its checks stop when the attempt ends, and a pass may still be under way.
+        attempts = self._catalog.attempts
+        if attempts.overtaken_by(self.attempt.number) is None and attempts.is_holder(self.attempt):
             return True
-        logger.info("Attempt %d deletes nothing any more: it was overtaken.", self.attempt.number)
+        logger.info("Attempt %d was overtaken; it will not delete any more checkpoints.", self.attempt.number)
         return False
 
 

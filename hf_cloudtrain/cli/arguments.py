@@ -11,7 +11,7 @@ import typer
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
@@ -81,9 +81,9 @@ def find(catalog: Catalog, which: str | None) -> Manifest:
     """
     if which is None:
         return catalog.read(newest(catalog))
-    found = parse_checkpoint_key(which)
-    if found:
-        return catalog.read(CheckpointKey(*found))
+    key = CheckpointKey.named(which)
+    if key:
+        return catalog.read(key)
     step = re.fullmatch(r"(?:checkpoint-)?(\d{1,15})(?:\.a(\d{1,9}))?", which)
     if step and step[2]:
         return catalog.read(CheckpointKey(int(step[2]), int(step[1])))

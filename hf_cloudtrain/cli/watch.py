@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import status
 from hf_cloudtrain.cli.curve import curve
 from hf_cloudtrain.cli.output import (
@@ -187,8 +187,8 @@ def _with_time(key: str | None, text: str, seconds: float | None) -> str | None:
     """A checkpoint as people call it, with a span of time where it is known."""
     if key is None:
         return None
-    found = parse_checkpoint_key(key)
-    title = f"checkpoint-{found[1]} (attempt {found[0]})" if found else key
+    found = CheckpointKey.named(key)
+    title = f"checkpoint-{found.step} (attempt {found.attempt})" if found else key
     span = duration_text(seconds)
     return text.format(title, span) if span else title
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.retention import pins, protected
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
@@ -70,8 +70,7 @@ class CheckpointInfo:
     @property
     def checkpoint_key(self) -> CheckpointKey | None:
         """None for a folder saved by name."""
-        found = parse_checkpoint_key(self.key)
-        return CheckpointKey(*found) if found else None
+        return CheckpointKey.named(self.key)
 
     def record(self) -> dict[str, Any]:
         """For `--json`: what its own manifest says."""

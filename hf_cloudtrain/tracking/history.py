@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
@@ -256,11 +256,10 @@ class _Joiner:
             self._anchor(step, began, began + seconds)
 
     def _add_commit(self, record: dict[str, Any]) -> None:
-        found, commits = parse_checkpoint_key(str(record.get("checkpoint"))), self._history.commits
+        key, commits = CheckpointKey.named(str(record.get("checkpoint"))), self._history.commits
         saved, committed, size = _float(record.get("saved")), _float(record.get("time")), record.get("size")
-        if not (found and saved > 0 and committed > 0):
+        if not (key and saved > 0 and committed > 0):
             return
-        key = CheckpointKey(*found)
         size = size if isinstance(size, int) and 0 <= size < 2**63 else None
         before = commits.get(key)
         if before is None or committed < before.committed:  # rank 0 may record one twice, from two hosts

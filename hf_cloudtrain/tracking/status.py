@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 
 ALIVE = ("started", "training")
 """States of an attempt that has not recorded its end."""
@@ -144,8 +144,7 @@ def age(moment: float | None) -> float | None:
 
 
 def _uploading(progress: dict[str, Any], keys: list[CheckpointKey]) -> CheckpointKey | None:
-    found = parse_checkpoint_key(str(progress.get("last_saved")))
-    key = CheckpointKey(*found) if found else None
+    key = CheckpointKey.named(str(progress.get("last_saved")))
     return key if key is not None and key not in keys[-8:] else None
 
 

@@ -27,7 +27,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download, move_aside, verify
 from hf_cloudtrain.checkpoints.host_parts import HostParts
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position, checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, ManifestError, StorageError
@@ -251,7 +251,7 @@ def hostilities(draw: st.DrawFn, records: list[str]) -> list[Callable[[Path], No
 
 def plant(name: str, data: bytes) -> Callable[[Path], None]:
     def do(run: Path) -> None:
-        digits = checkpoint_key(7, 5) if name.startswith("checkpoints") else f"{7:06d}"
+        digits = str(CheckpointKey(7, 5)) if name.startswith("checkpoints") else f"{7:06d}"
         path = run / META / name.format(digits=digits.translate(ARABIC))
         path.parent.mkdir(parents=True, exist_ok=True)
         manifest = run / META / "checkpoints/000001-0000000005.json"
@@ -505,7 +505,9 @@ def test_law_11_an_object_larger_than_its_manifest_says_does_not_fill_the_disk(s
     entry = FileEntry("model.safetensors", 10, "xxh3-128:" + "0" * 32)
     with pytest.raises(CorruptCheckpointError, match="differs from the digest"):
         download(Catalog(storage), a_manifest(entry), sandbox / "out/checkpoint-5")
-    assert verify(Catalog(storage), a_manifest(entry)) == ["'model.safetensors' differs from its digest"]
+    assert verify(Catalog(storage), a_manifest(entry)) == [
+        "'model.safetensors' differs from the digest in its manifest"
+    ]
 
 
 def test_law_11_a_download_larger_than_the_disk_is_refused_before_its_first_byte(sandbox: Path) -> None:
@@ -521,7 +523,7 @@ def test_law_11_two_names_of_one_file_on_this_disk_are_refused(sandbox: Path) ->
     storage.write("checkpoint-5/a", b"first")
     digest = file_digest(sandbox / "run/checkpoint-5/a")
     twice = a_manifest(FileEntry("a", 5, digest), FileEntry("a", 5, digest))
-    with pytest.raises(StorageError, match="has the name of another file of it on this disk"):
+    with pytest.raises(StorageError, match="has the same name as another of its files on this disk"):
         download(Catalog(storage), twice, sandbox / "out/checkpoint-5")
 
 

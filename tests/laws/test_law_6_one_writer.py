@@ -522,7 +522,7 @@ class TestWithoutExclusiveCreate:
         message = overtaken(first)
         assert "Attempt 1 of" in message
         assert (
-            "started twice at the same moment, and the other one has it now, which began on host 'x'"
+            "started twice at the same moment, and the other process has the number now, which began on host 'x'"
             in message
         )
         assert machines.storage.count("upload", "checkpoint-5/*") == 0

@@ -11,7 +11,7 @@ import typer
 from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import retire
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, folder_name, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, folder_name
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli.arguments import (
     CheckpointName,
@@ -341,7 +341,7 @@ def _best(catalog: Catalog) -> Manifest:
 
 def _local_name(manifest: Manifest) -> str:
     """The plain name, from which frameworks read the step; a folder saved by name loses its version."""
-    if parse_checkpoint_key(manifest.key):
+    if CheckpointKey.named(manifest.key):
         return f"checkpoint-{manifest.step}"
     return folder_name(manifest.key.rpartition("-")[0])
 

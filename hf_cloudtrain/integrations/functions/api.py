@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, parse_checkpoint_key
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
 from hf_cloudtrain.integrations.functions.modes import LocalRun, Mode, RemoteRun
@@ -312,9 +312,9 @@ def _restored_by_launcher() -> CheckpointKey | None:
     text = env.restored_checkpoint()
     if text is None:
         return None
-    key = parse_checkpoint_key(text)
+    key = CheckpointKey.named(text)
     if key is None:
         raise ConfigurationError(
             f"{env.RESTORED_CHECKPOINT}={text!r} is not a checkpoint key, such as 000003-0000000500."
         )
-    return CheckpointKey(*key)
+    return key

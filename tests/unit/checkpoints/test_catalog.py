@@ -179,7 +179,7 @@ def test_a_retirement_that_is_told_to_stop_is_finished_later(catalog: Catalog) -
     catalog.storage.write("checkpoint-50/model", b"another one's")
     catalog.commit(manifest_of(KEY, files=files))
     answers = iter([True, False])
-    assert not retire(catalog, KEY, go_on=lambda: next(answers))
+    assert not retire(catalog, KEY, proceed=lambda: next(answers))
     assert not catalog.holds(KEY)
     assert 0 < len(catalog.storage.list("checkpoint-5")) < len(files)
     assert retiring(catalog) == [KEY]

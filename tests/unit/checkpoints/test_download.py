@@ -119,8 +119,8 @@ def test_every_problem_is_found_and_named(machines: Machines, manifest: Manifest
     (folder / "model.safetensors").write_bytes(b"x" * len(bytes_of(5)["model.safetensors"]))
     (folder / "trainer_state.json").write_bytes(b"{")
     missing, different, short = verify(machines.catalog, manifest)
-    assert missing == "'empty' is missing"
-    assert different == "'model.safetensors' differs from its digest"
+    assert missing == "'empty' is missing on storage"
+    assert different == "'model.safetensors' differs from the digest in its manifest"
     assert short.startswith("'trainer_state.json' is cut short")
 
 

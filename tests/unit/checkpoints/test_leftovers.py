@@ -218,7 +218,7 @@ class TestFind:
         cut_off(catalog, 2, 10)
         monkeypatch.setattr(LocalBackend, "incomplete", refused)
         assert [left.count for left in find(catalog)] == [1]
-        assert "never finished are not looked for" in caplog.text
+        assert "Cannot list unfinished uploads" in caplog.text
 
     def test_a_storage_that_does_not_answer_is_an_error(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
@@ -290,12 +290,15 @@ class TestWatch:
         cut_off(catalog, 2, 10)
         catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
         reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 0.5}))
-        assert reasons == {"checkpoint-10": "attempt 2 is alive", ".cloudtrain/probe-0123456789abcdef": None}
+        assert reasons == {
+            "checkpoint-10": "attempt 2 still sends heartbeats",
+            ".cloudtrain/probe-0123456789abcdef": None,
+        }
 
     def test_the_newest_attempt_may_be_sending_what_one_before_has_saved(self, catalog: Catalog) -> None:
         cut_off(catalog, 1, 10)
         reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 2.0}))
-        assert reasons == {"checkpoint-10": "attempt 2 is alive"}
+        assert reasons == {"checkpoint-10": "attempt 2 still sends heartbeats"}
 
     def test_an_upload_that_grows_is_somebodys(self, catalog: Catalog) -> None:
         """Somebody empties the outbox of a machine whose training is over: no heart beats."""
@@ -357,7 +360,9 @@ class TestWatch:
             pauses.append(seconds)
             catalog.attempts.write_progress(2, {"time": 2.0})
 
-        assert list(Watch(catalog, find(catalog)).wait(pause)) == [(find(catalog)[0], "attempt 2 is alive")]
+        assert list(Watch(catalog, find(catalog)).wait(pause)) == [
+            (find(catalog)[0], "attempt 2 still sends heartbeats")
+        ]
         assert len(pauses) == 1
 
 

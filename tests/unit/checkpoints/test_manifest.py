@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from hf_cloudtrain.checkpoints import manifest as module
 from hf_cloudtrain.checkpoints.manifest import (
+    CheckpointKey,
     FileEntry,
     Manifest,
     Position,
     check_paths,
-    checkpoint_key,
     decode_record,
     encode_record,
     folder_name,
-    parse_checkpoint_key,
 )
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
 from hf_cloudtrain.storage.names import clean_path
@@ -134,21 +133,22 @@ def test_a_manifest_without_files_is_one_of_an_empty_folder() -> None:
 @given(attempt=st.integers(1, 10**11), step=st.integers(0, 10**14))
 @settings(deadline=None)
 def test_a_checkpoints_key_says_its_attempt_and_step(attempt: int, step: int) -> None:
-    assert parse_checkpoint_key(checkpoint_key(attempt, step)) == (attempt, step)
+    key = CheckpointKey(attempt, step)
+    assert CheckpointKey.named(str(key)) == key
 
 
 @given(st.tuples(*[st.integers(1, 999_999), st.integers(0, 10**9)] * 2))
 @settings(deadline=None)
 def test_keys_sort_as_text_as_they_do_as_numbers(numbers: tuple[int, int, int, int]) -> None:
     first, second = numbers[:2], numbers[2:]
-    assert (checkpoint_key(*first) < checkpoint_key(*second)) == (first < second)
+    assert (str(CheckpointKey(*first)) < str(CheckpointKey(*second))) == (first < second)
 
 
 @pytest.mark.parametrize(
     "name", ["", "1-1", "000001-500", "a00001-0000000500", "000001-0000000500x", "final-000001"]
 )
 def test_other_names_are_no_checkpoint(name: str) -> None:
-    assert parse_checkpoint_key(name) is None
+    assert CheckpointKey.named(name) is None
 
 
 @pytest.mark.parametrize("name", ["final", "final-model", "v1.2_b", "0", "x" * 64])

@@ -61,8 +61,8 @@ def test_the_error_names_both_attempts_host_and_start_and_what_to_do(
     ownership.look()
     assert str(ownership.error("Kept: checkpoint-5. ")) == (
         f"Attempt 1 of {catalog.storage.url!r} was overtaken by attempt 2, which began on host 'gpu-12' at 2026-09-21 "
-        "14:13:20 UTC by its clock. So this one ends, and stores nothing more. Kept: checkpoint-5. Let attempt 2 go on, "
-        "or end it before you start the run again."
+        "14:13:20 UTC by its clock. Stopping this attempt; it will not write any more checkpoints. Kept: "
+        "checkpoint-5. Let attempt 2 continue, or end it before you start the run again."
     )
 
 

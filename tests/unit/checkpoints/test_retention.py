@@ -61,7 +61,7 @@ class TestPolicy:
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
     @pytest.mark.parametrize("name", ["save_total_limit", "keep_every_n_steps"])
     def test_what_is_no_number_of_checkpoints_is_refused(self, name: str, value: object) -> None:
-        with pytest.raises(ConfigurationError, match=f"{name}={value!r} is not a whole number above 0"):
+        with pytest.raises(ConfigurationError, match=f"{name}={value!r} must be a positive integer"):
             Policy(**{"save_total_limit": 1, name: value})  # type: ignore[arg-type]
 
     def test_every_n_without_a_limit_is_refused_because_it_would_do_nothing(self) -> None:
@@ -177,7 +177,7 @@ class TestPass:
         retention.run()
         warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
         assert len(warnings) == 1
-        assert "tried again after the next commit: not allowed" in warnings[0]
+        assert "trying again after the next commit: not allowed" in warnings[0]
         storage.heal()
         retention.run()
         assert catalog.checkpoints() == keys("1/5")
@@ -230,7 +230,7 @@ class History:
         answers = iter([True] * (choice % 3))
         self.on_one(
             choice,
-            lambda key: key in needed or retire(self.catalog, key, go_on=lambda: next(answers, False)),
+            lambda key: key in needed or retire(self.catalog, key, proceed=lambda: next(answers, False)),
         )
 
     def on_one(self, choice: int, do: Callable[[CheckpointKey], object]) -> None:
@@ -245,13 +245,13 @@ class History:
         attempt, policy = 1 + choice % len(self.steps), Policy(1 + choice % 3, (None, 30)[choice % 2])
         before, needed = self.catalog.checkpoints(), self.needed(policy)
         answers = iter([True] * (choice % 7))
-        go_on = (lambda: True) if choice % 2 else (lambda: next(answers, False))
-        Retention(self.catalog, policy, self.catalog.attempts.read(attempt)).run(go_on)
+        proceed = (lambda: True) if choice % 2 else (lambda: next(answers, False))
+        Retention(self.catalog, policy, self.catalog.attempts.read(attempt)).run(proceed)
         after = self.catalog.checkpoints()
         assert needed <= set(after), "one that somebody needs is gone"
         if self.catalog.attempts.overtaken_by(attempt) is not None:
             assert before == after, "an overtaken attempt deleted something"
-        elif go_on():
+        elif proceed():
             assert set(after) == needed, "one that nobody needs stayed"
 
     def needed(self, policy: Policy) -> set[CheckpointKey]:

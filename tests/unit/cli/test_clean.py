@@ -22,7 +22,7 @@ class TestClean:
         for attempt, step in ((1, 310), (2, 500)):
             folder = run.catalog.claim(CheckpointKey(attempt, step), "nonce", exclusive=True)
             run.catalog.storage.write(f"{folder}/config.json", b"{}")
-        retire(run.catalog, CheckpointKey(1, 100), go_on=lambda: False)
+        retire(run.catalog, CheckpointKey(1, 100), proceed=lambda: False)
         run.catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
         return run
 
@@ -62,7 +62,7 @@ class TestClean:
         record = answer("run", "clean", left.url, "--yes")
         states = {item["name"]: (item["state"], item["reason"]) for item in record["left_over"]}
         assert states["checkpoint-310"] == ("deleted", None)
-        assert states["checkpoint-500"] == ("kept", "attempt 2 is alive")
+        assert states["checkpoint-500"] == ("kept", "attempt 2 still sends heartbeats")
         assert (left.folder / "checkpoint-500").exists()
 
     def test_needs_yes_without_a_terminal(self, left: Run) -> None:
