@@ -261,11 +261,7 @@ class Checkpointer:
             self.ranks.each_leader(lambda: self._stop(known[0]), "continue: a newer attempt has begun")
 
     def finish_uploads(self) -> None:
-        """Wait, on all ranks, for what was saved here before: a process that continues elsewhere must find it.
-
-        Raises:
-            NotCommittedError: the storage did not take it in time.
-        """
+        """Commit, on all ranks, what was saved here before, so that others find it. Raises NotCommittedError after a timeout."""
 
         def finish() -> None:
             if self._upload_queue is None:
@@ -278,10 +274,9 @@ class Checkpointer:
 
     def drain(self) -> None:
         """Before this process ends: finish what is pending; never raises, and logs what is left and what to do."""
-        if self._upload_queue is not None:
-            self._upload_queue.drain()
-        if self._watch is not None:
-            self._watch.drain()
+        for part in (self._upload_queue, self._watch):
+            if part is not None:
+                part.drain()
 
     def close(self) -> None:
         """Stop the background threads after the upload under way; what is left stays in the outbox."""
