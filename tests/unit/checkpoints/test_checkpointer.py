@@ -1,4 +1,4 @@
-"""The facade over one process, several ranks on one disk, and several hosts. Ranks are threads here."""
+"""The Checkpointer in one process, on several ranks with one disk, and on several hosts. Ranks are threads here."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def test_hosts_commit_one_checkpoint_of_all_their_files(
     assert files == {*bytes_of(5), "rng_0.pth", "rng_1.pth"}
 
 
-def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
+def test_only_the_first_host_deletes_and_all_hosts_keep_every_nth_save(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other host commits the last one, after the first one's own look."""
+    """The other host commits the last checkpoint, after the first host's last pass."""
 
     def others_part_is_late(checkpointer: Checkpointer) -> None:
         upload_queue, attempt = checkpointer._upload_queue, checkpointer.attempt
@@ -106,9 +106,10 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
         assert attempt is not None
         nonce = f"{attempt.nonce}-15"
         parts = HostParts(checkpointer.catalog, CheckpointKey(1, 15), nonce, save=1, hosts=2)
-        wait_until(lambda: parts.missing() == [1], "the first one's part")
+        wait_until(lambda: parts.missing() == [1], "the part of the first host")
         wait_until(
-            lambda: not (upload_queue.pending() or upload_queue._retention.is_running), "the first one's look"
+            lambda: not (upload_queue.pending() or upload_queue._retention.is_running),
+            "the pass of the first host",
         )
         machines.gate.set()
 
@@ -135,7 +136,7 @@ def test_of_several_hosts_the_first_deletes_and_all_keep_every_nth_on_their_way(
     assert not machines.catalog.storage.list(".cloudtrain/parts/000001-0000000005")
 
 
-def test_a_first_host_that_holds_nothing_deletes_what_the_others_have_made_superfluous(
+def test_a_first_host_without_files_deletes_old_checkpoints_of_the_others(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(checkpointer: Checkpointer, ranks: Ranks) -> None:
@@ -155,9 +156,7 @@ def test_a_first_host_that_holds_nothing_deletes_what_the_others_have_made_super
     assert machines.catalog.holds(CheckpointKey(1, 15))
 
 
-def test_hosts_that_are_too_slow_send_every_nth_all_the_same(
-    machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_hosts_still_send_every_nth_save(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(checkpointer: Checkpointer, ranks: Ranks) -> None:
         checkpointer.policy = Policy(1, keep_every_n_steps=10)
         checkpointer.begin(0)
@@ -187,7 +186,7 @@ def test_each_host_restores_what_it_wants(machines: Machines, monkeypatch: pytes
         assert f"host-{rank}" in str(folder)
 
 
-def test_a_checkpoint_that_one_host_cannot_read_is_taken_by_none(
+def test_a_checkpoint_that_one_host_cannot_read_is_restored_on_no_host(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_hosts(machines, monkeypatch, 2, save_together)
@@ -222,7 +221,7 @@ def save_twice(
 
 
 @pytest.mark.parametrize("slow", ["the second save of one host", "nothing"])
-def test_a_step_saved_twice_by_hosts_is_committed_whole_and_exact_only_from_one_of_the_saves(
+def test_a_step_that_hosts_saved_twice_is_committed_from_one_of_the_saves(
     machines: Machines, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     second_upload = threading.Event()
@@ -243,13 +242,13 @@ def test_a_step_saved_twice_by_hosts_is_committed_whole_and_exact_only_from_one_
     assert found is not None
     assert set(found) == {"model-0", "model-1"}
     mixed = len(set(found.values())) > 1
-    assert not (mixed and machines.catalog.read(CheckpointKey(1, 5)).exact), "two moments are no exact place"
+    assert not (mixed and machines.catalog.read(CheckpointKey(1, 5)).exact), (
+        "files of two moments are not an exact position"
+    )
 
 
-def test_hosts_commit_where_the_storage_has_no_exclusive_create_too(
-    machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some file systems refuse the condition rather than ignore it; what rank 0 found out holds for all."""
+def test_hosts_commit_without_exclusive_create(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems refuse the condition instead of ignoring it; the answer of rank 0 holds for all ranks."""
 
     def refused(self: LocalBackend, path: str, data: bytes) -> None:
         raise NotImplementedError("mode='create'")
@@ -259,7 +258,7 @@ def test_hosts_commit_where_the_storage_has_no_exclusive_create_too(
     assert machines.committed() == [(1, 5)]
 
 
-def test_an_error_on_one_rank_is_raised_on_all_with_its_kind(
+def test_an_error_on_one_rank_is_raised_on_all_ranks_with_its_type(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_one_host(machines, monkeypatch, 1, save_together)
@@ -267,7 +266,7 @@ def test_an_error_on_one_rank_is_raised_on_all_with_its_kind(
     assert [type(answer) for answer in answers] == [RunHasCheckpointsError] * 3
 
 
-def test_storage_out_of_reach_is_said_on_all_ranks(
+def test_unreachable_storage_is_an_error_on_all_ranks(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machines.storage.fail("any", times=1_000)
@@ -276,7 +275,7 @@ def test_storage_out_of_reach_is_said_on_all_ranks(
     assert all("connection reset on purpose" in str(answer) for answer in answers)
 
 
-def test_a_folder_that_cannot_be_written_is_said_on_all_ranks(
+def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (machines.run.parent / "out").write_text("a file is in the way")
@@ -300,7 +299,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_its_download(machines:
     assert machines.storage.count("download", "checkpoint-*") == 0
 
 
-def test_a_plain_name_is_restored_whatever_the_folder_on_storage(machines: Machines) -> None:
+def test_a_suffixed_folder_is_restored_under_its_plain_name(machines: Machines) -> None:
     for name in ("first", "second"):
         machine = machines.new(name, fresh=True)
         machine.start()
@@ -312,7 +311,7 @@ def test_a_plain_name_is_restored_whatever_the_folder_on_storage(machines: Machi
     assert machines.catalog.read(CheckpointKey(2, 5)).folder == "checkpoint-5.a2"
 
 
-def test_a_resume_says_where_from_and_whether_it_is_exact(
+def test_a_resume_logs_its_checkpoint_and_whether_it_is_exact(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
@@ -324,10 +323,10 @@ def test_a_resume_says_where_from_and_whether_it_is_exact(
     assert "will not equal an uninterrupted one: no time was left for the evaluation" in caplog.text
 
 
-def test_a_save_of_the_framework_started_anew_is_another_attempt_of_the_same_process(
+def test_a_framework_that_starts_over_begins_a_second_attempt_in_one_process(
     machines: Machines,
 ) -> None:
-    """A smaller batch after running out of memory: training begins again at 0, and that is no mistake."""
+    """With a smaller batch after running out of memory, training begins at step 0 again, which is allowed."""
     machine = machines.new()
     machine.start()
     machine.save(5, salt="too large")
@@ -339,7 +338,9 @@ def test_a_save_of_the_framework_started_anew_is_another_attempt_of_the_same_pro
     assert machines.restored("elsewhere") == bytes_of(5, "smaller")
 
 
-def test_after_its_end_a_training_that_starts_at_0_again_is_stopped_as_any_other(machines: Machines) -> None:
+def test_a_second_training_in_one_process_that_starts_at_0_is_refused_as_any_other(
+    machines: Machines,
+) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5)
@@ -348,7 +349,7 @@ def test_after_its_end_a_training_that_starts_at_0_again_is_stopped_as_any_other
         machine.checkpointer.begin(0)
 
 
-def test_another_runs_left_overs_are_named_and_left_alone(
+def test_left_overs_of_another_run_are_named_and_stay(
     machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = machines.new()
@@ -365,7 +366,7 @@ def test_another_runs_left_overs_are_named_and_left_alone(
     assert machine.waiting() == [CheckpointKey(1, 5)]
 
 
-def test_any_folder_is_committed_under_a_name_and_its_url_given(machines: Machines) -> None:
+def test_a_folder_is_committed_under_a_name_and_its_url_returned(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     write_files(machine.output_dir / "final-model", {"model.safetensors": b"final"})
@@ -382,7 +383,7 @@ def test_a_folder_can_be_committed_before_any_training(machines: Machines) -> No
     assert checkpointer.save_folder(checkpointer.output_dir / "x", "data").endswith("/data")
 
 
-def test_a_folder_that_storage_does_not_take_in_time_is_an_error_and_kept(
+def test_a_folder_that_is_not_uploaded_in_time_is_an_error_and_stays_in_the_outbox(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "0.1")
@@ -395,12 +396,12 @@ def test_a_folder_that_storage_does_not_take_in_time_is_an_error_and_kept(
     assert [entry.name for entry in machine.checkpointer.outbox.entries()] == ["final"]
 
 
-def test_a_folder_name_that_a_checkpoint_could_have_is_refused(machines: Machines) -> None:
+def test_a_folder_name_like_that_of_a_checkpoint_is_refused(machines: Machines) -> None:
     with pytest.raises(ConfigurationError, match="cannot name a folder"):
         machines.new().checkpointer.save_folder(machines.run, "checkpoint-5")
 
 
-def test_metrics_that_json_does_not_know_end_no_training(machines: Machines) -> None:
+def test_metrics_that_are_not_json_do_not_end_the_training(machines: Machines) -> None:
     machine = machines.new()
     machine.start()
     machine.save(5, metrics={"loss": float("nan")})
@@ -409,7 +410,7 @@ def test_metrics_that_json_does_not_know_end_no_training(machines: Machines) -> 
     assert (1, 10) in machines.committed()
 
 
-def test_the_attempts_record_names_what_ran_where(machines: Machines) -> None:
+def test_the_record_of_an_attempt_names_host_and_command(machines: Machines) -> None:
     machines.new().start()
     [attempt] = machines.catalog.attempts.read_all()
     assert {"host", "pid", "command", "python"} <= set(attempt.facts)

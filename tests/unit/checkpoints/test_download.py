@@ -1,4 +1,4 @@
-"""A folder appears only when it is whole, and what was there before is moved aside."""
+"""A folder appears only when it is whole, and a folder that was there before moves aside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "out/checkpoint-5"
 
 
-def test_a_download_is_every_file_and_nothing_else(
+def test_a_download_has_every_file_and_no_others(
     machines: Machines, manifest: Manifest, target: Path
 ) -> None:
     heard: list[int] = []
@@ -42,14 +42,16 @@ def test_a_download_is_every_file_and_nothing_else(
     assert left_overs(target.parent) == []
 
 
-def test_only_what_is_wanted_is_fetched(machines: Machines, manifest: Manifest, target: Path) -> None:
+def test_only_wanted_files_are_downloaded(machines: Machines, manifest: Manifest, target: Path) -> None:
     machines.storage.calls.clear()
     download(machines.catalog, manifest, target, wanted=lambda path: "rng_state" not in path)
     assert set(contents(target)) == set(bytes_of(5)) - {"state/rng_state_0.pth"}
     assert machines.storage.count("download", "*rng_state*") == 0
 
 
-def test_what_was_there_moves_aside_whole(machines: Machines, manifest: Manifest, target: Path) -> None:
+def test_a_folder_that_was_there_moves_aside_whole(
+    machines: Machines, manifest: Manifest, target: Path
+) -> None:
     write_files(target, {"model.safetensors": b"another", "extra": b"x"})
     download(machines.catalog, manifest, target)
     assert contents(target) == bytes_of(5)
@@ -57,7 +59,7 @@ def test_what_was_there_moves_aside_whole(machines: Machines, manifest: Manifest
     assert contents(aside) == {"model.safetensors": b"another", "extra": b"x"}
 
 
-def test_moving_aside_again_keeps_the_latest(tmp_path: Path) -> None:
+def test_of_folders_that_moved_aside_the_latest_stays(tmp_path: Path) -> None:
     for text in (b"first", b"second"):
         write_files(tmp_path / "checkpoint-5", {"a": text})
         aside = move_aside(tmp_path / "checkpoint-5")
@@ -65,7 +67,7 @@ def test_moving_aside_again_keeps_the_latest(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-5").exists()
 
 
-def test_a_download_that_fails_leaves_what_was_there_and_nothing_half_made(
+def test_a_failed_download_leaves_the_folder_that_was_there_and_no_temporary_files(
     machines: Machines, manifest: Manifest, target: Path
 ) -> None:
     write_files(target, {"model.safetensors": b"before"})
@@ -87,7 +89,7 @@ def test_a_download_that_fails_leaves_what_was_there_and_nothing_half_made(
         ),
     ],
 )
-def test_damage_is_named_by_file_and_leaves_nothing(
+def test_a_damaged_file_is_named_and_leaves_nothing(
     machines: Machines, manifest: Manifest, target: Path, damage: Callable[[Path], object], words: str
 ) -> None:
     damage(machines.run / "checkpoint-5/model.safetensors")
@@ -97,7 +99,7 @@ def test_damage_is_named_by_file_and_leaves_nothing(
     assert left_overs(target.parent) == []
 
 
-def test_a_disk_without_room_is_refused_before_the_first_byte(
+def test_a_full_disk_is_an_error_before_the_first_byte(
     machines: Machines, manifest: Manifest, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = manifest.size + module.SPARE_SPACE - 1
@@ -113,7 +115,7 @@ def test_a_whole_checkpoint_has_no_problems(machines: Machines, manifest: Manife
     assert verify(machines.catalog, manifest) == []
 
 
-def test_every_problem_is_found_and_named(machines: Machines, manifest: Manifest) -> None:
+def test_every_damaged_file_is_named(machines: Machines, manifest: Manifest) -> None:
     folder = machines.run / "checkpoint-5"
     (folder / "empty").unlink()
     (folder / "model.safetensors").write_bytes(b"x" * len(bytes_of(5)["model.safetensors"]))
@@ -124,7 +126,7 @@ def test_every_problem_is_found_and_named(machines: Machines, manifest: Manifest
     assert short.startswith("'trainer_state.json' is cut short")
 
 
-def test_a_local_folder_is_whole_when_every_wanted_file_is_as_promised(
+def test_a_local_folder_is_whole_if_every_wanted_file_matches_the_manifest(
     manifest: Manifest, tmp_path: Path
 ) -> None:
     local = tmp_path / "origin/checkpoint-5"
@@ -137,7 +139,9 @@ def test_a_local_folder_is_whole_when_every_wanted_file_is_as_promised(
     assert not is_whole(tmp_path / "nowhere", manifest)
 
 
-def test_a_file_that_was_made_true_here_counts_as_it_was(manifest: Manifest, tmp_path: Path) -> None:
+def test_the_original_counts_if_a_restored_file_was_changed_on_this_machine(
+    manifest: Manifest, tmp_path: Path
+) -> None:
     local, originals = tmp_path / "origin/checkpoint-5", tmp_path / "originals"
     write_files(originals, {"trainer_state.json": (local / "trainer_state.json").read_bytes()})
     (local / "trainer_state.json").write_text("made true on this machine")
@@ -146,7 +150,7 @@ def test_a_file_that_was_made_true_here_counts_as_it_was(manifest: Manifest, tmp
     assert not is_whole(local, manifest, originals=originals)
 
 
-def test_bytes_that_were_damaged_on_the_way_are_fetched_once_more(
+def test_a_file_that_was_damaged_on_its_way_is_downloaded_once_more(
     machines: Machines, manifest: Manifest, target: Path
 ) -> None:
     machines.storage.corrupt("download", path="*/model.safetensors")

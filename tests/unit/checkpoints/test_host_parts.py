@@ -1,4 +1,4 @@
-"""Parts of one checkpoint, and who commits it. 1,000 hosts are simulated: their requests are what a job would make."""
+"""The parts of one checkpoint, and which host commits it. 1,000 simulated hosts make the requests of a real job."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_parts_of_all_hosts_together_are_the_checkpoint(catalog: Catalog) ->
     assert [entry.path for entry in parts.files()] == ["rank-0", "rank-1", "rank-2"]
 
 
-def test_a_set_is_of_one_save(catalog: Catalog) -> None:
+def test_a_set_consists_of_the_parts_of_one_save(catalog: Catalog) -> None:
     parts_of(catalog).put(0, [file("a")])
     again = parts_of(catalog, save=2)
     assert not again.has(0)
@@ -56,8 +56,8 @@ def test_a_set_is_of_one_save(catalog: Catalog) -> None:
     assert parts_of(catalog).missing() == [1, 2]
 
 
-def test_a_part_of_another_nonce_is_not_ours(catalog: Catalog) -> None:
-    """Two attempts of one number: where a storage does not honour exclusive create."""
+def test_a_part_with_a_different_nonce_does_not_count(catalog: Catalog) -> None:
+    """Two attempts with one number, on a storage that does not honour exclusive create."""
     parts_of(catalog, nonce="theirs").put(0, [file("a")])
     for host in (1, 2):
         parts_of(catalog).put(host, [])
@@ -75,31 +75,31 @@ def test_a_damaged_part_is_refused(catalog: Catalog, data: bytes) -> None:
         parts_of(catalog).files()
 
 
-def test_all_hosts_write_into_one_folder_whatever_becomes_of_the_claim(catalog: Catalog) -> None:
+def test_all_hosts_write_into_one_folder_even_if_the_claim_is_deleted(catalog: Catalog) -> None:
     """Attempt 1's checkpoint of the step may be deleted between the first host's claim and the second's."""
     catalog.claim(KEY, "first", exclusive=True)
     second = HostParts(catalog, CheckpointKey(2, 5), "second", save=1, hosts=2)
     assert second.folder(exclusive=True) == "checkpoint-5.a2"
     catalog.storage.delete([".cloudtrain/claims/checkpoint-5.json"])
     assert second.folder(exclusive=True) == "checkpoint-5.a2"
-    assert catalog.storage.list(".cloudtrain/claims") == [], "what is not used is not claimed"
+    assert catalog.storage.list(".cloudtrain/claims") == [], "a folder that is not used is not claimed"
 
 
-def test_what_a_part_names_is_not_written_by_the_next_save_of_the_step(catalog: Catalog) -> None:
+def test_the_next_save_of_a_step_does_not_overwrite_the_files_of_a_part(catalog: Catalog) -> None:
     folders = [parts_of(catalog, save=save).folder(exclusive=True) for save in (1, 2, 3)]
     assert folders == ["checkpoint-5", "checkpoint-5.a1.2", "checkpoint-5.a1.3"]
     assert parts_of(catalog, save=2, hosts=1).folder(exclusive=True) == "checkpoint-5.a1.2"
 
 
 @pytest.mark.parametrize("folder", ["checkpoint-6", "../elsewhere", "final", 5])
-def test_a_record_that_names_another_folder_is_refused(catalog: Catalog, folder: object) -> None:
+def test_a_record_with_the_folder_of_another_checkpoint_is_refused(catalog: Catalog, folder: object) -> None:
     text = f'{{"folder": "{folder}"}}' if isinstance(folder, str) else f'{{"folder": {folder}}}'
     catalog.storage.write(f".cloudtrain/parts/{KEY}/folder.json", text.encode())
     with pytest.raises(ManifestError):
         parts_of(catalog).folder(exclusive=True)
 
 
-def test_one_host_is_elected_and_stays_so(catalog: Catalog) -> None:
+def test_one_host_is_elected_and_stays_elected(catalog: Catalog) -> None:
     parts = parts_of(catalog)
     assert [parts.elect(host) for host in (1, 0, 2, 1)] == [True, False, False, True]
 
@@ -124,7 +124,7 @@ class Cluster:
         return Outbox(self._folder / f"host-{host}")
 
     def send(self, entry: OutboxEntry) -> Counter[str]:
-        """What one host's upload asks of the storage."""
+        """The requests of one host's upload."""
         before = len(self.storage.calls)
         EntrySender(Catalog(self.storage)).send(entry, lambda count: None)
         return Counter(call.kind for call in self.storage.calls[before:])
@@ -147,10 +147,10 @@ def test_requests_of_a_host_do_not_grow_with_the_number_of_hosts(tmp_path: Path)
         assert count["list"] == 2, "what arrived, and whose parts are there"
         assert sum(count.values()) <= 3 + module.MOST_REQUESTS
     assert sum(last.values()) <= 3 + module.MOST_REQUESTS + cluster.size
-    assert last["read"] >= cluster.size, "it alone has read the parts"
+    assert last["read"] >= cluster.size, "only the host that commits has read the parts"
 
 
-def test_of_hosts_that_finish_at_one_moment_one_reads_the_parts_and_commits(tmp_path: Path) -> None:
+def test_if_hosts_finish_at_one_moment_one_of_them_reads_the_parts_and_commits(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, 40)
     entries = [cluster.entry(host) for host in range(cluster.size)]
     waiting = _Rendezvous(cluster.size)
@@ -178,7 +178,7 @@ class _Rendezvous:
         self._barrier.wait()
 
 
-def test_a_host_that_was_killed_before_its_part_completes_the_set_when_it_is_back(tmp_path: Path) -> None:
+def test_a_host_that_was_killed_before_its_part_completes_the_set_after_its_restart(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, 3)
     entries = [cluster.entry(host) for host in range(3)]
     for host in (0, 2):
@@ -200,10 +200,10 @@ def test_an_elected_host_whose_commit_fails_commits_at_its_next_try(tmp_path: Pa
     before = cluster.storage.count("upload")
     cluster.send(entries[1])
     assert cluster.manifest_files() == ["shard-0", "shard-1"]
-    assert cluster.storage.count("upload") == before, "what a part names is not sent again"
+    assert cluster.storage.count("upload") == before, "files of a part are not sent again"
 
 
-def test_a_part_whose_answer_was_lost_is_one_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_whose_answer_was_lost_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cluster = Cluster(tmp_path, 2)
     cluster.storage.lose_answer("write", path="*/0-of-2.json")
     for host in range(2):

@@ -60,7 +60,7 @@ def files_of(machines: Machines, attempt: int, step: int) -> set[str]:
     return {file.path for file in machines.catalog.read(CheckpointKey(attempt, step)).files}
 
 
-def test_where_rank_0_writes_alone_its_host_gives_everything(
+def test_if_only_rank_0_writes_its_host_gives_everything(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     def work(host: Host) -> None:
@@ -74,10 +74,10 @@ def test_where_rank_0_writes_alone_its_host_gives_everything(
     assert contents(machines.run / "checkpoint-2") == {"model": b"2", "config": b"c"}
 
 
-def test_what_another_host_restored_and_did_not_write_again_is_no_part_of_its_save(
+def test_a_file_that_a_host_only_restored_does_not_belong_to_its_save(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
-    """Else two hosts would give a file of one name, and one of them an old one."""
+    """Otherwise two hosts would give a file of one name, and one of them an old version."""
 
     def first(host: Host) -> None:
         host.checkpointer.begin(0)
@@ -101,7 +101,7 @@ def test_what_another_host_restored_and_did_not_write_again_is_no_part_of_its_sa
     assert contents(machines.run / "checkpoint-3") == {"model": b"3", "rng-0": b"second", "rng-1": b"second"}
 
 
-def test_a_file_that_all_hosts_write_is_the_first_ones(
+def test_the_first_host_gives_a_file_that_all_hosts_write(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     def work(host: Host) -> None:
@@ -129,7 +129,7 @@ def test_a_file_is_taken_from_the_host_that_wrote_it_last(
         assert (machines.run / f"checkpoint-{step}/model").read_bytes() == f"of step {written}".encode()
 
 
-def test_names_of_sharded_frameworks_are_carried_as_they_are(
+def test_files_of_sharded_frameworks_keep_their_names(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     """DCP's index is a hidden file, written beside and renamed; DeepSpeed has a pointer and a folder a step."""
@@ -160,7 +160,7 @@ def test_names_of_sharded_frameworks_are_carried_as_they_are(
         assert {name for name in found if not name.startswith(".cloudtrain")} == wanted
 
 
-def test_a_host_that_gives_nothing_is_not_waited_for(
+def test_no_host_waits_for_one_that_gives_nothing(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     def work(host: Host) -> None:
@@ -172,7 +172,9 @@ def test_a_host_that_gives_nothing_is_not_waited_for(
     assert files_of(machines, 1, 1) == {"shard-0", "shard-2"}
 
 
-def test_a_host_whose_folder_was_removed_goes_on(hosts: Callable[..., list[Any]], machines: Machines) -> None:
+def test_a_host_whose_folder_was_removed_continues(
+    hosts: Callable[..., list[Any]], machines: Machines
+) -> None:
     def work(host: Host) -> None:
         host.checkpointer.begin(0)
         if host.rank == 1:
@@ -185,7 +187,7 @@ def test_a_host_whose_folder_was_removed_goes_on(hosts: Callable[..., list[Any]]
     assert files_of(machines, 1, 2) == {"model", "shard-0", "shard-1"}
 
 
-def test_restored_files_look_older_than_what_is_written_next(
+def test_restored_files_look_older_than_files_written_next(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     def first(host: Host) -> None:
@@ -201,7 +203,7 @@ def test_restored_files_look_older_than_what_is_written_next(
     assert hosts(1, second, name="elsewhere")[0] > 5 * 10**9
 
 
-def test_no_rank_writes_on_before_the_folder_is_copied(
+def test_no_rank_continues_before_the_folder_is_copied(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     """Each rank writes a file of its own into one folder, and rank 0 copies it."""
@@ -222,7 +224,7 @@ def test_no_rank_writes_on_before_the_folder_is_copied(
         }
 
 
-def test_a_second_save_of_a_committed_step_is_no_new_checkpoint_on_any_rank(
+def test_a_second_save_of_a_committed_step_makes_no_new_checkpoint_on_any_rank(
     hosts: Callable[..., list[Any]], machines: Machines
 ) -> None:
     def work(host: Host) -> None:
@@ -258,7 +260,7 @@ def test_every_host_restores_everything(hosts: Callable[..., list[Any]], machine
         }
 
 
-def test_a_restore_that_was_killed_half_way_is_done_again(
+def test_a_restore_that_was_killed_starts_over(
     hosts: Callable[..., list[Any]], machines: Machines, tmp_path: Path
 ) -> None:
     def first(host: Host) -> None:

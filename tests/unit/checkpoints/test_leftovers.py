@@ -1,4 +1,4 @@
-"""What is left over of a run, and that nothing goes while somebody may still own it."""
+"""What is left over of a run, and that it stays as long as an attempt may still own it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def storage(tmp_path: Path, no_pauses: None) -> FaultyStorage:
 
 @pytest.fixture
 def catalog(storage: FaultyStorage) -> Catalog:
-    """Two attempts: the first has committed step 5, the second began there, and its heart beats."""
+    """Two attempts: the first has committed step 5, the second began there and sends heartbeats."""
     catalog = Catalog(storage)
     catalog.attempts.begin(0.0, 0, None, {})
     save(catalog, CheckpointKey(1, 5))
@@ -49,7 +49,7 @@ def catalog(storage: FaultyStorage) -> Catalog:
 
 
 def cut_off(catalog: Catalog, attempt: int, step: int) -> str:
-    """What an upload leaves that was killed in the middle; its folder."""
+    """Leave what a killed upload leaves; returns its folder."""
     folder = catalog.claim(CheckpointKey(attempt, step), f"nonce-{attempt}", exclusive=True)
     catalog.storage.write(f"{folder}/config.json", b"{}")
     root = Path(catalog.storage.url.removeprefix("file://"))
@@ -64,7 +64,7 @@ def send_part(catalog: Catalog, key: CheckpointKey, host: int) -> None:
 def watched(
     catalog: Catalog, left: list[LeftOver], meanwhile: Callable[[], object] = lambda: None
 ) -> dict[str, str | None]:
-    """Why each stays that is still there after a watch; `meanwhile` happens at its first pause."""
+    """Why each left-over stays after a watch; `meanwhile` is called at the first pause."""
     happened = False
 
     def pause(seconds: float) -> None:
@@ -87,7 +87,7 @@ class TestFind:
         NamedFolders(catalog).commit(Manifest(key, folder, 2, 10, "nonce", (FILE,), Position(10)))
         assert find(catalog) == []
 
-    def test_an_upload_that_was_cut_off_is_its_attempts(self, catalog: Catalog) -> None:
+    def test_an_interrupted_upload_belongs_to_its_attempt(self, catalog: Catalog) -> None:
         assert cut_off(catalog, 1, 10) == "checkpoint-10"
         assert cut_off(catalog, 2, 10) == "checkpoint-10.a2"
         first, second = find(catalog)
@@ -96,19 +96,19 @@ class TestFind:
         assert (first.count, first.size) == (2, len(b"{}") + len(b"half"))
         assert [first.free, second.free] == [False, False], "attempt 2 has committed nothing since"
 
-    def test_an_upload_of_an_attempt_that_a_newer_one_has_passed_may_go(self, catalog: Catalog) -> None:
+    def test_an_upload_may_go_once_a_newer_attempt_has_committed(self, catalog: Catalog) -> None:
         cut_off(catalog, 1, 10)
         save(catalog, CheckpointKey(2, 7))
         (left,) = find(catalog)
         assert left.free
 
-    def test_the_plain_folder_beside_a_suffixed_one_is_told_apart(self, catalog: Catalog) -> None:
+    def test_a_plain_folder_and_a_suffixed_one_are_distinguished(self, catalog: Catalog) -> None:
         cut_off(catalog, 1, 10)
         save(catalog, CheckpointKey(2, 10))
         (left,) = find(catalog)
         assert (left.name, left.attempt) == ("checkpoint-10", 1)
 
-    def test_what_is_not_ours_is_no_left_over(self, catalog: Catalog) -> None:
+    def test_other_files_are_not_left_overs(self, catalog: Catalog) -> None:
         for path in (
             "checkpoint-99/model",
             "checkpoint-07/model",
@@ -119,8 +119,8 @@ class TestFind:
             catalog.storage.write(path, b"a person put it here")
         assert find(catalog) == []
 
-    def test_of_a_step_that_was_saved_twice_the_folder_that_counts_stays(self, catalog: Catalog) -> None:
-        """Where several hosts save, each save has a folder of its own."""
+    def test_if_a_step_was_saved_twice_the_committed_folder_stays(self, catalog: Catalog) -> None:
+        """If several hosts save, each save has a folder of its own."""
         for folder in ("checkpoint-5.a1.2", "checkpoint-10", "checkpoint-10.a2.3", "checkpoint-10.a2.2"):
             catalog.storage.write(f"{folder}/model", b"x")
         key = CheckpointKey(2, 10)
@@ -138,7 +138,7 @@ class TestFind:
         ]
         assert len(catalog.storage.list("checkpoint-5")) == 2
 
-    def test_a_plain_folder_beside_the_second_save_of_another_attempt_is_its_owners(
+    def test_a_plain_folder_beside_the_second_save_of_another_attempt_stays_with_its_owner(
         self, catalog: Catalog
     ) -> None:
         """The newest attempt may be sending it at this moment."""
@@ -160,7 +160,7 @@ class TestFind:
         )
         assert upload.parts == (".cloudtrain/parts/000002-0000000010/0-of-2.json",)
 
-    def test_a_named_folder_without_a_manifest_is_one(self, catalog: Catalog) -> None:
+    def test_a_named_folder_without_a_manifest_is_a_left_over(self, catalog: Catalog) -> None:
         for nonce, attempt in (("nonce-1", 1), ("nonce-2", 0)):
             _, folder = NamedFolders(catalog).begin("final", nonce, attempt)
             catalog.storage.write(f"{folder}/model", b"x")
@@ -169,7 +169,7 @@ class TestFind:
             ("final.2", None, False),
         ]
         save(catalog, CheckpointKey(2, 7))
-        assert [left.free for left in find(catalog)] == [True, False], "nobody knows who saves the second"
+        assert [left.free for left in find(catalog)] == [True, False], "the attempt of the second is unknown"
 
     def test_probes_and_unfinished_files_of_whole_folders_and_of_records_are_found(
         self, catalog: Catalog, tmp_path: Path
@@ -184,7 +184,7 @@ class TestFind:
             ("file", "checkpoint-5", 4, True),
         }
 
-    def test_a_deletion_that_was_cut_off_may_be_finished_at_once(
+    def test_an_interrupted_deletion_may_be_finished_at_once(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
         save(catalog, CheckpointKey(2, 7))
@@ -199,7 +199,7 @@ class TestFind:
         assert find(catalog) == []
         assert retiring(catalog) == []
 
-    def test_a_deletion_that_only_lacks_its_end_is_found_too(self, catalog: Catalog) -> None:
+    def test_a_deletion_of_which_only_the_record_is_left_is_found(self, catalog: Catalog) -> None:
         manifest = catalog.read(CheckpointKey(1, 5))
         record = ".cloudtrain/retiring/000001-0000000004.json"
         text = manifest.encode().replace(b'"step": 5', b'"step": 4').replace(b"000005", b"000004")
@@ -209,7 +209,7 @@ class TestFind:
         assert remove(catalog, left)
         assert find(catalog) == []
 
-    def test_a_key_that_may_not_ask_for_unfinished_files_finds_the_rest(
+    def test_credentials_that_may_not_list_unfinished_files_find_the_rest(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def refused(self: LocalBackend) -> list[IncompleteUpload]:
@@ -232,7 +232,7 @@ class TestFind:
 
 
 class TestRemove:
-    def test_leaves_the_claim_and_everything_else(self, catalog: Catalog) -> None:
+    def test_the_claim_and_all_other_objects_stay(self, catalog: Catalog) -> None:
         before = [info.path for info in catalog.storage.list("")]
         cut_off(catalog, 2, 10)
         send_part(catalog, CheckpointKey(2, 10), 0)
@@ -242,8 +242,8 @@ class TestRemove:
         assert after == sorted([*before, ".cloudtrain/claims/checkpoint-10.json"])
         assert not catalog.storage.incomplete()
 
-    def test_takes_the_parts_before_the_files(self, catalog: Catalog, storage: FaultyStorage) -> None:
-        """A host that trusts its part while its files go would commit what is not there."""
+    def test_parts_are_deleted_before_files(self, catalog: Catalog, storage: FaultyStorage) -> None:
+        """A host that trusts its part while its files are deleted would commit missing files."""
         cut_off(catalog, 2, 10)
         send_part(catalog, CheckpointKey(2, 10), 0)
         (left,) = find(catalog)
@@ -252,7 +252,7 @@ class TestRemove:
         deleted = [call.path for call in storage.calls if call.kind == "delete"]
         assert deleted[0].startswith(".cloudtrain/parts/")
 
-    def test_what_was_committed_meanwhile_stays(self, catalog: Catalog) -> None:
+    def test_an_upload_that_was_committed_in_the_meantime_stays(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         (left,) = find(catalog)
         save(catalog, CheckpointKey(2, 10))
@@ -260,7 +260,7 @@ class TestRemove:
         assert not remove(catalog, left)
         assert catalog.storage.list("") == before
 
-    def test_a_named_folder_that_was_committed_meanwhile_stays(self, machines: Machines) -> None:
+    def test_a_named_folder_that_was_committed_in_the_meantime_stays(self, machines: Machines) -> None:
         machine = machines.new()
         machine.start()
         machine.save(5)
@@ -278,7 +278,7 @@ class TestRemove:
 
 
 class TestWatch:
-    def test_what_does_not_move_belongs_to_nobody(self, catalog: Catalog) -> None:
+    def test_what_does_not_change_may_go(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
         assert watched(catalog, find(catalog)) == {
@@ -286,7 +286,7 @@ class TestWatch:
             ".cloudtrain/probe-0123456789abcdef": None,
         }
 
-    def test_an_attempt_whose_heart_beats_keeps_its_uploads(self, catalog: Catalog) -> None:
+    def test_an_attempt_that_sends_heartbeats_keeps_its_uploads(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x")
         reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 0.5}))
@@ -295,36 +295,34 @@ class TestWatch:
             ".cloudtrain/probe-0123456789abcdef": None,
         }
 
-    def test_the_newest_attempt_may_be_sending_what_one_before_has_saved(self, catalog: Catalog) -> None:
+    def test_the_newest_attempt_may_be_sending_the_saves_of_an_earlier_one(self, catalog: Catalog) -> None:
         cut_off(catalog, 1, 10)
         reasons = watched(catalog, find(catalog), lambda: catalog.attempts.write_progress(2, {"time": 2.0}))
         assert reasons == {"checkpoint-10": "attempt 2 still sends heartbeats"}
 
-    def test_an_upload_that_grows_is_somebodys(self, catalog: Catalog) -> None:
-        """Somebody empties the outbox of a machine whose training is over: no heart beats."""
+    def test_an_upload_that_grows_stays(self, catalog: Catalog) -> None:
+        """A user flushes the outbox of a machine whose training is over: there are no heartbeats."""
         cut_off(catalog, 2, 10)
         reasons = watched(catalog, find(catalog), lambda: catalog.storage.write("checkpoint-10/more", b"x"))
         assert reasons == {"checkpoint-10": "it has changed"}
 
-    def test_an_attempt_that_begins_meanwhile_may_own_everything(self, catalog: Catalog) -> None:
+    def test_an_attempt_that_begins_during_the_watch_may_own_everything(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         reasons = watched(catalog, find(catalog), lambda: catalog.attempts.begin(0.0, 5, None, {}))
         assert reasons == {"checkpoint-10": "a new attempt has begun"}
 
-    def test_what_was_committed_meanwhile_is_not_named_any_more(self, catalog: Catalog) -> None:
+    def test_an_upload_that_was_committed_during_the_watch_is_not_a_left_over(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         assert watched(catalog, find(catalog), lambda: save(catalog, CheckpointKey(2, 10))) == {}
 
-    def test_without_a_heartbeat_nobody_knows(self, catalog: Catalog) -> None:
+    def test_an_upload_of_an_attempt_without_heartbeat_stays(self, catalog: Catalog) -> None:
         catalog.attempts.begin(0.0, 5, None, {})
         cut_off(catalog, 2, 10)
         (reason,) = watched(catalog, find(catalog)).values()
         assert reason is not None
         assert "attempt 3 has no heartbeat" in reason
 
-    def test_parts_of_hosts_wait_for_the_others_until_a_newer_attempt_has_committed(
-        self, catalog: Catalog
-    ) -> None:
+    def test_parts_of_hosts_stay_until_a_newer_attempt_has_committed(self, catalog: Catalog) -> None:
         """The hosts that sent them have emptied their outboxes: this is the only copy."""
         cut_off(catalog, 2, 10)
         send_part(catalog, CheckpointKey(2, 10), 0)
@@ -335,13 +333,13 @@ class TestWatch:
         save(catalog, CheckpointKey(3, 7))
         assert [left.free for left in find(catalog)] == [True]
 
-    def test_an_upload_of_several_hosts_that_none_of_them_has_finished_may_go(self, catalog: Catalog) -> None:
-        """Whoever began it still has it in an outbox."""
+    def test_an_upload_of_several_hosts_without_a_part_may_go(self, catalog: Catalog) -> None:
+        """The host that began it still has it in its outbox."""
         HostParts(catalog, CheckpointKey(2, 10), "nonce", save=1, hosts=2).folder(exclusive=True)
         catalog.storage.write("checkpoint-10/model", b"x")
         assert watched(catalog, find(catalog)) == {"checkpoint-10": None}
 
-    def test_it_takes_four_heartbeats_of_whoever_is_slowest_and_a_minute_at_least(
+    def test_a_watch_takes_four_heartbeats_of_the_slowest_attempt_and_at_least_a_minute(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         cut_off(catalog, 2, 10)
@@ -352,7 +350,7 @@ class TestWatch:
         monkeypatch.setenv(env.HEARTBEAT, "30")
         assert Watch(catalog, find(catalog)).seconds == 120
 
-    def test_it_is_over_early_where_everything_has_moved(self, catalog: Catalog) -> None:
+    def test_a_watch_ends_early_if_everything_has_changed(self, catalog: Catalog) -> None:
         cut_off(catalog, 2, 10)
         pauses: list[float] = []
 
@@ -366,8 +364,8 @@ class TestWatch:
         assert len(pauses) == 1
 
 
-class TestWhoeverSendsAfterwards:
-    """The outbox of a machine still holds what was removed from storage."""
+class TestUploadsAfterwards:
+    """An outbox still holds what was removed from storage."""
 
     def test_a_part_that_was_removed_is_sent_again_with_its_files(
         self, machines: Machines, tmp_path: Path
@@ -391,7 +389,7 @@ class TestWhoeverSendsAfterwards:
             "the part, and the folder"
         )
 
-    def test_an_uploader_that_remembers_what_arrived_sends_it_again(
+    def test_an_upload_queue_sends_removed_files_again_although_it_remembers_them(
         self, machines: Machines, tmp_path: Path
     ) -> None:
         catalog, outbox = Catalog(machines.storage), Outbox(tmp_path / "disk")

@@ -1,4 +1,4 @@
-"""Local checkpoints ahead of where an attempt begins move away, and a disk does not fill up with them."""
+"""Local checkpoints ahead of the step where an attempt begins move away, and do not fill the disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN = "s3://bucket/runs/mrpc"
 
 
 def begin(disk: Path, *there: int, after: int = 0, run: str = RUN) -> list[str]:
-    """An attempt begins after a step while checkpoints of the steps `there` lie around; what is in `stale/` then."""
+    """Begin an attempt after a step while there are checkpoints of the steps `there`; what is in `stale/` then."""
     for step in there:
         (disk / f"checkpoint-{step}").mkdir(parents=True)
         (disk / f"checkpoint-{step}" / "model").write_bytes(b"x")
@@ -26,27 +26,27 @@ def begin(disk: Path, *there: int, after: int = 0, run: str = RUN) -> list[str]:
     return sorted(path.name for path in disk.glob(".cloudtrain/stale/*"))
 
 
-def test_only_what_is_ahead_moves_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_checkpoints_ahead_move_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert begin(tmp_path, 5, 10, 15, after=10) == ["checkpoint-15"]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-5"]
     assert "this attempt starts at step 10" in caplog.text
 
 
-def test_of_what_the_run_itself_left_only_the_last_stays(tmp_path: Path) -> None:
+def test_of_the_folders_that_the_run_itself_left_only_the_last_stay(tmp_path: Path) -> None:
     assert begin(tmp_path) == []
     assert begin(tmp_path, 15, after=10) == ["checkpoint-15"]
-    assert begin(tmp_path, after=10) == ["checkpoint-15"], "it stays until others come"
+    assert begin(tmp_path, after=10) == ["checkpoint-15"], "it stays until others move there"
     assert begin(tmp_path, 25, 30, after=20) == ["checkpoint-25", "checkpoint-30"]
     assert begin(tmp_path, 30, after=20) == ["checkpoint-30"]
 
 
-def test_what_was_there_before_the_run_is_somebody_elses_and_stays(tmp_path: Path) -> None:
+def test_folders_from_before_the_run_belong_to_the_user_and_stay(tmp_path: Path) -> None:
     assert begin(tmp_path, 500, 600) == ["checkpoint-500", "checkpoint-600"]
     assert begin(tmp_path, 15, after=10) == ["checkpoint-15", "checkpoint-500", "checkpoint-600"]
     assert begin(tmp_path, 25, after=20) == ["checkpoint-25", "checkpoint-500", "checkpoint-600"]
 
 
-def test_what_another_run_left_stays_too(tmp_path: Path) -> None:
+def test_folders_of_another_run_stay_too(tmp_path: Path) -> None:
     begin(tmp_path)
     begin(tmp_path, 15, after=10)
     assert begin(tmp_path, 16, run="s3://bucket/runs/other") == ["checkpoint-15", "checkpoint-16"]

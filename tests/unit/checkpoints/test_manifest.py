@@ -168,7 +168,7 @@ def test_a_clean_path_is_given_back() -> None:
     assert clean_path("a/b.c/d") == "a/b.c/d"
 
 
-def test_a_name_that_is_only_a_prefix_of_another_is_no_folder_of_it() -> None:
+def test_a_name_that_is_a_prefix_of_another_is_not_its_folder() -> None:
     check_paths(["a", "ab", "ab.c/d", "b/a"], "folder")
 
 

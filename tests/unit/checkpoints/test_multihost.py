@@ -76,8 +76,8 @@ def on_storage(machines: Machines, step: int) -> Files:
     return found
 
 
-class TestWhoGivesWhat:
-    def test_a_file_that_every_node_wrote_is_in_the_manifest_once_and_the_lowest_ones(
+class TestShares:
+    def test_a_file_that_every_node_wrote_is_in_the_manifest_once_from_the_lowest_node(
         self, hosts: Hosts, machines: Machines
     ) -> None:
         """As with `save_on_each_node`: bytes may differ, so one object must not be written by two."""
@@ -98,9 +98,7 @@ class TestWhoGivesWhat:
         }
         assert machines.storage.count("upload", "*/config.json") == 1
 
-    def test_hosts_that_alone_have_nothing_give_no_part_and_are_not_waited_for(
-        self, hosts: Hosts, machines: Machines
-    ) -> None:
+    def test_hosts_without_files_of_their_own_give_no_part(self, hosts: Hosts, machines: Machines) -> None:
         def work(host: Host) -> None:
             host.save(5, {"model": b"1"} if host.rank < 2 else {"model": b"1", "extra": b"2"})
             host.wait()
@@ -122,7 +120,7 @@ class TestWhoGivesWhat:
         assert hosts(2, work) == [CheckpointKey(1, 5)] * 2, "rank 0 knows of the commit, too"
         assert on_storage(machines, 5) == {"model": b"1"}
 
-    def test_a_save_of_nothing_is_no_checkpoint_and_the_first_host_says_so(
+    def test_a_save_without_files_makes_no_checkpoint_and_the_first_host_reports_it(
         self, hosts: Hosts, machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
         def work(host: Host) -> None:
@@ -135,7 +133,9 @@ class TestWhoGivesWhat:
         assert "host-0/checkpoint-5' holds no file that belongs to this save" in caplog.text
         assert machines.committed() == []
 
-    def test_a_left_over_of_another_save_belongs_to_nobody(self, hosts: Hosts, machines: Machines) -> None:
+    def test_a_left_over_of_another_save_does_not_belong_to_the_save(
+        self, hosts: Hosts, machines: Machines
+    ) -> None:
         def work(host: Host) -> None:
             folder = host.checkpointer.output_dir / "checkpoint-5"
             if host.rank == 0:
@@ -147,7 +147,7 @@ class TestWhoGivesWhat:
         assert hosts(2, work) == [None] * 2
         assert on_storage(machines, 5) == {"rng_0": b"new", "rng_1": b"new"}
 
-    def test_names_travel_when_they_change_and_not_with_every_save(
+    def test_names_are_exchanged_only_when_they_change(
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shared_out: list[int] = []
@@ -176,10 +176,10 @@ class TestWhoGivesWhat:
             names = {f"global_step{step}/rank_{rank}.pt" for rank in range(2)} | {f"x{step}", "latest"}
             assert set(on_storage(machines, step)) == names | ({"more"} if step == 155 else set())
 
-    def test_a_disk_that_cannot_be_read_loses_the_save_for_all_and_ends_no_training(
+    def test_a_disk_that_cannot_be_read_loses_the_save_on_all_hosts_and_training_continues(
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Without its files the others' would be committed as if they were all."""
+        """Otherwise the files of the other hosts would be committed as if they were all."""
         fresh_files = local_folders.fresh_files
 
         def failing(folder: Path, since_ns: int) -> Any:
@@ -204,7 +204,7 @@ class TestWhoGivesWhat:
 
 class TestSlowHosts:
     def test_all_hosts_skip_the_same_saves(self, hosts: Hosts, machines: Machines) -> None:
-        """Else one sends the second and another the third, and no set is ever whole."""
+        """Otherwise one host sends the second and another the third, and no set is ever whole."""
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/shard-1")
 
         def work(host: Host) -> list[int]:
@@ -223,7 +223,7 @@ class TestSlowHosts:
         assert machines.committed() == [(1, 5), (1, 20)]
         assert machines.storage.count("upload", "checkpoint-1[05]/*") == 0
 
-    def test_a_best_one_is_never_held(self, hosts: Hosts, machines: Machines) -> None:
+    def test_a_best_save_is_never_held(self, hosts: Hosts, machines: Machines) -> None:
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/shard-1")
 
         def work(host: Host) -> None:
@@ -247,7 +247,7 @@ class TestSlowHosts:
         assert hosts(2, work) == [None] * 2
         assert machines.committed() == [(1, 5), (1, 10), (1, 15)]
 
-    def test_what_is_held_gives_way_where_one_host_alone_has_the_next(
+    def test_a_held_save_is_replaced_also_if_one_host_alone_has_the_next(
         self, hosts: Hosts, machines: Machines
     ) -> None:
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/shard-1")
@@ -264,7 +264,7 @@ class TestSlowHosts:
         assert machines.committed() == [(1, 5), (1, 15)]
         assert machines.storage.count("upload", "checkpoint-10/*") == 0
 
-    def test_law_4_what_was_held_when_all_hosts_were_killed_is_committed_at_the_next_start(
+    def test_law_4_a_held_save_is_committed_at_the_next_start_after_all_hosts_were_killed(
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         machines.storage.hold("upload", machines.gate, path="checkpoint-5/shard-1")
@@ -273,7 +273,7 @@ class TestSlowHosts:
             host.save(5)
             host.save(10)
             host.barrier()
-            host.checkpointer.close()  # as good as killed: nothing more is begun
+            host.checkpointer.close()  # as if killed: it begins nothing more
 
         hosts(2, work)
         machines.gate.set()
@@ -323,9 +323,9 @@ class TestWaiting:
         assert "checkpoint-5 (attempt 1). Missing is the part of rank 1 on '" in str(first)
         assert "flush" in str(first)
         assert isinstance(second, NotCommittedError)
-        assert "connection reset on purpose" in str(second), "the host itself says why"
+        assert "connection reset on purpose" in str(second), "the host itself reports the reason"
 
-    def test_a_host_that_lost_its_disk_is_named_and_the_run_goes_on_from_the_one_before(
+    def test_a_host_that_lost_its_disk_is_named_and_the_run_resumes_from_the_checkpoint_before(
         self, hosts: Hosts, machines: Machines, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         machines.storage.fail("upload", times=10**9, path="checkpoint-10/shard-1")
@@ -351,7 +351,7 @@ class TestWaiting:
         assert on_ranks(2, again, monkeypatch) == [5, 5]
         assert machines.committed() == [(1, 5)]
 
-    def test_a_process_that_ends_early_says_which_host_it_could_not_wait_for(
+    def test_a_process_that_ends_early_names_the_host_whose_part_is_missing(
         self,
         hosts: Hosts,
         machines: Machines,
@@ -377,7 +377,7 @@ class TestWatch:
     def commit(self, catalog: Catalog, step: int) -> None:
         catalog.storage.create(f".cloudtrain/checkpoints/{CheckpointKey(1, step)}.json", b"{}")
 
-    def test_hears_of_a_commit_while_training_goes_on(
+    def test_a_commit_is_noted_while_training_continues(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(watch_module, "PAUSES", (0.005,))
@@ -386,10 +386,10 @@ class TestWatch:
         for step in (5, 10):
             watch.expect(self.entry(catalog, step), ("a", "b"))
             self.commit(catalog, step)
-            wait_until(lambda step=step: uploads.last_committed == CheckpointKey(1, step), "it heard")
+            wait_until(lambda step=step: uploads.last_committed == CheckpointKey(1, step), "the commit")
         wait_until(lambda: watch._thread is None, "the end of a thread that has nothing to look for")
 
-    def test_waits_for_the_newest_alone(self, catalog: Catalog) -> None:
+    def test_only_the_newest_is_waited_for(self, catalog: Catalog) -> None:
         uploads = UploadStatus()
         watch = CommitWatch(catalog, uploads)
         for step in (5, 10):
@@ -399,7 +399,7 @@ class TestWatch:
         assert uploads.last_committed == CheckpointKey(1, 10)
         watch.wait(0.0)
 
-    def test_asks_less_and_less_often(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pauses_between_checks_grow(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
         pauses: list[float] = []
         uploads = UploadStatus()
         watch = CommitWatch(catalog, uploads)
@@ -414,9 +414,7 @@ class TestWatch:
         wait_until(lambda: uploads.last_committed, "the commit")
         assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0]
 
-    def test_storage_that_does_not_answer_is_asked_again(
-        self, machines: Machines, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failed_check_is_repeated(self, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watch_module, "PAUSES", (0.005,))
         catalog = machines.catalog
         uploads = UploadStatus()

@@ -60,7 +60,7 @@ def test_a_removed_entry_is_gone_from_the_disk(outbox: Outbox) -> None:
     outbox.remove(entry)  # twice is fine
 
 
-def test_the_same_step_saved_again_takes_the_place_of_the_first(outbox: Outbox) -> None:
+def test_a_second_save_of_a_step_replaces_the_first(outbox: Outbox) -> None:
     accepted(outbox)
     folder = write_checkpoint(outbox.output_dir, 5, salt="again")
     outbox.accept(folder, entry_of(URL, 1, 5))
@@ -68,7 +68,7 @@ def test_the_same_step_saved_again_takes_the_place_of_the_first(outbox: Outbox) 
     assert contents(entry.home / "files") == bytes_of(5, "again")
 
 
-def test_another_run_in_the_same_folder_takes_the_place_of_nothing(outbox: Outbox) -> None:
+def test_another_run_in_the_same_folder_replaces_nothing(outbox: Outbox) -> None:
     """Attempt 1 of each has a step 5, and neither is on storage yet."""
     accepted(outbox)
     for salt in ("other", "other again"):
@@ -118,13 +118,13 @@ def test_an_empty_folder_is_refused_and_leaves_nothing(outbox: Outbox) -> None:
     assert list(outbox.folder.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_leaves_nothing(outbox: Outbox) -> None:
+def test_a_missing_folder_leaves_nothing(outbox: Outbox) -> None:
     with pytest.raises(FileNotFoundError):
         outbox.accept(outbox.output_dir / "checkpoint-5", entry_of(URL, 1, 5))
     assert list(outbox.folder.iterdir()) == []
 
 
-def test_a_name_that_no_manifest_may_hold_is_refused_before_it_is_accepted(outbox: Outbox) -> None:
+def test_a_file_name_that_a_manifest_refuses_is_refused_at_once(outbox: Outbox) -> None:
     folder = write_checkpoint(outbox.output_dir, 5)
     write_files(folder, {"a\nb": b"x"})
     with pytest.raises(ManifestError, match="not a clean relative path"):
@@ -132,7 +132,7 @@ def test_a_name_that_no_manifest_may_hold_is_refused_before_it_is_accepted(outbo
     assert outbox.entries() == []
 
 
-def test_links_are_kept_as_the_files_they_name(outbox: Outbox) -> None:
+def test_links_are_kept_as_the_files_that_they_point_to(outbox: Outbox) -> None:
     folder = write_checkpoint(outbox.output_dir, 5)
     weights = outbox.output_dir / "weights.bin"
     weights.write_bytes(b"w" * 2**20)
@@ -157,7 +157,7 @@ def test_our_own_records_in_a_folder_do_not_belong_to_it(outbox: Outbox) -> None
 
 
 @pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP])
-def test_where_links_are_impossible_files_are_copied_and_it_is_said(
+def test_files_are_copied_with_a_warning_if_the_disk_cannot_link(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: int
 ) -> None:
     def refused(source: object, target: object) -> None:
@@ -184,7 +184,7 @@ def test_a_copy_that_would_fill_the_disk_is_refused_and_leaves_nothing(
     assert list(outbox.folder.iterdir()) == []
 
 
-def test_any_other_trouble_with_a_link_is_an_error(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_problem_with_a_link_is_an_error(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: object, target: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -217,7 +217,7 @@ def test_a_file_that_changed_after_it_was_accepted_is_noticed(outbox: Outbox, ch
         entry.check_unchanged()
 
 
-def test_a_new_file_in_place_of_the_linked_one_changes_nothing(outbox: Outbox) -> None:
+def test_a_new_file_under_the_name_of_the_linked_one_changes_nothing(outbox: Outbox) -> None:
     """As safetensors writes: a new inode under the old name."""
     entry = accepted(outbox)
     model = outbox.output_dir / "checkpoint-5/model.safetensors"
@@ -248,7 +248,7 @@ def test_a_damaged_entry_is_named_and_kept_and_the_others_are_read(
     assert damaged.home.is_dir()
 
 
-def test_what_is_half_made_is_no_entry_and_is_swept(outbox: Outbox) -> None:
+def test_an_unfinished_folder_is_not_an_entry_and_is_removed(outbox: Outbox) -> None:
     entry = accepted(outbox)
     dead = subprocess.Popen(["true"])  # a number that no process has any more
     dead.wait()
@@ -259,7 +259,7 @@ def test_what_is_half_made_is_no_entry_and_is_swept(outbox: Outbox) -> None:
     assert list(outbox.folder.iterdir()) == []
 
 
-def test_what_was_whole_and_lacked_only_its_name_when_its_process_died_is_an_entry(outbox: Outbox) -> None:
+def test_a_complete_folder_without_its_name_becomes_an_entry_after_its_process_died(outbox: Outbox) -> None:
     entry = accepted(outbox)
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -267,8 +267,8 @@ def test_what_was_whole_and_lacked_only_its_name_when_its_process_died_is_an_ent
     assert outbox.entries() == [entry]
 
 
-def test_what_a_dead_process_of_the_same_number_left_half_made_is_swept(outbox: Outbox) -> None:
-    """In a container every life of a training has the same process number."""
+def test_an_unfinished_folder_of_a_dead_process_with_the_same_number_is_removed(outbox: Outbox) -> None:
+    """In a container, every start of a training has the same process number."""
     entry = accepted(outbox)
     left = outbox.folder / f".000001-0000000005-{os.getpid()}-deadbeef"
     os.rename(entry.home, left)
@@ -305,14 +305,14 @@ def is_lock(descriptor: int) -> bool:
         return False
 
 
-def test_metrics_that_json_does_not_know_are_an_error_of_ours(outbox: Outbox) -> None:
-    """`save` reports errors of ours and goes on; any other would end the training."""
+def test_metrics_that_are_not_json_are_an_error_of_this_package(outbox: Outbox) -> None:
+    """`save` logs errors of this package and continues; any other error would end the training."""
     with pytest.raises((CloudTrainError, OSError)):
         accepted(outbox, metrics={"loss": float("nan")})
     assert outbox.entries() == []
 
 
-def test_an_entry_can_be_changed_only_by_making_another(outbox: Outbox) -> None:
+def test_an_entry_is_immutable(outbox: Outbox) -> None:
     entry = accepted(outbox)
     with pytest.raises(dataclasses.FrozenInstanceError):
         entry.best = True  # type: ignore[misc]
@@ -325,7 +325,7 @@ class TestCopies:
     def copied(outbox: Outbox, folder: Path, step: int = 5, **options: object) -> OutboxEntry:
         return outbox.accept(folder, entry_of(URL, 1, step), link=False, **options)
 
-    def test_no_file_shares_its_inode_whatever_its_size(self, outbox: Outbox) -> None:
+    def test_no_copy_shares_an_inode(self, outbox: Outbox) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
         entries = [self.copied(outbox, folder, step) for step in (5, 6)]
         for path in bytes_of(5):
@@ -343,7 +343,7 @@ class TestCopies:
         "name",
         "a.tmp a.part a.partial a.incomplete a~ .tmp12ab .nfs0001 tmpab12_3xy dir/a.tmp .cloudtrain/x".split(),
     )
-    def test_what_is_being_written_and_what_is_ours_stays_out(self, outbox: Outbox, name: str) -> None:
+    def test_unfinished_files_and_our_own_are_not_copied(self, outbox: Outbox, name: str) -> None:
         folder = outbox.output_dir / "ckpt"
         write_files(folder, {"model": b"1", name: b"2"})
         assert [file.path for file in self.copied(outbox, folder).files] == ["model"]
@@ -351,12 +351,12 @@ class TestCopies:
     @pytest.mark.parametrize(
         "name", ["tmp.bin", "tmpl_model.bin", "a.tmpl", "part", ".hidden", "dir/.cloudtrain/x"]
     )
-    def test_other_names_are_part_of_it(self, outbox: Outbox, name: str) -> None:
+    def test_files_with_other_names_are_copied(self, outbox: Outbox, name: str) -> None:
         folder = outbox.output_dir / "ckpt"
         write_files(folder, {name: b"2"})
         assert [file.path for file in self.copied(outbox, folder).files] == [name]
 
-    def test_old_files_are_part_of_it(self, outbox: Outbox) -> None:
+    def test_old_files_are_copied(self, outbox: Outbox) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
         for path in bytes_of(5):
             os.utime(folder / path, (1, 1))
@@ -370,12 +370,12 @@ class TestCopies:
         assert contents(entry.home / "files") == bytes_of(5) | {"best": bytes_of(5)["model.safetensors"]}
         assert not (entry.home / "files/best").is_symlink()
 
-    def test_only_what_is_wanted_is_copied(self, outbox: Outbox) -> None:
+    def test_only_wanted_files_are_copied(self, outbox: Outbox) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
         entry = self.copied(outbox, folder, wanted=lambda path: path == "empty")
         assert contents(entry.home / "files") == {"empty": b""}
 
-    def test_a_disk_that_cannot_take_all_of_it_takes_nothing(
+    def test_nothing_is_copied_if_the_disk_lacks_room_for_all_of_it(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = outbox.output_dir / "ckpt"
@@ -391,7 +391,7 @@ class TestCopies:
         assert copied == []
         assert outbox.entries() == []
 
-    def test_what_is_copied_needs_no_more_space(
+    def test_space_is_checked_for_the_files_that_are_left(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = outbox.output_dir / "ckpt"
@@ -409,9 +409,7 @@ class TestCopies:
         monkeypatch.setattr(frozen, "_clone", lambda source, target: False)
         assert len(self.copied(outbox, folder).files) == 4
 
-    def test_where_blocks_are_shared_no_space_is_asked_for(
-        self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_shared_blocks_need_no_space(self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
         asked = []
 
@@ -425,7 +423,7 @@ class TestCopies:
         assert set(asked) == {0x40049409}
         assert len(asked) == len(bytes_of(5))
 
-    def test_where_they_cannot_be_shared_it_is_tried_once_a_save(
+    def test_sharing_blocks_is_tried_once_a_save(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
@@ -439,7 +437,7 @@ class TestCopies:
         assert contents(self.copied(outbox, folder).home / "files") == bytes_of(5)
         assert len(asked) == 1
 
-    def test_a_file_that_is_written_meanwhile_is_no_whole_save(
+    def test_a_file_that_is_written_during_the_copy_loses_the_save(
         self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = write_checkpoint(outbox.output_dir, 5)
@@ -457,7 +455,7 @@ class TestCopies:
         assert outbox.entries() == []
 
 
-def test_of_what_cannot_be_committed_only_the_last_is_kept(outbox: Outbox) -> None:
+def test_of_the_entries_that_cannot_be_committed_only_the_last_is_kept(outbox: Outbox) -> None:
     for step in (5, 10, 15):
         outbox.set_aside(accepted(outbox, step), CorruptCheckpointError("written again"))
     (aside,) = (outbox.output_dir / ".cloudtrain/unusable").iterdir()

@@ -1,4 +1,4 @@
-"""The fence of one attempt, and its words. What it is for is in tests/laws/test_law_6_one_writer.py."""
+"""The ownership of one attempt, and its messages. The law about it is tests/laws/test_law_6_one_writer.py."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def ownership(catalog: Catalog) -> Ownership:
 
 
 def begun(catalog: Catalog, **record: Any) -> None:
-    """Attempt 2, as its record may be after anybody had it."""
+    """Attempt 2, with a record that anybody may have written."""
     catalog.storage.write(".cloudtrain/attempts/000002.json", json.dumps(record).encode())
 
 
-def test_a_look_costs_one_list(machines: Machines) -> None:
+def test_a_check_costs_one_list(machines: Machines) -> None:
     catalog = Catalog(machines.storage)
     ownership = Ownership(catalog, catalog.attempts.begin(10.0, 0, None, {}))
     machines.storage.calls.clear()
@@ -33,7 +33,7 @@ def test_a_look_costs_one_list(machines: Machines) -> None:
     assert [call.kind for call in machines.storage.calls] == ["list"]
 
 
-def test_nothing_is_asked_any_more_once_it_is_known(machines: Machines) -> None:
+def test_no_request_is_made_once_the_newer_attempt_is_known(machines: Machines) -> None:
     catalog = Catalog(machines.storage)
     ownership = Ownership(catalog, Attempt(1, "nonce"))
     catalog.attempts.begin(10.0, 0, None, {})
@@ -45,7 +45,7 @@ def test_nothing_is_asked_any_more_once_it_is_known(machines: Machines) -> None:
     assert machines.storage.calls == []
 
 
-def test_what_is_known_stays_though_the_newer_record_is_removed(
+def test_an_overtaken_attempt_stays_overtaken_if_the_newer_record_is_removed(
     catalog: Catalog, ownership: Ownership
 ) -> None:
     begun(catalog)
@@ -54,9 +54,7 @@ def test_what_is_known_stays_though_the_newer_record_is_removed(
     assert ownership.look() == 2
 
 
-def test_the_error_names_both_attempts_host_and_start_and_what_to_do(
-    catalog: Catalog, ownership: Ownership
-) -> None:
+def test_the_error_names_both_attempts_and_what_to_do(catalog: Catalog, ownership: Ownership) -> None:
     begun(catalog, started=1_790_000_000.0, facts={"host": "gpu-12"})
     ownership.look()
     assert str(ownership.error("Kept: checkpoint-5. ")) == (
@@ -75,7 +73,7 @@ def test_the_error_names_both_attempts_host_and_start_and_what_to_do(
         ({"facts": {"host": "\x1b[2J\n" + "x" * 500}}, r"on host '\x1b[2J\n" + "x" * 95 + "'. "),
     ],
 )
-def test_a_record_that_nobody_vouches_for_does_no_harm(
+def test_an_untrusted_record_does_no_harm(
     catalog: Catalog, ownership: Ownership, record: dict[str, Any], words: str
 ) -> None:
     begun(catalog, **record)
@@ -83,7 +81,7 @@ def test_a_record_that_nobody_vouches_for_does_no_harm(
     assert words in str(ownership.error())
 
 
-def test_an_attempt_that_is_over_is_not_overtaken(catalog: Catalog, ownership: Ownership) -> None:
+def test_an_attempt_that_has_ended_is_not_overtaken(catalog: Catalog, ownership: Ownership) -> None:
     ownership.end()
     begun(catalog)
     assert ownership.look() is None

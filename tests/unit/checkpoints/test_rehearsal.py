@@ -1,4 +1,4 @@
-"""Under `verify-resume` no run and no folder of the user's is touched, whatever the script names."""
+"""Under `verify-resume` no run and no folder of the user is touched, whatever the script names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_of_scratch_stands_for_every_run_url(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_replaces_every_run_url(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = env.run_url("s3://bucket/runs/mrpc"), env.run_url("s3://bucket/runs-mrpc")
     assert one.startswith(f"{scratch}/runs/")
     assert one != other
@@ -32,11 +32,13 @@ def test_a_folder_of_scratch_stands_for_every_run_url(scratch: Path, monkeypatch
     assert str(env.run_url_or_none(None)).startswith(f"{scratch}/runs/")
 
 
-def test_without_it_a_run_url_is_what_was_given() -> None:
+def test_without_a_rehearsal_a_run_url_is_used_as_given() -> None:
     assert env.run_url("s3://bucket/run") == "s3://bucket/run"
 
 
-def test_an_output_folder_beyond_scratch_is_refused_also_behind_a_link(scratch: Path, tmp_path: Path) -> None:
+def test_an_output_folder_outside_of_scratch_is_refused_also_behind_a_link(
+    scratch: Path, tmp_path: Path
+) -> None:
     (tmp_path / "real").mkdir()
     (scratch / "link").symlink_to(tmp_path / "real")
     for folder in (tmp_path / "real", scratch / "link", scratch / "../real", scratch):
@@ -46,7 +48,7 @@ def test_an_output_folder_beyond_scratch_is_refused_also_behind_a_link(scratch: 
     assert Checkpointer("s3://bucket/run", scratch / "out").storage.url.startswith(f"{scratch}/runs/")
 
 
-def test_a_save_waits_from_the_step_that_it_is_told_until_it_is_let_go(
+def test_a_save_waits_from_the_given_step_until_it_may_continue(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited = threading.Event()
@@ -63,9 +65,9 @@ def test_a_save_waits_from_the_step_that_it_is_told_until_it_is_let_go(
     assert not waiting.is_alive()
 
 
-def test_a_save_does_not_wait_for_a_killer_that_is_gone(scratch: Path) -> None:
+def test_a_save_does_not_wait_for_a_process_that_has_ended(scratch: Path) -> None:
     (scratch / "hold").write_text("5 999999999")
     (hold,) = rehearsal.saved_hooks(scratch / "out")
     waiting = threading.Thread(target=hold, args=(6,))
     waiting.start()
-    wait_until(lambda: not waiting.is_alive(), "it goes on")
+    wait_until(lambda: not waiting.is_alive(), "it continues")

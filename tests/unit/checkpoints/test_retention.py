@@ -1,4 +1,4 @@
-"""Which checkpoints go, and that whatever a run has been through, the ones that somebody needs stay."""
+"""Which checkpoints are deleted, and that the needed ones stay in every history of a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ from hypothesis import strategies as st
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import retire, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
-from hf_cloudtrain.checkpoints.retention import Policy, Retention, pin, pins, protected, to_retire, unpin
-from hf_cloudtrain.errors import ConfigurationError, StorageError
+from hf_cloudtrain.checkpoints.retention import (
+    Policy,
+    Retention,
+    is_pinned,
+    pin,
+    pins,
+    protected,
+    to_retire,
+    unpin,
+)
+from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError, StorageError
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage
+from tests.unit.checkpoints.manifests import KEY, manifest_of
 
 FILES = tuple(FileEntry(path, 1, "xxh3-128:" + "0" * 32) for path in ("model", "deep/er/optimizer"))
 
@@ -32,7 +42,7 @@ def keys(*texts: str) -> list[CheckpointKey]:
 
 
 def save(catalog: Catalog, key: CheckpointKey) -> None:
-    """Commit a checkpoint as the uploader does, without its threads."""
+    """Commit a checkpoint as the upload queue does, without its threads."""
     folder = catalog.claim(key, f"nonce-{key}", exclusive=True)
     for file in FILES:
         catalog.storage.write(f"{folder}/{file.path}", b"x")
@@ -50,21 +60,21 @@ class TestPolicy:
     def test_without_a_limit_everything_stays(self) -> None:
         assert to_retire(keys("1/10", "1/20"), Policy(), []) == []
 
-    def test_protected_ones_stay_beside_the_limit_and_do_not_use_it_up(self) -> None:
+    def test_protected_checkpoints_stay_and_do_not_count_for_the_limit(self) -> None:
         there = keys("1/10", "1/20", "1/30", "1/40")
         assert to_retire(there, Policy(2), keys("1/10")) == keys("1/20")
 
-    def test_every_nth_step_stays_and_of_a_step_that_was_done_again_the_last(self) -> None:
+    def test_every_nth_step_stays_and_of_a_repeated_step_the_last(self) -> None:
         there = keys("1/100", "1/150", "1/200", "2/150", "2/200", "2/250", "2/260")
         assert to_retire(there, Policy(1, 100), []) == keys("1/150", "1/200", "2/150", "2/250")
 
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
     @pytest.mark.parametrize("name", ["save_total_limit", "keep_every_n_steps"])
-    def test_what_is_no_number_of_checkpoints_is_refused(self, name: str, value: object) -> None:
+    def test_a_limit_that_is_not_a_positive_integer_is_refused(self, name: str, value: object) -> None:
         with pytest.raises(ConfigurationError, match=f"{name}={value!r} must be a positive integer"):
             Policy(**{"save_total_limit": 1, name: value})  # type: ignore[arg-type]
 
-    def test_every_n_without_a_limit_is_refused_because_it_would_do_nothing(self) -> None:
+    def test_every_n_steps_without_a_limit_is_refused_because_it_has_no_effect(self) -> None:
         with pytest.raises(ConfigurationError, match="Set save_total_limit too"):
             Policy(keep_every_n_steps=100)
 
@@ -83,7 +93,7 @@ class TestPass:
             save(catalog, CheckpointKey(1, step))
         return catalog
 
-    def test_a_pass_leaves_what_the_policy_says_and_no_data_of_others(self, catalog: Catalog) -> None:
+    def test_a_pass_leaves_what_the_policy_keeps_and_no_files_of_the_others(self, catalog: Catalog) -> None:
         Retention(catalog, Policy(2), catalog.attempts.read(1)).run()
         assert catalog.checkpoints() == keys("1/4", "1/5")
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")}
@@ -98,7 +108,7 @@ class TestPass:
         retention.run()
         assert [call.kind for call in storage.calls] == ["list"]
 
-    def test_without_a_limit_or_on_another_host_nothing_is_asked(
+    def test_without_a_limit_or_on_another_host_no_request_is_made(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
         idle = Retention(catalog, Policy(), catalog.attempts.read(1)), Retention(catalog, Policy(1), None)
@@ -112,7 +122,9 @@ class TestPass:
         Retention(catalog, Policy(1), catalog.attempts.read(1)).run()
         assert len(catalog.checkpoints()) == 5
 
-    def test_one_whose_number_another_has_taken_deletes_nothing(self, catalog: Catalog) -> None:
+    def test_an_attempt_whose_number_another_process_has_taken_deletes_nothing(
+        self, catalog: Catalog
+    ) -> None:
         """Where the storage does not honour exclusive create, the other one is the attempt."""
         attempt = dataclasses.replace(catalog.attempts.read(1), exclusive=False)
         retention = Retention(catalog, Policy(1), attempt)
@@ -121,7 +133,7 @@ class TestPass:
         retention.run()
         assert len(catalog.checkpoints()) == 5
 
-    def test_it_looks_before_each_delete_whether_it_was_overtaken(self, catalog: Catalog) -> None:
+    def test_before_each_deletion_a_pass_checks_whether_it_was_overtaken(self, catalog: Catalog) -> None:
         asked = 0
 
         def overtaken_at_the_third_request() -> bool:
@@ -134,7 +146,9 @@ class TestPass:
         Retention(catalog, Policy(1), catalog.attempts.read(1)).run(overtaken_at_the_third_request)
         assert catalog.checkpoints() == keys("1/2", "1/3", "1/4", "1/5")
 
-    def test_one_that_is_pinned_during_the_pass_stays(self, catalog: Catalog, storage: FaultyStorage) -> None:
+    def test_a_checkpoint_that_is_pinned_during_the_pass_stays(
+        self, catalog: Catalog, storage: FaultyStorage
+    ) -> None:
         asked = 0
 
         def pin_one() -> bool:
@@ -147,18 +161,14 @@ class TestPass:
         Retention(catalog, Policy(1), catalog.attempts.read(1)).run(pin_one)
         assert catalog.checkpoints() == keys("1/3", "1/5")
 
-    def test_one_that_was_saved_as_the_best_stays_before_its_pointer_has_moved(
-        self, catalog: Catalog
-    ) -> None:
+    def test_a_best_checkpoint_stays_before_its_pointer_has_moved(self, catalog: Catalog) -> None:
         catalog.point("best", CheckpointKey(1, 1))
         retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
         retention.note_best(CheckpointKey(1, 3))
         retention.run()
         assert catalog.checkpoints() == keys("1/1", "1/3", "1/5")
 
-    def test_it_stops_when_told_to_and_the_next_pass_finishes_what_was_half_done(
-        self, catalog: Catalog
-    ) -> None:
+    def test_a_pass_that_is_stopped_is_completed_by_the_next_one(self, catalog: Catalog) -> None:
         for stop_at in range(1, 6):
             answers = iter([True] * stop_at)
             Retention(catalog, Policy(1), catalog.attempts.read(1)).run(lambda: next(answers, False))  # noqa: B023
@@ -168,7 +178,7 @@ class TestPass:
         assert folders == {".cloudtrain", "checkpoint-5"}
         assert retiring(catalog) == []
 
-    def test_trouble_is_warned_about_once_and_the_next_pass_tries_again(
+    def test_an_error_is_warned_about_once_and_the_next_pass_tries_again(
         self, catalog: Catalog, storage: FaultyStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
         retention = Retention(catalog, Policy(1), catalog.attempts.read(1))
@@ -183,7 +193,7 @@ class TestPass:
         assert catalog.checkpoints() == keys("1/5")
         assert catalog.storage.list("checkpoint-1") == []
 
-    def test_one_with_a_damaged_manifest_stays_and_the_others_go(
+    def test_a_checkpoint_with_a_damaged_manifest_stays_and_the_others_are_deleted(
         self, catalog: Catalog, caplog: pytest.LogCaptureFixture
     ) -> None:
         catalog.storage.write(".cloudtrain/checkpoints/000001-0000000002.json", b"{")
@@ -196,7 +206,7 @@ class TestPass:
 
 @dataclass
 class History:
-    """A run, and what has become of it; each method is something that happens to it."""
+    """A run, and what happens to it: one method an event."""
 
     catalog: Catalog
     attempts: int = 0
@@ -248,11 +258,11 @@ class History:
         proceed = (lambda: True) if choice % 2 else (lambda: next(answers, False))
         Retention(self.catalog, policy, self.catalog.attempts.read(attempt)).run(proceed)
         after = self.catalog.checkpoints()
-        assert needed <= set(after), "one that somebody needs is gone"
+        assert needed <= set(after), "a needed checkpoint is gone"
         if self.catalog.attempts.overtaken_by(attempt) is not None:
             assert before == after, "an overtaken attempt deleted something"
         elif proceed():
-            assert set(after) == needed, "one that nobody needs stayed"
+            assert set(after) == needed, "a checkpoint that is not needed stayed"
 
     def needed(self, policy: Policy) -> set[CheckpointKey]:
         """What law 10 and the policy say, counted in another way than the code does."""
@@ -281,7 +291,7 @@ class History:
         max_size=25,
     )
 )
-def test_law_10_whatever_a_run_has_been_through_the_protected_ones_survive(
+def test_law_10_protected_checkpoints_survive_in_every_history_of_a_run(
     happenings: list[tuple[str, int]],
 ) -> None:
     with TemporaryDirectory() as folder:
@@ -298,3 +308,26 @@ def test_law_10_whatever_a_run_has_been_through_the_protected_ones_survive(
             assert there == {manifest.object_path(file) for file in manifest.files}, "it is whole"
         folders = {info.path.partition("/")[0] for info in catalog.storage.list("")} - {".cloudtrain"}
         assert folders == {catalog.read(key).folder for key in catalog.checkpoints()}, "nothing half deleted"
+
+
+def test_pins_are_set_and_removed(catalog: Catalog) -> None:
+    other = CheckpointKey(2, 5)
+    for key in (other, KEY):
+        catalog.commit(manifest_of(key, folder=f"checkpoint-5.a{key.attempt}"))
+        pin(catalog, key)
+        pin(catalog, key)
+    assert pins(catalog) == [KEY, other]
+    unpin(catalog, KEY)
+    unpin(catalog, KEY)
+    assert (is_pinned(catalog, KEY), is_pinned(catalog, other)) == (False, True)
+    assert pins(catalog) == [other]
+
+
+def test_a_checkpoint_that_does_not_exist_cannot_be_pinned(catalog: Catalog) -> None:
+    with pytest.raises(NoCheckpointError):
+        pin(catalog, KEY)
+    assert pins(catalog) == []
+
+
+def test_nothing_is_protected_in_an_empty_run(catalog: Catalog) -> None:
+    assert protected(catalog) == {}

@@ -1,4 +1,4 @@
-"""The uploader empties an outbox, in the background or in the foreground."""
+"""Emptying an outbox, in the background or in the foreground."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.faults.runs import (
 
 
 class Disk:
-    """An outbox, the storage it goes to, and uploaders that end with the test."""
+    """An outbox, its storage, and upload queues that end with the test."""
 
     def __init__(self, folder: Path, machines: Machines) -> None:
         self.storage: FaultyStorage = machines.storage
@@ -73,7 +73,7 @@ def disk(tmp_path: Path, machines: Machines) -> Iterator[Disk]:
         assert not upload_queue._thread.is_alive()
 
 
-def test_what_the_outbox_held_before_is_uploaded_newest_first(disk: Disk) -> None:
+def test_entries_from_before_are_uploaded_newest_first(disk: Disk) -> None:
     for attempt, step in ((1, 900), (2, 5), (2, 10)):
         disk.entry(step, attempt)
     disk.upload_queue().wait(DEADLINE)
@@ -81,7 +81,7 @@ def test_what_the_outbox_held_before_is_uploaded_newest_first(disk: Disk) -> Non
     assert disk.outbox.entries() == []
 
 
-def test_the_newest_goes_first_when_the_one_under_way_is_done(disk: Disk) -> None:
+def test_the_newest_entry_follows_the_one_under_way(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     disk.storage.hold("upload", disk.gate)
     upload_queue.submit(disk.entry(1))
@@ -98,7 +98,7 @@ def steps_waiting(upload_queue: UploadQueue) -> list[tuple[int, int]]:
     return [(entry.key.attempt, entry.key.step) for entry in upload_queue.pending()]
 
 
-def test_at_most_two_wait_and_the_older_of_three_is_dropped(disk: Disk) -> None:
+def test_at_most_two_entries_wait_and_the_older_is_dropped(disk: Disk) -> None:
     upload_queue = UploadQueue(disk.catalog, disk.outbox, UploadStatus())  # not started: nothing is under way
     seen = []
     for step in (1, 2, 3):
@@ -108,14 +108,14 @@ def test_at_most_two_wait_and_the_older_of_three_is_dropped(disk: Disk) -> None:
     assert [entry.key.step for entry in disk.outbox.entries()] == [3, 2]
 
 
-def test_what_an_earlier_attempt_left_waits_on_whatever_comes_after_it(disk: Disk) -> None:
+def test_entries_of_an_earlier_attempt_are_never_dropped(disk: Disk) -> None:
     upload_queue = UploadQueue(disk.catalog, disk.outbox, UploadStatus())
     for attempt, step in ((1, 5), (2, 1), (2, 2), (2, 3)):
         upload_queue.submit(disk.entry(step, attempt))
     assert steps_waiting(upload_queue) == [(2, 3), (2, 2), (1, 5)]
 
 
-def test_an_uploader_knows_the_newest_that_it_has_committed(disk: Disk) -> None:
+def test_the_newest_committed_checkpoint_is_known(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     assert upload_queue.uploads.last_committed is None
     for step in (10, 5):
@@ -124,8 +124,8 @@ def test_an_uploader_knows_the_newest_that_it_has_committed(disk: Disk) -> None:
     assert upload_queue.uploads.last_committed == CheckpointKey(1, 10)
 
 
-def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
-    """It carries the step of the last save, which may still be on its way."""
+def test_a_named_folder_does_not_count_as_a_committed_checkpoint(disk: Disk) -> None:
+    """It carries the step of the last save, which may not be uploaded yet."""
     upload_queue = disk.upload_queue()
     upload_queue.submit(disk.entry(5, name="final"))
     upload_queue.wait(DEADLINE)
@@ -133,7 +133,7 @@ def test_a_named_folder_is_no_committed_checkpoint(disk: Disk) -> None:
     assert upload_queue.uploads.last_committed is None
 
 
-def test_a_named_folder_keeps_its_version_through_a_failed_try(disk: Disk) -> None:
+def test_a_named_folder_keeps_its_version_after_a_failed_try(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     disk.storage.fail("upload", times=12)
     upload_queue.submit(disk.entry(5, name="final"))
@@ -152,9 +152,7 @@ def test_bytes_are_counted_once_even_when_tries_fail(disk: Disk) -> None:
     assert upload_queue.progress.title == "Uploading checkpoint-5"
 
 
-def test_a_long_outage_is_warned_about_once_and_its_end_is_clean(
-    disk: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_outage_is_warned_about_once(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     upload_queue = disk.upload_queue()
     disk.storage.fail("create", path="*/claims/*", times=6 * 4)
     upload_queue.submit(disk.entry(5))
@@ -165,9 +163,7 @@ def test_a_long_outage_is_warned_about_once_and_its_end_is_clean(
     assert upload_queue.last_error is None
 
 
-def test_an_error_that_nobody_expected_does_not_end_the_thread(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_error_does_not_end_the_thread(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = disk.catalog.claim
     surprises = [ZeroDivisionError("surprise"), RecursionError("surprise")]
 
@@ -183,11 +179,11 @@ def test_an_error_that_nobody_expected_does_not_end_the_thread(
     assert disk.commits() == ["000001-0000000005"]
 
 
-def test_waiting_with_nothing_to_wait_for_returns(disk: Disk) -> None:
+def test_wait_returns_if_nothing_is_pending(disk: Disk) -> None:
     disk.upload_queue().wait(0.0)
 
 
-def test_a_closed_uploader_keeps_what_it_has_not_begun(disk: Disk) -> None:
+def test_a_closed_queue_keeps_entries_that_it_has_not_begun(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     disk.storage.hold("upload", disk.gate)
     upload_queue.submit(disk.entry(1))
@@ -202,7 +198,7 @@ def test_a_closed_uploader_keeps_what_it_has_not_begun(disk: Disk) -> None:
         upload_queue.wait(DEADLINE)
 
 
-def test_a_host_that_is_not_the_last_uploads_its_part_and_commits_nothing(disk: Disk) -> None:
+def test_a_host_that_is_not_the_last_uploads_its_part_and_does_not_commit(disk: Disk) -> None:
     upload_queue = disk.upload_queue()
     upload_queue.submit(disk.entry(5, host=1, hosts=2))
     upload_queue.wait(DEADLINE)
@@ -211,7 +207,7 @@ def test_a_host_that_is_not_the_last_uploads_its_part_and_commits_nothing(disk: 
     assert disk.outbox.entries() == [], "its part is on storage"
 
 
-def test_the_host_that_completes_the_set_commits_the_files_of_all(disk: Disk, tmp_path: Path) -> None:
+def test_the_host_that_completes_the_set_commits_the_files_of_all_hosts(disk: Disk, tmp_path: Path) -> None:
     upload_queue = disk.upload_queue()
     upload_queue.submit(disk.entry(5, host=1, hosts=2))
     upload_queue.wait(DEADLINE)
@@ -224,7 +220,7 @@ def test_the_host_that_completes_the_set_commits_the_files_of_all(disk: Disk, tm
     assert {file.path for file in manifest.files} == {*bytes_of(5), "rng_state_0.pth"}
 
 
-def test_the_manifest_carries_what_the_entry_says(disk: Disk) -> None:
+def test_the_manifest_has_the_values_of_the_entry(disk: Disk) -> None:
     entry = disk.entry(
         5, exact=False, inexact_reason="why", created=7.0, metrics={"loss": 0.5}, origin={"host": "a"}
     )
@@ -244,7 +240,7 @@ def test_the_pointers_follow_a_commit(disk: Disk) -> None:
     assert disk.catalog.pointer("last") == CheckpointKey(1, 10)
 
 
-def test_a_flush_commits_the_entries_of_its_run_only(disk: Disk) -> None:
+def test_a_flush_commits_only_the_entries_of_its_run(disk: Disk) -> None:
     disk.entry(5)
     folder = write_checkpoint(disk.outbox.output_dir, 7)
     other = disk.outbox.accept(folder, entry_of("file:///another/run", 1, 7))
@@ -252,7 +248,7 @@ def test_a_flush_commits_the_entries_of_its_run_only(disk: Disk) -> None:
     assert disk.outbox.entries() == [other]
 
 
-def test_a_flush_beside_another_one_says_so(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_flushes_at_once_are_an_error(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOCK_PATIENCE", 0.0)
     disk.entry(5)
     with (
@@ -263,7 +259,7 @@ def test_a_flush_beside_another_one_says_so(disk: Disk, monkeypatch: pytest.Monk
     assert len(disk.outbox.entries()) == 1
 
 
-def test_an_uploader_waits_for_the_lock_of_another_process(
+def test_the_queue_waits_for_the_lock_of_another_process(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     upload_queue = disk.upload_queue()
@@ -282,7 +278,7 @@ def entry_without_its_bytes(disk: Disk) -> OutboxEntry:
     return entry
 
 
-def test_a_flush_goes_on_after_an_entry_whose_bytes_are_gone(
+def test_a_flush_continues_after_an_entry_whose_files_are_gone(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     entry_without_its_bytes(disk)
@@ -292,7 +288,7 @@ def test_a_flush_goes_on_after_an_entry_whose_bytes_are_gone(
     assert "'model.safetensors' of checkpoint-5" in caplog.text
 
 
-def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
+def test_the_queue_continues_after_an_entry_whose_files_are_gone_with_an_error_in_the_log(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     upload_queue = disk.upload_queue()
@@ -304,7 +300,9 @@ def test_an_uploader_goes_on_after_an_entry_whose_bytes_are_gone_and_says_so(
     assert disk.catalog.checkpoints() == [CheckpointKey(1, 6)]
 
 
-def test_the_best_stays_though_the_host_that_commits_it_has_not_moved_the_pointer(disk: Disk) -> None:
+def test_the_best_checkpoint_stays_although_the_host_that_commits_it_has_not_moved_the_pointer(
+    disk: Disk,
+) -> None:
     first = disk.catalog.attempts.begin(0.0, 0, None, {})
     upload_queue = UploadQueue(
         disk.catalog, disk.outbox, UploadStatus(), retention=Retention(disk.catalog, Policy(1), first)
