@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
 from tests.faults.runs import Machines
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_are_restored() -> Iterator[None]:
+    """Programs of nodes and containers install handlers for good; in a test, the next test is in the same process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

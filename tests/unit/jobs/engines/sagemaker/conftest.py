@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,6 @@ from tests.unit.jobs.engines.sagemaker._container import FakeNode, Image, hosts,
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Image]:
     """A container of one node, as SageMaker prepares it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     environment = dict(os.environ)
     found = Image(tmp_path / "ml", tmp_path / "mounts", JobStore(str(tmp_path / "store")))
     facts = {"engine": "sagemaker", "nodes": 1, "nproc_per_node": 1, "max_restarts": 2}
@@ -56,8 +54,6 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Image]:
     yield found
     os.environ.clear()
     os.environ.update(environment)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
