@@ -279,12 +279,9 @@ def _state(task: Future[Any] | None) -> tuple[bool, Any, BaseException | None]:
     error = task.exception()
     if error is None:
         return True, task.result(), None
-    # Other classes may not be picklable, or not importable on the other ranks.
-    return (
-        True,
-        None,
-        type(error)(str(error)) if isinstance(error, CloudTrainError) else PeerError(repr(error)),
-    )
+    # Other classes, a user's own included, may not be picklable, or not importable on the other ranks.
+    is_ours = isinstance(error, CloudTrainError) and type(error).__module__.startswith("hf_cloudtrain.")
+    return True, None, type(error)(str(error)) if is_ours else PeerError(repr(error))
 
 
 def _torch_distributed() -> Any:

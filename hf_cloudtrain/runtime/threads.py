@@ -64,15 +64,17 @@ def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:
 def in_thread(work: Callable[[], T]) -> Future[T]:
     """Start `work` in a daemon thread of its own."""
     task: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            task.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks for the result
-            task.set_exception(error)
-
-    threading.Thread(target=call, name="cloudtrain-call", daemon=True).start()
+    threading.Thread(target=_call, args=(work, task), name="cloudtrain-call", daemon=True).start()
     return task
+
+
+def _call(work: Callable[[], T], task: Future[T]) -> None:
+    try:
+        task.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks for the result
+        task.set_exception(error)
+        # The error refers to this frame: without the frame's variables, it keeps neither itself nor `work` alive.
+        del task, work
 
 
 def in_threads(work: Callable[[Any], Any], *groups: tuple[Sequence[Any], int]) -> list[list[Any]]:

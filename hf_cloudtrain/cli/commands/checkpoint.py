@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -346,12 +347,15 @@ def _local_name(manifest: Manifest) -> str:
     return folder_name(manifest.key.rpartition("-")[0])
 
 
-def _to_verify(catalog: Catalog, checkpoint: str | None, every: bool) -> list[CheckpointInfo]:
+def _to_verify(catalog: Catalog, checkpoint: str | None, every: bool) -> Iterator[CheckpointInfo]:
     if checkpoint is not None:
         manifest = find(catalog, checkpoint)
-        return [CheckpointInfo(manifest.key, manifest)]
+        yield CheckpointInfo(manifest.key, manifest)
+        return
     keys: list[CheckpointKey | str] = [*catalog.checkpoints(), *NamedFolders(catalog).keys()] if every else []
-    return read_infos(catalog, keys or [newest(catalog)])
+    for key in keys or [newest(catalog)]:
+        # Read when its turn comes: a training may delete it while those before it are verified.
+        yield from read_infos(catalog, [key])
 
 
 def _verdict(catalog: Catalog, info: CheckpointInfo, progress: Progress) -> dict[str, Any]:

@@ -183,6 +183,25 @@ class TestRanks:
             StorageError
         ] * 2
 
+    def test_an_error_of_the_user_s_own_class_reaches_the_other_ranks_as_text(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class TwoPartsError(StorageError):
+            """Neither pickled nor made from a text."""
+
+            def __init__(self, first: str, second: str) -> None:
+                super().__init__(f"{first} and {second}")
+
+        def fail() -> None:
+            raise TwoPartsError("one", "two")
+
+        own, other = self.on_two_ranks(
+            tmp_path / "ranks", monkeypatch, lambda ranks: ranks.agree(fail, "think")
+        )
+        assert isinstance(own, TwoPartsError)
+        assert isinstance(other, PeerError)
+        assert "one and two" in str(other)
+
     def test_without_a_store_of_the_launcher_they_use_the_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

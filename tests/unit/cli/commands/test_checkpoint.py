@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints import download
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import retire
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.retention import pins
 from tests.unit.cli.terminal import ALL, Run, answer, cloudtrain, damage, sentence
 
@@ -199,6 +202,19 @@ class TestVerify:
             "000001-0000000300",
             "final-000001",
         ]
+
+    def test_of_all_leaves_out_what_a_training_deletes_meanwhile(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def verify(catalog: Catalog, manifest: Manifest, **how: Any) -> list[str]:
+            if manifest.step == 100:
+                retire(catalog, CheckpointKey(1, 200))
+            return verify_whole(catalog, manifest, **how)
+
+        verify_whole = download.verify
+        monkeypatch.setattr(download, "verify", verify)
+        verdicts = answer("checkpoint", "verify", run.url, "--all")["checkpoints"]
+        assert [verdict["step"] for verdict in verdicts][:2] == [100, 300]
 
     def test_of_a_run_that_saved_nothing_is_an_error(self, empty: Run) -> None:
         empty.begin()
