@@ -252,8 +252,10 @@ def skypilot() -> list[Vm]:
         ConfigurationError: SkyPilot has not downloaded its catalog yet. OSError: a file cannot be read.
     """
     versions = Path(os.environ.get("SKY_RUNTIME_DIR") or "~", ".sky", "catalogs").expanduser()
-    newest = max(versions.glob("v[0-9]*"), key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
-    files = sorted(newest.glob("*/vms.csv")) if newest else []
+    # A copy such as "v9.2026-01" is not a version.
+    numbers = (int(path.name[1:]) for path in versions.glob("v*") if path.name[1:].isdecimal())
+    newest = max(numbers, default=None)
+    files = [] if newest is None else sorted(versions.glob(f"v{newest}/*/vms.csv"))
     if not files:
         if shutil.which("sky") is None:
             return []

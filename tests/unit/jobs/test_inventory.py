@@ -256,6 +256,7 @@ class TestSkypilot:
         machines.catalog("azure", AZURE)
         machines.catalog("gcp", "not,a\ncatalog,\n")
         machines.catalog("old", AZURE, version="v9")
+        machines.catalog("copy", AZURE, version="v9.2026-01")
         assert shown()[1:] == [
             "aws-16gb-v100-4g-us-east-1 aws us-east-1 4 x V100 16 GB no",
             "aws-16gb-v100-4g-us-east-1-spot aws us-east-1 4 x V100 16 GB yes",
