@@ -80,11 +80,11 @@ def tensors(found: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(item, f"{name}/{key}")
 
 
-def agent(arguments: list[str]) -> None:
+def agent(argv: list[str]) -> None:
     """One host's torchrun."""
     from torch.distributed.run import main as torchrun
 
-    torchrun(arguments)
+    torchrun(argv)
 
 
 if __name__ == "__main__":

@@ -43,23 +43,14 @@ class Shards:
     def agents(self, machine: str, **arguments: Any) -> list[Child]:
         """Two torchruns with a rank each, which have a disk each: `<machine>-0` and `<machine>-1`, by rank."""
         rendezvous = f"127.0.0.1:{free_port()}"
-        arguments = [
-            "--nnodes",
-            "2",
-            "--nproc_per_node",
-            "1",
-            "--max_restarts",
-            "0",
-            "--rdzv_backend",
-            "static",
-        ]
-        arguments += ["--master_addr", "127.0.0.1", "--master_port", rendezvous.rpartition(":")[2]]
+        argv = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "0", "--rdzv_backend", "static"]
+        argv += ["--master_addr", "127.0.0.1", "--master_port", rendezvous.rpartition(":")[2]]
         given = self.arguments(machine, checkpoint_dir=f"{self.folder}/{machine}-{{rank}}", **arguments)
         return [
             self.lab._zygote.start(
                 SCRIPT,
                 "agent",
-                arguments=[*arguments, "--node_rank", str(host), "-m", SCRIPT, json.dumps(given)],
+                argv=[*argv, "--node_rank", str(host), "-m", SCRIPT, json.dumps(given)],
             )
             for host in range(2)
         ]
