@@ -24,21 +24,21 @@ ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 EXPECTED = {"full": "space", "read-only": "Read-only"}
 
 
-def saves(machine: Machine, accepted: list[int]) -> None:
+def saves(machine: Machine, accepted: list[int], seconds: float) -> None:
     """Start, save, commit, rotate, save again, commit."""
     machine.start()
     for step in (5, 10):
         machine.save(step)
         if machine.checkpointer._save_error is None:
             accepted.append(step)
-        machine.checkpointer.wait(SHORT)
+        machine.checkpointer.wait(seconds)
         machine.rotate(5) if step == 5 else None
 
 
 def disk_operations(folder: Path) -> int:
     """The number of disk operations of a run."""
     with Machines(folder) as machines, FaultyDisk(folder / "out", errno.EROFS, times=0) as disk:
-        saves(machines.new(), [])
+        saves(machines.new(), [], DEADLINE)
         return len(disk.seen)
 
 
@@ -54,7 +54,7 @@ def test_a_disk_that_fails_from_any_operation_on_loses_no_accepted_checkpoint(
             machine, message = None, ""
             with FaultyDisk(tmp_path / str(number) / "out", ERRORS[trouble], at=number) as disk:
                 try:
-                    saves(machine := machines.new(), accepted)
+                    saves(machine := machines.new(), accepted, SHORT)
                 except (CloudTrainError, OSError) as error:
                     message = str(error)
             if machine is not None:
