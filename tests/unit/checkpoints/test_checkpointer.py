@@ -425,3 +425,10 @@ def test_storage_options_may_come_from_the_environment(
     monkeypatch.setenv("HF_CLOUDTRAIN_STORAGE_OPTIONS", "[]")
     with pytest.raises(CloudTrainError, match="HF_CLOUDTRAIN_STORAGE_OPTIONS"):
         Checkpointer(None, machines.run.parent / "out")
+
+
+def test_a_save_before_begin_is_an_error_that_says_so(machines: Machines) -> None:
+    machine = machines.new()
+    with pytest.raises(ConfigurationError, match=r"call begin\(\) before the first save\(\)"):
+        machine.save(5)
+    assert machine.waiting() == []
