@@ -10,12 +10,7 @@ from __future__ import annotations
 import logging
 
 from hf_cloudtrain.checkpoints.attempts import Attempts
-from hf_cloudtrain.checkpoints.manifest import (
-    CheckpointKey,
-    Manifest,
-    decode_record,
-    encode_record,
-)
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
 from hf_cloudtrain.checkpoints.paths import CHECKPOINTS, CLAIMS
 from hf_cloudtrain.errors import (
     ManifestError,
