@@ -120,7 +120,8 @@ class AttemptLifecycle:
             check_notices: whether a pending notice stops it.
             interrupted: how an earlier attempt ended that is still under way: in a notebook, the process survives an exception.
         """
-        self.interrupt(self.checkpointer.attempt, interrupted)
+        for lifecycle in self._of_same_run():
+            lifecycle.interrupt(lifecycle.checkpointer.attempt, interrupted)
         forget_end()
         if check_notices:
             check_no_pending_notice(self.checkpointer)
@@ -160,6 +161,7 @@ class AttemptLifecycle:
 
     def listen(self, *, grace: float | None = None, within: CodeType | None = None) -> None:
         """Wait for notices in the background. Arguments as `Preemption`."""
+        self.stop_listening()
         self.preemption = Preemption(self.checkpointer, grace=grace, within=within)
         self.preemption.start()
 
@@ -237,6 +239,11 @@ class AttemptLifecycle:
         self.checkpointer.close()
         for key in [key for key, lifecycle in _lifecycles.items() if lifecycle is self]:
             del _lifecycles[key]
+
+    def _of_same_run(self) -> list[AttemptLifecycle]:
+        """This lifecycle, and those of this process that train the same run in different folders."""
+        runs = {key[:2] for key, lifecycle in _lifecycles.items() if lifecycle is self}
+        return [self, *(other for key, other in _lifecycles.items() if key[:2] in runs and other is not self)]
 
     def _close_tracker(self, outcome: Outcome) -> None:
         if self.tracker is not None:

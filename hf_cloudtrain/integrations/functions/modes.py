@@ -180,8 +180,8 @@ class RemoteRun(Mode):
 
     def is_emergency(self, step: int) -> bool:
         lifecycle = self._open()
-        if self._closed or lifecycle.is_leaving:
-            return lifecycle.is_leaving
+        if self._closed or lifecycle.is_over or lifecycle.is_leaving:
+            return lifecycle.is_leaving  # after the last upload, signals do again what they did before
         if lifecycle.preemption is None:
             lifecycle.listen()
         if lifecycle.must_stop():

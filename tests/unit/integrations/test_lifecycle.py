@@ -161,6 +161,28 @@ class TestAnAttempt:
         lifecycle.interrupt(lifecycle.checkpointer.attempt)
         assert states(lifecycle) == ["failed", "stopped"]
 
+    def test_that_an_exception_interrupted_ends_when_the_next_one_begins_in_a_different_folder(
+        self, lifecycle: AttemptLifecycle, tmp_path: Path
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        lifecycle.begin(0)
+        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.listen()
+        other = AttemptLifecycle.of(str(tmp_path / "run"), tmp_path / "other")
+        other.begin(0, started_over=True, interrupted="failed")
+        assert (lifecycle.tracker, lifecycle.preemption) == (None, None)
+        assert states(lifecycle)[0] == "failed"
+        assert signal.getsignal(signal.SIGTERM) is before
+        other.close()
+
+    def test_listens_once(self, lifecycle: AttemptLifecycle) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        lifecycle.begin(0)
+        lifecycle.listen()
+        lifecycle.listen()
+        lifecycle.stop_listening()
+        assert signal.getsignal(signal.SIGTERM) is before
+
     def test_is_not_stopped_by_the_late_end_of_an_earlier_one(self, lifecycle: AttemptLifecycle) -> None:
         earlier = lifecycle.begin(0)
         lifecycle.begin(0, started_over=True)

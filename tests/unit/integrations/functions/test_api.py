@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -759,6 +760,19 @@ class TestTheRun:
         ct.upload_checkpoint()
         assert machines.committed() == [(1, 1), (1, 4)]
         assert caplog.text.count("continues after step 1") == 1
+
+    def test_after_the_upload_of_the_last_step_signals_do_what_they_did_before(
+        self, begin: Callable[..., Path]
+    ) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        folder = begin(1)
+        steps()
+        assert not ct.is_emergency_save()
+        assert signal.getsignal(signal.SIGTERM) != before
+        save(folder)
+        ct.upload_checkpoint()
+        assert not ct.is_emergency_save()
+        assert signal.getsignal(signal.SIGTERM) == before
 
     def test_a_process_group_that_appears_after_a_restore_alone_is_refused(
         self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
