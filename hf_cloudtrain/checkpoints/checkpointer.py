@@ -122,8 +122,8 @@ class Checkpointer:
             self._checks.restored = CheckpointKey(restored.manifest.attempt, restored.manifest.step)
         return restored
 
-    def restored_before(self, key: CheckpointKey) -> None:
-        """Note that a launcher restored this checkpoint before the process began."""
+    def restored_before(self, key: CheckpointKey | None) -> None:
+        """Note that a launcher restored this checkpoint before the process began; None: nothing is restored."""
         self._checks.restored = key
 
     @short_traceback

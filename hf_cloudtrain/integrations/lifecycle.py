@@ -72,6 +72,7 @@ class AttemptLifecycle:
         forget_end()
         if key not in _lifecycles:
             _lifecycles[key] = cls(Checkpointer(run_url, output_dir, **options))
+        _lifecycles[key].checkpointer.restored_before(None)  # what an earlier training restored
         return _lifecycles[key]
 
     def restore(

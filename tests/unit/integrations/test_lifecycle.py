@@ -75,6 +75,20 @@ class TestRegistry:
         assert AttemptLifecycle.of(url, folder, fresh=True) is not first
         assert AttemptLifecycle.of(url, folder, fresh=False, advice=Advice("Restore.", "Save.")) is not first
 
+    def test_a_new_training_does_not_count_what_an_earlier_one_restored(
+        self, lifecycle: AttemptLifecycle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lifecycle.begin(0)
+        save(lifecycle, 4)
+        lifecycle.finish()
+        assert lifecycle.restore() is not None
+        lifecycle.begin(4)
+        save(lifecycle, 8)
+        lifecycle.finish()
+        assert AttemptLifecycle.of(str(tmp_path / "run"), tmp_path / "out") is lifecycle
+        lifecycle.begin(4)
+        assert "resumes at step 4, but the newest checkpoint" in caplog.text
+
     def test_a_closed_one_is_forgotten(self, tmp_path: Path) -> None:
         first = AttemptLifecycle.of(str(tmp_path / "run"), tmp_path / "out")
         first.close()
