@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError
+from hf_cloudtrain.integrations.loop.loop import TrainLoop
 from hf_cloudtrain.storage.client import Storage
 from tests.integration import _loops
 from tests.integration._loops import KilledError, Rows, StatefulStream, difference, train
@@ -174,6 +176,23 @@ def test_leaving_an_epoch_with_break_within_an_accumulation_does_not_save_its_la
         loop.end_epoch({"loss": 1.0})
     assert [(item.step, item.position.epoch) for item in manifests(tmp_path / "run")] == [(2, 0.4), (3, 1.0)]
     assert manifests(tmp_path / "run")[-1].metrics == {"eval_loss": 1.0}
+
+
+def test_a_loader_without_batches_leaves_the_resumed_position_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, batches, _ = train(tmp_path / "plain", tmp_path / "whole", Rows(20))
+    killed(tmp_path, 3, Rows(20))
+    original = TrainLoop.steps
+
+    def steps(loop: TrainLoop, loader: Any) -> Iterator[Any]:
+        with pytest.raises(ConfigurationError, match="yielded no batches"):
+            next(original(loop, torch.utils.data.DataLoader(Rows(0), batch_size=4)))
+        yield from original(loop, loader)
+
+    monkeypatch.setattr(TrainLoop, "steps", steps)
+    _, rest, _ = train(tmp_path / "run", tmp_path / "two", Rows(20))
+    assert rest == batches[2:]
 
 
 def test_a_pending_save_happens_though_the_next_batch_cannot_be_read(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ class TrainLoop:
         """
         if self._steps is None:
             raise ConfigurationError("steps() belongs inside `for epoch in loop.epochs()`.")
+        self._steps.check_may_iterate(dataloader)
         resumed, self._resumed = self._resumed, None
         yield from self._steps.iterate(dataloader, resumed)
 

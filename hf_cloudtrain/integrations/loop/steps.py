@@ -72,14 +72,18 @@ class EpochSteps:
         self._save_steps = save_steps
         self._inside_batch = False
 
+    def check_may_iterate(self, dataloader: Any) -> None:
+        """Raise ConfigurationError for a second iteration in this epoch, and for a DataLoader without batches."""
+        if self.position is not None:
+            epoch = self._run.state.epoch
+            raise ConfigurationError(
+                f"steps() was called twice in epoch {epoch}. Use one DataLoader for both parts, or two epochs."
+            )
+        self._check_not_empty(length(dataloader))
+
     def iterate(self, dataloader: Any, resumed: Resumed | None) -> Iterator[Any]:
         """The batches that are left, as `TrainLoop.steps` has them."""
         run = self._run
-        if self.position is not None:
-            raise ConfigurationError(
-                f"steps() was called twice in epoch {run.state.epoch}. Use one DataLoader for both parts, or two epochs."
-            )
-        self._check_not_empty(length(dataloader))
         self.position = position = DataPosition(dataloader)
         self._begin(position, resumed)
         run.lifecycle.track(
