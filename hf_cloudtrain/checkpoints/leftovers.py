@@ -129,7 +129,7 @@ def clean(
     on_watch(watch.seconds)
     gone = {(left.what, left.name): left for left in others}
     for left, reason in watch.wait():
-        del gone[left.what, left.name]
+        gone.pop((left.what, left.name), None)  # two unfinished uploads may be of one object
         yield left, reason or _remove(catalog, left)
     for left in gone.values():
         yield left, "it was completed or removed during the watch"

@@ -364,6 +364,19 @@ class TestWatch:
         assert len(pauses) == 1
 
 
+def test_two_unfinished_uploads_of_one_record_are_both_reported(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ".cloudtrain/steps/000001-0001.jsonl"
+    both = [
+        LeftOver("file", path, uploads=(IncompleteUpload(path, token, 1),)) for token in ("first", "second")
+    ]
+    monkeypatch.setattr(Watch, "wait", lambda self: ((left, "it has changed") for left in both))
+    assert list(leftovers.clean(catalog, both, lambda seconds: None)) == [
+        (left, "it has changed") for left in both
+    ]
+
+
 class TestUploadsAfterwards:
     """An outbox still holds what was removed from storage."""
 
