@@ -78,8 +78,12 @@ def is_left_over(name: str) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, and nothing in between."""
     beside = path.with_name(f".{path.name}-{temp_suffix()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except BaseException:  # on a full disk, each try would leave one more file
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
