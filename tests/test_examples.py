@@ -212,6 +212,7 @@ class TestScript:
         assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
         assert list(tmp_path.glob("predict_test*.tsv"))
 
+    @pytest.mark.slow
     def test_the_loss_on_synthetic_data_decreases(self, run_glue, tmp_path):
         run_glue.main(["--output_dir", str(tmp_path), "--max_steps", "120", "--disable_tqdm", "true"])
         history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

@@ -28,6 +28,7 @@ def test_100_kills_of_small_runs_restore_the_newest_lose_no_commit_and_change_no
     assert of_small_runs(moto, tmp_path, 100).wrong() == []
 
 
+@pytest.mark.slow
 def test_5_kills_of_complete_torchrun_jobs_do_the_same(tmp_path: Path) -> None:
     assert of_jobs(tmp_path, 5).wrong() == []
 

@@ -32,6 +32,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     moto: MotoServer, shared_data: Path, tmp_path: Path
 ) -> None:

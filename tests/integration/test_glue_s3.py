@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.storage.client import Storage
@@ -31,6 +33,7 @@ OPTIONS = {
 TIMES = ("runtime", "per_second")
 
 
+@pytest.mark.slow
 def test_mrpc_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     moto: MotoServer, shared_data: Path, tmp_path: Path
 ) -> None:

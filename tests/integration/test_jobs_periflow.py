@@ -8,6 +8,8 @@ import signal
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.jobs.engines.local import free_port
 from hf_cloudtrain.storage.client import Storage
@@ -32,6 +34,7 @@ CIFAR = {
 }
 
 
+@pytest.mark.slow
 def test_glue_on_mnli_finishes_after_a_torchrun_was_killed(
     desk: Desk, shared_data: Path, tmp_path: Path
 ) -> None:
@@ -43,6 +46,7 @@ def test_glue_on_mnli_finishes_after_a_torchrun_was_killed(
     assert (Path(desk.record("glue-run").home) / "workspace" / "ckpt" / "final" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_cifar100_finishes_after_a_torchrun_was_killed(desk: Desk, shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "cifar" / "cifar-100-python.subset.tar.xz") as archive:
         archive.extractall(tmp_path / "data", filter="data")
