@@ -14,6 +14,7 @@ The save path, in reading order:
 Records on storage:
     manifest         manifest, position and key of a checkpoint: formats and checks
     paths            where each record is
+    exactness        whether a resume from a checkpoint equals an uninterrupted run: yes, no, or not verified
     attempts         the attempts of a run: numbers, heartbeats, stop requests
     ownership        whether an attempt is still the newest (law 6)
     attempt_checks   what is checked when an attempt begins and ends (laws 5 and 9)

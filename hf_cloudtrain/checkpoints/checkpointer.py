@@ -24,6 +24,7 @@ from hf_cloudtrain.checkpoints.attempt_checks import TRAINER_ADVICE, Advice, Att
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
+from hf_cloudtrain.checkpoints.exactness import EXACT, NOT_SAID, Exactness
 from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
 from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
@@ -98,6 +99,7 @@ class Checkpointer:
             self._watch = CommitWatch(self.catalog, self.uploads) if self.ranks.is_main else None
             self._shares = HostShares(self.ranks, self._watch, step_in_names=self.local.step_in_names)
         self._save_error: Exception | None = None
+        self._told = EXACT
 
     @property
     def last_saved(self) -> CheckpointKey | None:
@@ -148,7 +150,7 @@ class Checkpointer:
         prepare = partial(self.local.begin, self.storage.url, global_step, ownership.check)
         self.ranks.each_leader(prepare, "move stale checkpoints")
         self.uploads.last_saved = self.uploads.last_saved_time = None
-        self._save_error = None
+        self._save_error, self._told = None, EXACT
         self._retention.policy = self.policy
         self._retention.attempt = self.attempt if self.ranks.is_main else None
         if self.ranks.is_leader and self._upload_queue is None:
@@ -166,7 +168,7 @@ class Checkpointer:
         position: Position,
         *,
         since_ns: int = 0,
-        inexact_reason: str | None = None,
+        exactness: Exactness = NOT_SAID,
         metrics: dict[str, float] | None = None,
         best: bool = False,
         all_written: bool = False,
@@ -175,7 +177,7 @@ class Checkpointer:
 
         Args:
             since_ns: files last written before this time (ns) are left-overs of a different save.
-            inexact_reason: why a resume from here cannot equal an uninterrupted run, if so.
+            exactness: whether a resume from here equals an uninterrupted run; rank 0 logs what is not a yes.
             best: whether this is the best checkpoint so far.
             all_written: whether the ranks know already that every one of them has written its files.
         """
@@ -185,8 +187,9 @@ class Checkpointer:
             self._own(self.attempt)  # training continues after its end
         if not all_written:
             self.ranks.barrier()
-        entry = OutboxEntry.new(self.storage.url, self.attempt, position, inexact_reason, metrics or {}, best)
+        entry = OutboxEntry.new(self.storage.url, self.attempt, position, exactness, metrics or {}, best)
         self.uploads.last_saved, self.uploads.last_saved_time = entry.key, entry.created
+        self._told = entry.tell_exactness(self._told) if self.ranks.is_main else EXACT
         try:
             look, queue = partial(self.local.written, folder, since_ns), self._upload_queue
             share = Share(entry) if self._shares is None else self._shares.agree(entry, look, queue)

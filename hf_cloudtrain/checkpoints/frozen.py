@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.attempts import Attempt
+from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.manifest import (
     CheckpointKey,
     FileEntry,
     Manifest,
     Position,
+    as_exact,
     decode_record,
     encode_record,
 )
@@ -90,7 +92,7 @@ class OutboxEntry:
     position: Position
     exclusive: bool = True
     """Whether the storage honoured exclusive create when the attempt began."""
-    exact: bool = True
+    exact: bool | None = True
     inexact_reason: str | None = None
     created: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class OutboxEntry:
         run_url: str,
         attempt: Attempt,
         position: Position,
-        inexact_reason: str | None,
+        exactness: Exactness,
         metrics: dict[str, float],
         best: bool,
     ) -> OutboxEntry:
@@ -127,8 +129,8 @@ class OutboxEntry:
             nonce=f"{attempt.nonce}-{position.global_step}",
             position=position,
             exclusive=attempt.exclusive,
-            exact=inexact_reason is None,
-            inexact_reason=inexact_reason,
+            exact=exactness.exact,
+            inexact_reason=exactness.reason,
             created=time.time(),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             best=best,
@@ -144,6 +146,18 @@ class OutboxEntry:
     def title(self) -> str:
         """What messages call it."""
         return self.name or f"checkpoint-{self.key.step}"
+
+    def tell_exactness(self, told: Exactness) -> Exactness:
+        """Log why a resume from here may differ, while settings can still be changed.
+
+        Args:
+            told: what was logged last in this attempt; the same is not logged twice.
+        """
+        found = Exactness(self.exact, self.inexact_reason)
+        if found.exact is True or found == told:
+            return told
+        logger.warning("%s: %s", self.title, found.sentence)
+        return found
 
     def local_path(self, file: AcceptedFile) -> Path:
         """Where the bytes are."""
@@ -206,7 +220,7 @@ class OutboxEntry:
                 nonce=str(record["nonce"]),
                 position=Position.parse(record["position"], what),
                 exclusive=bool(record["exclusive"]),
-                exact=bool(record["exact"]),
+                exact=as_exact(record["exact"]),
                 inexact_reason=record["inexact_reason"],
                 created=float(record["created"]),
                 metrics=dict(record["metrics"]),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, NewerFormatError
 from hf_cloudtrain.storage.digest import ALGORITHM, is_digest
 from hf_cloudtrain.storage.names import clean_path
@@ -141,9 +142,10 @@ class Manifest:
     """Chosen when the folder was saved. Equal nonces mean the same save, so a repeated commit is not a second one."""
     files: tuple[FileEntry, ...]
     position: Position
-    exact: bool = True
-    """Whether a resume from here equals an uninterrupted run."""
+    exact: bool | None = True
+    """Whether a resume from here equals an uninterrupted run; None: not verified. Older readers take None for False."""
     inexact_reason: str | None = None
+    """Why `exact` is not True."""
     created: float = 0.0
     """Seconds since 1970 on the machine that saved it. Shown, never compared."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -154,6 +156,11 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files)
+
+    @property
+    def exactness(self) -> Exactness:
+        """Whether a resume from here equals an uninterrupted run, and why not."""
+        return Exactness(self.exact, self.inexact_reason)
 
     def object_path(self, entry: FileEntry) -> str:
         """Where a file's bytes are, below the run URL."""
@@ -187,7 +194,7 @@ class Manifest:
             nonce=_matching(record, "nonce", what, r"[0-9A-Za-z-]{1,100}"),
             files=tuple(FileEntry.parse(item, what) for item in files),
             position=Position.parse(record.get("position"), what),
-            exact=record.get("exact") is True,
+            exact=as_exact(record.get("exact", False)),
             inexact_reason=_optional_text(record.get("inexact_reason")),
             created=_number(record.get("created", 0.0), "created", what),
             metrics=_numbers(record.get("metrics", {}), what),
@@ -252,6 +259,11 @@ def decode_record(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ManifestError(f"The {what} is damaged: it is not a JSON object.")
     return record
+
+
+def as_exact(value: object) -> bool | None:
+    """`exact` in a record; what is neither true nor null is False."""
+    return value if value is True or value is None else False
 
 
 def texts(record: dict[Any, Any]) -> dict[str, str]:

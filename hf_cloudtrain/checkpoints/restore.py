@@ -22,7 +22,6 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError, NewerFormatError, NoCheckpointError
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.runtime.redaction import visible
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +135,7 @@ class Restorer:
         url = self._catalog.storage.url
         logger.warning("Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, url)
         if not manifest.exact:
-            reason = visible(manifest.inexact_reason or "no reason is recorded")
-            logger.warning("The resumed run will not equal an uninterrupted one: %s", reason)
+            logger.warning("%s", manifest.exactness.sentence)
 
 
 def _read_or_reason(catalog: Catalog, key: CheckpointKey) -> Manifest | str:

@@ -188,7 +188,11 @@ class Report:
             return "damaged manifest"
         notes = info.roles_in(self.roles)
         if not info.manifest.exact:
-            notes.append(f"not exact: {info.manifest.inexact_reason or 'no reason recorded'}"[:100])
+            notes.append(
+                f"{info.manifest.exactness.word}: {info.manifest.exactness.reason or 'no reason is recorded'}"[
+                    :100
+                ]
+            )
         return ", ".join(notes)
 
     def _facts(self) -> list[Table]:
@@ -197,9 +201,7 @@ class Report:
         manifest = next((info.manifest for info in self.found if info.manifest), None)
         if manifest is not None:
             facts: dict[str, Any] = {
-                "exact": "yes: a resume from it equals an uninterrupted run"
-                if manifest.exact
-                else f"no: {manifest.inexact_reason}",
+                "exact": str(manifest.exactness),
                 **{name.replace("_", " "): value for name, value in vars(manifest.position).items()},
             }
             started = self.history.attempts[-1].facts  # mostly the same, and shown beside it

@@ -26,6 +26,7 @@ from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.download import download, move_aside, verify
+from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, FileEntry, Manifest, Position
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
@@ -134,7 +135,9 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (source / "model.safetensors").write_bytes(b"weights" * step)
         (source / "state/optimizer.pt").write_bytes(b"optimizer" * step)
         position = Position(global_step=step, epoch=0.5, samples_seen=8 * step, world_size=1)
-        checkpointer.save(source, position, metrics={"loss": 0.5}, best=step == 5, inexact_reason="a test")
+        checkpointer.save(
+            source, position, metrics={"loss": 0.5}, best=step == 5, exactness=Exactness.no("a test")
+        )
         checkpointer.wait()
     checkpointer.save_folder(source, "final")
     beat = {

@@ -123,7 +123,7 @@ def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json =
             "step": manifest.step,
             "files": files_text(manifest),
             "saved": time_text(manifest.created),
-            "exact": "yes" if manifest.exact else f"no: {manifest.inexact_reason or 'no reason recorded'}",
+            "exact": str(manifest.exactness),
             "role": ", ".join(info.roles_in(roles)) or None,
         }
     )
@@ -319,7 +319,7 @@ def _notes(info: CheckpointInfo, roles: Roles) -> str:
     if info.manifest is None:
         notes.append("damaged manifest")
     elif not info.manifest.exact:
-        notes.append("not exact")
+        notes.append(info.manifest.exactness.word)
     return ", ".join(notes)
 
 

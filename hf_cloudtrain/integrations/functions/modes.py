@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempt_checks import Advice
+from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
@@ -22,6 +23,7 @@ from hf_cloudtrain.runtime.ranks import rank_and_size
 from hf_cloudtrain.tracking.exit_record import Outcome
 
 logger = logging.getLogger(__name__)
+_SCRIPT_DECIDES = Exactness.not_verified("the script decides what a checkpoint holds and how it is loaded")
 
 TENSORS_KEPT = 10
 """Calls of `metric` after which tensors are read, so that one step of ten waits for the device."""
@@ -165,6 +167,7 @@ class RemoteRun(Mode):
         checkpointer.save(
             checkpointer.output_dir,
             Position(global_step=step, world_size=checkpointer.ranks.size, max_steps=self._total),
+            exactness=_SCRIPT_DECIDES,
         )
         if lifecycle.tracker is not None:
             lifecycle.tracker.flush_soon()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.download import download
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.manifest import Manifest, Position
 from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.errors import ManifestError
@@ -130,7 +131,7 @@ class LoopFolder:
         self._checkpointer.save(
             folder,
             position,
-            inexact_reason=cursor.inexact_reason,
+            exactness=Exactness.no(cursor.inexact_reason) if cursor.inexact_reason else EXACT,
             metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
             best=best,
             all_written=True,

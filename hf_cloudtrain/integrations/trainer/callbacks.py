@@ -19,6 +19,7 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.integrations.trainer import checks
 from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
@@ -157,7 +158,7 @@ class CheckpointUploadCallback(TrainerCallback):
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
             position(args, state, self._epoch, kwargs.get("lr_scheduler")),
             since_ns=self._save_began_ns,
-            inexact_reason=reason,
+            exactness=Exactness.no(reason) if reason else EXACT,
             metrics=metrics(state, best=best),
             best=best,
         )

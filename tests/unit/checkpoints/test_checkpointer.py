@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
@@ -316,11 +317,11 @@ def test_a_resume_logs_its_checkpoint_and_whether_it_is_exact(
 ) -> None:
     machine = machines.new()
     machine.start()
-    machine.save(5, inexact_reason="no time was left for the evaluation")
+    machine.save(5, exactness=Exactness.no("no time was left for the evaluation"))
     machine.wait()
     machines.new("elsewhere").start()
     assert "Resuming from checkpoint-5 (attempt 1)" in caplog.text
-    assert "will not equal an uninterrupted one: no time was left for the evaluation" in caplog.text
+    assert "will not equal an uninterrupted run: no time was left for the evaluation" in caplog.text
 
 
 def test_a_framework_that_starts_over_begins_a_second_attempt_in_one_process(

@@ -74,9 +74,12 @@ def test_the_size_is_that_of_all_files_and_objects_are_below_the_folder() -> Non
 
 
 def test_only_true_is_exact() -> None:
-    for value in ("true", 1, None):
+    for value, exact in (("true", False), (1, False), (None, None), (True, True)):
         record = json.loads(MANIFEST.encode()) | {"exact": value}
-        assert Manifest.parse(json.dumps(record).encode(), MANIFEST.key).exact is False
+        assert Manifest.parse(json.dumps(record).encode(), MANIFEST.key).exact is exact
+    record = json.loads(MANIFEST.encode())
+    del record["exact"]
+    assert Manifest.parse(json.dumps(record).encode(), MANIFEST.key).exact is False
 
 
 def test_whole_numbers_of_a_position_stay_whole() -> None:

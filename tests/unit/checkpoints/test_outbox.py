@@ -17,6 +17,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints import frozen
 from hf_cloudtrain.checkpoints import outbox as module
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError, ManifestError
@@ -461,3 +462,15 @@ def test_of_the_entries_that_cannot_be_committed_only_the_last_is_kept(outbox: O
     (aside,) = (outbox.output_dir / ".cloudtrain/unusable").iterdir()
     assert aside.name.startswith("000001-0000000015-")
     assert contents(aside / "files") == bytes_of(15)
+
+
+def test_what_is_not_exact_is_said_once_and_again_where_the_reason_changes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    unknown, no = Exactness.not_verified("EMA may keep state"), Exactness.no("no optimizer")
+    told = EXACT
+    for step, found in enumerate((EXACT, unknown, unknown, EXACT, unknown, no, no)):
+        entry = entry_of(URL, 1, step, exact=found.exact, inexact_reason=found.reason)
+        told = entry.tell_exactness(told)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"checkpoint-1: {unknown.sentence}", f"checkpoint-5: {no.sentence}"]

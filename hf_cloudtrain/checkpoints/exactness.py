@@ -1,0 +1,66 @@
+"""Whether a resume from a checkpoint equals an uninterrupted run, by what was seen when it was saved.
+
+The answer is yes, no, or not verified: yes only where every source of difference is accounted for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hf_cloudtrain.runtime.redaction import visible
+
+FIND_OUT = "`cloudtrain verify-resume -- COMMAND` finds out"
+"""What to do where it is not verified."""
+
+
+class Exactness(NamedTuple):
+    """Yes (True), no (False) or not verified (None), and why it is not yes.
+
+    Example:
+        >>> print(Exactness.no("save_only_model=True leaves out the optimizer"))
+        no: save_only_model=True leaves out the optimizer
+    """
+
+    exact: bool | None = True
+    reason: str | None = None
+
+    @classmethod
+    def no(cls, reason: str) -> Exactness:
+        """A resume from here differs, for a known reason."""
+        return cls(False, reason)
+
+    @classmethod
+    def not_verified(cls, reason: str) -> Exactness:
+        """Something may hold state that no checkpoint has."""
+        return cls(None, reason)
+
+    def __and__(self, other: Exactness) -> Exactness:  # type: ignore[override]
+        """Both findings: no outweighs not verified, and that outweighs yes; of two equal findings, the first."""
+        return min(self, other, key=lambda found: _WEIGHT[found.exact])
+
+    def __str__(self) -> str:
+        answer = {True: "yes", False: "no", None: "not verified"}[self.exact]
+        return answer if self.exact else f"{answer}: {self._why}"
+
+    @property
+    def word(self) -> str:
+        """For a column of notes."""
+        return {True: "exact", False: "not exact", None: "exactness not verified"}[self.exact]
+
+    @property
+    def sentence(self) -> str:
+        """What a resume from here means, for the log."""
+        if self.exact:
+            return "A resume equals an uninterrupted run."
+        if self.exact is None:
+            return f"Whether a resume equals an uninterrupted run is not verified: {self._why}. {FIND_OUT}."
+        return f"A resume will not equal an uninterrupted run: {self._why}."
+
+    @property
+    def _why(self) -> str:
+        return visible(self.reason or "no reason is recorded")
+
+
+EXACT = Exactness()
+NOT_SAID = Exactness.not_verified("the code that saved it did not say")
+_WEIGHT = {False: 0, None: 1, True: 2}
