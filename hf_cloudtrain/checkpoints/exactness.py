@@ -34,7 +34,7 @@ class Exactness(NamedTuple):
         """Something may hold state that no checkpoint has."""
         return cls(None, reason)
 
-    def __and__(self, other: Exactness) -> Exactness:  # type: ignore[override]
+    def __and__(self, other: Exactness) -> Exactness:
         """Both findings: no outweighs not verified, and that outweighs yes; of two equal findings, the first."""
         return min(self, other, key=lambda found: _WEIGHT[found.exact])
 
