@@ -12,6 +12,7 @@ In reading order:
 - `session`        what callbacks of the same run share: the lifecycle, and what was restored
 - `checks`         configurations that are refused before the first step
 - `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
+- `known_trainers` the trainer classes that were tested, and where each is known to differ
 - `state`          trainer_state.json of a restored checkpoint, adapted to this machine
 - `topology`       a checkpoint of other processes, batches or accumulation, converted to new steps
 
