@@ -31,7 +31,7 @@ from benchmarks.sink import Sink
 from hf_cloudtrain import CloudTrainCallback
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Position
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 MEDIAN_TARGET, P99_TARGET = 10.0, 50.0
 """Milliseconds."""
@@ -88,7 +88,7 @@ def sentences(count: int) -> list[dict[str, torch.Tensor]]:
 
 def is_uploading(output_dir: str | Path) -> bool:
     """Whether an earlier save is still being uploaded."""
-    return any(Path(output_dir, META, "outbox").glob("[0-9]*"))
+    return any(Path(output_dir, LOCAL, "outbox").glob("[0-9]*"))
 
 
 def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float], int]:

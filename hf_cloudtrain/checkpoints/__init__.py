@@ -24,6 +24,7 @@ Load and local disk:
     restore          the newest checkpoint, the same on all ranks
     download         from a manifest to a verified folder
     local_folders    the usual layout on disk: one folder a checkpoint
+    local_home       `_cloudtrain/`: our own files below an output folder
     in_place         the layout of plain PyTorch scripts: one folder for all checkpoints
 
 Less often:

@@ -40,7 +40,7 @@ from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import ConfigurationError, ManifestError, PeerError
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Checkpointer:
         """What stays on storage; takes effect at the next `begin`."""
         self._saved_hooks = rehearsal.saved_hooks(self.output_dir)
         self.ranks = self.local.find_ranks()
-        self.ranks.meet_disks(self.output_dir / META)
+        self.ranks.meet_disks(self.output_dir / LOCAL)
         self.restorer = Restorer(self.catalog, self.local, self.ranks)
         self._checks = AttemptChecks(self.catalog, self.local, advice, fresh=fresh)
         self._retention = Retention(self.catalog, self.policy, None)

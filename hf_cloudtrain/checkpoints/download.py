@@ -25,7 +25,7 @@ from hf_cloudtrain.runtime.files import check_free_space, temp_suffix
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.digest import file_digest
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def download(
         StorageError: the storage does not answer, or the disk is full.
     """
     entries = [entry for entry in manifest.files if wanted(entry.path)]
-    work = target.parent / META / f"restore-{temp_suffix()}"
+    work = target.parent / LOCAL / f"restore-{temp_suffix()}"
     work.mkdir(parents=True)
     try:
         check_space(work, sum(entry.size for entry in entries), target)
@@ -143,8 +143,8 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a local folder of a different history to `.cloudtrain/stale/`, where it replaces an older one of its name."""
-    stale = folder.parent / META / "stale" / folder.name
+    """Move a local folder of a different history to `_cloudtrain/stale/`, where it replaces an older one of its name."""
+    stale = folder.parent / LOCAL / "stale" / folder.name
     if stale.is_symlink():  # a link instead of a checkpoint: only the link goes
         stale.unlink()
     shutil.rmtree(stale, ignore_errors=True)

@@ -34,7 +34,7 @@ from hf_cloudtrain.checkpoints.manifest import (
 from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError
 from hf_cloudtrain.runtime.files import boot_id, check_free_space
 from hf_cloudtrain.runtime.provenance import origin
-from hf_cloudtrain.storage.names import META, clean_path
+from hf_cloudtrain.storage.names import LOCAL, META, clean_path
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +326,7 @@ def _files_below(source: Path, *, follow: bool = True) -> Iterator[str]:
         with os.scandir(source / below) as items:
             for item in items:
                 path = f"{below}/{item.name}" if below else item.name
-                if path == META:
+                if path in (LOCAL, META):
                     continue
                 if item.is_dir(follow_symlinks=follow):
                     stack.append(path)

@@ -1,7 +1,7 @@
 """The layout of plain PyTorch scripts: `output_dir` itself is the checkpoint, and each save writes into the same files.
 
 A save copies the folder, because the next one writes into it again; a restore puts verified files back, one by one, and
-leaves other files alone. The folder's `.cloudtrain` is not part of the checkpoint. The ranks need no process group: they
+leaves other files alone. The folder's `_cloudtrain` is not part of the checkpoint. The ranks need no process group: they
 meet over torchrun's store, or in the folder.
 """
 
@@ -18,7 +18,7 @@ from hf_cloudtrain.checkpoints.frozen import Wanted, own_files
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class InPlace(LocalFolders):
     def find_ranks(self) -> Ranks:
         """The processes of this job; they may have no process group."""
         self.check_writable()
-        return Ranks.current(self.output_dir / META / "ranks")
+        return Ranks.current(self.output_dir / LOCAL / "ranks")
 
     def begin(self, run_url: str, global_step: int, check_owner: Callable[[], None]) -> None:
         """Note the time: what is in the folder now was restored, or is the user's. Nothing moves away."""
@@ -65,7 +65,7 @@ class InPlace(LocalFolders):
         self, catalog: Catalog, manifest: Manifest, wanted: Wanted, on_bytes: Callable[[int], None]
     ) -> None:
         """Download a checkpoint beside the folder's files, then move each file to its place."""
-        beside = self.output_dir / META / "restored"
+        beside = self.output_dir / LOCAL / "restored"
         shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
         download(catalog, manifest, beside / "files", wanted=wanted, on_bytes=on_bytes)
         others = put_in_place(beside / "files", self.output_dir, manifest)

@@ -3,10 +3,10 @@
     <output_dir>/
         checkpoint-500/                     written by the framework, or restored
         checkpoint-250.a1-500/              restored under new settings, where step 500 of attempt 1 is step 250
-        .cloudtrain/originals/              files of restored checkpoints as they were saved, where they had to be changed
-        .cloudtrain/stale/                  checkpoints of a different history of the run, for a user to look at
-        .cloudtrain/stale.json              which run was here last, and which of its own folders it has moved there
-        .cloudtrain/save-began              touched when a save begins: the time, by the clock of this disk
+        _cloudtrain/originals/              files of restored checkpoints as they were saved, where they had to be changed
+        _cloudtrain/stale/                  checkpoints of a different history of the run, for a user to look at
+        _cloudtrain/stale.json              which run was here last, and which of its own folders it has moved there
+        _cloudtrain/save-began              touched when a save begins: the time, by the clock of this disk
 
 A local checkpoint ahead of the step where an attempt begins would be mistaken for a new one, or written into. So it
 moves to `stale/`. Of the run's own folders only those stay there that were moved last, so that a run that is killed
@@ -27,10 +27,11 @@ from pathlib import Path
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside
 from hf_cloudtrain.checkpoints.frozen import Wanted, fresh_files
+from hf_cloudtrain.checkpoints.local_home import make_local_home
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.ranks import Ranks
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class LocalFolders:
     def check_writable(self) -> None:
         """Raise ConfigurationError if the disk refuses to be written to."""
         try:
-            (self.output_dir / META).mkdir(parents=True, exist_ok=True)
+            make_local_home(self.output_dir)
             self.mark_save_begin()
         except OSError as error:
             raise ConfigurationError(
@@ -64,7 +65,7 @@ class LocalFolders:
 
     def mark_save_begin(self) -> int:
         """Now, in ns, by the clock of the file system of `output_dir`, which may differ from ours."""
-        marker = self.output_dir / META / "save-began"
+        marker = self.output_dir / LOCAL / "save-began"
         marker.touch()
         return marker.stat().st_mtime_ns
 
@@ -101,7 +102,7 @@ class LocalFolders:
 
     def originals(self, manifest: Manifest) -> Path:
         """Where the files of a restored checkpoint are as they were saved, if they had to be changed on this machine."""
-        return self.output_dir / META / "originals" / f"{manifest.key}-{manifest.nonce[:8]}"
+        return self.output_dir / LOCAL / "originals" / f"{manifest.key}-{manifest.nonce[:8]}"
 
     def has(self, manifest: Manifest, wanted: Wanted) -> bool:
         """Whether a checkpoint is here, whole; a whole one under its plain name is renamed and used."""
@@ -164,15 +165,15 @@ def move_stale(
     if moved and ours:
         check_owner()
         for name in _names(before) - {*moved}:
-            shutil.rmtree(output_dir / META / "stale" / name, ignore_errors=True)
+            shutil.rmtree(output_dir / LOCAL / "stale" / name, ignore_errors=True)
     if moved or not ours:
         record = encode_record({"run_url": run_url, "moved": moved if ours else []})
-        (output_dir / META / "stale.json").write_bytes(record)
+        (output_dir / LOCAL / "stale.json").write_bytes(record)
 
 
 def _record(output_dir: Path) -> dict[str, object]:
     try:
-        return decode_record((output_dir / META / "stale.json").read_bytes(), "record 'stale.json'")
+        return decode_record((output_dir / LOCAL / "stale.json").read_bytes(), "record 'stale.json'")
     except (OSError, ManifestError):
         return {}
 

@@ -1,6 +1,6 @@
 """The local folder of saved, not yet committed checkpoints. What is in it survives rotation and SIGKILL.
 
-    <output_dir>/.cloudtrain/outbox/000003-0000000500/
+    <output_dir>/_cloudtrain/outbox/000003-0000000500/
         entry.json      run URL, attempt, step, position, and how each file looked when it was accepted
         files/…         hard links to what the framework wrote; small files are copies
 
@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted, copy_out, freeze
+from hf_cloudtrain.checkpoints.local_home import adopt_earlier
 from hf_cloudtrain.checkpoints.manifest import check_paths
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.files import boot_id, is_left_over, locked, temp_suffix
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Outbox:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self.folder = output_dir / META / "outbox"
+        self.folder = output_dir / LOCAL / "outbox"
         # The upload queue must not remove what a save puts under the same name at the same moment.
         self._moving = threading.Lock()
 
@@ -168,6 +169,7 @@ class Outbox:
 
     def _repair(self) -> None:
         """Remove what killed processes left half-made; an entry that is whole and lacks its name gets it."""
+        adopt_earlier(self.output_dir)
         for left in (*self.folder.glob(".*"), *self.folder.parent.glob("restore-*")):
             if not is_left_over(left.name):
                 continue

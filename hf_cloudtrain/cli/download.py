@@ -9,7 +9,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.cli.output import say, transfer
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 
 def bring(catalog: Catalog, manifest: Manifest, target: Path, title: str) -> bool:
@@ -36,6 +36,6 @@ def bring(catalog: Catalog, manifest: Manifest, target: Path, title: str) -> boo
             download(catalog, manifest, target, on_bytes=progress.add)
     finally:
         with contextlib.suppress(OSError):  # where the download worked; it stays if something else is in it
-            (target.parent / META).rmdir()
+            (target.parent / LOCAL).rmdir()
     say(f"Downloaded and verified {title}.")
     return True

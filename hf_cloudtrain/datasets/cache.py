@@ -26,7 +26,7 @@ from hf_cloudtrain.checkpoints.frozen import AcceptedFile, fresh_files
 from hf_cloudtrain.checkpoints.manifest import Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import locked, write_whole
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class LocalCopy:
         return self._folder
 
     def _download(self, on_bytes: Callable[[int], None] | None) -> None:
-        for left in (self._home / META).glob("restore-*"):
+        for left in (self._home / LOCAL).glob("restore-*"):
             shutil.rmtree(
                 left, ignore_errors=True
             )  # no other process works here while this one holds the lock

@@ -56,7 +56,7 @@ class Rendezvous:
     """The ranks of one launch, connected through a store. Raises PeerError if a rank does not answer.
 
     Example:
-        >>> rendezvous = Rendezvous(FolderStore(Path("out/.cloudtrain/ranks")), rank=1, size=2)
+        >>> rendezvous = Rendezvous(FolderStore(Path("out/_cloudtrain/ranks")), rank=1, size=2)
         >>> rendezvous.gather("value of rank 1")
         ['value of rank 0', 'value of rank 1']
     """

@@ -1,4 +1,4 @@
-"""Names below a run URL: the folder of our own records, and which paths are safe."""
+"""Names of the folders of our own, and which paths below a run URL are safe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from hf_cloudtrain.errors import ManifestError
 
 META = ".cloudtrain"
-"""Folder of our own records, below a run URL and below an output folder."""
+"""Folder of our own records, below a run URL."""
+LOCAL = "_cloudtrain"
+"""Folder of our own files, below an output folder. Trainer's push to the Hub leaves out names that begin with `_`."""
 
 
 def clean_path(path: str) -> str:
@@ -20,7 +22,7 @@ def clean_path(path: str) -> str:
         or "\\" in path
         or any(ord(char) < 32 or 0x7F <= ord(char) < 0xA0 or 0xD800 <= ord(char) <= 0xDFFF for char in path)
         or re.match(r"[A-Za-z]:", path)
-        or parts[0].casefold() == META
+        or parts[0].casefold() in (META, LOCAL)
     ):
         raise ManifestError(f"{path[:200]!r} is not a clean relative path.")
     return path

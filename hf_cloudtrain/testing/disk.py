@@ -18,10 +18,10 @@ CRASH_STATUS = 137
 """Exit status of a process that `crash_now` ended: what a shell reports for SIGKILL."""
 
 DISK_POINTS = {
-    "freeze": ("os.link", 1, "*/.cloudtrain/outbox/.*"),
-    "accept": ("os.rename", 1, "*/.cloudtrain/outbox/[!.]*"),
-    "forget": ("os.rename", 1, "*/.cloudtrain/outbox/.gone-*"),
-    "restored": ("os.rename", 0, "*/.cloudtrain/restore-*"),
+    "freeze": ("os.link", 1, "*/_cloudtrain/outbox/.*"),
+    "accept": ("os.rename", 1, "*/_cloudtrain/outbox/[!.]*"),
+    "forget": ("os.rename", 1, "*/_cloudtrain/outbox/.gone-*"),
+    "restored": ("os.rename", 0, "*/_cloudtrain/restore-*"),
 }
 """Changes of an output folder by name: audit event, which of its paths, and a glob for that path.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 from tests.faults.runs import Machines, bytes_of, contents, left_overs
 
 SALTS = ("", "first", "second")
@@ -39,7 +39,7 @@ def first_broken_promise(machines: Machines, accepted: int) -> str:
 def make_leftovers_old(output_dir: Path) -> None:
     """Set the times of unfinished folders back: a start removes only those too old to belong to a running save."""
     for name in left_overs(output_dir):
-        os.utime(output_dir / META / name, (1.0, 1.0))
+        os.utime(output_dir / LOCAL / name, (1.0, 1.0))
 
 
 def is_whole_checkpoint(folder: Path) -> bool:

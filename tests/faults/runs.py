@@ -20,7 +20,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 from hf_cloudtrain.testing import FaultyStorage
 
 DEADLINE = 30.0
@@ -161,7 +161,7 @@ def entry_of(url: str, attempt: int, step: int, **options: Any) -> OutboxEntry:
 
 def left_overs(output_dir: Path) -> list[str]:
     """What finished work has left on a machine: unfinished folders, trash, outbox entries."""
-    meta = output_dir / META
+    meta = output_dir / LOCAL
     return sorted(
         path.relative_to(meta).as_posix()
         for pattern in ("restore-*", ".meet-*", "outbox/*")

@@ -61,7 +61,7 @@ def home(machines: Machines) -> Path:
     machine.stop()
     machine.rotate(10)
     machines.storage.heal()
-    [home] = (machine.output_dir / ".cloudtrain/outbox").glob("[!.]*")
+    [home] = (machine.output_dir / "_cloudtrain/outbox").glob("[!.]*")
     return home
 
 

@@ -19,7 +19,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from tests.faults.small_disk import fill, make_read_only, mount_small_disk
 from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train, wait_until
@@ -163,7 +163,7 @@ def calls(run_url: str, **arguments: Any) -> dict[str, int]:
 
 def no_room_for_a_snapshot(output_dir: str, **arguments: Any) -> Any:
     """The disk takes what Trainer writes, but not the first copy of it."""
-    with FaultyDisk(Path(output_dir, META, "outbox"), times=1) as disk:
+    with FaultyDisk(Path(output_dir, LOCAL, "outbox"), times=1) as disk:
         value = train(output_dir=output_dir, **arguments)
     assert disk.refused == 1
     return value

@@ -9,7 +9,7 @@ import pytest
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.storage import client, retries
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from tests.faults.small_disk import why_impossible
 from tests.integration._lab import Lab, problems
@@ -51,7 +51,7 @@ class TestLoop:
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         plain, _, _ = train(tmp_path / "plain", tmp_path / "uninterrupted", Rows(20))
-        with FaultyDisk(tmp_path / "out" / META / "outbox", times=1):
+        with FaultyDisk(tmp_path / "out" / LOCAL / "outbox", times=1):
             weights, _, _ = train(tmp_path / "run", tmp_path / "out", Rows(20))
         assert "checkpoint-2 could not be kept for upload" in caplog.text
         assert difference(plain, weights) == 0.0

@@ -221,7 +221,7 @@ class TestSave:
         assert json.loads((folder / "training_state.json").read_text())["step"] == 2
         assert torch.load(folder / "optimizer.bin", weights_only=True)["state"]
         assert (tmp_path / "out" / "last" / "training_state.json").is_file()
-        assert not list((tmp_path / "out" / ".cloudtrain").glob("saving-*"))
+        assert not list((tmp_path / "out" / "_cloudtrain").glob("saving-*"))
 
     def test_automatic_naming_of_accelerate_does_not_move_our_checkpoints(self, tmp_path: Path) -> None:
         def name_them(accelerator: Accelerator) -> None:
@@ -262,9 +262,9 @@ class TestSave:
 
         living, dead = f"saving-4-{temp_suffix()}", f"saving-4-{2**22 + 1}-0123abcd"
         for name in (living, dead):
-            (tmp_path / ".cloudtrain" / name).mkdir(parents=True)
+            (tmp_path / "_cloudtrain" / name).mkdir(parents=True)
         repair(tmp_path)
-        assert [path.name for path in (tmp_path / ".cloudtrain").iterdir()] == [living]
+        assert [path.name for path in (tmp_path / "_cloudtrain").iterdir()] == [living]
 
 
 class TestMetrics:

@@ -79,7 +79,7 @@ def test_unfinished_folders_of_a_killed_process_are_removed_at_the_start(tmp_pat
     killed(tmp_path, 3, Rows(20))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    half = tmp_path / "one" / ".cloudtrain" / f"saving-4-{gone.pid}-{0:08x}"
+    half = tmp_path / "one" / "_cloudtrain" / f"saving-4-{gone.pid}-{0:08x}"
     half.mkdir()
     train(tmp_path / "run", tmp_path / "one", Rows(20))
     assert not half.exists()

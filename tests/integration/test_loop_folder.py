@@ -330,7 +330,7 @@ class TestPublish:
         repair(best.parent)
         step = LoopState.read(best).step
         assert (best / "model.safetensors").read_bytes() == bytes([step]) * 2**20
-        assert not list((best.parent / ".cloudtrain").glob("best-*"))
+        assert not list((best.parent / "_cloudtrain").glob("best-*"))
 
     def test_a_large_file_is_linked(self, folders: tuple[Path, Path]) -> None:
         publish(*folders)

@@ -118,7 +118,7 @@ class TestBestModelOnAFreshMachine:
         lab.killed("second", kill_at=9, committed=8, **arguments)
         state = (lab.machine("second") / "checkpoint-8" / "trainer_state.json").read_text()
         assert json.loads(state)["best_model_checkpoint"] == str(lab.machine("second") / "checkpoint-6")
-        (original,) = lab.machine("second").glob(".cloudtrain/originals/*/trainer_state.json")
+        (original,) = lab.machine("second").glob("_cloudtrain/originals/*/trainer_state.json")
         stored = lab.catalog.storage.read("checkpoint-8/trainer_state.json")
         assert original.read_bytes() == stored
         assert json.loads(stored)["best_model_checkpoint"] == str(lab.machine("first") / "checkpoint-6")

@@ -186,7 +186,7 @@ class TestStaleFiles:
         again = lab.train("first")
         assert again.value["restored"] == str(lab.machine("first") / "checkpoint-4")
         assert not stale.exists()
-        moved = lab.machine("first") / ".cloudtrain" / "stale" / "checkpoint-999"
+        moved = lab.machine("first") / "_cloudtrain" / "stale" / "checkpoint-999"
         assert (moved / "model.safetensors").read_bytes() == b"of another run"
         assert lab.steps() == [4, 8, 12]
 

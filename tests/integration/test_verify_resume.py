@@ -119,7 +119,7 @@ def test_the_command_can_name_the_output_folder_and_a_signal(project: Path, tmp_
     record, _ = plain("good", "{output_dir}", code=0, options=options)
     assert record["signal"] == "TERM"
     assert sorted(os.listdir(tmp_path / "kept/whole/start/output")) == [
-        ".cloudtrain",
+        "_cloudtrain",
         "model.safetensors",
         "state.json",
     ]

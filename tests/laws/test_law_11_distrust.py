@@ -64,6 +64,7 @@ UNSAFE_PATHS = [
     "\ud800",
     ".cloudtrain/run.json",
     ".cloudtrain",
+    "_cloudtrain/outbox/x",
     "x" * 1_025,
     "x" * 300,
     "é" * 200,

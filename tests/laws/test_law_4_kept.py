@@ -174,14 +174,14 @@ def test_law_4_a_bucket_that_is_missing_for_a_while_loses_nothing(machines: Mach
 
 def test_law_4_flush_deletes_no_entry_that_it_could_not_commit(machines: Machines, killed: Path) -> None:
     """An outbox that was copied to a different disk has different inodes; it may be the only copy."""
-    [home] = (killed / ".cloudtrain/outbox").iterdir()
+    [home] = (killed / "_cloudtrain/outbox").iterdir()
     model = home / "files/model.safetensors"
     data = model.read_bytes()
     model.unlink()
     write_files(home / "files", {"model.safetensors": data})
 
     flush(machines.catalog, machines.new("killed").checkpointer.outbox, Progress())
-    still_there = [path.read_bytes() == data for path in killed.glob(".cloudtrain/**/model.safetensors")]
+    still_there = [path.read_bytes() == data for path in killed.glob("_cloudtrain/**/model.safetensors")]
     assert machines.committed() == [(1, 5)] or any(still_there)
 
 

@@ -104,7 +104,7 @@ def test_law_9_local_checkpoints_of_a_different_history_are_moved_aside_and_not_
 
     assert machines.new().start() == 5
     assert not stray.exists()
-    moved = machine.output_dir / ".cloudtrain/stale/checkpoint-7/model.safetensors"
+    moved = machine.output_dir / "_cloudtrain/stale/checkpoint-7/model.safetensors"
     assert moved.read_bytes() == b"never uploaded"
     assert (machine.output_dir / "checkpoint-5").is_dir()
 

@@ -25,7 +25,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL, META
 
 POLL = 0.05
 """Seconds between two looks at the run."""
@@ -197,7 +197,7 @@ def make_work_folder(original: Path, work: Path) -> None:
     """A folder with links to the content of `original`, except for the output of earlier trainings."""
     work.mkdir()
     for path in original.iterdir():
-        if path.name != META and not (path / META).is_dir():
+        if path.name not in (LOCAL, META) and not any((path / own).is_dir() for own in (LOCAL, META)):
             (work / path.name).symlink_to(path)
 
 

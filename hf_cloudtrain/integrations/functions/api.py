@@ -146,7 +146,7 @@ def upload_checkpoint() -> None:
     """Upload the checkpoint folder, which was just written for this step, in the background.
 
     It returns when the folder is copied (blocks are shared where the file system can), so it may be written again.
-    `.cloudtrain/` and temporary files are left out. After the last step it returns when the checkpoint is committed.
+    `_cloudtrain/` and temporary files are left out. After the last step it returns when the checkpoint is committed.
 
     Raises:
         NotCommittedError: after the last step: the storage did not take it in time; it is kept on this machine.

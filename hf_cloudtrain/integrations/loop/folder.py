@@ -1,6 +1,6 @@
 """The local folder of a loop: how its state gets into a checkpoint folder, out of it again, and into `best/` and `last/`.
 
-save    every rank writes into `.cloudtrain/saving-…`; when all have, it is renamed to `checkpoint-<step>`, the
+save    every rank writes into `_cloudtrain/saving-…`; when all have, it is renamed to `checkpoint-<step>`, the
         Checkpointer takes it over, and the previous one is removed
 load    what the Checkpointer restored and verified is set on the live objects, on every rank
 """
@@ -41,7 +41,7 @@ from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.runtime.files import temp_suffix
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class LoopFolder:
         # Named after rank 0's process: the folder of a killed process can be removed, and that of a live one is kept.
         self._token = self._token or self._ranks.agree(temp_suffix, "name a folder")
         folder = self._output_dir / f"checkpoint-{state.step}"
-        beside = self._output_dir / META / f"saving-{state.step}-{self._token}"
+        beside = self._output_dir / LOCAL / f"saving-{state.step}-{self._token}"
         try:
             self._ranks.here(lambda: self._write(beside, cursor), f"write {folder.name}")
             self._ranks.here(
@@ -171,7 +171,7 @@ class LoopFolder:
                 "The best checkpoint (step %d) is not on storage, so 'best' cannot be written.", step
             )
             return
-        work = self._output_dir / META / f"best-{temp_suffix()}"
+        work = self._output_dir / LOCAL / f"best-{temp_suffix()}"
         download(catalog, best, work / "files", wanted=is_for_people)
         self._publish(work / "files", "best")
         shutil.rmtree(work, ignore_errors=True)
@@ -269,7 +269,7 @@ def _nonce_in(folder: Path) -> str | None:
 
 
 def _move_away(folder: Path) -> None:
-    gone = folder.parent / META / f"gone-{temp_suffix()}"
+    gone = folder.parent / LOCAL / f"gone-{temp_suffix()}"
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, gone)
     remove_later(gone)

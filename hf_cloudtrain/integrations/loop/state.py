@@ -27,7 +27,7 @@ from hf_cloudtrain.checkpoints.manifest import decode_record
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def publish(folder: Path, target: Path) -> None:
 
     It links rather than copies where the disk can, which takes no space and no time.
     """
-    beside = target.parent / META / f"{target.name}-{temp_suffix()}"
+    beside = target.parent / LOCAL / f"{target.name}-{temp_suffix()}"
     beside.mkdir(parents=True)
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     # The state last: a folder that has it is whole.
@@ -213,7 +213,7 @@ def publish(folder: Path, target: Path) -> None:
         if is_for_people(path.as_posix()):
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(folder / path, beside / path)
-    gone = target.parent / META / f"{target.name}-{temp_suffix()}"
+    gone = target.parent / LOCAL / f"{target.name}-{temp_suffix()}"
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, gone)
     os.rename(beside, target)
@@ -228,13 +228,13 @@ def remove_later(folder: Path) -> None:
 def repair(output_dir: Path) -> None:
     """Restore `best` and `last` where a killed process had moved them away, and remove what it left unfinished."""
     for name in ("best", "last"):
-        left = [path for path in (output_dir / META).glob(f"{name}-*") if is_left_over(path.name)]
+        left = [path for path in (output_dir / LOCAL).glob(f"{name}-*") if is_left_over(path.name)]
         whole = [path for path in left if (path / TRAINING_STATE).is_file()]
         if whole and not (output_dir / name).exists():
             os.rename(max(whole, key=lambda path: path.stat().st_mtime_ns), output_dir / name)
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
-    for path in (*(output_dir / META).glob("saving-*"), *(output_dir / META).glob("gone-*")):
+    for path in (*(output_dir / LOCAL).glob("saving-*"), *(output_dir / LOCAL).glob("gone-*")):
         if is_left_over(path.name):
             shutil.rmtree(path, ignore_errors=True)
 

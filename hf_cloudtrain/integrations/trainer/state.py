@@ -1,6 +1,6 @@
 """trainer_state.json of a restored checkpoint, adapted to this machine: its paths, its best checkpoint, its step numbers.
 
-The file as it was saved is kept under `.cloudtrain/originals`.
+The file as it was saved is kept under `_cloudtrain/originals`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 
+from hf_cloudtrain.storage.names import LOCAL, META
+
 OWN = ".cloudtrainignore"
 GIT = ".gitignore"
-ALWAYS = frozenset((".git", "__pycache__", ".cloudtrain"))
+ALWAYS = frozenset((".git", "__pycache__", META, LOCAL))
 """Excluded unless `.cloudtrainignore` includes it (`!.git`): history, what Python makes again, checkpoints to upload."""
 MAX_BYTES = 2**20
 """Bytes that are read of an ignore file; a larger file is something else."""

@@ -55,7 +55,7 @@ def test_a_folder_that_was_there_moves_aside_whole(
     write_files(target, {"model.safetensors": b"another", "extra": b"x"})
     download(machines.catalog, manifest, target)
     assert contents(target) == bytes_of(5)
-    aside = target.parent / ".cloudtrain/stale/checkpoint-5"
+    aside = target.parent / "_cloudtrain/stale/checkpoint-5"
     assert contents(aside) == {"model.safetensors": b"another", "extra": b"x"}
 
 

@@ -157,7 +157,7 @@ def test_files_of_sharded_frameworks_keep_their_names(
     wanted |= {f"global_step1/zero_pp_rank_{rank}_optim_states.pt" for rank in range(2)}
     assert files_of(machines, 1, 1) == wanted
     for found in hosts(2, second, name="elsewhere-{}"):
-        assert {name for name in found if not name.startswith(".cloudtrain")} == wanted
+        assert {name for name in found if not name.startswith("_cloudtrain")} == wanted
 
 
 def test_no_host_waits_for_one_that_gives_nothing(
@@ -269,7 +269,7 @@ def test_a_restore_that_was_killed_starts_over(
         wait_until(machines.catalog.checkpoints, "the commit")
 
     hosts(1, first)
-    write_files(tmp_path / "elsewhere", {"a": b"1", ".cloudtrain/restored/files/b": b"half"})
+    write_files(tmp_path / "elsewhere", {"a": b"1", "_cloudtrain/restored/files/b": b"half"})
 
     def second(host: Host) -> Files:
         host.checkpointer.restore()
@@ -277,4 +277,4 @@ def test_a_restore_that_was_killed_starts_over(
 
     (found,) = hosts(1, second, name="elsewhere")
     assert (found["a"], found["b"]) == (b"1", b"2")
-    assert not (tmp_path / "elsewhere/.cloudtrain/restored").exists()
+    assert not (tmp_path / "elsewhere/_cloudtrain/restored").exists()

@@ -21,9 +21,9 @@ def begin(disk: Path, *there: int, after: int = 0, run: str = RUN) -> list[str]:
     for step in there:
         (disk / f"checkpoint-{step}").mkdir(parents=True)
         (disk / f"checkpoint-{step}" / "model").write_bytes(b"x")
-    (disk / ".cloudtrain").mkdir(exist_ok=True)
+    (disk / "_cloudtrain").mkdir(exist_ok=True)
     move_stale(disk, run, after)
-    return sorted(path.name for path in disk.glob(".cloudtrain/stale/*"))
+    return sorted(path.name for path in disk.glob("_cloudtrain/stale/*"))
 
 
 def test_only_checkpoints_ahead_move_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,16 +66,16 @@ def test_an_overtaken_attempt_moves_and_deletes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OvertakenError):
         move_stale(tmp_path, RUN, 20, refuse)
     assert (tmp_path / "checkpoint-25").is_dir()
-    assert [path.name for path in tmp_path.glob(".cloudtrain/stale/*")] == ["checkpoint-15"]
+    assert [path.name for path in tmp_path.glob("_cloudtrain/stale/*")] == ["checkpoint-15"]
 
 
 def test_a_damaged_or_forged_record_deletes_nothing(tmp_path: Path) -> None:
     begin(tmp_path)
     begin(tmp_path, 15, after=10)
-    (tmp_path / ".cloudtrain/stale.json").write_bytes(b"{")
+    (tmp_path / "_cloudtrain/stale.json").write_bytes(b"{")
     assert begin(tmp_path, 25, after=20) == ["checkpoint-15", "checkpoint-25"]
     (tmp_path / "mine").mkdir()
     forged = json.dumps({"run_url": RUN, "moved": ["../../mine", 5]})
-    (tmp_path / ".cloudtrain/stale.json").write_text(forged)
+    (tmp_path / "_cloudtrain/stale.json").write_text(forged)
     begin(tmp_path, 35, after=30)
     assert (tmp_path / "mine").exists()

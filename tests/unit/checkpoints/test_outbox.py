@@ -342,7 +342,7 @@ class TestCopies:
 
     @pytest.mark.parametrize(
         "name",
-        "a.tmp a.part a.partial a.incomplete a~ .tmp12ab .nfs0001 tmpab12_3xy dir/a.tmp .cloudtrain/x".split(),
+        "a.tmp a.part a.partial a.incomplete a~ .tmp12ab .nfs0001 tmpab12_3xy dir/a.tmp _cloudtrain/x".split(),
     )
     def test_unfinished_files_and_our_own_are_not_copied(self, outbox: Outbox, name: str) -> None:
         folder = outbox.output_dir / "ckpt"
@@ -350,7 +350,7 @@ class TestCopies:
         assert [file.path for file in self.copied(outbox, folder).files] == ["model"]
 
     @pytest.mark.parametrize(
-        "name", ["tmp.bin", "tmpl_model.bin", "a.tmpl", "part", ".hidden", "dir/.cloudtrain/x"]
+        "name", ["tmp.bin", "tmpl_model.bin", "a.tmpl", "part", ".hidden", "dir/_cloudtrain/x"]
     )
     def test_files_with_other_names_are_copied(self, outbox: Outbox, name: str) -> None:
         folder = outbox.output_dir / "ckpt"
@@ -459,7 +459,7 @@ class TestCopies:
 def test_of_the_entries_that_cannot_be_committed_only_the_last_is_kept(outbox: Outbox) -> None:
     for step in (5, 10, 15):
         outbox.set_aside(accepted(outbox, step), CorruptCheckpointError("written again"))
-    (aside,) = (outbox.output_dir / ".cloudtrain/unusable").iterdir()
+    (aside,) = (outbox.output_dir / "_cloudtrain/unusable").iterdir()
     assert aside.name.startswith("000001-0000000015-")
     assert contents(aside / "files") == bytes_of(15)
 

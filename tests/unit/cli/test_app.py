@@ -167,7 +167,7 @@ class TestInterrupt:
         try:
             with open(pipe, "wb", buffering=0) as feed:  # returns when the command reads
                 if command == "download":  # once all of its threads have started
-                    wait_for(lambda: len(list(tmp_path.glob("here/.cloudtrain/*/**/*.*"))) == 3)
+                    wait_for(lambda: len(list(tmp_path.glob("here/_cloudtrain/*/**/*.*"))) == 3)
                 started.send_signal(signal.SIGINT)
                 with contextlib.suppress(BrokenPipeError):
                     while sent < size:

@@ -95,7 +95,7 @@ class TestFlush:
     ) -> None:
         monkeypatch.setattr(flush, "LOCK_PATIENCE", 0.0)
         empty.accept(empty.begin(), 100)
-        with open(empty.work / ".cloudtrain/outbox.lock", "w") as lock:
+        with open(empty.work / "_cloudtrain/outbox.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             result = cloudtrain("checkpoint", "flush", str(empty.work), code=1)
         assert "Another process is uploading" in result.stderr

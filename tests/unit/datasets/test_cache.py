@@ -171,7 +171,7 @@ def test_the_lock_of_a_killed_process_is_released_and_its_partial_download_delet
     DatasetStore().create("glue", glue)
     home = local_copy("glue").parent
     cache._remove(home)
-    left = home / ".cloudtrain" / "restore-1-00000000"
+    left = home / "_cloudtrain" / "restore-1-00000000"
     fill(left, {"half": b"h"})
     code = (
         "import pathlib, sys, time\nfrom hf_cloudtrain.runtime.files import locked\n"

@@ -17,6 +17,7 @@ from hf_cloudtrain.jobs.engines.sagemaker.request import DATA_CHANNEL, DATASET, 
 from hf_cloudtrain.jobs.node.archive import unpack
 from hf_cloudtrain.jobs.node.mounts import Mount, link
 from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.storage.names import LOCAL, META
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Layout:
             return
         synced.mkdir(parents=True, exist_ok=True)
         # SageMaker has synced our outbox, too, but its files are no longer those that the records describe.
-        for copied in list(synced.rglob(".cloudtrain")):
+        for copied in [*synced.rglob(LOCAL), *synced.rglob(META)]:
             shutil.rmtree(copied, ignore_errors=True)
         folder = Path(path)
         if folder.resolve() != synced.resolve() and folder.is_dir() and any(folder.iterdir()):

@@ -384,8 +384,8 @@ class TestRestore:
         steps()
         assert ct.processed_steps() == 4
         assert machines.catalog.attempts.read_all()[-1].resumed_from == CheckpointKey(1, 3)
-        assert sorted(path.name for path in folder.iterdir()) == [".cloudtrain", "checkpoint.pt"]
-        assert not (folder / ".cloudtrain/restored").exists()
+        assert sorted(path.name for path in folder.iterdir()) == ["_cloudtrain", "checkpoint.pt"]
+        assert not (folder / "_cloudtrain/restored").exists()
 
     def test_a_first_start_has_nothing_to_restore(self, begin: Callable[..., Path]) -> None:
         begin()

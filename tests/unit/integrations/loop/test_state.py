@@ -214,16 +214,16 @@ class TestRepair:
         monkeypatch.setattr(files, "_making", set())
 
     def test_unfinished_folders_are_removed(self, tmp_path: Path, dead: None) -> None:
-        meta = tmp_path / ".cloudtrain"
+        meta = tmp_path / "_cloudtrain"
         left = f"{os.getpid()}-{random.getrandbits(32):08x}"
         for name in (f"best-{left}", f"last-{left}", f"saving-500-{left}", f"gone-{left}", "outbox"):
             (meta / name).mkdir(parents=True)
         repair(tmp_path)
         assert [path.name for path in meta.iterdir()] == ["outbox"]
-        assert [path.name for path in tmp_path.iterdir()] == [".cloudtrain"]
+        assert [path.name for path in tmp_path.iterdir()] == ["_cloudtrain"]
 
     def test_a_whole_one_is_moved_back_where_it_is_missing(self, tmp_path: Path, dead: None) -> None:
-        meta = tmp_path / ".cloudtrain"
+        meta = tmp_path / "_cloudtrain"
         meta.mkdir()
         written(meta / f"best-{os.getpid()}-{1:08x}")
         repair(tmp_path)
@@ -231,7 +231,7 @@ class TestRepair:
         assert not list(meta.iterdir())
 
     def test_an_existing_one_stays(self, tmp_path: Path, dead: None) -> None:
-        meta = tmp_path / ".cloudtrain"
+        meta = tmp_path / "_cloudtrain"
         meta.mkdir()
         written(meta / f"best-{os.getpid()}-{1:08x}", step=1)
         written(tmp_path / "best", step=2)
@@ -240,7 +240,7 @@ class TestRepair:
 
     @pytest.mark.parametrize("kind", ["best", "saving-500", "gone"])
     def test_folders_of_a_live_process_are_kept(self, tmp_path: Path, kind: str) -> None:
-        folder = tmp_path / ".cloudtrain" / f"{kind}-{files.temp_suffix()}"
+        folder = tmp_path / "_cloudtrain" / f"{kind}-{files.temp_suffix()}"
         folder.mkdir(parents=True)
         written(folder)
         repair(tmp_path)
@@ -261,7 +261,7 @@ class TestPublish:
         publish(second, tmp_path / "last")
         assert {path.name for path in (tmp_path / "last").iterdir()} == {TRAINING_STATE}
         deadline = time.monotonic() + 30
-        while list((tmp_path / ".cloudtrain").iterdir()):  # removed in a thread
+        while list((tmp_path / "_cloudtrain").iterdir()):  # removed in a thread
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

@@ -1,0 +1,71 @@
+"""Our own files below an output folder: `_cloudtrain/`, which other readers of that folder leave alone.
+
+Trainer's push to the Hub leaves out names that begin with `_`, and git reads the `.gitignore` inside. It stays within the
+output folder, because only there hard links work for certain and the disk is the one that the user chose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from hf_cloudtrain.runtime.files import locked
+from hf_cloudtrain.storage.names import LOCAL, META
+
+logger = logging.getLogger(__name__)
+
+_KEPT = ("outbox", "originals", "stale", "unusable")
+"""Folders in which earlier versions kept files, in `.cloudtrain/`. On storage, no record of a run has such a name."""
+_MARKERS = ("save-began", "outbox.lock", ".gitignore")
+"""Files that hold nothing that anyone needs later."""
+
+
+def make_local_home(output_dir: Path) -> None:
+    """Create the folder of our own files. Raises OSError."""
+    home = output_dir / LOCAL
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / ".gitignore").exists():
+        (home / ".gitignore").write_bytes(b"*\n")
+
+
+def adopt_earlier(output_dir: Path) -> None:
+    """Move what an earlier version of this package left in `.cloudtrain/` of the output folder to where it is now."""
+    old, new = output_dir / META, output_dir / LOCAL
+    if not any((old / name).exists() for name in (*_KEPT, "stale.json", "save-began")):
+        return
+    try:
+        with locked(old / "outbox.lock"):
+            make_local_home(output_dir)
+            for path in [*(path for name in _KEPT for path in old.glob(f"{name}/*")), old / "stale.json"]:
+                _move(path, new / path.relative_to(old))
+    except BlockingIOError:
+        logger.warning("A process with an earlier version of this package is uploading from %r.", str(old))
+        return
+    for name in (*_KEPT, ""):  # a run may be stored in the same folder
+        _remove_unused(old / name)
+
+
+def remove_if_unused(output_dir: Path) -> None:
+    """Remove the folder of our own files where nothing was saved: scripts refuse an output folder that is not empty."""
+    home = output_dir / LOCAL
+    shutil.rmtree(home / "ranks", ignore_errors=True)
+    for name in ("outbox", ""):
+        _remove_unused(home / name)
+
+
+def _move(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not target.exists():
+            os.rename(path, target)
+
+
+def _remove_unused(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {*_MARKERS}:
+            for name in _MARKERS:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
