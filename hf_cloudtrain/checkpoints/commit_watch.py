@@ -19,6 +19,7 @@ from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError
+from hf_cloudtrain.runtime.threads import SafeTurn
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class CommitWatch:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        looks = 0
+        looks, turn = 0, SafeTurn("The check for a commit of several hosts")
         newest: CheckpointKey | None = None
         while True:
             with self._changed:
@@ -107,7 +108,8 @@ class CommitWatch:
                     looks = 0
                 self._changed.wait(PAUSES[min(looks, len(PAUSES) - 1)])
             looks += 1
-            self._look(self._newest_first())
+            with turn:
+                self._look(self._newest_first())
 
     def _newest_first(self) -> list[CheckpointKey]:
         with self._changed:

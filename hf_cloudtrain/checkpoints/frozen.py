@@ -34,6 +34,7 @@ from hf_cloudtrain.checkpoints.manifest import (
 from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError
 from hf_cloudtrain.runtime.files import boot_id, check_free_space
 from hf_cloudtrain.runtime.provenance import origin
+from hf_cloudtrain.runtime.values import utf8
 from hf_cloudtrain.storage.names import LOCAL, META, clean_path
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ FICLONE = 0x40049409
 TEMPORARY = re.compile(r".*(~|\.tmp|\.part|\.partial|\.incomplete)|\.(tmp|nfs).*|tmp[a-z0-9_]{8}")
 """Names of unfinished files: of editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
 
+
+NOT_FINITE = "not_finite"
+"""The key in the origin of a manifest that names metrics which were NaN or infinite."""
 
 Wanted = Callable[[str], bool]
 """Which files of a checkpoint a disk takes or gives, by path."""
@@ -134,7 +138,7 @@ class OutboxEntry:
             created=time.time(),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             best=best,
-            origin=origin(),
+            origin={**origin(), **_not_finite(metrics)},
         )
 
     @property
@@ -236,6 +240,12 @@ class OutboxEntry:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"The {what} is damaged ({error!r}).") from None
+
+
+def _not_finite(metrics: dict[str, float]) -> dict[str, str]:
+    """The metrics that a manifest, whose numbers are finite, cannot hold; for its origin."""
+    names = [f"{utf8(name)} ({value})" for name, value in metrics.items() if not math.isfinite(value)]
+    return {NOT_FINITE: ", ".join(names)[:1000]} if names else {}
 
 
 def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES) -> tuple[AcceptedFile, ...]:

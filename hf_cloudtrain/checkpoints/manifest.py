@@ -241,7 +241,9 @@ def check_paths(paths: list[str], what: str) -> None:
 def encode_record(record: dict[str, Any]) -> bytes:
     """JSON as we store it: one line, readable, with a newline."""
     try:
-        return (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
+        return (json.dumps(record, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode(
+            "utf-8", "backslashreplace"
+        )
     except (TypeError, ValueError, RecursionError) as error:  # a NaN, or a key that is not a text
         raise ManifestError(f"A record cannot be written as JSON ({error}).") from None
 

@@ -19,6 +19,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, OvertakenError
+from hf_cloudtrain.runtime.threads import SafeTurn
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +107,14 @@ class Ownership:
         self.close()
 
     def _watch(self) -> None:
+        turn = SafeTurn("The check for a newer attempt")
         while not self._closed.wait(self._interval):
-            try:
-                if self.look() is not None:
-                    return
-            except CloudTrainError as error:
-                logger.debug("Cannot check whether a newer attempt has begun: %s", error)
+            with turn:
+                try:
+                    if self.look() is not None:
+                        return
+                except CloudTrainError as error:
+                    logger.debug("Cannot check whether a newer attempt has begun: %s", error)
 
     def _story(self) -> str:
         own, url = self.attempt.number, self._catalog.storage.url

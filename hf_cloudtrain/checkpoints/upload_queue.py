@@ -32,7 +32,7 @@ from hf_cloudtrain.errors import (
     StorageUnavailableError,
 )
 from hf_cloudtrain.runtime.progress import Bar, Progress
-from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 from hf_cloudtrain.storage.retries import jittered
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class UploadQueue:
         self._outbox.remove(entry, in_background=True)
 
     def _work(self) -> None:
-        failures = 0
+        failures, turn = 0, SafeTurn("The upload queue")
         sender = EntrySender(self._catalog)
         while (entry := self._take()) is not None:
             try:
@@ -251,7 +251,10 @@ class UploadQueue:
             except BlockingIOError:
                 self._put_back(entry, 1.0)  # another process on this disk is uploading
             except Exception as error:  # noqa: BLE001 - a thread that dies of a surprise loses checkpoints silently
-                self._failed(entry, error, failures)
+                with turn:
+                    self._failed(entry, error, failures)
+                if self._current is entry:  # that failed, too
+                    self._put_back(entry, PAUSES[-1])
                 failures += 1
 
     def _take(self) -> OutboxEntry | None:

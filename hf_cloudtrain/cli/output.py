@@ -21,6 +21,7 @@ import typer
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.text import clean, duration_text, size_text
+from hf_cloudtrain.runtime.values import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +61,7 @@ def print_json(record: dict[str, Any], *, line: bool = False) -> None:
     Args:
         line: on one line, for commands that print several objects.
     """
-    typer.echo(json.dumps(_finite(record), indent=None if line else 2, allow_nan=False))
+    typer.echo(json.dumps(finite(record), indent=None if line else 2, allow_nan=False))
 
 
 def show_table(columns: Columns, records: Iterable[Any]) -> None:
@@ -204,6 +205,14 @@ def rate_text(record: Mapping[str, Any]) -> str | None:
     return ", ".join(part for part in parts if part) or None
 
 
+def loss_text(loss: float | None, loss_step: int | None, step: int | None) -> str | None:
+    """A loss, and the step that reported it where that is not the step shown beside it: '0.25 (step 40)', 'not finite (nan)'."""
+    if loss is None:
+        return None
+    shown = f"{loss:.6g}" if math.isfinite(loss) else f"not finite ({loss})"
+    return shown if loss_step in (None, step) else f"{shown} (step {loss_step})"
+
+
 def format_or_none(value: float | None, spec: str) -> str | None:
     """A number in a format, None where there is none."""
     return None if value is None else format(value, spec)
@@ -220,11 +229,3 @@ def _parents(path: str) -> Iterator[str]:
     parts = path.split("/")
     for end in range(1, len(parts)):
         yield "/".join(parts[:end])
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hf_cloudtrain.cli.output import Columns, format_or_none, of_total, rate_text
+from hf_cloudtrain.cli.output import Columns, format_or_none, loss_text, of_total, rate_text
 from hf_cloudtrain.runtime.text import duration_text, time_text
+from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.history import AttemptInfo, History
-from hf_cloudtrain.tracking.status import count, number, state_of
+from hf_cloudtrain.tracking.status import count, losses, state_of
 
 ATTEMPTS: Columns = {
     ">attempt": lambda attempt: attempt["number"],
@@ -34,7 +35,7 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "step": of_total(record["step"], record["total_steps"], percent=True),
         "rate": rate_text(record),
         "eta": duration_text(record["eta_seconds"]),
-        "loss": format_or_none(record["loss"], ".6g"),
+        "loss": loss_text(record["loss"], record["loss_step"], record["step"]),
         "goodput": format_or_none(record["goodput"], ".1%"),
         "last committed": record["last_committed"] or "none yet",
         "checkpoints": record["checkpoints"],
@@ -49,7 +50,7 @@ def status_record(history: History, stalled: str | None) -> dict[str, Any]:
     newest, progress = history.attempts[-1], history.attempts[-1].progress
     committed = max((key for info in history.attempts for key in info.checkpoints), default=None)
     state = attempts[-1]["state"]
-    rates = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
+    rates = ("step_seconds", "samples_per_second", "tokens_per_second")
     return {
         "run_url": history.run_url,
         "state": state,
@@ -57,6 +58,7 @@ def status_record(history: History, stalled: str | None) -> dict[str, Any]:
         "step": newest.last_step,
         "total_steps": count(progress.get("total_steps")),
         **{name: number(progress.get(name)) for name in rates},
+        **losses(progress),
         "eta_seconds": number(progress.get("eta_seconds")) if state == "training" else None,
         "goodput": history.goodput,
         "last_committed": None if committed is None else str(committed),

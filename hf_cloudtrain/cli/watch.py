@@ -22,6 +22,7 @@ from hf_cloudtrain.cli.output import (
     Columns,
     facts_of,
     format_or_none,
+    loss_text,
     of_total,
     print_json,
     rate_text,
@@ -133,7 +134,7 @@ def _facts(view: View) -> dict[str, str | None]:
     return {
         "rate": rate_text(vars(now)),
         "eta": duration_text(now.eta_seconds),
-        "loss": format_or_none(now.loss, ".6g"),
+        "loss": loss_text(now.loss, now.loss_step, now.step),
         "learning rate": format_or_none(now.learning_rate, ".3g"),
         "last committed": _with_time(now.last_committed, "{}, {} after its save", now.commit_lag_seconds)
         or "none yet",
@@ -159,7 +160,7 @@ def _line(view: View) -> str:
     if now.step is not None:
         parts.append(f"step {of_total(now.step, now.total_steps, percent=True)}")
     if now.loss is not None:
-        parts.append(f"loss {now.loss:.6g}")
+        parts.append(f"loss {loss_text(now.loss, now.loss_step, now.step)}")
     if eta := duration_text(now.eta_seconds):
         parts.append(f"eta {eta}")
     parts.append(f"last committed {now.last_committed or 'none yet'}")

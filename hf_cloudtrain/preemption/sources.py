@@ -20,7 +20,7 @@ from typing import Protocol
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.preemption.cloud_metadata import Notice, cloud_sources
-from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 
 __all__ = ["Notice", "NoticeWatcher", "Source", "StopFile", "StopRequest", "default_sources", "pending"]
 
@@ -118,11 +118,12 @@ class NoticeWatcher:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _watch(self, source: Source) -> None:
-        quiet = _QuietSource(source)
+        quiet, turn = _QuietSource(source), SafeTurn(f"The watch for notices ({type(source).__name__})")
         while not self._over.is_set():
-            notice = quiet.look()
-            if notice is not None:
-                self._pass_on(notice)
+            with turn:
+                notice = quiet.look()
+                if notice is not None:
+                    self._pass_on(notice)
             self._over.wait(source.pause)
 
     def _pass_on(self, notice: Notice) -> None:

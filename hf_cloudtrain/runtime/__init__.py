@@ -4,12 +4,13 @@ In reading order:
 
 - `ranks`: the rank of this process; one decision or one error for all ranks (`Ranks.agree`, `Ranks.each`)
 - `rendezvous`: how ranks communicate before a process group exists
-- `threads`: parallel work, time limits, and work before the process ends
+- `threads`: parallel work, time limits, turns that survive errors, and work before the process ends
 - `files`: locks, and folders that a process is still making
 - `process_tree`: find and end the processes below this one
 - `tracebacks`: one short traceback for an expected error of ours
 - `redaction`: texts without credentials; `provenance`: host, versions and command line of a run
 - `progress`: the progress bar of a transfer; `text`: sizes, times and durations for people
+- `values`: numbers and texts as JSON holds them
 
 Imports only `errors`.
 """

@@ -1,16 +1,22 @@
-"""Work in threads of this process: in parallel, with a time limit, or before the process ends."""
+"""Work in threads of this process: in parallel, with a time limit, in turns that survive errors, or before the process ends."""
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from types import TracebackType
 from typing import Any, TypeVar
 
+from hf_cloudtrain.runtime.redaction import redact
+
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TURN = 0.2
@@ -43,6 +49,40 @@ def at_exit(call: Callable[[], None]) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call_here)
+
+
+class SafeTurn:
+    """A turn of a background thread: an unexpected error ends the turn, not the thread, and is logged once by its name.
+
+    Args:
+        what: what the thread does, as the subject of the warning.
+
+    Example:
+        >>> turn = SafeTurn("The heartbeat")
+        >>> while not closed.wait(15.0):
+        ...     with turn:
+        ...         beat()
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        name = type(error).__name__
+        say = logger.debug if name in self._seen else logger.warning
+        self._seen.add(name)
+        # An error may have a text that cannot be made; `traceback` says so instead of raising.
+        text = redact("".join(traceback.format_exception_only(type(error), error)).strip())
+        say("%s met an unexpected error and continues, as does the training: %s", self._what, text)
+        logger.debug("The unexpected error", exc_info=error)
+        return True
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:

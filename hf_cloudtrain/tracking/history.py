@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeGuard
@@ -16,9 +14,9 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.tracebacks import short_traceback
+from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
-from hf_cloudtrain.tracking.records import StepRecords
-from hf_cloudtrain.tracking.status import number
+from hf_cloudtrain.tracking.records import StepRecords, decode_lines, metrics_of
 
 SLOW_STEP = 10.0
 """A step that takes at least a second and so many times the median is a stall."""
@@ -92,7 +90,8 @@ class History:
     run_url: str
     attempts: list[AttemptInfo]
     logs: list[dict[str, Any]]
-    """Metrics of kept steps, by step: each has `step`, `time`, `attempt` and what was reported.
+    """Metrics of kept steps, by step: each has `step`, `time`, `attempt` and what was reported. A metric with one of these
+    names, or `kind` or `metrics`, has `user/` in front. Values that are not finite are the texts `nan`, `inf` and `-inf`.
 
     Steps are those of the newest attempt: if a step had a different size before, its number is converted.
     """
@@ -203,7 +202,7 @@ class _Joiner:
         info = self._info
         kinds = {"steps": self._add_steps, "log": self._add_log, "pause": self._add_pause}
         kinds["commit"] = self._add_commit
-        for record in _records(batches):
+        for record in decode_lines(batches):
             add = kinds.get(str(record.get("kind")))
             if add is not None:
                 add(record)
@@ -240,8 +239,7 @@ class _Joiner:
         if not _is_step(step):
             return
         self._anchor(step, time, time)
-        metrics = {key: value for key, value in record.items() if key != "kind"}
-        log = {**metrics, "time": time, "attempt": self._info.number}
+        log = {**metrics_of(record), "step": step, "time": time, "attempt": self._info.number}
         if step <= self._limit:
             self._history.logs.append({**log, "step": round(step * self._scale)})
         else:
@@ -303,16 +301,6 @@ class _Clock:
             for step, seconds in self._seconds.items()
             if seconds > limit
         ]
-
-
-def _records(batches: list[bytes]) -> Iterator[dict[str, Any]]:
-    for line in (line for batch in batches for line in batch.splitlines()):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the other lines are readable
-        if isinstance(record, dict):
-            yield record
 
 
 def _longest(stretches: list[Stretch]) -> list[Stretch]:

@@ -5,11 +5,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from hf_cloudtrain.checkpoints.paths import STEPS
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.runtime.values import utf8
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
+
+logger = logging.getLogger(__name__)
+
+OWN_FIELDS = frozenset({"kind", "step", "time", "attempt", "metrics"})
+"""Names that a metric of the user must not replace in a log."""
 
 
 class StepRecords:
@@ -42,3 +52,38 @@ class StepRecords:
         for (attempt, _, _), batch in zip(found, batches, strict=True):
             by_attempt.setdefault(attempt, []).append(batch)
         return by_attempt
+
+
+def encode_lines(lines: list[dict[str, Any]]) -> bytes:
+    """Records as JSON lines; one that cannot be encoded is dropped with a warning, and the others are kept."""
+    return "".join(_encoded(lines)).encode()
+
+
+def _encoded(lines: list[dict[str, Any]]) -> Iterator[str]:
+    for line in lines:
+        try:
+            yield utf8(json.dumps(line, ensure_ascii=False, allow_nan=False)) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            logger.warning("A record of step %s cannot be stored: %s", line.get("step"), error)
+
+
+def decode_lines(batches: list[bytes]) -> Iterator[dict[str, Any]]:
+    """The records in batches; lines that are damaged are skipped."""
+    for line in (line for batch in batches for line in batch.splitlines()):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def metrics_of(log: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a log record; one named like a field of ours has `user/` in front.
+
+    Earlier versions stored them beside our own fields.
+    """
+    nested = log.get("metrics")
+    if not isinstance(nested, dict):
+        return {name: value for name, value in log.items() if name not in OWN_FIELDS}
+    return {f"user/{name}" if name in OWN_FIELDS else name: value for name, value in nested.items()}

@@ -10,6 +10,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.runtime.values import metric, number
 
 ALIVE = ("started", "training")
 """States of an attempt that has not recorded its end."""
@@ -39,6 +40,9 @@ class RunState:
     eta_seconds: float | None = None
     """Only while it is training."""
     loss: float | None = None
+    """As it was reported last; NaN or infinite if it was."""
+    loss_step: int | None = None
+    """The step that reported it."""
     learning_rate: float | None = None
     checkpoints: int = 0
     last_committed: str | None = None
@@ -84,7 +88,7 @@ def run_state(catalog: Catalog) -> RunState:
     state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
     is_training = state == "training"
     uploading = _uploading(progress, keys) if is_training else None
-    names = ("step_seconds", "samples_per_second", "tokens_per_second", "loss", "learning_rate")
+    names = ("step_seconds", "samples_per_second", "tokens_per_second")
     return RunState(
         run_url=url,
         state=state,
@@ -93,7 +97,8 @@ def run_state(catalog: Catalog) -> RunState:
         stalled=_stalled(state, progress, last_seen),
         step=count(progress.get("step")),
         total_steps=count(progress.get("total_steps")),
-        **{name: number(progress.get(name)) for name in names},
+        **{name: number(progress.get(name)) for name in names},  # type: ignore[arg-type]
+        **losses(progress),
         eta_seconds=number(progress.get("eta_seconds")) if is_training else None,
         checkpoints=len(keys),
         last_committed=str(keys[-1]) if keys else None,
@@ -114,6 +119,15 @@ def last_heartbeat(catalog: Catalog, attempt: int) -> dict[str, Any]:
     return progress
 
 
+def losses(progress: dict[str, Any]) -> dict[str, Any]:
+    """What a heartbeat says about the loss and the learning rate; records of earlier versions name no step."""
+    return {
+        "loss": metric(progress.get("loss")),
+        "loss_step": count(progress.get("loss_step")),
+        "learning_rate": metric(progress.get("learning_rate")),
+    }
+
+
 def quiet_seconds() -> float:
     """Seconds without a heartbeat after which a run is assumed to be killed: four heartbeats, and at least a minute."""
     return max(60.0, 4 * env.heartbeat())
@@ -123,13 +137,6 @@ def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
     """The state of an attempt: a killed attempt cannot record its end, so it follows from its last heartbeat."""
     is_alive = newest and time.time() - last_seen <= quiet_seconds()
     return recorded if recorded not in ALIVE or is_alive else "killed"
-
-
-def number(value: Any) -> float | None:
-    """A number in an untrusted record; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e15 else None  # NaN is not below
 
 
 def count(value: Any) -> int | None:

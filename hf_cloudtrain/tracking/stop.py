@@ -10,7 +10,8 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import duration_text
-from hf_cloudtrain.tracking.status import ALIVE, count, last_heartbeat, number, quiet_seconds
+from hf_cloudtrain.runtime.values import number
+from hf_cloudtrain.tracking.status import ALIVE, count, last_heartbeat, quiet_seconds
 
 LOOK_SECONDS = 1.0
 """Between two reads of the heartbeat of a run that is stopping."""

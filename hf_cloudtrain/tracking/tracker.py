@@ -5,19 +5,19 @@ A thread of rank 0 writes every 15 s a heartbeat (`progress/<attempt>.json`) and
 The training loop only notes times in memory: no device sync, no collective, no network.
 
     {"kind": "steps", "first": 101, "seconds": [0.21, 0.2, …], "samples": 32, "time": 1790000000.0}
-    {"kind": "log", "step": 110, "time": 1790000002.1, "loss": 0.53, "learning_rate": 4.1e-05}
+    {"kind": "log", "step": 110, "time": 1790000002.1, "metrics": {"loss": 0.53, "learning_rate": 4.1e-05}}
     {"kind": "pause", "step": 150, "why": "evaluation", "time": 1790000010.0, "seconds": 31.2}
     {"kind": "commit", "checkpoint": "000001-0000000150", "saved": 1790000041.0, "time": 1790000055.1, "size": 438000000}
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from hf_cloudtrain import env
@@ -26,8 +26,9 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import CloudTrainError
-from hf_cloudtrain.runtime.threads import before_exit
-from hf_cloudtrain.tracking.records import StepRecords
+from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
+from hf_cloudtrain.runtime.values import finite, recordable, utf8
+from hf_cloudtrain.tracking.records import StepRecords, encode_lines
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ PAUSE_SECONDS = 1.0
 """Shortest time between two steps that is recorded as a pause: a pause after every step must stay cheap."""
 RECENT_STEPS = 50
 """The latest steps, from which rate and eta are computed."""
+MOST_DROPPED = 50
+"""Metrics that are named because they cannot be recorded."""
 
 
 class StepTracker:
@@ -80,7 +83,10 @@ class StepTracker:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
-        self._last_metrics: dict[str, Any] = {}
+        self._last_metrics: dict[str, tuple[int, Any]] = {}
+        """The step and the value of each metric when it was reported last."""
+        self._dropped: set[str] = set()
+        """Metrics that were named in a warning because they cannot be recorded."""
         self._tokens: tuple[int, float] | None = None
         self._tokens_per_second: float | None = None
         self._mark: float | None = None
@@ -97,6 +103,7 @@ class StepTracker:
         self._flush_now = False
         self._interval = env.heartbeat()
         self._warned = False
+        self._turn = SafeTurn("The heartbeat")
         self._thread = threading.Thread(target=self._beat, name="cloudtrain-heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -143,11 +150,16 @@ class StepTracker:
                 self._logs.append({"kind": "pause", "step": self.step, "why": why, **times})
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Note metrics as they were reported; only finite numbers and texts are kept."""
-        kept = {key: value for key, value in metrics.items() if _storable(value)}
+        """Note metrics as they were reported: numbers, also those that are not finite, and texts."""
+        kept = {}
+        for name, value in metrics.items():
+            try:
+                kept[utf8(str(name))] = recordable(value)
+            except Exception as error:  # noqa: BLE001 - whatever a value raises, the training continues
+                self._name_dropped(name, error)
         with self._lock:
-            self._last_metrics.update(kept)
-            self._logs.append({"kind": "log", "step": step, "time": time.time(), **kept})
+            self._last_metrics.update({name: (step, value) for name, value in kept.items()})
+            self._logs.append({"kind": "log", "step": step, "time": time.time(), "metrics": kept})
 
     def flush_soon(self) -> None:
         """Store the records now instead of with the next heartbeat, so that those up to a checkpoint are not lost."""
@@ -164,6 +176,14 @@ class StepTracker:
         if self._thread.is_alive():
             self._thread.join(timeout=30.0)
 
+    def _name_dropped(self, name: object, error: Exception) -> None:
+        shown = repr(name)[:100] if isinstance(name, str) else f"of type {type(name).__name__}"
+        if shown not in self._dropped and len(self._dropped) < MOST_DROPPED:
+            self._dropped.add(shown)
+            logger.warning(
+                "The metric %s is not recorded: it is %s. Report numbers and texts only.", shown, error
+            )
+
     def _close_as_failed(self) -> None:
         self.close("failed")
 
@@ -173,10 +193,11 @@ class StepTracker:
             typical = statistics.median(self._recent) if self._recent else None
             mean = statistics.fmean(self._recent) if self._recent else None
             step, metrics = self.step, dict(self._last_metrics)
+        loss_step, loss = metrics.get("loss", (None, None))
         left = max(0, self._total_steps - step) if self._total_steps is not None else None
         uploads = self._uploads
         overtaken = self._ownership is not None and self._ownership.overtaken_by is not None
-        return {
+        beat = {
             "attempt": self._attempt,
             "state": "overtaken" if overtaken else self._state,
             "time": time.time(),
@@ -188,14 +209,16 @@ class StepTracker:
             "tokens_per_second": self._tokens_per_second,
             "eta_seconds": left * mean if left is not None and mean is not None else None,
             "productive_seconds": self.productive_seconds,
-            "loss": metrics.get("loss"),
-            "learning_rate": metrics.get("learning_rate"),
+            "loss": loss,
+            "loss_step": loss_step,
+            "learning_rate": metrics.get("learning_rate", (None, None))[1],
             "last_committed": _text(uploads.last_committed),
             "last_step_time": self._last_step_time,
             "last_saved": _text(uploads.last_saved),
             "last_saved_time": uploads.last_saved_time,
             "commit_lag_seconds": self._commit_lag,
         }
+        return {name: finite(value) for name, value in beat.items()}
 
     def _beat(self) -> None:
         last_flush = time.monotonic()
@@ -205,22 +228,31 @@ class StepTracker:
             closed = self._closed
             self._wake.clear()
             now = time.monotonic()
-            self._note_uploads()
-            try:
-                if closed or now >= self._next_flush(last_flush):
-                    self._flush_now, last_flush = False, now
-                    self._store_records()
-                if closed or now >= next_beat:
-                    next_beat = now + self._interval
-                    self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
-            except CloudTrainError as error:
-                say = logger.debug if self._warned else logger.warning
-                say("Cannot store the heartbeat: %s", error)
-                self._warned = True
+            with self._turn:
+                self._note_uploads()
+            if closed or now >= self._next_flush(last_flush):
+                self._flush_now, last_flush = False, now
+                self._store(self._store_records)
+            if closed or now >= next_beat:
+                next_beat = now + self._interval
+                self._store(self._write_heartbeat)
             if closed:
                 return
             if not self._closed:
                 self._wake.wait(max(0.0, min(next_beat, self._next_flush(last_flush)) - time.monotonic()))
+
+    def _store(self, write: Callable[[], None]) -> None:
+        """Call `write`, which may fail: the other one still has its turn, and each has its next one."""
+        with self._turn:
+            try:
+                write()
+            except CloudTrainError as error:
+                say = logger.debug if self._warned else logger.warning
+                say("Cannot store the heartbeat: %s", error)
+                self._warned = True
+
+    def _write_heartbeat(self) -> None:
+        self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
 
     def _next_flush(self, last: float) -> float:
         return last + min(self._interval, SAVE_FLUSH_SECONDS if self._flush_now else self._interval)
@@ -239,11 +271,10 @@ class StepTracker:
         if not steps and not logs:
             return
         lines = [*_step_lines(steps, self._samples_per_step), *logs]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        data = self._batch_data + text.encode()
+        data = self._batch_data + encode_lines(lines)
         try:
             StepRecords(self._catalog.storage).write(self._attempt, self._batch, data)
-        except CloudTrainError:
+        except Exception:
             with self._lock:  # for the next try
                 self._steps[:0] = steps
                 self._logs[:0] = logs
@@ -266,9 +297,3 @@ def _step_lines(steps: list[tuple[int, float]], samples: int | None) -> list[dic
 
 def _text(key: CheckpointKey | None) -> str | None:
     return None if key is None else str(key)
-
-
-def _storable(value: Any) -> bool:
-    if isinstance(value, (bool, str)):
-        return True
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300

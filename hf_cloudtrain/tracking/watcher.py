@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.runtime.values import metric
 from hf_cloudtrain.tracking.history import AttemptInfo, history_of
 from hf_cloudtrain.tracking.status import RunState, run_state
 
@@ -31,7 +32,7 @@ class View:
     state: RunState
     attempts: list[AttemptInfo]
     losses: list[tuple[int, float]] = field(default_factory=list)
-    """(step, loss), ascending."""
+    """(step, loss), ascending; a loss that is not finite is NaN or infinite."""
     goodput: float | None = None
     trouble: str | None = None
     """Why the last read failed; everything else is from the one before."""
@@ -89,19 +90,19 @@ class Watcher:
                 return self._read_steps(now)
         except CloudTrainError as error:  # storage is unavailable, or a record is damaged
             return replace(before, trouble=str(error))
+        except Exception as error:  # noqa: BLE001 - of a client, say: the next read tries again
+            return replace(before, trouble=f"{type(error).__name__}: {error}")
         losses = before.losses
-        if now.loss is not None and now.step is not None and (not losses or losses[-1][0] < now.step):
-            losses = [*losses, (now.step, now.loss)][-MOST_LOSSES:]
+        step = now.loss_step
+        if now.loss is not None and step is not None and (not losses or losses[-1][0] < step):
+            losses = [*losses, (step, now.loss)][-MOST_LOSSES:]
         return View(now, before.attempts, losses, before.goodput)
 
     def _read_steps(self, now: RunState) -> View:
         """The view with the losses and the goodput, from the records of all steps."""
         history = history_of(self._catalog)
-        losses = [
-            (int(log["step"]), float(log["loss"]))
-            for log in history.logs
-            if isinstance(log.get("loss"), (int, float)) and abs(log["loss"]) < 1e300
-        ]
+        reported = ((int(log["step"]), metric(log.get("loss"))) for log in history.logs)
+        losses = [(step, loss) for step, loss in reported if loss is not None]
         return View(now, history.attempts, losses[-MOST_LOSSES:], history.goodput)
 
 

@@ -16,9 +16,10 @@ from hf_cloudtrain.errors import CloudTrainError, ManifestError
 from hf_cloudtrain.runtime.text import clean as clean_text
 from hf_cloudtrain.runtime.text import size_text, time_text
 from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
-from hf_cloudtrain.tracking.status import RunState, number, run_state
+from hf_cloudtrain.tracking.status import RunState, run_state
 
 app = typer.Typer(
     help="List, inspect, watch, stop and clean up runs.",

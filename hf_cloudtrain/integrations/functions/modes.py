@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.ranks import rank_and_size
+from hf_cloudtrain.runtime.values import finite, utf8
 from hf_cloudtrain.tracking.exit_record import Outcome
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ ADVICE = Advice(
     ),
     save="Call hf_cloudtrain.upload_checkpoint() after each save.",
 )
-RESERVED = ("kind", "step", "time")
-"""Keys that a record of metrics has of its own."""
 
 
 class Mode:
@@ -74,6 +72,8 @@ class LocalRun(Mode):
         self._log_name = log_name
         self._created = int(time.time())
         self._warned = False
+        self._dropped = False
+        """Whether metrics were named that cannot be written."""
         self._metrics = _Metrics(self._write)
 
     def restore(self) -> None:
@@ -100,10 +100,17 @@ class LocalRun(Mode):
         rank, size = rank_and_size()
         if self._log_name is None:
             self._log_name = f"hf_cloudtrain_{self._created}{f'_{rank}' if size > 1 else ''}.log"
-        line = {"step": step, "rank": rank, **{name: _finite(value) for name, value in values.items()}}
-        with open(self._log_name, "a") as file:
+        try:
+            line = {"step": step, "rank": rank, **finite(values)}
+            text = utf8(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str)) + "\n"
+        except (ValueError, RecursionError) as error:
+            say = logger.debug if self._dropped else logger.warning
+            say("The metrics of step %d are not written to %r: %s", step, self._log_name, error)
+            self._dropped = True
+            return
+        with open(self._log_name, "a", encoding="utf-8") as file:
             # One write a line: ranks may share the file.
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.write(text)
 
 
 class RemoteRun(Mode):
@@ -259,8 +266,7 @@ class RemoteRun(Mode):
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self._lifecycle is not None and self._lifecycle.tracker is not None:
-            kept = {name: value for name, value in values.items() if name not in RESERVED}
-            self._lifecycle.tracker.log(step, kept)
+            self._lifecycle.tracker.log(step, values)
 
     def _check_folder_given(self, function: str) -> None:
         if self._checkpoint_dir is None:
@@ -304,8 +310,3 @@ def _kept(name: str, value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,6 +27,7 @@ from hf_cloudtrain.checkpoints.manifest import decode_record
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
+from hf_cloudtrain.runtime.values import finite, utf8
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,13 @@ class LoopState:
     def encode(self) -> str:
         """The JSON of `training_state.json`."""
         return (
-            json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False, default=str) + "\n"
+            utf8(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False, default=str))
+            + "\n"
         )
 
     def write_log(self, output_dir: Path) -> None:
         """Write `log.json`, so that a reader sees either the old one or the new one."""
-        text = json.dumps(self.log, indent=2, ensure_ascii=False) + "\n"
+        text = utf8(json.dumps(finite(self.log), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
         write_whole(output_dir / "log.json", text.encode())
 
     @classmethod

@@ -132,13 +132,16 @@ def inexact_reason(args: TrainingArguments, state: TrainerState, epoch: EpochLen
 
 
 def metrics(state: TrainerState, *, best: bool) -> dict[str, float]:
-    """The values logged last, for people who choose a checkpoint: the loss, and all that was logged at this step."""
+    """The values logged last, for people who choose a checkpoint: the loss, and all that was logged at this step.
+
+    A loss that is not finite is given as it is: the last finite one belongs to an earlier step.
+    """
     found: dict[str, float] = {}
     for record in reversed(state.log_history):
         is_of_this_step = record.get("step") == state.global_step
         for key, value in record.items():
             wanted = key == "loss" or (is_of_this_step and key not in ("step", "epoch"))
-            if wanted and isinstance(value, (int, float)) and math.isfinite(value):
+            if wanted and isinstance(value, (int, float)):
                 found.setdefault(key, float(value))
         if not is_of_this_step and "loss" in found:
             break

@@ -11,7 +11,7 @@ from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.errors import OvertakenError
-from tests.faults.runs import Machines
+from tests.faults.runs import Machines, wait_until
 
 
 @pytest.fixture
@@ -43,6 +43,26 @@ def test_no_request_is_made_once_the_newer_attempt_is_known(machines: Machines) 
     with pytest.raises(OvertakenError):
         ownership.check()
     assert machines.storage.calls == []
+
+
+def test_the_background_check_survives_any_error(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "0.02")
+    ownership = Ownership(catalog, catalog.attempts.begin(10.0, 0, None, {}))
+    real, calls = catalog.attempts.overtaken_by, []
+
+    def breaks(number: int) -> int | None:
+        calls.append(number)
+        if len(calls) < 4:
+            raise KeyError("of a client")
+        return real(number)
+
+    monkeypatch.setattr(catalog.attempts, "overtaken_by", breaks)
+    begun(catalog)
+    ownership.start()
+    wait_until(lambda: ownership.overtaken_by == 2, "the newer attempt")
+    assert sum("KeyError" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_an_overtaken_attempt_stays_overtaken_if_the_newer_record_is_removed(

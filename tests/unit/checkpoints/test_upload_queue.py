@@ -320,3 +320,26 @@ def test_the_best_checkpoint_stays_although_the_host_that_commits_it_has_not_mov
         upload_queue.wait(DEADLINE)
         upload_queue._retention.settle(DEADLINE)
     assert disk.catalog.checkpoints() == [best.key, CheckpointKey(1, 15)]
+
+
+@pytest.mark.parametrize("broken", ["current", "set_aside"])
+def test_the_queue_survives_an_error_while_it_handles_an_error(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """Nothing is lost either: the entry is tried again."""
+    lost = disk.entry(5)
+    (lost.home / "files" / lost.files[0].path).write_bytes(b"rewritten")
+
+    def breaks(*_: object) -> None:
+        raise KeyError("unexpected")
+
+    monkeypatch.setattr(disk.outbox, broken, breaks)
+    queue = disk.upload_queue()
+    wait_until(lambda: "KeyError" in caplog.text, "the warning")
+    monkeypatch.undo()
+    queue.submit(disk.entry(6))
+    wait_until(lambda: "000001-0000000006" in disk.commits(), "the commit of the next one")
+    assert (
+        sum("The upload queue met an unexpected error" in record.getMessage() for record in caplog.records)
+        == 1
+    )

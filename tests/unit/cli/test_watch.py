@@ -280,7 +280,10 @@ class TestPicture:
         assert "\\x1b[2Jgone[bold]" in text
 
     def test_losses_are_kept_from_look_to_look(self, run: Catalog, changes: list[Change]) -> None:
-        changes += [lambda: beat(run, step=20, loss=1.5), lambda: beat(run, step=20, loss=1.4)]
+        changes += [
+            lambda: beat(run, step=20, loss=1.5, loss_step=20),
+            lambda: beat(run, step=20, loss=1.4, loss_step=20),
+        ]
         views = Watcher(run).views()
         seen = [next(views).losses for _ in range(3)]
         assert seen[0] == [(2, 2.8), (4, 2.6), (6, 2.4)]

@@ -172,6 +172,18 @@ class TestWatcher:
         with watching(broken, on_notice=Received()):
             wait_until(lambda: broken.looks > 2, "more looks at it")
 
+    def test_survives_an_error_of_whoever_receives_a_notice(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(notice: Notice) -> None:
+            raise KeyError(notice.source)
+
+        path = tmp_path / "stop"
+        path.touch()
+        with watching(StopFile(str(path)), on_notice=broken):
+            wait_until(lambda: "KeyError" in caplog.text, "the warning")
+        assert "StopFile" in caplog.text
+
     def test_passes_nothing_on_once_closed(self) -> None:
         class Late(Hung):
             def look(self) -> Notice | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 
 import pytest
 
-from hf_cloudtrain.runtime.threads import answer_in_time
+from hf_cloudtrain.runtime.threads import SafeTurn, answer_in_time
 
 
 class Data:
@@ -33,3 +34,31 @@ def test_an_error_is_freed_at_once_with_all_that_the_work_has_seen() -> None:
         assert fail()() is None
     finally:
         gc.enable()
+
+
+class HostileError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_a_safe_turn_names_each_kind_of_error_once(caplog: pytest.LogCaptureFixture) -> None:
+    turn = SafeTurn("The heartbeat")
+    for error in (KeyError("a"), KeyError("b"), HostileError(), ValueError("s3://user:secret@bucket")):
+        with turn:
+            raise error
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [
+        next(name for name in ("KeyError", "HostileError", "ValueError") if name in text) for text in warnings
+    ] == [
+        "KeyError",
+        "HostileError",
+        "ValueError",
+    ]
+    assert all(text.startswith("The heartbeat met an unexpected error and continues") for text in warnings)
+    assert "secret" not in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_a_safe_turn_ends_where_the_process_ends(error: BaseException) -> None:
+    with pytest.raises(type(error)), SafeTurn("The heartbeat"):
+        raise error

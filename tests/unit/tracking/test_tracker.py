@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
@@ -143,22 +146,142 @@ def test_steps_and_logs_are_stored_as_they_were(
     assert [seconds for first, seconds in lines if first == 510] == [[0.5]]
     assert [second for first, seconds in lines if first < 510 for second in seconds] == [0.25] * 3
     [log] = [line for line in found if line["kind"] == "log"]
-    assert (log["step"], log["loss"], log["note"], log["flag"]) == (503, 0.5, "warm", True)
+    assert (log["step"], log["metrics"]) == (503, {"loss": 0.5, "note": "warm", "flag": True})
 
 
-def test_a_log_keeps_only_what_can_be_stored(tracker: StepTracker) -> None:
-    metrics = {
-        "loss": 0.5,
-        "nan": float("nan"),
-        "inf": float("inf"),
-        "list": [1],
-        "none": None,
-        "object": object(),
-        "huge": 10**400,
-    }
-    tracker.log(501, metrics)
-    [noted] = tracker._logs
-    assert set(noted) == {"kind", "step", "time", "loss"}
+def cycle() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
+class Hostile:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+DROPPED = {
+    "list": [1],
+    "none": None,
+    "object": object(),
+    "huge": 10**400,
+    "very huge": 10**10_000,
+    "huge float": 1e305,
+    "bytes": b"\xe9",
+    "cycle": cycle(),
+    "hostile": Hostile(),
+    "complex": 1j,
+}
+KEPT: list[tuple[Any, Any, str, Any]] = [
+    ("loss", math.nan, "loss", "nan"),
+    ("loss", math.inf, "loss", "inf"),
+    ("loss", -math.inf, "loss", "-inf"),
+    ("numpy", numpy.float32(0.5), "numpy", 0.5),
+    ("numpy", numpy.int64(3), "numpy", 3),
+    ("numpy", numpy.float32("nan"), "numpy", "nan"),
+    ("fraction", Fraction(1, 4), "fraction", 0.25),
+    ("file", "caf\udce9.txt", "file", "caf\\udce9.txt"),
+    ("caf\udce9", 1, "caf\\udce9", 1),
+    (("a", 1), 0.5, "('a', 1)", 0.5),
+    (None, 0.5, "None", 0.5),
+    (7, 0.5, "7", 0.5),
+    ("text", "\x00\n\u2028", "text", "\x00\n\u2028"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "as_name", "as_value"), KEPT)
+def test_what_json_cannot_hold_is_escaped(
+    tracker: StepTracker, machines: Machines, name: Any, value: Any, as_name: str, as_value: Any
+) -> None:
+    tracker.log(501, {name: value})
+    tracker._store_records()
+    [log] = stored(machines)
+    assert log["metrics"] == {as_name: as_value}
+
+
+def test_a_metric_that_cannot_be_recorded_is_named_once_and_the_others_are_kept(
+    tracker: StepTracker, machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (501, 502):
+        tracker.log(step, {**DROPPED, Hostile(): 1.0, "loss": 0.5})
+    tracker._store_records()
+    assert [log["metrics"] for log in stored(machines)] == [{"loss": 0.5}] * 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == len(DROPPED) + 1
+    for name in DROPPED:
+        assert sum(f"The metric {name!r} is not recorded" in warning for warning in warnings) == 1
+
+
+def test_metrics_never_replace_our_own_fields(tracker: StepTracker, clock: Clock, machines: Machines) -> None:
+    names = (
+        "kind",
+        "step",
+        "time",
+        "attempt",
+        "state",
+        "metrics",
+        "total_steps",
+        "interval_seconds",
+        "samples",
+    )
+    run(tracker, clock, range(501, 502))
+    tracker.log(501, dict.fromkeys(names, "mine"))
+    tracker._store_records()
+    [log] = [line for line in stored(machines) if line["kind"] == "log"]
+    assert (log["step"], log["metrics"]) == (501, dict.fromkeys(names, "mine"))
+    assert "mine" not in tracker.heartbeat().values()
+
+
+def test_the_loss_of_a_heartbeat_is_the_last_one_with_its_step(tracker: StepTracker, clock: Clock) -> None:
+    tracker.log(501, {"loss": 0.25})
+    run(tracker, clock, range(501, 506))
+    beat = tracker.heartbeat()
+    assert (beat["step"], beat["loss"], beat["loss_step"]) == (505, 0.25, 501)
+    tracker.log(505, {"loss": math.nan})
+    beat = tracker.heartbeat()
+    assert (beat["loss"], beat["loss_step"]) == ("nan", 505)
+
+
+def test_a_heartbeat_is_json_whatever_the_numbers_are(machines: Machines, clock: Clock) -> None:
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=math.inf)  # type: ignore[arg-type]
+    run(tracker, clock, range(1, 3), seconds=math.inf)
+    json.loads(json.dumps(tracker.heartbeat(), allow_nan=False))
+
+
+class SurpriseError(Exception):
+    """Of a client library, say."""
+
+
+@pytest.mark.parametrize("broken", ["_note_uploads", "_store_records", "_write_heartbeat"])
+def test_an_unexpected_error_ends_one_turn_and_not_the_thread(
+    tracker: StepTracker,
+    clock: Clock,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
+) -> None:
+    calls = []
+    real = getattr(tracker, broken)
+
+    def breaks() -> None:
+        calls.append(1)
+        if len(calls) < 4:
+            raise SurpriseError("unexpected")
+        real()
+
+    monkeypatch.setattr(tracker, broken, breaks)
+    run(tracker, clock, range(501, 502))
+    tracker.start()
+    wait_until(lambda: len(calls) > 4, "a turn without an error")
+    tracker.close("finished")
+    assert (machines.catalog.attempts.read_progress(3) or {})["state"] == "finished"
+    assert [line["first"] for line in stored(machines)] == [501]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "SurpriseError" in warnings[0]
 
 
 def test_heartbeats_continue_until_close_and_end_with_its_state(
@@ -187,7 +310,7 @@ def test_records_survive_an_outage(
     tracker.close("finished")
     seconds = [second for line in stored(machines) for second in line.get("seconds", [])]
     assert seconds == [0.5] * 3
-    assert [line["loss"] for line in stored(machines) if line["kind"] == "log"] == [0.5]
+    assert [line["metrics"]["loss"] for line in stored(machines) if line["kind"] == "log"] == [0.5]
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1, "one warning for the whole outage"
 

@@ -185,6 +185,20 @@ class TestLocalMode:
             {"step": 1, "rank": 0, "loss": None, "folder": str(tmp_path)},
         ]
 
+    def test_metrics_that_json_cannot_hold_do_not_end_the_training(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        circle: list[Any] = []
+        circle.append(circle)
+        ct.init(10, local_log_name=tmp_path / "log.jsonl")
+        for _ in range(2):
+            ct.metric({"circle": circle})
+        ct.metric({("a", 1): "caf\udce9", "nested": [float("inf")]})
+        assert lines_of(tmp_path / "log.jsonl") == [
+            {"step": 0, "rank": 0, "('a', 1)": "caf\udce9", "nested": [None]},
+        ]
+        assert caplog.text.count("are not written to") == 1
+
     def test_the_log_has_a_name_of_its_own_for_each_rank(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -605,6 +619,36 @@ class TestTheRun:
         ct.upload_checkpoint()
         assert machines.committed() == [(1, 1)]
 
+    def test_values_that_cannot_be_encoded_and_a_loss_of_nan_do_no_harm(
+        self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The run ends as finished, and no number is shown for a step that did not report it."""
+        folder = begin(4)
+        circle: list[Any] = []
+        circle.append(circle)
+        for step in range(1, 5):
+            with ct.train_step():
+                ct.metric({"loss": 1 / step if step < 3 else float("nan"), "state": "mine", "step": -1})
+                ct.metric(
+                    {
+                        "file": "caf\udce9.txt",
+                        ("a", 1): 0.5,
+                        "bytes": b"\xe9",
+                        "huge": 10**5000,
+                        "circle": circle,
+                    }
+                )
+        save(folder)
+        ct.upload_checkpoint()
+        end_of_process()
+        progress = json.loads((machines.run / ".cloudtrain/progress/000001.json").read_bytes())
+        assert (progress["state"], progress["step"], progress["loss"]) == ("finished", 4, "nan")
+        logs = ct.read_history(machines.storage.url).logs
+        assert [log["loss"] for log in logs if "loss" in log] == [1.0, 0.5, "nan", "nan"]
+        assert [log["step"] for log in logs if "file" in log] == [1, 2, 3, 4]
+        for name in ("bytes", "huge", "circle"):
+            assert caplog.text.count(f"The metric {name!r} is not recorded") == 1
+
     def test_metrics_are_in_the_run_with_the_steps_they_belong_to(
         self, begin: Callable[..., Path], machines: Machines
     ) -> None:
@@ -618,10 +662,16 @@ class TestTheRun:
         ct.upload_checkpoint()
         found = [{key: value for key, value in line.items() if key != "time"} for line in records(machines)]
         assert found == [
-            {"kind": "log", "step": 0, "stage": "before"},
-            {"kind": "log", "step": 1, "loss": 2.0},
-            {"kind": "log", "step": 2, "loss": 1.0},
+            {"kind": "log", "step": 0, "metrics": {"stage": "before"}},
+            {
+                "kind": "log",
+                "step": 1,
+                "metrics": {"loss": 2.0, "kind": "mine", "time": 0, "step": 77},
+            },
+            {"kind": "log", "step": 2, "metrics": {"loss": 1.0}},
         ]
+        (log,) = (log for log in ct.read_history(machines.storage.url).logs if log["step"] == 1)
+        assert (log["loss"], log["user/step"], log["user/kind"]) == (2.0, 77, "mine")
         assert all(line["time"] > 0 for line in records(machines))
 
     def test_time_between_two_steps_does_not_count_as_step_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,5 +53,19 @@ def test_metrics_of_a_checkpoint_are_those_of_its_step_and_the_last_loss() -> No
         {"step": 6, "epoch": 0.6, "loss": 0.7, "learning_rate": 1e-4},
         {"step": 8, "epoch": 0.8, "eval_loss": 0.6, "note": "text", "eval_nan": float("nan")},
     ]
-    assert metrics(state, best=False) == {"eval_loss": 0.6, "loss": 0.7}
+    found = metrics(state, best=False)
+    assert math.isnan(found.pop("eval_nan"))
+    assert found == {"eval_loss": 0.6, "loss": 0.7}
     assert metrics(state, best=True)["best_metric"] == 0.5
+
+
+def test_the_last_loss_is_the_last_one_even_if_it_is_not_finite() -> None:
+    state = state_at(8)
+    state.log_history = [
+        {"step": 4, "loss": 0.25},
+        {"step": 8, "loss": float("nan")},
+        {"step": 8, "eval_loss": 0.6},
+    ]
+    found = metrics(state, best=False)
+    assert found["eval_loss"] == 0.6
+    assert math.isnan(found["loss"])
