@@ -23,9 +23,11 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT")
+    if hasattr(signal, name)
 )
-"""SIGTERM: most schedulers. SIGUSR1 and SIGUSR2: Slurm's `--signal`. SIGINT: Ctrl-C."""
+"""SIGTERM: most schedulers. SIGUSR1 and SIGUSR2: Slurm's `--signal`. SIGHUP: a closed terminal. SIGINT: Ctrl-C."""
 
 
 class SignalWatch:
@@ -54,6 +56,8 @@ class SignalWatch:
         self._within = within
         self._previous: dict[int, Any] = {}
         self._received: dict[int, float] = {}
+        self._terminals: list[int] = []
+        """stdout and stderr, where they are a terminal."""
         self._pid = os.getpid()
 
     def start(self) -> None:
@@ -66,6 +70,7 @@ class SignalWatch:
         for number in STOPPING:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._previous[number] = signal.signal(number, self._handle)
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         _live.add(self)
 
     def close(self) -> None:
@@ -87,6 +92,8 @@ class SignalWatch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if number == getattr(signal, "SIGHUP", None):
+            _write_to_nothing(self._terminals)
         if os.getpid() != self._pid or not _is_running(self._within, frame):
             self._pass_on(number, frame)
         elif not self._received:
@@ -106,6 +113,15 @@ class SignalWatch:
         else:
             signal.signal(number, handler)
             os.kill(os.getpid(), number)
+
+
+def _write_to_nothing(terminals: list[int]) -> None:
+    """Replace terminals that are gone: a progress bar that cannot be written would end the training before its save."""
+    for number in terminals:
+        if not os.isatty(number):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, number)
+            os.close(nothing)
 
 
 _live: weakref.WeakSet[SignalWatch] = weakref.WeakSet()

@@ -117,12 +117,12 @@ def test_exit_file_and_heartbeat_record_the_preemption(lab: Lab) -> None:
     path = lab.folder / "exit.json"
     path.write_text("of an earlier attempt")
     env = {"HF_CLOUDTRAIN_EXIT_FILE": str(path)}
-    child = lab.start("first", after=[["SignalAt", {"step": 6, "signal": signal.SIGUSR1}]], env=env)
+    child = lab.start("first", after=[["SignalAt", {"step": 6, "signal": signal.SIGHUP}]], env=env)
     assert child.wait() == LEFT, child.log
     output = json.loads(path.read_text())
     assert output == {
         "outcome": "preempted",
-        "reason": "SIGUSR1",
+        "reason": "SIGHUP",
         "run_url": lab.run_url,
         "attempt": 1,
         "step": 7,

@@ -171,7 +171,7 @@ def metric(msg: dict[str, Any]) -> None:
 def is_emergency_save() -> bool:
     """Whether to save this step at once, because the machine is being preempted: the same answer on all ranks.
 
-    The first call installs handlers for SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C, and watches for notices of the cloud. Call it
+    The first call installs handlers for SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C, and watches for notices of the cloud. Call it
     once a step, on all ranks; the `upload_checkpoint` that follows waits until the checkpoint is committed or the time is
     up, and ends the process. In local mode it is always False.
 

@@ -25,7 +25,7 @@ from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 
 class EmergencySaveCallback(TrainerCallback):
-    """Saves and leaves when the machine is preempted: on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a notice of the cloud.
+    """Saves and leaves when the machine is preempted: on SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, Ctrl-C or a notice of the cloud.
 
     `run_url`, `storage_options` and `fresh` are those of `CloudTrainCallback`.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -146,3 +149,72 @@ def test_on_another_thread_no_handler_is_installed_and_a_warning_says_so(
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert "SIGTERM causes no emergency save" in caplog.text
+
+
+TABLE = [
+    ("SIGTERM", "noted"),
+    ("SIGUSR1", "noted"),
+    ("SIGUSR2", "noted"),
+    ("SIGHUP", "noted"),
+    ("SIGINT", "noted"),
+    ("SIGQUIT", "unchanged"),
+    ("SIGALRM", "unchanged"),
+    ("SIGCHLD", "unchanged"),
+    ("SIGPIPE", "unchanged"),
+]
+
+
+@pytest.mark.parametrize(("name", "effect"), TABLE)
+def test_the_table_of_signals(seen: list[int], name: str, effect: str) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    watch = watch_of(seen)
+    assert (signal.getsignal(number) != before) == (effect == "noted")
+    if effect == "noted":
+        send(number)
+        assert seen == [number]
+    watch.close()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("name", [name for name, effect in TABLE if effect == "noted"])
+def test_each_signal_that_is_ignored_stays_ignored(seen: list[int], name: str) -> None:
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+    watch_of(seen)
+    send(getattr(signal, name))
+    assert seen == []
+
+
+def test_the_table_of_signals_is_in_the_documentation() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "preemption.md").read_text()
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| SIG"))
+    for number in STOPPING:
+        assert signal.Signals(number).name in rows
+
+
+TERMINAL = """
+import os, signal, sys
+from hf_cloudtrain.preemption.signals import SignalWatch
+
+seen = []
+SignalWatch(seen.append, patience=lambda: 30.0).start()
+print("ready", flush=True)
+while not seen:
+    signal.pause()
+print("progress", flush=True)
+print("error", file=sys.stderr, flush=True)
+open(sys.argv[1], "w").write(signal.Signals(seen[0]).name)
+"""
+
+
+def test_output_after_the_terminal_is_closed_does_not_end_the_training(tmp_path: Path) -> None:
+    """A progress bar would raise an OSError before the step ends that is saved."""
+    told = tmp_path / "told"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", TERMINAL, str(told)])
+    assert b"ready" in os.read(terminal, 100)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert told.read_text() == "SIGHUP"

@@ -172,9 +172,7 @@ class TestWatcher:
         with watching(broken, on_notice=Received()):
             wait_until(lambda: broken.looks > 2, "more looks at it")
 
-    def test_survives_an_error_of_whoever_receives_a_notice(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_survives_an_error_of_on_notice(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         def broken(notice: Notice) -> None:
             raise KeyError(notice.source)
 
