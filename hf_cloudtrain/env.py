@@ -55,7 +55,7 @@ DEFAULT_GRACE = 30.0
 """Seconds; see `GRACE`."""
 
 
-def run_url(argument: str | None) -> str:
+def run_url(argument: str | os.PathLike[str] | None) -> str:
     """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`."""
     url = run_url_or_none(argument)
     if url is None:
@@ -84,19 +84,15 @@ def storage_options(argument: dict[str, Any] | None) -> dict[str, Any]:
     return value
 
 
-def run_url_or_none(argument: str | None) -> str | None:
-    """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`, else None."""
-    url = argument or os.environ.get(RUN_URL)
+def run_url_or_none(argument: str | os.PathLike[str] | None) -> str | None:
+    """The run URL from the argument, else from `HF_CLOUDTRAIN_RUN_URL`, else None; as it was given."""
+    url = os.fspath(argument) if argument else os.environ.get(RUN_URL)
     return _in_scratch(url) if url else None
 
 
 def store(argument: str | None) -> str:
-    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder.
-
-    A folder is made absolute, because processes in other working directories read the records of a job.
-    """
-    given = argument or os.environ.get(STORE) or own_folder()
-    return given if "://" in given else os.path.abspath(os.path.expanduser(given))
+    """URL or folder of the store from the argument, else from `HF_CLOUDTRAIN_STORE`, else in the home folder; as given."""
+    return argument or os.environ.get(STORE) or own_folder()
 
 
 def own_folder() -> str:

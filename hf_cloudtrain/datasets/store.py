@@ -57,7 +57,7 @@ from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import META, clean_path
-from hf_cloudtrain.storage.urls import is_local, local_path, shown_url
+from hf_cloudtrain.storage.urls import is_local, local_path, normal_url, shown_url
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class DatasetStore:
     """
 
     def __init__(self, store: str | None = None, *, storage_options: dict[str, Any] | None = None) -> None:
-        self.url = env.store(store)
+        self.url = normal_url(env.store(store))
         self._options = env.storage_options(storage_options)
         self.catalog = Catalog(Storage(f"{self.url.removesuffix('/')}/datasets", self._options))
         self._folders = NamedFolders(self.catalog)
@@ -117,6 +117,7 @@ class DatasetStore:
         name = dataset_name(name)
         progress = progress or Progress()
         text = os.fspath(source)
+        text = text if os.path.exists(text) else normal_url(text)
         self.catalog.storage.check()
         with _local(text, self._options, progress) as folder:
             self._check_without_store(folder)

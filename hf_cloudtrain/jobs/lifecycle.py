@@ -30,7 +30,7 @@ from hf_cloudtrain.jobs.spec.job import EngineName, Job
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.process_tree import is_alive, this_process
-from hf_cloudtrain.storage.urls import is_local, local_path, shown_url
+from hf_cloudtrain.storage.urls import is_local, local_path, normal_url
 
 logger = logging.getLogger(__name__)
 
@@ -262,11 +262,17 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
 
 def writer_of(run_url: str, store: JobStore) -> JobRecord | None:
     """The job that writes to a run and is not over; None if this store has no such job."""
-    url = shown_url(run_url)
+    url = normal_url(run_url)
     for record in store.records():
-        if shown_url(record.run_url) == url and not (found := look(store, record)).is_over:
+        if _is_url(record.run_url, url) and not (found := look(store, record)).is_over:
             return found
     return None
+
+
+def _is_url(recorded: str, url: str) -> bool:
+    with contextlib.suppress(ConfigurationError):  # recorded by an older version, which refused less
+        return normal_url(recorded) == url
+    return False
 
 
 def facts_of(record: JobRecord) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.urls import is_local, local_path
+from hf_cloudtrain.storage.urls import is_local, local_path, normal_url
 
 State = Literal[
     "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"
@@ -105,12 +105,12 @@ class JobStore:
     """
 
     def __init__(self, store: str | None = None) -> None:
-        self.url = env.store(store)
+        self.url = normal_url(env.store(store))
         self.storage = Storage(self.below("jobs"), env.storage_options(None))
 
     def below(self, *names: str) -> str:
         """URL of a path in the store."""
-        return "/".join((self.url.rstrip("/"), *names))
+        return "/".join((self.url.removesuffix("/"), *names))
 
     def create(self, name: str, **facts: Any) -> JobRecord:
         """Make a record with the next number of a name.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
-from hf_cloudtrain.runtime.redaction import secrets_in, secrets_of_environment
+from hf_cloudtrain.runtime.redaction import redact, secrets_in, secrets_of_environment
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import Backend, IncompleteUpload, ObjectInfo
 from hf_cloudtrain.storage.failures import explain
@@ -23,7 +23,7 @@ from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.storage.native import NativeTransfer, native_transfer
 from hf_cloudtrain.storage.retries import Retries
 from hf_cloudtrain.storage.silence import SILENT_RATE, ByteCount, answer_unless_silent
-from hf_cloudtrain.storage.urls import protocol_of, shown_url
+from hf_cloudtrain.storage.urls import normal_url, protocol_of
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Storage:
     """The storage location of one run. Paths are relative to its URL and '/'-separated; any thread may call.
 
     Args:
-        url: any fsspec URL or a plain path.
+        url: any fsspec URL or a folder.
         storage_options: the arguments of fsspec's file system for this protocol.
 
     Raises:
@@ -57,14 +57,14 @@ class Storage:
         True
     """
 
-    def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
-        self.url = shown_url(url)
+    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+        self._full_url = normal_url(url)
+        self.url = redact(self._full_url)
         self.exclusive: bool | None = None
         """Whether the storage honours exclusive create; None before `check`."""
-        self._given_url = url
         self._options = dict(storage_options or {})
-        self._secrets = (*secrets_in(url, self._options), *secrets_of_environment())
-        self._protocol = protocol_of(url)
+        self._secrets = (*secrets_in(self._full_url, self._options), *secrets_of_environment())
+        self._protocol = protocol_of(self._full_url)
         self._pid = os.getpid()
         self._backend: Backend | None = None
         self._transfer: NativeTransfer | None = None
@@ -241,7 +241,7 @@ class Storage:
         backend = self._backend
         if backend is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            backend, root = connect(self._given_url, self._protocol, self._options)
+            backend, root = connect(self._full_url, self._protocol, self._options)
             self._transfer = native_transfer(self._protocol, root, self._options)
             self._backend = backend
         return backend

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.storage.backend import (
     PART_SIZE,
     Backend,
@@ -146,11 +145,6 @@ def connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Backend, 
         kind = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         raise missing_extra(protocol, str(error)) from None
-    except ValueError:
-        raise ConfigurationError(
-            f"Unknown protocol {protocol + '://'!r}. Use s3://, gs://, az://, hf://buckets/, file://, or one that an "
-            "fsspec plug-in registers."
-        ) from None
     # An instance of our own: a shared one may cache listings, and may have been made before a fork.
     arguments = {**kind._get_kwargs_from_urls(url), **options, "skip_instance_cache": True}
     arguments.setdefault("use_listings_cache", False)

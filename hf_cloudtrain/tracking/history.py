@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -122,7 +123,9 @@ class History:
 
 
 @short_traceback
-def read_history(run_url: str | None, storage_options: dict[str, Any] | None = None) -> History:
+def read_history(
+    run_url: str | os.PathLike[str] | None, storage_options: dict[str, Any] | None = None
+) -> History:
     """Read the records of a run.
 
     Args:

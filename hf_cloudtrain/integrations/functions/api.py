@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 @short_traceback
 def init(
     total_train_steps: int | None,
-    run_url: str | None = None,
+    run_url: str | os.PathLike[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     local_log_name: str | os.PathLike[str] | None = None,
     *,

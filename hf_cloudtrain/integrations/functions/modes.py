@@ -20,6 +20,7 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.ranks import rank_and_size
 from hf_cloudtrain.runtime.values import finite, utf8
+from hf_cloudtrain.storage.urls import normal_url
 from hf_cloudtrain.tracking.exit_record import Outcome
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class RemoteRun(Mode):
         restored: CheckpointKey | None,
         policy: Policy,
     ) -> None:
-        self._run_url = run_url
+        self._run_url = normal_url(run_url)
         self._checkpoint_dir = checkpoint_dir
         self._total = total
         self._restored = restored

@@ -87,7 +87,7 @@ class TrainLoop:
     def __init__(
         self,
         accelerator: Accelerator,
-        run_url: str | None = None,
+        run_url: str | os.PathLike[str] | None = None,
         *,
         num_epochs: int,
         save_steps: int | None = None,

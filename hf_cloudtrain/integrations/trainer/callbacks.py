@@ -41,7 +41,7 @@ class CheckpointUploadCallback(TrainerCallback):
     @short_traceback
     def __init__(
         self,
-        run_url: str | None = None,
+        run_url: str | os.PathLike[str] | None = None,
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
@@ -199,7 +199,7 @@ class CloudTrainCallback(TrainerCallback):
     @short_traceback
     def __init__(
         self,
-        run_url: str | None = None,
+        run_url: str | os.PathLike[str] | None = None,
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,

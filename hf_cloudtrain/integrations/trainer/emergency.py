@@ -8,6 +8,7 @@ on_train_end    wait for the upload as long as there is time, and end all ranks 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import CodeType
@@ -44,7 +45,7 @@ class EmergencySaveCallback(TrainerCallback):
     @short_traceback
     def __init__(
         self,
-        run_url: str | None = None,
+        run_url: str | os.PathLike[str] | None = None,
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,

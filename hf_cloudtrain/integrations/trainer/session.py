@@ -24,7 +24,7 @@ from hf_cloudtrain.integrations.trainer.position import EpochLength
 from hf_cloudtrain.integrations.trainer.state import RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.resume.topology import Conversion
-from hf_cloudtrain.storage.urls import shown_url
+from hf_cloudtrain.storage.urls import normal_url
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -66,7 +66,7 @@ class Session:
     @classmethod
     def of(
         cls,
-        run_url: str | None,
+        run_url: str | os.PathLike[str] | None,
         storage_options: dict[str, Any] | None,
         *,
         fresh: bool,
@@ -79,8 +79,8 @@ class Session:
             policy: what stays on storage.
             listens: whether the callback waits for notices.
         """
-        url = env.run_url(run_url)
-        key = (shown_url(url), os.getpid())
+        url = normal_url(env.run_url(run_url))
+        key = (url, os.getpid())
         session = cls._sessions.get(key)
         if session is None or session._ended or session._options["fresh"] != fresh:
             session = cls._sessions[key] = cls(url, storage_options, fresh=fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -20,7 +21,7 @@ class StepTrackerCallback(TrainerCallback):
     @short_traceback
     def __init__(
         self,
-        run_url: str | None = None,
+        run_url: str | os.PathLike[str] | None = None,
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,

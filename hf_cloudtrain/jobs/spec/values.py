@@ -16,6 +16,7 @@ from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.spec.diagnostics import quoted
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
 from hf_cloudtrain.runtime.redaction import has_user_part, redact
+from hf_cloudtrain.storage.urls import normal_url
 
 MAX_DEVICES = 65_536
 """Largest count of nodes, processes or devices: more than the largest cluster has."""
@@ -152,6 +153,12 @@ def _dataset(text: str) -> str:
 def _path(text: str) -> str:
     if not text or not text.isprintable() or ".." in text.split("/") or len(text) > MAX_LENGTH:
         raise _invalid(text, "a path without '..' and control characters")
+    if text.startswith("~") or re.search(r"\$[A-Za-z_{(]", text):
+        # The command's shell would replace them, with values of its machine; the folder would be a different one.
+        valid = (
+            "a path without '~' and '$', which a job file does not replace, such as '/root/ckpt' or 'ckpt'"
+        )
+        raise _invalid(text, valid)
     return posixpath.normpath(re.sub("/+", "/", text))
 
 
@@ -162,6 +169,7 @@ def _command(text: str) -> str:
 
 
 def _run_url(text: str) -> str:
+    """The normal form: `~/runs` is a folder of the user who submits. Raises ValueError."""
     if len(text) > MAX_LENGTH:
         raise _invalid(text, f"at most {MAX_LENGTH} characters long")
     if has_user_part(text):
@@ -169,10 +177,14 @@ def _run_url(text: str) -> str:
             "contains a user and a password, which would appear in every log. Set them in the storage's own variables, or "
             f"in {env.STORAGE_OPTIONS}."
         )
-    if not re.match(r"[a-z][a-z0-9+.-]*://[^/]|(?:file|local)://|/|~/", text) or not text.isprintable():
+    try:
+        url = normal_url(text) if text.strip() else ""
+    except ConfigurationError as error:
+        raise ValueError(f"is invalid: {error}") from None
+    if not re.match(r"\s*(?:[/~]|\S+://)", text):
         valid = "a URL, such as 's3://bucket/runs/mnli', or an absolute path"
         raise ValueError(f"{_invalid(text, valid)} The script does not run in this folder.")
-    return text
+    return url
 
 
 def _whole(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,39 +11,44 @@ import pytest
 from hf_cloudtrain import errors
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import shown_url
+from tests.urls import HERE, HOME, NORMAL, REFUSED, RELATIVE
 
 SECRET = "Wq3/vEry+5ecr3tvalue"
 """With a slash, as every third AWS secret key has."""
 
 
 class TestUrl:
-    @pytest.mark.parametrize(
-        ("url", "shown"),
-        [
-            ("s3://bucket/runs/mrpc", "s3://bucket/runs/mrpc"),
-            ("s3://bucket/runs/mrpc/", "s3://bucket/runs/mrpc"),
-            ("s3://bucket", "s3://bucket"),
-            ("s3://bucket/a run/läuft", "s3://bucket/a run/läuft"),
-            (
-                "az://container@account.dfs.core.windows.net/run",
-                "az://container@account.dfs.core.windows.net/run",
-            ),
-            ("file:///data/run/", "file:///data/run"),
-            ("local:///data/run", "file:///data/run"),
-            ("file:///data/../run", "file:///run"),
-            ("/data/run/", "/data/run"),
-            ("/data//run/./x", "/data/run/x"),
-        ],
-    )
-    def test_is_normalised(self, url: str, shown: str) -> None:
-        assert shown_url(url) == shown
-        assert Storage(url).url == shown
+    """The tables of `tests/urls.py` go through every door in `tests/integration/test_url_doors.py`; here through `Storage`."""
 
-    def test_plain_path_becomes_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HOME", "/home/user")
-        assert Storage("runs/mrpc").url == str(tmp_path / "runs" / "mrpc")
-        assert Storage("~/runs").url == "/home/user/runs"
+    @pytest.mark.parametrize(("url", "normal"), {**NORMAL, **RELATIVE}.items())
+    def test_is_normalised(self, url: str, normal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.getcwd", lambda: HERE)
+        monkeypatch.setenv("HOME", HOME)
+        assert shown_url(url) == normal
+        assert Storage(url).url == normal
+        assert Storage(normal).url == normal
+
+    @pytest.mark.parametrize(("url", "right"), REFUSED.items())
+    def test_is_refused_with_what_to_type(
+        self, url: str, right: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("os.getcwd", lambda: HERE)
+        with pytest.raises(errors.ConfigurationError) as raised:
+            Storage(url)
+        assert repr(url) in str(raised.value)
+        assert repr(right) in str(raised.value)
+
+    @pytest.mark.parametrize("right", set(REFUSED.values()))
+    def test_what_a_refusal_tells_to_type_is_accepted(self, right: str) -> None:
+        Storage(right)
+
+    def test_of_a_protocol_that_a_plug_in_registers_is_accepted(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from fsspec.registry import _registry
+
+        monkeypatch.setitem(_registry, "s9", object)
+        assert Storage("s9://bucket/run").url == "s9://bucket/run"
 
     @pytest.mark.parametrize("url", ["", "   ", None, 3, b"s3://bucket"])
     def test_that_is_not_one_is_an_error_with_an_example(self, url: Any) -> None:
@@ -54,28 +58,49 @@ class TestUrl:
     @pytest.mark.parametrize(
         "url",
         [
-            f"s3://key:{SECRET}@bucket/run",
-            f"gs://user:{SECRET}@bucket/run",
             f"https://account.blob.core.windows.net/container/run?sv=1&sig={SECRET}",
             f"sftp://user:{SECRET}@host/run",
-            f"az://container/run?sas_token={SECRET}",
         ],
     )
     def test_is_never_shown_with_its_credentials(self, url: str) -> None:
         assert SECRET not in shown_url(url)
         assert "***" in shown_url(url)
 
-    @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
-    def test_with_credentials_is_refused_without_repeating_them(self, scheme: str) -> None:
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"s3://key:{SECRET}@bucket/run",
+            f"gs://user:{SECRET}@bucket/run",
+            f"az://user:{SECRET}@container/run",
+            f"az://container/run?sas_token={SECRET}",
+        ],
+    )
+    def test_with_credentials_is_refused_without_repeating_them(self, url: str) -> None:
         with pytest.raises(errors.ConfigurationError, match="storage_options") as raised:
-            Storage(f"{scheme}://key:{SECRET}@bucket/run")
+            Storage(url)
         assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"s3:/key:{SECRET}@bucket/run",
+            f"s3//key:{SECRET}@bucket/run",
+            f"s3:\\\\key:{SECRET}@bucket\\run",
+            f"sftp://user:{SECRET}$word@host/$RUN",
+            f"sftp://user:{SECRET}@host/../run",
+        ],
+    )
+    def test_that_is_mistyped_is_refused_without_repeating_its_credentials(self, url: str) -> None:
+        with pytest.raises(errors.ConfigurationError) as raised:
+            Storage(url)
+        assert SECRET not in str(raised.value)
+        assert "$word" not in str(raised.value)
 
 
 class TestProtocol:
     def test_unknown_one_is_an_error_that_names_it(self) -> None:
-        with pytest.raises(errors.ConfigurationError, match="'s4://'") as raised:
-            Storage("s4://bucket/run").check()
+        with pytest.raises(errors.ConfigurationError, match="'nothing-like-it://'") as raised:
+            Storage("nothing-like-it://bucket/run")
         assert not isinstance(raised.value, errors.MissingExtraError)
 
     @pytest.mark.parametrize(

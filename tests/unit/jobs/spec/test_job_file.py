@@ -123,11 +123,16 @@ def test_a_folder_that_hides_nothing_may_be_a_mount_path(path: str) -> None:
     assert job.data.mount_path == path
 
 
-@pytest.mark.parametrize(
-    "url", ["s3://b/r", "hf://buckets/me/r", "file:///tmp/r", "/tmp/r", "~/runs", "memory://r"]
-)
+@pytest.mark.parametrize("url", ["s3://b/r", "hf://buckets/me/r", "file:///tmp/r", "/tmp/r", "memory://r"])
 def test_a_run_url_may_be_any_url_or_an_absolute_path(url: str) -> None:
     assert job_with(f"run_url: {url}").run_url == url
+
+
+def test_a_run_url_below_the_home_folder_is_that_of_the_user_who_submits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    assert job_with("run_url: ~/runs").run_url == "/home/user/runs"
 
 
 def test_every_key_is_in_the_template_and_all_of_it_can_be_used() -> None:
@@ -268,6 +273,10 @@ def test_an_unknown_key_is_reported_with_the_nearest_known_one(text: str, hint: 
         ("checkpoint: {output_checkpoint_dir: /data}\ndata: {name: x, mount_path: /data/x}", "overlaps the read-only dataset"),
         ("run_url: runs/mnli", "The script does not run in this folder"),
         ("run_url: ''", "must be a URL"),
+        ("run_url: s3://b/${USER}/run", "'${USER}' stands in it as it is"),
+        ("run_url: s3:/b/run", "Write 's3://b/run'"),
+        ("checkpoint: {output_checkpoint_dir: $HOME/ckpt}", "which a job file does not replace"),
+        ("checkpoint: {output_checkpoint_dir: ~/ckpt}", "which a job file does not replace"),
         ("run_url: s3://b/%s" % ("x" * 2048), "at most 2048 characters"),
         ("env: [A=1]", "must be a mapping"),
         ("env: {A-B: 1}", "is not the name of a variable"),
