@@ -16,6 +16,7 @@ Records on storage:
     paths            where each record is
     exactness        whether a resume from a checkpoint equals an uninterrupted run: yes, no, or not verified
     attempts         the attempts of a run: numbers, heartbeats, stop requests
+    completion       that training is over before its last planned step, as by early stopping
     ownership        whether an attempt is still the newest (law 6)
     attempt_checks   what is checked when an attempt begins and ends (laws 5 and 9)
     named_folders    folders that are saved by name, and datasets

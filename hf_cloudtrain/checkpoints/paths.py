@@ -11,6 +11,7 @@ pins/000003-0000000500.json           a user wants to keep this checkpoint
 retiring/000003-0000000500.json       the manifest of a checkpoint whose deletion has begun, until it is done
 best.json, last.json                  pointers
 stop.json                             which attempt is asked to stop
+complete.json                         that training is over before its last planned step, see completion.py
 progress/000003.json                  heartbeat
 steps/000003-0001.jsonl               step and metric records
 """
@@ -21,6 +22,7 @@ from hf_cloudtrain.storage.names import META
 
 RUN = f"{META}/run.json"
 STOP = f"{META}/stop.json"
+COMPLETE = f"{META}/complete.json"
 ATTEMPTS = f"{META}/attempts"
 CLAIMS = f"{META}/claims"
 PARTS = f"{META}/parts"

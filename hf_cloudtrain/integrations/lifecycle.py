@@ -190,6 +190,11 @@ class AttemptLifecycle:
             preemption.quit(self._close_tracker)
         return decision is StopDecision.SAVE
 
+    def has_notice(self) -> bool:
+        """Whether any rank has a notice, even if training ended before all of them saved for it. On all ranks."""
+        preemption, ranks = self.preemption, self.checkpointer.ranks
+        return any(ranks.each(lambda: preemption is not None and preemption.has_notice, "look for notices"))
+
     def announce(self, step: int) -> None:
         """Log the emergency save of this step, and leave after it."""
         assert self.preemption is not None, "an emergency save follows a notice"

@@ -103,11 +103,11 @@ class Preemption:
         Raises:
             PeerError: this rank has a notice, and another one does not vote: it is assumed to have crashed.
         """
-        return self._decide(self._agreement.step_ended(self._vote(), self._has_notice))
+        return self._decide(self._agreement.step_ended(self._vote(), lambda: self.has_notice))
 
     def decide_now(self) -> StopDecision:
         """The same, waiting half a millisecond for all ranks: after an evaluation, say."""
-        return self._decide(self._agreement.now(self._vote(), self._has_notice))
+        return self._decide(self._agreement.now(self._vote(), lambda: self.has_notice))
 
     def seconds_left(self) -> float:
         """Until the first machine is taken away, less the time that leaving takes."""
@@ -188,7 +188,9 @@ class Preemption:
             return Vote(StopDecision.GO_ON)
         return Vote(StopDecision.SAVE, max(0.0, self._deadline - time.monotonic()))
 
-    def _has_notice(self) -> bool:
+    @property
+    def has_notice(self) -> bool:
+        """Whether this rank has a notice."""
         return self._notice is not None
 
     def _receive_signal(self, number: int) -> None:

@@ -121,6 +121,17 @@ class SaveAt(TrainerCallback):
             control.should_save = True
 
 
+class StopAt(TrainerCallback):
+    """Ends the training, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
 class Jolt(TrainerCallback):
     """Moves the weights at random: other code that draws from these generators changes the weights."""
 
@@ -232,6 +243,7 @@ EXTRA = {
     kind.__name__: kind
     for kind in (
         SaveAt,
+        StopAt,
         Jolt,
         FailAt,
         InterruptAt,

@@ -13,6 +13,7 @@ In reading order:
 - `checks`         configurations that are refused before the first step
 - `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
 - `known_trainers` the trainer classes that were tested, and where each is known to differ
+- `complete`       a run in which nothing is left to train: Trainer trains nothing, and the script goes on
 - `state`          trainer_state.json of a restored checkpoint, adapted to this machine
 - `topology`       a checkpoint of other processes, batches or accumulation, converted to new steps
 

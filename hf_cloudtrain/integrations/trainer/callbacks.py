@@ -104,9 +104,8 @@ class CheckpointUploadCallback(TrainerCallback):
         checks.check_saves(args)
         checks.check_not_hyperparameter_search(state)
         self._epoch = EpochLength(kwargs.get("train_dataloader"))
-        url = self._session.open(args).checkpointer.storage.url
+        self._session.open(args)
         self._session.check_resumed(args, state, self._epoch, kwargs)
-        checks.check_not_complete(url, state, self._epoch, args.gradient_accumulation_steps)
         self._session.begin(args, state, uploads=True)
         self._held_back = self._before_evaluation = False
         self._mark_save_begin()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,15 +21,19 @@ from hf_cloudtrain.integrations.trainer import topology
 from hf_cloudtrain.integrations.trainer.checks import (
     check_all_processes_train_together,
     check_no_jit_checkpoint,
+    check_not_complete,
 )
+from hf_cloudtrain.integrations.trainer.complete import CompleteRun, record_completion
 from hf_cloudtrain.integrations.trainer.position import EpochLength
-from hf_cloudtrain.integrations.trainer.state import RestoredState
+from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import normal_url
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,11 @@ class Session:
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
+        self._complete: CompleteRun | None = None
+        """What `restore` found, if nothing is left to train."""
         self._begun: TrainerState | None = None
+        self._began: tuple[TrainingArguments, int] | None = None
+        """The arguments of the attempt under way, and the step at which it began."""
         self._ended = False
 
     @classmethod
@@ -129,20 +139,21 @@ class Session:
         found = lifecycle.restore(
             _needed_by(ranks.neighbours), lambda manifest: topology.plan(args, manifest)
         )
+        self._restored = self._complete = None
         if found is None:
-            self._restored = None
             return None
         restored, conversion = found
         self._restored = restored.manifest, conversion
-        state = RestoredState(lifecycle, restored, conversion)
-        if conversion is None:
-            state.localize(needs_best=args.load_best_model_at_end)
-        else:
-            state.localize(
-                needs_best=args.load_best_model_at_end,
-                adjust=lambda record: topology.convert_state(record, conversion, args),
-            )
+        self._complete = CompleteRun.find(lifecycle, args, restored, conversion)
+        adjust: Callable[[Record], Record] = lambda record: record  # noqa: E731
+        if conversion is not None:
+            adjust = lambda record: topology.convert_state(record, conversion, args)  # noqa: E731
             topology.repair(restored, conversion, args, ranks)
+        if self._complete is not None:
+            adjust = self._complete.behind_all(adjust)
+        RestoredState(lifecycle, restored, conversion).localize(
+            load_best=args.load_best_model_at_end, adjust=adjust
+        )
         return restored.path
 
     def check_resumed(
@@ -152,7 +163,18 @@ class Session:
 
         Args:
             live: what Trainer passes to callbacks.
+
+        Raises:
+            RunCompleteError: nothing is left to train, and Trainer would train on.
         """
+        self._settle(state)
+        self._check_position(args, state, epoch, live)
+        if self._complete is None:
+            check_not_complete(self.checkpointer.storage.url, state, epoch, args.gradient_accumulation_steps)
+
+    def _check_position(
+        self, args: TrainingArguments, state: TrainerState, epoch: EpochLength, live: dict[str, Any]
+    ) -> None:
         manifest, conversion = self._restored or (None, None)
         if manifest is None or state.global_step != (conversion or manifest.position).global_step:
             # Resumed from a path that the user chose, if at all.
@@ -175,6 +197,7 @@ class Session:
         self._uploads |= uploads
         lifecycle = self.open(args)
         if self._begun is not state:
+            self._settle(state)
             if self.listens:
                 check_no_jit_checkpoint(args)
             interrupted = self._begun is not None and not self._ended and not lifecycle.is_leaving
@@ -185,6 +208,7 @@ class Session:
                 interrupted="failed",
             )
             self._begun, self._ended = state, False
+            self._began = args, state.global_step
             self.last_save = None
         return lifecycle
 
@@ -196,7 +220,44 @@ class Session:
         """Wait for the uploads, once, and record the end; not where the emergency callback does."""
         if not self._ended and not self.is_leaving:
             self._ended = True
-            self.lifecycle.finish(uploads=self._uploads)
+            early = self._ended_early()
+            if early is None:
+                self.lifecycle.finish(uploads=self._uploads)
+            elif self.checkpointer.last_saved is None and self._restored is None:
+                self.lifecycle.finish(uploads=False, then=self.checkpointer.finish_uploads)
+            else:
+                self.lifecycle.finish(
+                    uploads=self._uploads, then=lambda: record_completion(self.lifecycle, *early)
+                )
+
+    def correct(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Correct what Trainer logs at the end of a complete run."""
+        if self._complete is not None:
+            self._complete.correct(state, logs)
+
+    def _settle(self, state: TrainerState) -> None:
+        if self._complete is not None:
+            self._complete.settle(self.lifecycle, state)
+
+    def _ended_early(self) -> tuple[TrainingArguments, TrainerState] | None:
+        """Arguments and state of a training that a callback ended before its last step; None for any other end. Warns of steps in no checkpoint."""
+        lifecycle, state = self.lifecycle, self._begun
+        if state is None or self._began is None or not self._uploads:
+            return None
+        args, first = self._began
+        if not first < state.global_step < state.max_steps or lifecycle.has_notice():
+            return None
+        checkpointer = lifecycle.checkpointer
+        saved = checkpointer.last_saved
+        if checkpointer.ranks.is_main and (saved is None or saved.step < state.global_step):
+            logger.warning(
+                "A callback ended training at step %d of %d, and the steps after %s are in no checkpoint. To keep its model, call "
+                "trainer.save_model(folder) and cloud.save(folder, name='final').",
+                state.global_step,
+                state.max_steps,
+                "its start" if saved is None else f"step {saved.step}",
+            )
+        return args, state
 
 
 def _needed_by(ranks: list[int]) -> Any:

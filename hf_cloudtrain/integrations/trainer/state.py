@@ -17,6 +17,7 @@ from typing import Any
 from hf_cloudtrain.checkpoints.local_folders import parse_renumbered
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.restore import Restored
+from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.runtime.files import write_whole
@@ -45,41 +46,51 @@ class RestoredState:
         self._original = self._checkpointer.local.originals(restored.manifest) / TRAINER_STATE
 
     def localize(
-        self, *, needs_best: bool, adjust: Callable[[Record], Record] = lambda record: record
+        self, *, load_best: bool, adjust: Callable[[Record], Record] = lambda record: record
     ) -> None:
-        """Adapt the file to this machine, and download the best checkpoint if it is needed.
+        """Adapt the file to this machine, and download the best checkpoint: without its folder, Trainer forgets which one it is.
 
         Args:
+            load_best: whether Trainer loads it at the end; if not, training can do without it.
             adjust: changes the record in everything but the best checkpoint.
         """
-        ranks, best = self._checkpointer.ranks, None
-        if needs_best or self._conversion is not None:
-            best = ranks.agree(self._find_best, "find the best checkpoint")
+        ranks = self._checkpointer.ranks
+        best = ranks.agree(self._find_best, "find the best checkpoint")
         if best is not None:
             manifest, number = best
             self._lifecycle.number(manifest, self._conversion, number)
-            if needs_best:
-                self._download(manifest)
+            self._download(manifest, load_best=load_best)
         folder = None if best is None else self._checkpointer.local.folder(best[0]).name
         ranks.each_leader(lambda: self._rewrite(folder, adjust), f"adjust {TRAINER_STATE}")
 
-    def _download(self, best: Manifest) -> None:
-        ranks = self._checkpointer.ranks
-        outcomes = ranks.each_leader(
-            self._checkpointer.restorer.fetcher(best), "download the best checkpoint"
-        )
+    def _download(self, best: Manifest, *, load_best: bool) -> None:
+        ranks, fetch = self._checkpointer.ranks, self._checkpointer.restorer.fetcher(best)
+
+        def fetch_if_possible() -> str | None:
+            try:
+                return fetch()
+            except StorageError as error:  # the disk has no room for it, say
+                if load_best:
+                    raise
+                return str(error)
+
+        outcomes = ranks.each_leader(fetch_if_possible, "download the best checkpoint")
         problem = next((problem for problem in outcomes if problem), None)
         if problem is not None and ranks.is_main:
             logger.warning(
-                "The best checkpoint %s is damaged and will not be loaded at the end. %s", best.key, problem
+                "The best checkpoint %s cannot be restored, so Trainer forgets that it is the best. %s",
+                best.key,
+                problem,
             )
 
     def _find_best(self) -> tuple[Manifest, int | None] | None:
         """The best checkpoint that the state names, in the history that led to it, and its number in the steps of the state."""
         record, catalog = self._as_saved(), self._checkpointer.catalog
         newest = CheckpointKey(self._restored.manifest.attempt, self._restored.manifest.step)
-        renumbered = parse_renumbered(_last_part(record.get("best_model_checkpoint")))
-        step = record.get("best_global_step")
+        name = _last_part(record.get("best_model_checkpoint"))
+        renumbered, plain = parse_renumbered(name), re.fullmatch(r"checkpoint-(\d{1,15})", name)
+        # Trainer notes the step of the best metric, too, which may never have been saved.
+        step = int(plain[1]) if plain else None
         if renumbered is not None:  # it was the best already when steps had a different size
             step = renumbered[1].step
             keys = [key for key in catalog.checkpoints() if key == renumbered[1]]
@@ -89,7 +100,8 @@ class RestoredState:
             return None
         if not keys:
             logger.warning(
-                "The best checkpoint (step %s) is not on storage, so it cannot be loaded at the end.", step
+                "The best checkpoint (step %s) is not on storage, so Trainer forgets that it is the best.",
+                step,
             )
             return None
         return catalog.read(keys[-1]), renumbered[0] if renumbered else None

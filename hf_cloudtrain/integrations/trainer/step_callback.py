@@ -55,6 +55,7 @@ class StepTrackerCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note what is logged."""
+        self._session.correct(state, kwargs.get("logs") or {})
         if self._tracker is not None:
             self._tracker.log(state.global_step, kwargs.get("logs") or {})
 
