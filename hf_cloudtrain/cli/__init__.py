@@ -4,6 +4,7 @@ A command reads what is on storage and prints it, or asks a lower room to change
 over and which checkpoint is newest is decided below, in `checkpoints/`, `tracking/` and `jobs/`; this room decides how it
 looks. It may import every room except `testing`. In reading order:
 
+    streams       stdout and stderr that are closed, full or a pipe without a reader
     output        messages, tables, JSON, progress bars
     curve         a loss curve in a few lines of text
     arguments     options that several commands share; the run and the checkpoint that a user names
@@ -19,17 +20,22 @@ This file holds the app, and the only place where errors become messages and exi
 
 from __future__ import annotations
 
-import errno
-import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from hf_cloudtrain.cli import streams
 from hf_cloudtrain.cli.arguments import examples
 from hf_cloudtrain.cli.commands import checkpoint, data, job, new, run, verify_resume, vm
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
+
+
+def _text_of(error: OSError) -> object:
+    if error.strerror is None:
+        return error
+    return f"{error.strerror}." if error.filename is None else f"{error.strerror}: {error.filename!r}."
 
 
 class _Root(TyperGroup):
@@ -49,9 +55,9 @@ class _Root(TyperGroup):
                 say("Interrupted.")
                 raise typer.Exit(130) from None
             except OSError as error:
-                if error.errno == errno.EPIPE:
-                    raise  # `cloudtrain … | head`: typer exits quietly
-                fail(f"{error.strerror}: {error.filename!r}." if error.strerror else error)
+                if streams.is_of_stream(error):
+                    raise  # `main` ends the command
+                fail(_text_of(error))
 
 
 app = typer.Typer(
@@ -92,7 +98,10 @@ def _options(
 
 def main() -> None:
     """Run the command in `sys.argv`."""
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding lacks is escaped instead of ending the command.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app()
+    streams.prepare()
+    try:
+        app()
+    except OSError as error:
+        if not streams.is_of_stream(error):
+            raise
+        streams.end(error)
