@@ -24,6 +24,9 @@ CACHE = "HF_CLOUDTRAIN_CACHE"
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
 """Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none.
 Default: none."""
+PERIFLOW_CHECKPOINT_DIR = "CKPT_DIR"
+"""PeriFlow's name of the same folder, for `init` where neither the code nor the variable above names one; jobs set it
+too. Default: none."""
 RESTORED_CHECKPOINT = "HF_CLOUDTRAIN_RESTORED_CHECKPOINT"
 """Set by a launcher that has restored a checkpoint before the script starts: its key, such as `000003-0000000500`.
 Default: none."""
@@ -114,6 +117,11 @@ def verify_folder() -> str | None:
 def checkpoint_dir(argument: str | os.PathLike[str] | None) -> str | None:
     """The checkpoint folder from the argument, else from `HF_CLOUDTRAIN_CHECKPOINT_DIR`, else None."""
     return os.fspath(argument) if argument else os.environ.get(CHECKPOINT_DIR) or None
+
+
+def periflow_checkpoint_dir() -> str | None:
+    """The checkpoint folder from `CKPT_DIR`, which PeriFlow set for its scripts; None without one."""
+    return os.environ.get(PERIFLOW_CHECKPOINT_DIR) or None
 
 
 def restored_checkpoint() -> str | None:

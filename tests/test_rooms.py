@@ -34,7 +34,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("spec", "submission"),
         ("records", "logs"),
         ("node",),
-        ("gang", "verdict", "supervisor"),
+        ("gang", "start_failure", "verdict", "supervisor"),
         ("engines",),
         ("lifecycle", "inventory"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_cloudtrain.cli.output import (
 )
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.jobs import lifecycle
+from hf_cloudtrain.jobs.inventory import this_machine
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.node.workspace import workspace_size
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
@@ -84,6 +86,7 @@ def run(
     submission = lifecycle.prepare(
         job, store, engine_name=engine_name, nodes=nodes, nproc_per_node=nproc_per_node, workspace=directory
     )
+    _say_what_starts(submission)
     size = _size_of(directory, lifecycle.own_folders(submission))
     if dry_run:
         _show_submission(submission, size, as_json)
@@ -244,6 +247,22 @@ def _size_of(directory: Path | None, leave_out: list[Path]) -> int | None:
     return found.size
 
 
+def _say_what_starts(submission: Submission) -> None:
+    """The engine `local` has no machines of the type in `vm`."""
+    job, plan = submission.job, submission.plan
+    if job.engine != "local" or job.vm is None:
+        return
+    try:
+        count = sum(vm.gpus for vm in this_machine())
+        gpus = f", which has {count_text(count, 'GPU') if count else 'no GPU'}"
+    except (CloudTrainError, OSError, subprocess.SubprocessError):
+        gpus = ""
+    say(
+        f"Engine local has no {job.vm}: all {plan.world_size} processes ({_shape(plan.nodes, plan.nproc_per_node)}) start "
+        f"on this machine{gpus}."
+    )
+
+
 def _show_submission(submission: Submission, size: int | None, as_json: bool) -> None:
     text = lifecycle.starter(submission.job).show(submission)
     engine, plan = submission.job.engine, submission.plan
@@ -263,7 +282,7 @@ def _show_submission(submission: Submission, size: int | None, as_json: bool) ->
     lines = [
         f"# {submission.id} with engine {engine}: {_shape(plan.nodes, plan.nproc_per_node)}",
         f"# run: {submission.run_url}",
-        *([] if size is None else [f"# workspace: {size_text(size)}"]),
+        *([] if size is None else [f"# workspace: {size_text(size)}, at {submission.start_folder}"]),
         *text.splitlines(),
     ]
     for line in lines:

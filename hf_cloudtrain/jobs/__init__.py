@@ -16,12 +16,13 @@ Files and rooms, in reading order:
 - `node`: what runs on each node. A room with its own README.
 - `gang`: the nodes of a job as one unit: start, stop with grace, kill.
 - `supervisor`: starts a gang, restarts it after a crash, writes the record.
+- `start_failure`: why a command failed: what no restart can mend, and what is the same failure again.
 - `verdict`: what happens to a job after one start, from the files that its nodes left.
 - `engines`: one module or folder for each engine. A room with its own README.
 - `logs`: the output of the nodes, followed or its last lines.
 - `inventory`: the machine types that `cloudtrain vm list` shows.
 
-Import order inside the room: `spec`, `submission` < `records`, `logs` < `node` < `gang`, `verdict`, `supervisor` < `engines`
+Import order inside the room: `spec`, `submission` < `records`, `logs` < `node` < `gang`, `start_failure`, `verdict`, `supervisor` < `engines`
 < `lifecycle`, `inventory`. Outside it imports `preemption`, `tracking`, `datasets`, `checkpoints`, `storage`, `env`, `runtime`
 and `errors`, and nothing of `integrations` or `cli`.
 """

@@ -59,7 +59,11 @@ def prepare(
         raise ConfigurationError(
             f"{str(workspace)!r} is not a folder. Name the folder with the job's code: -d DIR"
         )
+    # The name that the user typed, where the folder is a link; "" for the root folder.
+    code = "" if workspace is None else os.path.basename(os.path.abspath(workspace))
     job = job.model_copy(update={"engine": engine_name or job.engine})
+    if workspace is not None:
+        job = job.with_folder(code)
     plan = job.plan(nodes=nodes, nproc_per_node=nproc_per_node)
     job_id = store.next_id(job.name)
     return Submission(
@@ -71,6 +75,7 @@ def prepare(
         home=store.home(job_id),
         has_workspace=workspace is not None,
         dataset_version=_dataset_version(job, store),
+        code=code,
     )
 
 
@@ -109,7 +114,8 @@ def submit(
         submission.home.mkdir(parents=True)
         if workspace is not None:
             excluded = own_folders(submission)
-            copy_workspace(workspace, submission.workspace, leave_out=excluded, on_bytes=on_bytes)
+            target = submission.workspace / submission.code
+            copy_workspace(workspace, target, leave_out=excluded, on_bytes=on_bytes)
         submission.workspace.mkdir(exist_ok=True)
         submission.save()
         return starter(submission.job).submit(submission, store, record)

@@ -62,7 +62,12 @@ def mark_start(submission: Submission, number: int) -> None:
     submission.log.mkdir(parents=True, exist_ok=True)
     for rank in range(submission.plan.nodes):
         with open(submission.node_log(rank), "ab") as log:
-            log.write(f"--- start {number} ---\n".encode())
+            log.write(f"{start_mark(number)}\n".encode())
+
+
+def start_mark(number: int) -> str:
+    """The line between the output of two starts."""
+    return f"--- start {number} ---"
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -36,11 +36,18 @@ class Submission:
     """Whether `workspace/` in the home is a copy of the user's folder."""
     dataset_version: int | None = None
     """Version of `job.data`, chosen at submission so that all starts of a job see the same one."""
+    code: str = ""
+    """Name of the user's folder in `workspace/`, where the command starts; "" without `-d`."""
 
     @property
     def workspace(self) -> Path:
         """The folder that the job finds at its workspace's mount path; empty without `-d`."""
         return self.home / "workspace"
+
+    @property
+    def start_folder(self) -> str:
+        """Where the command starts, as the job sees it."""
+        return self.job.start_folder(self.code)
 
     @property
     def log(self) -> Path:
@@ -83,7 +90,7 @@ class Submission:
         job["env"] = dict.fromkeys(self.job.env)
         plan = self.plan
         shape = {"nodes": plan.nodes, "nproc_per_node": plan.nproc_per_node, "grace": plan.grace}
-        return {**{name: getattr(self, name) for name in _PLAIN}, **shape, "job": job}
+        return {**{name: getattr(self, name) for name in _PLAIN}, **shape, "code": self.code, "job": job}
 
     @classmethod
     def load(cls, home: str | os.PathLike[str]) -> Submission:
@@ -108,4 +115,6 @@ class Submission:
         if env.GRACE in job.env:  # not a secret, and recorded
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
         plan = Plan(record["nodes"], record["nproc_per_node"], job.checkpoint_dir, job.env, record["grace"])
-        return cls(job=job, plan=plan, home=home, **{name: record[name] for name in _PLAIN})
+        plain = {name: record[name] for name in _PLAIN}
+        # A job that was submitted before its folder kept its name starts at the mount path.
+        return cls(job=job, plan=plan, home=home, code=record.get("code", ""), **plain)

@@ -26,6 +26,7 @@ from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.jobs.gang import ExitCodes, Gang
 from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
+from hf_cloudtrain.jobs.start_failure import alike
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.jobs.verdict import CANCELLED, Verdict, exit_records, judge
 from hf_cloudtrain.storage.client import Storage
@@ -72,6 +73,8 @@ class Supervisor:
         self._stopped_at = 0.0
         self._idle = 0
         """Starts in a row that made no step."""
+        self._error: str | None = None
+        """How the last start failed, if it made no step."""
         self._query: threading.Thread | None = None
         self._newest: int | None = None
         """The run's newest attempt, as last read from its storage."""
@@ -132,6 +135,10 @@ class Supervisor:
         saved = any(end.get("saved") for end in exit_records(self._submission, number))
         self._idle = 0 if saved or progress.get("productive_seconds") else self._idle + 1
         restarts, reason = self._record.restarts, verdict.reason or ""
+        before, self._error = self._error, verdict.error if self._idle and known is not None else None
+        if verdict.is_crash and verdict.state is None and alike(self._error, before):
+            reason += f" Two starts in a row failed alike before their first step: {self._error}"
+            return dataclasses.replace(verdict, state="failed", reason=reason)
         if verdict.is_crash and restarts >= self._record.max_restarts:
             if restarts:
                 reason += f" It was restarted {restarts} time{'s' if restarts > 1 else ''}, the limit set by 'max_restarts'."

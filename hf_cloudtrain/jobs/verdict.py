@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.records import State
+from hf_cloudtrain.jobs.start_failure import cannot_start, error_line, lines_of_start
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.preemption.sources import RUN_STOP
 from hf_cloudtrain.tracking.exit_record import read_end
@@ -39,6 +39,8 @@ class Verdict:
     outcome: str
     reason: str | None
     is_crash: bool = False
+    error: str | None = None
+    """The line of the log by which the supervisor recognises the same failure."""
 
 
 def judge(
@@ -89,7 +91,8 @@ def judge(
         reason = str(ends["preempted"].get("reason"))
         state: State | None = "cancelled" if reason.startswith(RUN_STOP) else None
         return Verdict(state, "preempted", f"Saved and stopped by {reason}.")
-    return _failed(submission, codes, nodes, failure, ends.get("failed", {}).get("reason"))
+    has_begun = bool(ends) or progress is not None
+    return _failed(submission, number, codes, nodes, failure, ends.get("failed", {}).get("reason"), has_begun)
 
 
 def exit_records(submission: Submission, number: int) -> list[dict[str, Any]]:
@@ -99,12 +102,14 @@ def exit_records(submission: Submission, number: int) -> list[dict[str, Any]]:
 
 def _failed(
     submission: Submission,
+    number: int,
     codes: Sequence[int | None],
     nodes: list[dict[str, Any]],
     failure: str | None,
     reason: str | None,
+    has_begun: bool,
 ) -> Verdict:
-    """The verdict on a start that was not stopped and whose training did not end."""
+    """The verdict on a start that was not stopped and whose training did not end; it may not have begun either."""
     problems = [str(node["problem"]) for node in nodes if node.get("problem")]
     if any(node.get("hopeless") for node in nodes):
         return Verdict("failed", "failed", problems[0])
@@ -116,29 +121,33 @@ def _failed(
             "failed",
             "The command ended with exit code 0 and trained nothing: it never reached CloudTrainCallback, TrainLoop or init().",
         )
-    rank, how = _crash(codes, [node.get("exit_code") for node in nodes])
+    rank, code, how = _crash(codes, [node.get("exit_code") for node in nodes])
+    lines = lines_of_start(submission, rank, number)
+    if not has_begun and (advice := cannot_start(submission, lines, code)):
+        return Verdict("failed", "failed", f"{how}: {advice}")
     how = f"{how}: {reason}" if reason else f"{how}."
-    return Verdict(None, "failed", how + _hint(submission, rank), is_crash=True)
+    error = error_line(lines) if code is not None and code > 0 else None
+    return Verdict(None, "failed", how + _hint(lines), is_crash=True, error=error)
 
 
-def _crash(codes: Sequence[int | None], commands: Sequence[int | None]) -> tuple[int, str]:
-    """The first node that crashed, and how."""
+def _crash(codes: Sequence[int | None], commands: Sequence[int | None]) -> tuple[int, int | None, str]:
+    """The first node that crashed, the exit code of its command, and how."""
     rank, code = next(
         ((rank, command if command is not None else code)
          for rank, (code, command) in enumerate(zip(codes, commands, strict=True)) if code not in (0, 75)),
         (0, None),
     )  # fmt: skip
     if code is None:
-        return rank, f"Node {rank} was lost"
+        return rank, None, f"Node {rank} was lost"
     if code < 0:
-        return rank, f"The command of node {rank} was ended by {_signal_name(-code)}"
-    return rank, f"The command of node {rank} ended with exit code {code}"
+        return rank, code, f"The command of node {rank} was ended by {_signal_name(-code)}"
+    return rank, code, f"The command of node {rank} ended with exit code {code}"
 
 
-def _hint(submission: Submission, rank: int) -> str:
+def _hint(lines: list[str]) -> str:
     """What the last lines of a node mean, for common problems."""
-    lines = "\n".join(last_lines(submission.node_log(rank), 60))
-    return next((f" {advice}" for pattern, advice in HINTS.items() if re.search(pattern, lines)), "")
+    text = "\n".join(lines[-60:])
+    return next((f" {advice}" for pattern, advice in HINTS.items() if re.search(pattern, text)), "")
 
 
 def _signal_name(number: int) -> str:

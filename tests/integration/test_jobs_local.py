@@ -31,12 +31,14 @@ def test_a_job_finds_code_data_and_checkpoints_at_its_paths_and_leaves_a_record(
     (data / "train.csv").write_text("a,b\n")
     desk.call("data", "create", "toy-data", str(data))
     desk.write(
-        f"pwd; ls /workspace/data; ls /workspace\n{python('train.py', '10', '0')}",
+        "pwd; ls /workspace/data; ls /workspace; ls -A ckpt; echo $CKPT_DIR $PROCESSED_ITERS\n"
+        f"cd /workspace/project && {python('train.py', '10', '0')}",
         "data: {name: toy-data, mount_path: /workspace/data}",
     )
     result = desk.run("--wait")
     assert f"ends with {value_after(10)!r}" in result.stdout
-    assert "/workspace\ntrain.csv\n" in result.stdout
+    # The checkpoint folder is empty, and the folder of `-d` keeps its name.
+    assert "/workspace/project\ntrain.csv\ndata\nproject\n/workspace/project/ckpt 0\n" in result.stdout
     record = desk.record("toy-1")
     assert (record.state, record.restarts, [start.exit_codes for start in record.starts]) == (
         "finished",
@@ -56,9 +58,13 @@ def test_a_job_is_restarted_after_a_crash_from_its_newest_checkpoint(desk: Desk)
     (desk.project / "crash.py").write_text(
         "import os, runpy, signal, sys, threading, time\n"
         "from pathlib import Path\n"
+        "def crash():\n"
+        "    while not Path('ckpt/state.txt').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "if not Path('crashed').exists():\n"
         "    Path('crashed').touch()\n"
-        "    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "    threading.Thread(target=crash).start()\n"
         "sys.argv = ['train.py', '40', '0.05']\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )

@@ -78,7 +78,8 @@ def init(
         _Current.run = _Run(total, LocalRun(local_log_name), 0)
         return
     restored = _restored_by_launcher()
-    mode = RemoteRun(url, env.checkpoint_dir(checkpoint_dir), total, restored, policy)
+    folder = env.checkpoint_dir(checkpoint_dir) or env.periflow_checkpoint_dir()
+    mode = RemoteRun(url, folder, total, restored, policy)
     _Current.run = _Run(total, mode, restored.step if restored else 0)
 
 

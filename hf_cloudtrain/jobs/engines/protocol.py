@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from hf_cloudtrain.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -61,7 +63,12 @@ _HOMES = {
 
 
 def engine(name: str) -> Engine:
-    """The engine with this name."""
+    """The engine with this name. Raises ConfigurationError: it is not in the table."""
+    if name not in _HOMES:
+        raise ConfigurationError(
+            f"Unknown engine {name!r}: a newer version of hf_cloudtrain submitted the job, or its record is damaged. Use that "
+            f"version; this one has {', '.join(_HOMES)}."
+        )
     return cast("Engine", importlib.import_module(_HOMES[name]).ENGINE)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hf_cloudtrain.jobs.node.folders import unmoved_folders
 from hf_cloudtrain.jobs.node.mounts import Mount, argv
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW
 from hf_cloudtrain.jobs.submission import Submission
 
 FORWARDED = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
@@ -77,7 +77,7 @@ def docker_argv(
         mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
         found += ["--mount", _mount_option(mount)]
     forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
-    for variable in sorted(forwarded.union(CONTRACT, submission.plan.variables)):
+    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, submission.plan.variables)):
         found += ["--env", variable]
     name = container_name(submission)
     return [*found, "--name", name, "--entrypoint", "sh", image, "-c", INIT, "sh", *command]

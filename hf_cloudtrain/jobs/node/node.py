@@ -35,7 +35,7 @@ from hf_cloudtrain.jobs.node.folders import folder_mounts, real_checkpoint_dir
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.node.restore import restore
 from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PROCESSED_ITERS
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.process_tree import adopt_orphans, kill_children, terminate
@@ -128,10 +128,11 @@ class Node:
         exit_file.parent.mkdir(parents=True, exist_ok=True)
         exit_file.unlink(missing_ok=True)
         mounts = [*folder_mounts(submission), *self._data()]
-        environment = {**os.environ, **self._contract(exit_file), **self._restore()}
+        environment = {**os.environ, **self._restored(), **self._contract(exit_file)}
         folder = submission.job.job_setting.workspace.mount_path
         if not any(mount.target == folder for mount in mounts):
             folder = str(submission.workspace)
+        folder = str(Path(folder, submission.code))
         call = functools.partial(self._call, mounts=mounts, folder=folder, environment=environment)
         if submission.job.command.setup is not None:
             self._set_up(functools.partial(call, submission.job.command.setup))
@@ -157,15 +158,16 @@ class Node:
         logger.info("Dataset %s at %s.", dataset, data.mount_path)
         return [Mount(store.local_copy(dataset), data.mount_path, read_only=True)]
 
-    def _restore(self) -> dict[str, str]:
-        """Put the newest checkpoint where the script expects it; gives the variable that names it."""
-        folder = real_checkpoint_dir(self.submission)
-        if folder is None:
-            return {}
+    def _restored(self) -> dict[str, str]:
+        """Put the newest checkpoint where the script expects it; gives the variables that say so, PeriFlow's too."""
+        folder, seen = real_checkpoint_dir(self.submission), self.submission.job.checkpoint_dir
+        if folder is None or seen is None:
+            return {PROCESSED_ITERS: "0"}
         choice = self.submission.restored_file(self.start)
         with exclusive(self.submission.home / "restore.lock", "is restoring the checkpoint"):
             key = restore(self.submission.run_url, folder, choice)
-        return {env.RESTORED_CHECKPOINT: str(key)} if key else {}
+        found = {env.PERIFLOW_CHECKPOINT_DIR: seen, PROCESSED_ITERS: str(key.step if key else 0)}
+        return {**found, env.RESTORED_CHECKPOINT: str(key)} if key else found
 
     def _set_up(self, call: Callable[[], int]) -> None:
         """Run the setup once in each start on each machine, which may have several nodes."""
@@ -176,7 +178,9 @@ class Node:
             code = call()
             self._check_not_stopped()
             if code != 0:
-                raise CloudTrainError(f"The setup of the job ended with exit code {code}.")
+                # 126 and 127: a program cannot be executed, or was not found; it will not be at the next start either.
+                kind = ConfigurationError if code in (126, 127) else CloudTrainError
+                raise kind(f"The setup of the job ended with exit code {code}.")
             done.write_text(str(self.start))
 
     def _call(self, text: str, mounts: Sequence[Mount], folder: str, environment: dict[str, str]) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import META
 
 BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
 """Files in a checkpoint of `Trainer` or `TrainLoop`, which is a folder below the checkpoint folder."""
@@ -19,11 +22,13 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
     """Restore the newest checkpoint of a run into a folder; None where the run has none.
 
     A checkpoint of `Trainer` or `TrainLoop` becomes a folder below it; any other checkpoint becomes the folder itself.
+    On the first start of a run the folder is empty: scripts refuse an output folder that is not.
 
     Args:
         choice: file in which the first node on this disk records its choice; the other nodes restore the same one.
     """
-    catalog = Catalog(Checkpointer(run_url, folder).storage)
+    catalog = Catalog(Storage(run_url, env.storage_options(None)))
+    folder.mkdir(parents=True, exist_ok=True)
     if choice.exists():
         chosen = json.loads(choice.read_text())
         if chosen is None:
@@ -33,18 +38,24 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
         checkpointer.restorer.fetcher(catalog.read(key))()
         return key
     newest = catalog.newest()
+    if newest is None and not (folder / META).exists():
+        catalog.storage.check()
+        return _chosen(None, choice)
     layout = LocalFolders if newest is None else _layout(catalog, newest)
     checkpointer = Checkpointer(run_url, folder, layout=layout)
     try:
         restored = checkpointer.restore()
     finally:
         checkpointer.close()
-    restored_key = (
-        None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step)
+    return _chosen(
+        None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step), choice
     )
+
+
+def _chosen(key: CheckpointKey | None, choice: Path) -> CheckpointKey | None:
     choice.parent.mkdir(parents=True, exist_ok=True)
-    choice.write_text(json.dumps(restored_key and [restored_key.attempt, restored_key.step]))
-    return restored_key
+    choice.write_text(json.dumps(key and [key.attempt, key.step]))
+    return key
 
 
 def _layout(catalog: Catalog, key: CheckpointKey) -> type[LocalFolders]:

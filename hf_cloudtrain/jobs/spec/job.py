@@ -31,6 +31,7 @@ from hf_cloudtrain.jobs.spec.values import (
     VmName,
     Whole,
     Word,
+    is_below,
 )
 
 
@@ -75,7 +76,7 @@ class Workspace(_Block):
     """The folder that is submitted with `-d`, as the job sees it."""
 
     mount_path: MountPath = "/workspace"
-    """Where the job finds the workspace."""
+    """Where the job finds the workspace. The folder given with `-d` keeps its name in it: `/workspace/cifar`."""
 
 
 class JobSetting(_Block):
@@ -91,7 +92,7 @@ class Checkpoint(_Block):
     """Where the script keeps its checkpoints."""
 
     output_checkpoint_dir: Folder | None = None
-    """Folder that the newest checkpoint is restored into before the command starts; relative to the workspace."""
+    """Folder that the newest checkpoint is restored into before the command starts; relative to where it starts."""
 
 
 class Data(_Block):
@@ -253,6 +254,29 @@ class Job(_Block):
         if folder is None:
             return None
         return posixpath.normpath(posixpath.join(self.job_setting.workspace.mount_path, folder))
+
+    def start_folder(self, name: str) -> str:
+        """Where the command starts: in the user's folder of this name, which is below the mount path; "" without one."""
+        return posixpath.normpath(posixpath.join(self.job_setting.workspace.mount_path, name))
+
+    def with_folder(self, name: str) -> Job:
+        """The job with a user's folder of this name: a relative checkpoint folder is in it, where the command starts.
+
+        Raises:
+            ConfigurationError: the checkpoints or the dataset would be at the path of that folder.
+        """
+        start = self.start_folder(name)
+        data = None if self.data is None else self.data.mount_path
+        folder = self.checkpoint.output_checkpoint_dir
+        if folder is not None:
+            folder = posixpath.normpath(posixpath.join(start, folder))
+        for key, path in (("checkpoint.output_checkpoint_dir", folder), ("data.mount_path", data)):
+            if path is not None and is_below(start, path):
+                raise ConfigurationError(
+                    f"{key!r} is {path!r}, where the folder given with -d is: {start!r}. Use a different path, or rename "
+                    "the folder."
+                )
+        return self.model_copy(update={"checkpoint": Checkpoint(output_checkpoint_dir=folder)})
 
     def plan(
         self, engine: EngineName | None = None, *, nodes: int | None = None, nproc_per_node: int | None = None

@@ -18,6 +18,9 @@ CONTRACT = (
     *(env.RUN_URL, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
 )
 """Variables that every engine sets for the script. Of these a job's `env` may set the grace time only."""
+PROCESSED_ITERS = "PROCESSED_ITERS"
+PERIFLOW = (env.PERIFLOW_CHECKPOINT_DIR, PROCESSED_ITERS)
+"""PeriFlow's names of what its scripts read; a job's `env` may set them, because they are common names."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain.cli import app, job_actions
 from hf_cloudtrain.datasets.store import DatasetStore
-from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.engines import EngineStatus
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
@@ -108,11 +108,14 @@ def test_the_home_has_a_copy_of_the_folder_and_what_the_nodes_need(
     code = tmp_path / "code"
     code.mkdir()
     (code / "train.py").write_text("print()")
+    (tmp_path / "link").symlink_to(code)
     job = parse_job(b"name: toy\nenv: {KEY: value}\njob_setting: {docker: {command: echo}}")
     record = lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
     home = Path(record.home)
-    assert (home / "workspace" / "train.py").read_text() == "print()"
-    assert Submission.load(home).id == record.id
+    assert (home / "workspace" / "code" / "train.py").read_text() == "print()"
+    loaded = Submission.load(home)
+    assert (loaded.id, loaded.start_folder) == (record.id, "/workspace/code")
+    assert lifecycle.prepare(job, store, workspace=tmp_path / "link").start_folder == "/workspace/link"
     assert "value" not in (home / "job.json").read_text()
     assert engine.submitted[0].home == home
 
@@ -127,7 +130,78 @@ def test_jobs_and_runs_inside_a_workspace_are_not_copied(engine: FakeEngine, tmp
     for _ in range(2):
         record = lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)
         store.write(record, state="failed")
-        assert [path.name for path in Path(record.home, "workspace").iterdir()] == ["train.py"]
+        assert [path.name for path in Path(record.home, "workspace", "code").iterdir()] == ["train.py"]
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "list"])
+def test_a_record_with_an_unknown_engine_is_one_sentence(store: JobStore, command: str) -> None:
+    store.create("toy", engine="quantum", nodes=1, nproc_per_node=1, max_restarts=0)
+    store.write(store.read("toy"), state="running")
+    result = CliRunner().invoke(app, ["job", command, *(["toy"] if command != "list" else [])])
+    assert result.exit_code == (1 if command in ("logs", "cancel") else 0)
+    assert result.stderr.count("Unknown engine 'quantum'") == 1 + (command == "cancel")
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ("", "all 8 processes (2 nodes of 4 processes) start on this machine"),
+        (
+            "local: {nodes: 2, nproc_per_node: 1}",
+            "all 2 processes (2 nodes of 1 process) start on this machine",
+        ),
+        ("engine: slurm", None),
+    ],
+)
+def test_what_a_vm_means_on_this_machine_is_said_in_one_line(
+    store: JobStore, tmp_path: Path, more: str, shown: str | None
+) -> None:
+    file = tmp_path / "job.yml"
+    vm = "azure-16gb-v100-4g-eastus-spot"
+    file.write_text(
+        f"name: toy\nvm: {vm}\nnum_devices: 8\n{more}\njob_setting: {{docker: {{command: echo}}}}"
+    )
+    result = CliRunner().invoke(app, ["job", "run", "-f", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if vm in line]
+    assert len(lines) == (shown is not None)
+    assert shown is None or shown in lines[0]
+
+
+def test_a_job_that_was_submitted_before_folders_kept_their_names_starts_at_its_mount_path(
+    store: JobStore, engine: FakeEngine
+) -> None:
+    record = submitted(store)
+    path = Path(record.home, "job.json")
+    old = json.loads(path.read_text())
+    del old["code"]
+    path.write_text(json.dumps({**old, "has_workspace": True}))
+    assert Submission.load(record.home).start_folder == "/workspace"
+
+
+@pytest.mark.parametrize(
+    ("more", "taken"),
+    [
+        ("checkpoint: {output_checkpoint_dir: /workspace/code}", "checkpoint.output_checkpoint_dir"),
+        ("checkpoint: {output_checkpoint_dir: ./}", None),
+        ("data: {name: x, mount_path: /workspace/code}", "data.mount_path"),
+    ],
+)
+def test_a_path_of_the_job_must_not_be_that_of_its_folder(
+    store: JobStore, tmp_path: Path, more: str, taken: str | None
+) -> None:
+    (tmp_path / "code").mkdir()
+    text = f"name: toy\n{more}\njob_setting: {{docker: {{command: echo}}}}"
+    with pytest.raises(CloudTrainError, match=taken or "contains the code"):
+        lifecycle.prepare(parse_job(text.encode()), store, workspace=tmp_path / "code")
+
+
+def test_a_relative_checkpoint_folder_is_where_the_command_starts(store: JobStore, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    text = b"name: toy\ncheckpoint: {output_checkpoint_dir: ckpt}\njob_setting: {docker: {command: echo}}"
+    submission = lifecycle.prepare(parse_job(text), store, workspace=tmp_path / "code")
+    assert submission.job.checkpoint_dir == submission.plan.checkpoint_dir == "/workspace/code/ckpt"
+    assert lifecycle.prepare(parse_job(text), store).job.checkpoint_dir == "/workspace/ckpt"
 
 
 def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anything_starts(
@@ -138,7 +212,7 @@ def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anyt
     (code / "data" / "mine.csv").write_text("rows")
     DatasetStore(store.url).create("set", code / "data")
     job = parse_job(
-        b"name: toy\njob_setting: {docker: {command: echo}}\ndata: {name: set, mount_path: /workspace/data}"
+        b"name: toy\njob_setting: {docker: {command: echo}}\ndata: {name: set, mount_path: /workspace/code/data}"
     )
     with pytest.raises(ConfigurationError, match=r"exclude that from the workspace \(\.cloudtrainignore\)"):
         lifecycle.submit(lifecycle.prepare(job, store, workspace=code), store, code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -124,6 +125,38 @@ def test_a_crash_is_restarted_as_often_as_the_job_allows(
     assert (last.state, last.restarts, len(last.starts)) == ("failed", 2, 3)
     assert "exit code 1" in (last.reason or "")
     assert "restarted 2 times, the limit set by 'max_restarts'" in (last.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("errors", "has_steps", "starts"),
+    [
+        (["KeyError: 'a'", "KeyError: 'a'"], False, 2),
+        (["KeyError: 'a'", "KeyError: 'b'", "KeyError: 'a'"], False, 3),
+        (["KeyError: 'a'"] * 3, True, 3),
+        (["ConnectionError: reset"] * 3, False, 3),
+    ],
+)
+def test_the_same_failure_twice_before_any_step_ends_the_job(
+    run: Callable[..., tuple[JobRecord, Nodes]],
+    submission: Submission,
+    record: JobRecord,
+    errors: list[str],
+    has_steps: bool,
+    starts: int,
+) -> None:
+    attempts = Catalog(Storage(record.run_url)).attempts
+    submission.log.mkdir(parents=True)
+
+    def crash(error: str) -> Any:
+        if has_steps:
+            progress = {"state": "training", "step": 5, "productive_seconds": 1.0}
+            attempts.write_progress(attempts.begin(0.0, 0, None, {}).number, progress)
+        submission.node_log(0).write_text(f"{error}\n")
+        return CRASH
+
+    last, _ = run(*(functools.partial(crash, error) for error in errors))
+    assert (last.state, len(last.starts)) == ("failed", starts)
+    assert ("failed alike before their first step: KeyError: 'a'" in (last.reason or "")) == (starts == 2)
 
 
 def test_a_job_that_finishes_after_a_crash_is_finished(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:

@@ -109,6 +109,21 @@ def test_the_last_lines_of_the_log_add_advice(submission: Submission) -> None:
 
 
 @pytest.mark.parametrize(
+    ("end", "progress", "state"),
+    [(None, None, "failed"), ({"outcome": "failed"}, None, None), (None, "training", None)],
+)
+def test_a_command_that_was_not_found_is_not_started_again_unless_training_began(
+    submission: Submission, end: dict[str, Any] | None, progress: str | None, state: str | None
+) -> None:
+    leave(submission, 1, 0, end, 127)
+    submission.log.mkdir()
+    submission.node_log(0).write_text("--- start 1 ---\nbash: line 4: trian: command not found\n")
+    verdict = judge(submission, 1, (1, 75), None, progress=progress)
+    assert verdict.state == state
+    assert ("'trian' was not found" in (verdict.reason or "")) == (state is not None)
+
+
+@pytest.mark.parametrize(
     ("progress", "state"), [("finished", "finished"), ("overtaken", "failed"), ("training", None)]
 )
 def test_the_progress_that_a_lost_node_wrote_to_storage_counts(

@@ -26,6 +26,7 @@ def test_the_command_line(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(docker, "CONTRACT", ("RANK",))
+    monkeypatch.setattr(docker, "PERIFLOW", ("CKPT_DIR",))
     monkeypatch.setattr(docker, "FORWARDED", ("NO_SUCH_PREFIX",))
     data, other = tmp_path / "data", tmp_path / "a,b"
     found = docker_argv(
@@ -49,7 +50,8 @@ def test_the_command_line(
     ), "outer folders first"
     assert [word for word in found if word not in mounts and word != "--mount"] == [
         *("docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host", "--gpus", "all"),
-        *("--env", "KEY", "--env", "RANK", "--env", "RANKED", "--name", f"cloudtrain-toy-1-{os.getpid()}"),
+        *("--env", "CKPT_DIR", "--env", "KEY", "--env", "RANK", "--env", "RANKED"),
+        *("--name", f"cloudtrain-toy-1-{os.getpid()}"),
         *("--entrypoint", "sh", "me/train:1", "-c", INIT, "sh", "bash", "-c", "torchrun main.py"),
     ]
 

@@ -60,6 +60,7 @@ def test_the_nodes_of_a_disk_restore_what_the_first_one_chose(
 def test_a_run_without_a_checkpoint_restores_nothing_on_any_node(tmp_path: Path) -> None:
     url, choice = str(tmp_path / "run"), tmp_path / "nodes" / "restored-1"
     assert restore(url, tmp_path / "node-0", choice) is None
+    assert list((tmp_path / "node-0").iterdir()) == []  # scripts refuse an output folder that is not empty
     save(url, tmp_path / "first", InPlace, 5, "model")
     assert restore(url, tmp_path / "node-1", choice) is None
     assert not (tmp_path / "node-1" / "model").exists()

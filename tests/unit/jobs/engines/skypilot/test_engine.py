@@ -415,6 +415,6 @@ def test_a_job_goes_through_the_command_line(
     (job,) = json.loads(cloudtrain("list", "--json"))["jobs"]
     assert (job["id"], job["state"], job["nodes"], job["nproc_per_node"]) == ("x-1", "starting", 2, 4)
     assert "restarting it on a different machine" in job["reason"]
-    assert (Path(job["home"]) / "workspace" / "train.py").exists()
+    assert (Path(job["home"]) / "workspace" / "code" / "train.py").exists()
     sky.prints("logs", "(worker1, rank=1, pid=1, ip=10.0.0.5) hello\n")
     assert cloudtrain("logs", "x") == "[node 1] hello\n"
