@@ -12,7 +12,7 @@ from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META
+from hf_cloudtrain.storage.names import LOCAL, META
 
 BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
 """Files in a checkpoint of `Trainer` or `TrainLoop`, which is a folder below the checkpoint folder."""
@@ -38,7 +38,7 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
         checkpointer.restorer.fetcher(catalog.read(key))()
         return key
     newest = catalog.newest()
-    if newest is None and not (folder / META).exists():
+    if newest is None and not any((folder / name).exists() for name in (LOCAL, META)):
         catalog.storage.check()
         return _chosen(None, choice)
     layout = LocalFolders if newest is None else _layout(catalog, newest)
