@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.frozen import ALL_FILES, Wanted, own_files
+from hf_cloudtrain.checkpoints.frozen import ALL_FILES, Wanted
 from hf_cloudtrain.checkpoints.manifest import FileEntry, Manifest
 from hf_cloudtrain.errors import (
     ConfigurationError,
@@ -25,6 +25,7 @@ from hf_cloudtrain.runtime.files import check_free_space, temp_suffix
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.digest import file_digest
+from hf_cloudtrain.storage.folder_files import own_files
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)

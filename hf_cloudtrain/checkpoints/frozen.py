@@ -13,10 +13,9 @@ import fcntl
 import logging
 import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +34,8 @@ from hf_cloudtrain.errors import CorruptCheckpointError, ManifestError
 from hf_cloudtrain.runtime.files import boot_id, check_free_space
 from hf_cloudtrain.runtime.provenance import origin
 from hf_cloudtrain.runtime.values import utf8
-from hf_cloudtrain.storage.names import LOCAL, META, clean_path
+from hf_cloudtrain.storage.folder_files import LeftOut, fresh_files, own_files, tell_left_out
+from hf_cloudtrain.storage.names import clean_path
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,6 @@ SMALL_TOTAL = 16 * 2**20
 """Bytes of all copies of one save: 10 ms. The rest is linked."""
 FICLONE = 0x40049409
 """The request to share the blocks of a file until one of them is written: _IOW(0x94, 9, int) of <linux/fs.h>."""
-TEMPORARY = re.compile(r".*(~|\.tmp|\.part|\.partial|\.incomplete)|\.(tmp|nfs).*|tmp[a-z0-9_]{8}")
-"""Names of unfinished files: of editors, downloads, NFS, and the `tempfile` modules of Python and Rust."""
 
 
 NOT_FINITE = "not_finite"
@@ -253,11 +251,11 @@ def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES
     accepted = []
     copied = 0
     link_failed: OSError | None = None
-    for path in _files_below(source):
-        found = os.stat(source / path)
-        if found.st_mtime_ns < since_ns or not wanted(path):
+    left_out: LeftOut = {}
+    for path in fresh_files(source, since_ns, left_out):
+        if not wanted(path):
             continue
-        clean_path(path)
+        found = os.stat(source / path)
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         small = found.st_size < SMALL_FILE and copied + found.st_size <= SMALL_TOTAL
         if not small:
@@ -266,6 +264,7 @@ def freeze(source: Path, target: Path, since_ns: int, wanted: Wanted = ALL_FILES
             _copy(source / path, target / path, found.st_size)
             copied += found.st_size
         accepted.append(AcceptedFile.of(target, path))
+    tell_left_out(source, left_out)
     if link_failed is not None:
         logger.warning(
             "Files of %r were copied, because the disk cannot link them (%s): saving takes longer.",
@@ -281,12 +280,14 @@ def copy_out(source: Path, target: Path, wanted: Wanted = ALL_FILES) -> tuple[Ac
     Raises:
         OSError: the disk is full, or a file was written during the copy.
     """
-    found = [AcceptedFile.of(source, path) for path in own_files(source) if wanted(path)]
+    left_out: LeftOut = {}
+    found = [AcceptedFile.of(source, path) for path in own_files(source, left_out=left_out) if wanted(path)]
+    tell_left_out(source, left_out)
     left = sum(file.size for file in found)
     clones = True
     accepted = []
     for file in found:
-        path = clean_path(file.path)
+        path = file.path
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         clones = clones and _clone(source / path, target / path)
         if not clones:
@@ -299,21 +300,6 @@ def copy_out(source: Path, target: Path, wanted: Wanted = ALL_FILES) -> tuple[Ac
     return tuple(accepted)
 
 
-def fresh_files(source: Path, since_ns: int) -> Iterator[str]:
-    """Relative paths in a folder that was just saved, without files last written before `since_ns` (ns)."""
-    return (path for path in _files_below(source) if os.stat(source / path).st_mtime_ns >= since_ns)
-
-
-def own_files(source: Path, since_ns: int = 0) -> Iterator[str]:
-    """Relative paths in a folder that is written again and again.
-
-    Without links to folders, temporary files, and files last written before `since_ns` (ns).
-    """
-    for path in _files_below(source, follow=False):
-        if not TEMPORARY.fullmatch(os.path.basename(path)) and os.stat(source / path).st_mtime_ns >= since_ns:
-            yield path
-
-
 def _clone(source: Path, target: Path) -> bool:
     """Make `target` share the blocks of `source`; False if the file system cannot."""
     with open(source, "rb") as reader, open(target, "wb") as writer:
@@ -322,26 +308,6 @@ def _clone(source: Path, target: Path) -> bool:
         except OSError:  # its number depends on the file system; the copy will raise what is really wrong
             return False
     return True
-
-
-def _files_below(source: Path, *, follow: bool = True) -> Iterator[str]:
-    """Relative paths of all files, without our own folder.
-
-    Args:
-        follow: whether to follow links to folders, which may form a circle in a folder of the user's own.
-    """
-    stack = [""]
-    while stack:
-        below = stack.pop()
-        with os.scandir(source / below) as items:
-            for item in items:
-                path = f"{below}/{item.name}" if below else item.name
-                if path in (LOCAL, META):
-                    continue
-                if item.is_dir(follow_symlinks=follow):
-                    stack.append(path)
-                elif item.is_file():
-                    yield path
 
 
 def _link(source: Path, target: Path) -> OSError | None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, put_in_place
-from hf_cloudtrain.checkpoints.frozen import Wanted, own_files
+from hf_cloudtrain.checkpoints.frozen import Wanted
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.runtime.ranks import Ranks
+from hf_cloudtrain.storage.folder_files import own_files
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class InPlace(LocalFolders):
 
     def written(self, folder: Path, since_ns: int) -> tuple[list[str], list[str]]:
         """Names of the folder's files, and of those that were written since the last copy."""
-        return list(own_files(folder)), list(own_files(folder, self._copied_ns))
+        return list(own_files(folder, 0, {})), list(own_files(folder, self._copied_ns, {}))
 
     def copied_by(self, copy: Callable[[], None]) -> None:
         """Call `copy`, which copies a save, and note when: only later files count as written by the next save."""

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside
-from hf_cloudtrain.checkpoints.frozen import Wanted, fresh_files
+from hf_cloudtrain.checkpoints.frozen import Wanted
 from hf_cloudtrain.checkpoints.local_home import make_local_home
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.ranks import Ranks
+from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class LocalFolders:
 
     def written(self, folder: Path, since_ns: int) -> tuple[list[str], list[str]]:
         """Names of the files in a saved folder, and of those of them that this save has written."""
-        names = list(fresh_files(folder, since_ns))
+        names = list(fresh_files(folder, since_ns, {}))
         return names, names
 
 

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole
-from hf_cloudtrain.checkpoints.frozen import AcceptedFile, fresh_files
+from hf_cloudtrain.checkpoints.frozen import AcceptedFile
 from hf_cloudtrain.checkpoints.manifest import Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.runtime.files import locked, write_whole
+from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)

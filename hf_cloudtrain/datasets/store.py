@@ -29,7 +29,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import LARGE_AT_ONCE, SMALL_AT_ONCE, check_space
 from hf_cloudtrain.checkpoints.folder_upload import send_folder
-from hf_cloudtrain.checkpoints.frozen import AcceptedFile, OutboxEntry, fresh_files
+from hf_cloudtrain.checkpoints.frozen import AcceptedFile, OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import (
     MAX_FILES,
     CheckpointKey,
@@ -56,6 +56,7 @@ from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.folder_files import LeftOut, fresh_files, tell_left_out
 from hf_cloudtrain.storage.names import META, clean_path
 from hf_cloudtrain.storage.urls import is_local, local_path, normal_url, shown_url
 
@@ -270,7 +271,8 @@ class _Source(OutboxEntry):
 
 def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
     paths: list[str] = []
-    for path in fresh_files(folder, 0) if folder.is_dir() else (folder.name,):
+    left_out: LeftOut = {}
+    for path in fresh_files(folder, 0, left_out) if folder.is_dir() else (folder.name,):
         paths.append(path)
         if len(paths) > MAX_FILES:
             raise ConfigurationError(
@@ -279,7 +281,8 @@ def _entry(url: str, name: str, folder: Path, source: str) -> OutboxEntry:
             )
     if not paths:
         raise ConfigurationError(f"{str(folder)!r} contains no files. Choose the folder or file to store.")
-    check_paths([clean_path(path) for path in paths], f"folder {str(folder)!r}")
+    check_paths([clean_path(path) for path in (*paths, *left_out)], f"folder {str(folder)!r}")
+    tell_left_out(folder, left_out)
     home = folder if folder.is_dir() else folder.parent
     return _Source(
         run_url=url,

@@ -15,6 +15,7 @@ In reading order:
 - `local_backend`, `fsspec_backend`: the back ends, and `connect`, which chooses one
 - `native`: parallel transfers through obstore; `native_stores`: its credentials, region and endpoint for each cloud
 - `digest`: the digest algorithm; `names`: the folder of our own records, and safe paths
+- `folder_files`: the files of a local folder that a storage can hold, and what it cannot hold
 
 Imports only `errors` and `runtime`.
 """

@@ -20,7 +20,7 @@ from hf_cloudtrain.checkpoints import outbox as module
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.outbox import Outbox
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError, ManifestError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError
 from tests.faults.runs import bytes_of, contents, entry_of, write_checkpoint, write_files
 
 URL = "file:///run"
@@ -123,14 +123,6 @@ def test_a_missing_folder_leaves_nothing(outbox: Outbox) -> None:
     with pytest.raises(FileNotFoundError):
         outbox.accept(outbox.output_dir / "checkpoint-5", entry_of(URL, 1, 5))
     assert list(outbox.folder.iterdir()) == []
-
-
-def test_a_file_name_that_a_manifest_refuses_is_refused_at_once(outbox: Outbox) -> None:
-    folder = write_checkpoint(outbox.output_dir, 5)
-    write_files(folder, {"a\nb": b"x"})
-    with pytest.raises(ManifestError, match="not a clean relative path"):
-        outbox.accept(folder, entry_of(URL, 1, 5))
-    assert outbox.entries() == []
 
 
 def test_links_are_kept_as_the_files_that_they_point_to(outbox: Outbox) -> None:
