@@ -105,7 +105,7 @@ class TestStdout:
 
 
 @pytest.mark.parametrize("how", [closed, full, pipe_without_reader])
-def test_a_message_that_cannot_be_written_is_no_traceback(
+def test_a_message_that_cannot_be_written_causes_no_traceback(
     command: Callable[..., tuple[int, str]], how: Callable[[int], None]
 ) -> None:
     code, output = command(["run", "status", "file:///nowhere/at/all"], 2, how)
