@@ -9,6 +9,7 @@ Reading order:
 - `data_position`: the position in an epoch of a DataLoader, and the resume there;
 - its parts: `watched_sampler` (observes the fetches, and compares the fingerprint of their indices) and `loader_state`
   (streams and DataLoaders that save their own position);
+- `optimizer_steps`: which optimizers have really stepped in a batch, and the gradients that wait for a step;
 - `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop.
 
     DataPosition.begin(epoch, record)          a resume

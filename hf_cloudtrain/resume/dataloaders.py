@@ -128,6 +128,17 @@ def shuffles_in_a_buffer(dataset: Any) -> bool:
     return False
 
 
+def drop_first_iterator(base: Any) -> None:
+    """Let the next iteration draw its random numbers as each one after it.
+
+    Accelerate asks a StatefulDataLoader for its state, which then begins its first iteration at once; after a resume, that
+    would stand in for a later one.
+    """
+    if getattr(base, "_initial_iter_for_state_dict", False):
+        base._iterator = None
+        base._initial_iter_for_state_dict = False
+
+
 def leave(dataloader: Any) -> None:
     """Tell Accelerate that the iteration has ended: it only notices an end that it reaches itself."""
     if hasattr(dataloader, "gradient_state") and hasattr(dataloader, "end"):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 from torch.utils.data import BatchSampler
 
-from hf_cloudtrain.resume.dataloaders import BY_STATE
+from hf_cloudtrain.resume.dataloaders import BY_STATE, drop_first_iterator
 from hf_cloudtrain.resume.random_state import RandomState
 
 
@@ -153,11 +153,9 @@ def watch(base: Any, position: Any) -> WatchedSampler:
         watched = WatchedSampler(watched)
         # Bypasses DataLoader.__setattr__, which forbids a new sampler in the middle of an epoch.
         base.__dict__[name] = watched
-        # Persistent workers keep the sampler that they were created with, and so does the first iterator of a
-        # StatefulDataLoader that was asked for its state.
+        # Persistent workers keep the sampler that they were created with, and so does a first iterator.
         base._iterator = None
-        if getattr(base, "_initial_iter_for_state_dict", False):
-            base._initial_iter_for_state_dict = False
+        drop_first_iterator(base)
     watched.position = position
     return watched
 

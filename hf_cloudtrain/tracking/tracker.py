@@ -111,6 +111,10 @@ class StepTracker:
         self._thread.start()
         before_exit(self._close_as_failed)
 
+    def expect(self, total_steps: int, samples_per_step: int | None) -> None:
+        """Correct what was expected of the training, as its first steps show it."""
+        self._total_steps, self._samples_per_step = total_steps, samples_per_step
+
     def begin_step(self) -> None:
         """Mark the start of a step: the first one, or the first after a pause. Others start when the last one ends."""
         if self._mark is None:

@@ -245,17 +245,6 @@ class TestSave:
         assert all("eval_loss" in item.metrics for item in ends)
         assert catalog.pointer("best") is not None
 
-    def test_the_middle_of_an_accumulation_between_epochs_is_recorded_as_inexact(
-        self, tmp_path: Path
-    ) -> None:
-        from accelerate.utils import GradientAccumulationPlugin
-
-        plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
-        train(tmp_path / "run", tmp_path / "out", Rows(20), accumulation=1, save_steps=None, plugin=plugin)
-        first = _manifests(tmp_path / "run")[0]
-        assert not first.exact
-        assert "within an accumulation" in str(first.inexact_reason)
-
     def test_a_folder_that_a_live_process_is_writing_is_kept(self, tmp_path: Path) -> None:
         from hf_cloudtrain.integrations.loop.state import repair
         from hf_cloudtrain.runtime.files import temp_suffix

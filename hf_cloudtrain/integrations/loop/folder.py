@@ -55,14 +55,18 @@ class Cursor:
     random_state: RandomState
     seed: int | None = None
     """Of Accelerate's seedable sampler."""
-    inexact_reason: str | None = None
+    exactness: Exactness = EXACT
+    gradients: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    """That wait for the next step of an optimizer, by its number among the prepared ones."""
 
     @classmethod
     def of(cls, data: DataPosition, *, between_epochs: bool) -> Cursor:
         """Where this process is now; an epoch that is over needs no position in its data."""
         if between_epochs:
             return cls(None, data.random_state(), data.seed)
-        return cls(data.state_dict(), data.random_state(), data.seed, data.inexact_reason)
+        reason = data.inexact_reason
+        exactness = Exactness.no(reason) if reason else EXACT
+        return cls(data.state_dict(), data.random_state(), data.seed, exactness)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class LoopFolder:
         self._checkpointer.save(
             folder,
             position,
-            exactness=Exactness.no(cursor.inexact_reason) if cursor.inexact_reason else EXACT,
+            exactness=cursor.exactness,
             metrics={**metrics, **({"best_metric": state.best_metric or 0.0} if best else {})},
             best=best,
             all_written=True,
@@ -200,7 +204,12 @@ class LoopFolder:
         self._newest = restored.path
         if conversion is None:
             record = _record_of(restored.path, self._ranks.rank)
-            cursor = Cursor(record["place"], RandomState.from_record(record["now"]), record["seed"])
+            cursor = Cursor(
+                record["place"],
+                RandomState.from_record(record["now"]),
+                record["seed"],
+                gradients=record.get("gradients") or {},
+            )
             return Resumed(state, cursor, manifest, manifest.position)
         return self._set_converted(restored, state, conversion)
 
@@ -220,7 +229,13 @@ class LoopFolder:
 
         folder.mkdir(parents=True, exist_ok=True)
         write_state(self._accelerator, folder)
-        record = {"place": cursor.position, "now": cursor.random_state.to_record(), "seed": cursor.seed}
+        record: dict[str, Any] = {
+            "place": cursor.position,
+            "now": cursor.random_state.to_record(),
+            "seed": cursor.seed,
+        }
+        if cursor.gradients:
+            record["gradients"] = cursor.gradients
         torch.save(record, folder / f"loop_state_{self._ranks.rank}.pt")
 
     def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:

@@ -10,12 +10,10 @@ Checkpointer freezes it and uploads in the background. Every rank calls everythi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,11 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
-from hf_cloudtrain.integrations.loop.reporting import LoopReport, as_eval, number
+from hf_cloudtrain.integrations.loop.reporting import LoopReport, number
 from hf_cloudtrain.integrations.loop.state import BestMetric, LoopState, storable_args
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
-from hf_cloudtrain.integrations.loop.topology import position
 from hf_cloudtrain.resume.dataloaders import length
+from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
 
@@ -121,7 +119,10 @@ class TrainLoop:
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args))
-        self._run = LoopRun(accelerator, self._lifecycle, self._report, state)
+        optimizers = OptimizerSteps(accelerator)
+        self._run = LoopRun(
+            accelerator, self._lifecycle, self._folder, self._report, state, optimizers, num_epochs
+        )
         self._grace_seconds = grace_seconds
         self._resumed: Resumed | None = None
         self._looked_for_checkpoint = False
@@ -138,6 +139,21 @@ class TrainLoop:
     def epoch(self) -> int:
         """The epoch that is under way, or comes next; the first is 0."""
         return self._run.state.epoch
+
+    @property
+    def batch_index(self) -> int:
+        """The index within the epoch of the batch in the body, or of the next one; the first is 0.
+
+        A resume continues it. Where not every batch ends with an optimizer step, let the step depend on it:
+
+        Example:
+            >>> if loop.batch_index % 4 == 3:
+            ...     optimizer.step(); optimizer.zero_grad()
+        """
+        self._run.optimizers.index_is_used = True
+        if self._steps is not None and self._steps.position is not None:
+            return 0 if self._steps.is_over else self._steps.position.batches
+        return 0 if self._resumed is None else self._resumed.state.batches
 
     @property
     def best_metric(self) -> float | None:
@@ -196,25 +212,24 @@ class TrainLoop:
             self._complete_folder()
             return
         attempt = self._lifecycle.begin(self.global_step)
+        self._run.begin(self._resumed)
         self._lifecycle.listen(grace=self._grace_seconds)
         while self.epoch < self.num_epochs and not self._run.stop_requested:
-            self._steps = steps = EpochSteps(
-                self._run,
-                lambda: self._save({}, best=False),
-                num_epochs=self.num_epochs,
-                save_steps=self.save_steps,
-            )
+            self._steps = steps = EpochSteps(self._run, save_steps=self.save_steps)
             self._epoch_saved = False
+            self._run.optimizers.watch()
             if self._resumed is not None and self._resumed.cursor.position is None:
                 self._resumed.cursor.random_state.restore()  # saved between two epochs: continues from there
             try:
                 yield self.epoch
             except GeneratorExit:  # `break`, or an error in the body
+                self._run.optimizers.close()
                 self._lifecycle.interrupt(attempt)
                 raise
             if not self._epoch_saved:
                 self._end_epoch(steps, {}, better=False)
             self._run.state.epoch += int(steps.is_over)
+        self._run.optimizers.close()
         self._lifecycle.finish(
             "finished" if self.epoch >= self.num_epochs else "stopped", then=self._complete_folder
         )
@@ -312,34 +327,8 @@ class TrainLoop:
         if steps.is_over:  # else it was stopped within the epoch, and the next attempt may finish it
             steps.cursor = None
             self._report.close_epoch(state, metrics)
-        self._save(metrics, best=better)
+        steps.save(metrics, best=better)
         self._epoch_saved = True
-
-    def _save(self, metrics: dict[str, float], *, best: bool) -> None:
-        import torch
-
-        run, steps, attempt, began = self._run, self._steps, self._checkpointer.attempt, time.monotonic()
-        assert steps is not None
-        assert steps.position is not None
-        assert attempt is not None
-        self._report.pause("save")
-        run.save_requested = False
-        cursor = steps.take_cursor()
-        run.state.nonce = f"{attempt.nonce}-{self.global_step}"
-        if best:
-            run.state.best_nonce = run.state.nonce
-        state = dataclasses.replace(
-            run.state,
-            epoch=self.epoch + int(steps.is_over),
-            batches=0 if steps.is_over else steps.position.batches,
-            seed=torch.initial_seed(),
-            sums=self._report.log.state_dict() if run.ranks.is_main else {},
-        )
-        where = position(self.accelerator, state, steps.position, self.num_epochs)
-        self._folder.save(state, cursor, where, metrics=as_eval(metrics), best=best)
-        self._report.saved()
-        if self._lifecycle.preemption is not None:
-            self._lifecycle.preemption.save_seconds = time.monotonic() - began
 
     def _complete_folder(self) -> None:
         self._run.ranks.agree(lambda: self._folder.complete(self._run.state), "download the best checkpoint")

@@ -162,6 +162,7 @@ def write_state(accelerator: Any, folder: Path) -> None:
     """Write the whole state of Accelerate, on every rank."""
     with (
         _plain_naming(accelerator),
+        _without_loaders(accelerator),
         _hooked(accelerator.register_save_state_pre_hook(_unwrap_weights(accelerator))),
     ):
         accelerator.save_state(str(folder))
@@ -171,8 +172,6 @@ def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
     """Fix the files that all ranks wrote under one name, and add those that `from_pretrained` needs; on one rank, when all have written."""
     import torch
 
-    for path in folder.glob("dl_state_dict*.bin"):
-        path.unlink()  # of the last writer only; each rank has its own in loop_state_<rank>.pt
     if accelerator.scaler is not None:
         torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
     model = accelerator.unwrap_model(accelerator._models[0])
@@ -183,7 +182,10 @@ def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
 
 def read_state(accelerator: Any, folder: Path) -> None:
     """Set everything that `write_state` wrote, on every rank."""
-    with _hooked(accelerator.register_load_state_pre_hook(_unwrap_models(accelerator))):
+    with (
+        _without_loaders(accelerator),
+        _hooked(accelerator.register_load_state_pre_hook(_unwrap_models(accelerator))),
+    ):
         accelerator.load_state(str(folder))
 
 
@@ -267,6 +269,19 @@ def _plain_naming(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         configuration.automatic_checkpoint_naming = automatic
+
+
+@contextlib.contextmanager
+def _without_loaders(accelerator: Any) -> Iterator[None]:
+    """A stateful loader that is asked for its state begins its next iteration, and draws random numbers for it.
+
+    The position in the training data is in `loop_state_<rank>.pt`; no other loader is in the middle of an iteration.
+    """
+    loaders, accelerator._dataloaders = accelerator._dataloaders, []
+    try:
+        yield
+    finally:
+        accelerator._dataloaders = loaders
 
 
 @contextlib.contextmanager

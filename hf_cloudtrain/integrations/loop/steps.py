@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
-from hf_cloudtrain.integrations.loop.folder import Cursor, Resumed
-from hf_cloudtrain.integrations.loop.reporting import LoopReport
+from hf_cloudtrain.integrations.loop.folder import Cursor, LoopFolder, Resumed
+from hf_cloudtrain.integrations.loop.reporting import LoopReport, as_eval
 from hf_cloudtrain.integrations.loop.state import LoopState
-from hf_cloudtrain.integrations.loop.topology import samples_per_step, total_steps
+from hf_cloudtrain.integrations.loop.topology import position, samples_per_step, total_steps
 from hf_cloudtrain.resume.data_position import DataPosition
-from hf_cloudtrain.resume.dataloaders import batch_size_of, leave, length
+from hf_cloudtrain.resume.dataloaders import batch_size_of, drop_first_iterator, leave, length
+from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.resume.topology import check_same_topology
 from hf_cloudtrain.runtime.ranks import Ranks
 
@@ -35,15 +37,27 @@ class LoopRun:
 
     accelerator: Any
     lifecycle: AttemptLifecycle
+    folder: LoopFolder
     report: LoopReport
     state: LoopState
+    optimizers: OptimizerSteps
+    num_epochs: int
     save_requested: bool = False
     stop_requested: bool = False
+    total_steps: int | None = None
+    """Optimizer steps of the whole training, as far as it is known."""
 
     @property
     def ranks(self) -> Ranks:
         """The processes of this training."""
         return self.lifecycle.checkpointer.ranks
+
+    def begin(self, resumed: Resumed | None) -> None:
+        """An attempt begins: set what `load_state` of Accelerate does not."""
+        if resumed is not None:
+            self.optimizers.load_gradients(resumed.cursor.gradients)
+        for loader in self.accelerator._dataloaders:
+            drop_first_iterator(getattr(loader, "base_dataloader", loader))
 
     def bar(self, phase: str, total: int | None, done: int = 0) -> Any:
         """A progress bar of this epoch, on the main process."""
@@ -51,15 +65,9 @@ class LoopRun:
 
 
 class EpochSteps:
-    """The steps of one epoch.
+    """The steps of one epoch."""
 
-    Args:
-        save: saves a checkpoint of where `cursor` points, else of where the training is now.
-    """
-
-    def __init__(
-        self, run: LoopRun, save: Callable[[], None], *, num_epochs: int, save_steps: int | None
-    ) -> None:
+    def __init__(self, run: LoopRun, *, save_steps: int | None) -> None:
         self.position: DataPosition | None = None
         """In the loader; None until `iterate`."""
         self.cursor: Cursor | None = None
@@ -67,10 +75,10 @@ class EpochSteps:
         self.is_over = False
         """Whether all batches are trained on: what is saved now is between two epochs."""
         self._run = run
-        self._save = save
-        self._num_epochs = num_epochs
         self._save_steps = save_steps
         self._inside_batch = False
+        self._postponed = False
+        """Whether a save was due at a step that may turn out to be the epoch's last."""
 
     def check_may_iterate(self, dataloader: Any) -> None:
         """Raise ConfigurationError for a second iteration in this epoch, and for a DataLoader without batches."""
@@ -86,9 +94,11 @@ class EpochSteps:
         run = self._run
         self.position = position = DataPosition(dataloader)
         self._begin(position, resumed)
+        run.optimizers.begin_epoch(position.batches, resumed=position.batches > 0)
+        run.total_steps = total_steps(run.accelerator, dataloader, run.num_epochs)
         run.lifecycle.track(
             first_step=run.state.step,
-            total_steps=total_steps(run.accelerator, dataloader, self._num_epochs),
+            total_steps=run.total_steps,
             samples_per_step=samples_per_step(run.accelerator, dataloader),
         )
         with position.watching(), run.bar("TRAIN", length(dataloader), position.batches) as bar:
@@ -101,12 +111,12 @@ class EpochSteps:
             raise ConfigurationError(
                 f"Epoch {run.state.epoch} took no step. Iterate over loop.steps(train_dataloader) inside the epoch."
             )
-        if self._inside_batch:
-            self._inside_batch = False
-            self.is_over = True
-            saved = run.lifecycle.checkpointer.last_saved
-            again = saved is not None and saved.step == run.state.step  # one step cannot be saved as two
-            run.state.step += int(run.accelerator.sync_gradients or again)
+        is_new_step = run.optimizers.take_late_step()
+        self.is_over |= self._inside_batch
+        self._inside_batch = False
+        saved = run.lifecycle.checkpointer.last_saved
+        again = saved is not None and saved.step == run.state.step  # one step cannot be saved as two
+        run.state.step += int(is_new_step or (again and self.is_over and self.cursor is None))
         run.report.pause()
 
     @property
@@ -119,18 +129,39 @@ class EpochSteps:
             return True
         return position.batches == length(position.dataloader)
 
-    def take_cursor(self) -> Cursor:
-        """Where a resume of the checkpoint continues that is saved now."""
+    def save(self, metrics: dict[str, float] | None = None, *, best: bool = False) -> None:
+        """Save a checkpoint of where `cursor` points, else of where the training is now."""
+        import torch
+
+        run, attempt, began = self._run, self._run.lifecycle.checkpointer.attempt, time.monotonic()
+        assert self.position is not None
+        assert attempt is not None
+        run.report.pause("save")
+        run.save_requested = False
         cursor, self.cursor = self.cursor or self._here(), None
-        return cursor
+        run.state.nonce = f"{attempt.nonce}-{run.state.step}"
+        if best:
+            run.state.best_nonce = run.state.nonce
+        state = dataclasses.replace(
+            run.state,
+            epoch=run.state.epoch + int(self.is_over),
+            batches=0 if self.is_over else self.position.batches,
+            seed=torch.initial_seed(),
+            sums=run.report.log.state_dict() if run.ranks.is_main else {},
+        )
+        where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
+        run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best)
+        run.report.saved()
+        if run.lifecycle.preemption is not None:
+            run.lifecycle.preemption.save_seconds = time.monotonic() - began
 
     def _here(self) -> Cursor:
         assert self.position is not None
-        cursor = Cursor.of(self.position, between_epochs=self.is_over)
-        if self._run.accelerator.sync_gradients:
-            return cursor
-        reason = "the epoch ended within an accumulation, and its gradients are in no checkpoint"
-        return dataclasses.replace(cursor, inexact_reason=reason)
+        cursor, optimizers = Cursor.of(self.position, between_epochs=self.is_over), self._run.optimizers
+        batches = length(self.position.dataloader)
+        gradients, exactness = optimizers.pending_gradients()
+        exactness &= optimizers.exactness(between_epochs=self.is_over, batches=batches)
+        return dataclasses.replace(cursor, exactness=cursor.exactness & exactness, gradients=gradients)
 
     def _batches(self, position: DataPosition, resumed: bool, bar: Any) -> Iterator[Any]:
         run = self._run
@@ -158,6 +189,7 @@ class EpochSteps:
             self._save_pending()
             run.report.begin_step()
             self._inside_batch = True
+            run.optimizers.begin_batch()
             try:
                 yield batch
             except GeneratorExit:  # `break`, or an error in the body
@@ -166,7 +198,7 @@ class EpochSteps:
             self._inside_batch = False
             position.batches += 1
             bar.update()
-            if run.accelerator.sync_gradients:
+            if run.optimizers.end_batch():
                 self._end_step(position, bar)
                 if self._stops_here(position):
                     return
@@ -174,14 +206,30 @@ class EpochSteps:
     def _end_step(self, position: DataPosition, bar: Any) -> None:
         run = self._run
         run.state.step += 1
+        self._count_ahead(position)
         run.report.end_step(run.state.step, bar)
         # After an epoch's last step comes an evaluation of unknown length, so there the ranks wait for each other.
         if run.lifecycle.must_stop(now=self.is_at_last_batch):
             run.lifecycle.announce(run.state.step)
             run.stop_requested = True
-        planned = self._is_save_step(run.state.step)
-        if planned or (run.save_requested and self._can_be_saved(position)):
+        requested = run.save_requested and self._can_be_saved(position)
+        due = requested or self._postponed or self._is_save_step(run.state.step)
+        # Where it is the epoch's last step, the epoch's own checkpoint would be a second one of this step.
+        batches = length(position.dataloader)
+        self._postponed = due and run.optimizers.ends_with_epoch(position.batches, batches)
+        if due and not self._postponed:
             self.cursor = self._here()
+
+    def _count_ahead(self, position: DataPosition) -> None:
+        """Correct the number of steps in all, where the script accumulates gradients itself."""
+        run, batches = self._run, length(position.dataloader)
+        epochs_left = run.num_epochs - 1 - run.state.epoch
+        found = run.optimizers.total(run.state.step, position.batches, batches, epochs_left)
+        if found is None or found == run.total_steps:
+            return
+        run.total_steps = found
+        samples = samples_per_step(run.accelerator, position.dataloader)
+        run.report.expect(found, samples and samples * run.optimizers.batches_per_step)
 
     def _stops_here(self, position: DataPosition) -> bool:
         """Whether this was the last step for now. A resume continues from this step, not from what follows it."""
@@ -190,7 +238,7 @@ class EpochSteps:
         self.cursor = self._here()
         leave(position.dataloader)
         if self._run.lifecycle.is_leaving:
-            self._save()
+            self.save()
             self._run.lifecycle.leave(self._run.state.step)
         return True
 
@@ -203,7 +251,7 @@ class EpochSteps:
 
     def _save_pending(self) -> None:
         if self.cursor is not None:
-            self._save()
+            self.save()
 
     def _begin(self, position: DataPosition, resumed: Resumed | None) -> None:
         epoch = self._run.state.epoch

@@ -35,7 +35,9 @@ def topology(accelerator: Any, loader: Any = None) -> Position:
     )
 
 
-def position(accelerator: Any, state: LoopState, data: DataPosition, num_epochs: int) -> Position:
+def position(
+    accelerator: Any, state: LoopState, data: DataPosition, num_epochs: int, max_steps: int | None
+) -> Position:
     """Where training stands."""
     loader = data.dataloader
     batches, samples = length(loader), length(loader.dataset)
@@ -50,7 +52,7 @@ def position(accelerator: Any, state: LoopState, data: DataPosition, num_epochs:
         epoch=state.epoch + (state.batches / batches if batches else 0.0),
         samples_seen=seen,
         num_train_epochs=float(num_epochs),
-        max_steps=total_steps(accelerator, loader, num_epochs),
+        max_steps=max_steps,
         dataset_length=samples,
         fingerprint=data.fingerprint if state.batches else None,
         epoch_steps=total_steps(accelerator, loader, 1) if batches else None,
