@@ -213,6 +213,11 @@ def loss_text(loss: float | None, loss_step: int | None, step: int | None) -> st
     return shown if loss_step in (None, step) else f"{shown} (step {loss_step})"
 
 
+def at_least(text: str | None, is_bound: bool) -> str | None:
+    """A value that may be higher: 'at least 70 steps'."""
+    return f"at least {text}" if is_bound and text is not None else text
+
+
 def format_or_none(value: float | None, spec: str) -> str | None:
     """A number in a format, None where there is none."""
     return None if value is None else format(value, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hf_cloudtrain.cli.output import Columns, format_or_none, loss_text, of_total, rate_text
+from hf_cloudtrain.cli.output import Columns, at_least, format_or_none, loss_text, of_total, rate_text
 from hf_cloudtrain.runtime.text import duration_text, time_text
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.history import AttemptInfo, History
@@ -15,9 +15,9 @@ ATTEMPTS: Columns = {
     ">attempt": lambda attempt: attempt["number"],
     "state": lambda attempt: attempt["state"],
     "started": lambda attempt: time_text(attempt["started"]),
-    "ran": lambda attempt: duration_text(attempt["last_seen"] - attempt["started"]),
-    "steps": lambda attempt: f"{attempt['first_step']} to {attempt['last_step']}",
-    ">redone": lambda attempt: attempt["superseded_steps"],
+    "ran": lambda attempt: f"{duration_text(attempt['last_seen'] - attempt['started'])}{_plus(attempt)}",
+    "steps": lambda attempt: f"{attempt['first_step']} to {attempt['last_step']}{_plus(attempt)}",
+    ">redone": lambda attempt: f"{attempt['superseded_steps']}{_plus(attempt, newest=False)}",
     "resumed from": lambda attempt: attempt["resumed_from"],
     "host": lambda attempt: attempt["facts"].get("host"),
 }
@@ -36,12 +36,29 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "rate": rate_text(record),
         "eta": duration_text(record["eta_seconds"]),
         "loss": loss_text(record["loss"], record["loss_step"], record["step"]),
-        "goodput": format_or_none(record["goodput"], ".1%"),
+        "goodput": at_least(format_or_none(record["goodput"], ".1%"), record["goodput_is_bound"]),
         "last committed": record["last_committed"] or "none yet",
         "checkpoints": record["checkpoints"],
-        "last heartbeat": f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None,
-        "redone": f"{redone} steps, {spent}" if redone else "0 steps",
+        "last seen": f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None,
+        "redone": at_least(
+            f"{redone} steps, {spent}" if redone else "0 steps", record["superseded_is_bound"]
+        ),
+        "+": killed_text(record["attempts"]),
     }
+
+
+def killed_text(attempts: list[dict[str, Any]]) -> str | None:
+    """What a `+` in the table means."""
+    killed = [str(attempt["number"]) for attempt in attempts if attempt["was_killed"]]
+    if not killed:
+        return None
+    names = f"attempts {', '.join(killed[-5:])} were" if len(killed) > 1 else f"attempt {killed[0]} was"
+    return f"at least: {names} killed, and may have done more"
+
+
+def _plus(attempt: dict[str, Any], *, newest: bool = True) -> str:
+    """A mark of a lower bound; steps of the newest attempt are not redone yet."""
+    return "+" if attempt["was_killed"] and (newest or not attempt["newest"]) else ""
 
 
 def status_record(history: History, stalled: str | None) -> dict[str, Any]:
@@ -61,6 +78,7 @@ def status_record(history: History, stalled: str | None) -> dict[str, Any]:
         **losses(progress),
         "eta_seconds": number(progress.get("eta_seconds")) if state == "training" else None,
         "goodput": history.goodput,
+        "goodput_is_bound": history.is_goodput_bound,
         "last_committed": None if committed is None else str(committed),
         "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
         "last_seen": newest.last_seen,
@@ -68,6 +86,7 @@ def status_record(history: History, stalled: str | None) -> dict[str, Any]:
         "stalled": stalled,
         "kept_steps": sum(info.kept_steps for info in history.attempts),
         "superseded_steps": sum(info.redone_steps for info in history.attempts),
+        "superseded_is_bound": history.is_redone_bound,
         "superseded_seconds": sum(info.redone_seconds for info in history.attempts),
         "attempts": attempts,
     }
@@ -81,12 +100,14 @@ def attempt_records(attempts: list[AttemptInfo]) -> list[dict[str, Any]]:
             "state": state_of(info.state, info.last_seen, newest=info is attempts[-1]),
             "started": info.started,
             "last_seen": info.last_seen,
+            "was_killed": info.was_killed,
             "first_step": info.first_step,
             "last_step": info.last_step,
             "resumed_from": None if info.resumed_from is None else str(info.resumed_from),
             "checkpoints": [str(key) for key in info.checkpoints],
             "kept_steps": info.kept_steps,
             "superseded_steps": info.redone_steps,
+            "newest": info is attempts[-1],
             "facts": info.facts,
         }
         for info in attempts

@@ -20,6 +20,7 @@ from hf_cloudtrain.cli import status
 from hf_cloudtrain.cli.curve import curve
 from hf_cloudtrain.cli.output import (
     Columns,
+    at_least,
     facts_of,
     format_or_none,
     loss_text,
@@ -139,7 +140,8 @@ def _facts(view: View) -> dict[str, str | None]:
         "last committed": _with_time(now.last_committed, "{}, {} after its save", now.commit_lag_seconds)
         or "none yet",
         "uploading": _with_time(now.uploading, "{}, for {}", now.uploading_seconds),
-        "goodput": format_or_none(view.goodput, ".1%"),
+        "goodput": at_least(format_or_none(view.goodput, ".1%"), view.is_goodput_bound),
+        "+": status.killed_text(_attempts(view)),
     }
 
 
@@ -149,7 +151,11 @@ def _attempts(view: View) -> list[dict[str, Any]]:
     records = status.attempt_records(view.attempts)[-MOST_ATTEMPTS:]
     for record in records:
         if record["number"] == now.attempt:
-            record |= {"state": now.state, "last_step": max(record["last_step"], now.step or 0)}
+            record |= {
+                "state": now.state,
+                "last_step": max(record["last_step"], now.step or 0),
+                "was_killed": now.state == "killed",
+            }
     return records
 
 

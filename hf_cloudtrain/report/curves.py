@@ -18,6 +18,7 @@ from hf_cloudtrain.report.figure import (
     safe,
 )
 from hf_cloudtrain.runtime.text import clean, count_text, duration_text
+from hf_cloudtrain.runtime.values import metric
 from hf_cloudtrain.tracking.history import History
 
 MOST_METRICS = 6
@@ -46,7 +47,14 @@ def loss_chart(history: History) -> Chart | None:
     seen = kept or evals
     first, last, least = seen[0], seen[-1], min(seen, key=lambda point: point[1])
     title = f"Loss: {last[1]:.4g} at step {last[0]:,.0f}"
+    broken = [log for log in history.logs if not math.isfinite(metric(log.get("loss")) or 0.0)]
+    if broken and (not kept or broken[-1]["step"] > kept[-1][0]):
+        title = f"Loss: not finite at step {broken[-1]['step']:,.0f}"
     text = f"From {first[1]:.4g} at step {first[0]:,.0f}; lowest {least[1]:.4g} at step {least[0]:,.0f}. "
+    if broken:
+        text += (
+            f"It was not finite {count_text(len(broken), 'time')}, first at step {broken[0]['step']:,.0f}. "
+        )
     return Chart("loss", title, text + _lost_text(history), _by_step(traces, "loss", history), 380, True)
 
 
@@ -192,6 +200,7 @@ def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
 
 def _lost_text(history: History) -> str:
     lost = sum(info.redone_steps for info in history.attempts)
+    bound = "At least " if history.is_redone_bound else ""
     if not lost:
-        return "No step was redone."
-    return f"{count_text(lost, 'step')} {'was' if lost == 1 else 'were'} redone after a restart: the bands mark them."
+        return "A killed attempt may have done steps that were redone." if bound else "No step was redone."
+    return f"{bound}{count_text(lost, 'step')} {'was' if lost == 1 else 'were'} redone after a restart: the bands mark them."

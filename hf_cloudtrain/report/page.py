@@ -131,13 +131,15 @@ class Report:
         last = max((commit.committed for commit in history.commits.values()), default=None)
         newest = f"step {self.roles.keys[-1].step:,}" if self.roles.keys else "none"
         good = "none" if history.goodput is None else f"{history.goodput:.1%}"
+        good = f"at least {good}" if history.is_goodput_bound and history.goodput is not None else good
+        redone = f"at least {lost:,}" if history.is_redone_bound else f"{lost:,}"
         began = min(info.started for info in history.attempts)
         return [
             ("Steps", done, rate + eta),
             ("Wall time", duration_text(history.wall_seconds) or "0 s", f"since {utc(began)}"),
             ("Goodput", good, "of it in steps that count"),
             ("Attempts", f"{len(history.attempts):,}", _hosts(history.attempts)),
-            ("Steps redone", f"{lost:,}", f"{duration_text(spent)} of work lost" if spent else ""),
+            ("Steps redone", redone, f"{duration_text(spent)} of work lost" if spent else ""),
             ("Last commit", newest, utc(last) if last else ""),
         ]
 
@@ -147,15 +149,22 @@ class Report:
             "attempt": ("number", lambda info: info.number),
             "state": ("", lambda info: state_of(info.state, info.last_seen, newest=info is newest)),
             "began (UTC)": ("", lambda info: utc(info.started)),
-            "ran": ("", lambda info: duration_text(info.last_seen - info.started)),
-            "steps": ("", lambda info: f"{info.first_step:,} to {info.last_step:,}"),
-            "redone": ("number", lambda info: f"{info.redone_steps:,}"),
+            "ran": ("", lambda info: _bound(duration_text(info.last_seen - info.started), info)),
+            "steps": ("", lambda info: f"{info.first_step:,} to {_bound(f'{info.last_step:,}', info)}"),
+            "redone": (
+                "number",
+                lambda info: (
+                    f"{info.redone_steps:,}" if info is newest else _bound(f"{info.redone_steps:,}", info)
+                ),
+            ),
             "resumed from": ("mono", lambda info: info.resumed_from),
             "host": ("mono", lambda info: info.facts.get("host")),
         }
         infos = self.history.attempts[-MOST_ATTEMPTS:]
         left = len(self.history.attempts) - len(infos)
         text = f"The newest {len(infos)}; {left} older ones are not shown." if left else ""
+        if any(info.was_killed for info in infos):
+            text = f"{text} An attempt that was killed may have done more than the records show: at least.".strip()
         return _table("Attempts, the newest first", columns, reversed(infos), text)
 
     def _checkpoint_table(self) -> Table:
@@ -257,6 +266,10 @@ def _packed_plotly() -> str:
 def _hosts(attempts: list[AttemptInfo]) -> str:
     hosts = {info.facts.get("host") for info in attempts} - {None, ""}
     return f"on {count_text(len(hosts), 'host')}" if hosts else ""
+
+
+def _bound(text: str | None, info: AttemptInfo) -> str | None:
+    return f"at least {text}" if info.was_killed else text
 
 
 def _metrics(info: CheckpointInfo) -> str:

@@ -89,7 +89,7 @@ def time_chart(history: History) -> Chart | None:
     figure.update_xaxes(range=[0, 100], showgrid=False)
     figure.update_yaxes(visible=False)
     goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
-    text = "From the start of the first attempt to the last heartbeat, including restarts."
+    text = "From the start of the first attempt to the last sign of life, including restarts."
     if spent.get("stall"):
         text += " Stalls are slow steps and are part of the goodput."
     title = f"Goodput: {goodput} of the time went into steps that count"
@@ -232,7 +232,7 @@ def _ends(rows: list[AttemptInfo], lanes: dict[int, int], history: History) -> d
         "x": [utc(info.last_seen) for info in rows],
         "y": [lanes[info.number] for info in rows],
         "text": [
-            f"attempt {info.number}: {safe(state)}<br>last heartbeat {clock(info.last_seen)}, step {info.last_step}"
+            f"attempt {info.number}: {safe(state)}<br>last seen {clock(info.last_seen)}, step {info.last_step}"
             for info, state in zip(rows, states, strict=True)
         ],
         "marker": {

@@ -4,6 +4,7 @@ Reading order:
 
 - `tracker`: times of steps, metrics and pauses, in memory; a thread of rank 0 stores them with the heartbeat;
 - `records`: where the step and metric records are on storage;
+- `evidence`: how far an attempt came, by heartbeat, record, save and commit;
 - `history`: the records of all attempts joined to one history, without steps that were redone;
 - `status`: how a run stands now, from its newest heartbeat alone;
 - `watcher`, `stop`: a run observed until it is over, or requested to stop;

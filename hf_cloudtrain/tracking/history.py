@@ -7,7 +7,7 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempts import Attempt
@@ -17,7 +17,9 @@ from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
+from hf_cloudtrain.tracking.evidence import gather, is_step
 from hf_cloudtrain.tracking.records import StepRecords, decode_lines, metrics_of
+from hf_cloudtrain.tracking.status import state_of
 
 SLOW_STEP = 10.0
 """A step that takes at least a second and so many times the median is a stall."""
@@ -61,7 +63,7 @@ class AttemptInfo:
     started: float
     """Seconds since 1970, as all times here."""
     last_seen: float
-    """Last heartbeat."""
+    """Its last sign of life: heartbeat, record, or save."""
     state: str
     """As recorded: `training`, `finished`, `failed`, `stopped`, `preempted`, `overtaken`. A killed attempt stays `training`."""
     first_step: int
@@ -82,6 +84,10 @@ class AttemptInfo:
     facts: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     """Its last heartbeat, complete."""
+    was_killed: bool = False
+    """It recorded no end and is not alive: `last_seen`, `last_step` and `redone_steps` are lower bounds."""
+    untimed_steps: int = 0
+    """Kept steps whose time was not recorded, so that `productive_seconds` is a lower bound."""
 
 
 @dataclass
@@ -109,10 +115,20 @@ class History:
 
     @property
     def wall_seconds(self) -> float:
-        """From the start of the first attempt to the last heartbeat, including the time between attempts."""
+        """From the start of the first attempt to the last sign of life, including the time between attempts."""
         if not self.attempts:
             return 0.0
         return max(info.last_seen for info in self.attempts) - min(info.started for info in self.attempts)
+
+    @property
+    def is_redone_bound(self) -> bool:
+        """Whether more steps may have been redone than are known: those that a killed attempt did after its last sign of life."""
+        return any(info.was_killed for info in self.attempts[:-1])
+
+    @property
+    def is_goodput_bound(self) -> bool:
+        """Whether the goodput may be higher: the time of some kept steps was not recorded."""
+        return any(info.untimed_steps for info in self.attempts)
 
     @property
     def goodput(self) -> float | None:
@@ -148,26 +164,29 @@ def history_of(catalog: Catalog) -> History:
     committed = catalog.checkpoints()
     numbers = [attempt.number for attempt in attempts]
     (heartbeats,) = in_threads(catalog.attempts.read_progress, (numbers, READS_AT_ONCE))
-    records = StepRecords(catalog.storage).read()
+    stored = StepRecords(catalog.storage).read()
+    records = {number: list(decode_lines(stored.get(number, []))) for number in numbers}
+    beats = {number: heartbeat or {} for number, heartbeat in zip(numbers, heartbeats, strict=True)}
+    evidence = gather(catalog, attempts, beats, records, committed)
     line = lineage(attempts)
     history = History(catalog.storage.url, [], [], [], {})
-    for attempt, heartbeat in zip(attempts, heartbeats, strict=True):
-        progress = heartbeat or {}
-        started = _float(attempt.started)
+    for attempt in attempts:
+        progress, known = beats[attempt.number], evidence[attempt.number]
         info = AttemptInfo(
             number=attempt.number,
-            started=started,
-            last_seen=max(started, _float(progress.get("time"))),
+            started=_float(attempt.started),
+            last_seen=known.time,
             state=str(progress.get("state", "started")),
             first_step=attempt.global_step,
-            last_step=max(attempt.global_step, int(_float(progress.get("step")))),
+            last_step=known.step,
             resumed_from=attempt.resumed_from,
             checkpoints=[key for key in committed if key.attempt == attempt.number],
             facts=attempt.facts,
             progress=progress,
         )
+        info.was_killed = state_of(info.state, info.last_seen, newest=attempt is attempts[-1]) == "killed"
         history.attempts.append(info)
-        _Joiner(history, info, *line.get(attempt.number, (-1.0, 1.0))).add(records.get(attempt.number, []))
+        _Joiner(history, info, *line.get(attempt.number, (-1.0, 1.0))).add(records[attempt.number])
     history.logs.sort(key=lambda log: (log["step"], log["time"]))
     return history
 
@@ -201,11 +220,11 @@ class _Joiner:
         self._anchors = [(info.first_step, info.started, info.started)]
         self._seconds: dict[int, float] = {}
 
-    def add(self, batches: list[bytes]) -> None:
+    def add(self, records: list[dict[str, Any]]) -> None:
         info = self._info
         kinds = {"steps": self._add_steps, "log": self._add_log, "pause": self._add_pause}
         kinds["commit"] = self._add_commit
-        for record in decode_lines(batches):
+        for record in records:
             add = kinds.get(str(record.get("kind")))
             if add is not None:
                 add(record)
@@ -213,17 +232,32 @@ class _Joiner:
         info.kept_until = clock.time_of(self._limit) if self._limit >= info.first_step else info.started
         stretches = [*_longest(info.stretches), *_longest(clock.stalls())]
         info.stretches = sorted(stretches, key=lambda stretch: stretch.began)
-        # A SIGKILL loses the records of the last seconds; the heartbeat may have a later step.
-        past = info.last_step - max(self._limit, info.first_step)
-        info.redone_steps = max(info.redone_steps, int(max(0.0, past)))
+        self._add_untimed()
+
+    def _add_untimed(self) -> None:
+        """Add the steps whose records are lost: a SIGKILL loses those of the last seconds."""
+        info = self._info
+        timed, timed_redone = info.kept_steps, info.redone_steps
+        end = max(self._limit, info.first_step)
+        info.kept_steps = max(timed, int(min(end, info.last_step)) - info.first_step)
+        info.redone_steps = max(timed_redone, int(max(0.0, info.last_step - end)))
+        info.untimed_steps = info.kept_steps - timed
+        # The heartbeat knows how long the steps up to its own took in all.
+        step = int(_float(info.progress.get("step")))
+        lost = step - info.first_step - sum(1 for known in self._seconds if known <= step)
+        seconds = _float(info.progress.get("productive_seconds")) - sum(self._seconds.values())
+        if lost > 0 and seconds > 0:
+            kept = min(lost, info.untimed_steps, max(0, int(min(end, step)) - info.first_step - timed))
+            info.untimed_steps -= kept
+            info.productive_seconds += seconds * kept / lost
+            info.redone_seconds += seconds * (lost - kept) / lost
 
     def _add_steps(self, record: dict[str, Any]) -> None:
         history, info = self._history, self._info
         first, seconds = record.get("first"), record.get("seconds")
-        if not _is_step(first) or not isinstance(seconds, list):
+        if not is_step(first) or not isinstance(seconds, list):
             return
         for step, duration in enumerate(map(_float, seconds), first):
-            info.last_step = max(info.last_step, step)
             self._seconds[step] = duration
             if step <= self._limit:
                 new = math.ceil(step * self._scale)  # several old steps may make one new step
@@ -239,7 +273,7 @@ class _Joiner:
 
     def _add_log(self, record: dict[str, Any]) -> None:
         step, time = record.get("step"), _float(record.get("time"))
-        if not _is_step(step):
+        if not is_step(step):
             return
         self._anchor(step, time, time)
         log = {**metrics_of(record), "step": step, "time": time, "attempt": self._info.number}
@@ -251,7 +285,7 @@ class _Joiner:
     def _add_pause(self, record: dict[str, Any]) -> None:
         why, step = record.get("why"), record.get("step")
         began, seconds = _float(record.get("time")), _float(record.get("seconds"))
-        if _is_step(step) and began > 0 and seconds > 0:
+        if is_step(step) and began > 0 and seconds > 0:
             known = why if isinstance(why, str) and why in ("start", "evaluation", "save") else "pause"
             self._info.stretches.append(Stretch(known, step, began, seconds))
             self._anchor(step, began, began + seconds)
@@ -308,10 +342,6 @@ class _Clock:
 
 def _longest(stretches: list[Stretch]) -> list[Stretch]:
     return sorted(stretches, key=lambda stretch: -stretch.seconds)[:MOST_STRETCHES]
-
-
-def _is_step(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**53
 
 
 def _float(value: Any) -> float:

@@ -33,6 +33,7 @@ class RunState:
     stalled: str | None = None
     """Why the run seems to make no progress, if so."""
     step: int | None = None
+    """The last step of the newest attempt that its heartbeat or a checkpoint shows."""
     total_steps: int | None = None
     step_seconds: float | None = None
     samples_per_second: float | None = None
@@ -95,7 +96,7 @@ def run_state(catalog: Catalog) -> RunState:
         attempt=numbers[-1],
         attempts=len(numbers),
         stalled=_stalled(state, progress, last_seen),
-        step=count(progress.get("step")),
+        step=_step(numbers[-1], progress, keys),
         total_steps=count(progress.get("total_steps")),
         **{name: number(progress.get(name)) for name in names},  # type: ignore[arg-type]
         **losses(progress),
@@ -148,6 +149,13 @@ def count(value: Any) -> int | None:
 def age(moment: float | None) -> float | None:
     """Seconds since a moment; 0 if the clock of that machine is ahead of ours."""
     return None if moment is None else max(0.0, time.time() - moment)
+
+
+def _step(attempt: int, progress: dict[str, Any], keys: list[CheckpointKey]) -> int | None:
+    found = count(progress.get("step"))
+    saved = CheckpointKey.named(str(progress.get("last_saved")))
+    steps = [key.step for key in (saved, *keys[-1:]) if key is not None and key.attempt == attempt]
+    return max((step for step in (found, *steps) if step is not None), default=None)
 
 
 def _uploading(progress: dict[str, Any], keys: list[CheckpointKey]) -> CheckpointKey | None:

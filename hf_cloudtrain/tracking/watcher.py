@@ -34,6 +34,7 @@ class View:
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss), ascending; a loss that is not finite is NaN or infinite."""
     goodput: float | None = None
+    is_goodput_bound: bool = False
     trouble: str | None = None
     """Why the last read failed; everything else is from the one before."""
 
@@ -96,14 +97,23 @@ class Watcher:
         step = now.loss_step
         if now.loss is not None and step is not None and (not losses or losses[-1][0] < step):
             losses = [*losses, (step, now.loss)][-MOST_LOSSES:]
-        return View(now, before.attempts, losses, before.goodput)
+        now = _at_least(now, before.state.step if now.attempt == before.state.attempt else None)
+        return View(now, before.attempts, losses, before.goodput, is_goodput_bound=before.is_goodput_bound)
 
     def _read_steps(self, now: RunState) -> View:
         """The view with the losses and the goodput, from the records of all steps."""
         history = history_of(self._catalog)
         reported = ((int(log["step"]), metric(log.get("loss"))) for log in history.logs)
         losses = [(step, loss) for step, loss in reported if loss is not None]
-        return View(now, history.attempts, losses[-MOST_LOSSES:], history.goodput)
+        newest = history.attempts[-1:]
+        now = _at_least(now, newest[0].last_step if newest and newest[0].number == now.attempt else None)
+        bound = history.is_goodput_bound
+        return View(now, history.attempts, losses[-MOST_LOSSES:], history.goodput, is_goodput_bound=bound)
+
+
+def _at_least(now: RunState, step: int | None) -> RunState:
+    """The state with the highest step that is known: records may show more than the heartbeat."""
+    return now if step is None else replace(now, step=max(step, now.step or 0))
 
 
 def wait() -> None:

@@ -279,6 +279,33 @@ class TestPicture:
         assert "\x1b" not in text
         assert "\\x1b[2Jgone[bold]" in text
 
+    def test_one_number_says_how_far_it_is_and_never_goes_back(
+        self, run: Catalog, changes: list[Change]
+    ) -> None:
+        write(run, 1, [{"kind": "steps", "first": 1, "seconds": [0.1] * 30, "time": time.time()}])
+        changes += [lambda: beat(run, step=25), lambda: beat(run, step=31)]
+        views = Watcher(run).views()
+        seen = [(view.state.step, drawn(view)) for view in (next(views) for _ in range(3))]
+        assert [step for step, _ in seen] == [30, 30, 31]
+        assert all(f"{step}/100" in text and f"0 to {step}" in text for step, text in seen)
+
+    def test_a_loss_of_nan_is_shown_as_not_finite(self, run: Catalog) -> None:
+        beat(run, step=20, loss="nan", loss_step=20)
+        assert "not finite (nan)" in drawn(looked(run))
+        beat(run, step=20, loss=0.25, loss_step=18)
+        assert "0.25 (step 18)" in drawn(looked(run))
+
+    def test_the_next_look_follows_any_error_of_a_client(
+        self, run: Catalog, changes: list[Change], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def breaks(catalog: Catalog) -> None:
+            raise KeyError("of a client")
+
+        changes += [lambda: monkeypatch.setattr(watcher, "run_state", breaks), monkeypatch.undo]
+        views = Watcher(run).views()
+        next(views)
+        assert next(views).trouble == "KeyError: 'of a client'"
+
     def test_losses_are_kept_from_look_to_look(self, run: Catalog, changes: list[Change]) -> None:
         changes += [
             lambda: beat(run, step=20, loss=1.5, loss_step=20),

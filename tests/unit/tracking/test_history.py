@@ -12,6 +12,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.tracking.history import History, history_of, lineage, read_history
 from hf_cloudtrain.tracking.records import StepRecords
+from tests.unit.checkpoints.manifests import manifest_of
 
 
 def attempt(number: int, resumed_from: tuple[int, int] | None = None) -> Attempt:
@@ -124,6 +125,76 @@ def test_steps_of_the_last_seconds_before_a_kill_are_counted_by_the_heartbeat(ca
     begin(catalog, started=120.0, resumed_from=(first, 5))
     info = history_of(catalog).attempts[0]
     assert (info.kept_steps, info.redone_steps, info.last_step) == (5, 4, 9)
+
+
+def commit(catalog: Catalog, attempt: int, step: int, created: float) -> None:
+    catalog.commit(manifest_of(CheckpointKey(attempt, step), f"{attempt}-{step}", created=created))
+
+
+class TestKilledBetweenTwoHeartbeats:
+    """One heartbeat when it began, and SIGKILL after step 1070: what is known comes from elsewhere."""
+
+    @pytest.fixture
+    def killed(self, catalog: Catalog) -> int:
+        number = begin(catalog, started=100.0)
+        catalog.attempts.write_progress(number, {"time": 100.014, "step": 0, "state": "training"})
+        return number
+
+    def test_a_commit_shows_how_far_it_came_and_how_long_it_lived(
+        self, catalog: Catalog, killed: int
+    ) -> None:
+        commit(catalog, killed, 500, created=106.0)
+        commit(catalog, killed, 1000, created=112.0)
+        begin(catalog, 120.0, (killed, 1000))
+        history = history_of(catalog)
+        info = history.attempts[0]
+        assert (info.last_step, info.last_seen, info.kept_steps, info.redone_steps) == (1000, 112.0, 1000, 0)
+        assert (info.was_killed, info.untimed_steps) == (True, 1000)
+        assert (history.is_redone_bound, history.is_goodput_bound) == (True, True)
+
+    def test_a_resume_shows_it_although_the_checkpoint_is_deleted(
+        self, catalog: Catalog, killed: int
+    ) -> None:
+        begin(catalog, 120.0, (killed, 1000))
+        assert history_of(catalog).attempts[0].last_step == 1000
+
+    def test_the_records_of_its_last_save_show_it(self, catalog: Catalog, killed: int) -> None:
+        record(catalog, killed, {**steps(1, 1070, 0.01), "time": 113.5})
+        begin(catalog, 120.0, (killed, 1000))
+        info = history_of(catalog).attempts[0]
+        assert (info.last_step, info.last_seen, info.redone_steps, info.untimed_steps) == (1070, 113.5, 70, 0)
+
+    def test_a_commit_that_a_later_attempt_recorded_shows_it(self, catalog: Catalog, killed: int) -> None:
+        later = begin(catalog, 120.0, (killed, 1000))
+        saved = {"kind": "commit", "checkpoint": f"{killed:06d}-0000001050", "saved": 113.0, "time": 125.0}
+        record(catalog, later, saved)
+        info = history_of(catalog).attempts[0]
+        assert (info.last_step, info.last_seen, info.redone_steps) == (1050, 113.0, 50)
+
+    def test_its_heartbeat_knows_the_time_of_steps_without_records(
+        self, catalog: Catalog, killed: int
+    ) -> None:
+        record(catalog, killed, steps(1, 400, 0.01))
+        progress = {"time": 115.0, "step": 1100, "state": "training", "productive_seconds": 11.0}
+        catalog.attempts.write_progress(killed, progress)
+        begin(catalog, 120.0, (killed, 1000))
+        info = history_of(catalog).attempts[0]
+        assert (info.kept_steps, info.redone_steps, info.untimed_steps) == (1000, 100, 0)
+        assert (info.productive_seconds, info.redone_seconds) == (pytest.approx(10.0), pytest.approx(1.0))
+
+    def test_an_attempt_that_recorded_its_end_is_exact(self, catalog: Catalog, killed: int) -> None:
+        catalog.attempts.write_progress(killed, {"time": 115.0, "step": 1000, "state": "preempted"})
+        commit(catalog, killed, 1000, created=900.0)  # its manifest is not read
+        begin(catalog, 120.0, (killed, 1000))
+        history = history_of(catalog)
+        assert (history.attempts[0].was_killed, history.is_redone_bound) == (False, False)
+        assert history.attempts[0].last_seen == 115.0
+
+    def test_a_manifest_that_cannot_be_read_is_left_out(self, catalog: Catalog, killed: int) -> None:
+        commit(catalog, killed, 1000, created=112.0)
+        catalog.storage.write(f".cloudtrain/checkpoints/{CheckpointKey(killed, 1000)}.json", b"{")
+        info = history_of(catalog).attempts[0]
+        assert (info.last_step, info.last_seen) == (1000, 100.014)
 
 
 def test_a_run_without_any_record_is_an_empty_history(catalog: Catalog) -> None:

@@ -43,6 +43,34 @@ def test_a_training_run_has_step_rate_loss_and_eta(catalog: Catalog) -> None:
     assert (now.step_seconds, now.samples_per_second, now.loss, now.eta_seconds) == (2.0, 16.0, 0.5, 116.0)
 
 
+@pytest.mark.parametrize(
+    ("progress", "committed", "step"),
+    [
+        ({}, [], None),
+        ({"step": 0}, [(1, 1000)], 1000),
+        ({"step": 1070}, [(1, 1000)], 1070),
+        ({"step": 1000, "last_saved": "000001-0000001050"}, [(1, 1000)], 1050),
+        ({"step": 5, "last_saved": "000007-0000001050"}, [(7, 1000)], 5),
+    ],
+)
+def test_the_step_is_the_highest_that_a_heartbeat_or_a_checkpoint_shows(
+    catalog: Catalog, progress: dict[str, Any], committed: list[tuple[int, int]], step: int | None
+) -> None:
+    begin(catalog, **progress)
+    for key in committed:
+        commit(catalog, CheckpointKey(*key), 1.0)
+    assert run_state(catalog).step == step
+
+
+@pytest.mark.parametrize(
+    ("told", "loss"), [("nan", "nan"), ("inf", "inf"), (0.5, "0.5"), ("abc", "None"), (None, "None")]
+)
+def test_a_loss_that_is_not_finite_is_the_loss(catalog: Catalog, told: Any, loss: str) -> None:
+    begin(catalog, step=5, loss=told, loss_step=4)
+    state = run_state(catalog)
+    assert (str(state.loss), state.loss_step) == (loss, 4)
+
+
 @pytest.mark.parametrize("state", ["finished", "failed", "stopped", "overtaken"])
 def test_a_run_with_a_recorded_end_is_over_and_has_no_eta(catalog: Catalog, state: str) -> None:
     begin(catalog, state=state, eta_seconds=116.0, time=time.time() - 4000, last_saved="000001-0000000040")

@@ -70,10 +70,15 @@ class TestRunStatus:
             1, 1, json.dumps({"kind": "steps", "first": 1, "seconds": [2.0] * 320}).encode()
         )
         status = answer("run", "status", run.url)
-        assert (status["kept_steps"], status["superseded_steps"]) == (200, 120)
+        # A checkpoint of attempt 2 shows its steps.
+        assert (status["kept_steps"], status["superseded_steps"]) == (400, 120)
+        assert (status["superseded_is_bound"], status["goodput_is_bound"]) == (True, True)
         assert status["superseded_seconds"] == 240.0
         assert status["goodput"] > 0
-        assert "120 steps, 4 min" in cloudtrain("run", "status", run.url).stdout
+        shown = cloudtrain("run", "status", run.url).stdout
+        assert "at least 120 steps, 4 min" in shown
+        assert "at least: attempt 1 was killed, and may have done more" in shown
+        assert "0 to 320+" in shown
 
     def test_names_the_last_committed_checkpoint_and_what_was_resumed(self, run: Run) -> None:
         status = answer("run", "status", run.url)
