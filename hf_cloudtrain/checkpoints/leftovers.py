@@ -226,7 +226,7 @@ class _Finder:
         for key in homeless:  # it has records only
             yield self._of_checkpoint(key, f"{META}/{'retiring' if key in self._retiring else 'parts'}/{key}")
         for path, info in self._records.items():
-            if re.fullmatch(rf"{re.escape(META)}/probe-[0-9a-f]{{16}}", path):
+            if re.fullmatch(rf"{re.escape(META)}/(?:probes/)?probe-[0-9a-f]{{16}}", path):
                 yield LeftOver("probe", path, objects=(info,))
         for upload in self._uploads.get(META, ()):
             yield LeftOver("file", upload.path, uploads=(upload,))

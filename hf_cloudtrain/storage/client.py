@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -35,9 +36,11 @@ DELETES_AT_ONCE = 8
 MAX_RECORD_READ = 64 * 2**20
 """Bytes of the largest record that is read into memory."""
 
-_DIFFERENT_BYTES = (
-    "{!r} returned different bytes from those written (read-after-write check failed). Check the storage."
-)
+PROBES = f"{META}/probes"
+"""Folder of the small objects that `check` writes; small, because `check` lists it."""
+
+LISTED_AFTER = (1.0, 4.0)
+"""Seconds before a listing is made again."""
 
 
 class Storage:
@@ -71,25 +74,25 @@ class Storage:
         self._retries = Retries()
 
     def check(self) -> None:
-        """Write, read, create twice and delete a small object through each client that will be used; sets `exclusive`.
+        """Write, create twice, list and delete a small object, which each client reads as the other wrote it; sets `exclusive`.
 
         Raises:
             StorageError: says what to do, for example about a missing bucket, missing permission or a wrong region.
             MissingExtraError: the packages for this protocol are not installed.
         """
-        path = f"{META}/probe-{secrets.token_hex(8)}"
-        data = secrets.token_bytes(32)
-        self._call(f"write to {self.url!r}", lambda backend: backend.write(path, data))
-        self.exclusive = self._call(f"write to {self.url!r}", lambda backend: _honours_create(backend, path))
-        if self.read(path) != data and self.exclusive:
-            raise StorageError(_DIFFERENT_BYTES.format(self.url))
-        with tempfile.TemporaryDirectory() as folder:
-            source, target = os.path.join(folder, "sent"), os.path.join(folder, "got")
-            with open(source, "wb") as file:
-                file.write(data)
-            digest = self.upload(source, path)
-            if self.download(path, target, len(data)) != digest:
-                raise StorageError(_DIFFERENT_BYTES.format(self.url))
+        path = f"{PROBES}/probe-{secrets.token_hex(8)}"
+        written, created, sent = (secrets.token_bytes(32) for _ in range(3))
+        self._call(f"write to {self.url!r}", lambda backend: backend.write(path, written))
+        self.exclusive = self._call(
+            f"write to {self.url!r}", lambda backend: _honours_create(backend, path, created)
+        )
+        self._check_same(
+            lambda: self._downloaded(path, len(written)),
+            (written,) if self.exclusive else (written, created),
+        )
+        self._send(path, sent)
+        self._check_same(lambda: self.read(path), (sent,))
+        self._check_listed(ObjectInfo(path, len(sent)))
         self.delete([path])
 
     def read(self, path: str, max_bytes: int = MAX_RECORD_READ) -> bytes:
@@ -224,6 +227,42 @@ class Storage:
         self._backend = None
         self._transfer = None
 
+    def _downloaded(self, path: str, size: int) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            target = os.path.join(folder, "got")
+            self.download(path, target, size)
+            with open(target, "rb") as file:
+                return file.read()
+
+    def _send(self, path: str, data: bytes) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            self.upload(file.name, path)
+
+    def _check_same(self, read: Callable[[], bytes], expected: tuple[bytes, ...]) -> None:
+        """Whether one client finds what the other wrote."""
+        try:
+            if read() in expected:
+                return
+        except ObjectNotFoundError as error:
+            raise StorageError(f"An object was written to {self.url!r}, and then: {error}") from None
+        raise StorageError(
+            f"{self.url!r} returned different bytes from those written (read-after-write check failed). Check the storage."
+        )
+
+    def _check_listed(self, written: ObjectInfo) -> None:
+        """What exists is decided by listings. A store may show an object late, but not only after seconds."""
+        for pause in (0.0, *LISTED_AFTER):
+            if pause:
+                time.sleep(pause)
+            if written in self.list(PROBES):
+                return
+        raise StorageError(
+            f"{self.url!r} does not list an object that was written there, so no checkpoint would ever be found. Check the "
+            "URL, and the permission to list."
+        )
+
     def _name(self, path: str) -> str:
         return repr(f"{self.url.rstrip('/')}/{path}")
 
@@ -263,10 +302,10 @@ class Storage:
         )
 
 
-def _honours_create(backend: Backend, path: str) -> bool:
-    """Whether creating an object that exists is refused. `path` exists."""
+def _honours_create(backend: Backend, path: str, data: bytes) -> bool:
+    """Whether creating an object that exists is refused. `path` exists; else it has `data` then."""
     try:
-        backend.create(path, b"second")
+        backend.create(path, data)
     except FileExistsError:
         return True
     except (TypeError, NotImplementedError, ValueError):

@@ -77,7 +77,23 @@ def test_credentials_without_permission_to_write(storage: Storage, proxy: Proxy,
 
 def test_credentials_without_permission_to_read(storage: Storage, proxy: Proxy) -> None:
     proxy.rules.append(only("GET", s3_error(403, "AccessDenied")))
-    with pytest.raises(errors.StoragePermissionError, match=r"read .*Check the credentials"):
+    with pytest.raises(errors.StoragePermissionError, match=r"download .*Check the credentials"):
+        storage.check()
+
+
+def test_credentials_without_permission_to_list(storage: Storage, proxy: Proxy) -> None:
+    proxy.rules.append(
+        lambda call, forward: s3_error(403, "AccessDenied") if "list-type" in call.path else None
+    )
+    with pytest.raises(errors.StoragePermissionError, match=r"list .*Check the credentials"):
+        storage.check()
+
+
+def test_listing_that_shows_nothing(storage: Storage, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_cloudtrain.storage.client.LISTED_AFTER", ())
+    empty = Answer(200, b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>")
+    proxy.rules.append(lambda call, forward: empty if "list-type" in call.path else None)
+    with pytest.raises(errors.StorageError, match=r"does not list an object"):
         storage.check()
 
 

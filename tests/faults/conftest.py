@@ -9,13 +9,14 @@ import pytest
 
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.runtime import threads
-from hf_cloudtrain.storage import retries
+from hf_cloudtrain.storage import client, retries
 from tests.faults.runs import Machines
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "PAUSES", (0.0,) * len(retries.PAUSES))
+    monkeypatch.setattr(client, "LISTED_AFTER", (0.0, 0.0))
     monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
     monkeypatch.setattr(threads, "TURN", 0.01)
 

@@ -11,7 +11,7 @@ import pytest
 from hf_cloudtrain.checkpoints import attempts as attempts_module
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.storage import retries
+from hf_cloudtrain.storage import client, retries
 from hf_cloudtrain.storage.client import Storage
 from tests.faults.runs import Machines
 
@@ -28,6 +28,7 @@ def signal_handlers_are_restored() -> Iterator[None]:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "PAUSES", (0.0,) * len(retries.PAUSES))
+    monkeypatch.setattr(client, "LISTED_AFTER", (0.0, 0.0))
     monkeypatch.setattr(upload_queue, "PAUSES", (0.01,))
     monkeypatch.setattr(attempts_module, "SETTLE_SECONDS", 0.0)
 

@@ -174,11 +174,13 @@ class TestFind:
     def test_probes_and_unfinished_files_of_whole_folders_and_of_records_are_found(
         self, catalog: Catalog, tmp_path: Path
     ) -> None:
-        catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x" * 32)
+        catalog.storage.write(".cloudtrain/probes/probe-0123456789abcdef", b"x" * 32)
+        catalog.storage.write(".cloudtrain/probe-0123456789abcdef", b"x" * 32)  # of an older version
         for folder in ("checkpoint-5", ".cloudtrain/progress"):
             (tmp_path / "run" / folder / ".cloudtrain-tmp-0123456789abcdef").write_bytes(b"half")
         found = {(left.what, left.name, left.size, left.free) for left in find(catalog)}
         assert found == {
+            ("probe", ".cloudtrain/probes/probe-0123456789abcdef", 32, False),
             ("probe", ".cloudtrain/probe-0123456789abcdef", 32, False),
             ("file", ".cloudtrain/progress/.cloudtrain-tmp-0123456789abcdef", 4, False),
             ("file", "checkpoint-5", 4, True),

@@ -3,16 +3,83 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
+from obstore.store import MemoryStore
 
 from hf_cloudtrain import errors
 from hf_cloudtrain.storage import client
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.fsspec_backend import connect
+from hf_cloudtrain.storage.native import NativeTransfer
 from hf_cloudtrain.testing import FaultyStorage
 from tests.unit.storage.fake_backend import FakeBackend, connected_to
+
+
+class TestCheck:
+    """Each client finds what the other wrote, and so does a listing: else a check passes, and no commit is ever found."""
+
+    @pytest.fixture
+    def storage(self) -> Iterator[FaultyStorage]:
+        storage = FaultyStorage("memory://check")
+        with storage.everywhere():
+            yield storage
+
+    def test_an_object_that_is_listed_late_is_waited_for(
+        self, storage: FaultyStorage, pauses: list[float]
+    ) -> None:
+        storage.lie("missing", "list", times=2)
+        Storage(storage.url).check()
+        assert pauses == [1.0, 4.0]
+        assert storage.list("") == [], "the probe is deleted"
+
+    def test_an_object_that_is_never_listed_is_an_error(
+        self, storage: FaultyStorage, pauses: list[float]
+    ) -> None:
+        storage.lie("missing", "list", times=100)
+        with pytest.raises(errors.StorageError, match=r"'memory://check' does not list an object"):
+            Storage(storage.url).check()
+
+    def test_an_object_that_is_listed_with_a_different_size_is_an_error(
+        self, storage: FaultyStorage, pauses: list[float]
+    ) -> None:
+        storage.lie("size", "list", times=100)
+        with pytest.raises(errors.StorageError, match="does not list an object"):
+            Storage(storage.url).check()
+
+    def test_native_client_that_looks_elsewhere_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch, no_pauses: None
+    ) -> None:
+        """It finds what it wrote itself, as it did before s3:///bucket/run was refused."""
+        elsewhere = NativeTransfer(MemoryStore(), "run")
+        monkeypatch.setattr(client, "native_transfer", lambda protocol, root, options: elsewhere)
+        with pytest.raises(errors.StorageError, match=r"'memory://check', and then: Could not download"):
+            Storage("memory://check").check()
+
+    def test_native_client_that_writes_elsewhere_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Misplacing(FakeTransfer):
+            def upload(self, source: IO[bytes], size: int, path: str, on_bytes: Callable[[int], None]) -> str:
+                return self.backend.upload(source, f"{path}-elsewhere", on_bytes)
+
+        monkeypatch.setattr(client, "native_transfer", lambda protocol, root, options: Misplacing("check"))
+        with pytest.raises(errors.StorageError, match="different bytes"):
+            Storage("memory://check").check()
+
+
+class FakeTransfer:
+    """A native client that is the file system of fsspec once more."""
+
+    def __init__(self, root: str) -> None:
+        self.backend = connect(f"memory://{root}", "memory", {})[0]
+
+    def upload(self, source: IO[bytes], size: int, path: str, on_bytes: Callable[[int], None]) -> str:
+        return self.backend.upload(source, path, on_bytes)
+
+    def download(self, path: str, target: IO[bytes], size: int, on_bytes: Callable[[int], None]) -> str:
+        return self.backend.download(path, target, size, on_bytes)
 
 
 class TestConnection:
