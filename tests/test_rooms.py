@@ -41,7 +41,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "cli": (
         ("output", "curve"),
         ("arguments",),
-        ("clean", "download", "flush", "job_actions", "prune", "status", "stop", "watch"),
+        ("checkup", "clean", "download", "flush", "job_actions", "prune", "status", "stop", "watch"),
         ("verify",),
         ("commands",),
     ),

@@ -8,7 +8,7 @@ looks. It may import every room except `testing`. In reading order:
     output        messages, tables, JSON, progress bars
     curve         a loss curve in a few lines of text
     arguments     options that several commands share; the run and the checkpoint that a user names
-    status, watch, stop, clean, prune, flush, download, job_actions
+    status, watch, stop, clean, prune, flush, download, checkup, job_actions
                   what one command (or, for job_actions, one group) shows and does
     verify/       the trial and the comparison of `verify-resume`
     commands/     a file a group: its commands, their options and help texts
@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import streams
 from hf_cloudtrain.cli.arguments import examples
-from hf_cloudtrain.cli.commands import checkpoint, data, job, new, run, verify_resume, vm
+from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, new, run, verify_resume, vm
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
 
@@ -73,6 +73,7 @@ app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(vm.app, name="vm")
+app.command(epilog=examples("doctor RUN", "doctor RUN --gb 40"))(doctor.doctor)
 app.command(epilog=examples("new my-project"))(new.new)
 app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume

@@ -14,6 +14,7 @@ In reading order:
 - `backend`: the requests that every back end must answer; docs/add-a-storage-back-end.md
 - `local_backend`, `fsspec_backend`: the back ends, and `connect`, which chooses one
 - `native`: parallel transfers through obstore; `native_stores`: its credentials, region and endpoint for each cloud
+- `diagnosis`: credentials, region, server and clock, for `cloudtrain doctor`
 - `digest`: the digest algorithm; `names`: the folder of our own records, and safe paths
 - `folder_files`: the files of a local folder that a storage can hold, and what it cannot hold
 

@@ -38,8 +38,10 @@ _BEYOND_END = re.compile(
 _REFUSED_TEXT = re.compile(
     _CODE.format("403|401")
     + r"|\b(?:Forbidden|AccessDenied|AuthorizationFailure|AuthenticationFailed|InvalidAccessKeyId|SignatureDoesNotMatch|"
-    r"ExpiredToken(?:Exception)?|TokenRefreshRequired|RequestExpired|InvalidToken|Unable to locate credentials)\b"
+    r"ExpiredToken(?:Exception)?|TokenRefreshRequired|RequestExpired|InvalidToken|Unable to locate credentials|"
+    r"DefaultCredentialsError)\b"
 )
+_NO_CREDENTIALS = re.compile(r"NoCredentialsError|Unable to locate credentials|DefaultCredentialsError")
 _OTHER_REGION = re.compile(
     r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|configured region|"
     + _CODE.format("301")
@@ -74,9 +76,7 @@ def explain(error: Exception, what: str, protocol: str, secrets: tuple[str, ...]
     if _BEYOND_END.search(reason):
         return ObjectTruncatedError(f"Could not {what}: it is shorter than expected ({reason}).")
     if isinstance(error, PermissionError) or names & _REFUSED or _REFUSED_TEXT.search(reason):
-        return StoragePermissionError(
-            f"Could not {what}: the storage refused access ({reason}). Check the credentials and their permissions."
-        )
+        return _refused(what, reason)
     if isinstance(error, ImportError):
         return missing_extra(protocol, reason)
     if (
@@ -86,6 +86,16 @@ def explain(error: Exception, what: str, protocol: str, secrets: tuple[str, ...]
     ):
         return StorageError(f"Could not {what} ({reason}).")
     return StorageUnavailableError(f"Could not {what} ({reason}). Check the network and the endpoint.")
+
+
+def _refused(what: str, reason: str) -> StoragePermissionError:
+    if _NO_CREDENTIALS.search(reason):
+        return StoragePermissionError(
+            f"Could not {what}: no credentials were found ({reason}). `cloudtrain doctor` says where to put them."
+        )
+    return StoragePermissionError(
+        f"Could not {what}: the storage refused access ({reason}). Check the credentials and their permissions."
+    )
 
 
 def is_throttled(error: Exception) -> bool:

@@ -6,6 +6,7 @@ fsspec's own local file system is not used: it neither creates exclusively nor r
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -14,6 +15,9 @@ from typing import IO
 
 from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo, copy_hashed
 from hf_cloudtrain.storage.names import META
+
+NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+"""What file systems without hard links answer, such as FAT and some of FUSE. Nothing here links files of other users."""
 
 _TEMPORARY = ".cloudtrain-tmp-"
 
@@ -34,7 +38,12 @@ class LocalBackend:
 
     def create(self, path: str, data: bytes) -> None:
         with self._temporary(path, data) as temporary:
-            os.link(temporary, self._full(path))
+            try:
+                os.link(temporary, self._full(path))
+            except OSError as error:
+                if error.errno in NO_LINKS:
+                    raise NotImplementedError("this file system has no hard links") from None
+                raise
             os.unlink(temporary)
 
     def list(self, prefix: str) -> list[ObjectInfo]:

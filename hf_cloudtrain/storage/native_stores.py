@@ -46,7 +46,7 @@ def s3_store(bucket: str, options: dict[str, Any]) -> Any:
     if not _s3_options_known(options):
         return None
     session = botocore.session.Session(profile=options.get("profile"))
-    resolved = _resolved_s3_client(session, options)
+    resolved = resolved_s3_client(session, options)
     endpoint = resolved.meta.endpoint_url
     style = ((options.get("config_kwargs") or {}).get("s3") or {}).get("addressing_style")
     if style == "virtual" and not _is_aws(endpoint):
@@ -86,7 +86,7 @@ def _s3_options_known(options: dict[str, Any]) -> bool:
     )
 
 
-def _resolved_s3_client(session: Any, options: dict[str, Any]) -> Any:
+def resolved_s3_client(session: Any, options: dict[str, Any]) -> Any:
     """A client made only to see what botocore resolves from variables, profiles, services sections and regions."""
     import botocore.config
 

@@ -5,6 +5,7 @@
     job             run, list, status, logs, cancel, template, schema; `job.yml` is the template
     data            create, list, view, download, delete, clean
     vm              list
+    doctor          `cloudtrain doctor`
     verify_resume   `cloudtrain verify-resume`
     new             `cloudtrain new`
 

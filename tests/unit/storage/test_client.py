@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,22 @@ class TestCheck:
         monkeypatch.setattr(client, "native_transfer", lambda protocol, root, options: Misplacing("check"))
         with pytest.raises(errors.StorageError, match="different bytes"):
             Storage("memory://check").check()
+
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+    def test_a_file_system_without_hard_links_is_used_without_exclusive_create(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        def no_link(source: str, target: str) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "link", no_link)
+        storage = Storage(tmp_path / "run")
+        with pytest.raises(errors.StorageError, match="this file system has no hard links"):
+            storage.create("a", b"1")
+        storage.check()
+        assert storage.exclusive is False
+        assert storage.create("a", b"1")
+        assert not storage.create("a", b"2")
 
 
 class FakeTransfer:

@@ -51,6 +51,12 @@ class TestErrors:
                 PermissionError,
                 "Check the credentials",
             ),
+            (
+                OSError("Unable to locate credentials"),
+                errors.StoragePermissionError,
+                PermissionError,
+                "no credentials were found",
+            ),
             (OSError("PermanentRedirect"), errors.StorageError, OSError, "AWS_REGION"),
             (OSError("An error occurred (301) when calling"), errors.StorageError, OSError, "AWS_REGION"),
             (OSError("AuthorizationHeaderMalformed"), errors.StorageError, OSError, "AWS_REGION"),
