@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
     from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
     from hf_cloudtrain.resume.sampler import ResumableSampler
+    from hf_cloudtrain.resume.step_samplers import ResumableRandomSampler, ResumableSequentialSampler
     from hf_cloudtrain.tracking.history import History, read_history
 
 _NAMES = {
@@ -50,6 +51,7 @@ _NAMES = {
     "integrations.trainer.emergency": ("EmergencySaveCallback",),
     "integrations.trainer.step_callback": ("StepTrackerCallback",),
     "resume.sampler": ("ResumableSampler",),
+    "resume.step_samplers": ("ResumableRandomSampler", "ResumableSequentialSampler"),
     "tracking.history": ("History", "read_history"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -63,7 +65,9 @@ __all__ = [
     "History",
     "Manifest",
     "Position",
+    "ResumableRandomSampler",
     "ResumableSampler",
+    "ResumableSequentialSampler",
     "StepTrackerCallback",
     "TrainLoop",
     "end_step",

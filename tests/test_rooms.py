@@ -39,7 +39,8 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lifecycle", "inventory"),
     ),
     "cli": (
-        ("output", "curve"),
+        ("output", "curve", "periflow"),
+        ("panels",),
         ("arguments",),
         ("checkup", "clean", "download", "flush", "job_actions", "prune", "status", "stop", "watch"),
         ("verify",),

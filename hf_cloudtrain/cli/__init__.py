@@ -7,6 +7,8 @@ looks. It may import every room except `testing`. In reading order:
     streams       stdout and stderr that are closed, full or a pipe without a reader
     output        messages, tables, JSON, progress bars
     curve         a loss curve in a few lines of text
+    panels        panels of what one thing is, and framed tables
+    periflow      words of PeriFlow's command line, and ours for them
     arguments     options that several commands share; the run and the checkpoint that a user names
     status, watch, stop, clean, prune, flush, download, checkup, job_actions
                   what one command (or, for job_actions, one group) shows and does
@@ -29,6 +31,7 @@ from hf_cloudtrain.cli import streams
 from hf_cloudtrain.cli.arguments import examples
 from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, new, run, verify_resume, vm
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
+from hf_cloudtrain.cli.periflow import translated
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
 
 
@@ -40,6 +43,9 @@ def _text_of(error: OSError) -> object:
 
 class _Root(TyperGroup):
     """Exit codes: 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if ctx.resilient_parsing else translated(args))
 
     def invoke(self, ctx: Any) -> Any:
         with warnings_shown():

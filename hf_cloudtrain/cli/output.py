@@ -20,7 +20,7 @@ import typer
 
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.progress import Bar, Progress
-from hf_cloudtrain.runtime.text import clean, duration_text, size_text
+from hf_cloudtrain.runtime.text import clean, duration_text
 from hf_cloudtrain.runtime.values import finite
 
 if TYPE_CHECKING:
@@ -102,26 +102,6 @@ def facts_of(facts: Mapping[str, object]) -> Table:
     for column in table.columns:
         column.no_wrap = True
     return table
-
-
-def show_tree(title: str, files: Iterable[tuple[str, int]]) -> None:
-    """Print a tree of (path with `/`, size in bytes) to stdout; a folder shows the size of its content."""
-    from rich.tree import Tree
-
-    files = sorted(files)
-    sizes: dict[str, int] = {}
-    for path, size in files:
-        for folder in _parents(path):
-            sizes[folder] = sizes.get(folder, 0) + size
-    branches = {"": Tree(_text(f"{title}/  {size_text(sum(size for _, size in files))}"))}
-    for path, size in files:
-        for folder in _parents(path):
-            if folder not in branches:
-                above, _, name = folder.rpartition("/")
-                branches[folder] = branches[above].add(_text(f"{name}/  {size_text(sizes[folder])}"))
-        above, _, name = path.rpartition("/")
-        branches[above].add(_text(f"{name}  {size_text(size)}"))
-    show(branches[""])
 
 
 def show(renderable: RenderableType) -> None:

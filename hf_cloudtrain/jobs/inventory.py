@@ -187,7 +187,7 @@ def _partition(line: str) -> Iterator[Vm]:
         raise ConfigurationError(f"`sinfo` printed {line[:200]!r}, which is not a list of partitions.")
     name, gres, nodes, preemption, available, cores = fields
     counts = nodes.split("/")
-    quota = f"{counts[1]} of {counts[3]} nodes idle" if len(counts) == 4 else None
+    quota = f"{counts[1]} of {counts[3]} idle" if len(counts) == 4 else None
     if available != "up":
         quota = f"partition {available}"
     # SUSPEND continues a job later on the same nodes; the other modes take its nodes away.

@@ -10,7 +10,8 @@ Reading order:
 - its parts: `watched_sampler` (observes the fetches, and compares the fingerprint of their indices) and `loader_state`
   (streams and DataLoaders that save their own position);
 - `optimizer_steps`: which optimizers have really stepped in a batch, and the gradients that wait for a step;
-- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop.
+- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop;
+- `step_samplers`: PeriFlow's two samplers, whose position is a number of steps.
 
     DataPosition.begin(epoch, record)          a resume
         WatchedSampler   skips by index   ->   OrderCheck compares fingerprints   ->   RandomState.restore()

@@ -131,7 +131,7 @@ def test_its_partitions_are_listed_as_machines(desk: Cluster) -> None:
         ("slurm-16gb-v100-4g-spot-spot", "spot", True),
         ("slurm-16gb-v100-4g-prod", "prod", False),
     ]
-    assert all(str(vm.quota).endswith(" of 2 nodes idle") for vm in found.vms)
+    assert all(str(vm.quota).endswith(" of 2 idle") for vm in found.vms)
 
 
 @pytest.fixture(scope="module")

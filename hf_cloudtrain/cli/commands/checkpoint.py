@@ -31,14 +31,14 @@ from hf_cloudtrain.cli.arguments import (
 from hf_cloudtrain.cli.output import (
     Columns,
     confirm,
+    facts_of,
     fail,
     print_json,
     say,
-    show_facts,
     show_table,
-    show_tree,
     transfer,
 )
+from hf_cloudtrain.cli.panels import show_panels, tree_of
 from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, files_text, read_infos
 from hf_cloudtrain.runtime.text import clean, count_text, size_text, time_text
@@ -114,7 +114,7 @@ def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json =
         record["files"] = [dataclasses.asdict(entry) for entry in manifest.files]
         print_json(record)
         return
-    show_facts(
+    overview = facts_of(
         {
             "run": catalog.storage.url,
             "folder": manifest.folder,
@@ -127,11 +127,16 @@ def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json =
             "role": ", ".join(info.roles_in(roles)) or None,
         }
     )
-    typer.echo()
-    show_tree(manifest.folder, ((entry.path, entry.size) for entry in manifest.files))
-    _show_section("position", dataclasses.asdict(manifest.position))
-    _show_section("metrics", {name: f"{value:.6g}" for name, value in manifest.metrics.items()})
-    _show_section("origin", dict(manifest.origin))
+    sections = {
+        "Position": dataclasses.asdict(manifest.position),
+        "Metrics": {name: f"{value:.6g}" for name, value in manifest.metrics.items()},
+        "Origin": dict(manifest.origin),
+    }
+    show_panels(
+        ("Overview", overview),
+        ("Files", tree_of(manifest.folder, ((entry.path, entry.size) for entry in manifest.files))),
+        *((title, facts_of(facts)) for title, facts in sections.items() if set(facts.values()) - {None}),
+    )
 
 
 @app.command(
@@ -321,12 +326,6 @@ def _notes(info: CheckpointInfo, roles: Roles) -> str:
     elif not info.manifest.exact:
         notes.append(info.manifest.exactness.word)
     return ", ".join(notes)
-
-
-def _show_section(title: str, facts: dict[str, Any]) -> None:
-    if any(value is not None for value in facts.values()):
-        typer.echo(f"\n{title}")
-        show_facts({f"  {name}": value for name, value in facts.items()})
 
 
 def _best(catalog: Catalog) -> Manifest:

@@ -14,13 +14,13 @@ from hf_cloudtrain.cli.arguments import DatasetName, DryRun, Json, Yes, examples
 from hf_cloudtrain.cli.output import (
     Columns,
     confirm,
+    facts_of,
     print_json,
     say,
-    show_facts,
     show_table,
-    show_tree,
     transfer,
 )
+from hf_cloudtrain.cli.panels import show_panels, tree_of
 from hf_cloudtrain.report.summary import files_text, read_infos
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, size_text, time_text
@@ -107,7 +107,7 @@ def view(name: DatasetName, version: Version = None, as_json: Json = False) -> N
         print_json(record)
         return
     versions = datasets.versions().get(name, [])
-    show_facts(
+    overview = facts_of(
         {
             "dataset": name,
             "version": dataset.version,
@@ -119,11 +119,11 @@ def view(name: DatasetName, version: Version = None, as_json: Json = False) -> N
             "stored": time_text(manifest.created),
         }
     )
-    typer.echo()
-    show_tree(name, ((entry.path, entry.size) for entry in manifest.files))
-    if manifest.origin:
-        typer.echo("\nmetadata")
-        show_facts({f"  {key}": value for key, value in manifest.origin.items()})
+    show_panels(
+        ("Overview", overview),
+        ("Files", tree_of(name, ((entry.path, entry.size) for entry in manifest.files))),
+        *([("Metadata", facts_of(manifest.origin))] if manifest.origin else []),
+    )
 
 
 @app.command(epilog=examples("data download glue data", "data download glue data --version 1"))

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_cloudtrain.cli.arguments import Json, examples
-from hf_cloudtrain.cli.output import Columns, print_json, say, show_table
+from hf_cloudtrain.cli.output import Columns, print_json, say
+from hf_cloudtrain.cli.panels import show_framed
+
+if TYPE_CHECKING:
+    from hf_cloudtrain.jobs.inventory import Vm
 
 HELP = "List machines that jobs can run on."
 
 app = typer.Typer(help=HELP, epilog=examples("vm list"), no_args_is_help=True)
 
+
+def _device(vm: Vm) -> str:
+    """The GPU, if the name of the machine says the rest."""
+    if vm.vm is not None:
+        return str(vm.gpu).upper()
+    return f"{vm.device}, spot" if vm.is_spot else vm.device
+
+
 LISTED: Columns = {
     "VM": lambda vm: vm.vm,
     "Cloud": lambda vm: vm.cloud,
     "Region": lambda vm: vm.region,
-    "Device": lambda vm: vm.device,
+    "Device": _device,
     "Quota": lambda vm: vm.quota,
-    "Spot": lambda vm: "yes" if vm.is_spot else "no",
 }
 
 
@@ -58,7 +69,7 @@ def list_(
             }
         )
     elif found.vms:
-        show_table(LISTED, found.vms)
+        show_framed(LISTED, found.vms)
     else:
         say("No machine matches.")
     if found.omitted:

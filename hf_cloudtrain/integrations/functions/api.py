@@ -53,7 +53,8 @@ def init(
     Without a run URL it is in local mode: metrics go to a file, and nothing is uploaded or restored.
 
     Args:
-        total_train_steps: steps of the whole run; None if unknown.
+        total_train_steps: steps of the whole run; None if unknown. In local mode -1 is unknown too, which is the
+            `max_steps` of Trainer unless it is set.
         run_url: any fsspec URL; None takes `HF_CLOUDTRAIN_RUN_URL`.
         checkpoint_dir: the folder that the script saves into; None takes `HF_CLOUDTRAIN_CHECKPOINT_DIR`.
         local_log_name: file for the metrics of local mode; None: `hf_cloudtrain_<time>[_<rank>].log`.
@@ -68,12 +69,12 @@ def init(
     Example:
         >>> init(total_train_steps=1_000, run_url="s3://bucket/runs/cifar", checkpoint_dir="ckpt")
     """
-    total = _checked_total(total_train_steps)
+    url = env.run_url_or_none(run_url)
+    total = _checked_total(total_train_steps, is_local=url is None)
     policy = Policy(save_total_limit, keep_every_n_steps)
     if _Current.run is not None:
         _Current.run.close()
         _Current.run = None
-    url = env.run_url_or_none(run_url)
     if url is None:
         _Current.run = _Run(total, LocalRun(local_log_name), 0)
         return
@@ -295,8 +296,8 @@ def _opened(function: str) -> _Run:
     return _Current.run
 
 
-def _checked_total(total: Any) -> int | None:
-    if total is None:
+def _checked_total(total: Any, *, is_local: bool) -> int | None:
+    if total is None or (is_local and total == -1):
         return None
     try:
         number = operator.index(total)
@@ -304,7 +305,8 @@ def _checked_total(total: Any) -> int | None:
         number = 0
     if number < 1 or isinstance(total, bool):
         raise ConfigurationError(
-            f"total_train_steps={total!r} must be a positive integer, or None if unknown."
+            f"total_train_steps={total!r} must be a positive integer, or None if unknown. (Trainer's max_steps is -1 unless "
+            "it is set.)"
         )
     return number
 

@@ -120,6 +120,28 @@ class TestOrder:
         with pytest.raises(ConfigurationError, match=r"before train_step\(\)"), ct.train_step():
             pass
 
+    def test_the_max_steps_of_trainer_may_be_passed_as_it_is_in_local_mode(self, tmp_path: Path) -> None:
+        """PeriFlow's example of Trainer does, and -1 is what `max_steps` is unless it is set."""
+        ct.init(-1)
+        with ct.train_step():
+            pass
+        assert ct.processed_steps() == 1
+        with pytest.raises(ConfigurationError, match="Trainer's max_steps is -1"):
+            ct.init(-1, run_url=str(tmp_path / "run"), checkpoint_dir=tmp_path)
+
+    def test_periflows_variable_names_the_checkpoint_folder_if_nothing_else_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CKPT_DIR", str(tmp_path / "ckpt"))
+        monkeypatch.setenv("HF_CLOUDTRAIN_RUN_URL", str(tmp_path / "run"))
+        ct.init(5)
+        save(tmp_path / "ckpt", 0)
+        with ct.train_step():
+            pass
+        ct.upload_checkpoint()
+        end_of_process()
+        assert (tmp_path / "run" / "checkpoint-1" / "checkpoint.pt").exists()
+
     def test_a_step_is_done_when_it_ends(self) -> None:
         ct.init(10)
         assert ct.processed_steps() == 0
@@ -155,7 +177,7 @@ class TestOrder:
             ct.end_step()
         assert ct.processed_steps() == 0
 
-    @pytest.mark.parametrize("total", [0, -1, 1.5, "10", True])
+    @pytest.mark.parametrize("total", [0, -2, 1.5, "10", True])
     def test_a_total_must_be_a_positive_integer(self, total: Any) -> None:
         with pytest.raises(ConfigurationError, match="must be a positive integer, or None if unknown"):
             ct.init(total)

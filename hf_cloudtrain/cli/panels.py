@@ -1,0 +1,121 @@
+"""Panels for what one thing is: an overview, a tree of files, metadata; and a framed table.
+
+They fit 80 columns, or the terminal if it is wider. A line that does not fit, such as a long URL, is not wrapped, so that it
+can be copied: it has no right border. In a pipe they look the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hf_cloudtrain.cli.output import Columns, show, table_of
+from hf_cloudtrain.runtime.text import clean, size_text
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.tree import Tree
+
+COLUMNS = 80
+"""Columns of a pipe, and of the narrowest terminal that is supported."""
+CORNERS = ("╭", "╮", "╰", "╯", "─", "│")
+ASCII_CORNERS = ("+", "+", "+", "+", "-", "|")
+"""For an encoding that has no lines."""
+
+
+def show_panels(*panels: tuple[str, RenderableType]) -> None:
+    """Print panels of one width to stdout, each with its title.
+
+    Example:
+        >>> show_panels(("Overview", facts_of({"run": url})), ("Files", tree_of("checkpoint-5", files)))
+    """
+    show(_Panels(panels, _width()))
+
+
+def show_framed(columns: Columns, records: Iterable[Any]) -> None:
+    """Print a table with lines to stdout; without them if it would be too wide."""
+    show(_Framed(columns, list(records), _width()))
+
+
+def tree_of(title: str, files: Iterable[tuple[str, int]]) -> Tree:
+    """A tree of (path with `/`, size in bytes); a folder shows the size of its content."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(name: str, size: int, style: str = "") -> Text:
+        return Text.assemble((clean(name), style), (f"  {size_text(size)}", "dim"))
+
+    files = sorted(files)
+    sizes: dict[str, int] = {}
+    for path, size in files:
+        for folder in _parents(path):
+            sizes[folder] = sizes.get(folder, 0) + size
+    branches = {"": Tree(label(f"{title}/", sum(size for _, size in files), "bold"))}
+    for path, size in files:
+        for folder in _parents(path):
+            if folder not in branches:
+                above, _, name = folder.rpartition("/")
+                branches[folder] = branches[above].add(label(f"{name}/", sizes[folder], "bold"))
+        above, _, name = path.rpartition("/")
+        branches[above].add(label(name, size))
+    return branches[""]
+
+
+class _Panels:
+    def __init__(self, panels: tuple[tuple[str, RenderableType], ...], width: int) -> None:
+        self._panels = panels
+        self._width = width
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.segment import Segment
+        from rich.text import Text
+
+        bodies = []
+        for _, body in self._panels:
+            lines = console.render_lines(body, options, pad=False)
+            texts = [
+                Text.assemble(*((part.text, part.style or "") for part in Segment.simplify(line)))
+                for line in lines
+            ]
+            for text in texts:
+                text.rstrip()
+            bodies.append(texts)
+        fitting = [text.cell_len for texts in bodies for text in texts if text.cell_len <= self._width - 4]
+        inner = max([*fitting, *(len(title) + 2 for title, _ in self._panels)])
+        left, right, below_left, below_right, line, side = ASCII_CORNERS if options.ascii_only else CORNERS
+        for (title, _), texts in zip(self._panels, bodies, strict=True):
+            before, rest = divmod(inner - len(title), 2)
+            yield Text.assemble(
+                (left + line * before, "dim"), (f" {title} ", "bold"), (line * (before + rest) + right, "dim")
+            )
+            for text in texts:
+                end = f"{' ' * (inner - text.cell_len)} {side}" if text.cell_len <= inner else ""
+                yield Text.assemble((f"{side} ", "dim"), text, (end, "dim"))
+            yield Text(below_left + line * (inner + 2) + below_right, style="dim")
+
+
+class _Framed:
+    def __init__(self, columns: Columns, records: list[Any], width: int) -> None:
+        self._columns = columns
+        self._records = records
+        self._width = width
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich import box
+
+        plain, framed = (table_of(self._columns, self._records) for _ in range(2))
+        framed.box, framed.pad_edge, framed.padding = box.HEAVY_HEAD, True, (0, 1)
+        yield framed if console.measure(framed, options=options).maximum <= self._width else plain
+
+
+def _width() -> int:
+    return max(COLUMNS, shutil.get_terminal_size((COLUMNS, 24)).columns) if sys.stdout.isatty() else COLUMNS
+
+
+def _parents(path: str) -> Iterator[str]:
+    """'a/b/c' -> 'a', 'a/b'."""
+    parts = path.split("/")
+    for end in range(1, len(parts)):
+        yield "/".join(parts[:end])
