@@ -7,8 +7,11 @@ import os
 import re
 from typing import Any
 
+_TOKEN = r"token(?!iz)"  # noqa: S105 - a pattern; not of a tokenizer
+_KEY = r"(?<!mon)(?<!tur)(?<!hot)(?<!whis)key(?!board|word|frame|note|stone)"
+_PASSWORD = r"pass(?:w|phrase|code)"  # noqa: S105 - a pattern
 SECRET_NAME = re.compile(
-    r"token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)|bearer|connection.?string|storage.?options|signature|"
+    rf"{_TOKEN}|secret|{_PASSWORD}|{_KEY}|credential|auth(?!or)|bearer|connection.?string|storage.?options|signature|"
     r"\bsas\b|\bsig\b|\bpat\b|\bpwd\b",
     re.IGNORECASE,
 )
@@ -17,18 +20,33 @@ SECRET_NAME = re.compile(
 MIN_LENGTH = 8
 """Characters of the shortest variable that counts as a secret: `false` and `1` occur in many texts."""
 
+# What a sentence about a secret continues with. A password that is one of these words is none.
+_WORD = (
+    r"(?!(?:an?|access|all|and|are|authentication|be|but|by|can|cannot|check|could|default|denied|did|does|empty|error|expected|"
+    r"expired|fail\w*|false|for|from|has|have|if|in|incorrect|invalid|is|it|its|login|malformed|mismatch|missing|must|no|none|not|"
+    r"null|of|or|please|provided?|provide|refresh\w*|refused|request|required|retry|run|see|set|should|the|this|to|true|unable|"
+    r"unauthorized|unavailable|undefined|unknown|use|using|was|were|when|with|wrong|you|your)(?=[.,;:!?)]*(?:\s|$))"
+    r"|\w*credentials?(?=[.,;:!?)]*(?:\s|$)))"
+)
+# Special tokens of a vocabulary, and numbers of tokens, are no secrets.
+_ORDINARY = (
+    r"(?!(?:pad|eos|bos|unk|cls|sep|mask|image|additional_special)_tokens?\b)"
+    r"(?!(?:[\w-]*[_-])?tokens['\"]?\s*[=:]\s*\d+\b)"
+)
 # On hostile text the time of these patterns grows with its length, not with its square: a lookahead finds the word in a
 # name once, and the length of a user or a token is limited.
 _PARAMETER = re.compile(
-    r"((?:^|[?&;\s])(?=[\w-]*?(?:sig|token|secret|pass(?:w|phrase|code)|key|credential|auth(?!or)))[\w-]+=)[^&\s'\";]+",
+    rf"((?:^|[?&;\s]|(?<=\s)--?|^--?){_ORDINARY}"
+    rf"(?=[\w-]*?(?:(?<![a-z])sig(?![a-z])|signature|{_TOKEN}|secret|{_PASSWORD}|{_KEY}|credential|auth(?!or)))[\w-]+=)"
+    rf"(?!(?:none|null|true|false)(?![^&\s'\";]))[^&\s'\";]+",
     re.IGNORECASE,
 )
 # As clients print their options and headers. Not any 'Key', which in S3 is the name of an object, and not the name of
 # an exception such as NoCredentialsError.
 _FIELD = re.compile(
-    r"((?<![\w-])(?![\w-]*(?-i:Error|Exception)\b)"
-    r"(?=[\w-]*?(?:token|secret|passw|credential|access_?key|account_?key|authorization))[\w-]+['\"]?\s*:\s*"
-    r"['\"]?(?:bearer |basic )?)(?!\d+\b)[^'\",\s}]+",
+    rf"((?<![\w-])(?![\w-]*(?-i:Error|Exception)\b){_ORDINARY}"
+    rf"(?=[\w-]*?(?:{_TOKEN}|secret|passw|credential|access_?key|account_?key|api_?key|private_?key|authorization))[\w-]+['\"]?\s*:\s*"
+    rf"(?:['\"]|{_WORD})(?:bearer |basic )?)[^'\",\s}}]+",
     re.IGNORECASE,
 )
 # Tokens of hubs and clouds, recognised by their shape.

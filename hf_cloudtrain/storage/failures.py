@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _REFUSED = set(
     "PermissionDeniedError UnauthenticatedError NoCredentialsError ClientAuthenticationError UnauthorizedSSOTokenError "
-    "SSOTokenLoadError".split()
+    "SSOTokenLoadError PartialCredentialsError CredentialRetrievalError TokenRetrievalError DefaultCredentialsError RefreshError "
+    "CredentialUnavailableError".split()
 )
 # A status code, and not the number in a name such as checkpoint-403 or 301-of-1000.json.
 _CODE = r"(?<![\w./-])(?:{})(?![\w/-]|\.\w)"

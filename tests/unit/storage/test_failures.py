@@ -88,6 +88,32 @@ class TestErrors:
         assert type(raised.value) is kind
         assert issubclass(kind, standard)
 
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("NoCredentialsError", "Unable to locate credentials"),
+            ("PartialCredentialsError", "Partial credentials found in env, missing: AWS_SECRET_ACCESS_KEY"),
+            (
+                "TokenRetrievalError",
+                "Error when retrieving token from sso: Token has expired and refresh failed",
+            ),
+            ("DefaultCredentialsError", "Your default credentials were not found."),
+            (
+                "CredentialUnavailableError",
+                "EnvironmentCredential: EnvironmentCredential authentication unavailable.",
+            ),
+        ],
+    )
+    def test_missing_credentials_are_named_in_words_that_can_be_read(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+    ) -> None:
+        backend = FakeBackend(type(name, (Exception,), {})(said))
+        with pytest.raises(errors.StoragePermissionError) as raised:
+            connected_to(monkeypatch, backend).read("x")
+        assert f"{name}: {said}" in str(raised.value)
+        assert "Check the credentials" in str(raised.value)
+        assert "network" not in str(raised.value)
+
     @pytest.mark.parametrize("code", [301, 401, 403, 416])
     @pytest.mark.parametrize("name", ["checkpoint-{}/model", "x/{}-of-1000.json", "global_step{}", "{}.pt"])
     def test_number_in_a_name_is_not_a_status(
