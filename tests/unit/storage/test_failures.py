@@ -111,7 +111,7 @@ class TestErrors:
         with pytest.raises(errors.StoragePermissionError) as raised:
             connected_to(monkeypatch, backend).read("x")
         assert f"{name}: {said}" in str(raised.value)
-        assert "Check the credentials" in str(raised.value)
+        assert "credentials" in str(raised.value).replace(said, "")
         assert "network" not in str(raised.value)
 
     @pytest.mark.parametrize("code", [301, 401, 403, 416])
