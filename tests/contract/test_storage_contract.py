@@ -42,6 +42,15 @@ class TestCheck:
         storage.check()
         assert storage.list("") == []
 
+    @pytest.mark.parametrize("suffix", ["/50%25_100%", "/a run/läuft", "//runs/./x/"])
+    def test_both_clients_name_an_object_alike_below_every_accepted_url(
+        self, location: Location, suffix: str
+    ) -> None:
+        storage = Storage(location.url.removeprefix("file://") + suffix, location.options)
+        storage.check()
+        storage.write("record.json", b"x")
+        assert [info.path for info in storage.list("")] == ["record.json"]
+
     def test_knows_whether_exclusive_create_is_honoured(self, location: Location, storage: Storage) -> None:
         assert storage.exclusive is None
         storage.check()
