@@ -17,8 +17,10 @@ import pytest
 
 from hf_cloudtrain.checkpoints import frozen
 from hf_cloudtrain.checkpoints import outbox as module
+from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.manifest import Manifest, Position
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, CorruptCheckpointError
 from tests.faults.runs import bytes_of, contents, entry_of, write_checkpoint, write_files
@@ -303,6 +305,16 @@ def test_metrics_that_are_not_json_are_an_error_of_this_package(outbox: Outbox) 
     with pytest.raises((CloudTrainError, OSError)):
         accepted(outbox, metrics={"loss": float("nan")})
     assert outbox.entries() == []
+
+
+def test_a_metric_that_is_not_finite_is_named_in_the_origin(outbox: Outbox) -> None:
+    """The numbers of a manifest are finite, and the last finite loss belongs to an earlier step."""
+    metrics = {"loss": float("nan"), "eval_loss": float("inf"), "accuracy": 0.5}
+    entry = OutboxEntry.new(URL, Attempt(1, "nonce"), Position(5), EXACT, metrics, best=False)
+    found = outbox.accept(write_checkpoint(outbox.output_dir, 5), entry)
+    manifest = Manifest.parse(found.manifest("k", "checkpoint-5", []).encode(), "k")
+    assert manifest.metrics == {"accuracy": 0.5}
+    assert manifest.origin["not_finite"] == "loss (nan), eval_loss (inf)"
 
 
 def test_an_entry_is_immutable(outbox: Outbox) -> None:
