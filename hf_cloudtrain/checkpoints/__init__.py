@@ -29,6 +29,8 @@ Load and local disk:
     in_place         the layout of plain PyTorch scripts: one folder for all checkpoints
 
 Less often:
+    titles           what people call a checkpoint: its folder
+    run_deletion     a whole run is deleted
     retention        which checkpoints stay on storage (law 10)
     deletion         deleting one checkpoint, in an order that can be interrupted
     leftovers        what interrupted work has left on storage

@@ -195,8 +195,20 @@ class Attempts:
 
 def run_urls(storage: Storage) -> list[str]:
     """Names of the runs below a storage, found by their records. Costs one listing of everything below."""
-    suffix = f"/{RUN}"
-    return [info.path[: -len(suffix)] for info in storage.list("") if info.path.endswith(suffix)]
+    return list(run_sizes(storage))
+
+
+def run_sizes(storage: Storage) -> dict[str, int]:
+    """The same, each with the bytes of all that it stores."""
+    suffix, objects = f"/{RUN}", storage.list("")
+    sizes = {info.path[: -len(suffix)]: 0 for info in objects if info.path.endswith(suffix)}
+    for info in objects:
+        above = info.path
+        while above and above not in sizes:
+            above = above.rpartition("/")[0]
+        if above:
+            sizes[above] += info.size
+    return sizes
 
 
 def _path(number: int) -> str:

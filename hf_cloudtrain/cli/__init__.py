@@ -5,12 +5,15 @@ over and which checkpoint is newest is decided below, in `checkpoints/`, `tracki
 looks. It may import every room except `testing`. In reading order:
 
     streams       stdout and stderr that are closed, full or a pipe without a reader
-    output        messages, tables, JSON, progress bars
+    tables        how tables and facts are laid out in the columns of a terminal
     curve         a loss curve in a few lines of text
+    output        messages, tables, JSON, progress bars
     panels        panels of what one thing is, and framed tables
     periflow      words of PeriFlow's command line, and ours for them
-    arguments     options that several commands share; the run and the checkpoint that a user names
-    status, watch, stop, clean, prune, flush, download, checkup, job_actions
+    runs          the run that a user names
+    completion    names of runs, jobs, checkpoints and datasets for the shell
+    arguments     options that several commands share; the checkpoint that a user names
+    status, watch, stop, clean, delete, prune, flush, download, checkup, job_actions
                   what one command (or, for job_actions, one group) shows and does
     verify/       the trial and the comparison of `verify-resume`
     commands/     a file a group: its commands, their options and help texts
@@ -22,12 +25,13 @@ This file holds the app, and the only place where errors become messages and exi
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from hf_cloudtrain.cli import streams
+from hf_cloudtrain.cli import completion, streams
 from hf_cloudtrain.cli.arguments import examples
 from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, new, run, verify_resume, vm
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
@@ -70,7 +74,6 @@ app = typer.Typer(
     cls=_Root,
     help="Manage the runs, checkpoints, jobs and datasets of hf_cloudtrain.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # else square brackets in help are markup, and errors are boxes that break sentences
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and those may be credentials
 )
@@ -105,6 +108,8 @@ def _options(
 
 def main() -> None:
     """Run the command in `sys.argv`."""
+    if completion.ASKED in os.environ:
+        completion.answer(app)
     streams.prepare()
     try:
         app()

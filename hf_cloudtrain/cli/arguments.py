@@ -13,9 +13,9 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
+from hf_cloudtrain.cli import completion
 from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
-from hf_cloudtrain.storage.client import Storage
 
 EXAMPLE_RUN = "s3://bucket/runs/mrpc"
 """What `RUN` stands for in the examples of the help texts."""
@@ -28,22 +28,49 @@ RunUrl = Annotated[
         metavar="RUN_URL", envvar=env.RUN_URL, help="URL of the run: any fsspec URL, or a folder."
     ),
 ]
-RunUrlAndDir = Annotated[
-    list[str],
+RunArgument = Annotated[
+    str,
     typer.Argument(
-        metavar="[RUN_URL] DIR",
-        help=f"URL of the run (default: {env.RUN_URL}), and the local folder to download into.",
+        metavar="RUN",
+        envvar=env.RUN_URL,
+        help="Name of a run in the store, or the URL or folder of any run.",
+        autocompletion=completion.runs,
     ),
 ]
-CheckpointName = Annotated[str, typer.Option("--checkpoint", "-c", metavar="WHICH", help=f"{WHICH}.")]
+RunAndDir = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[RUN] DIR",
+        help=f"The run (default: {env.RUN_URL}), and the local folder to download into.",
+        autocompletion=completion.runs,
+    ),
+]
+CheckpointName = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint", "-c", metavar="WHICH", help=f"{WHICH}.", autocompletion=completion.checkpoints
+    ),
+]
 CheckpointOrNewest = Annotated[
     str | None,
-    typer.Option("--checkpoint", "-c", metavar="WHICH", help=f"{WHICH}. Default: the newest checkpoint."),
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        metavar="WHICH",
+        help=f"{WHICH}. Default: the newest checkpoint.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
-DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, or a name: its newest job.")]
+DatasetName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the dataset.", autocompletion=completion.datasets)
+]
+JobId = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="Job id, or a name: its newest job.", autocompletion=completion.jobs),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Delete it even if checkpoints are lost.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
 
 
@@ -54,21 +81,16 @@ def examples(*lines: str) -> str:
     return "\b\n" + "\n".join([heading, *shown])
 
 
-def open_catalog(run_url: str) -> Catalog:
-    """The records of a run; storage options come from the environment."""
-    return Catalog(Storage(run_url, env.storage_options(None)))
-
-
-def run_url_and_dir(arguments: list[str]) -> tuple[str, Path]:
-    """Split `[RUN_URL] DIR` as `cp` does: the last argument is the target."""
+def run_and_dir(arguments: list[str]) -> tuple[str, Path]:
+    """Split `[RUN] DIR` as `cp` does: the last argument is the target."""
     *urls, directory = arguments
     if len(urls) > 1:
         raise typer.BadParameter(
-            f"Expected [RUN_URL] DIR, got {len(arguments)} arguments: {' '.join(arguments)!r}."
+            f"Expected [RUN] DIR, got {len(arguments)} arguments: {' '.join(arguments)!r}."
         )
     run_url = urls[0] if urls else os.environ.get(env.RUN_URL)
     if not run_url or "://" in directory:
-        raise typer.BadParameter(f"Pass the run URL and the folder to download into; got only {directory!r}.")
+        raise typer.BadParameter(f"Pass the run and the folder to download into; got only {directory!r}.")
     return run_url, Path(directory)
 
 
@@ -84,7 +106,7 @@ def find(catalog: Catalog, which: str | None) -> Manifest:
     key = CheckpointKey.named(which)
     if key:
         return catalog.read(key)
-    step = re.fullmatch(r"(?:checkpoint-)?(\d{1,15})(?:\.a(\d{1,9}))?", which)
+    step = re.fullmatch(r"(?:checkpoint-)?(\d{1,15})(?:\.a(\d{1,9})(?:\.\d{1,9})?)?", which)
     if step and step[2]:
         return catalog.read(CheckpointKey(int(step[2]), int(step[1])))
     keys = [key for key in catalog.checkpoints() if step and key.step == int(step[1])]

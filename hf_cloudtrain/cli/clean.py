@@ -7,7 +7,8 @@ from typing import Any
 from hf_cloudtrain.checkpoints import leftovers
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.leftovers import LeftOver
-from hf_cloudtrain.cli.output import Columns, confirm, say, show_table
+from hf_cloudtrain.cli.output import confirm, say, show_table
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import duration_text, size_text
 
@@ -37,7 +38,7 @@ def clean(catalog: Catalog, *, dry_run: bool, yes: bool, quiet: bool) -> list[di
     found = leftovers.find(catalog)
     outcomes: dict[LeftOver, tuple[str, str | None]] = dict.fromkeys(found, ("found", None))
     if found and not quiet:
-        show_table(COLUMNS, found)
+        show_table(COLUMNS, found, spare=["attempt", "objects", "size"])
     if not found:
         say("Nothing is left over.")
     elif dry_run:

@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.flush import Outcome, flush_all_runs
 from hf_cloudtrain.checkpoints.outbox import Outbox
-from hf_cloudtrain.cli.output import Columns, fail, say, show_table, transfer
+from hf_cloudtrain.cli.output import fail, say, show_table, transfer
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.runtime.text import size_text
 
 COLUMNS: Columns = {
@@ -35,7 +36,7 @@ class Report:
     def show(self) -> None:
         """The table on stdout."""
         if self.outcomes:
-            show_table(COLUMNS, self.outcomes)
+            show_table(COLUMNS, self.outcomes, spare=["attempt", "size", "run"])
 
     def tell(self, directory: Path) -> None:
         """Write the messages; exit with code 1 if anything is not on storage."""

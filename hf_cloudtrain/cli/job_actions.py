@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import time
@@ -12,9 +13,9 @@ from typing import Any
 
 import typer
 
-from hf_cloudtrain.cli.arguments import open_catalog
+from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli.output import (
-    Columns,
+    confirm,
     fail,
     of_total,
     print_json,
@@ -24,8 +25,10 @@ from hf_cloudtrain.cli.output import (
     transfer,
     warnings_shown,
 )
+from hf_cloudtrain.cli.runs import name_of, open_catalog
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.errors import CloudTrainError
-from hf_cloudtrain.jobs import lifecycle
+from hf_cloudtrain.jobs import deletion, lifecycle
 from hf_cloudtrain.jobs.inventory import this_machine
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.node.workspace import workspace_size
@@ -50,8 +53,9 @@ JOBS: Columns = {
     ">starts": lambda job: len(job.starts),
     ">restarts": lambda job: job.restarts,
     "created": lambda job: time_text(job.created),
-    "run": lambda job: job.run_url,
+    "run": lambda job: name_of(job.run_url),
 }
+SPARE = ("run", "processes", "nodes", "restarts", "starts", "engine", "created")
 STARTS: Columns = {
     ">start": lambda start: start.number,
     "began": lambda start: time_text(start.began),
@@ -116,7 +120,7 @@ def show_list(experiment: str | None, limit: int | None, as_json: bool) -> None:
     if not shown:
         say(f"No jobs in {store.url!r}. Start one with `cloudtrain job run -f job.yml`.")
         return
-    show_table(JOBS, shown)
+    show_table(JOBS, shown, spare=SPARE)
     if left_out:
         say(f"{count_text(left_out, 'older job')} not shown. List all with --all.")
 
@@ -130,26 +134,31 @@ def show_status(job_id: str, as_json: bool) -> None:
     if as_json:
         print_json({**lifecycle.facts_of(record), "run": now and now.record(), "stalled": stalled})
         return
+    titles = Titles(open_catalog(record.run_url))
     show_facts(
         {
             "job": record.id,
             "experiment": record.experiment,
             "state": record.state + (f" (stalled: {stalled})" if stalled else ""),
-            "reason": record.reason,
+            "reason": record.reason and titles.in_text(record.reason),
             "engine": record.engine + _handle(record),
             "vm": record.vm,
             "nodes": _shape(record.nodes, record.nproc_per_node),
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "created": time_text(record.created),
             "step": now and of_total(now.step, now.total_steps, percent=True),
-            "newest": now and now.last_committed,
-            "run": f"{record.run_url}  (cloudtrain run status {record.run_url})",
+            "newest": now and now.last_committed and titles.of(now.last_committed),
+            "run": record.run_url,
             "home": record.home,
         }
     )
     if record.starts:
         typer.echo()
-        show_table(STARTS, record.starts)
+        starts = [
+            dataclasses.replace(start, reason=start.reason and titles.in_text(start.reason))
+            for start in record.starts
+        ]
+        show_table(STARTS, starts, spare=["took", "began"], prose="reason")
     if record.state == "failed":
         _show_last_lines(record)
 
@@ -182,6 +191,33 @@ def cancel(job_id: str, wait: bool, as_json: bool) -> None:
         say(f"Asked {record.id} to end. Check it with `cloudtrain job status {record.id}`.")
 
 
+def delete(job_id: str, force: bool, yes: bool, as_json: bool) -> None:
+    """See `cloudtrain job delete`."""
+    store = JobStore()
+    record = deletion.find(store, job_id)
+    job_id = record.id if record else job_id
+    home = Path(record.home) if record else store.home(job_id)
+    losses = []
+    if record is not None and record.state != "finished":
+        losses.append(f"It {ENDED.get(record.state, record.state)}, and could not be resumed afterwards.")
+    if losses and not force:
+        fail(f"The job {job_id!r} is protected. {' '.join(losses)} Pass --force to delete it anyway.")
+    if losses:
+        say(f"Warning: {' '.join(losses)}")
+    confirm(f"Delete the job {job_id!r} with its logs and its workspace?", yes)
+    is_here = home.exists()
+    deletion.delete(store, job_id, home)
+    say(f"Deleted the job {job_id}.")
+    if record is not None:
+        if not is_here:
+            say(f"Its folder {record.home!r} on {record.submitted_by.get('host')!r} stays.")
+        say(
+            f"Its run stays: {record.run_url}. Delete it with `cloudtrain run delete {name_of(record.run_url)}`."
+        )
+    if as_json:
+        print_json({"id": job_id, "losses": losses, "run_url": record and record.run_url})
+
+
 def _submitted(store: JobStore, record: JobRecord, wait: bool, as_json: bool) -> None:
     if not as_json:
         say(f"Job {record.id}, run {record.run_url}")
@@ -199,7 +235,8 @@ def _submitted(store: JobStore, record: JobRecord, wait: bool, as_json: bool) ->
 
 
 def _say_ended(record: JobRecord) -> None:
-    say(f"{record.id} {ENDED.get(record.state, record.state)}. {record.reason or ''}".strip())
+    reason = Titles(open_catalog(record.run_url)).in_text(record.reason or "")
+    say(f"{record.id} {ENDED.get(record.state, record.state)}. {reason}".strip())
 
 
 def _wait_until_over(store: JobStore, record: JobRecord) -> JobRecord:

@@ -1,6 +1,6 @@
 """What the commands print: results go to stdout, messages to stderr, and control characters never reach a terminal.
 
-Tables are as wide as their content, on a terminal and in a pipe: a name that is wrapped or cut cannot be copied.
+`tables.py` lays out tables and facts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from hf_cloudtrain.cli import tables
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.text import clean, duration_text
@@ -25,13 +27,9 @@ from hf_cloudtrain.runtime.values import finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
-
-Columns = Mapping[str, Callable[[Any], object]]
-"""A table: each heading, and the function that takes its cell from a record. A heading with `>` in front is right-aligned."""
 
 WIDE = 100_000
-"""More columns than any table needs."""
+"""More columns than any tree needs."""
 
 
 def say(text: object) -> None:
@@ -64,44 +62,29 @@ def print_json(record: dict[str, Any], *, line: bool = False) -> None:
     typer.echo(json.dumps(finite(record), indent=None if line else 2, allow_nan=False))
 
 
-def show_table(columns: Columns, records: Iterable[Any]) -> None:
+def show_table(
+    columns: Columns, records: Iterable[Any], *, spare: Sequence[str] = (), prose: str | None = None
+) -> None:
     """Print a table to stdout, one row a record. None and "" are empty cells.
 
+    Args:
+        spare: headings that are left out on a narrow terminal, the first one first.
+        prose: the heading of the column whose text is wrapped there.
+
     Example:
-        >>> show_table({"job": lambda job: job.id, ">starts": lambda job: len(job.starts)}, jobs)
+        >>> show_table({"job": lambda job: job.id, ">starts": lambda job: len(job.starts)}, jobs, spare=["starts"])
     """
-    show(table_of(columns, records))
-
-
-def table_of(columns: Columns, records: Iterable[Any]) -> Table:
-    """The same table, to print it within something else."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in columns:
-        justify = "right" if heading.startswith(">") else "left"
-        table.add_column(heading.lstrip(">"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for record in records:
-        table.add_row(*(_text(cell_of(record)) for cell_of in columns.values()))
-    return table
+    width = tables.terminal_width()
+    layout = tables.table(columns, records, width, spare, prose)
+    typer.echo("\n".join([typer.style(layout.heading, bold=True), *layout.rows]))
+    if layout.left_out:
+        say(f"Not shown in {width} columns: {', '.join(layout.left_out)}. --json shows all.")
 
 
 def show_facts(facts: Mapping[str, object]) -> None:
     """Print names and values to stdout; values that are None are left out."""
-    show(facts_of(facts))
-
-
-def facts_of(facts: Mapping[str, object]) -> Table:
-    """The same, to print it within something else."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for name, value in facts.items():
-        if value is not None:
-            table.add_row(_text(name, style="bold"), _text(value))
-    for column in table.columns:
-        column.no_wrap = True
-    return table
+    lines = tables.facts(facts, tables.terminal_width())
+    typer.echo("\n".join(f"{typer.style(name, bold=True)}{rest}" for name, rest in lines))
 
 
 def show(renderable: RenderableType) -> None:

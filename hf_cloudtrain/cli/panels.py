@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.cli.output import Columns, show, table_of
+from hf_cloudtrain.cli import tables
+from hf_cloudtrain.cli.output import WIDE, show, show_table
 from hf_cloudtrain.runtime.text import clean, size_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
     from rich.tree import Tree
+
+    from hf_cloudtrain.cli.tables import Columns
 
 COLUMNS = 80
 """Columns of a pipe, and of the narrowest terminal that is supported."""
@@ -34,9 +38,33 @@ def show_panels(*panels: tuple[str, RenderableType]) -> None:
     show(_Panels(panels, _width()))
 
 
-def show_framed(columns: Columns, records: Iterable[Any]) -> None:
-    """Print a table with lines to stdout; without them if it would be too wide."""
-    show(_Framed(columns, list(records), _width()))
+def show_framed(columns: Columns, records: Iterable[Any], *, spare: Sequence[str] = ()) -> None:
+    """Print a table with lines to stdout; without them if it would be too wide. For `spare` see `show_table`."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    found = list(records)
+    framed = Table(box=box.HEAVY_HEAD, header_style="bold")
+    for heading in columns:
+        justify = "right" if heading.startswith(">") else "left"
+        framed.add_column(heading.lstrip(">"), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for record in found:
+        cells = (cell_of(record) for cell_of in columns.values())
+        framed.add_row(*(Text("" if cell is None else clean(cell)) for cell in cells))
+    if Console(width=WIDE).measure(framed).maximum <= _width():
+        show(framed)
+    else:
+        show_table(columns, found, spare=spare)
+
+
+def facts_of(facts: Mapping[str, object]) -> Text:
+    """Names and values for a panel; values that are None are left out."""
+    from rich.text import Text
+
+    lines = tables.facts(facts, _width() - 4)
+    return Text("\n").join(Text.assemble((name, "bold"), rest) for name, rest in lines)
 
 
 def tree_of(title: str, files: Iterable[tuple[str, int]]) -> Tree:
@@ -94,20 +122,6 @@ class _Panels:
                 end = f"{' ' * (inner - text.cell_len)} {side}" if text.cell_len <= inner else ""
                 yield Text.assemble((f"{side} ", "dim"), text, (end, "dim"))
             yield Text(below_left + line * (inner + 2) + below_right, style="dim")
-
-
-class _Framed:
-    def __init__(self, columns: Columns, records: list[Any], width: int) -> None:
-        self._columns = columns
-        self._records = records
-        self._width = width
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich import box
-
-        plain, framed = (table_of(self._columns, self._records) for _ in range(2))
-        framed.box, framed.pad_edge, framed.padding = box.HEAVY_HEAD, True, (0, 1)
-        yield framed if console.measure(framed, options=options).maximum <= self._width else plain
 
 
 def _width() -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
-from hf_cloudtrain.cli.output import Columns, say, show_table
+from hf_cloudtrain.cli.output import say, show_table
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.report.summary import CheckpointInfo, read_infos
 from hf_cloudtrain.runtime.text import count_text, size_text
 
@@ -39,7 +40,7 @@ class Plan:
         """The table on stdout."""
         rows = list(self._rows())
         if rows:
-            show_table(COLUMNS, rows)
+            show_table(COLUMNS, rows, spare=["attempt", "step", "size"], prose="action")
 
     def tell(self, *, dry_run: bool) -> None:
         """Warn about damaged manifests, and say what is not deleted."""
@@ -70,8 +71,9 @@ class Plan:
     def _rows(self) -> Iterator[Row]:
         yield from ((found, "delete") for found in self.going)
         yield from ((found, "keep: its manifest is damaged") for found in self.damaged)
-        for key, reason in self.protected.items():
-            yield CheckpointInfo(str(key), None), f"keep: {reason}"
+        reasons = {str(key): reason for key, reason in self.protected.items()}
+        for found in read_infos(self._catalog, self.protected):
+            yield found, f"keep: {reasons[found.key]}"
 
     def _retire(self, found: CheckpointInfo) -> bool:
         key = found.checkpoint_key

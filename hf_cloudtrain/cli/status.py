@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hf_cloudtrain.cli.output import Columns, at_least, format_or_none, loss_text, of_total, rate_text
-from hf_cloudtrain.runtime.text import duration_text, time_text
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.titles import Titles
+from hf_cloudtrain.cli.output import at_least, format_or_none, loss_text, of_total, rate_text
+from hf_cloudtrain.cli.tables import Columns
+from hf_cloudtrain.runtime.text import count_text, duration_text, time_text
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.history import AttemptInfo, History
 from hf_cloudtrain.tracking.status import count, losses, state_of
@@ -22,6 +25,26 @@ ATTEMPTS: Columns = {
     "host": lambda attempt: attempt["facts"].get("host"),
 }
 """The table of attempts."""
+SPARE = ("started", "ran", "redone", "host", "resumed from")
+"""Columns of it that a narrow terminal does without, the first one first."""
+
+
+def with_titles(record: dict[str, Any], titles: Titles) -> dict[str, Any]:
+    """A record to show: with the folders of checkpoints, where `--json` has their keys."""
+    attempts = record["attempts"]
+    titles.read(
+        CheckpointKey.named(key)
+        for key in (record["last_committed"], *(attempt["resumed_from"] for attempt in attempts))
+        if key
+    )
+    return {
+        **record,
+        "last_committed": record["last_committed"] and titles.of(record["last_committed"]),
+        "attempts": [
+            {**attempt, "resumed_from": attempt["resumed_from"] and titles.of(attempt["resumed_from"])}
+            for attempt in attempts
+        ],
+    }
 
 
 def facts(record: dict[str, Any]) -> dict[str, object]:
@@ -41,7 +64,7 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "checkpoints": record["checkpoints"],
         "last seen": f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None,
         "redone": at_least(
-            f"{redone} steps, {spent}" if redone else "0 steps", record["superseded_is_bound"]
+            count_text(redone, "step") + (f", {spent}" if redone else ""), record["superseded_is_bound"]
         ),
         "+": killed_text(record["attempts"]),
     }

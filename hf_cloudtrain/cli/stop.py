@@ -6,6 +6,7 @@ import time
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli.output import say
 from hf_cloudtrain.runtime.text import duration_text
 from hf_cloudtrain.tracking.status import quiet_seconds
@@ -27,8 +28,9 @@ def stop(catalog: Catalog, *, wait: bool) -> tuple[Heartbeat, str | None]:
         )
     if not wait:
         return now, None
-    say(f"Now {now}.")
+    titles = Titles(catalog)
+    say(f"Now {titles.in_text(str(now))}.")
     now, trouble = wait_until_stopped(catalog, now)
     if trouble is None:
-        say(f"Now {now}.")
-    return now, trouble
+        say(f"Now {titles.in_text(str(now))}.")
+    return now, trouble and titles.in_text(trouble)

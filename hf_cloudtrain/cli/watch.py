@@ -16,19 +16,18 @@ import typer
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.cli import status
+from hf_cloudtrain.checkpoints.titles import Titles
+from hf_cloudtrain.cli import status, tables
 from hf_cloudtrain.cli.curve import curve
 from hf_cloudtrain.cli.output import (
-    Columns,
     at_least,
-    facts_of,
     format_or_none,
     loss_text,
     of_total,
     print_json,
     rate_text,
-    table_of,
 )
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.runtime.text import clean, duration_text, time_text
 from hf_cloudtrain.tracking.status import RunState
 from hf_cloudtrain.tracking.watcher import View, Watcher
@@ -36,8 +35,9 @@ from hf_cloudtrain.tracking.watcher import View, Watcher
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-CURVE = (48, 5)
-"""Columns and lines of the curve."""
+CURVE_LINES = 5
+WIDEST = 120
+"""Columns of the curve on a wide terminal: it has only as many points as losses are kept."""
 MOST_ATTEMPTS = 8
 """Attempts in the table: the newest."""
 ATTEMPTS: Columns = {
@@ -54,8 +54,8 @@ def watch(catalog: Catalog, *, as_json: bool, is_awaited: Callable[[], bool] = b
     watcher = Watcher(catalog, is_awaited)
     with _warnings_of_records_off():
         if as_json or not console.is_terminal or console.is_dumb_terminal:
-            return _print_changes(watcher, as_json)
-        return _draw(watcher, console)
+            return _print_changes(watcher, Titles(catalog), as_json)
+        return _draw(watcher, Titles(catalog), console)
 
 
 @contextlib.contextmanager
@@ -70,31 +70,32 @@ def _warnings_of_records_off() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _print_changes(watcher: Watcher, as_json: bool) -> RunState:
+def _print_changes(watcher: Watcher, titles: Titles, as_json: bool) -> RunState:
     shown: View | None = None
     for view in watcher.views():
         if not view.same_but_time(shown):
             if as_json:
                 print_json(view.record(), line=True)
             else:
-                typer.echo(clean(_line(view)))
+                typer.echo(clean(_line(view, titles)))
             sys.stdout.flush()  # the reader of a pipe waits for this line
             shown = view
     return watcher.view.state
 
 
-def _draw(watcher: Watcher, console: Console) -> RunState:
+def _draw(watcher: Watcher, titles: Titles, console: Console) -> RunState:
     from rich.live import Live
 
     ascii_only = console.options.ascii_only
     with Live(console=console, auto_refresh=False) as live:
         for view in watcher.views():
-            live.update(picture(view, ascii_only=ascii_only), refresh=True)
+            shown = picture(view, titles, console.width, ascii_only=ascii_only)
+            live.update(shown, refresh=True)
     return watcher.view.state
 
 
-def picture(view: View, *, ascii_only: bool = False) -> RenderableType:
-    """What a terminal shows."""
+def picture(view: View, titles: Titles, width: int, *, ascii_only: bool = False) -> RenderableType:
+    """What a terminal of `width` columns shows."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -122,24 +123,27 @@ def picture(view: View, *, ascii_only: bool = False) -> RenderableType:
         )
         bar.add_row(*done, steps)
         parts.append(bar)
-    parts.append(facts_of(_facts(view)))
-    lines = curve([loss for _, loss in view.losses], *CURVE, ascii_only=ascii_only)
+    parts += [Text.assemble((name, "bold"), rest) for name, rest in tables.facts(_facts(view, titles), width)]
+    losses = [loss for _, loss in view.losses]
+    lines = curve(losses, min(width, WIDEST), CURVE_LINES, ascii_only=ascii_only)
     if len(view.losses) > 1:
         parts += [Text(), Text("\n".join(lines), style="cyan"), Text(_range(view.losses), style="dim")]
-    parts += [Text(), table_of(ATTEMPTS, _attempts(view))]
+    layout = tables.table(ATTEMPTS, _attempts(view), width, status.SPARE)
+    parts += [Text(), Text(layout.heading, style="bold"), *map(Text, layout.rows)]
     return Group(*parts)
 
 
-def _facts(view: View) -> dict[str, str | None]:
+def _facts(view: View, titles: Titles) -> dict[str, str | None]:
     now = view.state
+    committed = now.last_committed and titles.of(now.last_committed)
+    lag = "{}, {} after its save"
     return {
         "rate": rate_text(vars(now)),
         "eta": duration_text(now.eta_seconds),
         "loss": loss_text(now.loss, now.loss_step, now.step),
         "learning rate": format_or_none(now.learning_rate, ".3g"),
-        "last committed": _with_time(now.last_committed, "{}, {} after its save", now.commit_lag_seconds)
-        or "none yet",
-        "uploading": _with_time(now.uploading, "{}, for {}", now.uploading_seconds),
+        "last committed": _with_time(committed, lag, now.commit_lag_seconds) or "none yet",
+        "uploading": _with_time(_of_step(now.uploading), "{}, for {}", now.uploading_seconds),
         "goodput": at_least(format_or_none(view.goodput, ".1%"), view.is_goodput_bound),
         "+": status.killed_text(_attempts(view)),
     }
@@ -159,7 +163,7 @@ def _attempts(view: View) -> list[dict[str, Any]]:
     return records
 
 
-def _line(view: View) -> str:
+def _line(view: View, titles: Titles) -> str:
     """One line for a log."""
     now = view.state
     parts = [f"{time_text(time.time())}  attempt {now.attempt} {now.state}"]
@@ -169,7 +173,8 @@ def _line(view: View) -> str:
         parts.append(f"loss {loss_text(now.loss, now.loss_step, now.step)}")
     if eta := duration_text(now.eta_seconds):
         parts.append(f"eta {eta}")
-    parts.append(f"last committed {now.last_committed or 'none yet'}")
+    committed = "none yet" if now.last_committed is None else titles.of(now.last_committed)
+    parts.append(f"last committed {committed}")
     if now.stalled:
         parts.append(f"stalled, {now.stalled}")
     if view.trouble:
@@ -190,14 +195,16 @@ def _heartbeat(now: RunState) -> str:
     return f"ended {age} ago" if now.is_over else f"heartbeat {age} ago"
 
 
-def _with_time(key: str | None, text: str, seconds: float | None) -> str | None:
+def _with_time(title: str | None, text: str, seconds: float | None) -> str | None:
     """A checkpoint as people call it, with a span of time where it is known."""
-    if key is None:
-        return None
-    found = CheckpointKey.named(key)
-    title = f"checkpoint-{found.step} (attempt {found.attempt})" if found else key
     span = duration_text(seconds)
-    return text.format(title, span) if span else title
+    return text.format(title, span) if title and span else title
+
+
+def _of_step(key: str | None) -> str | None:
+    """A checkpoint that is not committed yet, so that its folder is not known."""
+    found = None if key is None else CheckpointKey.named(key)
+    return f"checkpoint-{found.step}" if found else key
 
 
 def _range(losses: list[tuple[int, float]]) -> str:

@@ -20,9 +20,11 @@ Files and rooms, in reading order:
 - `verdict`: what happens to a job after one start, from the files that its nodes left.
 - `engines`: one module or folder for each engine. A room with its own README.
 - `logs`: the output of the nodes, followed or its last lines.
+- `deletion`: deletes a job that is over; its run stays.
 - `inventory`: the machine types that `cloudtrain vm list` shows.
 
 Import order inside the room: `spec`, `submission` < `records`, `logs` < `node` < `gang`, `start_failure`, `verdict`, `supervisor` < `engines`
-< `lifecycle`, `inventory`. Outside it imports `preemption`, `tracking`, `datasets`, `checkpoints`, `storage`, `env`, `runtime`
+< `lifecycle`, `inventory` < `deletion`. Outside it imports `preemption`, `tracking`, `datasets`, `checkpoints`, `storage`, `env`,
+`runtime`
 and `errors`, and nothing of `integrations` or `cli`.
 """

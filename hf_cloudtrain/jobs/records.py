@@ -2,6 +2,7 @@
 
     <store>/jobs/records/mnli-2.json    the record of the second job with the name mnli
     <store>/jobs/cancelled/mnli-2       the user has cancelled it
+    <store>/jobs/deleted/mnli-2         the user has deleted it: no other job gets its id, and with it its run
 
 and on the machine that submits the job its home: `<store>/jobs/mnli-2/` in a local store, or else a folder below
 `~/.hf_cloudtrain/jobs/`:
@@ -128,13 +129,18 @@ class JobStore:
 
     def next_id(self, name: str) -> str:
         """The id of the next job with a name."""
-        numbers = [number for other, number in map(_split, self.ids()) if other == name]
+        taken = (*self.ids(), *self.deleted_ids())
+        numbers = [number for other, number in map(_split, taken) if other == name]
         return f"{name}-{max(numbers, default=0) + 1}"
 
     def ids(self) -> list[str]:
         """The ids of all jobs, by name and number."""
         paths = [info.path for info in self.storage.list("records")]
         return sorted((path[8:-5] for path in paths if path.endswith(".json")), key=_split)
+
+    def deleted_ids(self) -> list[str]:
+        """The ids of deleted jobs."""
+        return [info.path.removeprefix("deleted/") for info in self.storage.list("deleted")]
 
     def records(self) -> list[JobRecord]:
         """All jobs whose record can be read, oldest first."""
@@ -185,6 +191,12 @@ class JobStore:
     def forget_cancel(self, job_id: str) -> None:
         """Remove the cancel mark of a job."""
         self.storage.delete([f"cancelled/{job_id}"])
+
+    def delete(self, job_id: str) -> None:
+        """Delete the record and the cancel mark of a job; its id stays taken."""
+        self.storage.create(f"deleted/{job_id}", encode_record({"time": time.time(), **person()}))
+        self.storage.delete([_path(job_id)])
+        self.forget_cancel(job_id)
 
     def home(self, job_id: str) -> Path:
         """The home folder of a job on this machine."""

@@ -10,6 +10,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.retention import pins, protected
+from hf_cloudtrain.checkpoints.titles import title_without_manifest
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.runtime.text import count_text, size_text
 from hf_cloudtrain.runtime.threads import in_threads
@@ -64,8 +65,11 @@ class CheckpointInfo:
 
     @property
     def title(self) -> str:
-        """Its folder, or its key if the manifest is damaged."""
-        return self.manifest.folder if self.manifest else self.key
+        """Its folder; step and attempt in the same form if the manifest is damaged."""
+        if self.manifest:
+            return self.manifest.folder
+        key = self.checkpoint_key
+        return title_without_manifest(key) if key else self.key
 
     @property
     def checkpoint_key(self) -> CheckpointKey | None:

@@ -1,8 +1,8 @@
 """The commands: a file a group, each with the options, the help texts and the tables of its commands.
 
     checkpoint      list, view, download, verify, delete, pin, prune, flush
-    run             list, status, watch, report, stop, clean
-    job             run, list, status, logs, cancel, template, schema; `job.yml` is the template
+    run             list, status, watch, report, stop, clean, delete
+    job             run, list, status, logs, cancel, delete, template, schema; `job.yml` is the template
     data            create, list, view, download, delete, clean
     vm              list
     doctor          `cloudtrain doctor`

@@ -19,26 +19,25 @@ from hf_cloudtrain.cli.arguments import (
     CheckpointOrNewest,
     DryRun,
     Json,
-    RunUrl,
-    RunUrlAndDir,
+    RunAndDir,
+    RunArgument,
     Yes,
     examples,
     find,
     newest,
-    open_catalog,
-    run_url_and_dir,
+    run_and_dir,
 )
 from hf_cloudtrain.cli.output import (
-    Columns,
     confirm,
-    facts_of,
     fail,
     print_json,
     say,
     show_table,
     transfer,
 )
-from hf_cloudtrain.cli.panels import show_panels, tree_of
+from hf_cloudtrain.cli.panels import facts_of, show_panels, tree_of
+from hf_cloudtrain.cli.runs import open_run
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, files_text, read_infos
 from hf_cloudtrain.runtime.text import clean, count_text, size_text, time_text
@@ -58,7 +57,7 @@ def _size(record: dict[str, Any]) -> str | None:
 
 
 LISTED: Columns = {
-    "checkpoint": lambda record: record["folder"] or record["key"],
+    "checkpoint": lambda record: record["title"],
     ">step": lambda record: record["step"],
     ">attempt": lambda record: record["attempt"],
     ">files": lambda record: record["file_count"],
@@ -66,8 +65,9 @@ LISTED: Columns = {
     "saved": lambda record: time_text(record["created"]),
     "notes": lambda record: record["notes"],
 }
+SPARE = ("attempt", "files", "step", "saved", "size")
 VERIFIED: Columns = {
-    "checkpoint": lambda record: record["folder"] or record["key"],
+    "checkpoint": lambda record: record["title"],
     ">files": lambda record: record["file_count"],
     ">size": _size,
     "verdict": lambda record: "intact" if record["whole"] else "damaged",
@@ -75,12 +75,12 @@ VERIFIED: Columns = {
 
 
 @app.command("list", epilog=examples("checkpoint list RUN"))
-def list_(run_url: RunUrl, as_json: Json = False) -> None:
+def list_(run: RunArgument, as_json: Json = False) -> None:
     """List the checkpoints of a run.
 
     The newest comes last, followed by folders saved by name.
     """
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     roles = Roles.of(catalog)
     names = NamedFolders(catalog).keys()
     if not roles.keys and not names:
@@ -97,13 +97,16 @@ def list_(run_url: RunUrl, as_json: Json = False) -> None:
         }
         print_json({"run_url": catalog.storage.url, **records})
     elif found:
-        show_table(LISTED, ({**info.full_record(roles), "notes": _notes(info, roles)} for info in found))
+        rows = [
+            {**info.full_record(roles), "title": info.title, "notes": _notes(info, roles)} for info in found
+        ]
+        show_table(LISTED, rows, spare=SPARE, prose="notes")
 
 
 @app.command(epilog=examples("checkpoint view RUN", "checkpoint view RUN --checkpoint 500"))
-def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json = False) -> None:
+def view(run: RunArgument, checkpoint: CheckpointOrNewest = None, as_json: Json = False) -> None:
     """Show the files, position and metadata of a checkpoint."""
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     manifest = find(catalog, checkpoint)
     info = CheckpointInfo(manifest.key, manifest)
     roles = Roles.of(catalog)
@@ -147,7 +150,7 @@ def view(run_url: RunUrl, checkpoint: CheckpointOrNewest = None, as_json: Json =
     )
 )
 def download(
-    arguments: RunUrlAndDir,
+    arguments: RunAndDir,
     checkpoint: CheckpointOrNewest = None,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
     as_json: Json = False,
@@ -161,11 +164,11 @@ def download(
 
     if best and checkpoint is not None:
         raise typer.BadParameter("Pass either --best or --checkpoint, not both.")
-    run_url, directory = run_url_and_dir(arguments)
-    catalog = open_catalog(run_url)
+    run, directory = run_and_dir(arguments)
+    catalog = open_run(run)
     manifest = _best(catalog) if best else find(catalog, checkpoint)
     target = directory / _local_name(manifest)
-    title = f"{manifest.folder} (attempt {manifest.attempt}, {files_text(manifest)})"
+    title = f"{manifest.folder} ({files_text(manifest)})"
     downloaded = bring(catalog, manifest, target, title)
     if as_json:
         record = CheckpointInfo(manifest.key, manifest).record()
@@ -177,7 +180,7 @@ def download(
 
 @app.command(epilog=examples("checkpoint verify RUN", "checkpoint verify RUN --all"))
 def verify(
-    run_url: RunUrl,
+    run: RunArgument,
     checkpoint: CheckpointOrNewest = None,
     every: Annotated[bool, typer.Option("--all", help="All checkpoints and folders saved by name.")] = False,
     as_json: Json = False,
@@ -185,19 +188,20 @@ def verify(
     """Compare every byte on storage with the manifest. Exit with code 1 if any differs."""
     if every and checkpoint is not None:
         raise typer.BadParameter("Pass either --all or --checkpoint, not both.")
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     with transfer() as progress:
-        records = [_verdict(catalog, info, progress) for info in _to_verify(catalog, checkpoint, every)]
+        found = [(info, _verdict(catalog, info, progress)) for info in _to_verify(catalog, checkpoint, every)]
     if as_json:
-        print_json({"run_url": catalog.storage.url, "checkpoints": records})
+        print_json({"run_url": catalog.storage.url, "checkpoints": [record for _, record in found]})
     else:
-        show_table(VERIFIED, records)
-    damaged = [record for record in records if not record["whole"]]
-    for record in damaged:
-        for problem in record["problems"]:
-            say(f"{record['folder'] or record['key']}: {problem}")
+        rows = [{**record, "title": info.title} for info, record in found]
+        show_table(VERIFIED, rows, spare=["files", "size"])
+    damaged = [(info.title, record["problems"]) for info, record in found if not record["whole"]]
+    for title, problems in damaged:
+        for problem in problems:
+            say(f"{title}: {problem}")
     if damaged:
-        names = ", ".join(record["folder"] or record["key"] for record in damaged)
+        names = ", ".join(title for title, _ in damaged)
         fail(f"Damaged: {names}. A restore skips damaged checkpoints and takes the newest intact one.")
 
 
@@ -205,7 +209,7 @@ def verify(
     epilog=examples("checkpoint delete RUN --checkpoint 500", "checkpoint delete RUN --checkpoint 500 --yes")
 )
 def delete(
-    run_url: RunUrl,
+    run: RunArgument,
     checkpoint: CheckpointName,
     force: Annotated[
         bool,
@@ -215,11 +219,11 @@ def delete(
     as_json: Json = False,
 ) -> None:
     """Delete a checkpoint. Without --force, refuse if the run needs it."""
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     manifest = find(catalog, checkpoint)
     info, key = _checkpoint(manifest, "deleted with this command")
     losses = Roles.of(catalog).losses(key)
-    what = f"{manifest.folder} (attempt {key.attempt}, step {key.step}, {files_text(manifest)})"
+    what = f"{manifest.folder} ({files_text(manifest)})"
     if losses and not force:
         fail(f"{what} is protected. {' '.join(losses)} Pass --force to delete it anyway.")
     if losses:
@@ -235,16 +239,16 @@ def delete(
     epilog=examples("checkpoint pin RUN --checkpoint 500", "checkpoint pin RUN --checkpoint 500 --unpin")
 )
 def pin(
-    run_url: RunUrl,
+    run: RunArgument,
     checkpoint: CheckpointOrNewest = None,
     unpin: Annotated[bool, typer.Option("--unpin", help="Remove the pin instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Pin a checkpoint. Only `delete --force` deletes a pinned one."""
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     info, key = _checkpoint(find(catalog, checkpoint), "pinned")
     (retention.unpin if unpin else retention.pin)(catalog, key)
-    say(f"{info.title} (attempt {key.attempt}) is {'no longer' if unpin else 'now'} pinned.")
+    say(f"{info.title} is {'no longer' if unpin else 'now'} pinned.")
     if as_json:
         print_json({"run_url": catalog.storage.url, **info.record(), "pinned": not unpin})
 
@@ -256,7 +260,7 @@ def pin(
     )
 )
 def prune(
-    run_url: RunUrl,
+    run: RunArgument,
     keep_last: Annotated[
         int, typer.Option("--keep-last", min=1, metavar="N", help="Keep the N newest checkpoints.")
     ],
@@ -276,7 +280,7 @@ def prune(
     """
     from hf_cloudtrain.cli.prune import Plan
 
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     catalog.attempts.check_any()
     plan = Plan(catalog, retention.Policy(keep_last, keep_every))
     if not as_json:

@@ -12,15 +12,14 @@ import typer
 from hf_cloudtrain import env
 from hf_cloudtrain.cli.arguments import DatasetName, DryRun, Json, Yes, examples
 from hf_cloudtrain.cli.output import (
-    Columns,
     confirm,
-    facts_of,
     print_json,
     say,
     show_table,
     transfer,
 )
-from hf_cloudtrain.cli.panels import show_panels, tree_of
+from hf_cloudtrain.cli.panels import facts_of, show_panels, tree_of
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.report.summary import files_text, read_infos
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, size_text, time_text
@@ -89,7 +88,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json({"store": redact(datasets.url), "datasets": records})
     elif records:
-        show_table(LISTED, records)
+        show_table(LISTED, records, spare=["versions", "files", "stored"])
     else:
         say(f"No datasets in {redact(datasets.url)!r} yet. Store one with `cloudtrain data create`.")
 

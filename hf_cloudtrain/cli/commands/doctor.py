@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from hf_cloudtrain.cli.arguments import Json, RunUrl
-from hf_cloudtrain.cli.output import Columns, print_json, say, show_table
+from hf_cloudtrain.cli.output import print_json, say, show_table
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.runtime.text import clean
 
 SHOWN: Columns = {
@@ -35,7 +36,7 @@ def doctor(
     if as_json:
         print_json(record(patient.storage, lines))
     else:
-        show_table(SHOWN, lines)
+        show_table(SHOWN, lines, prose="found")
         for line in (line for line in lines if line.mend is not None):
             say(f"{line.check}: {line.error}")
             typer.echo(clean(f"{line.check}: {line.mend}"))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_cloudtrain.cli.arguments import JobId, Json, examples
+from hf_cloudtrain.cli import completion
+from hf_cloudtrain.cli.arguments import JobId, Json, Yes, examples
 from hf_cloudtrain.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def run(
     resume: Annotated[
         str | None,
         typer.Option(
-            "--resume", metavar="JOB", help="Resume a job that was cancelled, preempted, failed or lost."
+            "--resume",
+            metavar="JOB",
+            help="Resume a job that was cancelled, preempted, failed or lost.",
+            autocompletion=completion.jobs,
         ),
     ] = None,
     wait: Annotated[
@@ -139,6 +143,21 @@ def cancel(
     from hf_cloudtrain.cli import job_actions
 
     job_actions.cancel(job, wait, as_json)
+
+
+@app.command(epilog=examples("job delete mnli-2", "job delete mnli-2 --force --yes"))
+def delete(
+    job: JobId,
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete it even if it could still be resumed.")
+    ] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a job that is over: its record, and its folder on this machine. Its run stays."""
+    from hf_cloudtrain.cli import job_actions
+
+    job_actions.delete(job, force, yes, as_json)
 
 
 @app.command(epilog=examples("job template > job.yml"))

@@ -8,11 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.attempts import run_urls
+from hf_cloudtrain.checkpoints.attempts import run_sizes
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.cli.arguments import DryRun, Json, RunUrl, Yes, examples, open_catalog
-from hf_cloudtrain.cli.output import Columns, fail, of_total, print_json, say, show_facts, show_table
-from hf_cloudtrain.errors import CloudTrainError, ManifestError
+from hf_cloudtrain.checkpoints.run_deletion import DELETED
+from hf_cloudtrain.checkpoints.titles import Titles
+from hf_cloudtrain.cli.arguments import DryRun, Force, Json, RunArgument, Yes, examples
+from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts, show_table
+from hf_cloudtrain.cli.runs import open_run, runs_url
+from hf_cloudtrain.cli.tables import Columns
+from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError
 from hf_cloudtrain.runtime.text import clean as clean_text
 from hf_cloudtrain.runtime.text import size_text, time_text
 from hf_cloudtrain.runtime.threads import in_threads
@@ -36,58 +40,71 @@ LISTED: Columns = {
     ">attempts": lambda record: record["attempts"],
     ">step": lambda record: of_total(record["step"], record["total_steps"]),
     ">checkpoints": lambda record: record["checkpoints"],
-    "newest": lambda record: record["newest"],
+    "newest": lambda record: record["newest_folder"],
+    ">size": lambda record: size_text(record["size"]),
     "last seen": lambda record: time_text(record["last_seen"]),
 }
+SPARE = ("attempts", "checkpoints", "last seen", "size", "newest", "step")
 
 
-@app.command("list", epilog=examples("run list s3://bucket/runs"))
+@app.command("list", epilog=examples("run list", "run list s3://bucket/runs"))
 def list_(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="URL or folder with runs below it, at any depth.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[URL]",
+            help="URL or folder with runs below it, at any depth. Default: the runs of the store.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs below a URL."""
-    storage = Storage(url, env.storage_options(None))
-    names = run_urls(storage)
-    if not names:
+    """List the runs of the store, or below a URL."""
+    storage = Storage(url or runs_url(), env.storage_options(None))
+    sizes = run_sizes(storage)
+    if not sizes:
         say(f"No runs below {storage.url!r}.")
         if Catalog(storage).attempts.numbers():
             say(f"It is a run itself. Show it with `cloudtrain run status {storage.url}`.")
-    (records,) = in_threads(lambda name: _run_record(_Below(storage, name), name), (names, RUNS_AT_ONCE))
+        elif url is None:
+            say(f"List those elsewhere with `cloudtrain run list URL`. The store is set by {env.STORE}.")
+    (records,) = in_threads(
+        lambda name: _run_record(_Below(storage, name), name, sizes[name]), (list(sizes), RUNS_AT_ONCE)
+    )
     for record in records:
         if record["damaged"]:
             say(f"Warning: {record['damaged']}")
     if as_json:
         print_json({"url": storage.url, "runs": records})
     elif records:
-        show_table(LISTED, records)
+        show_table(LISTED, records, spare=SPARE)
 
 
 @app.command(epilog=examples("run status RUN"))
-def status(run_url: RunUrl, as_json: Json = False) -> None:
+def status(run: RunArgument, as_json: Json = False) -> None:
     """Show the state, progress and attempts of a run."""
     from hf_cloudtrain.cli import status as shown
     from hf_cloudtrain.tracking.history import history_of
 
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     history = history_of(catalog)
     if not history.attempts:
         catalog.attempts.check_any()
         raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
+    if deleted := history.attempts[-1].facts.get(DELETED):
+        raise NoCheckpointError(f"The run {catalog.storage.url!r} was deleted ({deleted}).")
     record = shown.status_record(history, run_state(catalog).stalled)
     if as_json:
         print_json(record)
         return
+    record = shown.with_titles(record, Titles(catalog))
     show_facts(shown.facts(record))
     typer.echo()
-    show_table(shown.ATTEMPTS, record["attempts"])
+    show_table(shown.ATTEMPTS, record["attempts"], spare=shown.SPARE)
 
 
 @app.command(epilog=examples("run stop RUN", "run stop RUN --wait"))
 def stop(
-    run_url: RunUrl,
+    run: RunArgument,
     wait: Annotated[bool, typer.Option("--wait", help="Block until the run has stopped.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -97,7 +114,7 @@ def stop(
     """
     from hf_cloudtrain.cli import stop as actions
 
-    now, trouble = actions.stop(open_catalog(run_url), wait=wait)
+    now, trouble = actions.stop(open_run(run), wait=wait)
     if as_json:
         print_json(now.record())
     if trouble is not None:
@@ -105,14 +122,15 @@ def stop(
 
 
 @app.command(epilog=examples("run watch RUN"))
-def watch(run_url: RunUrl, as_json: Json = False) -> None:
+def watch(run: RunArgument, as_json: Json = False) -> None:
     """Watch a run until it is over.
 
     Shows its progress, rate, loss and uploads. Ctrl-C ends the watching, not the run.
     """
     from hf_cloudtrain.cli import watch as actions
 
-    now = actions.watch(open_catalog(run_url), as_json=as_json, is_awaited=_Job(run_url).continues)
+    catalog = open_run(run)
+    now = actions.watch(catalog, as_json=as_json, is_awaited=_Job(catalog.storage.url).continues)
     if now.state in ("failed", "overtaken"):
         what = "failed" if now.state == "failed" else "was overtaken by a newer attempt"
         fail(f"Attempt {now.attempt} of {now.run_url!r} {what}.")
@@ -142,7 +160,7 @@ class _Job:
 
 @app.command(epilog=examples("run report RUN -o report.html"))
 def report(
-    run_url: RunUrl,
+    run: RunArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = Path(
         "report.html"
     ),
@@ -154,7 +172,7 @@ def report(
     """
     from hf_cloudtrain.report.page import Report
 
-    page = Report(open_catalog(run_url))
+    page = Report(open_run(run))
     size = page.write(output)
     if as_json:
         print_json({"run_url": page.history.run_url, "path": str(output.absolute()), "size": size})
@@ -164,18 +182,31 @@ def report(
 
 
 @app.command(epilog=examples("run clean RUN --dry-run", "run clean RUN --yes"))
-def clean(run_url: RunUrl, dry_run: DryRun = False, yes: Yes = False, as_json: Json = False) -> None:
+def clean(run: RunArgument, dry_run: DryRun = False, yes: Yes = False, as_json: Json = False) -> None:
     """Delete what killed processes left on storage.
 
     Checkpoints, and uploads that may still be running, are kept.
     """
     from hf_cloudtrain.cli import clean as actions
 
-    catalog = open_catalog(run_url)
+    catalog = open_run(run)
     catalog.attempts.check_any()
     left_over = actions.clean(catalog, dry_run=dry_run, yes=yes, quiet=as_json)
     if as_json:
         print_json({"run_url": catalog.storage.url, "dry_run": dry_run, "left_over": left_over})
+
+
+@app.command(epilog=examples("run delete RUN --force", "run delete glue-2 --force --yes"))
+def delete(run: RunArgument, force: Force = False, yes: Yes = False, as_json: Json = False) -> None:
+    """Delete a run with its checkpoints. Refused while it trains.
+
+    Without --force, refuse if it has any checkpoint, and say what would be lost.
+    """
+    from hf_cloudtrain.cli import delete as actions
+
+    record = actions.delete(open_run(run), force=force, yes=yes)
+    if as_json:
+        print_json(record)
 
 
 class _Below(Storage):
@@ -196,8 +227,8 @@ class _Below(Storage):
         return [ObjectInfo(info.path[skip:], info.size) for info in found]
 
 
-def _run_record(storage: Storage, name: str) -> dict[str, Any]:
-    """What two listings and two small records tell about a run; the records of its steps are not read."""
+def _run_record(storage: Storage, name: str, size: int) -> dict[str, Any]:
+    """What two listings and three small records tell about a run; the records of its steps are not read."""
     catalog = Catalog(storage)
     damaged = None
     now, created = RunState(storage.url, "damaged"), None
@@ -215,6 +246,8 @@ def _run_record(storage: Storage, name: str) -> dict[str, Any]:
         "total_steps": now.total_steps,
         "checkpoints": now.checkpoints if damaged is None else None,
         "newest": now.last_committed,
+        "newest_folder": None if now.last_committed is None else Titles(catalog).of(now.last_committed),
+        "size": size,
         "created": created,
         "last_seen": now.last_seen,
     }

@@ -15,7 +15,8 @@ import typer
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.cli.arguments import Json
-from hf_cloudtrain.cli.output import Columns, fail, print_json, say, show_facts, show_table
+from hf_cloudtrain.cli.output import fail, print_json, say, show_facts, show_table
+from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.cli.verify.trial import ScriptError, Trial
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.provenance import shown_command
@@ -98,6 +99,7 @@ class Report:
 
         self.killed_after = interrupted.newest_when_killed
         self.resumed_from = resumed_from
+        self.folders = (_folder(interrupted, self.killed_after), _folder(interrupted, resumed_from))
         self.inexact_reason = interrupted.seen[resumed_from].inexact_reason
         self.comparison: Comparison = compare(
             whole.catalog, interrupted.catalog, whole.seen, interrupted.seen, resumed_from
@@ -123,12 +125,19 @@ def _try(scratch: Path, command: list[str], number: signal.Signals) -> Report:
         status.phase(f"2 of 3: again, until step {step} is committed; then {number.name}")
         interrupted = Trial(scratch, command, status.show_step)
         interrupted.run_until(step, number)
-        status.phase(f"3 of 3: resumed from {interrupted.newest_when_killed}, in an empty folder")
+        killed_after = _folder(interrupted, interrupted.newest_when_killed)
+        status.phase(f"3 of 3: resumed from {killed_after}, in an empty folder")
         _succeed(interrupted, "The resumed script")
         resumed_from = _resumed_from(interrupted.catalog)
         interrupted.finish("interrupted")
         status.phase("comparing")
         return Report(whole, interrupted, resumed_from)
+
+
+def _folder(trial: Trial, key: CheckpointKey | None) -> str:
+    """A checkpoint as people call it."""
+    manifest = trial.seen.get(key) if key else None
+    return manifest.folder if manifest else str(key)
 
 
 def _succeed(trial: Trial, what: str) -> None:
@@ -169,8 +178,8 @@ def _show(report: Report, record: dict[str, Any]) -> None:
     show_facts(
         {
             "command": record["command"],
-            "killed": f"SIG{record['signal']} after {record['killed_after']}",
-            "resumed from": record["resumed_from"],
+            "killed": f"SIG{record['signal']} after {report.folders[0]}",
+            "resumed from": report.folders[1],
             "not exact by itself": record["inexact_reason"],
             "steps": f"{found.steps[0]}, and {found.steps[1]} resumed",
             "sample order": _first(found.position, f"equal at {found.positions} checkpoints"),
@@ -180,7 +189,7 @@ def _show(report: Report, record: dict[str, Any]) -> None:
         }
     )
     typer.echo()
-    show_table(FILES, found.files)
+    show_table(FILES, found.files, spare=["what"], prose="note")
     if found.exact:
         typer.echo("\nexact")
 

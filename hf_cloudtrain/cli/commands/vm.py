@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_cloudtrain.cli.arguments import Json, examples
-from hf_cloudtrain.cli.output import Columns, print_json, say
+from hf_cloudtrain.cli.output import print_json, say
 from hf_cloudtrain.cli.panels import show_framed
+from hf_cloudtrain.cli.tables import Columns
 
 if TYPE_CHECKING:
     from hf_cloudtrain.jobs.inventory import Vm
@@ -69,7 +70,7 @@ def list_(
             }
         )
     elif found.vms:
-        show_framed(LISTED, found.vms)
+        show_framed(LISTED, found.vms, spare=["Cloud", "Region", "Quota"])
     else:
         say("No machine matches.")
     if found.omitted:

@@ -102,7 +102,7 @@ class TestRunStop:
         )
         result = cloudtrain("run", "stop", empty.url, "--wait", "--json")
         assert meanwhile.left == []
-        assert "attempt 1 stopped at step 119, last committed checkpoint: 000001-0000000119" in result.stderr
+        assert "attempt 1 stopped at step 119, last committed checkpoint: checkpoint-119.a1" in result.stderr
         assert json.loads(result.stdout)["state"] == "stopped"
 
     def test_a_failure_instead_of_a_stop_is_an_error(

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.cli import watch as cli_watch
 from hf_cloudtrain.cli.watch import picture
@@ -80,9 +81,10 @@ def watch(catalog: Catalog, *words: str, code: int = 0) -> list[str]:
     return str(result.stdout).splitlines()
 
 
-def drawn(view: View, *, ascii_only: bool = False) -> str:
+def drawn(run: Catalog, view: View, *, width: int = 120, ascii_only: bool = False) -> str:
     page = io.StringIO()
-    Console(file=page, width=120, color_system=None).print(picture(view, ascii_only=ascii_only))
+    shown = picture(view, Titles(run), width, ascii_only=ascii_only)
+    Console(file=page, width=width, color_system=None).print(shown)
     return page.getvalue()
 
 
@@ -102,8 +104,8 @@ def test_each_change_is_a_line_and_the_end_of_the_run_is_the_end(run: Catalog, c
     assert lines == [
         "attempt 1 training, step 10/100 (10%), loss 2, last committed none yet",
         "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed none yet",
-        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed 000001-0000000020",
-        "attempt 1 finished, step 100/100 (100%), loss 1, last committed 000001-0000000020",
+        "attempt 1 training, step 20/100 (20%), loss 1.5, eta 1 min 30 s, last committed checkpoint-20",
+        "attempt 1 finished, step 100/100 (100%), loss 1, last committed checkpoint-20",
     ]
 
 
@@ -244,7 +246,7 @@ class TestPicture:
             commit_lag_seconds=14.2,
         )
         commit(run, CheckpointKey(1, 5), 0.0)
-        text = drawn(looked(run))
+        text = drawn(run, looked(run))
         for part in (
             *(
                 "training",
@@ -254,28 +256,37 @@ class TestPicture:
                 "3 min",
                 "━━",
             ),
-            *("checkpoint-5 (attempt 1), 14.2 s after its save", "checkpoint-10 (attempt 1), for 1 min 1"),
+            *("checkpoint-5, 14.2 s after its save", "checkpoint-10, for 1 min 1"),
             *("loss 2.8 at step 2 to 2.4 at step 6", "gpu-07", "0 to 10"),
         ):
             assert part in text, part
 
+    @pytest.mark.parametrize("width", [40, 80, 110])
+    def test_it_fits_the_terminal_and_the_curve_uses_all_of_it(self, run: Catalog, width: int) -> None:
+        beat(run, loss=2.0, step_seconds=2.0)
+        view = looked(run)
+        view.losses[:] = [(step, 3.0 - step / 300) for step in range(1, 500)]
+        lines = drawn(run, view, width=width).splitlines()
+        assert all(len(line) <= width for line in lines)
+        assert max(len(line) for line in lines if "\u2800" <= line[:1] <= "\u28ff") == width
+
     def test_a_run_without_steps_losses_or_heartbeat_is_shown_too(self, catalog: Catalog) -> None:
         catalog.attempts.begin(time.time(), 0, None, {})
-        text = drawn(looked(catalog))
+        text = drawn(catalog, looked(catalog))
         assert "started  attempt 1" in text
         assert "none yet" in text
 
     def test_a_stall_and_a_storage_error_are_shown(self, run: Catalog) -> None:
         beat(run, last_step_time=time.time() - 500)
         view = looked(run)
-        assert "Stalled, no step for 500 s" in drawn(view)
+        assert "Stalled, no step for 500 s" in drawn(run, view)
         view.trouble = "no answer"
-        assert "Cannot read the run: no answer" in drawn(view)
+        assert "Cannot read the run: no answer" in drawn(run, view)
 
     def test_texts_from_storage_move_no_cursor(self, catalog: Catalog) -> None:
         catalog.attempts.begin(time.time(), 0, None, {"host": "\x1b[2Jgone[bold]"})
         beat(catalog, state="\x1b[31mred")
-        text = drawn(looked(catalog))
+        text = drawn(catalog, looked(catalog))
         assert "\x1b" not in text
         assert "\\x1b[2Jgone[bold]" in text
 
