@@ -57,8 +57,9 @@ def datasets(incomplete: str) -> list[str]:
 
 def checkpoints(context: typer.Context, incomplete: str) -> list[str]:
     """Checkpoints of the run that the line names, the newest first, and folders saved by name."""
-    named = context.params.get("run") or context.params.get("arguments") or ()
-    words = [named] if isinstance(named, str) else list(named)
+    words = (
+        context.args
+    )  # without the option that is completed, the line does not parse: its words are still there
 
     def look(found: list[str]) -> None:
         from hf_cloudtrain import env
