@@ -45,6 +45,7 @@ def url_of(run: str) -> str:
     is_here = _is_run(run)
     if is_here and "/" in run:
         return run
+    shown_url(run)  # raises for what looks like a mistyped URL
     below = _in_store(run)
     if is_here and below is not None:
         raise ConfigurationError(
@@ -55,7 +56,6 @@ def url_of(run: str) -> str:
         return below
     if is_here or "/" in run or os.path.exists(run):
         return run
-    shown_url(run)  # raises for what looks like a mistyped URL
     raise NoCheckpointError(_unknown(run))
 
 

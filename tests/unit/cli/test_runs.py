@@ -70,7 +70,7 @@ class TestName:
         assert "The nearest is 'mrpc'." in text
         assert "The nearest is 'mnli-1'." in sentence("checkpoint", "list", "mnli-9")
 
-    def test_of_a_folder_that_is_no_run_is_that_of_the_store(self, run: Run) -> None:
+    def test_of_a_folder_without_a_run_is_that_of_the_store(self, run: Run) -> None:
         Path("mrpc").mkdir()
         assert answer("run", "status", "mrpc")["run_url"] == str(run.folder)
 
