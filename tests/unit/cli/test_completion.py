@@ -60,7 +60,7 @@ def test_the_command_suggests_and_prints_nothing_else(store: Path) -> None:
 def test_a_store_that_fails_suggests_nothing_and_prints_nothing() -> None:
     for store in ("nope://bucket", "/dev/null"):
         done = process(**asked("cloudtrain run status "), **{env.STORE: store})
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
 def test_a_store_that_does_not_answer_in_time_suggests_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
