@@ -296,15 +296,15 @@ class TestPicture:
         write(run, 1, [{"kind": "steps", "first": 1, "seconds": [0.1] * 30, "time": time.time()}])
         changes += [lambda: beat(run, step=25), lambda: beat(run, step=31)]
         views = Watcher(run).views()
-        seen = [(view.state.step, drawn(view)) for view in (next(views) for _ in range(3))]
+        seen = [(view.state.step, drawn(run, view)) for view in (next(views) for _ in range(3))]
         assert [step for step, _ in seen] == [30, 30, 31]
         assert all(f"{step}/100" in text and f"0 to {step}" in text for step, text in seen)
 
     def test_a_loss_of_nan_is_shown_as_not_finite(self, run: Catalog) -> None:
         beat(run, step=20, loss="nan", loss_step=20)
-        assert "not finite (nan)" in drawn(looked(run))
+        assert "not finite (nan)" in drawn(run, looked(run))
         beat(run, step=20, loss=0.25, loss_step=18)
-        assert "0.25 (step 18)" in drawn(looked(run))
+        assert "0.25 (step 18)" in drawn(run, looked(run))
 
     def test_the_next_look_follows_any_error_of_a_client(
         self, run: Catalog, changes: list[Change], monkeypatch: pytest.MonkeyPatch
