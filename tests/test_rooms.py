@@ -40,9 +40,9 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("deletion",),
     ),
     "cli": (
-        ("tables", "curve", "periflow"),
+        ("tables", "curve"),
         ("output",),
-        ("panels", "runs"),
+        ("panels", "periflow", "runs"),
         ("completion",),
         ("arguments",),
         (

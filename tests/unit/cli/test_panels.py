@@ -6,8 +6,7 @@ import pytest
 from rich.cells import cell_len
 
 from hf_cloudtrain.cli import panels
-from hf_cloudtrain.cli.output import facts_of
-from hf_cloudtrain.cli.panels import show_framed, show_panels, tree_of
+from hf_cloudtrain.cli.panels import facts_of, show_framed, show_panels, tree_of
 
 FILES = [("b/c.txt", 1500), ("a.txt", 5)]
 
@@ -32,8 +31,9 @@ def test_a_line_that_does_not_fit_is_whole_and_the_others_keep_their_border(
 ) -> None:
     url = "s3://bucket/" + "long/" * 30
     show_panels(("Overview", facts_of({"run": url, "step": 5})))
-    top, run, step, bottom = capsys.readouterr().out.splitlines()
-    assert run == f"│ run   {url}"
+    top, name, run, step, bottom = capsys.readouterr().out.splitlines()
+    assert name.startswith("│ run ")
+    assert run == f"│   {url}"
     assert step.endswith(" │")
     assert len({cell_len(line) for line in (top, step, bottom)}) == 1
     assert cell_len(top) <= 80
