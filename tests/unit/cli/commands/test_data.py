@@ -109,7 +109,8 @@ def test_view_shows_an_overview_the_tree_and_the_metadata(store: DatasetStore, g
     store.create("glue", glue)
     shown = cloudtrain("view", "glue").stdout
     overview, files, metadata = (panel.splitlines() for panel in shown.split("╭")[1:])
-    facts = dict(line.strip("│ ").split(None, 1) for line in overview[1:-1])
+    lines = [line.strip("│ ").split(None, 1) for line in overview[1:-1]]
+    facts = dict(line for line in lines if len(line) == 2)  # a long path stands on a line of its own
     assert facts["dataset"] == "glue"
     assert (facts["version"], facts["versions"]) == ("2", "1, 2")
     assert (facts["files"], facts["kinds"]) == ("3 files, 2.0 kB", "2 .parquet, 1 .md")
@@ -120,7 +121,7 @@ def test_view_shows_an_overview_the_tree_and_the_metadata(store: DatasetStore, g
         "test.parquet  500 B",
         "train.parquet  1.5 kB",
     ]
-    assert any(f"source         {glue}" in line for line in metadata)
+    assert any(str(glue) in line for line in metadata)
     record = answer("view", "glue", "--version", "1")
     assert (record["version"], record["metadata"]["source"]) == (1, str(glue))
     assert [file["path"] for file in record["files"]] == ["README.md", "mrpc/train.parquet"]
