@@ -6,6 +6,7 @@ The docstrings of the constants are the table of docs/environment.md: meaning, u
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -50,6 +51,9 @@ EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 """Variable of AWS: URL of the metadata service of EC2. Default: `http://169.254.169.254`."""
 GCE_HOST = "GCE_METADATA_HOST"
 """Variable of Google Cloud: host, or host:port, of its metadata service. Default: `169.254.169.254`."""
+LOG = "HF_CLOUDTRAIN_LOG"
+"""Lowest level of the messages of a training: `debug`, `info`, `warning`, `error` or `critical`. Default: transformers'
+verbosity, but `info` where that is `warning`, its own default."""
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
 """Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names.
 Default: none."""
@@ -135,6 +139,18 @@ def restored_checkpoint() -> str | None:
 def is_restart() -> bool:
     """Whether torchrun has restarted these workers."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def log_level() -> int | None:
+    """The lowest level of the messages of a training, as a number of `logging`; None if it is not set."""
+    name = os.environ.get(LOG, "").strip().upper()
+    if not name:
+        return None
+    if name not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise ConfigurationError(
+            f"{LOG}={name.lower()!r} must be one of: debug, info, warning, error, critical."
+        )
+    return int(getattr(logging, name))
 
 
 def drain_timeout() -> float:

@@ -92,6 +92,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def close_the_run_of_the_function_api() -> Iterator[None]:
     """The function API has one run per process, and the next test uses the same process."""
     yield
+    messages = sys.modules.get("hf_cloudtrain.integrations.messages")
+    if messages is not None:
+        messages._unused.clear()  # what a test creates and never uses
     functional = sys.modules.get("hf_cloudtrain.integrations.functions.api")
     if functional is not None and functional._Current.run is not None:
         functional._Current.run.close()

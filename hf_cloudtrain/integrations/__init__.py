@@ -8,6 +8,7 @@
 In reading order:
 
 - `lifecycle`   `AttemptLifecycle`: restore, begin, track, listen, finish or leave; and the only registry of Checkpointers
+- `messages`    the first and the last line of a training, and how messages are shown
 - `trainer/`    callbacks for the Hugging Face Trainer; the save path begins in `trainer/callbacks.py`
 - `loop/`       `TrainLoop`, for people who write their own loop with Accelerate
 - `functions/`  `init`, `train_step`, `upload_checkpoint` and the others, for any PyTorch loop

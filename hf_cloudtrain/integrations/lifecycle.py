@@ -25,6 +25,7 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.checkpoints.restore import Restored
 from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.integrations.messages import first_line, last_line, used
 from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
 from hf_cloudtrain.resume.topology import Conversion
@@ -52,6 +53,8 @@ class AttemptLifecycle:
         self.tracker: StepTracker | None = None
         """Of the attempt under way, on rank 0."""
         self.preemption: Preemption | None = None
+        self.restored: Manifest | None = None
+        """What this training restored."""
         self.is_leaving = False
         """Whether the training was cut short: its last save is, or will be, an emergency save."""
         self.is_over = False
@@ -72,6 +75,7 @@ class AttemptLifecycle:
         forget_end()
         if key not in _lifecycles:
             _lifecycles[key] = cls(Checkpointer(run_url, output_dir, **options))
+        _lifecycles[key].restored = None
         _lifecycles[key].checkpointer.restored_before(None)  # what an earlier training restored
         return _lifecycles[key]
 
@@ -87,6 +91,7 @@ class AttemptLifecycle:
             plan: looks at the manifest before the download: how its position is converted, if it must be. Raises PositionError
                 where that is impossible.
         """
+        used(self.checkpointer.storage.url)
         conversions: dict[str, Conversion | None] = {}
 
         def accept(manifest: Manifest) -> None:
@@ -94,6 +99,7 @@ class AttemptLifecycle:
             self.number(manifest, conversion)
 
         restored = self.checkpointer.restore(wanted=wanted, accept=accept)
+        self.restored = None if restored is None else restored.manifest
         return None if restored is None else (restored, conversions[restored.manifest.key])
 
     def number(self, manifest: Manifest, conversion: Conversion | None, number: int | None = None) -> None:
@@ -113,12 +119,16 @@ class AttemptLifecycle:
         started_over: bool = False,
         check_notices: bool = True,
         interrupted: Outcome = "stopped",
+        total: int | None = None,
+        saves: str = "saves when the script asks",
     ) -> Attempt:
         """Start an attempt at `step`.
 
         Args:
             started_over: the framework starts over by itself, as with a smaller batch after running out of memory.
             check_notices: whether a pending notice stops it.
+            total: steps in all; None if unknown.
+            saves: how often it saves, for the first line.
             interrupted: how an earlier attempt ended that is still under way: in a notebook, the process survives an exception.
         """
         for lifecycle in self._of_same_run():
@@ -126,8 +136,10 @@ class AttemptLifecycle:
         forget_end()
         if check_notices:
             check_no_pending_notice(self.checkpointer)
+        used(self.checkpointer.storage.url)
         attempt = self.checkpointer.begin(step, started_over=started_over)
         self.is_leaving = self.is_over = False
+        first_line(self.checkpointer, step=step, total=total, restored=self.restored, saves=saves)
         return attempt
 
     def interrupt(self, attempt: Attempt | None, outcome: Outcome = "stopped") -> None:
@@ -233,6 +245,7 @@ class AttemptLifecycle:
         finally:
             self.stop_listening()  # not before: a signal must not cut off the last upload
         self.end(outcome)
+        last_line(self.checkpointer)
 
     def end(self, outcome: Outcome, reason: str | None = None) -> None:
         """Record the end: in the exit file, and in the last heartbeat."""

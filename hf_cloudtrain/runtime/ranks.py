@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PeerError
+from hf_cloudtrain.runtime.patience import told_if_slow
 from hf_cloudtrain.runtime.rendezvous import FolderStore, LauncherStore, Rendezvous, Store
 from hf_cloudtrain.runtime.threads import at_exit, in_thread
 
@@ -172,6 +173,12 @@ class Ranks:
 
     def _turns(self, work: Callable[[], T] | None, what: str) -> list[T | None]:
         """Exchange states in short turns until the work of every rank is done; what `agree` and `each` are made of."""
+        if work is not None and self.is_main:
+            with told_if_slow(what):
+                return self._in_turns(work, what)
+        return self._in_turns(work, what)
+
+    def _in_turns(self, work: Callable[[], T] | None, what: str) -> list[T | None]:
         if self.size == 1:
             return [work() if work else None]
         task = in_thread(work) if work is not None else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -11,18 +13,29 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from transformers import Trainer, TrainingArguments
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_cloudtrain import CloudTrainCallback
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.runtime import patience
 from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import LOCAL
 from hf_cloudtrain.testing import FaultyDisk, FaultyStorage
 from tests.faults.small_disk import fill, make_read_only, mount_small_disk
-from tests.integration._attempts import ARGUMENTS, CallAt, committed_step, train, wait_until
+from tests.integration._attempts import (
+    ARGUMENTS,
+    CallAt,
+    Sentences,
+    committed_step,
+    make_model,
+    train,
+    wait_until,
+)
 
 
 def slow_upload(until: int | None, run_url: str, **arguments: Any) -> Any:
@@ -192,3 +205,57 @@ def _done(call: Callable[[], None]) -> bool:
             raise
         return False
     return True
+
+
+def forgets_the_callback(
+    output_dir: str, run_url: str, *, parts: str = "restore", **arguments: Any
+) -> dict[str, Any]:
+    """The callback is created, and perhaps restores; Trainer does not get it.
+
+    Args:
+        parts: `restore`: it restores for these arguments. `never`: it is not used. `elsewhere`: it restores, and something else is
+            trained.
+    """
+    set_seed(0)
+    args = TrainingArguments(
+        output_dir=output_dir,
+        **{
+            **ARGUMENTS,
+            **{name: value for name, value in arguments.items() if name not in ("result", "seen")},
+        },
+    )
+    cloud = CloudTrainCallback(run_url)
+    checkpoint = None if parts == "never" else cloud.restore(args)
+    model = make_model()
+    if parts == "elsewhere":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.step()
+        args = TrainingArguments(output_dir=f"{output_dir}-other", **ARGUMENTS)
+    Trainer(model=model, args=args, train_dataset=Sentences()).train(resume_from_checkpoint=checkpoint)
+    return {}
+
+
+def with_logging(level: str, **arguments: Any) -> Any:
+    """The script has configured logging itself."""
+    logging.basicConfig(format="mine %(levelname)s %(message)s", level=level)
+    return train(**arguments)
+
+
+def slow_check(**arguments: Any) -> Any:
+    """The first look at the storage takes longer than a user waits without a word."""
+    patience.PATIENCE = 0.05
+    plain_check = Storage.check
+
+    def check(self: Storage) -> None:
+        wait_until(lambda: "cloudtrain-patience" not in {thread.name for thread in threading.enumerate()})
+        plain_check(self)
+
+    with mock.patch.object(Storage, "check", check):
+        return train(**arguments)
+
+
+def verbosity(**arguments: Any) -> Any:
+    """`TRANSFORMERS_VERBOSITY` counts when transformers is imported, which was before the fork."""
+    if name := os.environ.get("TRANSFORMERS_VERBOSITY"):
+        transformers.logging.set_verbosity(getattr(logging, name.upper()))
+    return train(**arguments)

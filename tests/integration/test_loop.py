@@ -506,6 +506,24 @@ class TestEnd:
         assert [item[1] for item in rest] == [1] * 5
         assert _loops.difference(whole, resumed) == 0.0
 
+    def test_a_stop_that_is_complete_ends_the_run_on_every_machine(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def stop(loop: TrainLoop) -> None:
+            if loop.global_step == 2:
+                loop.stop(complete=True)
+
+        train(tmp_path / "run", tmp_path / "one", Rows(20), inside=stop)
+        assert read_history(str(tmp_path / "run")).attempts[0].state == "finished"
+        _, seen, _ = train(tmp_path / "run", tmp_path / "two", Rows(20))
+        assert seen == []
+        assert (
+            "The run is complete: stop(complete=True) ended it at step 4. Nothing is trained." in caplog.text
+        )
+        assert (tmp_path / "two/last/training_state.json").is_file()
+        _, seen, loop = train(tmp_path / "run", tmp_path / "three", Rows(20), epochs=3)
+        assert (seen[0][0], loop.global_step) == (5, 15)
+
     def test_a_complete_run_brings_its_results_to_an_empty_machine(self, tmp_path: Path) -> None:
         train(tmp_path / "run", tmp_path / "one", Rows(20))
         train(tmp_path / "run", tmp_path / "two", Rows(20))

@@ -31,6 +31,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
 from hf_cloudtrain.integrations.functions.modes import LocalRun, Mode, RemoteRun
+from hf_cloudtrain.integrations.messages import show_messages
 from hf_cloudtrain.runtime.threads import before_exit
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.tracking.exit_record import Outcome
@@ -78,6 +79,7 @@ def init(
     if url is None:
         _Current.run = _Run(total, LocalRun(local_log_name), 0)
         return
+    show_messages()
     restored = _restored_by_launcher()
     folder = env.checkpoint_dir(checkpoint_dir) or env.periflow_checkpoint_dir()
     mode = RemoteRun(url, folder, total, restored, policy)

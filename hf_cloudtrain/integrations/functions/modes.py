@@ -153,7 +153,7 @@ class RemoteRun(Mode):
             )
         if self._restored is not None:
             ranks.agree(self._check_restored, f"find {self._restored}")
-        lifecycle.begin(step)
+        lifecycle.begin(step, total=self._total, saves="saves at each upload_checkpoint()")
         lifecycle.track(first_step=step, total_steps=self._total)
 
     def begin_step(self) -> None:

@@ -10,7 +10,6 @@ Checkpointer freezes it and uploads in the background. Every rank calls everythi
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -23,10 +22,12 @@ from hf_cloudtrain.checkpoints.attempt_checks import Advice
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
+from hf_cloudtrain.integrations.loop.complete import end_run, is_complete
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
-from hf_cloudtrain.integrations.loop.reporting import LoopReport, number
+from hf_cloudtrain.integrations.loop.reporting import LoopReport, number, saves
 from hf_cloudtrain.integrations.loop.state import BestMetric, LoopState, storable_args
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
+from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.resume.dataloaders import length
 from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.runtime.tracebacks import short_traceback
@@ -34,8 +35,6 @@ from hf_cloudtrain.storage.urls import shown_url
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-logger = logging.getLogger(__name__)
 
 _ADVICE = Advice(
     resume="TrainLoop continues a run by itself; TrainLoop(accelerator, url, fresh=True) starts over.",
@@ -104,6 +103,7 @@ class TrainLoop:
         _check_arguments(num_epochs=num_epochs, save_steps=save_steps, logging_steps=logging_steps)
         policy = Policy(save_total_limit, keep_every_n_steps)
         url = env.run_url(run_url)
+        expect_use(url, "Iterate over the loop: `for epoch in loop.epochs()`.")
         self.accelerator: Any = accelerator
         self.num_epochs = num_epochs
         self.save_steps = save_steps
@@ -126,6 +126,8 @@ class TrainLoop:
         self._grace_seconds = grace_seconds
         self._resumed: Resumed | None = None
         self._looked_for_checkpoint = False
+        self._complete = False
+        """Whether the run is over where training was stopped."""
         self._steps: EpochSteps | None = None
         """Of the epoch under way; None before and after training."""
         self._epoch_saved = False
@@ -204,14 +206,11 @@ class TrainLoop:
         if not self._looked_for_checkpoint:
             self.resume()
         # A second iteration, after stop() or Ctrl-C in a notebook, continues from a checkpoint, not in the middle of a step.
-        self._looked_for_checkpoint = self._run.stop_requested = False
-        if self.epoch >= self.num_epochs:
-            if self._run.ranks.is_main:
-                text = "The run is complete: %d of %d epochs. Nothing is trained."
-                logger.warning(text, self.epoch, self.num_epochs)
+        self._looked_for_checkpoint = self._run.stop_requested = self._complete = False
+        if is_complete(self._lifecycle, self.epoch, self.num_epochs):
             self._complete_folder()
             return
-        attempt = self._lifecycle.begin(self.global_step)
+        attempt = self._lifecycle.begin(self.global_step, saves=saves(self.save_steps))
         self._run.begin(self._resumed)
         self._lifecycle.listen(grace=self._grace_seconds)
         while self.epoch < self.num_epochs and not self._run.stop_requested:
@@ -230,9 +229,11 @@ class TrainLoop:
                 self._end_epoch(steps, {}, better=False)
             self._run.state.epoch += int(steps.is_over)
         self._run.optimizers.close()
-        self._lifecycle.finish(
-            "finished" if self.epoch >= self.num_epochs else "stopped", then=self._complete_folder
-        )
+        complete = self._complete and not self._lifecycle.has_notice()
+        outcome = "finished" if complete or self.epoch >= self.num_epochs else "stopped"
+        self._lifecycle.finish(outcome, then=self._complete_folder)
+        if complete:
+            end_run(self._checkpointer, self.global_step, self.num_epochs)
         self._steps = None
 
     def steps(self, dataloader: Any) -> Iterator[Any]:
@@ -276,12 +277,15 @@ class TrainLoop:
         """Request a checkpoint, on all ranks: at the end of this step, or of the next where only that is exact."""
         self._run.save_requested = True
 
-    def stop(self) -> None:
+    def stop(self, *, complete: bool = False) -> None:
         """End training after this step, or the next where only that is exact; between steps, after this epoch.
 
         Call it on all ranks. The next attempt continues from there.
+
+        Args:
+            complete: the run is over, as with early stopping: the next attempt trains nothing, unless more epochs are planned.
         """
-        self._run.stop_requested = True
+        self._run.stop_requested, self._complete = True, complete
 
     @short_traceback
     def end_epoch(self, metrics: dict[str, Any] | None = None) -> None:

@@ -171,6 +171,12 @@ def train_bar(epoch: int, phase: str, total: int | None, done: int, *, hidden: b
     return tqdm(desc=f"[Epoch {epoch}] [{phase}]", total=total, initial=done, disable=hidden)
 
 
+def saves(save_steps: int | None) -> str:
+    """How often a loop saves, for the first line."""
+    every = "" if save_steps is None else f"every {save_steps} steps and "
+    return f"saves {every}at the end of each epoch"
+
+
 def shown(values: dict[str, float]) -> dict[str, str]:
     """Numbers in the space that a bar has: `2.56`, `7.8e-6`."""
     return {name: f"{value:.3g}".replace("e-0", "e-") for name, value in values.items()}

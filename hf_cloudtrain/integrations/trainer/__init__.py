@@ -14,6 +14,7 @@ In reading order:
 - `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
 - `known_trainers` the trainer classes that were tested, and where each is known to differ
 - `complete`       a run in which nothing is left to train: Trainer trains nothing, and the script goes on
+- `forgotten`      a Trainer without the callback whose `restore` was called: an error at its first step
 - `state`          trainer_state.json of a restored checkpoint, adapted to this machine
 - `topology`       a checkpoint of other processes, batches or accumulation, converted to new steps
 

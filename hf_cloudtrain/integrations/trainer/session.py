@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from transformers.trainer_utils import SaveStrategy
+
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
+from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.integrations.trainer import topology
 from hf_cloudtrain.integrations.trainer.checks import (
     check_all_processes_train_together,
@@ -24,6 +27,7 @@ from hf_cloudtrain.integrations.trainer.checks import (
     check_not_complete,
 )
 from hf_cloudtrain.integrations.trainer.complete import CompleteRun, record_completion
+from hf_cloudtrain.integrations.trainer.forgotten import ForgottenCallback
 from hf_cloudtrain.integrations.trainer.position import EpochLength
 from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
@@ -66,6 +70,7 @@ class Session:
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
+        self._forgotten: ForgottenCallback | None = None
         self._complete: CompleteRun | None = None
         """What `restore` found, if nothing is left to train."""
         self._begun: TrainerState | None = None
@@ -94,6 +99,7 @@ class Session:
         session = cls._sessions.get(key)
         if session is None or session._ended or session._options["fresh"] != fresh:
             session = cls._sessions[key] = cls(url, storage_options, fresh=fresh)
+            expect_use(url, "Pass the callback to Trainer: Trainer(…, callbacks=[cloud]).")
         session._policy = policy or session._policy
         session.listens |= listens
         return session
@@ -136,6 +142,7 @@ class Session:
         """Put the newest whole checkpoint into the output folder, as Trainer needs it; None on the first start."""
         lifecycle = self.open(args)
         ranks = lifecycle.checkpointer.ranks
+        self._forget_nothing(args)
         found = lifecycle.restore(
             _needed_by(ranks.neighbours), lambda manifest: topology.plan(args, manifest)
         )
@@ -195,6 +202,9 @@ class Session:
             uploads: whether the callback uploads checkpoints.
         """
         self._uploads |= uploads
+        if uploads and self._forgotten is not None:
+            self._forgotten.close()
+            self._forgotten = None
         lifecycle = self.open(args)
         if self._begun is not state:
             self._settle(state)
@@ -203,6 +213,8 @@ class Session:
             interrupted = self._begun is not None and not self._ended and not lifecycle.is_leaving
             lifecycle.begin(
                 state.global_step,
+                total=state.max_steps,
+                saves=_saves(args, state),
                 started_over=interrupted and args.auto_find_batch_size,
                 check_notices=self.listens,
                 interrupted="failed",
@@ -229,6 +241,11 @@ class Session:
                 self.lifecycle.finish(
                     uploads=self._uploads, then=lambda: record_completion(self.lifecycle, *early)
                 )
+
+    def _forget_nothing(self, args: TrainingArguments) -> None:
+        if self._forgotten is not None:
+            self._forgotten.close()
+        self._forgotten = ForgottenCallback(self.run_url, args)
 
     def correct(self, state: TrainerState, logs: dict[str, Any]) -> None:
         """Correct what Trainer logs at the end of a complete run."""
@@ -258,6 +275,12 @@ class Session:
                 "its start" if saved is None else f"step {saved.step}",
             )
         return args, state
+
+
+def _saves(args: TrainingArguments, state: TrainerState) -> str:
+    if args.save_strategy == SaveStrategy.STEPS:
+        return f"saves every {state.save_steps} steps"
+    return f"saves at the {'end of each epoch' if args.save_strategy == SaveStrategy.EPOCH else 'best evaluations'}"
 
 
 def _needed_by(ranks: list[int]) -> Any:
