@@ -230,8 +230,8 @@ class TrainLoop:
             self._run.state.epoch += int(steps.is_over)
         self._run.optimizers.close()
         complete = self._complete and not self._lifecycle.has_notice()
-        outcome = "finished" if complete or self.epoch >= self.num_epochs else "stopped"
-        self._lifecycle.finish(outcome, then=self._complete_folder)
+        is_over = complete or self.epoch >= self.num_epochs
+        self._lifecycle.finish("finished" if is_over else "stopped", then=self._complete_folder)
         if complete:
             end_run(self._checkpointer, self.global_step, self.num_epochs)
         self._steps = None
