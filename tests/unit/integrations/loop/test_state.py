@@ -122,6 +122,13 @@ class TestLoopState:
             LoopState(log=[{"epoch": 1}]).write_log(tmp_path)
         assert json.loads((tmp_path / "log.json").read_text()) == STATE.log
 
+    def test_the_log_is_json_whatever_was_logged(self, tmp_path: Path) -> None:
+        LoopState(log=[{"epoch": 0, "train": {"loss": math.nan, "caf\udce9": math.inf}}]).write_log(tmp_path)
+        text = (tmp_path / "log.json").read_text(encoding="utf-8")
+        assert json.loads(text, parse_constant=pytest.fail) == [
+            {"epoch": 0, "train": {"loss": None, "caf\\udce9": None}}
+        ]
+
     def test_the_log_is_one_file(self, tmp_path: Path) -> None:
         STATE.write_log(tmp_path)
         STATE.write_log(tmp_path)
