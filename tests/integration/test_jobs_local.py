@@ -302,7 +302,7 @@ def test_the_job_in_the_readme_is_the_one_of_the_example_and_runs(desk: Desk) ->
     whole = (REPOSITORY / "examples" / "glue" / "job.yml").read_text()
     mine, example = (parse_job(text.encode()) for text in (shown, whole))
     assert mine == example.model_copy(update={"experiment": None})
-    desk.file.write_text(whole.replace("--max_steps 600", "--max_steps 20 --save_steps 10"))
+    desk.file.write_text(whole.replace("--max_steps 6000", "--max_steps 20 --save_steps 10"))
     desk.call("job", "run", "-f", str(desk.file), "-d", str(REPOSITORY / "examples" / "glue"), "--wait")
     assert desk.status("glue")["run"]["step"] == 20
     assert desk.record("glue").nproc_per_node == 2
