@@ -55,7 +55,10 @@ def cannot_start(submission: Submission, lines: list[str], code: int | None) -> 
 
 def error_line(lines: list[str]) -> str | None:
     """The line by which `alike` recognises a failure; None where the next start may be better."""
-    errors = [line for line in lines if _ERROR.search(line) and not _OF_TORCHRUN.search(line)]
+    of_torchrun = [line for line in lines if _OF_TORCHRUN.search(line)]
+    errors = [line for line in lines if _ERROR.search(line) and line not in of_torchrun]
+    if not errors and of_torchrun:
+        return None  # its report is the same for every failure, such as a SIGKILL
     found = next(iter(reversed(errors or lines)), None)
     if found is None or _PASSES.search(found):
         return None

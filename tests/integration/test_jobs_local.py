@@ -85,7 +85,7 @@ def test_a_job_is_restarted_after_a_crash_from_its_newest_checkpoint(desk: Desk)
 
 
 def test_a_cancelled_job_saves_behind_a_tee_and_can_be_resumed(desk: Desk) -> None:
-    desk.write(f"{python('train.py', '60', '0.05')} | tee output.txt\necho never")
+    desk.write(f"echo at $PROCESSED_ITERS\n{python('train.py', '60', '0.05')} | tee output.txt\necho never")
     desk.run()
     desk.wait_for_step(10)
     desk.call("job", "cancel", "toy", "--wait")
@@ -97,6 +97,7 @@ def test_a_cancelled_job_saves_behind_a_tee_and_can_be_resumed(desk: Desk) -> No
     assert "never" not in desk.log()
     result = desk.call("job", "run", "--resume", "toy", "--wait")
     assert f"begins at {newest.step} with" in result.stdout
+    assert f"at {newest.step}\n" in result.stdout
     assert f"ends with {value_after(60)!r}" in result.stdout
     assert (desk.record().state, len(desk.record().starts)) == ("finished", 2)
 
@@ -171,6 +172,14 @@ def test_a_command_that_trains_nothing_has_failed(desk: Desk) -> None:
     result = desk.run("--wait", code=1)
     assert desk.record().state == "failed"
     assert "trained nothing" in result.stderr
+
+
+def test_a_command_that_cannot_start_is_started_once_and_names_what_to_mend(desk: Desk) -> None:
+    desk.write(python("trian.py"))
+    desk.run("--wait", code=1)
+    record = desk.record()
+    assert (record.state, len(record.starts)) == ("failed", 1)
+    assert "trian.py' does not exist. The command starts in '/workspace/project'" in (record.reason or "")
 
 
 def test_a_failed_setup_is_reported_with_its_exit_code(desk: Desk) -> None:

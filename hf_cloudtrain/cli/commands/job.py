@@ -47,7 +47,10 @@ def run(
     directory: Annotated[
         Path | None,
         typer.Option(
-            "--directory", "-d", metavar="DIR", help="Folder to copy into the workspace of the job."
+            "--directory",
+            "-d",
+            metavar="DIR",
+            help="Folder to copy into the workspace of the job: ./glue becomes /workspace/glue.",
         ),
     ] = None,
     engine: Annotated[EngineChoice | None, typer.Option("--engine", help=OVERRIDE)] = None,
