@@ -10,6 +10,7 @@ Reading order:
 - its parts: `watched_sampler` (observes the fetches, and compares the fingerprint of their indices) and `loader_state`
   (streams and DataLoaders that save their own position);
 - `optimizer_steps`: which optimizers have really stepped in a batch, and the gradients that wait for a step;
+- `outside_state`: what the variables of a script hold besides the state that Accelerate saves;
 - `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop;
 - `step_samplers`: PeriFlow's two samplers, whose position is a number of steps.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ def train(
     stateful: bool = False,
     evaluates: bool = False,
     plugin: Any = None,
+    average: bool | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[int], TrainLoop]:
-    """One attempt: weights, the script's steps as (batches so far of the epoch) of each optimizer step, and the loop."""
+    """One attempt: weights, the loop's step as the script sees it in each batch, and the loop.
+
+    Args:
+        average: keep an average of the weights in a variable, and return it as the weights; True registers it.
+    """
     _loops.forget_accelerate()
     set_seed(seed)
     accelerator = Accelerator(
@@ -78,6 +84,9 @@ def train(
     batches: Any = DataLoader(Rows(rows), batch_size=4, shuffle=True)
     held_out: Any = DataLoader(TensorDataset(torch.arange(16.0)), batch_size=4)
     model, optimizer, batches, held_out = accelerator.prepare(model, optimizer, batches, held_out)
+    ema = copy.deepcopy(model) if average is not None else None
+    if average:
+        accelerator.register_for_checkpointing(ema)
     loop = TrainLoop(accelerator, str(run), num_epochs=epochs, save_steps=save_steps, output_dir=output_dir)
     steps: list[int] = []
     for _epoch in loop.epochs():
@@ -86,6 +95,9 @@ def train(
             loss = ((model(batch["x"]) - batch["x"].sum(1, keepdim=True)) ** 2).mean()
             body(loop, accelerator, index, loss, optimizer)
             steps.append(loop.global_step)
+            if ema is not None:
+                for mean, value in zip(ema.parameters(), model.parameters(), strict=True):
+                    mean.data.mul_(0.9).add_(value.data, alpha=0.1)
             if kill is not None and loop.global_step == kill:
                 loop._checkpointer.wait()
                 raise KilledError(steps)
@@ -93,7 +105,7 @@ def train(
             for _ in loop.eval_batches(held_out):
                 pass
         loop.end_epoch({"loss": 1.0})
-    bare = accelerator.unwrap_model(model).state_dict()
+    bare = accelerator.unwrap_model(model if ema is None else ema).state_dict()
     return {name: value.clone() for name, value in bare.items()}, steps, loop
 
 
@@ -214,3 +226,13 @@ def test_law_7_stateful_loaders_are_exact_with_an_evaluation(tmp_path: Path, kil
     gap, found = through_a_kill(tmp_path, every_batch, kill=kill, stateful=True, evaluates=True, **arguments)
     assert gap == 0.0
     assert all(manifest.exact for manifest in found)
+
+
+@pytest.mark.parametrize(("registered", "exact"), [(False, None), (True, True)])
+def test_an_average_of_the_weights_is_exact_where_accelerate_saves_it(
+    tmp_path: Path, registered: bool, exact: bool | None
+) -> None:
+    gap, found = through_a_kill(tmp_path, every_batch, kill=3, rows=20, save_steps=2, average=registered)
+    assert (gap == 0.0) is bool(exact)
+    assert {manifest.exact for manifest in found} == {exact}
+    assert registered or "register_for_checkpointing(ema)" in str(found[0].inexact_reason)

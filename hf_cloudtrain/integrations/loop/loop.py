@@ -30,6 +30,7 @@ from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
 from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.resume.dataloaders import length
 from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
+from hf_cloudtrain.resume.outside_state import OutsideState
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
 
@@ -119,9 +120,15 @@ class TrainLoop:
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args))
-        optimizers = OptimizerSteps(accelerator)
         self._run = LoopRun(
-            accelerator, self._lifecycle, self._folder, self._report, state, optimizers, num_epochs
+            accelerator,
+            self._lifecycle,
+            self._folder,
+            self._report,
+            state,
+            OptimizerSteps(accelerator),
+            OutsideState(accelerator),
+            num_epochs,
         )
         self._grace_seconds = grace_seconds
         self._resumed: Resumed | None = None

@@ -23,6 +23,7 @@ from hf_cloudtrain.integrations.loop.topology import position, samples_per_step,
 from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.dataloaders import batch_size_of, drop_first_iterator, leave, length
 from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
+from hf_cloudtrain.resume.outside_state import OutsideState
 from hf_cloudtrain.resume.topology import check_same_topology
 from hf_cloudtrain.runtime.ranks import Ranks
 
@@ -41,6 +42,7 @@ class LoopRun:
     report: LoopReport
     state: LoopState
     optimizers: OptimizerSteps
+    outside: OutsideState
     num_epochs: int
     save_requested: bool = False
     stop_requested: bool = False
@@ -101,6 +103,7 @@ class EpochSteps:
             total_steps=run.total_steps,
             samples_per_step=samples_per_step(run.accelerator, dataloader),
         )
+        run.outside.begin()
         with position.watching(), run.bar("TRAIN", length(dataloader), position.batches) as bar:
             yield from self._batches(position, resumed is not None, bar)
 
@@ -150,6 +153,7 @@ class EpochSteps:
             sums=run.report.log.state_dict() if run.ranks.is_main else {},
         )
         where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
+        cursor = dataclasses.replace(cursor, exactness=cursor.exactness & run.outside.look())
         run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best)
         run.report.saved()
         if run.lifecycle.preemption is not None:
