@@ -53,16 +53,14 @@ class Outcome:
         return None
 
 
-def measure(
-    zygote: Zygote, name: str, folder: Path, *, twin: bool = False, ranks: int = 1, plant: str = ""
-) -> Outcome:
+def measure(zygote: Zygote, name: str, folder: Path, *, twin: bool = False, plant: str = "") -> Outcome:
     """Train uninterrupted without our callbacks; kill and resume with them, each on an empty machine.
 
     Args:
         twin: train uninterrupted once more, to see whether the set-up differs by itself.
         plant: an answer that the killed attempt records whatever is true, to test this harness.
     """
-    lab = _Lab(zygote, name, folder, ranks)
+    lab = _Lab(zygote, name, folder, ranks=2 if name.startswith("two processes") else 1)
     whole = lab.train("uninterrupted")
     again = lab.train("again") if twin else whole
     lab.killed(plant=plant)
@@ -73,7 +71,7 @@ def measure(
 class _Lab:
     """The attempts of one set-up."""
 
-    def __init__(self, zygote: Zygote, name: str, folder: Path, ranks: int) -> None:
+    def __init__(self, zygote: Zygote, name: str, folder: Path, *, ranks: int) -> None:
         self.url = (folder / "run").as_uri()
         self._zygote, self._name, self._folder, self._ranks = zygote, name, folder, ranks
         self._restored: int = -1
