@@ -4,10 +4,11 @@
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 #   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
+#   make test-trainers   trainers of TRL, sentence-transformers and peft, killed and resumed
 #   make test-pythons    import and basic tests on each Python of setup.cfg that is here
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test test-slow chaos test-lowest test-skypilot test-pythons demo bench docs clean
+.PHONY: help check test test-slow chaos test-lowest test-skypilot test-trainers test-pythons demo bench docs clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
@@ -27,6 +28,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azur
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 SERVERS := .servers/.azurite-$(AZURITE)
+TRAINERS := .venv-trainers/.installed
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
 SITE := .venv-docs/.installed
 
@@ -58,6 +60,9 @@ test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM) $(SLURM)
 test-skypilot: $(INSTALLED) $(PARSER)
 	.venv/bin/python -m pytest tests/skypilot -m skypilot $(PYTEST_ARGS)
 
+test-trainers: $(INSTALLED) $(TRAINERS)
+	.venv/bin/python -m pytest tests/trainers -m trainers $(PYTEST_ARGS)
+
 test-pythons:
 	$(PYTHON) .ci/pythons.py
 
@@ -73,7 +78,7 @@ docs: $(SITE)
 	@echo "The site is site/index.html"
 
 clean:
-	rm -rf .venv .venv-lowest .venv-skypilot .venv-docs .venv-pythons .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-skypilot .venv-trainers .venv-docs .venv-pythons .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh clone takes minutes here, most of them for torch.
@@ -97,6 +102,13 @@ $(SERVERS):
 $(PARSER):
 	$(PYTHON) -m venv .venv-skypilot
 	.venv-skypilot/bin/python -m pip install --quiet --disable-pip-version-check skypilot==$(SKYPILOT)
+	@touch $@
+
+# Beside our tested versions, and the CPU build of torch.
+$(TRAINERS): setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt \
+		trl==1.16.0 sentence-transformers==6.2.0 peft
 	@touch $@
 
 # Sources are read and not imported, so neither torch nor this package is installed.
