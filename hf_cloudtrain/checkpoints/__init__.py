@@ -15,6 +15,7 @@ Records on storage:
     manifest         manifest, position and key of a checkpoint: formats and checks
     paths            where each record is
     exactness        whether a resume from a checkpoint equals an uninterrupted run: yes, no, or not verified
+    digests          what a checkpoint was trained from: texts for its manifest
     attempts         the attempts of a run: numbers, heartbeats, stop requests
     completion       that training is over before its last planned step, as by early stopping
     ownership        whether an attempt is still the newest (law 6)

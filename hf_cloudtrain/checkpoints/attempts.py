@@ -43,6 +43,8 @@ class Attempt:
     """Whether the storage honoured exclusive create when it started."""
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     """Host, versions, command line: for people."""
+    trained: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    """What its manifests say of model, arguments and data, once these are known."""
 
 
 class Attempts:
@@ -79,7 +81,7 @@ class Attempts:
                 exclusive=self._storage.exclusive is not False,
                 facts=facts,
             )
-            created = self._storage.create(_path(number), encode_record(dataclasses.asdict(attempt)))
+            created = self._storage.create(_path(number), encode_record(_record(attempt)))
             if created and self._still_has(attempt):
                 # Each attempt tries: the first may have died before it got here.
                 self._storage.create(RUN, encode_record({"created": started, **facts}))
@@ -209,6 +211,12 @@ def run_sizes(storage: Storage) -> dict[str, int]:
         if above:
             sizes[above] += info.size
     return sizes
+
+
+def _record(attempt: Attempt) -> dict[str, Any]:
+    record = dataclasses.asdict(attempt)
+    del record["trained"]  # not known when an attempt begins
+    return record
 
 
 def _path(number: int) -> str:

@@ -136,7 +136,7 @@ class OutboxEntry:
             created=time.time(),
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             best=best,
-            origin={**origin(), **_not_finite(metrics)},
+            origin={**origin(), **_not_finite(metrics), **attempt.trained},
         )
 
     @property

@@ -11,7 +11,11 @@ In reading order:
 - `emergency`      `EmergencySaveCallback`: where to save after a notice, around Trainer's evaluations
 - `session`        what callbacks of the same run share: the lifecycle, and what was restored
 - `checks`         configurations that are refused before the first step
-- `position`       where the Trainer stands, for the manifest, and whether a resume from there is exact
+- `position`       where the Trainer stands, for the manifest
+- `evidence`       what the callback notices of a training, event by event
+- `exactness`      whether a resume equals an uninterrupted run, from all that was seen
+- `outside_state`  state in callbacks, data, modules and a loss that no checkpoint holds
+- `identity`       digests of model, arguments and data, and what differs when a checkpoint is restored
 - `known_trainers` the trainer classes that were tested, and where each is known to differ
 - `complete`       a run in which nothing is left to train: Trainer trains nothing, and the script goes on
 - `forgotten`      a Trainer without the callback whose `restore` was called: an error at its first step

@@ -19,14 +19,13 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.integrations.trainer import checks
 from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
+from hf_cloudtrain.integrations.trainer.evidence import EvidenceCallback
 from hf_cloudtrain.integrations.trainer.position import (
     EpochLength,
     epoch_ends,
-    inexact_reason,
     metrics,
     position,
 )
@@ -35,7 +34,7 @@ from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 
-class CheckpointUploadCallback(TrainerCallback):
+class CheckpointUploadCallback(EvidenceCallback):
     """Uploads every checkpoint in the background and restores the newest. Arguments as `CloudTrainCallback`."""
 
     @short_traceback
@@ -108,11 +107,13 @@ class CheckpointUploadCallback(TrainerCallback):
         self._session.check_resumed(args, state, self._epoch, kwargs)
         self._session.begin(args, state, uploads=True)
         self._held_back = self._before_evaluation = False
+        self.gather(args, state, kwargs)
         self._mark_save_begin()
 
     @short_traceback
     def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Hold a save back that would come before the epoch's evaluation, and note when a save begins."""
+        super().on_step_end(args, state, control, **kwargs)
         at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and epoch_ends(state, control)
         last = self._session.last_save
         self._before_evaluation = at_epoch_end and not (last and last.is_here)
@@ -137,17 +138,19 @@ class CheckpointUploadCallback(TrainerCallback):
     @short_traceback
     def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note when a save begins that was asked for during the evaluation."""
+        super().on_evaluate(args, state, control, **kwargs)
         if control.should_save and self._save_began_ns:  # not in an evaluation outside of training
             self._mark_save_begin()
 
     @short_traceback
     def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Freeze the folder that was just written."""
-        checkpointer = self._session.checkpointer
+        assert self._evidence is not None, "a save comes after the begin of a training"
+        checkpointer = self._evidence.checkpointer
         if not self._session.listens:
             checkpointer.check_not_overtaken()  # else the ranks learn of it at the end of a step
         last = self._session.last_save
-        reason = (last and last.inexact_reason) or inexact_reason(args, state, self._epoch)
+        reason = last.inexact_reason if last else None
         if self._before_evaluation:
             reason = (
                 reason or "it was saved before the evaluation at the end of the epoch, which a resume skips"
@@ -157,14 +160,16 @@ class CheckpointUploadCallback(TrainerCallback):
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
             position(args, state, self._epoch, kwargs.get("lr_scheduler")),
             since_ns=self._save_began_ns,
-            exactness=Exactness.no(reason) if reason else EXACT,
+            exactness=self._evidence.at_save(state, reason),
             metrics=metrics(state, best=best),
             best=best,
+            all_written=True,  # as the ranks know when they have agreed whether a resume is exact
         )
 
     @short_traceback
     def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Wait for the uploads: training ends when its last checkpoint is safe, or fails."""
+        super().on_train_end(args, state, control, **kwargs)
         self._session.end()
 
     def _mark_save_begin(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a Trainer stands in its data and schedule, in the terms of a manifest, and whether a resume from there is exact."""
+"""Where a Trainer stands in its data and schedule, in the terms of a manifest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ class EpochLength:
     """How many samples and batches an epoch has; None where the dataset is streamed."""
 
     def __init__(self, dataloader: Any = None) -> None:
-        collate = getattr(dataloader, "collate_fn", None)
-        self.masks_at_random = bool(getattr(getattr(collate, "data_collator", collate), "mlm", False))
-        """Whether fetching a batch draws random numbers (masked language models)."""
         self.samples: int | None
         self.batches: int | None
         self.batch: int | None = None
@@ -109,26 +106,6 @@ def position(
         data_seed=epoch.seed,
         lr_scheduler=None if lr_scheduler is None else _kind_of(lr_scheduler),
     )
-
-
-def inexact_reason(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> str | None:
-    """Why a resume from here cannot equal an uninterrupted run; None if it can, as far as is known."""
-    steps = epoch.steps(args.gradient_accumulation_steps)
-    if args.save_only_model:
-        return "save_only_model=True leaves out the optimizer, the scheduler and the random states"
-    if args.ignore_data_skip:
-        return "ignore_data_skip=True starts the epoch's data again"
-    stateful = sorted({str(name) for name in state.stateful_callbacks or ()} - {"TrainerControl"})
-    if stateful and not args.restore_callback_states_from_checkpoint:
-        return f"{', '.join(stateful)} starts over unless restore_callback_states_from_checkpoint=True"
-    if epoch.masks_at_random and not epoch.is_whole(state.global_step, args.gradient_accumulation_steps):
-        return "batches are masked at random as they are fetched, ahead of the step, so masks differ after a resume"
-    if epoch.drawn_each_epoch and steps and state.global_step > steps and state.global_step % steps:
-        return (
-            "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
-            "some samples of this epoch are repeated and others are skipped"
-        )
-    return None
 
 
 def metrics(state: TrainerState, *, best: bool) -> dict[str, float]:

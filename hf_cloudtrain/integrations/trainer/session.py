@@ -28,6 +28,7 @@ from hf_cloudtrain.integrations.trainer.checks import (
 )
 from hf_cloudtrain.integrations.trainer.complete import CompleteRun, record_completion
 from hf_cloudtrain.integrations.trainer.forgotten import ForgottenCallback
+from hf_cloudtrain.integrations.trainer.identity import Identity
 from hf_cloudtrain.integrations.trainer.position import EpochLength
 from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
@@ -63,6 +64,8 @@ class Session:
         self.run_url = run_url
         self._options: dict[str, Any] = {"storage_options": storage_options, "fresh": fresh}
         self._policy = Policy()
+        self.identity = Identity()
+        """The model, arguments and data of this process."""
         self.listens = False
         """Whether a callback of this session waits for notices."""
         self.last_save: LastSave | None = None
@@ -143,9 +146,7 @@ class Session:
         lifecycle = self.open(args)
         ranks = lifecycle.checkpointer.ranks
         self._forget_nothing(args)
-        found = lifecycle.restore(
-            _needed_by(ranks.neighbours), lambda manifest: topology.plan(args, manifest)
-        )
+        found = lifecycle.restore(_needed_by(ranks.neighbours), lambda manifest: self._plan(args, manifest))
         self._restored = self._complete = None
         if found is None:
             return None
@@ -162,6 +163,11 @@ class Session:
             load_best=args.load_best_model_at_end, adjust=adjust
         )
         return restored.path
+
+    def _plan(self, args: TrainingArguments, manifest: Manifest) -> Conversion | None:
+        conversion = topology.plan(args, manifest)
+        self.identity.check(manifest, args, same_steps=conversion is None)
+        return conversion
 
     def check_resumed(
         self, args: TrainingArguments, state: TrainerState, epoch: EpochLength, live: dict[str, Any]

@@ -1,0 +1,184 @@
+"""Whether fetching a batch draws random numbers, in this process or in a worker: those no resume can repeat in mid-epoch.
+
+A `WatchedCollate` replaces the collate function of a DataLoader, which ends each fetch. Nothing but the fetch happens between
+two fetches of a worker, and between the end of a step and the fetch that follows; so a random state that differs was
+used by the data. Reading torch's and numpy's state takes 4 us, Python's 20, so that one is read on a few steps only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+_ALWAYS = 8
+"""Gaps between steps in which Python's state is read too; after that in every eighth."""
+_OWN = ("inner", "counts", "last", "after_step")
+_KINDS = 4
+"""Counts: fetches compared, of them drawn from torch or numpy, compared for Python, of them drawn from Python."""
+
+
+class Drawn(NamedTuple):
+    """What was seen of the fetches so far."""
+
+    watched: int
+    """Fetches that were compared."""
+    surely: float
+    """Share of those that drew random numbers, among fetches that came right after one another: 0 to 1."""
+    perhaps: float
+    """The same among fetches that came after a step, where callbacks may have drawn them."""
+
+
+class HostState(NamedTuple):
+    """The random states that are on the host."""
+
+    torch: bytes
+    numpy: bytes
+    device: bytes
+    python: Any
+    """None where it was not read."""
+
+    @classmethod
+    def read(cls, *, python: bool) -> HostState:
+        """The states now."""
+        return cls(
+            _bytes_of(torch.get_rng_state()), _numpy(), _device(), random.getstate() if python else None
+        )
+
+
+class WatchedCollate:
+    """Replaces a collate function. Behaves like the original, except that fetches that draw random numbers are counted.
+
+    Args:
+        counts: for fetches that come right after one another, then for those that come after a step.
+    """
+
+    def __init__(self, inner: Any, counts: Any) -> None:
+        self.__dict__.update(inner=inner, counts=counts, last=None, after_step=False)
+
+    def __call__(self, samples: Any) -> Any:
+        """Collate as the original does, and look at the random states."""
+        batch = self.inner(samples)
+        before = self.last
+        now = self.__dict__["last"] = HostState.read(python=before is None or before.python is not None)
+        if before is not None:
+            counts, first = self.counts, _KINDS * self.after_step
+            counts[first] += 1
+            counts[first + 1] += before[:3] != now[:3]
+            if before.python is not None:
+                counts[first + 2] += 1
+                counts[first + 3] += before.python != now.python
+        self.__dict__["after_step"] = False
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            self.__dict__[name] = value
+        else:
+            setattr(self.inner, name, value)
+
+
+class _WatchedStart:
+    """Replaces the function that starts a worker: notes the random states that the worker begins with."""
+
+    def __init__(self, inner: Any, collate: WatchedCollate) -> None:
+        self.inner = inner
+        self.collate = collate
+
+    def __call__(self, worker: int) -> None:
+        if self.inner is not None:
+            self.inner(worker)
+        self.collate.last = HostState.read(python=True)
+
+
+class FetchWitness:
+    """Watches the fetches of one training DataLoader until `close`.
+
+    Example:
+        >>> witness = FetchWitness(dataloader)
+        >>> for batch in dataloader: witness.step_began(); train(batch); witness.step_ended()
+        >>> witness.drawn
+        Drawn(watched=12, surely=0.0, perhaps=0.0)
+    """
+
+    def __init__(self, dataloader: Any) -> None:
+        self._base = getattr(dataloader, "base_dataloader", dataloader)
+        self.can_watch = type(self._base) is DataLoader and self._base._iterator is None
+        self._gaps = 0
+        self._in_workers = self.can_watch and self._base.num_workers > 0
+        empty = [0] * (2 * _KINDS)
+        self._counts: Any = _shared(empty) if self._in_workers else empty
+        self._collate: WatchedCollate | None = None
+        if self.can_watch:
+            self._inner = self._base.collate_fn, self._base.worker_init_fn
+            self._collate = self._base.collate_fn = WatchedCollate(self._base.collate_fn, self._counts)
+            if self._in_workers:
+                self._base.worker_init_fn = _WatchedStart(self._base.worker_init_fn, self._collate)
+
+    @property
+    def drawn(self) -> Drawn:
+        """What was seen so far."""
+        counts = list(map(int, self._counts))
+        return Drawn(counts[0] + counts[_KINDS], _share(counts[:_KINDS]), _share(counts[_KINDS:]))
+
+    def step_ended(self) -> None:
+        """Note the random states: what changes them until the next fetch ends is that fetch."""
+        if self._collate is not None and not self._in_workers:
+            python = self._gaps < _ALWAYS or self._gaps % _ALWAYS == 0
+            self._collate.last, self._collate.after_step = HostState.read(python=python), True
+
+    def step_began(self) -> None:
+        """What a step draws, or the begin of an epoch, is no concern of the data."""
+        self._gaps += 1
+        if self._collate is not None and not self._in_workers:
+            self._collate.last, self._collate.after_step = None, False
+
+    def close(self) -> None:
+        """Put the original functions back."""
+        if self._collate is not None and self._base.collate_fn is self._collate:
+            self._base.collate_fn, self._base.worker_init_fn = self._inner
+        self._collate = None
+
+
+def _shared(counts: list[int]) -> Any:
+    """The same counts, for this process and its workers."""
+    shared: Any = torch.tensor(counts)
+    return shared.share_memory_()
+
+
+def _share(counts: list[int]) -> float:
+    compared, drawn, python_compared, python_drawn = counts
+    return max(drawn / max(compared, 1), python_drawn / max(python_compared, 1))
+
+
+def _bytes_of(state: torch.Tensor) -> bytes:
+    return ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def _numpy() -> bytes:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return b""
+    generator = numpy.random.mtrand._rand._bit_generator
+    if (
+        type(generator).__name__ == "MT19937"
+    ):  # 624 words and the position in them: numpy/random/src/mt19937.h
+        return ctypes.string_at(generator.ctypes.state_address, 2500)
+    return repr(generator.state).encode()
+
+
+def _device() -> bytes:
+    """CUDA's seed and offset, which are kept on the host; nothing in a worker, which must not start CUDA."""
+    cuda: Any = torch.cuda
+    if not cuda.is_initialized():
+        return b""
+    return _bytes_of(cuda.default_generators[cuda.current_device()].get_state())

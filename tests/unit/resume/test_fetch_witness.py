@@ -1,0 +1,110 @@
+"""Random numbers that a fetch draws are seen, wherever they are drawn; nothing else is taken for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from hf_cloudtrain.resume.fetch_witness import FetchWitness
+
+DRAWS: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.rand(1),
+    "numpy": np.random.rand,
+    "python": random.random,
+}
+
+
+class Data(Dataset):  # type: ignore[type-arg]
+    def __init__(self, draw: str | None) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        if self.draw:
+            DRAWS[self.draw]()
+        return index
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[int]:
+        for number in range(12):
+            torch.rand(1)
+            yield number
+
+
+def watched(loader: DataLoader[Any], step: Callable[[], object] = lambda: None) -> FetchWitness:
+    """A witness of an epoch, in which each step draws random numbers as dropout does."""
+    witness = FetchWitness(loader)
+    for _ in loader:
+        witness.step_began()
+        torch.rand(3), np.random.rand(), random.random()
+        witness.step_ended()
+        step()
+    witness.close()
+    return witness
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [*DRAWS])
+def test_what_the_data_draws_is_seen(kind: str, workers: int) -> None:
+    drawn = watched(DataLoader(Data(kind), batch_size=2, num_workers=workers)).drawn
+    assert drawn.watched >= 5
+    assert max(drawn.surely, drawn.perhaps) == 1.0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_step_and_the_order_draw_is_not_the_data(workers: int) -> None:
+    drawn = watched(DataLoader(Data(None), batch_size=2, num_workers=workers, shuffle=True)).drawn
+    assert (drawn.watched >= 5, drawn.surely, drawn.perhaps) == (True, 0.0, 0.0)
+
+
+def test_what_a_stream_draws_is_seen() -> None:
+    assert watched(DataLoader(Stream(), batch_size=2)).drawn.perhaps == 1.0
+
+
+def test_what_is_drawn_after_a_step_may_be_a_callback() -> None:
+    drawn = watched(DataLoader(Data(None), batch_size=2), step=lambda: torch.rand(1)).drawn
+    assert (drawn.surely, drawn.perhaps) == (0.0, 1.0)
+
+
+def test_two_fetches_in_a_row_leave_no_doubt() -> None:
+    loader = DataLoader(Data("torch"), batch_size=2)
+    witness = FetchWitness(loader)
+    list(loader)
+    assert witness.drawn.surely == 1.0
+
+
+class Collate:
+    field = 5
+
+    def __call__(self, samples: list[int]) -> Any:
+        return default_collate(samples)
+
+
+def test_the_collate_function_looks_like_the_original_and_comes_back() -> None:
+    original = Collate()
+    loader = DataLoader(Data(None), batch_size=2, collate_fn=original)
+    witness = FetchWitness(loader)
+    replaced: Any = loader.collate_fn
+    replaced.field = 7
+    assert (replaced is original, replaced.field, original.field) == (False, 7, 7)
+    assert not hasattr(replaced, "missing")
+    witness.close()
+    assert loader.collate_fn is original
+
+
+def test_workers_that_are_spawned_are_seen_too() -> None:
+    loader = DataLoader(Data("torch"), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    assert watched(loader).drawn.surely == 1.0
+
+
+def test_another_kind_of_loader_cannot_be_watched() -> None:
+    assert not FetchWitness([1, 2]).can_watch

@@ -1,0 +1,117 @@
+"""Attributes that change are named; what is known or constant is not."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_cloudtrain.resume.state_look import Looker, changed
+
+RNG = np.random.default_rng(0)
+
+
+class Thing:
+    pass
+
+
+class Augments:
+    def __call__(self) -> float:
+        return float(RNG.random())
+
+
+class Counted:
+    calls = 0
+
+
+def thing(**values: Any) -> Any:
+    made = Thing()
+    vars(made).update(values)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (0, lambda it: setattr(it, "value", 1)),
+        ([1], lambda it: it.value.append(2)),
+        ({"a": 1}, lambda it: it.value.update(a=2)),
+        (torch.zeros(2), lambda it: it.value.add_(1)),
+        (np.zeros(2), lambda it: it.value.__setitem__(0, 1)),
+        (thing(inner=thing(count=0)), lambda it: setattr(it.value.inner, "count", 1)),
+        (random.Random(0), lambda it: it.value.random()),
+        (np.random.default_rng(0), lambda it: it.value.random()),
+        (torch.Generator(), lambda it: torch.rand(1, generator=it.value)),
+        (
+            torch.nn.Linear(1, 1),
+            lambda it: it.value.weight.data.__class__ and it.value.weight.detach().add_(1),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_change_is_named(value: Any, change: Callable[[Any], object]) -> None:
+    it, looker = thing(other=1, value=value), Looker()
+    before = looker.look(it)
+    assert changed(before, looker.look(it)) is None
+    change(it)
+    assert changed(before, looker.look(it)) == "value"
+
+
+def test_a_generator_of_the_script_belongs_to_what_draws_from_it() -> None:
+    it, looker = Augments(), Looker()
+    before = looker.look(it)
+    it()
+    assert changed(before, looker.look(it)) == "RNG"
+
+
+def test_a_generator_in_a_partial_or_a_closure_is_seen() -> None:
+    generator, looker = random.Random(0), Looker()
+
+    def inside() -> float:
+        return generator.random()
+
+    for draws in (functools.partial(random.Random.random, generator), inside):
+        before = looker.look(draws)
+        draws()
+        assert changed(before, looker.look(draws)) is not None
+
+
+def test_a_number_of_the_class_is_seen() -> None:
+    it, looker = Counted(), Looker()
+    before = looker.look(it)
+    Counted.calls += 1
+    assert changed(before, looker.look(it)) == "calls"
+
+
+def test_what_is_known_may_change() -> None:
+    model = torch.nn.Linear(1, 1)
+    it, looker = thing(model=model), Looker([model])
+    before = looker.look(it)
+    model.weight.detach().add_(1)
+    assert changed(before, looker.look(it)) is None
+    assert looker.held(it) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1),
+        torch.nn.Linear(1, 1),
+        {"a": torch.zeros(1)},
+        [thing(mean=torch.zeros(1))],
+        iter([1]),
+        random.Random(0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_may_hold_state_is_named(value: Any) -> None:
+    assert Looker().held(thing(other=[1, "a", None], value=value)) == "value"
+
+
+def test_plain_values_hold_nothing() -> None:
+    assert Looker().held(thing(a=1, b="text", c=[1, {"d": None}], e=print, f=Thing)) is None
