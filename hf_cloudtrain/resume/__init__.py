@@ -11,11 +11,10 @@ Reading order:
   (streams and DataLoaders that save their own position);
 - `optimizer_steps`: which optimizers have really stepped in a batch, and the gradients that wait for a step;
 - `outside_state`: what the variables of a script hold besides the state that Accelerate saves;
-- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop;
-- `step_samplers`: PeriFlow's two samplers, whose position is a number of steps.
 - `fetch_witness`: whether fetching a batch draws random numbers, in this process or in a worker;
 - `state_look`: whether what an object keeps changes while it trains;
-- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop.
+- `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop;
+- `step_samplers`: PeriFlow's two samplers, whose position is a number of steps.
 
     DataPosition.begin(epoch, record)          a resume
         WatchedSampler   skips by index   ->   OrderCheck compares fingerprints   ->   RandomState.restore()

@@ -17,20 +17,22 @@ from torch.utils.data import DataLoader
 
 _ALWAYS = 8
 """Gaps between steps in which Python's state is read too; after that in every eighth."""
-_OWN = ("inner", "counts", "last", "after_step")
+_OWN = ("inner", "counts", "last", "after", "drew")
+RIGHT_AFTER = 0
+"""After which event a fetch came: after a fetch of the same step."""
+EVENTS = ("on_step_end", "on_log", "on_evaluate", "on_save")
+"""The others, by the callback that is called last before the fetch; 1, 2, 3 and 4 in the counts."""
 _KINDS = 4
 """Counts: fetches compared, of them drawn from torch or numpy, compared for Python, of them drawn from Python."""
 
 
 class Drawn(NamedTuple):
-    """What was seen of the fetches so far."""
+    """What was seen of the fetches so far that came after one kind of event."""
 
     watched: int
     """Fetches that were compared."""
-    surely: float
-    """Share of those that drew random numbers, among fetches that came right after one another: 0 to 1."""
-    perhaps: float
-    """The same among fetches that came after a step, where callbacks may have drawn them."""
+    share: float
+    """Share of those that drew random numbers, or before which a callback did: 0 to 1."""
 
 
 class HostState(NamedTuple):
@@ -54,11 +56,11 @@ class WatchedCollate:
     """Replaces a collate function. Behaves like the original, except that fetches that draw random numbers are counted.
 
     Args:
-        counts: for fetches that come right after one another, then for those that come after a step.
+        counts: for fetches that come right after one another, then for those that come after each of `EVENTS`.
     """
 
     def __init__(self, inner: Any, counts: Any) -> None:
-        self.__dict__.update(inner=inner, counts=counts, last=None, after_step=False)
+        self.__dict__.update(inner=inner, counts=counts, last=None, after=RIGHT_AFTER, drew=False)
 
     def __call__(self, samples: Any) -> Any:
         """Collate as the original does, and look at the random states."""
@@ -66,13 +68,15 @@ class WatchedCollate:
         before = self.last
         now = self.__dict__["last"] = HostState.read(python=before is None or before.python is not None)
         if before is not None:
-            counts, first = self.counts, _KINDS * self.after_step
+            counts, first = self.counts, _KINDS * self.after
             counts[first] += 1
             counts[first + 1] += before[:3] != now[:3]
+            self.__dict__["drew"] = before[:3] != now[:3]
             if before.python is not None:
                 counts[first + 2] += 1
                 counts[first + 3] += before.python != now.python
-        self.__dict__["after_step"] = False
+                self.__dict__["drew"] = before != now
+        self.__dict__["after"] = RIGHT_AFTER
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -105,9 +109,9 @@ class FetchWitness:
 
     Example:
         >>> witness = FetchWitness(dataloader)
-        >>> for batch in dataloader: witness.step_began(); train(batch); witness.step_ended()
-        >>> witness.drawn
-        Drawn(watched=12, surely=0.0, perhaps=0.0)
+        >>> for batch in dataloader: witness.step_began(); train(batch); witness.ended("on_step_end")
+        >>> witness.after("on_step_end")
+        Drawn(watched=12, share=0.0)
     """
 
     def __init__(self, dataloader: Any) -> None:
@@ -115,7 +119,7 @@ class FetchWitness:
         self.can_watch = type(self._base) is DataLoader and self._base._iterator is None
         self._gaps = 0
         self._in_workers = self.can_watch and self._base.num_workers > 0
-        empty = [0] * (2 * _KINDS)
+        empty = [0] * (_KINDS * (1 + len(EVENTS)))
         self._counts: Any = _shared(empty) if self._in_workers else empty
         self._collate: WatchedCollate | None = None
         if self.can_watch:
@@ -124,23 +128,34 @@ class FetchWitness:
             if self._in_workers:
                 self._base.worker_init_fn = _WatchedStart(self._base.worker_init_fn, self._collate)
 
-    @property
-    def drawn(self) -> Drawn:
-        """What was seen so far."""
-        counts = list(map(int, self._counts))
-        return Drawn(counts[0] + counts[_KINDS], _share(counts[:_KINDS]), _share(counts[_KINDS:]))
+    def after(self, event: str | None) -> Drawn:
+        """What was seen of fetches after one of `EVENTS`; None: right after another fetch."""
+        first = _KINDS * (RIGHT_AFTER if event is None else EVENTS.index(event) + 1)
+        compared, drawn, python_compared, python_drawn = map(int, self._counts[first : first + _KINDS])
+        return Drawn(compared, max(drawn / max(compared, 1), python_drawn / max(python_compared, 1)))
 
-    def step_ended(self) -> None:
-        """Note the random states: what changes them until the next fetch ends is that fetch."""
+    @property
+    def last_drew(self) -> bool:
+        """Whether the fetch of the next step's batch, which comes ahead of it, drew random numbers in this process."""
+        return self._collate is not None and not self._in_workers and self._collate.drew
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether random numbers were drawn in this process since the event that was noted last."""
+        last = None if self._collate is None or self._in_workers else self._collate.last
+        return last is not None and last != HostState.read(python=last.python is not None)
+
+    def ended(self, event: str) -> None:
+        """Note the random states: what changes them until the next fetch ends is that fetch, or a callback of that event."""
         if self._collate is not None and not self._in_workers:
             python = self._gaps < _ALWAYS or self._gaps % _ALWAYS == 0
-            self._collate.last, self._collate.after_step = HostState.read(python=python), True
+            self._collate.last, self._collate.after = HostState.read(python=python), EVENTS.index(event) + 1
 
     def step_began(self) -> None:
         """What a step draws, or the begin of an epoch, is no concern of the data."""
         self._gaps += 1
         if self._collate is not None and not self._in_workers:
-            self._collate.last, self._collate.after_step = None, False
+            self._collate.last, self._collate.after = None, RIGHT_AFTER
 
     def close(self) -> None:
         """Put the original functions back."""
@@ -153,11 +168,6 @@ def _shared(counts: list[int]) -> Any:
     """The same counts, for this process and its workers."""
     shared: Any = torch.tensor(counts)
     return shared.share_memory_()
-
-
-def _share(counts: list[int]) -> float:
-    compared, drawn, python_compared, python_drawn = counts
-    return max(drawn / max(compared, 1), python_drawn / max(python_compared, 1))
 
 
 def _bytes_of(state: torch.Tensor) -> bytes:

@@ -21,6 +21,10 @@ import xxhash
 Look = dict[str, Any]
 """Names of attributes, and what their values looked like."""
 
+_DRAWS = frozenset(
+    "random rand randn randint randperm rand_like randn_like bernoulli multinomial".split()  # of Python, numpy and torch
+)
+_OWN_GENERATORS = frozenset("default_rng Generator RandomState Random manual_seed".split())
 _DEPTH = 3
 _ITEMS = 16
 """First and last items of a container that are looked at."""
@@ -144,6 +148,18 @@ def changed(before: Look, now: Look) -> str | None:
         if name not in now or name not in before or now[name] != before[name]:
             return name
     return None
+
+
+def may_draw(function: Any) -> bool:
+    """Whether the code of a function names the random numbers that a whole process shares."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    waiting = [] if code is None else [code]
+    while waiting:
+        one = waiting.pop()
+        if _DRAWS.intersection(one.co_names) and not _OWN_GENERATORS.intersection(one.co_names):
+            return True
+        waiting += [item for item in one.co_consts if isinstance(item, types.CodeType)]
+    return False
 
 
 def enumerate_names(name: str, items: Iterable[Any]) -> list[tuple[str, Any]]:

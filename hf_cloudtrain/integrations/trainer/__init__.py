@@ -14,6 +14,7 @@ In reading order:
 - `position`       where the Trainer stands, for the manifest
 - `evidence`       what the callback notices of a training, event by event
 - `exactness`      whether a resume equals an uninterrupted run, from all that was seen
+- `worker_seeds`   the seed of loader processes that stay, which is drawn once in a run
 - `outside_state`  state in callbacks, data, modules and a loss that no checkpoint holds
 - `identity`       digests of model, arguments and data, and what differs when a checkpoint is restored
 - `known_trainers` the trainer classes that were tested, and where each is known to differ

@@ -65,12 +65,19 @@ class EvidenceCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """A log is no part of a fetch."""
         if self._evidence is not None:
-            self._evidence.waits_for_data()
+            self._evidence.ended("on_log")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: State, control: Control, **kwargs: Any
+    ) -> None:
+        """The loader processes of an evaluation have started."""
+        if self._evidence is not None:
+            self._evidence.predicted(kwargs.get("eval_dataloader"))
 
     def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """An evaluation is no part of a fetch."""
         if self._evidence is not None:
-            self._evidence.waits_for_data()
+            self._evidence.ended("on_evaluate")
 
     def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Put back what was replaced to watch."""

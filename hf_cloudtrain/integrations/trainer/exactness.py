@@ -1,6 +1,6 @@
 """Whether a resume from a Trainer's checkpoint equals an uninterrupted run, from all that was seen of the training.
 
-    by settings    save_only_model, ignore_data_skip, callbacks that start over      (`position.EpochLength`, arguments)
+    the settings   save_only_model, ignore_data_skip, callbacks that start over      (arguments, `position.EpochLength`)
     the trainer    its class was tested, or not                                      (`known_trainers`)
     the data       random numbers that a fetch draws; passes over a stream           (`resume.fetch_witness`)
     outside        callbacks, data, modules and a loss that keep state               (`outside_state`)
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,18 @@ from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.integrations.trainer import known_trainers
 from hf_cloudtrain.integrations.trainer.outside_state import OutsideState
 from hf_cloudtrain.integrations.trainer.position import EpochLength
+from hf_cloudtrain.integrations.trainer.worker_seeds import WorkerSeeds, draw_no_seed
 from hf_cloudtrain.resume.dataloaders import reads_here
-from hf_cloudtrain.resume.fetch_witness import FetchWitness
+from hf_cloudtrain.resume.fetch_witness import EVENTS, FetchWitness
 from hf_cloudtrain.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-_EVENTS_BETWEEN = ("on_step_end", "on_log", "on_evaluate", "on_save")
+UNSEEN = Exactness.not_verified("no batch was seen while it was fetched, so fetches may draw random numbers")
+UNWATCHED = Exactness.not_verified(
+    "the data is not read by a DataLoader of torch, so what it draws is unseen"
+)
 _USUAL = 0.5
 """Share of fetches that draw random numbers, below which a background thread of another library may have drawn them."""
 _SEVERITY = {True: 0.0, None: 1.0, False: 2.0}
@@ -74,8 +79,14 @@ class Evidence:
         if self._reads:
             self._witness = FetchWitness(dataloader)
             if self._resumed and self._persistent:
-                _draw_no_seed_for_workers(base)
-        self._others = [] if trainer is None else _others_who_may_draw(trainer, ours)
+                draw_no_seed(base)
+        self._evaluations = None
+        if self._resumed and args.dataloader_persistent_workers and _has_evaluated(state):
+            self._evaluations = WorkerSeeds()
+        self._exported = self._now_exported()
+        """As the script made them, and makes them again."""
+        self._others = _others_who_may_draw(trainer, ours)
+        self._savers = _savers_before(trainer, ours)
 
     def epoch_began(self, state: TrainerState) -> None:
         """Count a pass over the data."""
@@ -98,12 +109,19 @@ class Evidence:
         """What follows, until a batch is fetched, is no part of the step."""
         if self._epoch.batches is None:
             self._pass_ended = _stream_ended()
-        self.waits_for_data()
+        self.ended("on_step_end")
 
-    def waits_for_data(self) -> None:
-        """A log, an evaluation or a save is over as well."""
+    def ended(self, event: str) -> None:
+        """Nothing but the data draws random numbers from here on, or a callback of the same event."""
         if self._witness is not None:
-            self._witness.step_ended()
+            self._witness.ended(event)
+        if self._evaluations is not None:
+            self._evaluations.note()
+
+    def predicted(self, dataloader: Any) -> None:
+        """A batch of an evaluation was fetched."""
+        if self._evaluations is not None:
+            self._evaluations.undo(dataloader)
 
     def at_save(self, state: TrainerState, known: str | None = None) -> Exactness:
         """What is recorded with the save of this step: the strongest finding of all ranks, which have written their files then.
@@ -112,21 +130,58 @@ class Evidence:
             known: why this save in particular cannot be resumed exactly.
         """
         found = Exactness.no(known) if known else EXACT
-        found = found & by_settings(self._args, state, self._epoch)
+        found = found & self._of_settings(state)
         if self._trainer is None:
             found = found & Exactness.not_verified("the Trainer that calls the callback was not found")
         else:
             found = found & known_trainers.of_trainer(self._args, self._trainer)
         found = found & self._of_data(state)
         if self._outside is not None:
-            found = found & self._outside.at_save()
-        self.waits_for_data()  # what a save draws is no concern of the data
+            found = found & self._outside.at_save(self._folder(state))
+        self.ended("on_save")
         return strongest(found, self.checkpointer.ranks)
+
+    def _folder(self, state: TrainerState) -> Path:
+        return self.checkpointer.output_dir / f"checkpoint-{state.global_step}"
 
     def close(self) -> None:
         """Put back what was replaced to watch the data."""
+        self._evaluations = None
         if self._witness is not None:
             self._witness.close()
+
+    def _of_settings(self, state: TrainerState) -> Exactness:
+        args, steps = self._args, self._epoch.steps(self._args.gradient_accumulation_steps)
+        if args.save_only_model:
+            return Exactness.no(
+                "save_only_model=True leaves out the optimizer, the scheduler and the random states"
+            )
+        if args.ignore_data_skip and not (steps and state.global_step % steps == 0):
+            return Exactness.no("ignore_data_skip=True starts the epoch's data again")
+        starts_over = [
+            name for name, before in self._exported.items() if before != self._now_exported().get(name)
+        ]
+        if starts_over and not args.restore_callback_states_from_checkpoint:
+            return Exactness.no(
+                f"{', '.join(starts_over)} starts over unless restore_callback_states_from_checkpoint=True"
+            )
+        if self._epoch.drawn_each_epoch and steps and state.global_step > steps and state.global_step % steps:
+            return Exactness.no(
+                "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
+                "some samples of this epoch are repeated and others are skipped"
+            )
+        return EXACT
+
+    def _now_exported(self) -> dict[str, str]:
+        """The states of callbacks that say theirs, by class."""
+        from transformers.trainer_callback import ExportableState
+
+        callbacks = [] if self._trainer is None else self._trainer.callback_handler.callbacks
+        found: dict[str, str] = {}
+        for one in callbacks:
+            if isinstance(one, ExportableState):
+                found[type(one).__name__] = found.get(type(one).__name__, "") + repr(one.state())
+        return found
 
     def _of_data(self, state: TrainerState) -> Exactness:
         is_whole = self._epoch.is_whole(state.global_step, self._args.gradient_accumulation_steps)
@@ -143,54 +198,62 @@ class Evidence:
         return found if self._witness is None else found & self._of_fetches(self._witness, is_whole=is_whole)
 
     def _of_fetches(self, witness: FetchWitness, *, is_whole: bool) -> Exactness:
+        found = self._of_callbacks_at_save(witness)
         if is_whole and not (self._workers and self._persistent):
-            return EXACT  # a resume begins the next epoch with the random states of the save
-        if not witness.can_watch:
-            return Exactness.not_verified(
-                "the data is not read by a DataLoader of torch, so its random numbers are unseen"
-            )
-        drawn = witness.drawn
-        if not drawn.watched and not is_whole:
-            return Exactness.not_verified(
-                "no batch was seen while it was fetched, so it may draw random numbers"
-            )
-        if not drawn.surely and not drawn.perhaps:
+            # A resume begins the next epoch with the random states of the save.
+            return found & (EXACT if self._outside is None else self._outside.of_code(at_epoch_end=True))
+        if not witness.can_watch and not is_whole:
+            return found & UNWATCHED
+        seen = self._of_workers(witness, is_whole=is_whole) if self._workers else self._of_draws(witness)
+        if seen.exact and self._outside is not None:
+            seen = self._outside.of_code(at_epoch_end=False)
+        return found & seen
+
+    def _of_callbacks_at_save(self, witness: FetchWitness) -> Exactness:
+        """Whether a callback draws random numbers when a save is over, and so after they were saved."""
+        names = (
+            self._others["on_save"]
+            if witness.after("on_save").share and not self._data_draws(witness)
+            else []
+        )
+        alone = not any(self._others[event] for event in EVENTS if event != "on_save")
+        if self._savers and alone and witness.has_changed:
+            names = self._savers  # called before ours
+        if not names:
             return EXACT
-        if self._workers:
+        return Exactness.no(
+            f"the callback {names[0]} draws random numbers after a save, and a resume does not draw them"
+        )
+
+    def _of_workers(self, witness: FetchWitness, *, is_whole: bool) -> Exactness:
+        drawn = witness.after(None)
+        if drawn.share:
             return Exactness.no(
-                "workers draw random numbers for the batches, and a resume starts the workers again from new seeds"
+                "the loader processes draw random numbers for the batches, and a resume starts them again from new seeds"
             )
-        if self._others and not drawn.surely:
+        return EXACT if drawn.watched or is_whole else UNSEEN
+
+    def _of_draws(self, witness: FetchWitness) -> Exactness:
+        share = self._data_draws(witness)
+        if share is None:
+            doubtful = next((event for event in EVENTS if witness.after(event).share), None)
+            if doubtful is None:
+                return UNSEEN
             return Exactness.not_verified(
-                f"random numbers are drawn between steps, by the data or by the callback {self._others[0]}"
+                f"random numbers are drawn between steps, by the data or by the callback {self._others[doubtful][0]}"
             )
-        if max(drawn.surely, drawn.perhaps) < _USUAL:
+        if not share:
+            return EXACT
+        if share < _USUAL and not witness.last_drew:
             return Exactness.not_verified("random numbers were drawn now and then as batches were fetched")
         return Exactness.no(
             "random numbers are drawn as batches are fetched, ahead of the step, so the batches differ after a resume"
         )
 
-
-def by_settings(args: TrainingArguments, state: TrainerState, epoch: EpochLength) -> Exactness:
-    """What arguments and the order of the data decide."""
-    steps = epoch.steps(args.gradient_accumulation_steps)
-    if args.save_only_model:
-        return Exactness.no(
-            "save_only_model=True leaves out the optimizer, the scheduler and the random states"
-        )
-    if args.ignore_data_skip:
-        return Exactness.no("ignore_data_skip=True starts the epoch's data again")
-    stateful = sorted({str(name) for name in state.stateful_callbacks or ()} - {"TrainerControl"})
-    if stateful and not args.restore_callback_states_from_checkpoint:
-        return Exactness.no(
-            f"{', '.join(stateful)} starts over unless restore_callback_states_from_checkpoint=True"
-        )
-    if epoch.drawn_each_epoch and steps and state.global_step > steps and state.global_step % steps:
-        return Exactness.no(
-            "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
-            "some samples of this epoch are repeated and others are skipped"
-        )
-    return EXACT
+    def _data_draws(self, witness: FetchWitness) -> float | None:
+        """Share of the fetches that draw, where no callback can have done it; None where there was no such fetch."""
+        seen = [witness.after(None), *(witness.after(event) for event in EVENTS if not self._others[event])]
+        return max((drawn.share for drawn in seen if drawn.watched), default=None)
 
 
 def strongest(found: Exactness, ranks: Ranks) -> Exactness:
@@ -215,32 +278,39 @@ def calling_trainer() -> Any:
     return None
 
 
-def _others_who_may_draw(trainer: Any, ours: Any) -> list[str]:
-    """Callbacks that are called between our look at the random states and the fetch, and that are not known."""
+def _others_who_may_draw(trainer: Any, ours: Any) -> dict[str, list[str]]:
+    """Callbacks that are called between our look at the random states and the fetch, and that are not known; by event."""
     from transformers import TrainerCallback
 
-    found: list[str] = []
-    for callback in reversed(trainer.callback_handler.callbacks):
+    found: dict[str, list[str]] = {event: [] for event in EVENTS}
+    for callback in reversed([] if trainer is None else trainer.callback_handler.callbacks):
         if callback is ours or ours in getattr(callback, "_parts", ()):
             break
         kind = type(callback)
         if known_trainers.class_name(callback).startswith(("transformers.", "hf_cloudtrain.")):
             continue
-        if any(getattr(kind, event) is not getattr(TrainerCallback, event) for event in _EVENTS_BETWEEN):
-            found.append(kind.__name__)
+        for event in EVENTS:
+            if getattr(kind, event) is not getattr(TrainerCallback, event):
+                found[event].append(kind.__name__)
     return found
 
 
-def _draw_no_seed_for_workers(base: Any) -> None:
-    """Leave torch's random state alone when the workers start, as in the run that started them in its first epoch.
+def _savers_before(trainer: Any, ours: Any) -> list[str]:
+    """Callbacks that are told of a save before ours is, and that are not known."""
+    from transformers import TrainerCallback
 
-    A loader with persistent workers draws a seed for them once. A resumed run starts them again, after the random states
-    were restored.
-    """
-    import torch
+    found = []
+    for callback in [] if trainer is None else trainer.callback_handler.callbacks:
+        if callback is ours or ours in getattr(callback, "_parts", ()):
+            break
+        known = known_trainers.class_name(callback).startswith(("transformers.", "hf_cloudtrain."))
+        if not known and type(callback).on_save is not TrainerCallback.on_save:
+            found.append(type(callback).__name__)
+    return found
 
-    if base.generator is None:
-        base.generator = torch.Generator()
+
+def _has_evaluated(state: TrainerState) -> bool:
+    return any(name.startswith("eval_") for record in state.log_history for name in record)
 
 
 def _stream_ended() -> bool:

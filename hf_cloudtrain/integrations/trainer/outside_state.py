@@ -5,18 +5,24 @@ The objects are looked at when the first step begins and at saves, never on the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.integrations.trainer.known_trainers import class_name
-from hf_cloudtrain.resume.state_look import Look, Looker, changed
+from hf_cloudtrain.resume.state_look import Look, Looker, changed, may_draw
 
 _STATELESS = ("transformers.", "hf_cloudtrain.")
 """Callbacks of these packages keep nothing that training depends on, or say so as an ExportableState."""
 _OF_TORCH = {name for name in vars(torch.nn.Module()) if name != "_buffers"} | {"_buffers", "training"}
+_FETCHES = ("__getitem__", "__getitems__", "__iter__", "__call__")
+"""What a fetch calls."""
+_MOST_HEADER = 100_000_000
+"""Bytes of a header of safetensors, by its specification."""
 _LOOKED_UP = 1 << 20
 """Values of a buffer that is copied for comparison; larger ones are compared by version."""
 
@@ -56,16 +62,38 @@ class OutsideState:
         self._saves = 0
         self._found = EXACT
 
-    def at_save(self) -> Exactness:
-        """The findings now. The modules, of which there are many, are looked at in the first, second, fourth … save."""
+    def at_save(self, folder: Path) -> Exactness:
+        """The findings now. The modules, of which there are many, are looked at in the first, second, fourth … save.
+
+        Args:
+            folder: the checkpoint that was just written.
+        """
         self._saves += 1
         found = self._of_callbacks() & self._of_data()
         if self._saves & (self._saves - 1) == 0:
-            found = (
-                found & self._of_modules() & _of_optimizer(self._trainer) & _of_adapter(self._trainer.model)
-            )
+            found = found & self._of_modules() & _of_optimizer(self._trainer) & self._of_checkpoint(folder)
         self._found = self._found & found  # what was once seen stays true
         return self._found
+
+    def of_code(self, *, at_epoch_end: bool) -> Exactness:
+        """What the code of the data may draw, and has not drawn yet; at the end of an epoch, what callbacks may draw there."""
+        if at_epoch_end:
+            for callback in self._users_callbacks():
+                kind = type(callback)
+                if may_draw(kind.on_epoch_begin) or may_draw(kind.on_epoch_end):
+                    return Exactness.not_verified(
+                        f"the callback {kind.__name__} may draw random numbers between epochs, after this save"
+                    )
+            return EXACT
+        for name, part in self._parts_of_data():
+            kind = type(part)
+            own = not class_name(part).startswith(("torch.", "transformers.", "datasets.", "builtins."))
+            functions = [getattr(kind, method, None) for method in _FETCHES] if own else [part]
+            if any(map(may_draw, functions)):
+                return Exactness.not_verified(
+                    f"{_name_of(part)} ({name}) may draw random numbers, and has not drawn any yet"
+                )
+        return EXACT
 
     def _users_callbacks(self) -> list[Any]:
         from transformers.trainer_callback import ExportableState
@@ -114,9 +142,24 @@ class OutsideState:
         for name in {**self._modules, **now}:
             if not _same(self._modules.get(name), now.get(name)):
                 return Exactness.not_verified(
-                    f"{name!r} of the model changes in training, and no checkpoint has it"
+                    f"{name} of the model changes in training, and no checkpoint has it"
                 )
         return EXACT
+
+    def _of_checkpoint(self, folder: Path) -> Exactness:
+        trainer = self._trainer
+        if hasattr(trainer.model, "peft_config"):
+            return _of_adapter(trainer.model)
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return EXACT
+        saved = _names_in(folder)
+        missing = sorted(_names_of(trainer.model, saved)) if saved else []
+        if not missing:
+            return EXACT
+        return Exactness.no(
+            f"the checkpoint has other names for {len(missing)} weights, such as {missing[0]!r}, and Trainer loads them by the "
+            "names of the model, so they start over"
+        )
 
 
 def _of_optimizer(trainer: Any) -> Exactness:
@@ -157,6 +200,29 @@ def _of_adapter(model: Any) -> Exactness:
     )
 
 
+def _names_in(folder: Path) -> set[str]:
+    """Names of the tensors in the safetensors files of a checkpoint, by its index or header; empty without one."""
+    try:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            return set(json.loads(index.read_text())["weight_map"])
+        with open(folder / "model.safetensors", "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return set(json.loads(file.read(size))) if size < _MOST_HEADER else set()
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+def _names_of(model: Any, saved: set[str]) -> set[str]:
+    """Names of the model's tensors that are not in `saved`, under any of the names that share a tensor."""
+    by_memory: dict[Any, list[str]] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            key = (tensor.device, tensor.data_ptr()) if tensor.numel() else name
+            by_memory.setdefault(key, []).append(name)
+    return {names[0] for names in by_memory.values() if not saved.intersection(names)}
+
+
 def _module_values(model: Any) -> Iterator[tuple[str, Any]]:
     """Numbers and tensors of modules that are in no state dict; under an adapter, all buffers of the model."""
     looker, partly = Looker(), hasattr(model, "peft_config")
@@ -177,7 +243,11 @@ def _module_values(model: Any) -> Iterator[tuple[str, Any]]:
         }
         seen: Look = {name: looker._seen(value, 0) for name, value in plain.items()}
         for name, value in seen.items():
-            yield f"{path}.{name}", value
+            yield f"{name!r} of {type(module).__name__}{_at(path)}", value
+
+
+def _at(path: str) -> str:
+    return f" ({path})" if path else ""
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Random numbers that a fetch draws are seen, wherever they are drawn; nothing else is taken for them."""
+"""Random numbers that a fetch draws are seen, wherever they are drawn; nothing else counts as one."""
 
 from __future__ import annotations
 
@@ -46,40 +46,43 @@ def watched(loader: DataLoader[Any], step: Callable[[], object] = lambda: None) 
     for _ in loader:
         witness.step_began()
         torch.rand(3), np.random.rand(), random.random()
-        witness.step_ended()
+        witness.ended("on_step_end")
         step()
-    witness.close()
     return witness
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [*DRAWS])
 def test_what_the_data_draws_is_seen(kind: str, workers: int) -> None:
-    drawn = watched(DataLoader(Data(kind), batch_size=2, num_workers=workers)).drawn
-    assert drawn.watched >= 5
-    assert max(drawn.surely, drawn.perhaps) == 1.0
+    witness = watched(DataLoader(Data(kind), batch_size=2, num_workers=workers))
+    assert witness.after(None).share == 1.0
+    assert witness.last_drew == (not workers)
+    if not workers:
+        assert witness.after("on_step_end") == (5, 1.0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_step_and_the_order_draw_is_not_the_data(workers: int) -> None:
-    drawn = watched(DataLoader(Data(None), batch_size=2, num_workers=workers, shuffle=True)).drawn
-    assert (drawn.watched >= 5, drawn.surely, drawn.perhaps) == (True, 0.0, 0.0)
+    witness = watched(DataLoader(Data(None), batch_size=2, num_workers=workers, shuffle=True))
+    assert witness.after("on_step_end" if not workers else None).watched >= 5
+    assert witness.after("on_step_end").share == witness.after(None).share == 0.0
+    assert not witness.last_drew
 
 
 def test_what_a_stream_draws_is_seen() -> None:
-    assert watched(DataLoader(Stream(), batch_size=2)).drawn.perhaps == 1.0
+    assert watched(DataLoader(Stream(), batch_size=2)).after("on_step_end").share == 1.0
 
 
 def test_what_is_drawn_after_a_step_may_be_a_callback() -> None:
-    drawn = watched(DataLoader(Data(None), batch_size=2), step=lambda: torch.rand(1)).drawn
-    assert (drawn.surely, drawn.perhaps) == (0.0, 1.0)
+    witness = watched(DataLoader(Data(None), batch_size=2), step=lambda: torch.rand(1))
+    assert witness.after("on_step_end").share == 1.0
 
 
 def test_two_fetches_in_a_row_leave_no_doubt() -> None:
     loader = DataLoader(Data("torch"), batch_size=2)
     witness = FetchWitness(loader)
     list(loader)
-    assert witness.drawn.surely == 1.0
+    assert witness.after(None).share == 1.0
 
 
 class Collate:
@@ -103,7 +106,7 @@ def test_the_collate_function_looks_like_the_original_and_comes_back() -> None:
 
 def test_workers_that_are_spawned_are_seen_too() -> None:
     loader = DataLoader(Data("torch"), batch_size=2, num_workers=1, multiprocessing_context="spawn")
-    assert watched(loader).drawn.surely == 1.0
+    assert watched(loader).after(None).share == 1.0
 
 
 def test_another_kind_of_loader_cannot_be_watched() -> None:

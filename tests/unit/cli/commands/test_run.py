@@ -85,6 +85,14 @@ class TestRunStatus:
         assert (status["last_committed"], status["checkpoints"]) == ("000002-0000000400", 5)
         assert status["attempts"][1]["resumed_from"] == "000001-0000000200"
 
+    def test_says_whether_a_resume_is_exact(self, run: Run, empty: Run) -> None:
+        assert answer("run", "status", run.url)["exactness"] == "yes"
+        empty.begin()
+        assert answer("run", "status", empty.url)["exactness"] is None
+        empty.save(1, 5, exact=None, inexact_reason="EMA may keep state")
+        assert answer("run", "status", empty.url)["exactness"] == "not verified: EMA may keep state"
+        assert "not verified: EMA may keep state" in cloudtrain("run", "status", empty.url).stdout
+
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
         assert f"run at {empty.url!r}" in sentence("run", "status", empty.url)
 
