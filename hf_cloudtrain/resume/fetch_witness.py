@@ -152,7 +152,7 @@ class FetchWitness:
             self._collate.last, self._collate.after = HostState.read(python=python), EVENTS.index(event) + 1
 
     def step_began(self) -> None:
-        """What a step draws, or the begin of an epoch, is no concern of the data."""
+        """What a step draws, or the begin of an epoch, is not drawn by the data."""
         self._gaps += 1
         if self._collate is not None and not self._in_workers:
             self._collate.last, self._collate.after = None, RIGHT_AFTER

@@ -63,7 +63,7 @@ class EvidenceCallback(TrainerCallback):
             self._evidence.step_ended()
 
     def on_log(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
-        """A log is no part of a fetch."""
+        """A log is not part of a fetch."""
         if self._evidence is not None:
             self._evidence.ended("on_log")
 
@@ -75,7 +75,7 @@ class EvidenceCallback(TrainerCallback):
             self._evidence.predicted(kwargs.get("eval_dataloader"))
 
     def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
-        """An evaluation is no part of a fetch."""
+        """An evaluation is not part of a fetch."""
         if self._evidence is not None:
             self._evidence.ended("on_evaluate")
 

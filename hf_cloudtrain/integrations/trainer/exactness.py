@@ -106,7 +106,7 @@ class Evidence:
             self._witness.step_began()
 
     def step_ended(self) -> None:
-        """What follows, until a batch is fetched, is no part of the step."""
+        """What follows, until a batch is fetched, is not part of the step."""
         if self._epoch.batches is None:
             self._pass_ended = _stream_ended()
         self.ended("on_step_end")
