@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli.output import at_least, format_or_none, loss_text, of_total, rate_text
 from hf_cloudtrain.cli.tables import Columns
+from hf_cloudtrain.errors import ManifestError, ObjectNotFoundError
 from hf_cloudtrain.runtime.text import count_text, duration_text, time_text
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.history import AttemptInfo, History
@@ -61,6 +63,7 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "loss": loss_text(record["loss"], record["loss_step"], record["step"]),
         "goodput": at_least(format_or_none(record["goodput"], ".1%"), record["goodput_is_bound"]),
         "last committed": record["last_committed"] or "none yet",
+        "exact": record["exactness"],
         "checkpoints": record["checkpoints"],
         "last seen": f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None,
         "redone": at_least(
@@ -84,8 +87,16 @@ def _plus(attempt: dict[str, Any], *, newest: bool = True) -> str:
     return "+" if attempt["was_killed"] and (newest or not attempt["newest"]) else ""
 
 
-def status_record(history: History, stalled: str | None) -> dict[str, Any]:
-    """For `--json`: a run with at least one attempt."""
+def _exactness(catalog: Catalog, key: CheckpointKey) -> str | None:
+    """Whether a resume from a checkpoint equals an uninterrupted run, in words; None if its manifest cannot be read."""
+    try:
+        return str(catalog.read(key).exactness)
+    except (ManifestError, ObjectNotFoundError):  # damaged, or deleted since the listing
+        return None
+
+
+def status_record(history: History, stalled: str | None, catalog: Catalog) -> dict[str, Any]:
+    """For `--json`: a run with at least one attempt. Reads the manifest of the last committed checkpoint."""
     attempts = attempt_records(history.attempts)
     newest, progress = history.attempts[-1], history.attempts[-1].progress
     committed = max((key for info in history.attempts for key in info.checkpoints), default=None)
@@ -103,6 +114,7 @@ def status_record(history: History, stalled: str | None) -> dict[str, Any]:
         "goodput": history.goodput,
         "goodput_is_bound": history.is_goodput_bound,
         "last_committed": None if committed is None else str(committed),
+        "exactness": None if committed is None else _exactness(catalog, committed),
         "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
         "last_seen": newest.last_seen,
         "heartbeat_age_seconds": max(0.0, time.time() - newest.last_seen),

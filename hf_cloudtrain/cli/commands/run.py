@@ -92,7 +92,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
         raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
     if deleted := history.attempts[-1].facts.get(DELETED):
         raise NoCheckpointError(f"The run {catalog.storage.url!r} was deleted ({deleted}).")
-    record = shown.status_record(history, run_state(catalog).stalled)
+    record = shown.status_record(history, run_state(catalog).stalled, catalog)
     if as_json:
         print_json(record)
         return

@@ -79,7 +79,8 @@ def verify_resume(
         "signal": signal_.value,
         "killed_after": str(report.killed_after),
         "resumed_from": str(report.resumed_from),
-        "inexact_reason": report.inexact_reason,
+        "recorded": str(report.recorded),
+        "inexact_reason": report.recorded.reason,
         **report.comparison.record(),
         "folder": None if exact and folder is None else str(scratch),
     }
@@ -100,7 +101,7 @@ class Report:
         self.killed_after = interrupted.newest_when_killed
         self.resumed_from = resumed_from
         self.folders = (_folder(interrupted, self.killed_after), _folder(interrupted, resumed_from))
-        self.inexact_reason = interrupted.seen[resumed_from].inexact_reason
+        self.recorded = interrupted.seen[resumed_from].exactness
         self.comparison: Comparison = compare(
             whole.catalog, interrupted.catalog, whole.seen, interrupted.seen, resumed_from
         )
@@ -180,7 +181,7 @@ def _show(report: Report, record: dict[str, Any]) -> None:
             "command": record["command"],
             "killed": f"SIG{record['signal']} after {report.folders[0]}",
             "resumed from": report.folders[1],
-            "not exact by itself": record["inexact_reason"],
+            "recorded as": f"exact: {record['recorded']}",
             "steps": f"{found.steps[0]}, and {found.steps[1]} resumed",
             "sample order": _first(found.position, f"equal at {found.positions} checkpoints"),
             "logged values": _first(found.value, f"{found.values} equal"),
