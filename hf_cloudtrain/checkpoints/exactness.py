@@ -5,6 +5,7 @@ The answer is yes, no, or not verified: yes only where every source of differenc
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 from hf_cloudtrain.runtime.redaction import visible
@@ -55,6 +56,11 @@ class Exactness(NamedTuple):
         if self.exact is None:
             return f"Whether a resume equals an uninterrupted run is not verified: {self._why}. {FIND_OUT}."
         return f"A resume will not equal an uninterrupted run: {self._why}."
+
+    @property
+    def level(self) -> int:
+        """Of the sentence in the log: what is not verified may be as it should be."""
+        return logging.WARNING if self.exact is False else logging.INFO
 
     @property
     def _why(self) -> str:

@@ -158,7 +158,7 @@ class OutboxEntry:
         found = Exactness(self.exact, self.inexact_reason)
         if found.exact is True or found == told:
             return told
-        logger.warning("%s: %s", self.title, found.sentence)
+        logger.log(found.level, "%s: %s", self.title, found.sentence)
         return found
 
     def local_path(self, file: AcceptedFile) -> Path:

@@ -135,7 +135,7 @@ class Restorer:
         url = self._catalog.storage.url
         logger.warning("Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, url)
         if not manifest.exact:
-            logger.warning("%s", manifest.exactness.sentence)
+            logger.log(manifest.exactness.level, "%s", manifest.exactness.sentence)
 
 
 def _read_or_reason(catalog: Catalog, key: CheckpointKey) -> Manifest | str:

@@ -42,7 +42,7 @@ first.wait(60)
 SCRIPTS: dict[str, tuple[str, str]] = {
     "unknown protocol": (
         RESTORE.replace("sys.argv[1]", "'s4://bucket/run'"),
-        "ConfigurationError: Unknown protocol 's4://'.",
+        "ConfigurationError: 's4://bucket/run' .*Write 's3://bucket/run'",
     ),
     "missing extra": (
         "import sys; sys.modules['s3fs'] = None\n" + RESTORE.replace("sys.argv[1]", "'s3://bucket/run'"),
@@ -50,7 +50,7 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     ),
     "no credentials": (
         RESTORE.replace("sys.argv[1]", "'s3://bucket/run'"),
-        "StoragePermissionError: Could not write to 's3://bucket/run': the storage refused access .*Check the credentials",
+        "StoragePermissionError: Could not write to 's3://bucket/run': no credentials were found .*`cloudtrain doctor`",
     ),
     "no run URL": (
         RESTORE.replace("sys.argv[1]", "None"),
@@ -66,7 +66,7 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     ),
     "function API": (
         "import hf_cloudtrain as ct\nct.init(10, 's4://bucket/run', 'ckpt')\nct.restore()\n",
-        "ConfigurationError: Unknown protocol",
+        "ConfigurationError: 's4://bucket/run' .*Write 's3://bucket/run'",
     ),
 }
 

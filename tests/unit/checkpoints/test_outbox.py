@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -471,6 +472,7 @@ def test_of_the_entries_that_cannot_be_committed_only_the_last_is_kept(outbox: O
 def test_what_is_not_exact_is_said_once_and_again_where_the_reason_changes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     unknown, no = Exactness.not_verified("EMA may keep state"), Exactness.no("no optimizer")
     told = EXACT
     for step, found in enumerate((EXACT, unknown, unknown, EXACT, unknown, no, no)):
