@@ -5,9 +5,11 @@ The answer is yes, no, or not verified: yes only where every source of differenc
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import NamedTuple
 
+from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.runtime.redaction import visible
 
 FIND_OUT = "`cloudtrain verify-resume -- COMMAND` finds out"
@@ -70,3 +72,12 @@ class Exactness(NamedTuple):
 EXACT = Exactness()
 NOT_SAID = Exactness.not_verified("the code that saved it did not say")
 _WEIGHT = {False: 0, None: 1, True: 2}
+
+
+def strongest(found: Exactness, ranks: Ranks) -> Exactness:
+    """The strongest finding of all ranks, on all ranks; also a barrier."""
+    mine = -float(_WEIGHT[found.exact])
+    worst, main = ranks.begin_largest([mine, mine if ranks.is_main else -3.0]).result()
+    if worst == main:
+        return found  # of rank 0, which writes the manifest
+    return functools.reduce(Exactness.__and__, ranks.each(lambda: found, "say whether a resume is exact"))

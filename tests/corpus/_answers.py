@@ -43,8 +43,6 @@ def not_verified(word: str, *, fast: bool = False, todo: str = "") -> Answer:
     return Answer(None, word, fast, todo)
 
 
-LOOP = "no code yet in TrainLoop looks into loader processes, or at what a dataset keeps"
-
 ANSWERS: dict[str, Answer] = {
     # Trainer: arguments.
     "a list of samples": yes(fast=True),
@@ -185,11 +183,11 @@ ANSWERS: dict[str, Answer] = {
     "loop with augmentation": yes(),
     "loop with two loader processes": yes(),
     "loop with persistent loader processes": yes(),
-    "loop with augmentation in two loader processes": not_verified("loader processes", todo=LOOP),
+    "loop with augmentation in two loader processes": no("loader processes"),
     "loop with a stateful loader": yes(),
     "loop with a stateful loader and a prepared loader for evaluation": yes(fast=True),
     "loop over a stream, in its second pass": yes(),
-    "loop over a stream that counts its passes, in its second pass": not_verified("Stream", todo=LOOP),
+    "loop over a stream that counts its passes, in its second pass": not_verified("Stream"),
     "loop with accumulation by hand at 0, 2, 4 of enumerate": no("batch_index"),
     "loop with accumulation by hand at 1, 3, 5 of enumerate": yes(),
     "loop with accumulation by hand and the loop's number of the batch": yes(fast=True),

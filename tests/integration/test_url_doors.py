@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import hf_cloudtrain as ct
 from hf_cloudtrain import cli, env
 from hf_cloudtrain.checkpoints.retention import Policy
-from hf_cloudtrain.cli.arguments import open_catalog
+from hf_cloudtrain.cli.runs import open_catalog
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import ConfigurationError, JobFileError
 from hf_cloudtrain.integrations.functions.modes import RemoteRun

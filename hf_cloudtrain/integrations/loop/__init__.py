@@ -11,6 +11,7 @@ In reading order:
 - `steps`      one epoch: batches, optimizer steps, and the saves that are due
 - `folder`     how a save gets into a folder, and out of it again
 - `state`      the files in it: Accelerate's, made loadable by `from_pretrained`, and training_state.json
+- `data_evidence`   random numbers that loader processes draw, and data that keeps state of its own
 - `complete`   a run that `stop(complete=True)` ended
 - `reporting`  the means of what was logged: on the bar, in the records, in the accelerator's trackers
 - `topology`   where the loop stands, for the manifest, and how a checkpoint of a different topology is converted

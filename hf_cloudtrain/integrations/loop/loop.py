@@ -23,6 +23,7 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.complete import end_run, is_complete
+from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, number, saves
 from hf_cloudtrain.integrations.loop.state import BestMetric, LoopState, storable_args
@@ -128,6 +129,7 @@ class TrainLoop:
             state,
             OptimizerSteps(accelerator),
             OutsideState(accelerator),
+            DataEvidence(),
             num_epochs,
         )
         self._grace_seconds = grace_seconds

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hf_cloudtrain.checkpoints.exactness import strongest
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
+from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
 from hf_cloudtrain.integrations.loop.folder import Cursor, LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, as_eval
 from hf_cloudtrain.integrations.loop.state import LoopState
@@ -43,6 +45,7 @@ class LoopRun:
     state: LoopState
     optimizers: OptimizerSteps
     outside: OutsideState
+    data: DataEvidence
     num_epochs: int
     save_requested: bool = False
     stop_requested: bool = False
@@ -104,6 +107,7 @@ class EpochSteps:
             samples_per_step=samples_per_step(run.accelerator, dataloader),
         )
         run.outside.begin()
+        run.data.begin(dataloader)
         with position.watching(), run.bar("TRAIN", length(dataloader), position.batches) as bar:
             yield from self._batches(position, resumed is not None, bar)
 
@@ -153,7 +157,8 @@ class EpochSteps:
             sums=run.report.log.state_dict() if run.ranks.is_main else {},
         )
         where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
-        cursor = dataclasses.replace(cursor, exactness=cursor.exactness & run.outside.look())
+        found = cursor.exactness & run.outside.look() & run.data.look(between_epochs=self.is_over)
+        cursor = dataclasses.replace(cursor, exactness=strongest(found, run.ranks))
         run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best)
         run.report.saved()
         if run.lifecycle.preemption is not None:

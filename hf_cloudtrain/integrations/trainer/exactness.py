@@ -10,21 +10,19 @@ Each finding is an `Exactness`; the strongest of all ranks is recorded.
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness, strongest
 from hf_cloudtrain.integrations.trainer import known_trainers
 from hf_cloudtrain.integrations.trainer.outside_state import OutsideState
 from hf_cloudtrain.integrations.trainer.position import EpochLength
 from hf_cloudtrain.integrations.trainer.worker_seeds import WorkerSeeds, draw_no_seed
 from hf_cloudtrain.resume.dataloaders import reads_here
 from hf_cloudtrain.resume.fetch_witness import EVENTS, FetchWitness
-from hf_cloudtrain.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -35,7 +33,6 @@ UNWATCHED = Exactness.not_verified(
 )
 _USUAL = 0.5
 """Share of fetches that draw random numbers, below which a background thread of another library may have drawn them."""
-_SEVERITY = {True: 0.0, None: 1.0, False: 2.0}
 
 
 class Evidence:
@@ -254,15 +251,6 @@ class Evidence:
         """Share of the fetches that draw, where no callback can have done it; None where there was no such fetch."""
         seen = [witness.after(None), *(witness.after(event) for event in EVENTS if not self._others[event])]
         return max((drawn.share for drawn in seen if drawn.watched), default=None)
-
-
-def strongest(found: Exactness, ranks: Ranks) -> Exactness:
-    """The strongest finding of all ranks, on all ranks; also a barrier."""
-    mine = _SEVERITY[found.exact]
-    worst, main = ranks.begin_largest([mine, mine if ranks.is_main else -1.0]).result()
-    if worst == main:
-        return found  # of rank 0, which writes the manifest
-    return functools.reduce(Exactness.__and__, ranks.each(lambda: found, "say whether a resume is exact"))
 
 
 def calling_trainer() -> Any:

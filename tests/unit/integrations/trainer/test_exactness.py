@@ -181,7 +181,6 @@ def test_a_stream_is_exact_in_its_first_pass_and_between_passes(tmp_path: Path) 
         ({"save_only_model": True}, False, "save_only_model"),
         ({"ignore_data_skip": True}, False, "ignore_data_skip"),
     ],
-    ids=str,
 )
 def test_the_second_step_is(setup: dict[str, Any], answer: bool | None, word: str, tmp_path: Path) -> None:
     found = trained(tmp_path, **{"max_steps": 2, **setup})[2]
@@ -190,7 +189,7 @@ def test_the_second_step_is(setup: dict[str, Any], answer: bool | None, word: st
 
 
 @pytest.mark.parametrize(
-    ("setup", "answer"), [({"ignore_data_skip": True}, True), ({"after": (DrawsAtEpoch(),)}, None)], ids=str
+    ("setup", "answer"), [({"ignore_data_skip": True}, True), ({"after": (DrawsAtEpoch(),)}, None)]
 )
 def test_the_last_step_of_an_epoch_is(setup: dict[str, Any], answer: bool | None, tmp_path: Path) -> None:
     assert trained(tmp_path, **{"max_steps": 3, **setup})[3].exact is answer
