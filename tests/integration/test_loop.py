@@ -637,6 +637,10 @@ class TestEnd:
         with pytest.raises(ConfigurationError, match=r"call accelerator\.prepare"):
             next(loop.epochs())
 
+    def test_an_unknown_form_of_the_log_is_refused_with_the_known_ones(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"log_format='json' must be 'records' or 'epochs'"):
+            TrainLoop(None, "run", num_epochs=1, log_format="json")  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("name", ["num_epochs", "save_steps", "logging_steps"])
     def test_counts_must_be_positive(self, tmp_path: Path, name: str) -> None:
         arguments: dict[str, Any] = {"num_epochs": 1, name: 0}

@@ -159,6 +159,17 @@ class TestBestAndLast:
         log = json.loads((tmp_path / "two" / "log.json").read_text())
         assert [item["valid"]["loss"] for item in log] == [0.5, 0.3, 0.4, 0.6]
 
+    @pytest.mark.parametrize(("began", "asked"), [("records", "epochs"), ("epochs", "records")])
+    def test_a_run_keeps_the_form_of_its_log(self, tmp_path: Path, began: str, asked: str) -> None:
+        train(tmp_path / "run", tmp_path / "one", losses=(0.5, 0.3), log_format=began)
+        train(tmp_path / "run", tmp_path / "two", losses=(0.5, 0.3, 0.4), log_format=asked)
+        log = json.loads((tmp_path / "two" / "log.json").read_text())
+        if began == "epochs":
+            assert list(log) == ["Epoch 0", "Epoch 1", "Epoch 2"]
+            log = list(log.values())
+        name = {"records": "valid", "epochs": "valid_log"}[began]
+        assert [epoch[name]["loss"] for epoch in log] == [0.5, 0.3, 0.4]
+
     def test_greater_is_better_for_a_metric_that_is_not_a_loss(self, tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"metric_for_best_model": "accuracy"}
         _, loop = train(tmp_path / "run", tmp_path / "out", losses=(0.5, 0.3, 0.4), **arguments)

@@ -23,10 +23,15 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.complete import end_run, is_complete
-from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, number, saves
-from hf_cloudtrain.integrations.loop.state import BestMetric, LoopState, storable_args
+from hf_cloudtrain.integrations.loop.state import (
+    BestMetric,
+    LogFormat,
+    LoopState,
+    check_log_format,
+    storable_args,
+)
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
 from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.resume.dataloaders import length
@@ -59,6 +64,8 @@ class TrainLoop:
         greater_is_better: None: False where the metric's name ends in `loss`, else True.
         script_args: the script's arguments, as in `vars(args)`, recorded in `training_state.json` without secrets.
         logging_steps: optimizer steps between two reports of what was logged.
+        log_format: of `log.json` in a new run; a run keeps its own. `records` is a list with one record an epoch, `epochs` is
+            `{"Epoch 0": {"train_log": …, "valid_log": …}}`.
         grace_seconds: time that this machine has after a notice that names none, such as SIGTERM; None takes
             `HF_CLOUDTRAIN_GRACE`, else 30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
@@ -71,7 +78,8 @@ class TrainLoop:
         ConfigurationError: no run URL, or arguments that cannot work.
 
     Example:
-        >>> loop = TrainLoop(accelerator, "s3://bucket/runs/mrpc", num_epochs=3, save_steps=100)
+        >>> loop = TrainLoop(accelerator, "s3://bucket/runs/mrpc", num_epochs=3, save_steps=100,
+        ...                  processing_class=tokenizer, metric_for_best_model="loss")
         >>> for epoch in loop.epochs():                       # begins where the last attempt stopped
         ...     for batch in loop.steps(train_dataloader):    # skips what was seen
         ...         with accelerator.accumulate(model):
@@ -79,7 +87,7 @@ class TrainLoop:
         ...             accelerator.backward(loss)
         ...             optimizer.step(); lr_scheduler.step(); optimizer.zero_grad()
         ...         loop.log(loss=loss)
-        ...     loop.end_epoch(evaluate(model, eval_dataloader))
+        ...     loop.end_epoch(evaluate(model, eval_dataloader))  # keeps best/ and last/
     """
 
     @short_traceback
@@ -96,12 +104,14 @@ class TrainLoop:
         greater_is_better: bool | None = None,
         script_args: dict[str, Any] | None = None,
         logging_steps: int = 10,
+        log_format: LogFormat = "records",
         grace_seconds: float | None = None,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
     ) -> None:
+        check_log_format(log_format)
         _check_arguments(num_epochs=num_epochs, save_steps=save_steps, logging_steps=logging_steps)
         policy = Policy(save_total_limit, keep_every_n_steps)
         url = env.run_url(run_url)
@@ -120,17 +130,10 @@ class TrainLoop:
         self._checkpointer.policy = policy
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
-        state = LoopState(script_args=storable_args(script_args))
+        state = LoopState(script_args=storable_args(script_args), log_format=log_format)
+        optimizers, outside = OptimizerSteps(accelerator), OutsideState(accelerator)
         self._run = LoopRun(
-            accelerator,
-            self._lifecycle,
-            self._folder,
-            self._report,
-            state,
-            OptimizerSteps(accelerator),
-            OutsideState(accelerator),
-            DataEvidence(),
-            num_epochs,
+            accelerator, self._lifecycle, self._folder, self._report, state, optimizers, outside, num_epochs
         )
         self._grace_seconds = grace_seconds
         self._resumed: Resumed | None = None

@@ -21,10 +21,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hf_cloudtrain.checkpoints.manifest import decode_record
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
 from hf_cloudtrain.runtime.values import finite, utf8
@@ -39,6 +39,7 @@ _RESUME_ONLY = re.compile(
     r"|custom_checkpoint_\d+\.pkl|loop_state_\d+\.pt"
 )
 _OF_A_RANK = re.compile(r"(?:random_states_(\d+)\.pkl|loop_state_(\d+)\.pt)")
+LogFormat = Literal["records", "epochs"]
 _SMALL_FILE = 2**20
 """Bytes below which a file is copied rather than linked, because people edit such files in place."""
 
@@ -62,7 +63,9 @@ class LoopState:
     """The seed of torch."""
     script_args: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
-    """One record an epoch, as in `log.json`."""
+    """One record an epoch."""
+    log_format: LogFormat = "records"
+    """How `log.json` shows them: a run keeps the form that it began with."""
     sums: dict[str, Any] = field(default_factory=dict)
     """Sums of what was logged since the last report and in this epoch."""
 
@@ -75,7 +78,8 @@ class LoopState:
 
     def write_log(self, output_dir: Path) -> None:
         """Write `log.json`, so that a reader sees either the old one or the new one."""
-        text = utf8(json.dumps(finite(self.log), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+        log = _by_epoch(self.log) if self.log_format == "epochs" else self.log
+        text = utf8(json.dumps(finite(log), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
         write_whole(output_dir / "log.json", text.encode())
 
     @classmethod
@@ -110,6 +114,7 @@ class LoopState:
             best_nonce=str(record.get("best_nonce"))[:200],
             seed=seed if type(seed) is int else 0,
             log=[item for item in log if isinstance(item, dict)] if isinstance(log, list) else [],
+            log_format="epochs" if record.get("log_format") == "epochs" else "records",
             sums=record.get("sums") or {},
         )
 
@@ -258,6 +263,23 @@ def storable_args(script_args: dict[str, Any] | None) -> dict[str, Any]:
         else:
             kept[str(name)] = redact(str(value))[:2000]
     return kept
+
+
+def check_log_format(name: str) -> None:
+    """Refuse a form of `log.json` that is not known."""
+    if name not in get_args(LogFormat):
+        known = " or ".join(repr(one) for one in get_args(LogFormat))
+        raise ConfigurationError(f"log_format={name!r} must be {known}.")
+
+
+def _by_epoch(log: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"Epoch {record.get('epoch')}": {
+            "train_log": record.get("train", {}),
+            "valid_log": record.get("valid", {}),
+        }
+        for record in log
+    }
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_cloudtrain.checkpoints.exactness import strongest
@@ -45,8 +45,8 @@ class LoopRun:
     state: LoopState
     optimizers: OptimizerSteps
     outside: OutsideState
-    data: DataEvidence
     num_epochs: int
+    data: DataEvidence = field(default_factory=DataEvidence)
     save_requested: bool = False
     stop_requested: bool = False
     total_steps: int | None = None

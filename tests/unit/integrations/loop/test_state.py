@@ -96,6 +96,9 @@ class TestLoopState:
             ("log", [1, {"epoch": 0}], [{"epoch": 0}]),
             ("sums", None, {}),
             ("sums", ..., {}),
+            ("log_format", "xml", "records"),
+            ("log_format", ["epochs"], "records"),
+            ("log_format", ..., "records"),
         ],
     )
     def test_damaged_values_that_nothing_depends_on_are_dropped(
@@ -128,6 +131,20 @@ class TestLoopState:
         assert json.loads(text, parse_constant=pytest.fail) == [
             {"epoch": 0, "train": {"loss": None, "caf\\udce9": None}}
         ]
+
+    def test_the_log_may_be_keyed_by_epoch(self, tmp_path: Path) -> None:
+        log = [
+            {"epoch": 0, "step": 5, "train": {"loss": 1.5}, "valid": {"loss": math.nan}},
+            {"epoch": 1, "step": 10, "train": {"loss": 1.0}},
+        ]
+        state = LoopState(log=log, log_format="epochs")
+        state.write_log(tmp_path)
+        assert json.loads((tmp_path / "log.json").read_text()) == {
+            "Epoch 0": {"train_log": {"loss": 1.5}, "valid_log": {"loss": None}},
+            "Epoch 1": {"train_log": {"loss": 1.0}, "valid_log": {}},
+        }
+        read = LoopState.read(written(tmp_path, log=log, log_format="epochs"))
+        assert (read.log[1], read.log_format) == (log[1], "epochs")
 
     def test_the_log_is_one_file(self, tmp_path: Path) -> None:
         STATE.write_log(tmp_path)
