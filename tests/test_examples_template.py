@@ -1,11 +1,14 @@
 """A copy of the template trains without changes, and its run resumes exactly after an interruption."""
 
+import csv
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -15,14 +18,19 @@ from hf_cloudtrain.cli import app
 from hf_cloudtrain.tracking.history import read_history
 
 ROOT = Path(__file__).parents[1]
+TEMPLATE = ROOT / "examples" / "template"
 LOAD = """
-import torch
+import sys
 from model.modeling import Classifier
+from transformers import AutoTokenizer
 
-model = Classifier.from_pretrained("output/first/best").eval()
-few, many = torch.zeros(1, 15, dtype=torch.long), torch.full((1, 15), 31)
-print(*(model(input_ids=ids).logits.argmax().item() for ids in (few, many)))
+folder, *texts = sys.argv[1:]
+model, tokenizer = Classifier.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+for text in texts:
+    print(model.config.id2label[model(**tokenizer(text, return_tensors="pt")).logits.argmax().item()])
 """
+ROWS = [("映画 は good", "よい"), ('a "good", long film', "よい"), ("bad film", "悪い"), ("bad\nbad", "悪い")]
+"""Among them what a CSV file quotes: a comma, quotes and a line break."""
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +62,14 @@ def python(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_new_project_trains_without_changes_and_its_model_loads(trained: Path) -> None:
     output = trained / "output" / "first"
     log = json.loads((output / "log.json").read_text())
-    assert [record["epoch"] for record in log] == [0, 1, 2]
-    assert log[-1]["valid"]["accuracy"] > 0.95
-    assert log[-1]["valid"]["loss"] < log[0]["valid"]["loss"]
+    assert list(log) == ["Epoch 0", "Epoch 1", "Epoch 2"]
+    assert log["Epoch 2"]["train_log"]["loss"] < log["Epoch 0"]["train_log"]["loss"]
+    assert log["Epoch 2"]["valid_log"]["accuracy"] > 0.95
+    assert log["Epoch 2"]["valid_log"]["loss"] < log["Epoch 0"]["valid_log"]["loss"]
     state = json.loads((output / "last" / "training_state.json").read_text())
     assert (state["step"], state["script_args"]["batch_size"]) == (375, 16)
-    assert python(trained, "-c", LOAD).stdout.split() == ["0", "1"]
+    shown = python(trained, "-c", LOAD, "output/first/best", "a b c d e", "V W x y z").stdout
+    assert shown.splitlines() == ["first half", "second half"]
 
 
 def test_an_interrupted_run_resumes_elsewhere_with_the_weights_of_an_uninterrupted_one(project: Path) -> None:
@@ -83,4 +93,68 @@ def test_a_finished_run_trains_again_only_with_more_epochs(project: Path) -> Non
     assert "The run is complete: 3 of 3 epochs" in again.stderr
     python(project, "train.py", "--output_dir", "more", "--num_epochs", "4")
     log = json.loads((project / "more" / "log.json").read_text())
-    assert [record["epoch"] for record in log] == [0, 1, 2, 3]
+    assert list(log) == ["Epoch 0", "Epoch 1", "Epoch 2", "Epoch 3"]
+
+
+def test_a_project_trains_on_data_files_and_saves_the_tokenizer_of_their_words(project: Path) -> None:
+    with open(project / "train.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("id", "text", "label"), *((0, *row) for row in ROWS * 16)])
+    lines = [json.dumps({"label": label, "text": text}) for text, label in (*ROWS, ("", "悪い"))]
+    (project / "valid.jsonl").write_text("\n".join(lines) + "\n\n")
+    files = ("--train_file", "train.csv", "--validation_file", "valid.jsonl")
+    options = [*files, "--run_url", "runs/mine", "--learning_rate", "0.1"]
+    train = f"import train\ntrain.main({options})\n"
+    shown = python(project, "-c", train + LOAD, "output/mine/last", "GOOD", "bad").stdout
+    assert shown.splitlines()[-2:] == ["よい", "悪い"]
+    vocabulary = json.loads((project / "output/mine/last/tokenizer.json").read_text())["model"]["vocab"]
+    assert {"映", "画", "good", "bad"} <= set(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    spec = importlib.util.spec_from_file_location("template_dataset", TEMPLATE / "model" / "dataset.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl"])
+def test_labels_of_a_file_may_be_numbers(dataset: Any, tmp_path: Path, name: str) -> None:
+    csv_text, json_text = "\ufefftext,label\nfine,1\n", '{"text": "fine", "label": 1}\n'
+    (tmp_path / name).write_text(csv_text if name.endswith("csv") else json_text, encoding="utf-8")
+    assert dataset.read_rows(str(tmp_path / name)) == [("fine", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.tsv", b"text\tlabel\n", "must end in .csv, .json or .jsonl"),
+        ("rows.csv", None, "No such file"),
+        ("rows.csv", b"", "has no rows"),
+        ("rows.csv", b"text,label\n", "has no rows"),
+        ("rows.csv", b"sentence,label\nfine,1\n", "Row 1 of .*its fields: 'sentence', 'label'"),
+        ("rows.csv", b"text,label\nfine,1\nfine\n", "Row 2 of .*needs the fields 'text' and 'label'"),
+        ("rows.csv", b"text,label\nfine,\n", "Row 1 of .*needs the fields 'text' and 'label'"),
+        ("rows.csv", b"text,label\n\xff,1\n", "cannot be read: .*utf-8"),
+        ("rows.jsonl", b'{"text": "fine", "label": null}', "Row 1 of .*needs the fields"),
+        ("rows.jsonl", b'{"text": "fine", "label": 1}\n{"text": ', "Row 2 of .*is not a JSON object"),
+        ("rows.json", b'[\n{"text": "fine", "label": 1}\n]', "Row 1 of .*is not a JSON object"),
+        ("rows.json", b"[1, 2]", "Row 1 of .*is not a JSON object"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_its_row(
+    dataset: Any, tmp_path: Path, name: str, data: bytes | None, message: str
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(SystemExit, match=message) as caught:
+        dataset.read_rows(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_label_that_the_training_data_lacks_is_refused(dataset: Any) -> None:
+    with pytest.raises(SystemExit, match="no row with the label 'c'"):
+        dataset.TextDataset([("fine", "c")], lambda texts, truncation: {}, ["a", "b"])

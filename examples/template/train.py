@@ -2,6 +2,7 @@
 
 python train.py                                     # checkpoints in the folder runs/first
 python train.py --run_url s3://bucket/runs/first    # checkpoints on storage
+python train.py --train_file train.csv --validation_file valid.csv    # your data: csv or JSON lines with text and label
 torchrun --nproc_per_node 2 train.py                # two processes; or: accelerate launch train.py
 """
 
@@ -14,9 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from model.configuration import ClassifierConfig
-from model.dataset import MajorityDataset
+from model.dataset import TextDataset, read_rows, synthetic_rows
 from model.modeling import Classifier
+from model.tokenizer import build_tokenizer
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
 from hf_cloudtrain import TrainLoop
 
@@ -27,14 +30,27 @@ def main(argv: list[str] | None = None) -> None:
     # Without `cpu`, processes on a machine without an accelerator train independently of each other.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
 
-    train_dataset, eval_dataset = MajorityDataset(2000, seed=1), MajorityDataset(400, seed=2)
-    model = Classifier(ClassifierConfig(num_labels=2))
+    if args.train_file:
+        train_rows, eval_rows = read_rows(args.train_file), read_rows(args.validation_file)
+    else:
+        train_rows, eval_rows = synthetic_rows(2000, seed=1), synthetic_rows(400, seed=2)
+    tokenizer = build_tokenizer([text for text, _ in train_rows])
+    labels = sorted({label for _, label in train_rows})
+    train_dataset, eval_dataset = (TextDataset(rows, tokenizer, labels) for rows in (train_rows, eval_rows))
+    collator = DataCollatorWithPadding(tokenizer)
+
+    config = ClassifierConfig(
+        vocab_size=len(tokenizer),
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+    )
+    model = Classifier(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     model, optimizer, train_dataloader, eval_dataloader = accelerator.prepare(
         model,
         optimizer,
-        DataLoader(train_dataset, batch_size=args.batch_size, shuffle=True),
-        DataLoader(eval_dataset, batch_size=args.batch_size),
+        DataLoader(train_dataset, batch_size=args.batch_size, shuffle=True, collate_fn=collator),
+        DataLoader(eval_dataset, batch_size=args.batch_size, collate_fn=collator),
     )
 
     loop = TrainLoop(
@@ -43,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         num_epochs=args.num_epochs,
         save_steps=args.save_steps,
         output_dir=args.output_dir,
+        processing_class=tokenizer,
         metric_for_best_model="accuracy",
+        log_format="epochs",
         script_args=vars(args),
     )
     for _epoch in loop.epochs():
@@ -69,9 +87,9 @@ def evaluate(
     model.eval()
     losses, hits = [], []
     for batch in loop.eval_batches(dataloader):
-        logits = model(input_ids=batch["input_ids"]).logits
+        labels = batch.pop("labels")
         # gather_for_metrics drops the rows that pad the last batch.
-        logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
+        logits, labels = accelerator.gather_for_metrics((model(**batch).logits, labels))
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
         hits.append(logits.argmax(dim=-1) == labels)
     return {"loss": torch.cat(losses).mean().item(), "accuracy": torch.cat(hits).float().mean().item()}
@@ -86,13 +104,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=os.getenv("HF_CLOUDTRAIN_RUN_URL", "runs/first"),
         help="URL of the run: s3://, gs://, az:// or a folder (default: %(default)s)",
     )
+    parser.add_argument("--train_file", help=".csv, .json or .jsonl (default: synthetic data)")
+    parser.add_argument("--validation_file", help="the same for the evaluation")
     parser.add_argument("--output_dir", help="local folder (default: output/<name of the run>)")
     parser.add_argument("--num_epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=16, help="for each process (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=42)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.train_file is None) != (args.validation_file is None):
+        parser.error("--train_file and --validation_file must be given together")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The model of this project and its data."""
+"""The model of this project, its tokenizer and its data."""

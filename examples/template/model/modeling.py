@@ -11,7 +11,7 @@ from .configuration import ClassifierConfig
 
 
 class Classifier(PreTrainedModel):
-    """Classifies a sequence of symbols: the mean of their embeddings, and two layers.
+    """Classifies a text: the mean of its words' embeddings, and two layers.
 
     Example:
         >>> model = Classifier(ClassifierConfig(vocab_size=32, num_labels=2))
@@ -30,10 +30,15 @@ class Classifier(PreTrainedModel):
         self.post_init()  # from_pretrained needs it
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """`input_ids`: (batch, length); `labels`: (batch,). The output has a loss if labels are given."""
-        pooled = self.embedding(input_ids).mean(dim=1)
+        """`input_ids` and `attention_mask`: (batch, length); `labels`: (batch,). The output has a loss if labels are given."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embedded = self.embedding(input_ids) * mask.unsqueeze(-1)
+        pooled = embedded.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         logits = self.classifier(self.dropout(torch.relu(self.hidden(pooled))))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -115,11 +115,15 @@ def test_the_template_needs_nothing_but_itself_and_what_its_requirements_bring()
     known = {
         "__future__",
         "argparse",
+        "csv",
+        "json",
         "os",
+        "random",
         "typing",
         "model",
         "accelerate",
         "hf_cloudtrain",
+        "tokenizers",
         "torch",
         "transformers",
     }
