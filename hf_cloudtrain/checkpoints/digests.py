@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import xxhash
+from hf_cloudtrain.storage.digest import Digest
 
 MODEL = "model"
 """Key in a manifest's `origin`: the digest of the model."""
@@ -25,13 +25,20 @@ def digest_of_shapes(shapes: Iterable[tuple[str, Sequence[int]]]) -> str:
 
     Example:
         >>> digest_of_shapes([("weight", (2, 3)), ("bias", (2,))])
-        '2 tensors, 8 values, xxh3-64:1f3ce6f6bb2fcbc7'
+        '2 tensors, 8 values, xxh3-128:…'
     """
-    digest, tensors, values = xxhash.xxh3_64(), 0, 0
+    digest, tensors, values = Digest(), 0, 0
     for name, shape in sorted((name, tuple(map(int, shape))) for name, shape in shapes):
         digest.update(f"{name}{shape}\n".encode())
         tensors, values = tensors + 1, values + math.prod(shape)
-    return f"{tensors:,} tensors, {values:,} values, xxh3-64:{digest.hexdigest()}"
+    return f"{tensors:,} tensors, {values:,} values, {digest}"
+
+
+def digest_of(text: str) -> str:
+    """Of a text."""
+    digest = Digest()
+    digest.update(text.encode())
+    return str(digest)
 
 
 def counts_of(digest: str) -> str:

@@ -11,7 +11,6 @@ import difflib
 import os
 import posixpath
 import re
-import urllib.parse
 
 from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
 from hf_cloudtrain.runtime.redaction import has_user_part, redact
@@ -180,13 +179,6 @@ def _folder_of_url(text: str, rest: str) -> str:
     if not path.startswith("/"):
         right = path if path.startswith("~") else f"file://{os.path.abspath(path)}"
         raise _refusal(text, "a file URL needs an absolute path, and thus three slashes", right)
-    if re.search(r"%[0-9A-Fa-f]{2}", path):
-        raise _refusal(
-            text,
-            "'%' may stand for itself or for a character",
-            urllib.parse.unquote(path),
-            ", as a plain path",
-        )
     return _absolute(path)
 
 
@@ -207,11 +199,11 @@ def _normal_rest(text: str, scheme: str, rest: str) -> str:
     if ".." in parts:
         right = parts[0] + posixpath.normpath("/" + "/".join(parts[1:]))
         raise _refusal(text, "'..' has no meaning in a URL", f"{scheme}://{right.rstrip('/')}")
-    if in_bucket and (mark := re.search(r"[?#]", path)):
+    if in_bucket and (query := re.search(r"\?[^/]*=", path)):
         raise _refusal(
             text,
-            f"{mark[0]!r} has no meaning in it",
-            f"{scheme}://{path[: mark.start()]}",
+            "a query has no meaning in it",
+            f"{scheme}://{path[: query.start()]}",
             "; credentials belong in storage_options",
         )
     if in_bucket and not _BUCKET.fullmatch(parts[0]):

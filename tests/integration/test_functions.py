@@ -258,7 +258,8 @@ ct.upload_checkpoint()
 
 def metrics(runs: Runs, attempt: int) -> list[dict[str, Any]]:
     text = (runs.folder / f"run/.cloudtrain/steps/{attempt:06d}-0001.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == "log"]
+    lines = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "log"]
+    return [{**line, **line["metrics"]} for line in lines]
 
 
 def finish(ranks: list[Child]) -> None:

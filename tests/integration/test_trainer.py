@@ -96,7 +96,7 @@ class TestSaveBeforeAnEvaluation:
         assert not manifest.exact
         assert "before the evaluation at the end of the epoch" in str(manifest.inexact_reason)
         resumed = lab.train("second", **arguments)
-        assert "will not equal an uninterrupted one: it was saved before the evaluation" in resumed.log
+        assert "will not equal an uninterrupted run: it was saved before the evaluation" in resumed.log
 
 
 class TestBestModelOnAFreshMachine:

@@ -91,7 +91,7 @@ def test_law_8_the_log_says_what_changed_and_what_is_not_exact(lab: Lab) -> None
         in (second.log)
     )
     assert (
-        "will not equal an uninterrupted one: random numbers are drawn for different batches, and"
+        "will not equal an uninterrupted run: random numbers are drawn for different batches, and"
         in second.log
     )
 
@@ -151,7 +151,7 @@ def test_law_8_an_order_that_is_in_no_checkpoint_is_recorded_as_inexact(lab: Lab
     assert [lab.manifest(1, step).exact for step in range(1, 9)] == [True] * 6 + [False] * 2
     second = start(lab, "second", ONE, accelerator_config={"use_seedable_sampler": False})[0]
     assert second.wait() == 0, second.log
-    assert "will not equal an uninterrupted one: the order of the data is drawn from the random states" in (
+    assert "will not equal an uninterrupted run: the order of the data is drawn from the random states" in (
         second.log
     )
 

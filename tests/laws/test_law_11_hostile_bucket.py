@@ -565,4 +565,4 @@ def test_law_11_a_reason_from_storage_is_logged_without_control_characters(
         json.dumps({**json.loads(record.read_text()), "inexact_reason": f"{ESC}]0;title\x07\u202e"})
     )
     assert Checkpointer(f"file://{sandbox}/run", sandbox / "out").restore() is not None
-    assert r"will not equal an uninterrupted one: \x1b]0;title\x07\u202e" in caplog.text
+    assert r"will not equal an uninterrupted run: \x1b]0;title\x07\u202e" in caplog.text

@@ -11,14 +11,13 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from hf_cloudtrain.checkpoints.digests import (
     ARGUMENTS,
     DATA,
     MODEL,
     counts_of,
     decode,
+    digest_of,
     digest_of_shapes,
     encode,
 )
@@ -140,7 +139,7 @@ def of_data(dataset: Any) -> str:
         found["fingerprint"] = fingerprint[:100]
     rows = list(_rows(dataset, found["length"] or 0))
     if rows:
-        found["rows"] = xxhash.xxh3_64_hexdigest("\n".join(rows).encode())
+        found["rows"] = digest_of("\n".join(rows))
     return encode(found)
 
 

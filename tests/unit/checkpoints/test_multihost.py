@@ -182,10 +182,10 @@ class TestShares:
         """Otherwise the files of the other hosts would be committed as if they were all."""
         fresh_files = local_folders.fresh_files
 
-        def failing(folder: Path, since_ns: int) -> Any:
+        def failing(folder: Path, *rest: Any) -> Any:
             if "host-1/checkpoint-10" in str(folder):
                 raise PermissionError(13, "Permission denied", str(folder))
-            return fresh_files(folder, since_ns)
+            return fresh_files(folder, *rest)
 
         monkeypatch.setattr(local_folders, "fresh_files", failing)
 
