@@ -22,6 +22,7 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "1000"))
 """Of small runs; torchrun jobs get a twentieth."""
 
 
+@pytest.mark.slow
 def test_100_kills_of_small_runs_restore_the_newest_lose_no_commit_and_change_no_weight(
     moto: MotoServer, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def disk_operations(folder: Path) -> int:
         return len(disk.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", one_fast(ERRORS))
 def test_a_disk_that_fails_from_any_operation_on_loses_no_accepted_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, trouble: str

@@ -87,6 +87,7 @@ ONCE: dict[str, Callable[[FaultyStorage, int], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", one_fast(ONCE))
 def test_a_short_fault_at_any_request_has_no_visible_effect(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
@@ -195,6 +196,7 @@ def test_a_request_without_an_answer_is_retried(
     each(one_of_each_sort, tmp_path, caplog, check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", one_fast(PERMANENT))
 def test_a_permanent_fault_from_any_request_on_loses_no_accepted_checkpoint(
     requests: range, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
@@ -226,6 +228,7 @@ SILENT_OR_WRONG: dict[str, Callable[[FaultyStorage, int], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", one_fast(SILENT_OR_WRONG))
 def test_storage_that_is_silent_or_wrong_from_any_request_on_loses_no_accepted_checkpoint(
     one_of_each_sort: list[int],

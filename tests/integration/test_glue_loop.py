@@ -37,7 +37,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_mrpc_killed_in_epoch_1_and_resumed_in_an_empty_folder_equals_uninterrupted(
     moto: MotoServer, shared_data: Path, tmp_path: Path, processes: int
 ) -> None:

@@ -304,6 +304,7 @@ def test_an_unknown_job_is_an_error_that_names_the_nearest(desk: Desk) -> None:
     assert "is over: failed" in desk.call("job", "cancel", "toy", code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_job_in_the_readme_is_the_one_of_the_example_and_runs(desk: Desk) -> None:
     """With fewer steps; no line of it depends on this machine."""
     page = (REPOSITORY / "README.md").read_text()
@@ -331,6 +332,7 @@ def test_a_port_in_use_is_reported(desk: Desk) -> None:
     assert "A port is in use" in (desk.record().reason or "")
 
 
+@pytest.mark.slow
 def test_jobs_of_this_machine_use_records_and_data_of_a_store_on_s3(
     desk: Desk, moto: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

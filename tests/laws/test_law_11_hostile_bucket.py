@@ -335,6 +335,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(fuzzed, max_examples=-(-EXAMPLES // 2))  # each example runs sixteen commands
 def test_law_11_every_command_ends_without_a_traceback_and_prints_no_control_characters(
