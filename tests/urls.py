@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HERE, HOME = "/work/here", "/home/user"
+HERE, HOME = "/project/here", "/home/user"
 """The current folder and the home folder for which the tables hold."""
 
 NORMAL = {
@@ -45,7 +45,7 @@ NORMAL = {
 RELATIVE = {
     "runs/mrpc": f"{HERE}/runs/mrpc",
     "./runs": f"{HERE}/runs",
-    "../runs": "/work/runs",
+    "../runs": "/project/runs",
     "bucket/runs": f"{HERE}/bucket/runs",
     "s3/runs": f"{HERE}/s3/runs",
     "runs/lr:1e-4": f"{HERE}/runs/lr:1e-4",

@@ -87,7 +87,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def in_here(table: dict[str, str], folder: Path) -> dict[str, str]:
     """The table for a test whose current folder is another one."""
     return {
-        url: made.replace(HERE, str(folder)).replace("/work/", f"{folder.parent}/")
+        url: made.replace(HERE, str(folder)).replace("/project/", f"{folder.parent}/")
         for url, made in table.items()
     }
 
