@@ -91,7 +91,7 @@ def test_law_8_the_log_says_what_changed_and_what_is_not_exact(lab: Lab) -> None
         in (second.log)
     )
     assert (
-        "will not equal an uninterrupted run: random numbers are drawn for different batches, and"
+        "will not equal an uninterrupted one: random numbers are drawn for different batches, and"
         in second.log
     )
 
