@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         upload_checkpoint,
     )
     from hf_cloudtrain.integrations.loop.loop import TrainLoop
-    from hf_cloudtrain.integrations.trainer.callbacks import CheckpointUploadCallback, CloudTrainCallback
+    from hf_cloudtrain.integrations.trainer.callbacks import CheckpointUploadCallback
+    from hf_cloudtrain.integrations.trainer.cloud_callback import CloudTrainCallback
     from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
     from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
     from hf_cloudtrain.resume.sampler import ResumableSampler
@@ -47,7 +48,8 @@ _NAMES = {
         *("train_step", "upload_checkpoint"),
     ),
     "integrations.loop.loop": ("TrainLoop",),
-    "integrations.trainer.callbacks": ("CheckpointUploadCallback", "CloudTrainCallback"),
+    "integrations.trainer.callbacks": ("CheckpointUploadCallback",),
+    "integrations.trainer.cloud_callback": ("CloudTrainCallback",),
     "integrations.trainer.emergency": ("EmergencySaveCallback",),
     "integrations.trainer.step_callback": ("StepTrackerCallback",),
     "resume.sampler": ("ResumableSampler",),

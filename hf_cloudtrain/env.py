@@ -51,6 +51,9 @@ EC2_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 """Variable of AWS: URL of the metadata service of EC2. Default: `http://169.254.169.254`."""
 GCE_HOST = "GCE_METADATA_HOST"
 """Variable of Google Cloud: host, or host:port, of its metadata service. Default: `169.254.169.254`."""
+ASYNC_SAVE = "HF_CLOUDTRAIN_ASYNC_SAVE"
+"""Whether files of a save are written in the background: `1` or `0`, for code that does not say. Default: where a checkpoint
+has 64 MB or more."""
 LOG = "HF_CLOUDTRAIN_LOG"
 """Lowest level of the messages of a training: `debug`, `info`, `warning`, `error` or `critical`. Default: transformers'
 verbosity, but `info` where that is `warning`, its own default."""
@@ -151,6 +154,16 @@ def log_level() -> int | None:
             f"{LOG}={name.lower()!r} must be one of: debug, info, warning, error, critical."
         )
     return int(getattr(logging, name))
+
+
+def async_save(argument: bool | None) -> bool | None:
+    """Whether saves are asynchronous, from the argument, else from `HF_CLOUDTRAIN_ASYNC_SAVE`; None: where it is worth it."""
+    text = os.environ.get(ASYNC_SAVE)
+    if argument is not None or not text:
+        return argument
+    if text not in ("0", "1"):
+        raise ConfigurationError(f"{ASYNC_SAVE} is {text!r}. Set it to 1 or 0.")
+    return text == "1"
 
 
 def drain_timeout() -> float:

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("env",),
     ("storage",),
     ("checkpoints",),
-    ("resume", "tracking", "datasets"),
+    ("resume", "tracking", "datasets", "staging"),
     ("preemption", "report"),
     ("integrations", "jobs"),
     ("cli",),

@@ -6,6 +6,7 @@
 The save path, in reading order:
     checkpointer     one run seen from one process: restore, begin, save, wait, finish, close
     outbox           the local folder of what is saved and not committed yet
+    late_files       the files of a save that are written in the background, as the Checkpointer sees them
     frozen           a saved folder in the outbox: how its files are linked or copied, and what is known of it
     upload_queue     the thread that uploads what the outbox holds, newest first
     sender           one entry: claim, send, check, commit

@@ -29,7 +29,9 @@ from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
 from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
 from hf_cloudtrain.checkpoints.host_shares import HostShares, Share
+from hf_cloudtrain.checkpoints.late_files import LateFiles
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
+from hf_cloudtrain.checkpoints.local_home import wait_for_writer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership
@@ -86,6 +88,8 @@ class Checkpointer:
         """Whether the attempt is still the newest; None before it begins and after it ends."""
         self.policy = Policy()
         """What stays on storage; takes effect at the next `begin`."""
+        self.late: LateFiles | None = None
+        """What writes the files of a save in the background; None where they are written before `save`."""
         self._saved_hooks = rehearsal.saved_hooks(self.output_dir)
         self.ranks = self.local.find_ranks()
         self.ranks.meet_disks(self.output_dir / LOCAL)
@@ -105,6 +109,11 @@ class Checkpointer:
     def last_saved(self) -> CheckpointKey | None:
         """What this attempt saved last."""
         return self.uploads.last_saved
+
+    @property
+    def watches_saves(self) -> bool:
+        """Whether something looks at each checkpoint as soon as it is saved (`cloudtrain verify-resume`)."""
+        return bool(self._saved_hooks)
 
     @property
     def overtaken_by(self) -> int | None:
@@ -267,7 +276,10 @@ class Checkpointer:
         """Commit, on all ranks, what was saved here before, so that others find it. Raises NotCommittedError after a timeout."""
 
         def finish() -> None:
+            if self.late is not None:
+                self.late.settle()
             if self._upload_queue is None:
+                wait_for_writer(self.output_dir)
                 finish_left_overs(self.catalog, self.outbox, bar=self.ranks.is_main)
             else:  # this process has trained before
                 self._end_attempt()
@@ -277,12 +289,16 @@ class Checkpointer:
 
     def drain(self) -> None:
         """Before this process ends: finish what is pending; never raises, and logs what is left and what to do."""
+        if self.late is not None:
+            self.late.settle()
         for part in (self._upload_queue, self._watch):
             if part is not None:
                 part.drain()
 
     def close(self) -> None:
         """Stop the background threads after the upload under way; what is left stays in the outbox."""
+        if self.late is not None:
+            self.late.end()
         for part in (self.ownership, self._upload_queue, self._watch):
             if part is not None:
                 part.close()
@@ -321,6 +337,11 @@ class Checkpointer:
             hold = share.hold and not (entry.best or self.policy.is_milestone(entry.key.step))
             link, wanted = self.local.links, share.wanted
             try:
+                lose = partial(self._lose, entry)
+                if self.late and self.late.take(
+                    folder, entry, since_ns, partial(queue.submit, hold=hold), lose
+                ):
+                    return
                 entry = self.outbox.accept(folder, entry, since_ns=since_ns, link=link, wanted=wanted)
                 queue.submit(entry, hold=hold)
             except (OSError, ConfigurationError, ManifestError) as error:
@@ -333,6 +354,8 @@ class Checkpointer:
 
     def _wait_for_uploads(self, seconds: float) -> None:
         began = time.monotonic()
+        if self.late is not None:
+            self.late.settle(seconds)
         if self._upload_queue is not None:
             if self.ownership is not None:
                 self.ownership.start()  # ranks other than 0 do not check while they train

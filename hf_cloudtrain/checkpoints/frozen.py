@@ -207,8 +207,12 @@ class OutboxEntry:
     @classmethod
     def read(cls, home: Path) -> OutboxEntry:
         """The entry in a folder of the outbox. Raises ManifestError, OSError."""
-        what = f"outbox entry {home.name!r}"
-        record = decode_record((home / "entry.json").read_bytes(), what)
+        return cls.decode((home / "entry.json").read_bytes(), f"outbox entry {home.name!r}", home)
+
+    @classmethod
+    def decode(cls, data: bytes, what: str, home: Path = Path()) -> OutboxEntry:
+        """The entry in what `encode` made. Raises ManifestError."""
+        record = decode_record(data, what)
         try:
             files = tuple(
                 AcceptedFile(

@@ -10,16 +10,23 @@ import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from hf_cloudtrain import env
+from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.files import locked
+from hf_cloudtrain.runtime.patience import told_if_slow
 from hf_cloudtrain.storage.names import LOCAL, META
 
 logger = logging.getLogger(__name__)
 
+SAVING = "saving"
+"""The folder of checkpoints whose files are not all written yet."""
+
 _KEPT = ("outbox", "originals", "stale", "unusable")
 """Folders in which earlier versions kept files, in `.cloudtrain/`. On storage, no record of a run has such a name."""
-_MARKERS = ("save-began", "outbox.lock", ".gitignore")
+_MARKERS = ("save-began", "outbox.lock", "moving.lock", "writer.lock", "writer.log", ".gitignore")
 """Files that hold nothing that anyone needs later."""
 
 
@@ -29,6 +36,41 @@ def make_local_home(output_dir: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     if not (home / ".gitignore").exists():
         (home / ".gitignore").write_bytes(b"*\n")
+
+
+@contextlib.contextmanager
+def writer_lock(output_dir: Path, patience: float = 0.0) -> Iterator[None]:
+    """Held by the process that writes and uploads the staged saves of a training, and so by one of a killed training.
+
+    Args:
+        patience: seconds to wait for it.
+
+    Raises:
+        BlockingIOError: that process still works.
+    """
+    with locked(output_dir / LOCAL / "writer.lock", patience):
+        yield
+
+
+def wait_for_writer(output_dir: Path) -> None:
+    """Wait until the writer of a killed training has stored what that training saved last; then remove what is half-made.
+
+    Raises:
+        NotCommittedError: it needs longer than the end of a training waits for uploads.
+    """
+    if not (output_dir / LOCAL / "writer.lock").exists():
+        return
+    try:
+        with (
+            told_if_slow(f"let the writer of a killed training store its last save ({str(output_dir)!r})"),
+            writer_lock(output_dir, env.drain_timeout()),
+        ):
+            shutil.rmtree(output_dir / LOCAL / SAVING, ignore_errors=True)
+    except BlockingIOError:
+        raise NotCommittedError(
+            f"The writer of an earlier training still works in {str(output_dir)!r}; its messages are in "
+            f"{str(output_dir / LOCAL / 'writer.log')!r}. Wait until it has finished, or end it, and start again."
+        ) from None
 
 
 def adopt_earlier(output_dir: Path) -> None:
@@ -52,7 +94,7 @@ def remove_if_unused(output_dir: Path) -> None:
     """Remove the folder of our own files where nothing was saved: scripts refuse an output folder that is not empty."""
     home = output_dir / LOCAL
     shutil.rmtree(home / "ranks", ignore_errors=True)
-    for name in ("outbox", ""):
+    for name in ("outbox", SAVING, ""):
         _remove_unused(home / name)
 
 

@@ -46,8 +46,7 @@ class Outbox:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self.folder = output_dir / LOCAL / "outbox"
-        # The upload queue must not remove what a save puts under the same name at the same moment.
-        self._moving = threading.Lock()
+        self._moving_here = threading.Lock()
 
     def accept(
         self,
@@ -109,7 +108,7 @@ class Outbox:
         Args:
             in_background: free the space in a thread: for gigabytes, the disk takes longer than a save may.
         """
-        with self._moving:
+        with self._moving():
             if self._was_saved_again(entry):
                 return
             # Renamed first, so that a half-removed entry is not an entry.
@@ -125,7 +124,7 @@ class Outbox:
 
     def current(self, entry: OutboxEntry) -> OutboxEntry | None:
         """The entry as it is on the disk now, perhaps saved again under its name; None if it is gone."""
-        with self._moving:
+        with self._moving():
             return _read_or_none(entry.home)
 
     def set_aside(self, entry: OutboxEntry, error: Exception) -> None:
@@ -137,7 +136,7 @@ class Outbox:
         where = f"What is left of it is in {str(aside)!r}."
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
-            with self._moving:
+            with self._moving():
                 if self._was_saved_again(entry):
                     raise FileNotFoundError(errno.ENOENT, "It was saved again", str(entry.home))
                 os.rename(entry.home, aside)
@@ -157,6 +156,12 @@ class Outbox:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder.parent / "outbox.lock", patience):
+            yield
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """The upload must not remove what a save, perhaps of the writer process, puts under the same name at the same moment."""
+        with self._moving_here, locked(self.folder.parent / "moving.lock", threading.TIMEOUT_MAX):
             yield
 
     def _name(self, entry: OutboxEntry) -> str:
@@ -183,7 +188,7 @@ class Outbox:
 
     def _move_in(self, beside: Path, home: Path) -> None:
         before = self.folder / f".gone-{temp_suffix()}"
-        with self._moving:
+        with self._moving():
             if home.exists():
                 # The same step saved again before its commit: the new files count.
                 os.rename(home, before)

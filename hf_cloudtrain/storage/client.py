@@ -73,6 +73,11 @@ class Storage:
         self._transfer: NativeTransfer | None = None
         self._retries = Retries()
 
+    @property
+    def connection(self) -> tuple[str, dict[str, Any]]:
+        """URL and options, secrets included: for a process that opens the same storage."""
+        return self._full_url, self._options
+
     def check(self) -> None:
         """Write, create twice, list and delete a small object, which each client reads as the other wrote it; sets `exclusive`.
 

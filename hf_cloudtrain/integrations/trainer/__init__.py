@@ -6,9 +6,11 @@
 
 In reading order:
 
-- `callbacks`      `CheckpointUploadCallback`, whose `on_save` begins the save path, and `CloudTrainCallback`, which is all three
+- `callbacks`      `CheckpointUploadCallback`, whose `on_save` begins the save path
+- `cloud_callback` `CloudTrainCallback`, which is all three
 - `step_callback`  `StepTrackerCallback`: feeds the heartbeat and the step records
 - `emergency`      `EmergencySaveCallback`: where to save after a notice, around Trainer's evaluations
+- `staged_saves`   which saves are asynchronous, and when Trainer waits for their files
 - `session`        what callbacks of the same run share: the lifecycle, and what was restored
 - `checks`         configurations that are refused before the first step
 - `position`       where the Trainer stands, for the manifest

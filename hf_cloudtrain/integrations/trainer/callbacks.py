@@ -11,17 +11,12 @@ None of them is an ExportableState: Trainer would create them again on resume, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainingArguments
-from transformers import TrainerControl as Control
-from transformers import TrainerState as State
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.integrations.trainer import checks
-from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
 from hf_cloudtrain.integrations.trainer.evidence import EvidenceCallback
 from hf_cloudtrain.integrations.trainer.position import (
     EpochLength,
@@ -30,8 +25,13 @@ from hf_cloudtrain.integrations.trainer.position import (
     position,
 )
 from hf_cloudtrain.integrations.trainer.session import Session
-from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
+from hf_cloudtrain.integrations.trainer.staged_saves import StagedSaves, is_over
 from hf_cloudtrain.runtime.tracebacks import short_traceback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl as Control
+    from transformers import TrainerState as State
+    from transformers import TrainingArguments
 
 
 class CheckpointUploadCallback(EvidenceCallback):
@@ -46,8 +46,11 @@ class CheckpointUploadCallback(EvidenceCallback):
         fresh: bool = False,
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
+        async_save: bool | None = None,
     ) -> None:
         policy = Policy(save_total_limit, keep_every_n_steps)
+        self._async_save = async_save
+        self._staged: StagedSaves | None = None
         self._session = Session.of(run_url, storage_options, fresh=fresh, policy=policy)
         self._held_back = False
         self._before_evaluation = False
@@ -108,7 +111,16 @@ class CheckpointUploadCallback(EvidenceCallback):
         self._session.begin(args, state, uploads=True)
         self._held_back = self._before_evaluation = False
         self.gather(args, state, kwargs)
+        if self._staged is not None:
+            self._staged.end()
+        self._staged = StagedSaves(self._session.checkpointer, args, self._async_save)
         self._mark_save_begin()
+
+    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Nothing is saved now."""
+        if self._staged is not None:
+            self._staged.save_ended()
+        super().on_step_begin(args, state, control, **kwargs)
 
     @short_traceback
     def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -123,7 +135,7 @@ class CheckpointUploadCallback(EvidenceCallback):
                 control.should_save = False
                 self._held_back = True
             else:
-                self._mark_save_begin()
+                self._save_may_begin(state, control)
 
     @short_traceback
     def on_epoch_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -132,21 +144,25 @@ class CheckpointUploadCallback(EvidenceCallback):
         if self._held_back:
             self._held_back = False
             control.should_save = True
+        if self._staged is not None and is_over(state, control):
+            self._staged.training_ends()
         if control.should_save or control.should_evaluate:
-            self._mark_save_begin()
+            self._save_may_begin(state, control)
 
     @short_traceback
     def on_evaluate(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note when a save begins that was asked for during the evaluation."""
         super().on_evaluate(args, state, control, **kwargs)
         if control.should_save and self._save_began_ns:  # not in an evaluation outside of training
-            self._mark_save_begin()
+            self._save_may_begin(state, control)
 
     @short_traceback
     def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Freeze the folder that was just written."""
         assert self._evidence is not None, "a save comes after the begin of a training"
         checkpointer = self._evidence.checkpointer
+        if self._staged is not None:
+            self._staged.save_ended()
         if not self._session.listens:
             checkpointer.check_not_overtaken()  # else the ranks learn of it at the end of a step
         last = self._session.last_save
@@ -171,75 +187,16 @@ class CheckpointUploadCallback(EvidenceCallback):
         """Wait for the uploads: training ends when its last checkpoint is safe, or fails."""
         super().on_train_end(args, state, control, **kwargs)
         self._session.end()
+        if self._staged is not None:
+            self._staged.end()
+
+    def _save_may_begin(self, state: State, control: Control) -> None:
+        self._mark_save_begin()
+        if self._staged is not None:
+            self._staged.save_begins(state, control)
 
     def _mark_save_begin(self) -> None:
         """The time of the file system, so that its clock and ours need not agree."""
         checkpointer = self._session.checkpointer
         if checkpointer.ranks.is_leader:
             self._save_began_ns = checkpointer.local.mark_save_begin()
-
-
-class CloudTrainCallback(TrainerCallback):
-    """Everything in one line: steps tracked, checkpoints uploaded, saves on SIGTERM, and `restore` for the next machine.
-
-    Args:
-        run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
-        storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
-        fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
-        grace_seconds: see `EmergencySaveCallback`.
-        save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
-            best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
-        keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
-
-    Raises:
-        ConfigurationError: no run URL, or a configuration that would never save.
-
-    Example:
-        >>> cloud = CloudTrainCallback("s3://bucket/runs/mrpc")
-        >>> trainer = Trainer(model=model, args=args, train_dataset=train, callbacks=[cloud])
-        >>> trainer.train(resume_from_checkpoint=cloud.restore(args))
-    """
-
-    @short_traceback
-    def __init__(
-        self,
-        run_url: str | os.PathLike[str] | None = None,
-        *,
-        storage_options: dict[str, Any] | None = None,
-        fresh: bool = False,
-        grace_seconds: float | None = None,
-        save_total_limit: int | None = None,
-        keep_every_n_steps: int | None = None,
-    ) -> None:
-        common: Any = {"storage_options": storage_options, "fresh": fresh}
-        self._uploads = CheckpointUploadCallback(
-            run_url, save_total_limit=save_total_limit, keep_every_n_steps=keep_every_n_steps, **common
-        )
-        steps = StepTrackerCallback(run_url, **common)
-        emergency = EmergencySaveCallback(run_url, grace_seconds=grace_seconds, **common)
-        self._parts: tuple[TrainerCallback, ...] = (self._uploads, steps, emergency)
-
-    def restore(self, args: TrainingArguments) -> str | None:
-        """See `CheckpointUploadCallback.restore`."""
-        return self._uploads.restore(args)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """See `CheckpointUploadCallback.wait`."""
-        self._uploads.wait(timeout)
-
-    def save(self, folder: str | os.PathLike[str], name: str) -> str:
-        """See `CheckpointUploadCallback.save`."""
-        return self._uploads.save(folder, name)
-
-
-def _to_all_parts(event: str) -> Callable[..., None]:
-    def forward(self: CloudTrainCallback, *args: Any, **kwargs: Any) -> None:
-        # What begins first ends last: an emergency decides before the others look at what Trainer is about to do.
-        for part in self._parts if event == "on_train_begin" else reversed(self._parts):
-            getattr(part, event)(*args, **kwargs)
-
-    return forward
-
-
-for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-    setattr(CloudTrainCallback, _event, _to_all_parts(_event))

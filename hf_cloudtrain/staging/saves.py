@@ -1,0 +1,163 @@
+"""AsyncSaves: which saves of a training are staged, and who waits for their files.
+
+open     before the framework saves: wait for the save before it, then stage what is written into the folder
+close    the framework has saved
+take     called by the Checkpointer: the folder moves to `_cloudtrain/saving/`, the writer makes it whole
+settle   wait until it is whole, as before `load_best_model_at_end` and at the end of training
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.local_home import SAVING, wait_for_writer
+from hf_cloudtrain.errors import NotCommittedError
+from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.patience import told_if_slow
+from hf_cloudtrain.runtime.text import size_text
+from hf_cloudtrain.runtime.threads import before_exit
+from hf_cloudtrain.staging.job import WriteJob
+from hf_cloudtrain.staging.memory import StagingMemory, is_supported, room
+from hf_cloudtrain.staging.process import WriterProcess
+from hf_cloudtrain.staging.window import Window
+from hf_cloudtrain.storage.names import LOCAL
+
+logger = logging.getLogger(__name__)
+
+WORTH_IT = 64 * 2**20
+"""Bytes of a checkpoint from which on staging is the default."""
+HEADROOM = 1.25
+"""Room in memory over the expected size of a checkpoint."""
+
+
+class AsyncSaves:
+    """The staged saves of one training, on the rank that moves the bytes of its disk.
+
+    Args:
+        expected: bytes of a checkpoint.
+        connection: URL and options of the run's storage, for the upload if the training is killed.
+
+    Raises:
+        OSError: no memory, or no process.
+
+    Example:
+        >>> saves = AsyncSaves(Path("out"), expected=2**30)
+        >>> saves.open(Path("out/checkpoint-500"))
+        >>> trainer._save_checkpoint(model, trial=None)
+        >>> saves.close()
+    """
+
+    def __init__(
+        self, output_dir: Path, *, expected: int, connection: tuple[str, dict[str, Any]] | None = None
+    ) -> None:
+        self.output_dir = output_dir
+        self.staged = 0
+        """How many saves were staged."""
+        self._connection = connection if _is_json(connection) else None
+        wait_for_writer(output_dir)
+        self._memory = StagingMemory(max(int(expected * HEADROOM), WORTH_IT))
+        self._process = WriterProcess(output_dir, self._memory)
+        self._window: Window | None = None
+        threading.Thread(
+            target=self._memory.populate, args=(expected,), name="cloudtrain-populate", daemon=True
+        ).start()
+        before_exit(self.end)
+
+    def open(self, folder: Path) -> None:
+        """Stage, from now on, what this thread writes into a folder; waits until the save before it is whole."""
+        self.close()
+        self.settle()
+        self._window = Window(str(folder), self._memory, self._is_older)
+        self._window.open()
+
+    def close(self) -> None:
+        """Write files as always, from now on."""
+        if self._window is not None:
+            self._window.close()
+
+    def take(
+        self,
+        folder: Path,
+        entry: OutboxEntry,
+        since_ns: int,
+        submit: Callable[[OutboxEntry], None],
+        lose: Callable[[Exception], None],
+    ) -> bool:
+        """See `LateFiles.take`."""
+        window, self._window = self._window, None
+        if window is None or window.folder != str(folder) or not window.files:
+            return False
+        saving = self.output_dir / LOCAL / SAVING / f"{folder.name}-{temp_suffix()}"
+        saving.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, saving)
+        job = WriteJob(
+            output_dir=str(self.output_dir),
+            folder=str(saving),
+            target=str(folder),
+            files=window.files,
+            entry=entry.encode().decode(),
+            since_ns=since_ns,
+            delete=window.deleted,
+            connection=self._connection,
+        )
+        self._process.write(
+            job,
+            done=lambda home: submit(OutboxEntry.read(Path(home))),
+            failed=lambda reason: lose(OSError(reason)),
+        )
+        self.staged += 1
+        return True
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait until the save under way is whole on this disk.
+
+        Raises:
+            NotCommittedError: after `timeout` seconds.
+        """
+        if not self._process.is_busy:
+            return
+        with told_if_slow("write the checkpoint before"):
+            whole = self._process.wait(timeout)
+        if not whole:
+            raise NotCommittedError(
+                f"The last checkpoint is in memory and not written to {str(self.output_dir)!r} yet. The writer process goes "
+                f"on when this one ends; `cloudtrain checkpoint flush {self.output_dir}` finishes what it has written."
+            )
+
+    def end(self) -> None:
+        """Wait for the save under way, and end the writer and its memory."""
+        self.close()
+        self._process.wait(env.drain_timeout())
+        self._process.end()
+        self._memory.close()
+
+    def _is_older(self, path: str) -> bool:
+        home, name = os.path.split(path)
+        return home == str(self.output_dir) and re.fullmatch(r"checkpoint-\d+.*", name) is not None
+
+
+def why_not(expected: int) -> str | None:
+    """Why saves of this size cannot be staged on this machine; None if they can."""
+    if not is_supported():
+        return "this system has no anonymous shared memory (memfd)"
+    needed, there = int(expected * HEADROOM), room()
+    if needed > there:
+        return f"staging needs {size_text(needed)} of memory, and {size_text(there)} can be taken"
+    return None
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # an object for fsspec, as a session
+        return False
+    return True
