@@ -29,9 +29,7 @@ from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
 from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
 from hf_cloudtrain.checkpoints.host_shares import HostShares, Share
-from hf_cloudtrain.checkpoints.late_files import LateFiles
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
-from hf_cloudtrain.checkpoints.local_home import wait_for_writer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership
@@ -88,15 +86,13 @@ class Checkpointer:
         """Whether the attempt is still the newest; None before it begins and after it ends."""
         self.policy = Policy()
         """What stays on storage; takes effect at the next `begin`."""
-        self.late: LateFiles | None = None
-        """What writes the files of a save in the background; None where they are written before `save`."""
+        self.upload_queue: UploadQueue | None = None
         self._saved_hooks = rehearsal.saved_hooks(self.output_dir)
         self.ranks = self.local.find_ranks()
         self.ranks.meet_disks(self.output_dir / LOCAL)
         self.restorer = Restorer(self.catalog, self.local, self.ranks)
         self._checks = AttemptChecks(self.catalog, self.local, advice, fresh=fresh)
         self._retention = Retention(self.catalog, self.policy, None)
-        self._upload_queue: UploadQueue | None = None
         self._watch: CommitWatch | None = None
         self._shares: HostShares | None = None
         if len(self.ranks.leaders) > 1:
@@ -109,11 +105,6 @@ class Checkpointer:
     def last_saved(self) -> CheckpointKey | None:
         """What this attempt saved last."""
         return self.uploads.last_saved
-
-    @property
-    def watches_saves(self) -> bool:
-        """Whether something looks at each checkpoint as soon as it is saved (`cloudtrain verify-resume`)."""
-        return bool(self._saved_hooks)
 
     @property
     def overtaken_by(self) -> int | None:
@@ -158,16 +149,16 @@ class Checkpointer:
         ownership = self._own(self.attempt)
         prepare = partial(self.local.begin, self.storage.url, global_step, ownership.check)
         self.ranks.each_leader(prepare, "move stale checkpoints")
-        self.uploads.last_saved = self.uploads.last_saved_time = None
-        self._save_error, self._told = None, EXACT
+        self.uploads.last_saved = self.uploads.last_saved_time = self._save_error = None
+        self._told = EXACT
         self._retention.policy = self.policy
         self._retention.attempt = self.attempt if self.ranks.is_main else None
-        if self.ranks.is_leader and self._upload_queue is None:
-            self._upload_queue = UploadQueue(
+        if self.ranks.is_leader and self.upload_queue is None:
+            self.upload_queue = UploadQueue(
                 self.catalog, self.outbox, self.uploads, self._retention, keep_all=bool(self._saved_hooks)
             )
-            self._upload_queue.follow(ownership)
-            self._upload_queue.start()
+            self.upload_queue.follow(ownership)
+            self.upload_queue.start()
         return self.attempt
 
     @short_traceback
@@ -200,7 +191,7 @@ class Checkpointer:
         self.uploads.last_saved, self.uploads.last_saved_time = entry.key, entry.created
         self._told = entry.tell_exactness(self._told) if self.ranks.is_main else EXACT
         try:
-            look, queue = partial(self.local.written, folder, since_ns), self._upload_queue
+            look, queue = partial(self.local.written, folder, since_ns), self.upload_queue
             share = Share(entry) if self._shares is None else self._shares.agree(entry, look, queue)
         except PeerError as error:  # a disk cannot be read, so the checkpoint cannot become whole
             self._lose(entry, error)
@@ -222,14 +213,12 @@ class Checkpointer:
             OvertakenError: a newer attempt has begun.
         """
         self.ranks.barrier()
-        attempt, step = self.attempt, self.last_saved.step if self.last_saved else 0
+        saved = self.attempt, self.last_saved.step if self.last_saved else 0
 
         def save() -> str:
             if self.ownership is not None:
                 self.ownership.check()
-            return save_folder(
-                self.catalog, self.outbox, self._upload_queue, Path(folder), name, attempt, step
-            )
+            return save_folder(self.catalog, self.outbox, self.upload_queue, Path(folder), name, *saved)
 
         return self.ranks.agree(save, f"commit {name!r}")
 
@@ -259,16 +248,16 @@ class Checkpointer:
             NotCommittedError, OvertakenError: as `wait`.
         """
         self.wait(timeout)
-        if self._upload_queue is not None and self.ranks.is_main:
+        if self.upload_queue is not None and self.ranks.is_main:
             # Another host may have committed the last checkpoint after this host's last pass.
             if self._shares is not None:
-                self._upload_queue.retire_old()
+                self.upload_queue.retire_old()
             self._retention.settle()
         self._end_attempt()
 
     def check_not_overtaken(self) -> None:
         """Raise OvertakenError on all ranks, if one of them knows of a newer attempt. All ranks call it."""
-        known = [number for number in self.ranks.each_leader(lambda: self.overtaken_by, "look") if number]
+        known = [*filter(None, self.ranks.each_leader(lambda: self.overtaken_by, "look"))]
         if known:
             self.ranks.each_leader(lambda: self._stop(known[0]), "continue: a newer attempt has begun")
 
@@ -276,37 +265,30 @@ class Checkpointer:
         """Commit, on all ranks, what was saved here before, so that others find it. Raises NotCommittedError after a timeout."""
 
         def finish() -> None:
-            if self.late is not None:
-                self.late.settle()
-            if self._upload_queue is None:
-                wait_for_writer(self.output_dir)
+            if self.upload_queue is None:
                 finish_left_overs(self.catalog, self.outbox, bar=self.ranks.is_main)
             else:  # this process has trained before
                 self._end_attempt()
-                self._upload_queue.wait(env.drain_timeout(), bar=self.ranks.is_main)
+                self.upload_queue.wait(env.drain_timeout(), bar=self.ranks.is_main)
 
         self.ranks.each_leader(finish, "finish earlier uploads")
 
     def drain(self) -> None:
         """Before this process ends: finish what is pending; never raises, and logs what is left and what to do."""
-        if self.late is not None:
-            self.late.settle()
-        for part in (self._upload_queue, self._watch):
+        for part in (self.upload_queue, self._watch):
             if part is not None:
                 part.drain()
 
     def close(self) -> None:
         """Stop the background threads after the upload under way; what is left stays in the outbox."""
-        if self.late is not None:
-            self.late.end()
-        for part in (self.ownership, self._upload_queue, self._watch):
+        for part in (self.ownership, self.upload_queue, self._watch):
             if part is not None:
                 part.close()
 
     def _own(self, attempt: Attempt) -> Ownership:
         self.ownership = Ownership(self.catalog, attempt)
-        if self._upload_queue is not None:
-            self._upload_queue.follow(self.ownership)
+        if self.upload_queue is not None:
+            self.upload_queue.follow(self.ownership)
         if self.ranks.is_main:
             self.ownership.start()
         return self.ownership
@@ -316,17 +298,17 @@ class Checkpointer:
         if self.ownership is not None:
             self.ownership.end()
             self.ownership = None
-        if self._upload_queue is not None:
-            self._upload_queue.follow(None)
+        if self.upload_queue is not None:
+            self.upload_queue.follow(None)
 
     def _stop(self, newer: int) -> None:
-        if self.ownership is not None and self._upload_queue is not None:
+        if self.ownership is not None and self.upload_queue is not None:
             self.ownership.note(newer)
-            raise self._upload_queue.overtaken_error()
+            raise self.upload_queue.overtaken_error()
 
     def _submit(self, folder: Path, share: Share, since_ns: int) -> None:
         """Freeze the folder and queue its upload, on the rank that moves the bytes of this disk."""
-        entry, queue = share.entry, self._upload_queue
+        entry, queue = share.entry, self.upload_queue
         if queue is None or entry.key == self.uploads.last_committed:
             return
         if share.wanted is None:
@@ -337,13 +319,9 @@ class Checkpointer:
             hold = share.hold and not (entry.best or self.policy.is_milestone(entry.key.step))
             link, wanted = self.local.links, share.wanted
             try:
-                lose = partial(self._lose, entry)
-                if self.late and self.late.take(
-                    folder, entry, since_ns, partial(queue.submit, hold=hold), lose
-                ):
-                    return
-                entry = self.outbox.accept(folder, entry, since_ns=since_ns, link=link, wanted=wanted)
-                queue.submit(entry, hold=hold)
+                if not queue.takes_late(folder, entry, since_ns, hold=hold, lose=partial(self._lose, entry)):
+                    entry = self.outbox.accept(folder, entry, since_ns=since_ns, link=link, wanted=wanted)
+                    queue.submit(entry, hold=hold)
             except (OSError, ConfigurationError, ManifestError) as error:
                 self._lose(entry, error)
 
@@ -354,15 +332,13 @@ class Checkpointer:
 
     def _wait_for_uploads(self, seconds: float) -> None:
         began = time.monotonic()
-        if self.late is not None:
-            self.late.settle(seconds)
-        if self._upload_queue is not None:
+        if self.upload_queue is not None:
             if self.ownership is not None:
                 self.ownership.start()  # ranks other than 0 do not check while they train
-            self._upload_queue.wait(seconds, bar=self.ranks.is_main)
+            self.upload_queue.wait(seconds, bar=self.ranks.is_main)
         if self._watch is not None:
-            left = max(0.0, began + seconds - time.monotonic())
-            self._watch.wait(left, lambda: self.overtaken_by is not None)
+            left = seconds - (time.monotonic() - began)
+            self._watch.wait(max(0.0, left), lambda: self.overtaken_by is not None)
 
     def _check_last_stored(self) -> None:
         if self.ownership is not None and (newer := self.ownership.look()) is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.local_home import wait_for_writer
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.sender import EntrySender
 from hf_cloudtrain.errors import CloudTrainError, CorruptCheckpointError, NotCommittedError
@@ -57,6 +58,7 @@ def finish_left_overs(catalog: Catalog, outbox: Outbox, *, bar: bool) -> None:
     Raises:
         StorageError, NotCommittedError: as `flush`.
     """
+    wait_for_writer(outbox.output_dir)
     for other in outbox.entries():
         if other.run_url != catalog.storage.url:
             logger.warning(

@@ -14,11 +14,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.late_files import LateFiles
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
@@ -71,6 +75,8 @@ class UploadQueue:
         self.progress = Progress()
         self.uploads = uploads
         self.last_error: CloudTrainError | None = None
+        self.late: LateFiles | None = None
+        """What writes the files of a save in the background, if anything does."""
         self._catalog = catalog
         self._outbox = outbox
         self._retention = retention or Retention(catalog, Policy(), None)
@@ -117,6 +123,19 @@ class UploadQueue:
             self._drop_superseded(entry)
             self._changed.notify_all()
 
+    def takes_late(
+        self,
+        folder: Path,
+        entry: OutboxEntry,
+        since_ns: int,
+        *,
+        hold: bool,
+        lose: Callable[[Exception], None],
+    ) -> bool:
+        """Take over a save whose files are not all written; False if it is not one. Arguments as `LateFiles.take`."""
+        submit = partial(self.submit, hold=hold)
+        return self.late is not None and self.late.take(folder, entry, since_ns, submit, lose)
+
     def skip(self) -> None:
         """Note a newer save of which this host gives nothing."""
         with self._changed:
@@ -146,6 +165,8 @@ class UploadQueue:
             OvertakenError: a newer attempt has begun, and some entries were not committed before.
         """
         deadline = time.monotonic() + (timeout if timeout is not None else threading.TIMEOUT_MAX)
+        if self.late is not None:
+            self.late.settle(timeout)
         with self._changed:
             self._hurry, self._deadline = True, deadline
             self._changed.notify_all()
@@ -206,12 +227,7 @@ class UploadQueue:
         return ownership is not None and ownership.overtaken_by is not None
 
     def _not_stored(self, pending: list[OutboxEntry]) -> str:
-        names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
-        reason = f" The last error was: {self.last_error}" if self.last_error else ""
-        return (
-            f"Not on storage yet: {names}. {'It is' if len(pending) == 1 else 'They are'} kept on this machine; finish "
-            f"with `cloudtrain checkpoint flush {self._outbox.output_dir}` or by starting the run again here.{reason}"
-        )
+        return not_stored(pending, self._outbox.output_dir, self.last_error)
 
     def _drop_superseded(self, newest: OutboxEntry) -> None:
         """Keep the outbox small: an entry that waited while newer ones came is no longer worth its upload."""
@@ -332,3 +348,13 @@ class UploadQueue:
             self._changed.wait_for(lambda: self._stopping or self._hurry, timeout=pause)
             if self._hurry:
                 self._changed.wait_for(lambda: self._stopping, timeout=min(pause, 1.0))
+
+
+def not_stored(pending: list[OutboxEntry], output_dir: Path, last_error: CloudTrainError | None) -> str:
+    """The message about checkpoints that are not committed when a training ends."""
+    names = ", ".join(f"{entry.title} (attempt {entry.key.attempt})" for entry in pending)
+    reason = f" The last error was: {last_error}" if last_error else ""
+    return (
+        f"Not on storage yet: {names}. {'It is' if len(pending) == 1 else 'They are'} kept on this machine; finish "
+        f"with `cloudtrain checkpoint flush {output_dir}` or by starting the run again here.{reason}"
+    )

@@ -2,7 +2,7 @@
 
 While the framework saves, tensors are copied into shared memory instead of being written (*staging*). The *writer*, one process
 a host, then makes the very files that the framework would have made, hands the checkpoint to the outbox, and gives the folder
-its final name. Until then the folder lies in `_cloudtrain/saving/`, so that nothing takes it for a checkpoint.
+its final name. Until then the folder lies in `_cloudtrain/saving/`, where no reader looks for checkpoints.
 
 In reading order:
 

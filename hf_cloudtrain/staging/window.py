@@ -72,7 +72,7 @@ class Window:
     def keep(self, file: StagedFile) -> None:
         """Take a complete file, which replaces an earlier one of its name."""
         self.files = [other for other in self.files if other.path != file.path] + [file]
-        # An older file under this name must not be taken for the new one.
+        # A reader must not find an older file under this name.
         if os.path.lexists(path := os.path.join(self.folder, file.path)):
             os.unlink(path)
 

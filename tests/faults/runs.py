@@ -66,7 +66,7 @@ class Machine:
 
     def stop(self) -> None:
         self.checkpointer.close()
-        upload_queue = self.checkpointer._upload_queue
+        upload_queue = self.checkpointer.upload_queue
         if upload_queue is not None:
             upload_queue._thread.join(DEADLINE)
             assert not upload_queue._thread.is_alive()

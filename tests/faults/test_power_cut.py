@@ -57,7 +57,7 @@ def home(machines: Machines) -> Path:
     machine.wait()
     machines.storage.fail("files", path="checkpoint-10/*", times=1_000_000)
     machine.save(10)
-    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed try")
     machine.stop()
     machine.rotate(10)
     machines.storage.heal()

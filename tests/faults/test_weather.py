@@ -92,7 +92,7 @@ def test_credentials_that_are_renewed_late_lose_no_checkpoint(
     machine.start()
     machines.storage.fail("any", StoragePermissionError("ExpiredToken"), times=1_000_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed try")
     assert "tried again; training continues. ExpiredToken" in caplog.text
     machines.storage.heal()
     machine.checkpointer.wait(DEADLINE)

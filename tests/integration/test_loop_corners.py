@@ -171,7 +171,7 @@ def test_leaving_an_epoch_with_break_within_an_accumulation_does_not_save_its_la
                 optimizer.step()
                 optimizer.zero_grad()
             if number == 4:  # the first of two batches, right after the save of step 2
-                loop._checkpointer._upload_queue.wait(60)
+                loop._checkpointer.upload_queue.wait(60)
                 break
         loop.end_epoch({"loss": 1.0})
     assert [(item.step, item.position.epoch) for item in manifests(tmp_path / "run")] == [(2, 0.4), (3, 1.0)]

@@ -150,7 +150,7 @@ def test_law_10_a_deleted_step_can_be_saved_again(machines: Machines, machine: M
 
 def wait_for_retention(machine: Machine) -> None:
     """Wait for the end of the retention pass after the last commit."""
-    upload_queue = machine.checkpointer._upload_queue
+    upload_queue = machine.checkpointer.upload_queue
     assert upload_queue is not None
     wait_until(lambda: not upload_queue._retention.is_running, "the end of the retention pass")
 
@@ -209,7 +209,7 @@ def test_law_10_the_end_of_training_does_not_wait_for_deletes_that_hang(
     ending.join(DEADLINE)
     assert not ending.is_alive()
     machine.checkpointer.drain()
-    upload_queue = machine.checkpointer._upload_queue
+    upload_queue = machine.checkpointer.upload_queue
     assert upload_queue is not None
     assert upload_queue._retention.is_running, (
         "the delete hangs, and the end of training does not wait for it"
@@ -247,7 +247,7 @@ def test_law_10_deleting_stops_while_an_upload_is_pending(machines: Machines) ->
     machine.save(25)
     wait_until(lambda: machines.storage.count("upload", "checkpoint-25/*"), "the upload")
     deleting.set()
-    upload_queue = machine.checkpointer._upload_queue
+    upload_queue = machine.checkpointer.upload_queue
     assert upload_queue is not None
     wait_until(lambda: not upload_queue._retention.is_running, "the end of the retention pass")
     assert machines.storage.count("delete", "*/checkpoints/*") == 1

@@ -344,7 +344,7 @@ def test_law_11_no_file_log_or_error_contains_credentials(
         cloud.fail("upload", refused, path="checkpoint-5/*", times=3)
         machine.save(5)
         wait_until(
-            lambda: machine.checkpointer._upload_queue.last_error or cloud.count("upload") > 4, "a failure"
+            lambda: machine.checkpointer.upload_queue.last_error or cloud.count("upload") > 4, "a failure"
         )
         machine.wait()
         cloud.fail("list", refused, times=1_000)

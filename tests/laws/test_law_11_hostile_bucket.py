@@ -410,8 +410,8 @@ def test_law_11_the_next_attempt_of_a_hostile_run_commits_or_raises_a_package_er
                 short_error(train)
             finally:
                 checkpointer.close()
-                if checkpointer._upload_queue is not None:
-                    checkpointer._upload_queue._thread.join(20.0)
+                if checkpointer.upload_queue is not None:
+                    checkpointer.upload_queue._thread.join(20.0)
     assert crashed == []
 
 

@@ -94,7 +94,7 @@ def test_law_1_a_second_save_never_overwrites_a_committed_file(
     def accept_late(*args: object, **options: object) -> object:
         """The first save is committed just after the second one was requested."""
         machines.gate.set()
-        wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the end of the first save")
+        wait_until(lambda: not machine.checkpointer.upload_queue.pending(), "the end of the first save")
         return accept(*args, **options)
 
     monkeypatch.setattr(machine.checkpointer.outbox, "accept", accept_late)
@@ -144,7 +144,7 @@ def test_law_1_an_interrupted_upload_continues_in_its_own_folder(machines: Machi
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=1_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed try")
     machine.stop()
     machines.storage.heal()
 

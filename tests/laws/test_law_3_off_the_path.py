@@ -28,7 +28,7 @@ def test_law_3_a_save_does_not_wait_for_storage_that_hangs(machines: Machines) -
     machine.start()
     machines.storage.hold("any", machines.gate)
     in_time(lambda: machine.save(5))
-    wait_until(lambda: machine.checkpointer._upload_queue._current, "the upload of the first")
+    wait_until(lambda: machine.checkpointer.upload_queue._current, "the upload of the first")
     in_time(lambda: machine.save(10))
     assert [key.step for key in machine.waiting()] == [10, 5]
     machines.gate.set()
@@ -48,7 +48,7 @@ def test_law_3_a_save_makes_no_request_on_the_training_thread(machines: Machines
 
     machines.storage._request = recorded
     machine.save(5)
-    wait_until(lambda: not machine.checkpointer._upload_queue.pending(), "the upload")
+    wait_until(lambda: not machine.checkpointer.upload_queue.pending(), "the upload")
     assert threads, "the upload must make requests"
     assert threading.main_thread() not in threads
 

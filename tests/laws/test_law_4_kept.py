@@ -36,7 +36,7 @@ def test_law_4_rotation_during_an_outage_loses_nothing(machines: Machines) -> No
     machine.start()
     machines.storage.fail("any", times=1_000_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed try")
     machine.save(10)
     machine.rotate(5)
     machine.rotate(10)
@@ -210,7 +210,7 @@ def test_law_4_an_entry_that_a_different_process_flushed_is_not_reported_as_lost
     machine = machines.new()
     machine.start()
     machines.storage.fail("upload", path="*/model.safetensors", times=6)  # all retries of one try
-    upload_queue = machine.checkpointer._upload_queue
+    upload_queue = machine.checkpointer.upload_queue
     put_back = upload_queue._put_back
 
     def put_back_after_a_flush(*args: object) -> None:

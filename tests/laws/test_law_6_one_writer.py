@@ -141,8 +141,8 @@ class TestTheOvertakenAttempt:
         machines.gate.set()
         message = overtaken(old)
 
-        wait_until(lambda: old.checkpointer._upload_queue._current is None, "the end of the upload")
-        assert old.checkpointer._upload_queue.progress.done < len(bytes_of(5)["model.safetensors"])
+        wait_until(lambda: old.checkpointer.upload_queue._current is None, "the end of the upload")
+        assert old.checkpointer.upload_queue.progress.done < len(bytes_of(5)["model.safetensors"])
         assert machines.storage.count("create", COMMITS) == 0
         assert not (machines.run / "checkpoint-5" / "model.safetensors").exists()
         assert old.waiting() == [CheckpointKey(1, 5)]
@@ -155,7 +155,7 @@ class TestTheOvertakenAttempt:
         old.start()
         new.start()
         tries: list[str] = []
-        progress = old.checkpointer._upload_queue.progress
+        progress = old.checkpointer.upload_queue.progress
         progress.begin = lambda title, size: tries.append(title)  # type: ignore[method-assign]
         old.save(5)
         overtaken(old)
@@ -241,7 +241,7 @@ class TestTheOvertakenAttempt:
         machine.start()
         machines.storage.fail("list", path=f"{META}/attempts", times=1_000_000)
         machine.save(5)
-        wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed check")
+        wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed check")
         assert machines.storage.count("create", COMMITS) == 0
         machines.storage.heal()
         machine.wait()
@@ -410,7 +410,7 @@ class TestTheWindow:
         new.save(6, best=True, metrics={"best_metric": 0.5})
         new.wait()
         machines.gate.set()
-        old.checkpointer._upload_queue.wait(DEADLINE)
+        old.checkpointer.upload_queue.wait(DEADLINE)
         assert machines.catalog.pointer("best") == CheckpointKey(1, 5), "it points to an existing checkpoint"
         new.save(7)
         new.wait()

@@ -113,7 +113,7 @@ class CheckpointUploadCallback(EvidenceCallback):
         self.gather(args, state, kwargs)
         if self._staged is not None:
             self._staged.end()
-        self._staged = StagedSaves(self._session.checkpointer, args, self._async_save)
+        self._staged = StagedSaves.of(self._session.checkpointer, args, self._async_save)
         self._mark_save_begin()
 
     def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:

@@ -38,30 +38,33 @@ READERS: dict[str, Callable[[Any], object]] = {
 
 
 class StagedSaves:
-    """The staged saves of one training. All ranks make one; the leader of the disk stages.
-
-    Args:
-        wish: what the user wants; None: where a checkpoint is large enough.
-    """
+    """The staged saves of one training. Every rank has one; the leader of the disk stages."""
 
     def __init__(self, checkpointer: Checkpointer, args: TrainingArguments, wish: bool | None) -> None:
         self._checkpointer = checkpointer
         self._trainer = calling_trainer()
         self._saves: AsyncSaves | None = None
         self._told = False
-        reason = checkpointer.ranks.agree(lambda: self._why_not(args, wish), "prepare asynchronous saves")
-        self.is_on = reason is None
-        if not self.is_on:
-            if wish and checkpointer.ranks.is_main:
-                logger.warning("Saves are not asynchronous: %s.", reason)
-            return
         if checkpointer.ranks.is_leader:
             self._saves = AsyncSaves(
                 checkpointer.output_dir,
                 expected=checkpoint_size(self._trainer.model, save_only_model=args.save_only_model),
                 connection=checkpointer.storage.connection,
             )
-            checkpointer.late = self._saves
+            self._announce(self._saves)
+
+    @classmethod
+    def of(cls, checkpointer: Checkpointer, args: TrainingArguments, wish: bool | None) -> StagedSaves | None:
+        """The staged saves of a training whose attempt has begun; None if they are ordinary ones. On all ranks."""
+        trainer, wish = calling_trainer(), env.async_save(wish)
+        reason = checkpointer.ranks.agree(
+            lambda: why_ordinary(checkpointer, args, wish, trainer), "prepare asynchronous saves"
+        )
+        if reason is None:
+            return cls(checkpointer, args, trainer)
+        if wish and checkpointer.ranks.is_main:
+            logger.warning("Saves are not asynchronous: %s.", reason)
+        return None
 
     def save_begins(self, state: TrainerState, control: TrainerControl) -> None:
         """Stage what Trainer may save next."""
@@ -80,37 +83,23 @@ class StagedSaves:
 
     def training_ends(self) -> None:
         """Before Trainer loads the best model, and the script reads its folders: all ranks wait until they are whole."""
-        if self.is_on:
-            self._checkpointer.ranks.each_leader(self._settle, "write its last checkpoint")
+        self._checkpointer.ranks.each_leader(self._settle, "write its last checkpoint")
 
     def end(self) -> None:
         """Stop the writer."""
         if self._saves is not None:
-            self._checkpointer.late = None
             self._saves.end()
+            self._announce(None)
             self._saves = None
+
+    def _announce(self, saves: AsyncSaves | None) -> None:
+        queue = self._checkpointer.upload_queue
+        assert queue is not None, "an attempt has begun, and this rank uploads"
+        queue.late = saves
 
     def _settle(self) -> None:
         if self._saves is not None:
             self._saves.settle()
-
-    def _why_not(self, args: TrainingArguments, wish: bool | None) -> str | None:
-        checkpointer = self._checkpointer
-        wish = env.async_save(wish)
-        if wish is False:
-            return "async_save=False"
-        if self._trainer is None:
-            return "the trainer is not one of transformers"
-        if len(checkpointer.ranks.leaders) > 1:
-            return "the machines have disks of their own"
-        if args.push_to_hub:
-            return "push_to_hub=True reads each checkpoint as soon as it is saved"
-        if checkpointer.watches_saves:
-            return "verify-resume looks at each checkpoint as soon as it is saved"
-        size = checkpoint_size(self._trainer.model, save_only_model=args.save_only_model)
-        if wish is None and size < WORTH_IT:
-            return f"a checkpoint has {size_text(size)} only"
-        return why_not(size)
 
     def _has_reader(self) -> bool:
         """Whether a callback reads the folder of a checkpoint in its `on_save`."""
@@ -158,3 +147,28 @@ def checkpoint_size(model: Any, *, save_only_model: bool) -> int:
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
     return int(weights) + (0 if save_only_model else 8 * int(trained))
+
+
+def why_ordinary(
+    checkpointer: Checkpointer, args: TrainingArguments, wish: bool | None, trainer: Any
+) -> str | None:
+    """Why the saves of this training are ordinary ones; None if they are staged.
+
+    Args:
+        wish: what the user wants; None: where a checkpoint is large enough.
+        trainer: that calls the callbacks.
+    """
+    if wish is False:
+        return "async_save=False"
+    if trainer is None:
+        return "the trainer is not one of transformers"
+    if len(checkpointer.ranks.leaders) > 1:
+        return "the machines have disks of their own"
+    if args.push_to_hub:
+        return "push_to_hub=True reads each checkpoint as soon as it is saved"
+    if env.verify_folder() is not None:
+        return "verify-resume looks at each checkpoint as soon as it is saved"
+    size = checkpoint_size(trainer.model, save_only_model=args.save_only_model)
+    if wish is None and size < WORTH_IT:
+        return f"a checkpoint has {size_text(size)} only"
+    return why_not(size)

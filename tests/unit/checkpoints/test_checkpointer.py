@@ -77,7 +77,7 @@ def test_all_ranks_are_one_attempt_and_one_of_them_uploads(
         lambda checkpointer, ranks: (
             save_together(checkpointer, ranks),
             checkpointer.attempt.number,
-            checkpointer._upload_queue is not None,
+            checkpointer.upload_queue is not None,
         ),
     )
     assert answers == [(None, 1, True), (None, 1, False), (None, 1, False)]
@@ -102,7 +102,7 @@ def test_only_the_first_host_deletes_and_all_hosts_keep_every_nth_save(
     """The other host commits the last checkpoint, after the first host's last pass."""
 
     def others_part_is_late(checkpointer: Checkpointer) -> None:
-        upload_queue, attempt = checkpointer._upload_queue, checkpointer.attempt
+        upload_queue, attempt = checkpointer.upload_queue, checkpointer.attempt
         assert upload_queue is not None
         assert attempt is not None
         nonce = f"{attempt.nonce}-15"
@@ -127,8 +127,8 @@ def test_only_the_first_host_deletes_and_all_hosts_keep_every_nth_save(
                 others_part_is_late(checkpointer)
             checkpointer.wait(DEADLINE)
         checkpointer.finish(DEADLINE)
-        assert checkpointer._upload_queue is not None
-        retention = checkpointer._upload_queue._retention
+        assert checkpointer.upload_queue is not None
+        retention = checkpointer.upload_queue._retention
         assert retention is not None
         return retention.is_active, retention.policy.is_milestone(10)
 
@@ -216,7 +216,7 @@ def save_twice(
         ranks.barrier()
     machines.gate.set()
     if ranks.rank == 1:
-        checkpointer._upload_queue.wait(20.0)  # its part is on storage
+        checkpointer.upload_queue.wait(20.0)  # its part is on storage
         second_upload.set()
     checkpointer.wait(20.0)
 
@@ -357,7 +357,7 @@ def test_left_overs_of_another_run_are_named_and_stay(
     machine.start()
     machines.storage.fail("upload", times=1_000)
     machine.save(5)
-    wait_until(lambda: machine.checkpointer._upload_queue.last_error, "a failed try")
+    wait_until(lambda: machine.checkpointer.upload_queue.last_error, "a failed try")
     machine.stop()
 
     other = Checkpointer(f"{machines.storage.url}-2", machine.output_dir)

@@ -50,7 +50,7 @@ class Host:
         return [entry.key.step for entry in self.checkpointer.outbox.entries()]
 
     def is_busy(self) -> bool:
-        return self.checkpointer._upload_queue.is_busy()
+        return self.checkpointer.upload_queue.is_busy()
 
 
 @pytest.fixture

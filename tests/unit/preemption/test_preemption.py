@@ -64,8 +64,8 @@ class TestAlone:
     def test_it_leaves_when_the_time_is_up_and_names_what_is_not_on_storage(
         self, made: Checkpointer, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert made._upload_queue is not None
-        made._upload_queue.close()  # nothing is uploaded any more
+        assert made.upload_queue is not None
+        made.upload_queue.close()  # nothing is uploaded any more
         preemption = Preemption(made)
         preemption.receive(Notice("EC2", 0.5))
         save(made, 5)
