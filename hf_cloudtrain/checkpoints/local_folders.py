@@ -27,7 +27,7 @@ from pathlib import Path
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, move_aside
 from hf_cloudtrain.checkpoints.frozen import Wanted
-from hf_cloudtrain.checkpoints.local_home import make_local_home
+from hf_cloudtrain.checkpoints.local_home import make_local_home, wait_for_writer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record, encode_record
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.runtime.ranks import Ranks
@@ -76,6 +76,7 @@ class LocalFolders:
         Args:
             check_owner: raises if a newer attempt has begun, which may have saved what lies on a shared disk.
         """
+        wait_for_writer(self.output_dir)  # its checkpoint may be ahead, too
         move_stale(self.output_dir, run_url, global_step, check_owner)
 
     # Restored folders

@@ -7,26 +7,39 @@ output folder, because only there hard links work for certain and the disk is th
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.patience import told_if_slow
+from hf_cloudtrain.runtime.process_tree import is_alive, this_process
+from hf_cloudtrain.runtime.threads import TURN
 from hf_cloudtrain.storage.names import LOCAL, META
+
+if TYPE_CHECKING:
+    from hf_cloudtrain.checkpoints.late_files import LateFiles
 
 logger = logging.getLogger(__name__)
 
 SAVING = "saving"
 """The folder of checkpoints whose files are not all written yet."""
+WRITER_LOCK = "writer.lock"
+"""Held by the process that writes and uploads the staged saves of a training; names the training that has started it."""
+own_writers: dict[Path, LateFiles] = {}
+"""What the trainings of this process have written in the background, by output folder."""
 
 _KEPT = ("outbox", "originals", "stale", "unusable")
 """Folders in which earlier versions kept files, in `.cloudtrain/`. On storage, no record of a run has such a name."""
-_MARKERS = ("save-began", "outbox.lock", "moving.lock", "writer.lock", "writer.log", ".gitignore")
+_MARKERS = ("save-began", "outbox.lock", "moving.lock", WRITER_LOCK, "writer.log", ".gitignore")
 """Files that hold nothing that anyone needs later."""
 
 
@@ -38,32 +51,46 @@ def make_local_home(output_dir: Path) -> None:
         (home / ".gitignore").write_bytes(b"*\n")
 
 
-@contextlib.contextmanager
-def writer_lock(output_dir: Path, patience: float = 0.0) -> Iterator[None]:
-    """Held by the process that writes and uploads the staged saves of a training, and so by one of a killed training.
+def take_writer_lock(output_dir: Path) -> int:
+    """The lock of the process that writes the staged saves of this training, as an open file for it to inherit.
 
-    Args:
-        patience: seconds to wait for it.
+    Taken by the training, so that there is no moment at which the writer runs without it. It is free once every process
+    that has the file open has closed it or has ended.
 
     Raises:
-        BlockingIOError: that process still works.
+        BlockingIOError: the writer of a different training still works.
     """
-    with locked(output_dir / LOCAL / "writer.lock", patience):
-        yield
+    make_local_home(output_dir)
+    lock = os.open(output_dir / LOCAL / WRITER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(this_process()).encode(), 0)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def wait_for_writer(output_dir: Path) -> None:
     """Wait until the writer of a killed training has stored what that training saved last; then remove what is half-made.
 
+    A training of this process may have been cut short by an exception, as in a notebook; its save is waited for, too. The
+    writer of a different process that still trains is left alone: a newer attempt has priority over it, and need not wait.
+
     Raises:
         NotCommittedError: it needs longer than the end of a training waits for uploads.
     """
-    if not (output_dir / LOCAL / "writer.lock").exists():
+    if output_dir in own_writers:
+        own_writers[output_dir].settle(env.drain_timeout())
+        return
+    lock = output_dir / LOCAL / WRITER_LOCK
+    if not lock.exists() or _trains_elsewhere(lock):
         return
     try:
         with (
             told_if_slow(f"let the writer of a killed training store its last save ({str(output_dir)!r})"),
-            writer_lock(output_dir, env.drain_timeout()),
+            _held(lock, env.drain_timeout()),
         ):
             shutil.rmtree(output_dir / LOCAL / SAVING, ignore_errors=True)
     except BlockingIOError:
@@ -71,6 +98,34 @@ def wait_for_writer(output_dir: Path) -> None:
             f"The writer of an earlier training still works in {str(output_dir)!r}; its messages are in "
             f"{str(output_dir / LOCAL / 'writer.log')!r}. Wait until it has finished, or end it, and start again."
         ) from None
+
+
+def _trains_elsewhere(lock: Path) -> bool:
+    """Whether the training that has started the writer last is a different process that still runs."""
+    try:
+        training = json.loads(lock.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(training, dict) and training != this_process() and is_alive(training)
+
+
+@contextlib.contextmanager
+def _held(lock: Path, patience: float) -> Iterator[None]:
+    """Hold a lock without changing what is in its file. Raises BlockingIOError after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    with open(lock, "rb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(TURN)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open, too
 
 
 def adopt_earlier(output_dir: Path) -> None:

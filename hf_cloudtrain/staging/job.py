@@ -41,6 +41,8 @@ class WriteJob:
     files: list[StagedFile]
     entry: str
     """The outbox entry, encoded, without its files."""
+    inode: int = 0
+    """Of `folder`, which keeps it when it is renamed."""
     since_ns: int = 0
     """See `Outbox.accept`."""
     delete: list[str] = field(default_factory=list)

@@ -7,10 +7,12 @@ https://man7.org/linux/man-pages/man2/memfd_create.2.html
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 ALIGNMENT = 64
 """Bytes; of every copy, so that memcpy runs at full speed."""
@@ -21,7 +23,8 @@ SPARE = 512 * 2**20
 JOB_SPACE = 64 * 2**20
 """Bytes behind the tensors, for the description of the save: 500,000 tensors."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 class StagingMemory:
@@ -98,22 +101,18 @@ class StagingMemory:
 
 
 def room() -> int:
-    """Bytes that this process may still take, by the machine and by its cgroup, less a spare."""
-    limits = [_available()]
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            cache = _field(_CGROUP / "memory.stat", "inactive_file")
-            limits.append(int(limit) - used + cache)
-    except (OSError, ValueError):
-        pass
+    """Bytes that this process may still take, by the machine and by its cgroups, less a spare."""
+    limits = [_field(PROC / "meminfo", "MemAvailable:") * 1024, *_cgroup_limits()]
     return max(0, min(limits) - SPARE)
 
 
 def is_supported() -> bool:
     """Whether this system has anonymous shared memory."""
-    return hasattr(os, "memfd_create")
+    try:
+        os.close(os.memfd_create("cloudtrain-probe", os.MFD_CLOEXEC))
+    except (AttributeError, OSError):  # macOS; a sandbox that refuses it
+        return False
+    return True
 
 
 def _make(capacity: int) -> int:
@@ -126,13 +125,39 @@ def _make(capacity: int) -> int:
     return fd
 
 
-def _available() -> int:
-    return _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
+def _cgroup_limits() -> Iterator[int]:
+    """What each limited cgroup of this process leaves, of both versions.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+    """
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            home, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            home = CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A limit of a parent holds, too. In a container the path may be that of the host: then only the root is there.
+        here = PurePosixPath(path.lstrip("/"))
+        for folder in {home / here, *(home / parent for parent in here.parents), home}:
+            yield from _left_in(folder, *names)
+
+
+def _left_in(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        yield left + _field(folder / "memory.stat", cache)
 
 
 def _field(path: Path, name: str) -> int:
     for line in path.read_text().splitlines():
         words = line.split()
-        if words[0] == name:
+        if words and words[0] == name:
             return int(words[1])
     return 0

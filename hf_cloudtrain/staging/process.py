@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain.checkpoints.local_home import make_local_home
+from hf_cloudtrain.checkpoints.local_home import take_writer_lock
 from hf_cloudtrain.runtime.threads import TURN
 from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
@@ -25,12 +25,21 @@ logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Writers that may die over one save, until it is given up."""
-END_SECONDS = 10.0
-"""Seconds that an idle writer has to end."""
+LOOK = 1.0
+"""Seconds between two looks whether the other process lives: a forked process may keep its end of the socket open."""
 
-_PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
-# Not -m: that would take modules of the folder in which the user works for those of Python.
-_START = "import sys; sys.path.append(sys.argv[1]); from hf_cloudtrain.staging.writer import main; main()"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Not -m, and nothing in front of Python's own modules: the folder in which the user works may have a file socket.py. This
+# package is that of the training, wherever a different copy of it is installed.
+_START = """\
+import importlib.util, json, sys
+sys.path.extend(path for path in json.loads(sys.argv[2]) if path not in sys.path)
+spec = importlib.util.spec_from_file_location("hf_cloudtrain", sys.argv[1])
+sys.modules["hf_cloudtrain"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from hf_cloudtrain.staging.writer import main
+main()
+"""
 
 
 class WriterProcess:
@@ -38,6 +47,9 @@ class WriterProcess:
 
     Args:
         output_dir: of the training.
+
+    Raises:
+        OSError: no process can be started, or the writer of a different training still works in this folder.
 
     Example:
         >>> process = WriterProcess(Path("out"), memory)
@@ -52,11 +64,16 @@ class WriterProcess:
         self._changed = threading.Condition()
         self._job: tuple[bytes, Callable[[str], None], Callable[[str], None]] | None = None
         self._tries = 0
-        self._pid = os.getpid()
+        self._owner = os.getpid()
         self._popen: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        make_local_home(output_dir)
         self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the writer; None while there is none."""
+        popen = self._popen
+        return None if popen is None else popen.pid
 
     def write(self, job: WriteJob, done: Callable[[str], None], failed: Callable[[str], None]) -> None:
         """Hand a save over; one at a time. Returns at once.
@@ -64,52 +81,73 @@ class WriterProcess:
         Args:
             done: called in a thread with the folder of the outbox entry, once the save is whole.
             failed: called in a thread with the reason, if it cannot be written.
+
+        Raises:
+            OSError, ValueError: it cannot be handed over; neither function is called.
         """
         data = job.encode()
         self._memory.put_job(data)
         with self._changed:
             assert self._job is None, "the memory is free once the earlier save is written"
-            self._job, self._tries = (data, done, failed), 1
             if self._popen is None:
                 self._start()
+            self._job, self._tries = (data, done, failed), 1
             self._send({"size": len(data)})
 
     @property
     def is_busy(self) -> bool:
         """Whether a save is not written yet."""
-        return self._job is not None
+        return self._job is not None and os.getpid() == self._owner
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the save is written or given up; False after `timeout` seconds."""
         deadline = time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
         with self._changed:
-            while self._job is not None and time.monotonic() < deadline:
-                self._changed.wait(TURN)  # short turns, so that Ctrl-C is noticed
-            return self._job is None
+            while self.is_busy and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(TURN, left))  # short turns, so that Ctrl-C is noticed
+            return not self.is_busy
 
     def end(self) -> None:
-        """End the writer, which writes nothing now."""
+        """End the writer: at once if it writes nothing, else once it has put the save into the outbox."""
+        if os.getpid() != self._owner:
+            return
         with self._changed:
             popen, self._popen = self._popen, None
-            self._send({"end": True})
-        if popen is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                popen.wait(END_SECONDS)
+            if popen is None:
+                return
+            if self._job is not None:
+                self._send({"end": True})
+                return
+            popen.kill()  # it may still be importing torch, which the end of a short training need not wait for
+        popen.wait()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, open(self._output_dir / LOCAL / "writer.log", "ab") as log:
-            arguments = (theirs.fileno(), self._memory.fd, self._memory.capacity, self._output_dir)
-            self._popen = subprocess.Popen(
-                [sys.executable, "-c", _START, _PACKAGE_HOME, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                pass_fds=(theirs.fileno(), self._memory.fd),
-                start_new_session=True,  # Ctrl-C and a killed process group pass it by
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            )
+        with contextlib.ExitStack() as ours_only_here:
+            lock = take_writer_lock(self._output_dir)
+            ours_only_here.callback(os.close, lock)
+            ours, theirs = socket.socketpair()
+            ours_only_here.enter_context(theirs)
+            log = ours_only_here.enter_context(open(self._output_dir / LOCAL / "writer.log", "ab"))
+            kept = (theirs.fileno(), self._memory.fd, lock)
+            arguments = (theirs.fileno(), self._memory.fd, self._memory.capacity, os.getpid())
+            paths = [str(_PACKAGE.parent), *(path for path in sys.path if os.path.isabs(path))]
+            try:
+                self._popen = subprocess.Popen(
+                    [
+                        *(sys.executable, "-c", _START, str(_PACKAGE / "__init__.py"), json.dumps(paths)),
+                        *map(str, arguments),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    pass_fds=kept,
+                    start_new_session=True,  # Ctrl-C and a killed process group pass it by
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
+                )
+            except BaseException:
+                ours.close()
+                raise
         self._control = ours
         threading.Thread(
             target=self._listen, args=(ours, self._popen), name="cloudtrain-writer", daemon=True
@@ -117,24 +155,38 @@ class WriterProcess:
 
     def _send(self, message: dict[str, Any]) -> None:
         # A writer that has died is noticed by the thread that listens.
-        if self._control is not None and os.getpid() == self._pid:
+        if self._control is not None and os.getpid() == self._owner:
             with contextlib.suppress(OSError):
                 self._control.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self, control: socket.socket, popen: subprocess.Popen[bytes]) -> None:
-        with control, control.makefile("rb") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                self._hear(json.loads(line))
+        with control, contextlib.suppress(OSError):
+            control.settimeout(LOOK)
+            received = b""
+            while True:
+                try:
+                    data = control.recv(65536)
+                except TimeoutError:
+                    if popen.poll() is None:
+                        continue
+                    break
+                if not data:
+                    break
+                *lines, received = (received + data).split(b"\n")
+                for line in lines:
+                    self._receive(json.loads(line))
         code = popen.wait()
         with self._changed:
             if self._popen is popen:  # `end` was not called
                 self._replace(code)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         if self._job is None or not ("done" in message or "failed" in message):
             return
         _, done, failed = self._job
         try:
+            if "trouble" in message:
+                logger.warning("%s", message["trouble"])
             done(message["done"]) if "done" in message else failed(message["failed"])
         except Exception:
             logger.exception("A staged save was written, and could not be handed to the upload")
@@ -152,6 +204,7 @@ class WriterProcess:
         self._popen = None
         if self._job is None:
             return  # the next save starts one
+        data, _, failed = self._job
         try:
             if self._tries >= TRIES:
                 raise OSError(
@@ -159,9 +212,8 @@ class WriterProcess:
                 )
             self._tries += 1
             self._start()
-            self._send({"size": len(self._job[0])})
+            self._send({"size": len(data)})
         except OSError as error:
-            _, _, failed = self._job
             failed(str(error))
             self._job = None
             self._changed.notify_all()

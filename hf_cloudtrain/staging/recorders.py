@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.staging.job import StagedFile
@@ -105,6 +106,31 @@ def replay(writer: Any, memory: StagingMemory, records: list[Any]) -> None:
         if size:  # a storage of its bytes; an address would do, and is deprecated
             data = torch.frombuffer(memory.view(offset, size), dtype=torch.uint8).untyped_storage()
         writer.write_record(name, data, size)
+
+
+def write_file(path: Path, file: StagedFile, memory: StagingMemory) -> None:
+    """Write one staged file, byte for byte as the framework would have written it at this path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # an outbox may have a link to it
+    if file.kind == "torch":
+        from torch import serialization
+        from torch.utils.serialization import config
+
+        serialization.set_crc32_options(file.options["crc32"])
+        if "alignment" in file.options:
+            config.save.storage_alignment = file.options["alignment"]
+        with serialization._open_zipfile_writer(str(path)) as archive:
+            replay(archive, memory, file.parts)
+    else:
+        from safetensors import TensorSpec, serialize_file
+
+        specs = {
+            name: TensorSpec(
+                dtype=DTYPES[dtype], shape=shape, data_ptr=memory.address + offset, data_len=size
+            )
+            for name, dtype, shape, offset, size in file.parts
+        }
+        serialize_file(specs, str(path), metadata=file.options["metadata"])
 
 
 def torch_options() -> dict[str, Any]:

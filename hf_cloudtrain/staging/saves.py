@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
-from hf_cloudtrain.checkpoints.local_home import SAVING, wait_for_writer
+from hf_cloudtrain.checkpoints.local_home import SAVING, own_writers, wait_for_writer
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.files import temp_suffix
 from hf_cloudtrain.runtime.patience import told_if_slow
@@ -28,6 +29,7 @@ from hf_cloudtrain.runtime.threads import before_exit
 from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory, is_supported, room
 from hf_cloudtrain.staging.process import WriterProcess
+from hf_cloudtrain.staging.recorders import write_file
 from hf_cloudtrain.staging.window import Window
 from hf_cloudtrain.storage.names import LOCAL
 
@@ -47,7 +49,8 @@ class AsyncSaves:
         connection: URL and options of the run's storage, for the upload if the training is killed.
 
     Raises:
-        OSError: no memory, or no process.
+        OSError: no memory, no process, or the writer of a different training works in this folder.
+        NotCommittedError: the writer of a killed training takes too long.
 
     Example:
         >>> saves = AsyncSaves(Path("out"), expected=2**30)
@@ -63,21 +66,34 @@ class AsyncSaves:
         self.staged = 0
         """How many saves were staged."""
         self._connection = connection if _is_json(connection) else None
+        if (earlier := own_writers.get(output_dir)) is not None:
+            earlier.end()
         wait_for_writer(output_dir)
         self._memory = StagingMemory(max(int(expected * HEADROOM), WORTH_IT))
-        self._process = WriterProcess(output_dir, self._memory)
         self._window: Window | None = None
+        self._ended = False
+        try:
+            self._process = WriterProcess(output_dir, self._memory)
+        except OSError:
+            self._memory.close()
+            raise
+        own_writers[output_dir] = self
         threading.Thread(
             target=self._memory.populate, args=(expected,), name="cloudtrain-populate", daemon=True
         ).start()
         before_exit(self.end)
 
+    @property
+    def writer_pid(self) -> int | None:
+        """Of the writer process."""
+        return self._process.pid
+
     def open(self, folder: Path) -> None:
         """Stage, from now on, what this thread writes into a folder; waits until the save before it is whole."""
-        self.close()
         self.settle()
-        self._window = Window(str(folder), self._memory, self._is_older)
-        self._window.open()
+        if not self._ended:
+            self._window = Window(str(folder), self._memory, self._is_older)
+            self._window.open()
 
     def close(self) -> None:
         """Write files as always, from now on."""
@@ -93,27 +109,39 @@ class AsyncSaves:
         lose: Callable[[Exception], None],
     ) -> bool:
         """See `LateFiles.take`."""
-        window, self._window = self._window, None
-        if window is None or window.folder != str(folder) or not window.files:
+        self.close()
+        window = self._window
+        if window is None or window.folder != os.path.abspath(folder) or not window.files:
+            self._write_rest()
             return False
         saving = self.output_dir / LOCAL / SAVING / f"{folder.name}-{temp_suffix()}"
-        saving.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder, saving)
-        job = WriteJob(
-            output_dir=str(self.output_dir),
-            folder=str(saving),
-            target=str(folder),
-            files=window.files,
-            entry=entry.encode().decode(),
-            since_ns=since_ns,
-            delete=window.deleted,
-            connection=self._connection,
-        )
-        self._process.write(
-            job,
-            done=lambda home: submit(OutboxEntry.read(Path(home))),
-            failed=lambda reason: lose(OSError(reason)),
-        )
+
+        def failed(reason: str) -> None:
+            shutil.rmtree(saving, ignore_errors=True)
+            lose(OSError(reason))
+
+        try:
+            saving.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder, saving)
+            job = WriteJob(
+                output_dir=str(self.output_dir),
+                folder=str(saving),
+                target=str(folder),
+                inode=os.stat(saving).st_ino,
+                files=window.files,
+                entry=entry.encode().decode(),
+                since_ns=since_ns,
+                delete=window.deleted,
+                connection=self._connection,
+            )
+            self._process.write(job, lambda home: submit(OutboxEntry.read(Path(home))), failed)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is written at once: %s", folder.name, error)
+            if saving.exists():
+                os.rename(saving, folder)
+            self._write_rest()
+            return False
+        self._window = None
         self.staged += 1
         return True
 
@@ -122,7 +150,9 @@ class AsyncSaves:
 
         Raises:
             NotCommittedError: after `timeout` seconds.
+            OSError: the disk is full, or refuses.
         """
+        self._write_rest()
         if not self._process.is_busy:
             return
         with told_if_slow("write the checkpoint before"):
@@ -130,19 +160,44 @@ class AsyncSaves:
         if not whole:
             raise NotCommittedError(
                 f"The last checkpoint is in memory and not written to {str(self.output_dir)!r} yet. The writer process goes "
-                f"on when this one ends; `cloudtrain checkpoint flush {self.output_dir}` finishes what it has written."
+                f"on when this one ends; `cloudtrain checkpoint flush {self.output_dir}` uploads what it has written."
             )
 
     def end(self) -> None:
-        """Wait for the save under way, and end the writer and its memory."""
-        self.close()
-        self._process.wait(env.drain_timeout())
+        """Wait for the save under way, and end the writer and its memory; never raises, and logs what is left."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self.settle(env.drain_timeout())
+        except (NotCommittedError, OSError) as error:
+            logger.error("%s", error)
+        except KeyboardInterrupt:
+            logger.error(
+                "The last checkpoint is still being written. `cloudtrain checkpoint flush %s` uploads it.",
+                self.output_dir,
+            )
+        if own_writers.get(self.output_dir) is self:
+            del own_writers[self.output_dir]
         self._process.end()
         self._memory.close()
 
+    def _write_rest(self) -> None:
+        """Write what was staged and then not saved as a checkpoint: an exception came, or it is of a different folder."""
+        window, self._window = self._window, None
+        if window is None:
+            return
+        window.close()
+        for file in window.files:
+            write_file(Path(window.folder, file.path), file, self._memory)
+        for path in window.deleted:
+            shutil.rmtree(path, ignore_errors=True)
+
     def _is_older(self, path: str) -> bool:
         home, name = os.path.split(path)
-        return home == str(self.output_dir) and re.fullmatch(r"checkpoint-\d+.*", name) is not None
+        return (
+            home == os.path.abspath(self.output_dir) and re.fullmatch(r"checkpoint-\d+.*", name) is not None
+        )
 
 
 def why_not(expected: int) -> str | None:

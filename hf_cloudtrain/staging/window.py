@@ -11,6 +11,7 @@ Each acts for the thread that opened a window and for paths below the folder of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -26,7 +27,7 @@ class Window:
     """One save of the thread that makes it.
 
     Args:
-        folder: absolute; what is written below it is staged.
+        folder: what is written below it is staged.
         deletable: whether a path that is deleted meanwhile is an older checkpoint, and waits for the new one.
 
     Example:
@@ -41,7 +42,7 @@ class Window:
     def __init__(
         self, folder: str, memory: StagingMemory, deletable: Callable[[str], bool] = lambda path: False
     ) -> None:
-        self.folder = folder
+        self.folder = os.path.abspath(folder)
         self.files: list[StagedFile] = []
         self.deleted: list[str] = []
         """What the framework wanted to delete."""
@@ -56,60 +57,57 @@ class Window:
 
     def close(self) -> None:
         """Write as always from now on."""
-        _seams.remove(self._thread, self)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it stages."""
-        return _seams.window() is self
+        _seams.remove(self)
 
     def relative(self, file: Any) -> str | None:
-        """The path of a file below the folder; None for any other."""
+        """The path of a file below the folder; None for any other, and where writing it fails as always."""
         path = path_of(file)
-        inside = path is not None and path.startswith(self.folder + os.sep)
-        return os.path.relpath(path, self.folder) if path is not None and inside else None
+        if (
+            path is None
+            or not path.startswith(self.folder + os.sep)
+            or not os.path.isdir(os.path.dirname(path))
+        ):
+            return None
+        return os.path.relpath(path, self.folder)
 
     def keep(self, file: StagedFile) -> None:
-        """Take a complete file, which replaces an earlier one of its name."""
-        self.files = [other for other in self.files if other.path != file.path] + [file]
-        # A reader must not find an older file under this name.
-        if os.path.lexists(path := os.path.join(self.folder, file.path)):
-            os.unlink(path)
+        """Take a complete file."""
+        self.files.append(file)
 
-    def forget(self, relative: str) -> None:
-        """A file is written as always, in place of one that was staged under its name."""
+    def begin(self, relative: str) -> None:
+        """A file is written: no reader must find an older one of its name, on the disk or staged."""
         self.files = [other for other in self.files if other.path != relative]
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.folder, relative))
 
-    def open_archive(self, file: Any, original: Callable[[Any], Any]) -> Any:
+    def open_archive(self, file: Any, relative: str, original: Callable[[Any], Any]) -> Any:
         """For `torch.save`."""
-        relative = self.relative(file)
-        if relative is None:
-            return original(file)
-        self.forget(relative)
+        self.begin(relative)
         return TorchRecorder(os.fspath(file), relative, self._memory, self.keep, original)
 
-    def serialize(
-        self, specs: Any, file: Any, metadata: Any, original: Callable[..., Any], options: dict[str, Any]
-    ) -> Any:
-        """For `safetensors.torch.save_file`."""
-        relative = self.relative(file)
+    def serialize(self, specs: Any, relative: str, metadata: Any, options: dict[str, Any]) -> bool:
+        """For `safetensors.torch.save_file`; False if the file must be written as always."""
+        self.begin(relative)
         staged = None
-        if relative is not None:
-            self.forget(relative)
-            if not options and isinstance(specs, dict):
-                staged = stage_tensors(specs, relative, metadata, self._memory)
-        if staged is None:
-            return original(specs, file, metadata=metadata, **options)
-        self.keep(staged)
-        return None
+        if not options and isinstance(specs, dict):
+            staged = stage_tensors(specs, relative, metadata, self._memory)
+        if staged is not None:
+            self.keep(staged)
+        return staged is not None
 
-    def delete(self, path: Any, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """For `shutil.rmtree`."""
+    def delays(self, path: Any) -> bool:
+        """For `shutil.rmtree`: whether a folder is deleted once this save is whole."""
         absolute = path_of(path)
-        if absolute is None or not self.files or not self._deletable(absolute):
-            return original(path, *args, **options)
+        if absolute is None:
+            return False
+        gone = absolute + os.sep
+        self.files = [
+            file for file in self.files if not os.path.join(self.folder, file.path).startswith(gone)
+        ]
+        if absolute == self.folder or not self.files or not self._deletable(absolute):
+            return False
         self.deleted.append(absolute)
-        return None
+        return True
 
 
 class _Seams:
@@ -117,27 +115,36 @@ class _Seams:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._windows: dict[int, Window] = {}
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._windows: list[tuple[int, Window]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
 
-    def window(self) -> Window | None:
-        """Of the calling thread."""
-        return self._windows.get(threading.get_ident())
+    def windows(self) -> list[Window]:
+        """Of the calling thread; the one that was opened last comes first."""
+        thread = threading.get_ident()
+        return [window for owner, window in reversed(self._windows) if owner == thread]
+
+    def window_of(self, file: Any) -> tuple[Window | None, str]:
+        """The window that stages a file, and the file's path below its folder."""
+        for window in self.windows():
+            if (relative := window.relative(file)) is not None:
+                return window, relative
+        return None, ""
 
     def add(self, thread: int, window: Window) -> None:
         with self._lock:
-            self._windows[thread] = window
-            if not self._originals:
+            if not self._replaced:
                 self._install()
+            self._windows = [*self._windows, (thread, window)]
 
-    def remove(self, thread: int, window: Window) -> None:
+    def remove(self, window: Window) -> None:
         with self._lock:
-            if self._windows.get(thread) is window:
-                del self._windows[thread]
+            self._windows = [item for item in self._windows if item[1] is not window]
             if not self._windows:
-                for home, name, original in self._originals:
-                    setattr(home, name, original)
-                self._originals = []
+                for home, name, original, ours in self._replaced:
+                    # Whatever has replaced ours in the meantime stays, and ours below it does nothing.
+                    if getattr(home, name) is ours:
+                        setattr(home, name, original)
+                self._replaced = []
 
     def _install(self) -> None:
         import safetensors.torch
@@ -148,20 +155,20 @@ class _Seams:
         remove = shutil.rmtree
 
         def open_archive(name_or_buffer: Any) -> Any:
-            window = self.window()
-            return archive(name_or_buffer) if window is None else window.open_archive(name_or_buffer, archive)
+            window, relative = self.window_of(name_or_buffer)
+            if window is None:
+                return archive(name_or_buffer)
+            return window.open_archive(name_or_buffer, relative, archive)
 
         def serialize_file(tensor_dict: Any, filename: Any, metadata: Any = None, **options: Any) -> Any:
-            window = self.window()
-            if window is None:
-                return serialize(tensor_dict, filename, metadata=metadata, **options)
-            return window.serialize(tensor_dict, filename, metadata, serialize, options)
+            window, relative = self.window_of(filename)
+            if window is not None and window.serialize(tensor_dict, relative, metadata, options):
+                return None
+            return serialize(tensor_dict, filename, metadata=metadata, **options)
 
         def rmtree(path: Any, *args: Any, **options: Any) -> Any:
-            window = self.window()
-            if window is None:
-                return remove(path, *args, **options)
-            return window.delete(path, remove, *args, **options)
+            if not any(window.delays(path) for window in self.windows()):
+                remove(path, *args, **options)
 
         vars(rmtree).update(vars(remove))  # rmtree.avoids_symlink_attacks
         for home, name, ours in (
@@ -169,7 +176,7 @@ class _Seams:
             (safetensors.torch, "serialize_file", serialize_file),
             (shutil, "rmtree", rmtree),
         ):
-            self._originals.append((home, name, getattr(home, name)))
+            self._replaced.append((home, name, getattr(home, name), ours))
             setattr(home, name, ours)
 
 

@@ -7,6 +7,7 @@ training. If the training is killed, it finishes what was staged, uploads what t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,21 +24,19 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.flush import flush
 from hf_cloudtrain.checkpoints.frozen import OutboxEntry
-from hf_cloudtrain.checkpoints.local_home import writer_lock
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.upload_queue import PAUSES
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError, StorageError
 from hf_cloudtrain.runtime.files import temp_suffix
 from hf_cloudtrain.runtime.progress import Progress
-from hf_cloudtrain.staging.job import StagedFile, WriteJob
+from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
-from hf_cloudtrain.staging.recorders import DTYPES, replay
+from hf_cloudtrain.staging.process import LOOK
+from hf_cloudtrain.staging.recorders import write_file
 from hf_cloudtrain.storage.client import Storage
 
 logger = logging.getLogger(__name__)
 
-LOOK = 1.0
-"""Seconds between two looks whether the training lives: forked loader processes keep its end of the socket open."""
 NICENESS = 10
 """The training comes first."""
 
@@ -47,24 +46,25 @@ class Writer:
 
     Args:
         control: the socket to the training: one line of JSON for a job, one for its result.
+        training: the process id of the training.
     """
 
-    def __init__(self, control: socket.socket, memory: StagingMemory) -> None:
+    def __init__(self, control: socket.socket, memory: StagingMemory, training: int) -> None:
         self._control = control
         self._memory = memory
-        self._training = os.getppid()
+        self._training = training
         self._received = b""
         self._last: WriteJob | None = None
 
     def work(self) -> None:
         """Write what comes, until the training says that it ends, or has ended."""
-        self._tell({"ready": os.getpid()})
         while (request := self._next()) is not None:
             if "end" in request:
                 return
-            self._last = WriteJob.decode(bytes(self._memory.view(self._memory.capacity, request["size"])))
             try:
-                self._tell({"done": str(write(self._last, self._memory).home)})
+                job = WriteJob.decode(bytes(self._memory.view(self._memory.capacity, request["size"])))
+                self._last = job
+                self._tell(write(job, self._memory))
             except Exception as error:
                 logger.exception("A save could not be written")
                 self._tell({"failed": f"{type(error).__name__}: {error}"})
@@ -75,7 +75,10 @@ class Writer:
         while b"\n" not in self._received:
             readable, _, _ = select.select([self._control], [], [], LOOK)
             if readable:
-                data = self._control.recv(65536)
+                try:
+                    data = self._control.recv(65536)
+                except OSError:  # the training was killed before it had read what it was told
+                    return None
                 if not data:
                     return None
                 self._received += data
@@ -90,55 +93,57 @@ class Writer:
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
-def write(job: WriteJob, memory: StagingMemory) -> OutboxEntry:
+def write(job: WriteJob, memory: StagingMemory) -> dict[str, Any]:
     """Make the files of a save whole, hand it over, and give it its name. Can be called again after it was killed.
 
+    Returns:
+        What the training is told: `done`, the folder of the outbox entry, and `trouble`, what else it should log.
+
     Raises:
-        OSError, RuntimeError, ConfigurationError: the disk is full or refuses; nothing has its final name then.
+        OSError, RuntimeError, ConfigurationError: the disk is full or refuses. Nothing of the save is left then.
     """
     folder, target = Path(job.folder), Path(job.target)
-    if not folder.exists() and target.exists():  # a writer was killed after the rename
+    if not folder.exists() and _inode(target) == job.inode:  # a writer was killed after it had renamed it
         folder = target
-    else:
-        for file in job.files:
-            write_file(folder / file.path, file, memory)
-    entry = OutboxEntry.decode(job.entry.encode(), "staged save")
-    # The outbox first: what is in it is committed, whatever becomes of the folder.
-    entry = Outbox(Path(job.output_dir)).accept(folder, entry, since_ns=job.since_ns)
-    if folder != target:
-        if target.exists():  # as the framework writes into a folder that is there
-            gone = folder.with_name(f"gone-{temp_suffix()}")
-            os.rename(target, gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        os.rename(folder, target)
-    for path in job.delete:
-        shutil.rmtree(path, ignore_errors=True)
-    return entry
+    try:
+        if _inode(folder) != job.inode:
+            raise FileNotFoundError(errno.ENOENT, "The folder was removed while it was written", job.folder)
+        if folder != target:
+            for file in job.files:
+                write_file(folder / file.path, file, memory)
+        # The outbox first: what is in it is committed, whatever becomes of the folder.
+        entry = OutboxEntry.decode(job.entry.encode(), "staged save")
+        entry = Outbox(Path(job.output_dir)).accept(folder, entry, since_ns=job.since_ns)
+    except BaseException:
+        shutil.rmtree(job.folder, ignore_errors=True)  # so that the next save has room for its files
+        raise
+    result = {"done": str(entry.home)}
+    try:
+        if folder != target:
+            _remove(target, folder.parent)  # the framework writes into a folder that is there
+            os.rename(folder, target)
+        for path in job.delete:
+            _remove(Path(path), folder.parent)
+    except OSError as error:
+        result["trouble"] = (
+            f"{target.name} is kept for upload. Its folder {job.folder!r} stays where it is: {error}"
+        )
+    return result
 
 
-def write_file(path: Path, file: StagedFile, memory: StagingMemory) -> None:
-    """Write one staged file, byte for byte as the framework would have written it at this path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an outbox may have a link to it
-    if file.kind == "torch":
-        from torch import serialization
-        from torch.utils.serialization import config
+def _inode(folder: Path) -> int | None:
+    try:
+        return os.stat(folder).st_ino
+    except OSError:
+        return None
 
-        serialization.set_crc32_options(file.options["crc32"])
-        if "alignment" in file.options:
-            config.save.storage_alignment = file.options["alignment"]
-        with serialization._open_zipfile_writer(str(path)) as archive:
-            replay(archive, memory, file.parts)
-    else:
-        from safetensors import TensorSpec, serialize_file
 
-        specs = {
-            name: TensorSpec(
-                dtype=DTYPES[dtype], shape=shape, data_ptr=memory.address + offset, data_len=size
-            )
-            for name, dtype, shape, offset, size in file.parts
-        }
-        serialize_file(specs, str(path), metadata=file.options["metadata"])
+def _remove(folder: Path, trash: Path) -> None:
+    """Delete a checkpoint, which has its name as long as it is whole."""
+    gone = trash / f"gone-{temp_suffix()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def upload(output_dir: Path, run_url: str, storage_options: dict[str, Any]) -> None:
@@ -165,15 +170,14 @@ def upload(output_dir: Path, run_url: str, storage_options: dict[str, Any]) -> N
 
 
 def main() -> None:
-    """Run as a process of its own: socket, shared memory and output folder come as arguments."""
-    control, memory, capacity, output_dir = sys.argv[-4:]
+    """Run as a process of its own: socket, shared memory, its size and the process id of the training come as arguments."""
+    control, memory, capacity, training = map(int, sys.argv[-4:])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the training decides when it ends
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    with writer_lock(Path(output_dir)):
-        writer = Writer(socket.socket(fileno=int(control)), StagingMemory(int(capacity), int(memory)))
-        import torch  # noqa: F401 - a second, before the first save instead of in it
+    writer = Writer(socket.socket(fileno=control), StagingMemory(capacity, memory), training)
+    import torch  # noqa: F401 - a second, before the first save instead of in it
 
-        writer.work()
+    writer.work()
