@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import signal
@@ -158,8 +157,6 @@ def attempt(
     setup.script(this)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # Everything is committed; taking down an interpreter that has imported all this takes longer than the training.
-    atexit.register(os._exit, 0)
     return this.restored
 
 

@@ -43,6 +43,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking import tracker
 from hf_cloudtrain.tracking.records import StepRecords
 
 torch.set_num_threads(1)  # sums in one order
@@ -50,6 +51,7 @@ agreement.INTERVAL_SECONDS = (
     0.0  # vote after each step, although steps take milliseconds, so that the deciding step is known
 )
 disable_progress_bar()
+tracker.SAVE_FLUSH_SECONDS = 0.0  # a training of milliseconds stores its records with each save
 
 PATIENCE = 60.0
 """Seconds a condition may take to come true on a slow and busy machine."""

@@ -115,7 +115,7 @@ class TestBestModelOnAFreshMachine:
     ) -> None:
         arguments = {**LOAD_BEST, "save_total_limit": 2}
         lab.killed("first", kill_at=10, committed=8, **arguments)
-        lab.killed("second", kill_at=9, committed=8, **arguments)
+        lab.killed("second", kill_at=9, committed=0, **arguments)
         state = (lab.machine("second") / "checkpoint-8" / "trainer_state.json").read_text()
         assert json.loads(state)["best_model_checkpoint"] == str(lab.machine("second") / "checkpoint-6")
         (original,) = lab.machine("second").glob("_cloudtrain/originals/*/trainer_state.json")
@@ -124,5 +124,5 @@ class TestBestModelOnAFreshMachine:
         assert json.loads(stored)["best_model_checkpoint"] == str(lab.machine("first") / "checkpoint-6")
         # Whole all the same: the next start on this machine takes it as it lies here.
         inode = (lab.machine("second") / "checkpoint-8" / "model.safetensors").stat().st_ino
-        lab.killed("second", kill_at=9, committed=8, **arguments)
+        lab.killed("second", kill_at=9, committed=0, **arguments)
         assert (lab.machine("second") / "checkpoint-8" / "model.safetensors").stat().st_ino == inode
