@@ -40,6 +40,7 @@ from hf_cloudtrain import (
 )
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.storage.client import Storage
@@ -99,7 +100,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 class KillAt(TrainerCallback):
-    """SIGKILL to this process at a step, once a checkpoint of at least `committed` and its records are on storage."""
+    """SIGKILL to this process at a step, once all checkpoints up to step `committed` and their records are on storage."""
 
     def __init__(self, step: int, run_url: str, committed: int) -> None:
         self.step, self.run_url, self.committed = step, run_url, committed
@@ -108,8 +109,16 @@ class KillAt(TrainerCallback):
         if state.global_step == self.step:
             if self.committed:
                 wait_until(lambda: committed_step(self.run_url) >= self.committed)
+                # The newest is uploaded first.
+                waiting = Outbox(Path(args.output_dir)).folder.glob
+                wait_until(lambda: all(_step_of(entry) > self.committed for entry in waiting("[0-9]*-*")))
                 wait_until(lambda: has_records(self.run_url))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _step_of(entry: Path) -> int:
+    """The step of an entry of the outbox, `<attempt>-<step>`."""
+    return int(entry.name.split("-")[1])
 
 
 class SaveAt(TrainerCallback):
