@@ -8,6 +8,7 @@
 In reading order:
 
 - `lifecycle`   `AttemptLifecycle`: restore, begin, track, listen, finish or leave; and the only registry of Checkpointers
+- `staged_saves`  asynchronous saves: whether there are any, and who waits for their files
 - `messages`    the first and the last line of a training, and how messages are shown
 - `trainer/`    callbacks for the Hugging Face Trainer; the save path begins in `trainer/callbacks.py`
 - `loop/`       `TrainLoop`, for people who write their own loop with Accelerate

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class AsyncSaves:
         wait_for_writer(output_dir)
         self._memory = StagingMemory(max(int(expected * HEADROOM), WORTH_IT))
         self._window: Window | None = None
+        self._target = ""
+        """What the folder of the window is called when it is whole."""
         self._ended = False
         try:
             self._process = WriterProcess(output_dir, self._memory)
@@ -88,17 +90,31 @@ class AsyncSaves:
         """Of the writer process."""
         return self._process.pid
 
-    def open(self, folder: Path) -> None:
-        """Stage, from now on, what this thread writes into a folder; waits until the save before it is whole."""
+    def open(self, folder: Path, target: Path | None = None, replaces: Sequence[Path] = ()) -> None:
+        """Stage, from now on, what this thread writes into a folder; waits until the save before it is whole.
+
+        Args:
+            target: the name that the folder gets when it is whole, if it has a different one now.
+            replaces: older checkpoints, which are deleted when this one is whole.
+        """
         self.settle()
         if not self._ended:
             self._window = Window(str(folder), self._memory, self._is_older)
+            self._window.deleted += map(str, replaces)
+            self._target = os.path.abspath(target or folder)
             self._window.open()
 
-    def close(self) -> None:
-        """Write files as always, from now on."""
-        if self._window is not None:
-            self._window.close()
+    def close(self) -> bool:
+        """Write files as always, from now on; whether some were staged, so that the folder is not whole."""
+        if self._window is None:
+            return False
+        self._window.close()
+        return bool(self._window.files)
+
+    def forget(self) -> None:
+        """Drop what was staged, and write files as always from now on: the save has failed."""
+        self.close()
+        self._window = None
 
     def take(
         self,
@@ -111,7 +127,7 @@ class AsyncSaves:
         """See `LateFiles.take`."""
         self.close()
         window = self._window
-        if window is None or window.folder != os.path.abspath(folder) or not window.files:
+        if window is None or self._target != os.path.abspath(folder) or not window.files:
             self._write_rest()
             return False
         saving = self.output_dir / LOCAL / SAVING / f"{folder.name}-{temp_suffix()}"
@@ -122,7 +138,7 @@ class AsyncSaves:
 
         try:
             saving.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, saving)
+            os.rename(window.folder, saving)
             job = WriteJob(
                 output_dir=str(self.output_dir),
                 folder=str(saving),
@@ -138,7 +154,7 @@ class AsyncSaves:
         except (OSError, ValueError) as error:
             logger.warning("%s is written at once: %s", folder.name, error)
             if saving.exists():
-                os.rename(saving, folder)
+                os.rename(saving, window.folder)
             self._write_rest()
             return False
         self._window = None
@@ -190,6 +206,9 @@ class AsyncSaves:
         window.close()
         for file in window.files:
             write_file(Path(window.folder, file.path), file, self._memory)
+        if window.files and window.folder != self._target:
+            shutil.rmtree(self._target, ignore_errors=True)
+            os.rename(window.folder, self._target)
         for path in window.deleted:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,7 +1,8 @@
 """The local folder of a loop: how its state gets into a checkpoint folder, out of it again, and into `best/` and `last/`.
 
 save    every rank writes into `_cloudtrain/saving-…`; when all have, it is renamed to `checkpoint-<step>`, the
-        Checkpointer takes it over, and the previous one is removed
+        Checkpointer takes it over, and the previous one is removed. In a staged save the writer does it, when it has written
+        the tensors
 load    what the Checkpointer restored and verified is set on the live objects, on every rank
 """
 
@@ -37,6 +38,7 @@ from hf_cloudtrain.integrations.loop.state import (
     wanted_by,
     write_state,
 )
+from hf_cloudtrain.integrations.staged_saves import StagedSaves, checkpoint_size, may_stage
 from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.topology import Conversion
@@ -44,6 +46,9 @@ from hf_cloudtrain.runtime.files import temp_suffix
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
+
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Kinds of training in which every rank writes a part of the model, by code of its own."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,34 @@ class LoopFolder:
 
     Args:
         processing_class: saved beside the model.
+        async_save: whether saves are staged; None: where a checkpoint is large enough.
     """
 
-    def __init__(self, accelerator: Any, lifecycle: AttemptLifecycle, processing_class: Any) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        lifecycle: AttemptLifecycle,
+        processing_class: Any,
+        async_save: bool | None = None,
+    ) -> None:
         self._accelerator = accelerator
         self._lifecycle = lifecycle
         self._checkpointer = lifecycle.checkpointer
         self._ranks = self._checkpointer.ranks
         self._output_dir = self._checkpointer.output_dir
         self._processing_class = processing_class
-        self._newest: Path | None = None
+        self._async_save = async_save
+        self._ours: list[Path] = []
+        """The checkpoint that was restored or saved last, and older ones that may not be removed yet."""
         self._token = ""
+        self._staged: StagedSaves | None = None
         self._publishing = _Background(None)
+
+    def begin(self) -> None:
+        """An attempt begins: see which of its saves can be staged. On all ranks."""
+        size = checkpoint_size(self._accelerator._models)
+        may = may_stage(self._checkpointer, self._async_save, size, self._refusal)
+        self._staged = StagedSaves(self._checkpointer, size) if may else None
 
     def load(self) -> Resumed | None:
         """Restore the newest checkpoint and set it on the live objects; None if the run has no checkpoint.
@@ -117,19 +138,40 @@ class LoopFolder:
         return self._ranks.here(lambda: self._set(restored, conversion), f"load {restored.path.name}")
 
     def save(
-        self, state: LoopState, cursor: Cursor, position: Position, *, metrics: dict[str, float], best: bool
+        self,
+        state: LoopState,
+        cursor: Cursor,
+        position: Position,
+        *,
+        metrics: dict[str, float],
+        best: bool,
+        last: bool = False,
     ) -> None:
-        """Save everything as `checkpoint-<step>`. `cursor` is where a resume continues."""
+        """Save everything as `checkpoint-<step>`.
+
+        Args:
+            cursor: where a resume continues.
+            last: whether training ends after it: it is not staged, because the script reads its files next.
+        """
         # Named after rank 0's process: the folder of a killed process can be removed, and that of a live one is kept.
         self._token = self._token or self._ranks.agree(temp_suffix, "name a folder")
         folder = self._output_dir / f"checkpoint-{state.step}"
         beside = self._output_dir / LOCAL / f"saving-{state.step}-{self._token}"
+        staged = self._staged
+        if staged is not None:
+            staged.settle()
+        self._publishing.join()  # it reads the folder that is removed now, and waits for the same files
+        self._ours = [path for path in self._ours if path.exists()]
         try:
+            if staged is not None and not last:
+                staged.open(beside, folder, [path for path in self._ours if path != folder])
             self._ranks.here(lambda: self._write(beside, cursor), f"write {folder.name}")
             self._ranks.here(
                 lambda: self._move_in(beside, folder, state), f"move {folder.name} into the output folder"
             )
-        except Exception:
+        except BaseException:
+            if staged is not None:
+                staged.forget()
             shutil.rmtree(beside, ignore_errors=True)  # the disk may be full
             raise
         self._checkpointer.save(
@@ -144,25 +186,29 @@ class LoopFolder:
             self._publish_later(state, folder, ("last", "best") if best else ("last",))
 
     def complete(self, state: LoopState) -> None:
-        """Write `last/`, `best/` and `log.json`, where a different machine saved what they show. On one rank."""
+        """At the end: write `last/`, `best/` and `log.json`, where a different machine saved what they show. On rank 0."""
         self._publishing.join()
-        if self._newest is not None and _nonce_in(self._output_dir / "last") != state.nonce:
-            self._publish(self._newest, "last")
+        if self._ours and _nonce_in(self._output_dir / "last") != state.nonce:
+            self._publish(self._ours[-1], "last")
         self._write_log(state)
         if state.best_step is not None and _nonce_in(self._output_dir / "best") != state.best_nonce:
             self._download_best(state.best_step, state.best_nonce)
+        if self._staged is not None:
+            self._staged.end()
 
     def _publish_later(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
         """Write what people look at: within an epoch while training continues, at its end before the script does."""
 
         def publish_all() -> None:
+            if self._staged is not None:
+                self._staged.settle_here()
             for name in names:
                 self._publish(folder, name)
             self._write_log(log)
 
         log = dataclasses.replace(state, log=list(state.log))
         self._publishing = _Background(publish_all)
-        if state.batches == 0:
+        if state.batches == 0 and folder.exists():
             self._publishing.join()
 
     def _download_best(self, step: int, nonce: str) -> None:
@@ -181,6 +227,8 @@ class LoopFolder:
         shutil.rmtree(work, ignore_errors=True)
 
     def _publish(self, folder: Path, name: str) -> None:
+        if not folder.exists():  # the writer could not write it, and has said so
+            return
         try:
             publish(folder, self._output_dir / name)
         except OSError as error:
@@ -201,7 +249,7 @@ class LoopFolder:
         if state.step != manifest.step:
             raise ManifestError(f"{TRAINING_STATE!r} of {manifest.key} is of step {state.step}.")
         read_state(self._accelerator, restored.path)
-        self._newest = restored.path
+        self._ours = [restored.path]
         if conversion is None:
             record = _record_of(restored.path, self._ranks.rank)
             cursor = Cursor(
@@ -241,16 +289,23 @@ class LoopFolder:
     def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
         if not self._ranks.is_leader:
             return
-        self._publishing.join()  # it reads the folder that is removed now
         if self._ranks.is_main:
             repair_state(self._accelerator, beside, self._processing_class)
             (beside / TRAINING_STATE).write_text(state.encode())
+        if self._staged is not None and self._staged.close():
+            self._ours.append(folder)  # the writer moves it, and then removes the others
+            return
         if folder.exists():
             _move_away(folder)
         os.rename(beside, folder)
-        if self._newest is not None and self._newest != folder:
-            _move_away(self._newest)
-        self._newest = folder
+        for path in self._ours:
+            if path != folder:
+                _move_away(path)
+        self._ours = [folder]
+
+    def _refusal(self) -> str | None:
+        kind = str(getattr(self._accelerator.distributed_type, "value", ""))
+        return f"{kind} writes the model" if kind in _SHARDED else None
 
 
 class _Background:

@@ -73,6 +73,7 @@ class TrainLoop:
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
             best, the pinned, and the one that was resumed from stay.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
+        async_save: whether a process of its own writes the files; None takes `HF_CLOUDTRAIN_ASYNC_SAVE`, else where it is worth it.
 
     Raises:
         ConfigurationError: no run URL, or arguments that cannot work.
@@ -110,6 +111,7 @@ class TrainLoop:
         fresh: bool = False,
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
+        async_save: bool | None = None,
     ) -> None:
         check_log_format(log_format)
         _check_arguments(num_epochs=num_epochs, save_steps=save_steps, logging_steps=logging_steps)
@@ -128,7 +130,7 @@ class TrainLoop:
         )
         self._checkpointer = self._lifecycle.checkpointer
         self._checkpointer.policy = policy
-        self._folder = LoopFolder(accelerator, self._lifecycle, processing_class)
+        self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)
         optimizers, outside = OptimizerSteps(accelerator), OutsideState(accelerator)
@@ -323,9 +325,8 @@ class TrainLoop:
         found, (better, problem) = self._run.ranks.agree(
             lambda: (given, self._best.judge(given, state)), "find the best metric"
         )
-        self._end_epoch(
-            steps, {name: value for name, value in found.items() if math.isfinite(value)}, better=better
-        )
+        finite = {name: value for name, value in found.items() if math.isfinite(value)}
+        self._end_epoch(steps, finite, better=better)
         if problem is not None:  # now that the epoch is saved
             raise ConfigurationError(problem)
         if self.epoch + 1 < self.num_epochs and lifecycle.must_stop(now=True):

@@ -59,6 +59,7 @@ class LoopRun:
 
     def begin(self, resumed: Resumed | None) -> None:
         """An attempt begins: set what `load_state` of Accelerate does not."""
+        self.folder.begin()
         if resumed is not None:
             self.optimizers.load_gradients(resumed.cursor.gradients)
         for loader in self.accelerator._dataloaders:
@@ -159,7 +160,8 @@ class EpochSteps:
         where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
         found = cursor.exactness & run.outside.look() & run.data.look(between_epochs=self.is_over)
         cursor = dataclasses.replace(cursor, exactness=strongest(found, run.ranks))
-        run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best)
+        last = run.stop_requested or state.epoch >= run.num_epochs
+        run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best, last=last)
         run.report.saved()
         if run.lifecycle.preemption is not None:
             run.lifecycle.preemption.save_seconds = time.monotonic() - began

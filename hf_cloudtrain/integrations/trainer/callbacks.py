@@ -25,7 +25,7 @@ from hf_cloudtrain.integrations.trainer.position import (
     position,
 )
 from hf_cloudtrain.integrations.trainer.session import Session
-from hf_cloudtrain.integrations.trainer.staged_saves import StagedSaves, is_over
+from hf_cloudtrain.integrations.trainer.staged_saves import TrainerSaves, is_over
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class CheckpointUploadCallback(EvidenceCallback):
     ) -> None:
         policy = Policy(save_total_limit, keep_every_n_steps)
         self._async_save = async_save
-        self._staged: StagedSaves | None = None
+        self._staged: TrainerSaves | None = None
         self._session = Session.of(run_url, storage_options, fresh=fresh, policy=policy)
         self._held_back = False
         self._before_evaluation = False
@@ -113,13 +113,13 @@ class CheckpointUploadCallback(EvidenceCallback):
         self.gather(args, state, kwargs)
         if self._staged is not None:
             self._staged.end()
-        self._staged = StagedSaves.of(self._session.checkpointer, args, self._async_save)
+        self._staged = TrainerSaves.of(self._session.checkpointer, args, self._async_save)
         self._mark_save_begin()
 
     def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Nothing is saved now."""
         if self._staged is not None:
-            self._staged.save_ended()
+            self._staged.close()
         super().on_step_begin(args, state, control, **kwargs)
 
     @short_traceback
@@ -145,7 +145,7 @@ class CheckpointUploadCallback(EvidenceCallback):
             self._held_back = False
             control.should_save = True
         if self._staged is not None and is_over(state, control):
-            self._staged.training_ends()
+            self._staged.settle()
         if control.should_save or control.should_evaluate:
             self._save_may_begin(state, control)
 
@@ -162,7 +162,7 @@ class CheckpointUploadCallback(EvidenceCallback):
         assert self._evidence is not None, "a save comes after the begin of a training"
         checkpointer = self._evidence.checkpointer
         if self._staged is not None:
-            self._staged.save_ended()
+            self._staged.close()
         if not self._session.listens:
             checkpointer.check_not_overtaken()  # else the ranks learn of it at the end of a step
         last = self._session.last_save
