@@ -15,7 +15,7 @@ from benchmarks.measure import Scale
 from benchmarks.report import PAGE, Row, machine, print_table, write_page
 
 NAMES = (
-    *("stall", "step", "loop", "functions"),
+    *("stall", "staging", "step", "loop", "functions"),
     *("upload", "cpu", "restore", "training", "memory", "finding", "seam"),
 )
 

@@ -104,7 +104,7 @@ def _train(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], li
         use_cpu=True,
         disable_tqdm=True,
     )
-    cloud = _TimedCloud("s3://bench/stall", storage_options=place.storage_options)
+    cloud = _TimedCloud("s3://bench/stall", storage_options=place.storage_options, async_save=False)
     trainer = _TimedTrainer(
         model=bert(scale),
         args=args,

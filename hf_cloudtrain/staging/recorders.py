@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
+import types
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,34 @@ class TorchRecorder:
             self._real = self._open_file(self._path)
             self._writer = self._real.__enter__()
             replay(self._writer, self._memory, self._records)
+
+
+class FastPickler(pickle.Pickler):
+    """The base of torch.save's pickler: asks torch only about objects that may be storages, not about every number and text.
+
+    torch asks 600,000 times for AdamW of 10,000 parameters, a fifth of the time of a save. The pickle is the same.
+    """
+
+    def __init_subclass__(cls) -> None:
+        import torch
+
+        ask: Callable[[Any, Any], Any] = cls.persistent_id  # torch's own
+        never = frozenset({*_NEVER_STORAGES, torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype})
+
+        def persistent_id(self: Any, obj: Any) -> Any:
+            return None if type(obj) in never else ask(self, obj)
+
+        cls.persistent_id = persistent_id  # type: ignore[method-assign]
+
+
+_NEVER_STORAGES = (
+    *(str, int, float, bool, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType),
+    *(tuple, list, dict, OrderedDict),
+)
+"""Exact types: a subclass may be anything."""
+
+FAST_PICKLE = types.SimpleNamespace(Pickler=FastPickler)
+"""Stands in for the module `pickle`, of which torch.save uses the Pickler."""
 
 
 def replay(writer: Any, memory: StagingMemory, records: list[Any]) -> None:

@@ -1,8 +1,9 @@
 """The time of one save, in which files of its folder are staged instead of written.
 
-Three functions are replaced while at least one window is open, and only then:
+Four functions are replaced while at least one window is open, and only then:
 
     torch.serialization._open_zipfile_writer    looked up by `torch.save` at each call
+    torch.serialization._save                   pickles: gets a faster pickler for a staged file
     safetensors.torch.serialize_file            looked up by `save_file` at each call
     shutil.rmtree                               Trainer deletes older checkpoints before the new one is on the disk
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typing import Any
 
 from hf_cloudtrain.staging.job import StagedFile
 from hf_cloudtrain.staging.memory import StagingMemory
-from hf_cloudtrain.staging.recorders import TorchRecorder, path_of, stage_tensors
+from hf_cloudtrain.staging.recorders import FAST_PICKLE, TorchRecorder, path_of, stage_tensors
 
 
 class Window:
@@ -151,6 +153,7 @@ class _Seams:
         from torch import serialization
 
         archive = serialization._open_zipfile_writer
+        save: Callable[..., None] = serialization._save
         serialize = safetensors.torch.serialize_file  # type: ignore[attr-defined]
         remove = shutil.rmtree
 
@@ -159,6 +162,11 @@ class _Seams:
             if window is None:
                 return archive(name_or_buffer)
             return window.open_archive(name_or_buffer, relative, archive)
+
+        def save_faster(obj: Any, zip_file: Any, pickle_module: Any, *args: Any, **options: Any) -> None:
+            if isinstance(zip_file, TorchRecorder) and pickle_module is pickle:
+                pickle_module = FAST_PICKLE
+            save(obj, zip_file, pickle_module, *args, **options)
 
         def serialize_file(tensor_dict: Any, filename: Any, metadata: Any = None, **options: Any) -> Any:
             window, relative = self.window_of(filename)
@@ -173,6 +181,7 @@ class _Seams:
         vars(rmtree).update(vars(remove))  # rmtree.avoids_symlink_attacks
         for home, name, ours in (
             (serialization, "_open_zipfile_writer", open_archive),
+            (serialization, "_save", save_faster),
             (safetensors.torch, "serialize_file", serialize_file),
             (shutil, "rmtree", rmtree),
         ):

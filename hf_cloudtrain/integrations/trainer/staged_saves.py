@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.integrations.staged_saves import StagedSaves, checkpoint_size, may_stage
-from hf_cloudtrain.integrations.trainer import known_trainers
 from hf_cloudtrain.integrations.trainer.exactness import calling_trainer
 
 if TYPE_CHECKING:
@@ -99,18 +98,16 @@ class TrainerSaves(StagedSaves):
     def _reads(self, callback: Any) -> bool:
         from transformers import TrainerCallback
 
-        kind = type(callback)
         declared = getattr(callback, "reads_checkpoints", None)
         if declared is not None:
             return bool(declared)
-        if getattr(kind, "on_save", None) is TrainerCallback.on_save:
+        on_save = type(callback).on_save
+        if on_save is TrainerCallback.on_save or on_save.__module__.startswith("hf_cloudtrain."):
             return False
-        name = known_trainers.class_name(callback)
-        if name.startswith("hf_cloudtrain."):
-            return False
-        if name.startswith("transformers.") and kind.__name__ in READERS:
+        owner = on_save.__qualname__.partition(".")[0]  # the class that defines it
+        if on_save.__module__.startswith("transformers.") and owner in READERS:
             try:
-                return bool(READERS[kind.__name__](callback))
+                return bool(READERS[owner](callback))
             except AttributeError:  # a different release: then as an unknown callback
                 return True
         return True
