@@ -8,6 +8,7 @@ from typing import Any
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
+from hf_cloudtrain.checkpoints.paths import RUN
 from hf_cloudtrain.checkpoints.run_deletion import DELETED, DELETING, RunContents, delete_run, deleted_by
 from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli.output import confirm, fail, say
@@ -28,14 +29,15 @@ MOST_NAMES = 5
 
 def delete(catalog: Catalog, *, force: bool, yes: bool) -> dict[str, Any]:
     """Delete a run; the record for `--json`."""
+    catalog.attempts.check_any()  # else these are Trainer's own checkpoints, or the datasets of a store
     now = run_state(catalog)
-    contents = RunContents.of(catalog)
     by = deleted_by(catalog)
-    if not contents.objects or (by is not None and now.state != DELETING):
-        catalog.attempts.check_any()
+    if by is not None and now.state != DELETING:
         raise NoCheckpointError(f"The run {catalog.storage.url!r} was deleted ({by}).")
     if by is None:
         _check_over(now)
+    contents = RunContents.of(catalog)
+    _check_no_run_within(catalog, contents)
     losses = _losses(catalog)
     what = f"the run {catalog.storage.url!r} ({count_text(len(contents.objects), 'object')}, {size_text(contents.size)})"
     if losses and not force:
@@ -81,6 +83,17 @@ def _check_over(now: RunState) -> None:
         )
     if now.state in ALIVE:
         _refuse(now)
+
+
+def _check_no_run_within(catalog: Catalog, contents: RunContents) -> None:
+    """Refuse a run with another one in a folder that it has saved by name."""
+    within = [info.path.removesuffix(f"/{RUN}") for info in contents.objects if info.path.endswith(f"/{RUN}")]
+    if within:
+        url = f"{catalog.storage.url.rstrip('/')}/{within[0]}"
+        raise ConfigurationError(
+            f"A different run is stored at {url!r}, in a folder of this one. Nothing was deleted. Delete that run first: "
+            f"`cloudtrain run delete {url}`"
+        )
 
 
 def _refuse(now: RunState) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_cloudtrain.errors import ConfigurationError, NoJobError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
-from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK
+from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.runtime.files import locked
 
 
@@ -37,8 +37,20 @@ def find(store: JobStore, job: str) -> JobRecord | None:
             f"The job {record.id!r} is {record.state}. Nothing was deleted. Cancel it first: "
             f"`cloudtrain job cancel {record.id} --wait`"
         )
-    with _not_running(Path(record.home)):
+    with _not_running(home(store, record.id, record)):
         return record
+
+
+def home(store: JobStore, job_id: str, record: JobRecord | None) -> Path:
+    """The job's folder on this machine, which need not exist: the records of a copied store name the folders of the original."""
+    own = store.home(job_id)
+    if record is None or own.exists():
+        return own
+    try:
+        is_ours = Submission.load(record.home).store == store.url
+    except (OSError, ValueError):
+        is_ours = False
+    return Path(record.home) if is_ours else own
 
 
 def delete(store: JobStore, job_id: str, home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import delete
+from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, State
 from hf_cloudtrain.storage.client import Storage
@@ -101,6 +103,28 @@ class TestRunDelete:
         assert "notes.txt" in result.stderr
         assert (over.folder / "notes.txt").exists()
         assert other.catalog.attempts.numbers() == [1]
+
+    def test_of_a_folder_without_a_run_deletes_nothing(self, tmp_path: Path) -> None:
+        saved = tmp_path / "out" / "checkpoint-500" / "model.safetensors"
+        saved.parent.mkdir(parents=True)
+        saved.write_text("of a Trainer without a run")
+        assert "There is no run at" in sentence("run", "delete", str(tmp_path / "out"), "--force", "--yes")
+        assert saved.exists()
+
+    def test_of_the_datasets_of_a_store_deletes_nothing(self, store: JobStore, tmp_path: Path) -> None:
+        DatasetStore(store.url).create("words", str(Path(__file__)))
+        url = str(tmp_path / "datasets")
+        assert "There is no run at" in sentence("run", "delete", url, "--force", "--yes")
+        assert list(DatasetStore(store.url).versions()) == ["words"]
+
+    def test_with_another_run_in_a_folder_that_it_has_saved_is_refused(self, over: Run) -> None:
+        other = Run(over.folder / "final" / "tuned", over.work)
+        other.begin()
+        other.save(1, 5)
+        before = files_of(over)
+        text = sentence("run", "delete", "mrpc", "--force", "--yes")
+        assert f"`cloudtrain run delete {over.folder / 'final' / 'tuned'}`" in text
+        assert files_of(over) == before
 
     def test_that_is_interrupted_anywhere_leaves_no_half_checkpoint_and_is_completed_by_the_same_command(
         self, over: Run, monkeypatch: pytest.MonkeyPatch
@@ -200,3 +224,13 @@ class TestJobDelete:
         cloudtrain("job", "delete", "glue-1", "--yes")
         assert not home.exists()
         assert "No job 'glue-1'" in sentence("job", "delete", "glue-1", "--yes")
+
+    def test_in_a_copy_of_a_store_leaves_the_folder_of_the_original(
+        self, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        home = Path(make_job(store, "finished").home)
+        shutil.copytree(tmp_path / "jobs" / "records", tmp_path / "copy" / "jobs" / "records")
+        monkeypatch.setenv(env.STORE, str(tmp_path / "copy"))
+        assert f"Its folder '{home}'" in cloudtrain("job", "delete", "glue", "--yes").stderr
+        assert (home / "log" / "node-0.log").exists()
+        assert store.ids() == ["glue-1"]
