@@ -33,7 +33,8 @@ _COMMON = (*EXTRAS, "hf", "memory", *_LOCAL, "http", "https")
 """Protocols that are known without fsspec, whose import takes 0.2 s; also those that a typing error is compared with."""
 _BUCKET = re.compile(r"[A-Za-z0-9._@-]+|arn:[A-Za-z0-9:._-]+")
 """Buckets, containers (with `@account`) and access points. Each cloud has further rules of its own."""
-_UNEXPANDED = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\}?|\([^)]*\)?)")
+_UNEXPANDED = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\}?|\([^)]*\)?)|`[^`]*`?|\{[A-Za-z_][\w.]*\}")
+"""Variables and commands of a shell, and fields of a Python text without its `f`."""
 _DRIVE = re.compile(r"/?([A-Za-z]):[/\\]+")
 
 
@@ -118,7 +119,7 @@ def _check_characters(text: str) -> None:
             text,
             f"{found[0]!r} stands in it as it is, and nothing here replaces it",
             EXAMPLE,
-            " with the value in its place; a shell puts it in within double quotes, Python by os.path.expandvars(…)",
+            " with the value in its place; a shell puts it in within double quotes, Python by os.path.expandvars(…) or an f-string",
         )
     if drive := _DRIVE.match(text):
         below = text[drive.end() :].replace("\\", "/")
@@ -148,7 +149,7 @@ def _normal_folder(text: str) -> str:
 def _missing_separator(text: str) -> re.Match[str] | None:
     """A match whose first group is what may be a protocol, where a folder is less likely to be meant."""
     of_any = re.match(r"([^/:]+):(?:/|$)", text)
-    of_known = re.match(r"([A-Za-z][A-Za-z0-9+-]*)(?::|[;.,]*//)", text)
+    of_known = re.match(r"([A-Za-z][A-Za-z0-9+-]*)(?::|[;.,\s]*//)", text)
     return of_any or (of_known if of_known and of_known[1].lower() in _COMMON else None)
 
 
