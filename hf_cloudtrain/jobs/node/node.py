@@ -4,9 +4,9 @@
 
     dataset -> newest checkpoint -> mounts -> setup -> command -> outcome
 
-The job's own variables are in the environment already. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C stop the command, which has
-the job's grace to save; all processes below this one are gone when it exits. The exit code is 0 if the training finished,
-75 if it saved and stopped, and 1 otherwise; the file `Submission.node_file` has the details.
+The job's own variables are in the environment already. SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C stop the command,
+which has the job's grace to save; all processes below this one are gone when it exits. The exit code is 0 if the training
+finished, 75 if it saved and stopped, and 1 otherwise; the file `Submission.node_file` has the details.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetE
 from hf_cloudtrain.jobs.node.docker import container_name, in_namespace_or_docker
 from hf_cloudtrain.jobs.node.folders import folder_mounts, real_checkpoint_dir
 from hf_cloudtrain.jobs.node.mounts import Mount
-from hf_cloudtrain.jobs.node.restore import restore
+from hf_cloudtrain.jobs.node.restore import move_newer, restore
 from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PROCESSED_ITERS
 from hf_cloudtrain.jobs.submission import Submission
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 POLL = 0.1
 """Seconds between two looks at the command."""
 SHELL = """\
-trap 'stopped=1' TERM INT USR1 USR2
+trap 'stopped=1' TERM INT HUP USR1 USR2
 trap '[ -z "$stopped" ] || exit 75' DEBUG
 """
 """Runs before a command: after a stop signal bash waits for the program that saves, and starts nothing after it."""
@@ -165,9 +165,18 @@ class Node:
             return {PROCESSED_ITERS: "0"}
         choice = self.submission.restored_file(self.start)
         with exclusive(self.submission.home / "restore.lock", "is restoring the checkpoint"):
-            key = restore(self.submission.run_url, folder, choice)
+            key = restore(self.submission.run_url, folder, choice, lambda: self._start_over(folder))
         found = {env.PERIFLOW_CHECKPOINT_DIR: seen, PROCESSED_ITERS: str(key.step if key else 0)}
         return {**found, env.RESTORED_CHECKPOINT: str(key)} if key else found
+
+    def _start_over(self, folder: Path) -> None:
+        """Move away what an earlier start has written: it was killed before its first checkpoint, so it began at step 0.
+
+        Scripts load what is in the folder. Files that the user has put there stay, and so does a folder of the user's own.
+        """
+        home, first = self.submission.home, self.submission.restored_file(1)
+        if self.start > 1 and first.exists() and folder.is_relative_to(home):
+            move_newer(folder, home / "left-over", first.stat().st_mtime_ns)
 
     def _set_up(self, call: Callable[[], int]) -> None:
         """Run the setup once in each start on each machine, which may have several nodes."""

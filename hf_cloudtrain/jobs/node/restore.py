@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_cloudtrain import env
@@ -12,13 +15,18 @@ from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.folder_files import own_files
 from hf_cloudtrain.storage.names import LOCAL, META
+
+logger = logging.getLogger(__name__)
 
 BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
 """Files in a checkpoint of `Trainer` or `TrainLoop`, which is a folder below the checkpoint folder."""
 
 
-def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
+def restore(
+    run_url: str, folder: Path, choice: Path, start_over: Callable[[], None] = lambda: None
+) -> CheckpointKey | None:
     """Restore the newest checkpoint of a run into a folder; None where the run has none.
 
     A checkpoint of `Trainer` or `TrainLoop` becomes a folder below it; any other checkpoint becomes the folder itself.
@@ -26,6 +34,7 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
 
     Args:
         choice: file in which the first node on this disk records its choice; the other nodes restore the same one.
+        start_over: called by the first node if the run has no checkpoint.
     """
     catalog = Catalog(Storage(run_url, env.storage_options(None)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +49,7 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
     newest = catalog.newest()
     if newest is None and not any((folder / name).exists() for name in (LOCAL, META)):
         catalog.storage.check()
+        start_over()
         return _chosen(None, choice)
     layout = LocalFolders if newest is None else _layout(catalog, newest)
     checkpointer = Checkpointer(run_url, folder, layout=layout)
@@ -47,8 +57,26 @@ def restore(run_url: str, folder: Path, choice: Path) -> CheckpointKey | None:
         restored = checkpointer.restore()
     finally:
         checkpointer.close()
+    if restored is None:
+        start_over()
     return _chosen(
         None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step), choice
+    )
+
+
+def move_newer(folder: Path, aside: Path, since_ns: int) -> None:
+    """Move what was written into a folder since a moment (ns) to another folder, where it replaces what is there."""
+    names = dict.fromkeys(path.partition("/")[0] for path in own_files(folder, since_ns))
+    if not names:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in names:
+        shutil.move(folder / name, aside / name)
+    logger.warning(
+        "An earlier start ended before its first checkpoint, so training begins at step 0. What it had written moves to %r: %s.",
+        str(aside),
+        ", ".join(names),
     )
 
 

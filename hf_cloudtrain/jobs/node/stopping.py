@@ -13,7 +13,10 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG)
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG),
+)
 """Signals that ask a node or a supervisor to stop. SIGURG is for Slurm, which can only signal all processes of a node at
 once: processes without a handler for it ignore it."""
 MARGIN = 5.0
@@ -22,8 +25,15 @@ MARGIN = 5.0
 
 @contextlib.contextmanager
 def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` on each of `STOP_SIGNALS` inside the block. On the main thread only."""
-    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    """Call `handler` on each of `STOP_SIGNALS` inside the block. On the main thread only.
+
+    A SIGHUP that is ignored stays ignored: under nohup, a closed terminal must not end the job.
+    """
+    before = {
+        number: signal.signal(number, handler)
+        for number in STOP_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

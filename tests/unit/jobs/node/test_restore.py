@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.jobs.node.node import Node
 from hf_cloudtrain.jobs.node.restore import restore
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.jobs.submission import Submission
 
 DEADLINE = 30.0
 
@@ -64,3 +68,39 @@ def test_a_run_without_a_checkpoint_restores_nothing_on_any_node(tmp_path: Path)
     save(url, tmp_path / "first", InPlace, 5, "model")
     assert restore(url, tmp_path / "node-1", choice) is None
     assert not (tmp_path / "node-1" / "model").exists()
+
+
+JOB = "name: toy\njob_setting: {docker: {command: echo}}\ncheckpoint: {output_checkpoint_dir: %s}\n"
+
+
+def prepared(home: Path, start: int, folder: str = "ckpt") -> dict[str, str]:
+    """The variables that a node sets once it has prepared the checkpoint folder of a start."""
+    job = parse_job((JOB % folder).encode())
+    submission = Submission(job, job.plan(), "toy-1", str(home / "run"), str(home / "store"), home)
+    return Node(submission, 0, "localhost", 29500, start, lambda _, mounts, command: command)._restored()
+
+
+def test_a_start_after_one_that_was_killed_before_its_first_checkpoint_finds_the_folder_of_the_first(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "workspace" / "ckpt"
+    (folder / "initial").mkdir(parents=True)
+    (folder / "initial" / "weights.pt").write_text("the user's")
+    os.utime(folder / "initial" / "weights.pt", (1e9, 1e9))
+    prepared(tmp_path, 1)
+    (folder / "checkpoint.pt").write_text("step 4, never uploaded")
+    assert prepared(tmp_path, 2)["PROCESSED_ITERS"] == "0"
+    assert [path.name for path in folder.iterdir()] == ["initial"]
+    assert (tmp_path / "left-over" / "checkpoint.pt").read_text() == "step 4, never uploaded"
+    (folder / "checkpoint.pt").write_text("step 4, by the command of another node on this disk")
+    prepared(tmp_path, 2)
+    assert (folder / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_folder_of_the_users_own_stays_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    prepared(tmp_path / "home", 1, str(folder))
+    (folder / "checkpoint.pt").write_text("step 4")
+    prepared(tmp_path / "home", 2, str(folder))
+    assert (folder / "checkpoint.pt").exists()

@@ -25,3 +25,15 @@ def test_the_handler_is_called_inside_the_block_only(number: signal.Signals) -> 
     finally:
         signal.signal(number, before)
     assert received == [number, 0]
+
+
+def test_a_closed_terminal_that_is_ignored_stays_ignored() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_handler(lambda number, frame: received.append(number)):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert received == []
