@@ -7,7 +7,7 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hf_cloudtrain.cli.output import (
 )
 from hf_cloudtrain.cli.runs import name_of, open_catalog
 from hf_cloudtrain.cli.tables import Columns
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs import deletion, lifecycle
 from hf_cloudtrain.jobs.inventory import this_machine
 from hf_cloudtrain.jobs.logs import last_lines
@@ -134,30 +134,27 @@ def show_status(job_id: str, as_json: bool) -> None:
     if as_json:
         print_json({**lifecycle.facts_of(record), "run": now and now.record(), "stalled": stalled})
         return
-    titles = Titles(open_catalog(record.run_url))
+    titled = _titles_of(record)
     show_facts(
         {
             "job": record.id,
             "experiment": record.experiment,
             "state": record.state + (f" (stalled: {stalled})" if stalled else ""),
-            "reason": record.reason and titles.in_text(record.reason),
+            "reason": titled(record.reason),
             "engine": record.engine + _handle(record),
             "vm": record.vm,
             "nodes": _shape(record.nodes, record.nproc_per_node),
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "created": time_text(record.created),
             "step": now and of_total(now.step, now.total_steps, percent=True),
-            "newest": now and now.last_committed and titles.of(now.last_committed),
+            "newest": now and titled(now.last_committed),
             "run": record.run_url,
             "home": record.home,
         }
     )
     if record.starts:
         typer.echo()
-        starts = [
-            dataclasses.replace(start, reason=start.reason and titles.in_text(start.reason))
-            for start in record.starts
-        ]
+        starts = [dataclasses.replace(start, reason=titled(start.reason)) for start in record.starts]
         show_table(STARTS, starts, spare=["took", "began"], prose="reason")
     if record.state == "failed":
         _show_last_lines(record)
@@ -196,7 +193,7 @@ def delete(job_id: str, force: bool, yes: bool, as_json: bool) -> None:
     store = JobStore()
     record = deletion.find(store, job_id)
     job_id = record.id if record else job_id
-    home = Path(record.home) if record else store.home(job_id)
+    home = deletion.home(store, job_id, record)
     losses = []
     if record is not None and record.state != "finished":
         losses.append(f"It {ENDED.get(record.state, record.state)}, and could not be resumed afterwards.")
@@ -235,8 +232,18 @@ def _submitted(store: JobStore, record: JobRecord, wait: bool, as_json: bool) ->
 
 
 def _say_ended(record: JobRecord) -> None:
-    reason = Titles(open_catalog(record.run_url)).in_text(record.reason or "")
-    say(f"{record.id} {ENDED.get(record.state, record.state)}. {reason}".strip())
+    say(
+        f"{record.id} {ENDED.get(record.state, record.state)}. {_titles_of(record)(record.reason) or ''}".strip()
+    )
+
+
+def _titles_of(record: JobRecord) -> Callable[[str | None], str | None]:
+    """Puts folders in place of keys into texts about the job."""
+    try:
+        titles = Titles(open_catalog(record.run_url))
+    except ConfigurationError:  # recorded by an older version, which refused fewer URLs
+        return lambda text: text
+    return lambda text: text and titles.in_text(text)
 
 
 def _wait_until_over(store: JobStore, record: JobRecord) -> JobRecord:

@@ -99,13 +99,18 @@ class Submission:
 
     @classmethod
     def load_here(cls, home: str | os.PathLike[str]) -> Submission:
-        """As `load`, for a command line. Raises ConfigurationError if the home is not on this machine."""
+        """As `load`, for a command line. Raises ConfigurationError if the home is not on this machine, or not valid."""
         try:
             return cls.load(home)
         except FileNotFoundError:
             raise ConfigurationError(
                 f"{os.fspath(home)!r} has no {FILE}: either the job was submitted on a different machine (use one that "
                 "shares its disk), or its submission was interrupted (submit it again)."
+            ) from None
+        except ValueError:
+            raise ConfigurationError(
+                f"{os.fspath(Path(home, FILE))!r} is not valid in this version of hf_cloudtrain, such as a 'run_url' that it "
+                "refuses. Submit the job file again."
             ) from None
 
     @classmethod

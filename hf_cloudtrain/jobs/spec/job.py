@@ -31,6 +31,7 @@ from hf_cloudtrain.jobs.spec.values import (
     VmName,
     Whole,
     Word,
+    check_folder,
     is_below,
 )
 
@@ -263,13 +264,21 @@ class Job(_Block):
         """The job with a user's folder of this name: a relative checkpoint folder is in it, where the command starts.
 
         Raises:
-            ConfigurationError: the checkpoints or the dataset would be at the path of that folder.
+            ConfigurationError: the checkpoints or the dataset would be at the path of that folder, or its name has a
+                character that no path in a job file may have.
         """
         start = self.start_folder(name)
         data = None if self.data is None else self.data.mount_path
         folder = self.checkpoint.output_checkpoint_dir
         if folder is not None:
             folder = posixpath.normpath(posixpath.join(start, folder))
+            try:
+                check_folder(folder)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"'checkpoint.output_checkpoint_dir' is in the folder given with -d, whose name it cannot contain: it "
+                    f"{error} Rename the folder, or write an absolute path."
+                ) from None
         for key, path in (("checkpoint.output_checkpoint_dir", folder), ("data.mount_path", data)):
             if path is not None and is_below(start, path):
                 raise ConfigurationError(

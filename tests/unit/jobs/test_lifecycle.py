@@ -204,6 +204,17 @@ def test_a_relative_checkpoint_folder_is_where_the_command_starts(store: JobStor
     assert lifecycle.prepare(parse_job(text), store).job.checkpoint_dir == "/workspace/ckpt"
 
 
+@pytest.mark.parametrize("name", ["a$HOME", "line\nbreak"])
+def test_a_folder_whose_name_a_path_in_the_job_file_cannot_contain_is_refused(
+    store: JobStore, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    text = "name: toy\ncheckpoint: {output_checkpoint_dir: %s}\njob_setting: {docker: {command: echo}}"
+    with pytest.raises(ConfigurationError, match="Rename the folder"):
+        lifecycle.prepare(parse_job((text % "ckpt").encode()), store, workspace=tmp_path / name)
+    assert lifecycle.prepare(parse_job((text % "/ckpt").encode()), store, workspace=tmp_path / name)
+
+
 def test_a_dataset_that_would_hide_files_of_the_workspace_is_refused_before_anything_starts(
     store: JobStore, tmp_path: Path
 ) -> None:

@@ -10,9 +10,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from hf_cloudtrain import env
 from hf_cloudtrain.cli import _Root, app
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job import Job
 from hf_cloudtrain.jobs.spec.job_file import parse_job, read_job
+from hf_cloudtrain.jobs.submission import Submission
 
 
 def cloudtrain(*words: str) -> Any:
@@ -59,3 +63,30 @@ def test_errors_in_a_job_file_start_with_file_and_line(tmp_path: Path, name: str
     ]
     assert lines[-1].endswith("Nothing was started.")
     assert "\x1b" not in result.stderr
+
+
+def test_a_job_whose_run_url_is_refused_today_is_shown_listed_and_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(env.STORE, str(tmp_path))
+    store = JobStore()
+    facts = {
+        "engine": "local",
+        "nodes": 1,
+        "nproc_per_node": 1,
+        "max_restarts": 3,
+        "run_url": "s3:/bucket/run",
+    }
+    store.write(store.create("old", **facts), state="failed", reason="Stopped at 000001-0000000005.")
+    shown = cloudtrain("job", "status", "old")
+    assert "Stopped at 000001-0000000005." in shown.stdout
+    assert "Warning: cannot read the run." in shown.stderr
+    assert "old-1" in cloudtrain("job", "list").stdout
+    cloudtrain("job", "delete", "old", "--force", "--yes")
+    assert store.ids() == []
+
+
+def test_a_submission_that_is_refused_today_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"job": {"name": "old", "run_url": "s3:/bucket/run"}}')
+    with pytest.raises(ConfigurationError, match="Submit the job file again"):
+        Submission.load_here(tmp_path)
