@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -72,6 +73,7 @@ class Doctor:
         self._path = f"{PROBES}/probe-{secrets.token_hex(8)}"
         self._data = secrets.token_bytes(32)
         self._rates: dict[str, float] = {}
+        self._is_written = False
 
     def lines(self) -> Iterator[Line]:
         """Each line when it is known; those that need one that failed are not checked."""
@@ -83,7 +85,13 @@ class Doctor:
         except Exception as error:  # noqa: BLE001 - each provider's library has errors of its own
             yield Line("credentials", FAILED, mend="correct its settings", error=redact(str(error)))
             return
-        yield from self._of_storage(set_up)
+        try:
+            yield from self._of_storage(set_up)
+        except BaseException:  # Ctrl-C in a transfer: the probe may have 64 MB
+            if self._is_written:
+                with contextlib.suppress(CloudTrainError):
+                    self._delete()
+            raise
         yield self._clock(set_up)
         yield self._disk()
         yield from self._checkpoint(set_up)
@@ -174,6 +182,7 @@ class Doctor:
 
     def _write(self) -> str:
         self.storage.write(self._path, self._data)
+        self._is_written = True
         return "yes"
 
     def _read(self) -> str:

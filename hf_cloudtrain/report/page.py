@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.errors import ManifestError, MissingExtraError
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, read_infos
+from hf_cloudtrain.runtime.files import write_whole
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, count_text, duration_text, size_text
 from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
@@ -67,19 +68,18 @@ class Report:
             raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
         self.roles = Roles.of(catalog)
         self.found = _newest_and_best(catalog, self.roles)
+        self._titles = Titles(catalog)
+        self._titles.read(info.resumed_from for info in self.history.attempts[-MOST_ATTEMPTS:])
 
     def write(self, path: Path) -> int:
         """Write the file, replacing it whole or not at all; its size in bytes."""
         from hf_cloudtrain.report.charts import charts_of
 
         page = self._page(charts_of(self.history)).encode("utf-8", "replace")
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            beside.write_bytes(page)
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+            write_whole(path, page)
+        except OSError as error:  # with the name that the user gave
+            raise OSError(error.errno, error.strerror, str(path)) from None
         return len(page)
 
     def _page(self, charts: list[Chart]) -> str:
@@ -157,7 +157,7 @@ class Report:
                     f"{info.redone_steps:,}" if info is newest else _bound(f"{info.redone_steps:,}", info)
                 ),
             ),
-            "resumed from": ("mono", lambda info: info.resumed_from),
+            "resumed from": ("mono", lambda info: info.resumed_from and self._titles.of(info.resumed_from)),
             "host": ("mono", lambda info: info.facts.get("host")),
         }
         infos = self.history.attempts[-MOST_ATTEMPTS:]

@@ -191,6 +191,15 @@ def test_of_a_full_disk_what_is_missing(
     assert (problem["check"], "2.0 GB" in problem["error"]) == ("free disk", True)
 
 
+def test_an_interrupted_transfer_leaves_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: checkup.Doctor) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkup.Doctor, "_upload", interrupted)
+    cloudtrain("doctor", str(tmp_path / "run"), code=130)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
 def test_the_table_fits_a_terminal_and_what_mends_follows_it(
     moto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
