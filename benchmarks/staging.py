@@ -50,7 +50,7 @@ def run(scale: Scale) -> list[Row]:
             large = _train(_bert(scale), Place.of(sink), work, scale.pick(SAVES, 6))
         with Sink(SLOW_LINK) as sink:
             small = _train(
-                ManyTensors(scale.pick(10_000, 3_000)), Place.of(sink), work, scale.pick(SAVES, 6) // 2
+                ManyTensors(scale.pick(10_000, 3_000)), Place.of(sink), work, scale.pick(SAVES // 2, 6)
             )
         stall, memcpy = statistics.median(large.staged), statistics.median(large.memcpy)
         slowest, plain = percentile(large.staged, 99), statistics.median(large.plain)
@@ -83,7 +83,7 @@ def run(scale: Scale) -> list[Row]:
 
 def _bert(scale: Scale) -> torch.nn.Module:
     """As for the stall of a save; in a quick run still so large that its files are staged."""
-    small = BertConfig(vocab_size=2_000, hidden_size=256, num_hidden_layers=1)
+    small = BertConfig(vocab_size=2_000, hidden_size=256, num_hidden_layers=1, num_attention_heads=4)
     return BertForSequenceClassification(small) if scale.quick else bert(scale)
 
 
