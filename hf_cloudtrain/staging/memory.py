@@ -86,6 +86,11 @@ class StagingMemory:
             except OSError:  # an older kernel, or no memory: the save takes what it needs
                 return
 
+    def free(self) -> None:
+        """Give the memory back. No process reads it any more."""
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Forget the region; the mapping itself goes with this process, as a copy may still be read."""
         if self._is_owner and self.fd >= 0:

@@ -196,6 +196,8 @@ class AsyncSaves:
         if own_writers.get(self.output_dir) is self:
             del own_writers[self.output_dir]
         self._process.end()
+        if not self._process.is_busy:
+            self._memory.free()  # a notebook keeps its trainer, and so this object
         self._memory.close()
 
     def _write_rest(self) -> None:
