@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 from tests.integration._lab import Lab
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_FRAMES = 2
 MISHAPS = "tests.integration._mishaps"
-
-SCRIPT = """
-import sys
-import torch
-from transformers import Trainer, TrainingArguments
-from hf_cloudtrain import CloudTrainCallback
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def forward(self, x, labels=None):
-        return {"loss": self.layer(x).mean()}
-
-
-def train(output_dir):
-    args = TrainingArguments(output_dir, max_steps=2, save_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
-    data = [{"x": torch.ones(1), "labels": 0}] * 8
-    Trainer(model=Model(), args=args, train_dataset=data, callbacks=[CloudTrainCallback("run")]).train()
-
-
-train("first")
-print("the second training", file=sys.stderr)
-train("second")
-"""
 
 
 def check_short(shown: str, sentence: str) -> None:
@@ -55,19 +23,10 @@ def check_short(shown: str, sentence: str) -> None:
     assert all("/hf_cloudtrain/" in frame for frame in below), shown
 
 
-def test_a_script_that_forgets_to_restore(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1, ended.stderr
-    shown = ended.stderr.split("the second training")[1]
-    check_short(shown, r"RunHasCheckpointsError: .*cloud\.restore\(args\)")
+def test_a_script_that_forgets_to_restore(lab: Lab) -> None:
+    lab.train("first")
+    output = lab.fails("second", restore="forgotten")
+    check_short(output, r"RunHasCheckpointsError: .*cloud\.restore\(args\)")
 
 
 def test_a_training_that_would_never_save(lab: Lab) -> None:
