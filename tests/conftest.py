@@ -25,6 +25,8 @@ SESSION_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Each test has one core: threads of torch that wait for each other on a busy one take ten times as long.
+    "OMP_NUM_THREADS": "1",
 }
 FOREIGN = (
     *("AWS_", "AZURE_", "GOOGLE_", "CLOUDSDK_", "GCSFS_", "FSSPEC_", "HF_", "HUGGING_FACE_"),

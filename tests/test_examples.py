@@ -102,6 +102,7 @@ class TestTasks:
         else:
             assert set(data["train"]["label"]) == set(range(labels))
 
+    @pytest.mark.slow
     def test_synthetic_rows_and_vocabulary_do_not_depend_on_the_process(self):
         script = (
             "from glue_synthetic import make_dataset; from small_bert import make_tokenizer; import json;"

@@ -31,6 +31,8 @@ from tests.cifar_files import CLASSES, names_of, python2, write_set
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cifar"
+_ONE: list[bytes] = []
+"""The checkpoint of a first epoch, which is trained once."""
 # Python 3.12 and later, where a data loader forks a process that has threads.
 fork_is_fine = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -88,6 +90,15 @@ class TestMain:
             script.main([*self.TINY, *words])
 
         return train
+
+    @pytest.fixture
+    def trained_once(self, train) -> None:
+        """The folder `one` as one epoch saves it."""
+        if not _ONE:
+            train("--total-epochs", "1", "--save", "one")
+            _ONE.append(Path("one/checkpoint.pt").read_bytes())
+        Path("one").mkdir(exist_ok=True)
+        Path("one/checkpoint.pt").write_bytes(_ONE[0])
 
     def test_the_loss_decreases_and_the_classes_are_learned(self, train, capsys):
         train("--total-epochs", "16", "--log-interval", "1", "--test-interval", "40")
@@ -149,23 +160,19 @@ class TestMain:
             (["--batch-size", "20"], "batches of 40 .*, not 20. Set --batch-size"),
         ],
     )
-    def test_options_that_do_not_match_the_checkpoint_are_named(self, train, words, problem):
-        train("--total-epochs", "1", "--save", "one")
+    def test_options_that_do_not_match_the_checkpoint_are_named(self, train, trained_once, words, problem):
         with pytest.raises(SystemExit, match=f"checkpoint in 'one' was saved with {problem}"):
             train("--total-epochs", "2", "--save", "one", *words)
 
-    def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(self, train, tmp_path):
-        train("--total-epochs", "1", "--save", "one")
+    def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(self, train, trained_once, tmp_path):
         with pytest.raises(SystemExit, match=r"'one' holds a checkpoint of step 5 .*different --save"):
             train("--total-epochs", "2", "--save", "one", "--run-url", f"file://{tmp_path / 'run'}")
 
-    def test_a_start_after_the_last_step_is_an_error(self, train):
-        train("--total-epochs", "1", "--save", "one")
+    def test_a_start_after_the_last_step_is_an_error(self, train, trained_once):
         with pytest.raises(SystemExit, match=r"step 5, and 1 epochs have 5 steps.*Raise --total-epochs"):
             train("--total-epochs", "1", "--save", "one")
 
-    def test_a_failed_save_keeps_the_previous_checkpoint(self, train, monkeypatch):
-        train("--total-epochs", "1", "--save", "one")
+    def test_a_failed_save_keeps_the_previous_checkpoint(self, train, trained_once, monkeypatch):
         before = Path("one/checkpoint.pt").read_bytes()
 
         def save(content: object, path: Path) -> None:

@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +27,8 @@ GOOD, BAD = ("최고", "재밌어요", "감동", "꿀잼"), ("최악", "지루�
 COMMON = ("영화", "배우", "정말", "너무", "스토리가", "연기", "ㅋㅋㅋㅋ", "...", "OST", "10점")
 TINY = {"train": 160, "test": 40}
 FAST = ["--learning_rate", "2e-3"]
+Metrics = dict[str, float]
+_TRAINED: dict[str, tuple[Path, Metrics]] = {}
 STEPS_AN_EPOCH = 20
 """Of TINY: 153 training reviews (2 are empty, 5 are for validation), 8 in a step."""
 
@@ -56,6 +58,24 @@ def reviews(tmp_path: Path) -> Path:
     for split, count in TINY.items():
         _write_raw(folder / f"ratings_{split}.txt", _generated(count, seed=count))
     return folder
+
+
+@pytest.fixture
+def whole(
+    reviews: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Metrics]:
+    """An uninterrupted training by `trainer` or `loop`, `machine-1` and `whole` in this folder; trained once."""
+
+    def once(way: str) -> Metrics:
+        if way not in _TRAINED:
+            folder = tmp_path_factory.mktemp(way)
+            train = _by_trainer if way == "trainer" else _by_loop
+            _TRAINED[way] = folder, train(reviews, folder / "machine-1", folder / "whole")
+        folder, metrics = _TRAINED[way]
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return metrics
+
+    return once
 
 
 @pytest.fixture
@@ -149,6 +169,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"1 training reviews; at least two"):
             nsmc_data.load_splits(reviews, subset=1)
 
+    @pytest.mark.slow
     def test_the_real_files_hold_150000_and_50000_reviews(self, nsmc_data, real_reviews):
         splits = nsmc_data.load_splits(real_reviews)
         empty = 150_000 - len(splits.train) - len(splits.validation)
@@ -192,6 +213,7 @@ class TestOrder:
 
 
 class TestTokenizer:
+    @pytest.mark.slow
     def test_is_the_same_in_a_process_with_a_different_hash_seed(self, tmp_path):
         chance = random.Random(9)  # many equally frequent pairs: the rule for ties decides
         texts = ["".join(chance.choices("가나다라마바사아자차카타파하 ", k=40)) for _ in range(400)]
@@ -222,49 +244,48 @@ class TestTokenizer:
 class TestDifferentReviews:
     @pytest.mark.parametrize("way", ["trainer", "loop"])
     def test_a_run_is_not_resumed_with_a_vocabulary_of_the_same_size_and_different_words(
-        self, reviews, tmp_path, way
+        self, reviews, whole, tmp_path, way
     ):
+        whole(way)
         train = _by_trainer if way == "trainer" else _by_loop
-        train(reviews, tmp_path / "first", tmp_path / "run")
         for file in reviews.iterdir():
             file.write_text(file.read_text(encoding="utf-8").replace("영화", "만화"), encoding="utf-8")
         with pytest.raises(ValueError, match=r"different vocabulary.*--subset"):
-            train(reviews, tmp_path / "second", tmp_path / "run")
+            train(reviews, tmp_path / "second", tmp_path / "whole")
 
 
 class TestTrainer:
-    def test_trains_and_its_best_model_labels_sentences(self, reviews, tmp_path, capsys):
-        metrics = _by_trainer(reviews, tmp_path / "out")
-        assert metrics["test_accuracy"] > 0.9
-        _assert_labels(tmp_path / "out", capsys)
+    def test_trains_and_its_best_model_labels_sentences(self, whole, tmp_path, capsys):
+        assert whole("trainer")["test_accuracy"] > 0.9
+        _assert_labels(tmp_path / "machine-1", capsys)
 
-    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(self, reviews, tmp_path):
-        _by_trainer(reviews, tmp_path / "machine-1", tmp_path / "whole")
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(
+        self, reviews, whole, tmp_path
+    ):
+        whole("trainer")
         _cut(tmp_path / "whole", tmp_path / "cut")
         _by_trainer(reviews, tmp_path / "machine-2", tmp_path / "cut")
         _assert_resumed(tmp_path)
 
 
 class TestLoop:
-    def test_trains_and_its_best_model_labels_sentences(self, reviews, tmp_path, capsys):
-        metrics = _by_loop(reviews, tmp_path / "out", tmp_path / "run")
-        assert metrics["accuracy"] > 0.9
-        assert [record["epoch"] for record in json.loads((tmp_path / "out" / "log.json").read_text())] == [
-            0,
-            1,
-        ]
-        _assert_labels(tmp_path / "out", capsys)
+    def test_trains_and_its_best_model_labels_sentences(self, whole, tmp_path, capsys):
+        assert whole("loop")["accuracy"] > 0.9
+        log = json.loads((tmp_path / "machine-1" / "log.json").read_text())
+        assert [record["epoch"] for record in log] == [0, 1]
+        _assert_labels(tmp_path / "machine-1", capsys)
 
-    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(self, reviews, tmp_path):
-        whole = _by_loop(reviews, tmp_path / "machine-1", tmp_path / "whole")
+    def test_resumed_from_storage_it_ends_with_the_weights_of_an_uninterrupted_run(
+        self, reviews, whole, tmp_path
+    ):
+        metrics = whole("loop")
         _cut(tmp_path / "whole", tmp_path / "cut")
         resumed = _by_loop(reviews, tmp_path / "machine-2", tmp_path / "cut")
         _assert_resumed(tmp_path)
-        assert resumed == whole
+        assert resumed == metrics
 
-    def test_a_complete_run_is_tested_again_on_an_empty_machine(self, reviews, tmp_path):
-        first = _by_loop(reviews, tmp_path / "machine-1", tmp_path / "run")
-        assert _by_loop(reviews, tmp_path / "machine-2", tmp_path / "run") == first
+    def test_a_complete_run_is_tested_again_on_an_empty_machine(self, reviews, whole, tmp_path):
+        assert whole("loop") == _by_loop(reviews, tmp_path / "machine-2", tmp_path / "whole")
 
     def test_the_best_model_is_tested_and_not_the_last(self, reviews, tmp_path, monkeypatch):
         accuracies, tested = iter((0.9, 0.8, 0.7)), []
@@ -279,6 +300,7 @@ class TestLoop:
         assert torch.equal(after, first)
         assert not torch.equal(after, last)
 
+    @pytest.mark.slow
     def test_the_loss_decreases_on_real_reviews(self, real_reviews, tmp_path):
         options = ["--subset", "2000", "--batch_size", "16", "--max_length", "32", "--save_steps", "200"]
         _by_loop(real_reviews, tmp_path / "out", tmp_path / "run", *options)
@@ -287,12 +309,12 @@ class TestLoop:
 
 
 class TestClassify:
-    def test_the_best_model_of_a_run_is_downloaded(self, reviews, tmp_path, capsys):
-        _by_trainer(reviews, tmp_path / "out", tmp_path / "run")
-        where = ["--model", str(tmp_path / "run"), "--download_dir", str(tmp_path / "best")]
+    def test_the_best_model_of_a_run_is_downloaded(self, whole, tmp_path, capsys):
+        whole("trainer")
+        where = ["--model", str(tmp_path / "whole"), "--download_dir", str(tmp_path / "best")]
         (verdict,) = importlib.import_module("classify").main([*where, "정말 최고 감동"])
         assert verdict.label == "positive"
-        best = json.loads((tmp_path / "run" / ".cloudtrain" / "best.json").read_text())
+        best = json.loads((tmp_path / "whole" / ".cloudtrain" / "best.json").read_text())
         assert len(list((tmp_path / "best").glob("checkpoint-*/model.safetensors"))) == 1, best
 
     def test_a_folder_or_run_without_a_model_is_named(self, tmp_path):
@@ -327,19 +349,18 @@ def _make_tokenizer(texts: list[str], size: int = 100):
     return importlib.import_module("nsmc_tokenizer").make_tokenizer(texts, 64, size)
 
 
-def _by_trainer(reviews: Path, out: Path, run: Path | None = None) -> dict[str, float]:
+def _by_trainer(reviews: Path, out: Path, run: Path) -> Metrics:
     steps = ["--save_steps", "7", "--eval_steps", "7", "--num_train_epochs", "2"]
     options = [*steps, *FAST, "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
-    folders = ["--data_dir", str(reviews), "--output_dir", str(out)]
-    url = ["--run_url", f"file://{run}"] if run else []
-    metrics: dict[str, float] = importlib.import_module("train_trainer").main([*folders, *url, *options])
+    folders = ["--data_dir", str(reviews), "--output_dir", str(out), "--run_url", f"file://{run}"]
+    metrics: Metrics = importlib.import_module("train_trainer").main([*folders, *options])
     return metrics
 
 
-def _by_loop(reviews: Path, out: Path, run: Path, *more: str) -> dict[str, float]:
+def _by_loop(reviews: Path, out: Path, run: Path, *more: str) -> Metrics:
     options = ["--num_epochs", "2", "--batch_size", "8", "--save_steps", "7", *FAST, *more]
     folders = ["--data_dir", str(reviews), "--output_dir", str(out), "--run_url", f"file://{run}"]
-    metrics: dict[str, float] = importlib.import_module("train_loop").main([*folders, *options])
+    metrics: Metrics = importlib.import_module("train_loop").main([*folders, *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     return metrics
 
