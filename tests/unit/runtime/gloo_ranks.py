@@ -17,9 +17,9 @@ from hf_cloudtrain.runtime import ranks
 from hf_cloudtrain.runtime.ranks import Ranks
 
 SIZE = 3
-GROUP_SECONDS = 4.0
+GROUP_SECONDS = 2.0
 """Timeout of all collectives, the user's and ours."""
-SLOW_SECONDS = 6.0
+SLOW_SECONDS = 3.0
 """Duration of work that takes longer than a collective may."""
 
 
