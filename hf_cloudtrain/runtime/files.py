@@ -72,7 +72,16 @@ def is_left_over(name: str) -> bool:
         return True
     except (PermissionError, OverflowError):  # the process of a different user
         return False
-    return False
+    return _has_ended(int(match[2]))
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process that still has its number has ended: the first process of a container may never take note of it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):  # another system, or it is gone since
+        return False
 
 
 def write_whole(path: Path, data: bytes) -> None:

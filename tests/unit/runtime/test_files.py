@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.runtime.files import write_whole
+from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 
 
 def test_a_file_is_replaced_and_no_other_file_is_left(tmp_path: Path) -> None:
@@ -20,3 +23,17 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_whole(tmp_path / "log.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["log.json"]
+
+
+def test_a_process_that_ended_and_still_has_its_number_has_left_its_folders_over() -> None:
+    """The first process of a container may never take note of the end of an orphan."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as child:
+        name = f".000001-0000000005-{child.pid}-0123abcd"
+        assert not is_left_over(name)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert is_left_over(name)
+    assert is_left_over(name)
+    assert not is_left_over(f"out-{temp_suffix()}")
