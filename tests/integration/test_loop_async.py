@@ -80,25 +80,34 @@ def test_until_a_save_is_written_the_one_before_stays_and_the_next_one_waits(
     tmp_path: Path, writers: LateWriters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    events: list[str] = []
+    events: list[Any] = []
     real = Accelerator.save_state
 
+    def last() -> int | None:
+        state = out / "last" / "training_state.json"
+        return json.loads(state.read_text())["step"] if state.exists() else None
+
     def save_state(self: Accelerator, folder: str, **options: Any) -> Any:
-        events.append(f"{Path(folder).name.split('-')[1]} after {writers.written}")
+        there = [path.name for path in out.glob("checkpoint-*")]
+        events.append((Path(folder).name.split("-")[1], there, last()))
         return real(self, folder, **options)
 
     def inside(loop: Any) -> None:
         if loop.global_step == 2:
             writers.may_write.clear()  # checkpoint-4 waits
         if loop.global_step == 4:
-            assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2"}
-            assert json.loads((out / "last" / "training_state.json").read_text())["step"] == 2
+            assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+            assert last() == 2
             threading.Timer(0.3, writers.may_write.set).start()
 
     monkeypatch.setattr(Accelerator, "save_state", save_state)
     train(tmp_path / "run", out, Rows(32), inside=inside, epochs=1, async_save=True)
-    assert events == ["2 after []", "4 after ['checkpoint-2']", "6 after ['checkpoint-2', 'checkpoint-4']",
-                      "8 after ['checkpoint-2', 'checkpoint-4', 'checkpoint-6']"]  # fmt: skip
+    assert events == [
+        ("2", [], None),
+        ("4", ["checkpoint-2"], 2),
+        ("6", ["checkpoint-4"], 4),
+        ("8", ["checkpoint-6"], 6),
+    ]
 
 
 def test_what_cannot_be_written_is_said_and_leaves_the_one_before(
