@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.checkpoints.manifest import Manifest, Position
     from hf_cloudtrain.errors import CloudTrainError
     from hf_cloudtrain.integrations.functions.api import (
+        async_writes,
         end_step,
         init,
         is_emergency_save,
@@ -44,8 +45,8 @@ _NAMES = {
     "checkpoints.manifest": ("Manifest", "Position"),
     "errors": ("CloudTrainError",),
     "integrations.functions.api": (
-        *("end_step", "init", "is_emergency_save", "metric", "processed_steps", "restore", "start_step"),
-        *("train_step", "upload_checkpoint"),
+        *("async_writes", "end_step", "init", "is_emergency_save", "metric", "processed_steps", "restore"),
+        *("start_step", "train_step", "upload_checkpoint"),
     ),
     "integrations.loop.loop": ("TrainLoop",),
     "integrations.trainer.callbacks": ("CheckpointUploadCallback",),
@@ -72,6 +73,7 @@ __all__ = [
     "ResumableSequentialSampler",
     "StepTrackerCallback",
     "TrainLoop",
+    "async_writes",
     "end_step",
     "init",
     "is_emergency_save",

@@ -16,6 +16,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole, put_in_place
 from hf_cloudtrain.checkpoints.frozen import Wanted
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
+from hf_cloudtrain.checkpoints.local_home import wait_for_writer
 from hf_cloudtrain.checkpoints.manifest import Manifest
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.folder_files import own_files
@@ -52,6 +53,7 @@ class InPlace(LocalFolders):
 
     def begin(self, run_url: str, global_step: int, check_owner: Callable[[], None]) -> None:
         """Note the time: what is in the folder now was restored, or is the user's. Nothing moves away."""
+        wait_for_writer(self.output_dir)
         self._copied_ns = self.mark_save_begin()
 
     def folder(self, manifest: Manifest) -> Path:

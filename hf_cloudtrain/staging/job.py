@@ -47,6 +47,8 @@ class WriteJob:
     """See `Outbox.accept`."""
     delete: list[str] = field(default_factory=list)
     """Older checkpoints, which the framework wanted to delete; they go when the new one is whole."""
+    in_place: bool = False
+    """Whether `target` is a folder that is written again and again: it gets copies of the staged files, and keeps its name."""
     connection: tuple[str, dict[str, Any]] | None = None
     """URL and options of the run's storage, for the upload if the training is killed."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry, copy_out
 from hf_cloudtrain.checkpoints.local_home import SAVING, own_writers, wait_for_writer
 from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.files import temp_suffix
@@ -31,6 +31,7 @@ from hf_cloudtrain.staging.memory import StagingMemory, is_supported, room
 from hf_cloudtrain.staging.process import WriterProcess
 from hf_cloudtrain.staging.recorders import write_file
 from hf_cloudtrain.staging.window import Window
+from hf_cloudtrain.storage.folder_files import TEMPORARY
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class AsyncSaves:
     Args:
         expected: bytes of a checkpoint.
         connection: URL and options of the run's storage, for the upload if the training is killed.
+        in_place: whether the folder is written again and again. Then it keeps its name, and each save gets a copy.
 
     Raises:
         OSError: no memory, no process, or the writer of a different training works in this folder.
@@ -60,12 +62,18 @@ class AsyncSaves:
     """
 
     def __init__(
-        self, output_dir: Path, *, expected: int, connection: tuple[str, dict[str, Any]] | None = None
+        self,
+        output_dir: Path,
+        *,
+        expected: int,
+        connection: tuple[str, dict[str, Any]] | None = None,
+        in_place: bool = False,
     ) -> None:
         self.output_dir = output_dir
         self.staged = 0
         """How many saves were staged."""
         self._connection = connection if _is_json(connection) else None
+        self._in_place = in_place
         if (earlier := own_writers.get(output_dir)) is not None:
             earlier.end()
         wait_for_writer(output_dir)
@@ -128,9 +136,14 @@ class AsyncSaves:
         self.close()
         window = self._window
         if window is None or self._target != os.path.abspath(folder) or not window.files:
-            self._write_rest()
+            self.settle() if self._in_place else self.write_rest()  # what is copied now must be whole
             return False
         saving = self.output_dir / LOCAL / SAVING / f"{folder.name}-{temp_suffix()}"
+
+        def done(home: str) -> None:
+            if self._in_place:
+                shutil.rmtree(saving, ignore_errors=True)
+            submit(OutboxEntry.read(Path(home)))
 
         def failed(reason: str) -> None:
             shutil.rmtree(saving, ignore_errors=True)
@@ -138,7 +151,10 @@ class AsyncSaves:
 
         try:
             saving.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(window.folder, saving)
+            if self._in_place:
+                self._copy(window, saving)
+            else:
+                os.rename(window.folder, saving)
             job = WriteJob(
                 output_dir=str(self.output_dir),
                 folder=str(saving),
@@ -148,14 +164,17 @@ class AsyncSaves:
                 entry=entry.encode().decode(),
                 since_ns=since_ns,
                 delete=window.deleted,
+                in_place=self._in_place,
                 connection=self._connection,
             )
-            self._process.write(job, lambda home: submit(OutboxEntry.read(Path(home))), failed)
+            self._process.write(job, done, failed)
         except (OSError, ValueError) as error:
             logger.warning("%s is written at once: %s", folder.name, error)
-            if saving.exists():
+            if self._in_place:
+                shutil.rmtree(saving, ignore_errors=True)
+            elif saving.exists():
                 os.rename(saving, window.folder)
-            self._write_rest()
+            self.write_rest()
             return False
         self._window = None
         self.staged += 1
@@ -168,7 +187,7 @@ class AsyncSaves:
             NotCommittedError: after `timeout` seconds.
             OSError: the disk is full, or refuses.
         """
-        self._write_rest()
+        self.write_rest()
         if not self._process.is_busy:
             return
         with told_if_slow("write the checkpoint before"):
@@ -200,19 +219,29 @@ class AsyncSaves:
             self._memory.free()  # a notebook keeps its trainer, and so this object
         self._memory.close()
 
-    def _write_rest(self) -> None:
+    def write_rest(self) -> None:
         """Write what was staged and then not saved as a checkpoint: an exception came, or it is of a different folder."""
         window, self._window = self._window, None
         if window is None:
             return
         window.close()
-        for file in window.files:
+        for file in window.missing():
             write_file(Path(window.folder, file.path), file, self._memory)
         if window.files and window.folder != self._target:
             shutil.rmtree(self._target, ignore_errors=True)
             os.rename(window.folder, self._target)
         for path in window.deleted:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _copy(self, window: Window, saving: Path) -> None:
+        """Copy what lies in the folder beside it, because the script may write it again before the writer is done."""
+        folder = Path(window.folder)
+        for file in window.files:
+            if TEMPORARY.fullmatch(os.path.basename(file.path)):  # not part of a checkpoint
+                write_file(folder / file.path, file, self._memory)
+        window.files = window.missing()
+        saving.mkdir()
+        copy_out(folder, saving)
 
     def _is_older(self, path: str) -> bool:
         home, name = os.path.split(path)

@@ -76,6 +76,10 @@ class Window:
         """Take a complete file."""
         self.files.append(file)
 
+    def missing(self) -> list[StagedFile]:
+        """The staged files that are not on the disk: the script may have written some again since."""
+        return [file for file in self.files if not os.path.lexists(os.path.join(self.folder, file.path))]
+
     def begin(self, relative: str) -> None:
         """A file is written: no reader must find an older one of its name, on the disk or staged."""
         self.files = [other for other in self.files if other.path != relative]

@@ -23,7 +23,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.flush import flush
-from hf_cloudtrain.checkpoints.frozen import OutboxEntry
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry, copy_out
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.upload_queue import PAUSES
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError, StorageError
@@ -119,16 +119,40 @@ def write(job: WriteJob, memory: StagingMemory) -> dict[str, Any]:
         raise
     result = {"done": str(entry.home)}
     try:
-        if folder != target:
+        if job.in_place:
+            _place(job)
+        elif folder != target:
             _remove(target, folder.parent)  # the framework writes into a folder that is there
             os.rename(folder, target)
         for path in job.delete:
             _remove(Path(path), folder.parent)
     except OSError as error:
-        result["trouble"] = (
-            f"{target.name} is kept for upload. Its folder {job.folder!r} stays where it is: {error}"
+        where = (
+            f"Files of {job.target!r} could not be written"
+            if job.in_place
+            else f"Its folder {job.folder!r} stays where it is"
         )
+        result["trouble"] = f"{entry.title} is kept for upload. {where}: {error}"
     return result
+
+
+def _place(job: WriteJob) -> None:
+    """Copy the staged files to where the script has saved them. A file that is there is a newer one of the script."""
+    copies = Path(f"{job.folder}-copies")
+    shutil.rmtree(copies, ignore_errors=True)  # of a writer that was killed
+    names = {file.path for file in job.files}
+    copy_out(Path(job.folder), copies, names.__contains__)
+    for name in names:
+        path = Path(job.target, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(copies / name, path)
+        except FileExistsError:
+            continue
+        except OSError:  # a disk without hard links
+            if not path.exists():
+                os.rename(copies / name, path)
+    shutil.rmtree(copies, ignore_errors=True)
 
 
 def _inode(folder: Path) -> int | None:

@@ -23,7 +23,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hf_cloudtrain import env
@@ -48,6 +48,7 @@ def init(
     *,
     save_total_limit: int | None = None,
     keep_every_n_steps: int | None = None,
+    async_save: bool | None = None,
 ) -> None:
     """Name the run; the first of these functions. It may come before or without a process group.
 
@@ -62,6 +63,8 @@ def init(
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
             pinned and the one that was resumed from stay.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
+        async_save: whether a process of its own writes what is saved inside `async_writes`. None takes
+            `HF_CLOUDTRAIN_ASYNC_SAVE`, else where a save has 64 MB or more.
 
     Raises:
         RunCompleteError: all steps are done already.
@@ -82,7 +85,7 @@ def init(
     show_messages()
     restored = _restored_by_launcher()
     folder = env.checkpoint_dir(checkpoint_dir) or env.periflow_checkpoint_dir()
-    mode = RemoteRun(url, folder, total, restored, policy)
+    mode = RemoteRun(url, folder, total, restored, policy, async_save)
     _Current.run = _Run(total, mode, restored.step if restored else 0)
 
 
@@ -145,11 +148,35 @@ def train_step() -> Iterator[None]:
     run.end_step()
 
 
+@contextmanager
+def async_writes(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """Around a save, right before `upload_checkpoint`: training waits for a copy in memory, and no longer for the disk.
+
+    Files of `torch.save`, `save_file` and `save_pretrained` below the checkpoint folder are written in the background. They appear
+    under their names when they are whole; do not rename or read them in the block. The next block waits until then. The
+    first block of a training is an ordinary save.
+
+    Args:
+        folder: the checkpoint folder, or one in it; None is the checkpoint folder.
+
+    Raises:
+        ConfigurationError: a different folder, which is not uploaded.
+
+    Example:
+        >>> with async_writes():
+        ...     torch.save(state, "ckpt/checkpoint.pt")
+        >>> upload_checkpoint()
+    """
+    with _opened("async_writes").async_writes(folder):
+        yield
+
+
 @short_traceback
 def upload_checkpoint() -> None:
     """Upload the checkpoint folder, which was just written for this step, in the background.
 
-    It returns when the folder is copied (blocks are shared where the file system can), so it may be written again.
+    It returns when the folder is copied (blocks are shared where the file system can), so it may be written again. It does not
+    wait for files of `async_writes`.
     `_cloudtrain/` and temporary files are left out. After the last step it returns when the checkpoint is committed.
 
     Raises:
@@ -248,6 +275,9 @@ class _Run:
     def give_up_step(self) -> None:
         self._started = False
         self._mode.end_step(None)
+
+    def async_writes(self, folder: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+        return self._mode.async_writes(folder)
 
     def upload_checkpoint(self) -> None:
         self._begin()

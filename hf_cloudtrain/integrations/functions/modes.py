@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.integrations.functions.async_writes import AsyncWrites
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.ranks import rank_and_size
 from hf_cloudtrain.runtime.values import finite, utf8
@@ -51,6 +53,10 @@ class Mode:
 
     def end_step(self, step: int | None) -> None:
         """A step is over; None: the script gave it up."""
+
+    def async_writes(self, folder: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+        """Stage what is saved in a block, where that is possible."""
+        return nullcontext()
 
     def upload(self, step: int, *, last: bool) -> None:
         """Take over the checkpoint folder; that of the last step until it is committed."""
@@ -124,12 +130,16 @@ class RemoteRun(Mode):
         total: int | None,
         restored: CheckpointKey | None,
         policy: Policy,
+        async_save: bool | None = None,
     ) -> None:
         self._run_url = normal_url(run_url)
         self._checkpoint_dir = checkpoint_dir
         self._total = total
         self._restored = restored
         self._policy = policy
+        self._async_save = async_save
+        self._writes: AsyncWrites | None = None
+        """Of the rank that moves bytes, once training has begun."""
         self._lifecycle: AttemptLifecycle | None = None
         self._metrics = _Metrics(self._log)
         self._closed = False
@@ -155,8 +165,12 @@ class RemoteRun(Mode):
             ranks.agree(self._check_restored, f"find {self._restored}")
         lifecycle.begin(step, total=self._total, saves="saves at each upload_checkpoint()")
         lifecycle.track(first_step=step, total_steps=self._total)
+        if (queue := lifecycle.checkpointer.upload_queue) is not None:
+            self._writes = queue.late = AsyncWrites(lifecycle.checkpointer, self._async_save)
 
     def begin_step(self) -> None:
+        if self._writes is not None:
+            self._writes.write_rest()
         if (tracker := self._open().tracker) is not None:
             tracker.begin_step()
 
@@ -165,6 +179,18 @@ class RemoteRun(Mode):
             if step is not None:
                 tracker.end_step(step)
             tracker.pause()  # the time until the next step begins does not count as a step
+
+    def async_writes(self, folder: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+        self._check_folder_given("async_writes()")
+        whole = Path(str(self._checkpoint_dir)).absolute()
+        if folder is not None and not Path(folder).absolute().is_relative_to(whole):
+            raise ConfigurationError(
+                f"async_writes({os.fspath(folder)!r}) is not in the checkpoint folder {str(whole)!r}, which is what "
+                "upload_checkpoint() uploads. Save there, or leave async_writes() out."
+            )
+        if self._writes is None or self._lifecycle is None:
+            return nullcontext()
+        return self._writes.window(last=self._lifecycle.is_leaving)
 
     def upload(self, step: int, *, last: bool) -> None:
         self._check_folder_given("upload_checkpoint()")
@@ -206,6 +232,8 @@ class RemoteRun(Mode):
         self._closed = True
         lifecycle.stop_listening()
         self._metrics.flush()
+        if self._writes is not None:
+            self._writes.end()
         lifecycle.checkpointer.drain()
         if not lifecycle.is_over:
             lifecycle.end(self._honest_outcome(lifecycle, step, outcome))
