@@ -79,8 +79,6 @@ class AsyncSaves:
         wait_for_writer(output_dir)
         self._memory = StagingMemory(max(int(expected * HEADROOM), WORTH_IT))
         self._window: Window | None = None
-        self._target = ""
-        """What the folder of the window is called when it is whole."""
         self._ended = False
         try:
             self._process = WriterProcess(output_dir, self._memory)
@@ -107,9 +105,8 @@ class AsyncSaves:
         """
         self.settle()
         if not self._ended:
-            self._window = Window(str(folder), self._memory, self._is_older)
+            self._window = Window(str(folder), self._memory, self._is_older, target=str(target or folder))
             self._window.deleted += map(str, replaces)
-            self._target = os.path.abspath(target or folder)
             self._window.open()
 
     def close(self) -> bool:
@@ -135,7 +132,7 @@ class AsyncSaves:
         """See `LateFiles.take`."""
         self.close()
         window = self._window
-        if window is None or self._target != os.path.abspath(folder) or not window.files:
+        if window is None or window.target != os.path.abspath(folder) or not window.files:
             self.settle() if self._in_place else self.write_rest()  # what is copied now must be whole
             return False
         saving = self.output_dir / LOCAL / SAVING / f"{folder.name}-{temp_suffix()}"
@@ -227,9 +224,9 @@ class AsyncSaves:
         window.close()
         for file in window.missing():
             write_file(Path(window.folder, file.path), file, self._memory)
-        if window.files and window.folder != self._target:
-            shutil.rmtree(self._target, ignore_errors=True)
-            os.rename(window.folder, self._target)
+        if window.files and window.folder != window.target:
+            shutil.rmtree(window.target, ignore_errors=True)
+            os.rename(window.folder, window.target)
         for path in window.deleted:
             shutil.rmtree(path, ignore_errors=True)
 

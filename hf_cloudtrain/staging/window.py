@@ -31,6 +31,7 @@ class Window:
     Args:
         folder: what is written below it is staged.
         deletable: whether a path that is deleted meanwhile is an older checkpoint, and waits for the new one.
+        target: what the folder is called when it is whole; None: as now.
 
     Example:
         >>> window = Window("/out/checkpoint-500", memory)
@@ -42,9 +43,14 @@ class Window:
     """
 
     def __init__(
-        self, folder: str, memory: StagingMemory, deletable: Callable[[str], bool] = lambda path: False
+        self,
+        folder: str,
+        memory: StagingMemory,
+        deletable: Callable[[str], bool] = lambda path: False,
+        target: str | None = None,
     ) -> None:
         self.folder = os.path.abspath(folder)
+        self.target = os.path.abspath(target or folder)
         self.files: list[StagedFile] = []
         self.deleted: list[str] = []
         """What the framework wanted to delete."""
