@@ -28,6 +28,7 @@ from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.integrations.messages import first_line, last_line, used
 from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
@@ -59,6 +60,8 @@ class AttemptLifecycle:
         """Whether the training was cut short: its last save is, or will be, an emergency save."""
         self.is_over = False
         """Whether the end of the attempt is recorded."""
+        self.save_is_due = False
+        """Whether all ranks save at this step because it is time (`must_stop`)."""
 
     @classmethod
     def of(cls, run_url: str, output_dir: Path, **options: Any) -> AttemptLifecycle:
@@ -172,10 +175,19 @@ class AttemptLifecycle:
             self.tracker.start()
         return self.tracker
 
-    def listen(self, *, grace: float | None = None, within: CodeType | None = None) -> None:
-        """Wait for notices in the background. Arguments as `Preemption`."""
+    def listen(
+        self, *, grace: float | None = None, within: CodeType | None = None, clock: SaveClock | None = None
+    ) -> None:
+        """Wait for notices in the background. Arguments as `Preemption`.
+
+        Args:
+            clock: when a save by time is due.
+        """
         self.stop_listening()
         self.preemption = Preemption(self.checkpointer, grace=grace, within=within)
+        if clock is not None:
+            self.preemption.clock = clock
+            clock.begin()
         self.preemption.start()
 
     def stop_listening(self) -> None:
@@ -185,7 +197,7 @@ class AttemptLifecycle:
             self.preemption = None
 
     def must_stop(self, *, now: bool = False) -> bool:
-        """Whether all ranks save at this step and leave; every rank calls it after every step.
+        """Whether all ranks save at this step and leave; every rank calls it after every step. Sets `save_is_due`.
 
         Args:
             now: wait for all ranks (0.5 ms), as after an evaluation.
@@ -194,13 +206,22 @@ class AttemptLifecycle:
             OvertakenError: a newer attempt of the run has begun.
         """
         preemption = self.preemption
+        self.save_is_due = False
         if preemption is None or self.is_leaving:
             return False
         decision = preemption.decide_now() if now else preemption.step_ended()
+        self.save_is_due = decision is StopDecision.SAVE_DUE
         if decision is StopDecision.QUIT:
             self.is_leaving = True
             preemption.quit(self._close_tracker)
         return decision is StopDecision.SAVE
+
+    def saved(self, seconds: float) -> None:
+        """Note for how long a save has held up training."""
+        if self.preemption is not None:
+            self.preemption.save_seconds = seconds
+            if self.preemption.clock is not None:
+                self.preemption.clock.saved(seconds)
 
     def has_notice(self) -> bool:
         """Whether any rank has a notice, even if training ended before all of them saved for it. On all ranks."""

@@ -11,6 +11,7 @@ In reading order:
 
 - `preemption`      the class `Preemption`: takes note of notices, votes, announces the save, leaves with exit code 75
 - `agreement`       `StopDecision`, and how the ranks vote without waiting for each other
+- `save_clock`      when a save by time is due: its vote travels with those about notices
 - `signals`         handlers that only take a note, and give the signals back afterwards
 - `sources`         everything else that a notice may come from, each watched in a thread of its own
 - `cloud_metadata`  what the metadata services of EC2, Google and Azure answer

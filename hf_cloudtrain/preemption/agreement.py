@@ -30,9 +30,11 @@ class StopDecision(enum.IntEnum):
     """What all ranks do after a step; the largest vote wins."""
 
     GO_ON = 0
-    SAVE = 1
+    SAVE_DUE = 1
+    """Save at this step, by time, and go on."""
+    SAVE = 2
     """Save at this step, and leave."""
-    QUIT = 2
+    QUIT = 3
     """A newer attempt has taken over: leave without saving."""
 
 

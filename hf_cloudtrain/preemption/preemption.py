@@ -23,6 +23,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.errors import CloudTrainError, OvertakenError, PreemptedError, PreemptedExit
 from hf_cloudtrain.preemption.agreement import Agreement, StopDecision, Vote
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.preemption.signals import SignalWatch
 from hf_cloudtrain.preemption.sources import Notice, NoticeWatcher, default_sources, pending
 from hf_cloudtrain.runtime.ranks import Ranks
@@ -56,6 +57,8 @@ class Preemption:
     ) -> None:
         self.save_seconds: float | None = None
         """How long the last save held up the training; the integrations set it."""
+        self.clock: SaveClock | None = None
+        """When a save by time is due; rank 0's counts."""
         self._checkpointer = checkpointer
         self._ranks = checkpointer.ranks
         self._grace = env.grace(grace)
@@ -185,7 +188,8 @@ class Preemption:
         if self._checkpointer.overtaken_by is not None:
             return Vote(StopDecision.QUIT, 0.0)
         if self._notice is None:
-            return Vote(StopDecision.GO_ON)
+            due = self._ranks.is_main and self.clock is not None and self.clock.is_due()
+            return Vote(StopDecision.SAVE_DUE if due else StopDecision.GO_ON)
         return Vote(StopDecision.SAVE, max(0.0, self._deadline - time.monotonic()))
 
     @property

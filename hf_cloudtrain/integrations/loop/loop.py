@@ -34,6 +34,7 @@ from hf_cloudtrain.integrations.loop.state import (
 )
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
 from hf_cloudtrain.integrations.messages import expect_use
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.dataloaders import length
 from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.resume.outside_state import OutsideState
@@ -66,8 +67,7 @@ class TrainLoop:
         logging_steps: optimizer steps between two reports of what was logged.
         log_format: of `log.json` in a new run; a run keeps its own. `records` is a list with one record an epoch, `epochs` is
             `{"Epoch 0": {"train_log": …, "valid_log": …}}`.
-        grace_seconds: time that this machine has after a notice that names none, such as SIGTERM; None takes
-            `HF_CLOUDTRAIN_GRACE`, else 30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
+        grace_seconds, save_interval_seconds, save_overhead: see `EmergencySaveCallback`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
@@ -112,6 +112,8 @@ class TrainLoop:
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
         async_save: bool | None = None,
+        save_interval_seconds: float | None = None,
+        save_overhead: float | None = None,
     ) -> None:
         check_log_format(log_format)
         _check_arguments(num_epochs=num_epochs, save_steps=save_steps, logging_steps=logging_steps)
@@ -119,9 +121,7 @@ class TrainLoop:
         url = env.run_url(run_url)
         expect_use(url, "Iterate over the loop: `for epoch in loop.epochs()`.")
         self.accelerator: Any = accelerator
-        self.num_epochs = num_epochs
-        self.save_steps = save_steps
-        self.logging_steps = logging_steps
+        self.num_epochs, self.save_steps, self.logging_steps = num_epochs, save_steps, logging_steps
         folder = output_dir or accelerator.project_dir or env.checkpoint_dir(None) or _folder_of(url)
         self.output_dir = Path(folder).absolute()
         self._best = BestMetric.of(metric_for_best_model, greater_is_better=greater_is_better)
@@ -133,11 +133,12 @@ class TrainLoop:
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)
-        optimizers, outside = OptimizerSteps(accelerator), OutsideState(accelerator)
+        watch = OptimizerSteps(accelerator), OutsideState(accelerator)
         self._run = LoopRun(
-            accelerator, self._lifecycle, self._folder, self._report, state, optimizers, outside, num_epochs
+            accelerator, self._lifecycle, self._folder, self._report, state, *watch, num_epochs
         )
         self._grace_seconds = grace_seconds
+        self._clock = SaveClock.of(save_interval_seconds, save_overhead)
         self._resumed: Resumed | None = None
         self._looked_for_checkpoint = False
         self._complete = False
@@ -224,9 +225,9 @@ class TrainLoop:
         if is_complete(self._lifecycle, self.epoch, self.num_epochs):
             self._complete_folder()
             return
-        attempt = self._lifecycle.begin(self.global_step, saves=saves(self.save_steps))
+        attempt = self._lifecycle.begin(self.global_step, saves=saves(self.save_steps, self._clock))
         self._run.begin(self._resumed)
-        self._lifecycle.listen(grace=self._grace_seconds)
+        self._lifecycle.listen(grace=self._grace_seconds, clock=self._clock)
         while self.epoch < self.num_epochs and not self._run.stop_requested:
             self._steps = steps = EpochSteps(self._run, save_steps=self.save_steps)
             self._epoch_saved = False

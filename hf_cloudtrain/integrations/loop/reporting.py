@@ -171,10 +171,14 @@ def train_bar(epoch: int, phase: str, total: int | None, done: int, *, hidden: b
     return tqdm(desc=f"[Epoch {epoch}] [{phase}]", total=total, initial=done, disable=hidden)
 
 
-def saves(save_steps: int | None) -> str:
-    """How often a loop saves, for the first line."""
-    every = "" if save_steps is None else f"every {save_steps} steps and "
-    return f"saves {every}at the end of each epoch"
+def saves(save_steps: int | None, clock: object | None) -> str:
+    """How often a loop saves, for the first line.
+
+    Args:
+        clock: of its saves by time.
+    """
+    every = "" if save_steps is None else f"every {save_steps} steps"
+    return f"saves {' and '.join(filter(None, (every, str(clock or ''), 'at the end of each epoch')))}"
 
 
 def shown(values: dict[str, float]) -> dict[str, str]:

@@ -163,8 +163,7 @@ class EpochSteps:
         last = run.stop_requested or state.epoch >= run.num_epochs
         run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best, last=last)
         run.report.saved()
-        if run.lifecycle.preemption is not None:
-            run.lifecycle.preemption.save_seconds = time.monotonic() - began
+        run.lifecycle.saved(time.monotonic() - began)
 
     def _here(self) -> Cursor:
         assert self.position is not None
@@ -223,6 +222,7 @@ class EpochSteps:
         if run.lifecycle.must_stop(now=self.is_at_last_batch):
             run.lifecycle.announce(run.state.step)
             run.stop_requested = True
+        run.save_requested |= run.lifecycle.save_is_due
         requested = run.save_requested and self._can_be_saved(position)
         due = requested or self._postponed or self._is_save_step(run.state.step)
         # Where it is the epoch's last step, the epoch's own checkpoint would be a second one of this step.

@@ -72,7 +72,7 @@ class CheckpointUploadCallback(EvidenceCallback):
         Example:
             >>> trainer.train(resume_from_checkpoint=cloud.restore(args))
         """
-        checks.check_saves(args)
+        checks.check_saves(args, by_time=self._session.clock is not None)
         folder = self._session.restore(args)
         return None if folder is None else str(folder)
 
@@ -103,7 +103,7 @@ class CheckpointUploadCallback(EvidenceCallback):
     @short_traceback
     def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Take an attempt; refuse what cannot work before the first step."""
-        checks.check_saves(args)
+        checks.check_saves(args, by_time=self._session.clock is not None)
         checks.check_not_hyperparameter_search(state)
         self._epoch = EpochLength(kwargs.get("train_dataloader"))
         self._session.open(args)

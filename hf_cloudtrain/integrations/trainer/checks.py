@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_saves(args: TrainingArguments) -> None:
-    """Stop a training that would end without an error and with nothing on storage."""
-    if args.save_strategy == SaveStrategy.NO:
+def check_saves(args: TrainingArguments, *, by_time: bool = False) -> None:
+    """Stop a training that would end without an error and with nothing on storage.
+
+    Args:
+        by_time: whether it saves by time.
+    """
+    if args.save_strategy == SaveStrategy.NO and not by_time:
         raise ConfigurationError(
             "save_strategy='no' never saves a checkpoint, so nothing would be uploaded. Use save_strategy='steps' with "
-            "save_steps, or 'epoch'; for the final model alone, remove the callback."
+            "save_steps, or 'epoch', or CloudTrainCallback(…, save_interval_seconds=600); for the final model alone, remove "
+            "the callback."
         )
     if args.save_only_model:
         logger.warning(

@@ -21,7 +21,7 @@ class CloudTrainCallback(TrainerCallback):
         run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
-        grace_seconds: see `EmergencySaveCallback`.
+        grace_seconds, save_interval_seconds, save_overhead: see `EmergencySaveCallback`.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
             best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
@@ -48,6 +48,8 @@ class CloudTrainCallback(TrainerCallback):
         save_total_limit: int | None = None,
         keep_every_n_steps: int | None = None,
         async_save: bool | None = None,
+        save_interval_seconds: float | None = None,
+        save_overhead: float | None = None,
     ) -> None:
         common: Any = {"storage_options": storage_options, "fresh": fresh}
         self._uploads = CheckpointUploadCallback(
@@ -58,7 +60,13 @@ class CloudTrainCallback(TrainerCallback):
             **common,
         )
         steps = StepTrackerCallback(run_url, **common)
-        emergency = EmergencySaveCallback(run_url, grace_seconds=grace_seconds, **common)
+        emergency = EmergencySaveCallback(
+            run_url,
+            grace_seconds=grace_seconds,
+            save_interval_seconds=save_interval_seconds,
+            save_overhead=save_overhead,
+            **common,
+        )
         self._parts: tuple[TrainerCallback, ...] = (self._uploads, steps, emergency)
 
     def restore(self, args: TrainingArguments) -> str | None:

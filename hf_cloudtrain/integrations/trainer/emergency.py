@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_cloudtrain.integrations.trainer.position import epoch_ends
 from hf_cloudtrain.integrations.trainer.session import LastSave, Session
 from hf_cloudtrain.preemption.preemption import Preemption
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 
@@ -33,6 +34,8 @@ class EmergencySaveCallback(TrainerCallback):
     Args:
         grace_seconds: time that this machine has after a notice that names none; None takes `HF_CLOUDTRAIN_GRACE`, else
             30. Under torchrun a signal never gives more than its `--shutdown-timeout`.
+        save_interval_seconds: save when this time has passed since the last save, beside what `TrainingArguments` ask for.
+        save_overhead: save as often as saves take this share of the time, such as 0.02.
 
     Raises:
         PreemptedExit: from `trainer.train()`, after the save: nothing after the training runs. It is a SystemExit with
@@ -50,12 +53,17 @@ class EmergencySaveCallback(TrainerCallback):
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
         grace_seconds: float | None = None,
+        save_interval_seconds: float | None = None,
+        save_overhead: float | None = None,
     ) -> None:
         self._session = Session.of(run_url, storage_options, fresh=fresh, listens=True)
+        self._session.clock = SaveClock.of(save_interval_seconds, save_overhead)
         self._grace_seconds = grace_seconds
         self._first_step = 0
         self._saves_at_epoch_end = False
         self._saved_step: int | None = None
+        self._saves_since: float | None = None
+        """When the save began that has just ended."""
         self._busy_since = 0.0
         """When Trainer began to evaluate or save."""
         self._evaluation_seconds: float | None = None
@@ -66,7 +74,13 @@ class EmergencySaveCallback(TrainerCallback):
         lifecycle = self._session.begin(args, state)
         self._saves_at_epoch_end = False
         self._first_step, self._saved_step = state.global_step, None
-        lifecycle.listen(grace=self._grace_seconds, within=_code_of_trainer())
+        lifecycle.listen(grace=self._grace_seconds, within=_code_of_trainer(), clock=self._session.clock)
+
+    def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Note for how long the last save has held up training."""
+        if self._saves_since is not None:
+            self._session.lifecycle.saved(time.monotonic() - self._saves_since)
+            self._saves_since = None
 
     @short_traceback
     def on_step_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -77,6 +91,8 @@ class EmergencySaveCallback(TrainerCallback):
         if self._session.lifecycle.must_stop() and not _is_over(state, control):
             preemption.announce(state.global_step)
             self._stop(args, state, control, preemption)
+        if self._session.lifecycle.save_is_due or self._is_last_of_saves_by_time(args, state, control):
+            control.should_save = True
         if control.should_save or control.should_evaluate:
             self._busy_since = time.monotonic()
 
@@ -93,10 +109,12 @@ class EmergencySaveCallback(TrainerCallback):
         if self._session.lifecycle.must_stop(now=True) and may_save:
             preemption.announce(state.global_step)
             self._save_and_stop(control)
+        elif self._session.lifecycle.save_is_due and may_save:
+            control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note that it is saved, and how long that took."""
-        self._saved_step = state.global_step
+        self._saved_step, self._saves_since = state.global_step, self._busy_since
         if self._session.preemption is not None:
             self._session.preemption.save_seconds = time.monotonic() - self._busy_since
 
@@ -116,6 +134,14 @@ class EmergencySaveCallback(TrainerCallback):
         if self._session.is_leaving:
             self._session.lifecycle.leave(state.global_step)
         self._session.end()
+
+    def _is_last_of_saves_by_time(self, args: TrainingArguments, state: State, control: Control) -> bool:
+        """Whether the end of training must be saved: with save_strategy='no', Trainer does not do it."""
+        return (
+            self._session.clock is not None
+            and args.save_strategy == SaveStrategy.NO
+            and _is_over(state, control)
+        )
 
     def _stop(self, args: TrainingArguments, state: State, control: Control, preemption: Preemption) -> None:
         """Save at this step: after the evaluation that is due, if there is time for it, else without."""

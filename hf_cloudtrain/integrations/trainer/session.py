@@ -32,6 +32,7 @@ from hf_cloudtrain.integrations.trainer.identity import Identity
 from hf_cloudtrain.integrations.trainer.position import EpochLength
 from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import normal_url
 
@@ -68,6 +69,8 @@ class Session:
         """The model, arguments and data of this process."""
         self.listens = False
         """Whether a callback of this session waits for notices."""
+        self.clock: SaveClock | None = None
+        """When a save by time is due."""
         self.last_save: LastSave | None = None
         """The emergency save, once it is decided (`leave`)."""
         self._uploads = False
@@ -220,7 +223,7 @@ class Session:
             lifecycle.begin(
                 state.global_step,
                 total=state.max_steps,
-                saves=_saves(args, state),
+                saves=_saves(args, state, self.clock),
                 started_over=interrupted and args.auto_find_batch_size,
                 check_notices=self.listens,
                 interrupted="failed",
@@ -283,10 +286,14 @@ class Session:
         return args, state
 
 
-def _saves(args: TrainingArguments, state: TrainerState) -> str:
-    if args.save_strategy == SaveStrategy.STEPS:
-        return f"saves every {state.save_steps} steps"
-    return f"saves at the {'end of each epoch' if args.save_strategy == SaveStrategy.EPOCH else 'best evaluations'}"
+def _saves(args: TrainingArguments, state: TrainerState, clock: SaveClock | None) -> str:
+    at: dict[str, str] = {
+        SaveStrategy.STEPS: f"every {state.save_steps} steps",
+        SaveStrategy.EPOCH: "at the end of each epoch",
+        SaveStrategy.BEST: "at the best evaluations",
+    }
+    parts = [at.get(args.save_strategy, ""), str(clock or "")]
+    return f"saves {' and '.join(part for part in parts if part)}"
 
 
 def _needed_by(ranks: list[int]) -> Any:

@@ -15,6 +15,7 @@ from hf_cloudtrain.preemption import agreement
 from hf_cloudtrain.preemption import preemption as preemption_module
 from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption
+from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.preemption.sources import Notice
 from hf_cloudtrain.runtime.ranks import Ranks
 from tests.faults.ranks import on_ranks
@@ -106,6 +107,45 @@ def test_the_time_between_vote_and_result_is_subtracted(monkeypatch: pytest.Monk
         return preemption.seconds_left()
 
     assert on_ranks(2, train, monkeypatch) == [28.0, 28.0]
+
+
+def test_all_ranks_save_by_time_at_the_same_step_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's clock counts."""
+
+    class Due:
+        def __init__(self, steps: list[int]) -> None:
+            self.steps = steps
+
+        def is_due(self) -> bool:
+            return step in self.steps
+
+    step = 0
+
+    def train(ranks: Ranks) -> list[int]:
+        nonlocal step
+        preemption = Preemption(checkpointer_of(ranks))
+        preemption.clock = Due([3, 7] if ranks.rank == 0 else [5])  # type: ignore[assignment]
+        saved = []
+        for number in range(1, 10):
+            ranks.barrier()
+            step = number
+            ranks.barrier()
+            if preemption.step_ended() is StopDecision.SAVE_DUE:
+                saved.append(number)
+        return saved
+
+    assert on_ranks(2, train, monkeypatch) == [[4, 8]] * 2
+
+
+def test_a_notice_counts_more_than_a_save_that_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(ranks: Ranks) -> StopDecision:
+        preemption = Preemption(checkpointer_of(ranks))
+        preemption.clock = SaveClock(1e-9)
+        if ranks.rank == 1:
+            preemption.receive(Notice("EC2", 50.0))
+        return preemption.decide_now()
+
+    assert on_ranks(2, train, monkeypatch) == [StopDecision.SAVE] * 2
 
 
 def test_decide_now_waits_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
