@@ -85,7 +85,10 @@ def test_help_says_what_a_command_does_and_gives_an_example(arguments: tuple[str
 
 @pytest.mark.parametrize("arguments", sorted({(), *(arguments[:1] for arguments in COMMANDS)}), ids=" ".join)
 def test_help_of_a_group_gives_an_example(arguments: tuple[str, ...]) -> None:
-    assert " ".join(("cloudtrain", *arguments)) in help_of(arguments).split("Example", 1)[1]
+    summary, example = help_of(arguments).split("Example", 1)
+    assert " ".join(("cloudtrain", *arguments)) in example
+    cut = [line for line in summary.splitlines()[1:] if line.endswith("...")]
+    assert cut == [], "too long for the list of commands in 80 columns"
 
 
 @each_command

@@ -77,12 +77,18 @@ app = typer.Typer(
     rich_markup_mode=None,  # else square brackets in help are markup, and errors are boxes that break sentences
     pretty_exceptions_enable=False,  # its tracebacks show local variables, and those may be credentials
 )
-app.add_typer(checkpoint.app, name="checkpoint")
+# Longer lines than these are cut in the list of commands, in 80 columns.
+app.add_typer(
+    checkpoint.app, name="checkpoint", short_help="List, inspect, verify, pin and delete checkpoints."
+)
 app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(vm.app, name="vm")
-app.command(epilog=examples("doctor RUN", "doctor RUN --gb 40"))(doctor.doctor)
+app.command(
+    epilog=examples("doctor RUN", "doctor RUN --gb 40"),
+    short_help="Check credentials, permissions, speed, clock and disk.",
+)(doctor.doctor)
 app.command(epilog=examples("new my-project"))(new.new)
 app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume

@@ -26,6 +26,7 @@ from hf_cloudtrain.cli.output import (
     of_total,
     print_json,
     rate_text,
+    say,
 )
 from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.runtime.text import clean, duration_text, time_text
@@ -46,16 +47,37 @@ ATTEMPTS: Columns = {
 """The table of attempts."""
 
 
-def watch(catalog: Catalog, *, as_json: bool, is_awaited: Callable[[], bool] = bool) -> RunState:
-    """Watch until the run is over; its last state. For `is_awaited` see `Watcher`."""
+class _Waiting:
+    """Whether a new attempt will follow; says once what is waited for."""
+
+    def __init__(self, awaited: Callable[[], str | None]) -> None:
+        self.tell: Callable[[str], object] = say
+        self._awaited = awaited
+        self._is_told = False
+
+    def __call__(self) -> bool:
+        what = self._awaited()
+        if what is not None and not self._is_told:
+            self._is_told = True
+            self.tell(f"{what}; waiting for training to begin. Ctrl-C leaves it alone.")
+        return what is not None
+
+
+def watch(catalog: Catalog, *, as_json: bool, awaited: Callable[[], str | None] = lambda: None) -> RunState:
+    """Watch until the run is over; its last state.
+
+    Args:
+        awaited: what may begin a new attempt, as the beginning of a sentence; None if nothing will.
+    """
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
-    watcher = Watcher(catalog, is_awaited)
+    waiting = _Waiting(awaited)
+    watcher = Watcher(catalog, waiting)
     with _warnings_of_records_off():
         if as_json or not console.is_terminal or console.is_dumb_terminal:
             return _print_changes(watcher, Titles(catalog), as_json)
-        return _draw(watcher, Titles(catalog), console)
+        return _draw(watcher, Titles(catalog), console, waiting)
 
 
 @contextlib.contextmanager
@@ -83,11 +105,12 @@ def _print_changes(watcher: Watcher, titles: Titles, as_json: bool) -> RunState:
     return watcher.view.state
 
 
-def _draw(watcher: Watcher, titles: Titles, console: Console) -> RunState:
+def _draw(watcher: Watcher, titles: Titles, console: Console, waiting: _Waiting) -> RunState:
     from rich.live import Live
 
     ascii_only = console.options.ascii_only
     with Live(console=console, auto_refresh=False) as live:
+        waiting.tell = lambda text: live.console.print(clean(text))  # above the picture, and not into it
         for view in watcher.views():
             shown = picture(view, titles, console.width, ascii_only=ascii_only)
             live.update(shown, refresh=True)

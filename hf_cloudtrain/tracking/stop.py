@@ -22,6 +22,7 @@ STATES = {
     "failed": "failed",
     "stopped": "stopped",
     "overtaken": "was overtaken",
+    "preempted": "saved and stopped",
 }
 """How a state reads in a sentence."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,10 +131,12 @@ def view(run: RunArgument, checkpoint: CheckpointOrNewest = None, as_json: Json 
             "role": ", ".join(info.roles_in(roles)) or None,
         }
     )
+    objects = {name: found for name, text in manifest.origin.items() if (found := _object(text))}
     sections = {
         "Position": dataclasses.asdict(manifest.position),
         "Metrics": {name: f"{value:.6g}" for name, value in manifest.metrics.items()},
-        "Origin": dict(manifest.origin),
+        "Origin": {name: text for name, text in manifest.origin.items() if name not in objects},
+        **{name.capitalize(): values for name, values in objects.items()},
     }
     show_panels(
         ("Overview", overview),
@@ -311,6 +314,15 @@ def flush(
     else:
         report.show()
     report.tell(directory)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """A JSON object, such as the arguments of the training; None for any other text."""
+    try:
+        found = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _checkpoint(manifest: Manifest, verb: str) -> tuple[CheckpointInfo, CheckpointKey]:

@@ -157,7 +157,10 @@ def delete(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a job that is over: its record, and its folder on this machine. Its run stays."""
+    """Delete a job that is over.
+
+    Deletes its record, and its folder on this machine. Its run stays.
+    """
     from hf_cloudtrain.cli import job_actions
 
     job_actions.delete(job, force, yes, as_json)

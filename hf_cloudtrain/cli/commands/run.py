@@ -130,32 +130,22 @@ def watch(run: RunArgument, as_json: Json = False) -> None:
     from hf_cloudtrain.cli import watch as actions
 
     catalog = open_run(run)
-    now = actions.watch(catalog, as_json=as_json, is_awaited=_Job(catalog.storage.url).continues)
+    now = actions.watch(catalog, as_json=as_json, awaited=lambda: _job_of(catalog.storage.url))
     if now.state in ("failed", "overtaken"):
         what = "failed" if now.state == "failed" else "was overtaken by a newer attempt"
         fail(f"Attempt {now.attempt} of {now.run_url!r} {what}.")
 
 
-class _Job:
-    """The job of this store that writes to a run, if there is one."""
+def _job_of(run_url: str) -> str | None:
+    """The job of this store that writes to a run and may start a new attempt."""
+    from hf_cloudtrain.jobs import lifecycle
+    from hf_cloudtrain.jobs.records import JobStore
 
-    def __init__(self, run_url: str) -> None:
-        self._url = run_url
-        self._announced = False
-
-    def continues(self) -> bool:
-        """Whether it may start a new attempt; says once that the watching waits for it."""
-        from hf_cloudtrain.jobs import lifecycle
-        from hf_cloudtrain.jobs.records import JobStore
-
-        try:
-            record = lifecycle.writer_of(self._url, JobStore())
-        except (CloudTrainError, OSError):  # without a store the run can still be watched
-            return False
-        if record is not None and not self._announced:
-            self._announced = True
-            say(f"Job {record.id} is {record.state}; waiting for training to begin. Ctrl-C leaves it alone.")
-        return record is not None
+    try:
+        record = lifecycle.writer_of(run_url, JobStore())
+    except (CloudTrainError, OSError):  # without a store the run can still be watched
+        return None
+    return None if record is None else f"Job {record.id} is {record.state}"
 
 
 @app.command(epilog=examples("run report RUN -o report.html"))

@@ -98,12 +98,15 @@ class TestRunStop:
             monkeypatch,
             lambda: empty.catalog.attempts.stop_requested(1) or pytest.fail("waits without having asked"),
             *beats,
-            lambda: empty.beat(1, ago=ago, state="stopped", step=119, last_committed="000001-0000000119"),
+            lambda: empty.beat(1, ago=ago, state="preempted", step=119, last_committed="000001-0000000119"),
         )
         result = cloudtrain("run", "stop", empty.url, "--wait", "--json")
         assert meanwhile.left == []
-        assert "attempt 1 stopped at step 119, last committed checkpoint: checkpoint-119.a1" in result.stderr
-        assert json.loads(result.stdout)["state"] == "stopped"
+        assert (
+            "attempt 1 saved and stopped at step 119, last committed checkpoint: checkpoint-119.a1."
+            in result.stderr
+        )
+        assert json.loads(result.stdout)["state"] == "preempted"
 
     def test_a_failure_instead_of_a_stop_is_an_error(
         self, empty: Run, monkeypatch: pytest.MonkeyPatch

@@ -337,3 +337,15 @@ class TestPicture:
         assert cli_watch.watch(run, as_json=False).state == "finished"
         assert "20/100 (20%)" in page.getvalue()
         assert "100/100 (100%)" in page.getvalue().rpartition("\x1b[2K")[2]
+
+    def test_what_it_waits_for_stands_above_the_picture(
+        self, run: Catalog, changes: list[Change], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changes += [lambda: beat(run, state="failed"), lambda: beat(run, state="finished")]
+        page = io.StringIO()
+        console = Console(file=page, force_terminal=True, width=100, color_system=None)
+        monkeypatch.setattr("rich.console.Console", lambda **_: console)
+        cli_watch.watch(run, as_json=False, awaited=lambda: "Job toy-1 is starting")
+        said = "Job toy-1 is starting; waiting for training to begin. Ctrl-C leaves it alone."
+        shown = next(line for line in page.getvalue().splitlines() if said in line)
+        assert shown.rpartition("\x1b[2K")[2] == said

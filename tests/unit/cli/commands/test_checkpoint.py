@@ -98,6 +98,16 @@ class TestView:
         text = cloudtrain("checkpoint", "view", run.url, "-c", "checkpoint-300").stdout
         assert "no: an evaluation was dropped" in text
 
+    @pytest.mark.parametrize("text", ["{broken", '["a list"]', "{" * 10_000])
+    def test_shows_the_arguments_of_the_training_in_a_panel(self, empty: Run, text: str) -> None:
+        empty.begin()
+        empty.save(1, 10, origin={"arguments": '{"seed": 42, "optim": null}', "other": text})
+        shown = cloudtrain("checkpoint", "view", empty.url).stdout
+        assert " Arguments " in shown
+        assert "seed  42" in shown
+        assert "optim" not in shown
+        assert text[:40] in shown
+
     def test_gives_the_whole_manifest_as_json(self, run: Run) -> None:
         shown = answer("checkpoint", "view", run.url)
         manifest = run.catalog.read(CheckpointKey(2, 400))
