@@ -49,6 +49,11 @@ class StagedSaves:
         if self._saves is not None:
             self._saves.forget()
 
+    def write_rest(self) -> None:
+        """After a save: what was staged and did not become a checkpoint is written now."""
+        if self._saves is not None:
+            self._saves.write_rest()
+
     def settle(self) -> None:
         """All ranks wait until what was saved is whole."""
         self._checkpointer.ranks.each_leader(self.settle_here, "write its last checkpoint")

@@ -108,15 +108,16 @@ class WriterProcess:
             return not self.is_busy
 
     def end(self) -> None:
-        """End the writer: at once if it writes nothing, else once it has put the save into the outbox."""
+        """End the writer: at once if it writes nothing, else once it has written and uploaded the save."""
         if os.getpid() != self._owner:
             return
         with self._changed:
             popen, self._popen = self._popen, None
-            if popen is None:
+            if popen is None or self._control is None:
                 return
             if self._job is not None:
-                self._send({"end": True})
+                with contextlib.suppress(OSError):
+                    self._control.shutdown(socket.SHUT_WR)  # as if this process had ended
                 return
             popen.kill()  # it may still be importing torch, which the end of a short training need not wait for
         popen.wait()

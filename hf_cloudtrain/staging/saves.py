@@ -79,7 +79,7 @@ class AsyncSaves:
         wait_for_writer(output_dir)
         self._memory = StagingMemory(max(int(expected * HEADROOM), WORTH_IT))
         self._window: Window | None = None
-        self._ended = False
+        self._ended = self._gave_up = False
         try:
             self._process = WriterProcess(output_dir, self._memory)
         except OSError:
@@ -188,33 +188,38 @@ class AsyncSaves:
         if not self._process.is_busy:
             return
         with told_if_slow("write the checkpoint before"):
-            whole = self._process.wait(timeout)
-        if not whole:
-            raise NotCommittedError(
-                f"The last checkpoint is in memory and not written to {str(self.output_dir)!r} yet. The writer process goes "
-                f"on when this one ends; `cloudtrain checkpoint flush {self.output_dir}` uploads what it has written."
-            )
+            self._gave_up = not self._process.wait(timeout)
+        if self._gave_up:
+            raise NotCommittedError(self._not_whole)
 
     def end(self) -> None:
-        """Wait for the save under way, and end the writer and its memory; never raises, and logs what is left."""
+        """Wait for the save under way, and end the writer and its memory; never raises, and logs what is left.
+
+        Where an earlier wait was given up, as when a machine is preempted, it does not wait again.
+        """
         if self._ended:
             return
         self._ended = True
         try:
-            self.settle(env.drain_timeout())
+            self.settle(0.0 if self._gave_up else env.drain_timeout())
         except (NotCommittedError, OSError) as error:
             logger.error("%s", error)
         except KeyboardInterrupt:
-            logger.error(
-                "The last checkpoint is still being written. `cloudtrain checkpoint flush %s` uploads it.",
-                self.output_dir,
-            )
+            logger.error("%s", self._not_whole)
         if own_writers.get(self.output_dir) is self:
             del own_writers[self.output_dir]
         self._process.end()
         if not self._process.is_busy:
             self._memory.free()  # a notebook keeps its trainer, and so this object
         self._memory.close()
+
+    @property
+    def _not_whole(self) -> str:
+        return (
+            f"The last checkpoint is in memory and not written to {str(self.output_dir)!r} yet. The writer process goes on "
+            f"when this one ends, and uploads it; its messages are in {str(self.output_dir / LOCAL / 'writer.log')!r}. If it "
+            f"cannot, `cloudtrain checkpoint flush {self.output_dir}` does."
+        )
 
     def write_rest(self) -> None:
         """Write what was staged and then not saved as a checkpoint: an exception came, or it is of a different folder."""

@@ -57,10 +57,8 @@ class Writer:
         self._last: WriteJob | None = None
 
     def work(self) -> None:
-        """Write what comes, until the training says that it ends, or has ended."""
+        """Write what comes, until the training has ended; then upload what it could not."""
         while (request := self._next()) is not None:
-            if "end" in request:
-                return
             try:
                 job = WriteJob.decode(bytes(self._memory.view(self._memory.capacity, request["size"])))
                 self._last = job

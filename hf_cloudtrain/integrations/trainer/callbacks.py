@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.integrations.trainer import checks
@@ -119,7 +119,7 @@ class CheckpointUploadCallback(EvidenceCallback):
     def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Nothing is saved now."""
         if self._staged is not None:
-            self._staged.close()
+            self._staged.write_rest()
         super().on_step_begin(args, state, control, **kwargs)
 
     @short_traceback
@@ -136,6 +136,8 @@ class CheckpointUploadCallback(EvidenceCallback):
                 self._held_back = True
             else:
                 self._save_may_begin(state, control)
+        elif control.should_evaluate and args.save_strategy == SaveStrategy.BEST:
+            self._save_may_begin(state, control)  # Trainer decides after the evaluation, without an event
 
     @short_traceback
     def on_epoch_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -181,6 +183,8 @@ class CheckpointUploadCallback(EvidenceCallback):
             best=best,
             all_written=True,  # as the ranks know when they have agreed whether a resume is exact
         )
+        if self._staged is not None and is_over(state, control):
+            self._staged.settle()  # an evaluation has ended the training, and the best model is loaded next
 
     @short_traceback
     def on_train_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:

@@ -25,6 +25,7 @@ from tests.faults.staged import (
     crash_at,
     stage,
     staged_bytes,
+    wait_for_no_writer,
     whole_or_absent,
     writer_program,
 )
@@ -35,6 +36,9 @@ def writers_start_fast() -> Iterator[None]:
     with writer_program():
         yield
     assert own_writers == {}
+    wait_until(
+        lambda: "cloudtrain-writer" not in {thread.name for thread in threading.enumerate()}, "the writers"
+    )
 
 
 @pytest.fixture
@@ -305,7 +309,10 @@ def test_the_writer_of_a_different_process_that_trains_is_not_waited_for(tmp_pat
 
 
 def test_an_interrupted_end_leaves_the_save_to_the_writer(
-    machine: StagedMachine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    machine: StagedMachine,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     machine.start()
     writer = machine.saves.writer_pid or 0
@@ -317,11 +324,29 @@ def test_an_interrupted_end_leaves_the_save_to_the_writer(
 
     monkeypatch.setattr(saves_module.WriterProcess, "wait", interrupt)
     machine.saves.end()
-    assert "`cloudtrain checkpoint flush" in caplog.text
+    assert "The writer process goes on when this one ends, and uploads it" in caplog.text
     os.kill(writer, signal.SIGCONT)
-    wait_until(lambda: machine.waiting() or names(machine), "the writer")
-    wait_for_writer(machine.output_dir)
+    wait_for_no_writer(machine.output_dir)
+    assert names(machine) == ["checkpoint-5"]
     assert whole_or_absent(machine.output_dir) == []
+    assert machines.committed() == [(1, 5)]
+
+
+def test_the_end_does_not_wait_again_for_what_was_given_up(
+    machine: StagedMachine, machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine that is preempted: the deadline was over, and the writer uses what is left of its life."""
+    machine.start()
+    writer = machine.saves.writer_pid or 0
+    os.kill(writer, signal.SIGSTOP)
+    machine.save(5)
+    with pytest.raises(NotCommittedError, match="in memory and not written"):
+        machine.checkpointer.wait(0.1, in_time=True)
+    machine.saves.end()  # it would take half an hour
+    os.kill(writer, signal.SIGCONT)
+    wait_for_no_writer(machine.output_dir)
+    assert whole_or_absent(machine.output_dir) == []
+    assert machines.committed() == [(1, 5)]
 
 
 def test_the_memory_is_given_back_at_the_end(machine: StagedMachine) -> None:
