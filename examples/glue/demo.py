@@ -4,7 +4,8 @@
 
 Two processes train a small BERT on a synthetic dataset (run_glue.py) and store their checkpoints at a `file://` run URL.
 After a few commits, the script kills all of them with SIGKILL and deletes the first machine's folder. The same command in an
-empty folder then resumes the run. The table and the picture of the loss are made from the run's own records.
+empty folder then resumes the run. The first machine saves asynchronously and the second one as Trainer always does, so that the
+table shows what a save costs in both ways. The table and the picture of the loss are made from the run's own records.
 """
 
 import os
@@ -54,7 +55,7 @@ console = Console(highlight=False)
 class Machine:
     """One machine: an empty folder, and the processes that train in it."""
 
-    def __init__(self, name: str, folder: Path, run_url: str) -> None:
+    def __init__(self, name: str, folder: Path, run_url: str, *, async_save: bool) -> None:
         self.name = name
         self.disk = folder / name
         self.log = folder / f"{name}.log"
@@ -68,6 +69,7 @@ class Machine:
         ]
         command += [str(word) for option in OPTIONS.items() for word in option]
         environment = os.environ | {
+            "HF_CLOUDTRAIN_ASYNC_SAVE": str(int(async_save)),
             "HF_CLOUDTRAIN_HEARTBEAT": "0.2",  # seconds instead of 15: the demo polls the records
             "HF_HOME": str(self.disk / "cache"),
             "HF_HUB_OFFLINE": "1",
@@ -120,7 +122,7 @@ def main(folder: Path) -> Demo:
     console.print(
         "[bold]1.[/] machine-1 starts: 2 processes under torchrun, a small BERT, synthetic MRPC data"
     )
-    with closing(Machine("machine-1", folder, run_url)) as machine:
+    with closing(Machine("machine-1", folder, run_url, async_save=True)) as machine:
         follow(machine, run_url, attempt=1, until=lost_enough)
         machine.kill()
     killed_at = time.time()
@@ -132,7 +134,7 @@ def main(folder: Path) -> Demo:
     lost = losses_in_log(machine.log, after=killed.checkpoints[-1].step)
 
     console.print("[bold]3.[/] machine-2 starts: the same command, an empty folder")
-    with closing(Machine("machine-2", folder, run_url)) as machine:
+    with closing(Machine("machine-2", folder, run_url, async_save=False)) as machine:
         follow(machine, run_url, attempt=2, until=lambda _: machine.exit_code == 0)
     demo = Demo(read_history(run_url), lost, killed_at)
     check(demo)
@@ -237,16 +239,23 @@ def check(demo: Demo) -> None:
 
 def make_table(demo: Demo) -> Table:
     table = Table(title="The run, from its own records", title_justify="left")
-    for column in ("attempt", "steps", "checkpoints", "end", "redone", "time lost"):
-        table.add_column(column, justify="left" if column == "end" else "right", no_wrap=True)
+    for column in ("no.", "steps", "saved", "a save", "end", "redone", "time lost"):
+        table.add_column(column, justify="left" if column in ("a save", "end") else "right", no_wrap=True)
     first, second = demo.history.attempts
     table.add_row(
-        "1", f"1 to {first.last_step}", _committed(first), f"[red]killed[/] at {first.last_step}", "", ""
+        "1",
+        f"1 to {first.last_step}",
+        str(len(first.checkpoints)),
+        f"{_save_time(first)} async",
+        f"[red]killed[/] at {first.last_step}",
+        "",
+        "",
     )
     table.add_row(
         "2",
         f"{second.first_step + 1} to {second.last_step}",
-        _committed(second),
+        str(len(second.checkpoints)),
+        f"{_save_time(second)} plain",
         f"[green]{second.state}[/]",
         str(first.last_step - second.first_step),
         f"{seconds_lost(demo):.1f} s",
@@ -321,9 +330,10 @@ def draw_progress(axes: Axes, demo: Demo) -> None:
     )
 
 
-def _committed(info: AttemptInfo) -> str:
-    steps = [key.step for key in info.checkpoints]
-    return f"{len(steps)}: {steps[0]} to {steps[-1]}" if steps else "none"
+def _save_time(info: AttemptInfo) -> str:
+    """For how long a save held up training."""
+    seconds = info.progress.get("save_seconds")
+    return "unknown" if seconds is None else f"{seconds * 1e3:.0f} ms"
 
 
 def _origin(info: AttemptInfo) -> str:

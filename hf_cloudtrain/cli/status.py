@@ -61,6 +61,7 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "rate": rate_text(record),
         "eta": duration_text(record["eta_seconds"]),
         "loss": loss_text(record["loss"], record["loss_step"], record["step"]),
+        "saves": save_text(record),
         "goodput": at_least(format_or_none(record["goodput"], ".1%"), record["goodput_is_bound"]),
         "last committed": record["last_committed"] or "none yet",
         "exact": record["exactness"],
@@ -71,6 +72,17 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         ),
         "+": killed_text(record["attempts"]),
     }
+
+
+def save_text(record: dict[str, Any]) -> str | None:
+    """For how long a save holds up training, and how often one is worth it."""
+    if record["save_seconds"] is None:
+        return None
+    text = f"{duration_text(record['save_seconds'])} each"
+    between, best = record["interruption_seconds"], record["best_save_interval_seconds"]
+    if best is None:
+        return text
+    return f"{text}; best every {duration_text(best)}, if interrupted every {duration_text(between)}"
 
 
 def killed_text(attempts: list[dict[str, Any]]) -> str | None:
@@ -111,6 +123,9 @@ def status_record(history: History, stalled: str | None, catalog: Catalog) -> di
         **{name: number(progress.get(name)) for name in rates},
         **losses(progress),
         "eta_seconds": number(progress.get("eta_seconds")) if state == "training" else None,
+        "save_seconds": history.save_seconds,
+        "interruption_seconds": history.interruption_seconds,
+        "best_save_interval_seconds": history.best_save_interval_seconds,
         "goodput": history.goodput,
         "goodput_is_bound": history.is_goodput_bound,
         "last_committed": None if committed is None else str(committed),

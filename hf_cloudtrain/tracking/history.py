@@ -90,6 +90,10 @@ class AttemptInfo:
     """Kept steps whose time was not recorded, so that `productive_seconds` is a lower bound."""
 
 
+INTERRUPTED = ("preempted", "failed")
+"""States of attempts that did not end as planned, beside those that were killed."""
+
+
 @dataclass
 class History:
     """All attempts of a run, joined."""
@@ -136,6 +140,27 @@ class History:
         wall = self.wall_seconds
         productive = sum(info.productive_seconds for info in self.attempts)
         return min(1.0, productive / wall) if wall > 0 and productive > 0 else None
+
+    @property
+    def save_seconds(self) -> float | None:
+        """For how long a save of the newest attempt held up training, at last; None before the first one."""
+        return number(self.attempts[-1].progress.get("save_seconds")) if self.attempts else None
+
+    @property
+    def interruption_seconds(self) -> float | None:
+        """From one interruption of the run to the next, on average; None without one."""
+        count = sum(info.was_killed or info.state in INTERRUPTED for info in self.attempts)
+        ran = sum(max(0.0, info.last_seen - info.started) for info in self.attempts)
+        return ran / count if count else None
+
+    @property
+    def best_save_interval_seconds(self) -> float | None:
+        """From one save to the next, where saves and redone steps together cost least; None without an interruption.
+
+        The square root of twice the length of a save times the time between interruptions: https://doi.org/10.1145/361147.361115
+        """
+        save, between = self.save_seconds, self.interruption_seconds
+        return None if save is None or between is None else math.sqrt(2 * max(save, 0.0) * between)
 
 
 @short_traceback

@@ -40,6 +40,8 @@ PAUSE_SECONDS = 1.0
 """Shortest time between two steps that is recorded as a pause: a pause after every step must stay cheap."""
 RECENT_STEPS = 50
 """The latest steps, from which rate and eta are computed."""
+RECENT_SAVES = 5
+"""The latest saves, whose median length is told."""
 MOST_DROPPED = 50
 """Metrics that are named because they cannot be recorded."""
 
@@ -81,6 +83,7 @@ class StepTracker:
         self._commit_lag: float | None = None
         self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._saves: deque[float] = deque(maxlen=RECENT_SAVES)
         self._steps: list[tuple[int, float]] = []
         self._logs: list[dict[str, Any]] = []
         self._last_metrics: dict[str, tuple[int, Any]] = {}
@@ -148,6 +151,8 @@ class StepTracker:
             return
         (began, why), self._pause = self._pause, None
         seconds = now - began
+        if why == "save":
+            self._saves.append(seconds)
         if seconds >= PAUSE_SECONDS:
             times = {"time": time.time() - seconds, "seconds": round(seconds, 3)}
             with self._lock:
@@ -213,6 +218,7 @@ class StepTracker:
             "tokens_per_second": self._tokens_per_second,
             "eta_seconds": left * mean if left is not None and mean is not None else None,
             "productive_seconds": self.productive_seconds,
+            "save_seconds": statistics.median(self._saves) if self._saves else None,
             "loss": loss,
             "loss_step": loss_step,
             "learning_rate": metrics.get("learning_rate", (None, None))[1],

@@ -97,6 +97,18 @@ def test_time_between_a_pause_and_the_next_step_is_not_step_time(tracker: StepTr
     assert tracker.productive_seconds == pytest.approx(1.5)
 
 
+def test_the_time_of_saves_is_told_and_that_of_an_evaluation_is_not(
+    tracker: StepTracker, clock: Clock
+) -> None:
+    assert tracker.heartbeat()["save_seconds"] is None
+    for seconds, why in ((90.0, "save"), (0.1, "save"), (0.3, "save"), (50.0, "evaluation"), (0.2, "save")):
+        run(tracker, clock, range(501, 503))
+        tracker.pause(why)
+        clock.now += seconds
+    run(tracker, clock, range(503, 504))
+    assert tracker.heartbeat()["save_seconds"] == pytest.approx(0.25)
+
+
 def test_time_between_two_steps_belongs_to_the_second(tracker: StepTracker, clock: Clock) -> None:
     """Waiting for data is step time."""
     run(tracker, clock, range(501, 502))

@@ -80,6 +80,28 @@ class TestRunStatus:
         assert "at least: attempt 1 was killed, and may have done more" in shown
         assert "0 to 320+" in shown
 
+    def test_says_what_a_save_costs_and_which_interval_costs_least(self, empty: Run) -> None:
+        empty.begin(ago=1100)
+        empty.beat(1, ago=100, step=50, save_seconds=0.5)
+        status = answer("run", "status", empty.url)
+        assert (status["save_seconds"], status["best_save_interval_seconds"]) == (
+            0.5,
+            pytest.approx(31.6, abs=1),
+        )
+        assert "saves" in (shown := cloudtrain("run", "status", empty.url).stdout)
+        assert "500 ms each; best every 31." in shown
+        assert "if interrupted every 16 min" in shown
+        empty.begin(ago=1)
+        empty.beat(2, ago=1, step=60, save_seconds="long")
+        assert answer("run", "status", empty.url)["save_seconds"] is None
+
+    def test_of_a_run_without_interruptions_only_the_length_of_a_save_is_known(self, empty: Run) -> None:
+        empty.begin(ago=100)
+        empty.beat(1, ago=1, step=50, save_seconds=0.5)
+        status = answer("run", "status", empty.url)
+        assert (status["save_seconds"], status["best_save_interval_seconds"]) == (0.5, None)
+        assert "saves           500 ms each\n" in cloudtrain("run", "status", empty.url).stdout
+
     def test_names_the_last_committed_checkpoint_and_what_was_resumed(self, run: Run) -> None:
         status = answer("run", "status", run.url)
         assert (status["last_committed"], status["checkpoints"]) == ("000002-0000000400", 5)
