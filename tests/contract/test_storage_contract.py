@@ -98,8 +98,15 @@ class TestCopy:
 class TestFiles:
     @pytest.mark.parametrize(
         "size",
-        [0, 1, PART_SIZE - 1, PART_SIZE, PART_SIZE + 1, 2 * PART_SIZE, 3 * PART_SIZE + 7],
-        ids=["empty", "one", "part-1", "part", "part+1", "two", "several"],
+        [
+            pytest.param(0, id="empty"),
+            pytest.param(1, id="one"),
+            pytest.param(PART_SIZE - 1, id="part-1", marks=pytest.mark.slow),
+            pytest.param(PART_SIZE, id="part"),
+            pytest.param(PART_SIZE + 1, id="part+1"),
+            pytest.param(2 * PART_SIZE, id="two", marks=pytest.mark.slow),
+            pytest.param(3 * PART_SIZE + 7, id="several", marks=pytest.mark.slow),
+        ],
     )
     def test_file_comes_back_whole_with_the_digest_of_its_content(
         self, storage: Storage, tmp_path: Path, size: int
@@ -195,8 +202,13 @@ class TestFiles:
         assert not isinstance(raised.value, ObjectNotFoundError)
 
 
+EACH_SUFFIX = ("/a run", "/läuft-模型", "/#1", "/a?b", "/%41+")
+
+
 class TestRunUrl:
-    @pytest.mark.parametrize("suffix", ["/a run", "/läuft-模型", "/#1", "/a?b", "/%41+"])
+    @pytest.mark.parametrize(
+        "suffix", ["/läuft #1-模型?b %41+", *(pytest.param(s, marks=pytest.mark.slow) for s in EACH_SUFFIX)]
+    )
     def test_is_taken_literally(self, location: Location, tmp_path: Path, suffix: str) -> None:
         storage = location.open(suffix)
         storage.check()

@@ -46,6 +46,14 @@ def wire(request: pytest.FixtureRequest, moto: Server) -> Iterator[Wire]:
         storage.close()
 
 
+@pytest.fixture(autouse=True)
+def pauses_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours between two tries, and those inside s3fs and botocore."""
+    sleep, asleep = time.sleep, asyncio.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr("asyncio.sleep", lambda seconds, *result: asleep(min(seconds, 0.01), *result))
+
+
 def test_create_whose_answer_is_lost_is_success(wire: Wire) -> None:
     wire.storage.check()
     wire.proxy.rules.append(lost_answer("PUT", "claim"))

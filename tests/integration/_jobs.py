@@ -29,6 +29,7 @@ total, pause = int(sys.argv[1]), float(sys.argv[2])
 folder = Path(os.environ["HF_CLOUDTRAIN_CHECKPOINT_DIR"])
 state = folder / "state.txt"
 value = float(state.read_text()) if state.exists() else 0.0
+pause *= not state.exists()
 ct.init(total_train_steps=total)
 print("begins at", ct.processed_steps(), "with", value, flush=True)
 while ct.processed_steps() < total:
@@ -42,7 +43,7 @@ while ct.processed_steps() < total:
         ct.upload_checkpoint()
 print("ends with", repr(value), flush=True)
 """
-"""Saves every 5 steps; its checkpoint folder is that of the job."""
+"""Saves every 5 steps; its checkpoint folder is that of the job. Only a first start pauses after each step, to be stopped."""
 
 
 def value_after(steps: int) -> float:
