@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection: Trainer collects at each start, a third of a second with torch."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(SESSION_FOLDER, ignore_errors=True)
 
@@ -108,6 +116,22 @@ def missing(reason: str) -> None:
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
+@pytest.fixture(scope="session")
+def shared_models() -> None:
+    """Each session of botocore parses megabytes of JSON; here they share what the first one has read."""
+    from botocore.loaders import JSONFileLoader
+
+    found: dict[str, Any] = {}
+    load_file = JSONFileLoader.load_file
+
+    def load_once(self: Any, file_path: str) -> Any:
+        if file_path not in found:
+            found[file_path] = load_file(self, file_path)
+        return found[file_path]
+
+    JSONFileLoader.load_file = load_once
+
+
 def running(server: Server) -> Iterator[Server]:
     with contextlib.ExitStack() as until_the_end:
         try:
@@ -118,12 +142,12 @@ def running(server: Server) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[Server]:
+def moto(shared_models: None) -> Iterator[Server]:
     yield from running(MotoServer())
 
 
 @pytest.fixture(scope="session")
-def rclone() -> Iterator[Server]:
+def rclone(shared_models: None) -> Iterator[Server]:
     yield from running(RcloneServer())
 
 

@@ -342,7 +342,7 @@ class TestTheOvertakenAttempt:
         self, machines: Machines, monkeypatch: pytest.MonkeyPatch, fast_heartbeats: None, how: str
     ) -> None:
         """Other hosts make no checks of their own during training: the requests would grow with the number of hosts."""
-        monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "5")
+        monkeypatch.setenv("HF_CLOUDTRAIN_DRAIN_TIMEOUT", "0.5")
         machines.storage.hold("upload", machines.gate, path="*/of-rank-1")
 
         def train(ranks: Ranks) -> int | None:
