@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
+from hf_cloudtrain.checkpoints.local_home import own_writers
 from hf_cloudtrain.staging import recorders, saves
 from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
@@ -49,6 +50,8 @@ class LateWriters:
         monkeypatch.setattr(saves, "WriterProcess", lambda output_dir, memory: LateWriter(memory, writers))
         yield writers
         writers.may_write.set()
+        for saves_of_a_killed_training in [*own_writers.values()]:
+            saves_of_a_killed_training.end()
         assert replaced_functions() == before
 
 
