@@ -15,7 +15,7 @@ from benchmarks.measure import Scale
 from benchmarks.report import PAGE, Row, machine, print_table, write_page
 
 NAMES = (
-    *("stall", "staging", "step", "loop", "functions"),
+    *("stall", "staging", "peers", "interval", "start", "step", "loop", "functions"),
     *("upload", "cpu", "restore", "training", "memory", "finding", "seam"),
 )
 
