@@ -1,6 +1,7 @@
 # Every target does its own set-up, and finds it done the second time.
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
 #   make test    the test suite              make test-slow     sweeps, long kills, Slurm
+#   make test-async   what trains, once more with asynchronous saves
 #   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 #   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
@@ -8,7 +9,7 @@
 #   make test-pythons    import and basic tests on each Python of setup.cfg that is here
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help check test test-slow chaos test-lowest test-skypilot test-trainers test-pythons demo bench docs clean
+.PHONY: help check test test-slow test-async chaos test-lowest test-skypilot test-trainers test-pythons demo bench docs clean
 
 PYTHON ?= python3
 AZURITE := 3.35.0
@@ -49,6 +50,13 @@ test: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
 # What takes minutes: sweeps over every request and every change of a disk, kills of whole torchrun jobs, a real Slurm.
 test-slow: $(INSTALLED) $(SERVERS) $(CHROMIUM) $(SLURM)
 	.venv/bin/python -m pytest tests -m slow $(TESTS)
+
+# What trains, once more with every save staged, however small.
+STAGED := $(or $(TMPDIR),/tmp)/cloudtrain-staged-saves
+test-async: $(INSTALLED) $(SERVERS)
+	rm -f $(STAGED)
+	STAGED_SAVES=$(STAGED) .venv/bin/python -m pytest -m "slow or not slow" tests/corpus tests/laws \
+		tests/integration/test_emergency.py tests/integration/test_loop*.py tests/integration/test_trainer*.py $(TESTS)
 
 chaos: $(INSTALLED) $(SERVERS)
 	CHAOS_KILLS=$(CHAOS_KILLS) .venv/bin/python -m pytest tests/chaos -m chaos --timeout 0 $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import stage_all
 from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
 from tests.slurm_cluster import SlurmCluster
 
@@ -96,6 +97,21 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def stage_all_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the run asks for it, trainings of a test's own process stage their saves; those of the zygote do so by themselves."""
+    if stage_all.is_on():
+        stage_all.stage_all(monkeypatch.setattr)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that was to stage all saves and staged none has tested nothing."""
+    if stage_all.is_on() and not hasattr(session.config, "workerinput"):
+        print(f"\n{stage_all.count()} saves were staged.")
+        if stage_all.count() == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

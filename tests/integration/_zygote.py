@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests import stage_all
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0
 """Seconds that one child may take on a slow and busy machine; they take one or two."""
@@ -191,6 +193,8 @@ def live(request: dict[str, Any]) -> NoReturn:
     for category, message in IGNORED:
         warnings.filterwarnings("ignore", message, category)
     function = getattr(importlib.import_module(request["module"]), request["function"])
+    if stage_all.is_on():
+        stage_all.stage_all()
     sys.argv = [request["function"]]
     _End.code = 1
     try:
