@@ -88,9 +88,8 @@ class Doctor:
         try:
             yield from self._of_storage(set_up)
         except BaseException:  # Ctrl-C in a transfer: the probe may have 64 MB
-            if self._is_written:
-                with contextlib.suppress(CloudTrainError):
-                    self._delete()
+            with contextlib.suppress(CloudTrainError):
+                self._forget_probe()
             raise
         yield self._clock(set_up)
         yield self._disk()
@@ -239,6 +238,13 @@ class Doctor:
     def _delete(self) -> str:
         self.storage.delete([self._path])
         return "yes"
+
+    def _forget_probe(self) -> None:
+        """Delete what an interrupted check has written: parts of an upload are billed, too."""
+        if self._is_written:
+            self._delete()
+            parts = [upload for upload in self.storage.incomplete() if upload.path == self._path]
+            self.storage.abort(parts)
 
     def _clock(self, set_up: SetUp) -> Line:
         offset = diagnosis.clock_offset(set_up.endpoint) if set_up.endpoint else None

@@ -18,7 +18,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError, NoJobError
 from hf_cloudtrain.runtime.threads import answer_in_time
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.urls import shown_url
+from hf_cloudtrain.storage.urls import normal_url, shown_url
 
 NAMES_SECONDS = 3.0
 """Seconds for the names that an error suggests."""
@@ -61,7 +61,7 @@ def url_of(run: str) -> str:
 
 def runs_url() -> str:
     """Where the runs of the store are."""
-    return f"{env.store(None).rstrip('/')}/runs"
+    return f"{normal_url(env.store(None)).rstrip('/')}/runs"
 
 
 def name_of(run_url: str) -> str:

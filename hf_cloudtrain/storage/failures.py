@@ -68,9 +68,9 @@ def explain(error: Exception, what: str, protocol: str, secrets: tuple[str, ...]
             "storage_options={'client_kwargs': {'region_name': …}}."
         )
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            number, f"Could not {what}: no space is left on the disk. Free some and try again."
-        )
+        full = StorageError(f"Could not {what}: no space is left on the disk. Free some and try again.")
+        full.errno = number  # as an argument, it would stand in front of the message
+        return full
     if isinstance(error, FileNotFoundError) or names & {"NotFoundError", "ResourceNotFoundError"}:
         hint = "Create the bucket, or correct the URL." if re.search("ucket|ontainer", reason) else ""
         return ObjectNotFoundError(f"Could not {what}: it does not exist ({reason}). {hint}")

@@ -15,6 +15,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.cli import checkup
 from hf_cloudtrain.storage import client, diagnosis, retries
 from tests.contract.conftest import EVERY_SERVER, Location
+from tests.contract.test_incomplete import begin
 from tests.proxy import Answer, Proxy, Rule, s3_error
 from tests.servers import Server, free_port
 from tests.unit.cli.terminal import cloudtrain
@@ -191,13 +192,19 @@ def test_of_a_full_disk_what_is_missing(
     assert (problem["check"], "2.0 GB" in problem["error"]) == ("free disk", True)
 
 
-def test_an_interrupted_transfer_leaves_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("location", ["moto"], indirect=True)
+def test_an_interrupted_transfer_leaves_neither_a_probe_nor_parts_of_one(
+    location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(self: checkup.Doctor) -> str:
+        begin(location, self._path, parts=1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkup.Doctor, "_upload", interrupted)
-    cloudtrain("doctor", str(tmp_path / "run"), code=130)
-    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+    monkeypatch.setenv(env.STORAGE_OPTIONS, json.dumps(location.options))
+    cloudtrain("doctor", location.url, code=130)
+    assert location.open().list("") == []
+    assert location.open().incomplete() == []
 
 
 def test_the_table_fits_a_terminal_and_what_mends_follows_it(

@@ -154,3 +154,18 @@ def test_a_trainer_with_a_random_state_in_no_checkpoint_is_not_exact(
     found = {one["kind"]: one["max_difference"] for one in record["files"]}
     assert found["weights"] > 0
     assert found["optimizer"] > 0
+
+
+def test_ctrl_c_and_a_command_that_does_not_exist_leave_nothing_behind(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, said = verify_resume("--", "no-such-program", code=1)
+    assert "Cannot start 'no-such-program'" in said
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_cloudtrain.cli.verify.trial.time.sleep", interrupted)
+    _, said = verify_resume("--", "sleep", "60", code=130)
+    assert said.endswith("Interrupted.\n")
+    assert os.listdir(tmp_path) == ["project"]

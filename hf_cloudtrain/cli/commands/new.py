@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 from pathlib import Path
@@ -32,13 +33,18 @@ def new(
     """
     _check_free(directory)
     # Without the modes of the files: of a package that is installed read-only, they would make a read-only project.
-    shutil.copytree(
-        _template(),
-        directory,
-        ignore=shutil.ignore_patterns(*LEFT_OUT),
-        copy_function=shutil.copyfile,
-        dirs_exist_ok=True,
-    )
+    is_new = not directory.exists()
+    try:
+        shutil.copytree(
+            _template(),
+            directory,
+            ignore=shutil.ignore_patterns(*LEFT_OUT),
+            copy_function=_copy,
+            dirs_exist_ok=True,
+        )
+    except BaseException:  # half a project must not be taken for a whole one
+        _empty(directory, is_new)
+        raise
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     command = f"cd {shlex.quote(str(directory))} && python train.py"
     if as_json:
@@ -46,6 +52,23 @@ def new(
         return
     say(f"Created {str(directory)!r} with {len(files)} files; README.md describes them. Start training with:")
     typer.echo(command)
+
+
+def _copy(source: str, target: str) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:  # copytree would collect it, and go on
+        raise CloudTrainError(f"Cannot write {target!r}: {error.strerror}. Nothing was created.") from None
+
+
+def _empty(directory: Path, is_new: bool) -> None:
+    """Delete what was created; the folder itself only if it is new."""
+    with contextlib.suppress(OSError):
+        for path in [directory] if is_new else list(directory.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _check_free(directory: Path) -> None:

@@ -71,6 +71,10 @@ def verify_resume(
         report = _try(scratch, command, signal.Signals[f"SIG{signal_.value}"])
     except ScriptError as error:
         fail(f"{error}\nThe output of {shown!r} is in {str(scratch)!r}.")
+    except BaseException:  # Ctrl-C, or a command that does not exist: there is nothing to look at
+        if folder is None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
     exact = report.comparison.exact
     if exact and folder is None:
         shutil.rmtree(scratch)

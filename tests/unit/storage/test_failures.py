@@ -88,6 +88,14 @@ class TestErrors:
         assert type(raised.value) is kind
         assert issubclass(kind, standard)
 
+    def test_a_full_disk_has_its_number_and_a_message_without_it(
+        self, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+    ) -> None:
+        backend = FakeBackend(*[OSError(errno.ENOSPC, "full")] * 20)
+        with pytest.raises(errors.StorageError, match=r"^Could not write") as raised:
+            connected_to(monkeypatch, backend).write("record", b"")
+        assert raised.value.errno == errno.ENOSPC
+
     @pytest.mark.parametrize(
         ("name", "said"),
         [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,25 @@ def test_the_template_needs_nothing_but_itself_and_what_its_requirements_bring()
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [str(node.module)]
             assert {name.split(".")[0] for name in names} <= known, path
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_no_half_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    project = tmp_path / "project"
+    if exists:
+        project.mkdir()
+    copied: list[str] = []
+    copyfile = shutil.copyfile
+
+    def full(source: str, target: str) -> None:
+        copied.append(target)
+        if len(copied) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    text = cloudtrain("new", str(project), code=1).stderr
+    assert text == f"Error: Cannot write {copied[-1]!r}: No space left on device. Nothing was created.\n"
+    assert list(tmp_path.rglob("*")) == ([project] if exists else [])
