@@ -107,17 +107,31 @@ class Ours:
         self._checkpointer.close()
 
     def contestant(self) -> Contestant:
-        return Contestant(OURS, self._save, prepare=self._prepare)
+        return Contestant(OURS, self.save, prepare=self.prepare)
 
-    def _prepare(self) -> None:
+    @property
+    def writer_pid(self) -> int:
+        pid = self._saves.writer_pid
+        assert pid is not None
+        return pid
+
+    @property
+    def is_writing(self) -> bool:
+        return self._saves._process.is_busy
+
+    def wait(self) -> None:
+        """Until the last save is committed."""
         if self._step:
             self._checkpointer.wait()
+
+    def prepare(self) -> None:
+        self.wait()
         self._step += 1
         self._target = self._folder / f"checkpoint-{self._step}"
         self._target.mkdir()
         shutil.rmtree(self._folder / f"checkpoint-{self._step - 2}", ignore_errors=True)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         self._saves.open(self._target)
         plain(self._target, self._model, self._optimizer)
         self._saves.close()
