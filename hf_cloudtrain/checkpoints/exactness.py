@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.runtime.redaction import visible
+
+logger = logging.getLogger(__name__)
 
 FIND_OUT = "`cloudtrain verify-resume -- COMMAND` finds out"
 """What to do where it is not verified."""
@@ -42,8 +45,12 @@ class Exactness(NamedTuple):
         return min(self, other, key=lambda found: _WEIGHT[found.exact])
 
     def __str__(self) -> str:
-        answer = {True: "yes", False: "no", None: "not verified"}[self.exact]
-        return answer if self.exact else f"{answer}: {self._why}"
+        return self.answer if self.exact else f"{self.answer}: {self._why}"
+
+    @property
+    def answer(self) -> str:
+        """Without the reason."""
+        return {True: "yes", False: "no", None: "not verified"}[self.exact]
 
     @property
     def word(self) -> str:
@@ -72,6 +79,15 @@ class Exactness(NamedTuple):
 EXACT = Exactness()
 NOT_SAID = Exactness.not_verified("the code that saved it did not say")
 _WEIGHT = {False: 0, None: 1, True: 2}
+
+
+def safely(look: Callable[[], Exactness]) -> Exactness:
+    """What a look at a training finds. It reads objects of the script, and none of their errors may end the training."""
+    try:
+        return look()
+    except Exception as error:
+        logger.debug("Whether a resume is exact could not be seen.", exc_info=True)
+        return Exactness.not_verified(f"a look at it ended with {type(error).__name__}: {str(error)[:200]}")
 
 
 def strongest(found: Exactness, ranks: Ranks) -> Exactness:

@@ -67,7 +67,7 @@ def first_line(
     where = f"step {step}" if total is None else f"step {step} of {total}"
     key = None if restored is None else CheckpointKey(restored.attempt, restored.step)
     if restored is not None and key is not None and checkpointer.local.number_of(key) == step:
-        what = f"resumes from {restored.folder} (attempt {restored.attempt}, exact: {restored.exactness}) at {where}"
+        what = f"resumes from {restored.folder} (attempt {restored.attempt}, exact: {restored.exactness.answer}) at {where}"
     elif step:
         what = f"resumes at {where}, from a checkpoint that restore() did not choose"
     elif attempt.number == 1:

@@ -24,10 +24,14 @@ def length(sized: Any) -> int | None:
 
 def batch_size_of(dataloader: Any) -> int | None:
     """Samples in one batch of one rank; None if unknown."""
-    if hasattr(dataloader, "total_batch_size"):
+    try:
+        total = getattr(dataloader, "total_batch_size", None)
+    except TypeError:  # of a batch sampler that has no size
+        total = None
+    if total is not None:
         from accelerate import PartialState
 
-        return int(dataloader.total_batch_size) // int(PartialState().num_processes)
+        return int(total) // int(PartialState().num_processes)
     size = getattr(dataloader, "batch_size", None) or getattr(dataloader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) else None
 
@@ -65,6 +69,13 @@ def set_epoch(dataloader: Any, epoch: int) -> None:
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
             return
+
+
+def tell_epoch(dataloader: Any, epoch: int) -> None:
+    """Tell the epoch to a batch sampler that neither Accelerate nor Trainer reaches, where they skip batches on several processes."""
+    sampler = innermost_sampler(dataloader)
+    if type(sampler).__name__ == "BatchRebalanceSampler":
+        sampler.set_epoch(epoch)
 
 
 def generators_of(base: Any) -> list[Any]:
@@ -128,6 +139,18 @@ def shuffles_in_a_buffer(dataset: Any) -> bool:
     return False
 
 
+def draw_no_seed(base: Any) -> None:
+    """Leave torch's random state alone when the processes of a DataLoader start.
+
+    Those that stay (`persistent_workers`) draw their seed once in a run. A resumed run starts them again, after the random
+    states were restored, so it would draw the seed a second time, and every random number after it would differ.
+    """
+    import torch
+
+    if base.generator is None:
+        base.generator = torch.Generator()
+
+
 def drop_first_iterator(base: Any) -> None:
     """Let the next iteration draw its random numbers as each one after it.
 
@@ -137,6 +160,22 @@ def drop_first_iterator(base: Any) -> None:
     if getattr(base, "_initial_iter_for_state_dict", False):
         base._iterator = None
         base._initial_iter_for_state_dict = False
+
+
+def is_seeded(dataset: Any) -> bool:
+    """Whether the streams of `datasets` within a dataset are shuffled and mixed by seeds, not by the operating system."""
+    waiting = [getattr(dataset, "_ex_iterable", None)]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            bits = getattr(getattr(one, "generator", None), "bit_generator", None)
+            entropy = getattr(getattr(bits, "seed_seq", None), "entropy", 0)
+            if (
+                isinstance(entropy, int) and entropy >= 2**64
+            ):  # numpy takes 128 bits, where it is given no seed
+                return False
+            waiting += [getattr(one, "ex_iterable", None), *getattr(one, "ex_iterables", ())]
+    return True
 
 
 def leave(dataloader: Any) -> None:

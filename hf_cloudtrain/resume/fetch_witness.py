@@ -3,6 +3,8 @@
 A `WatchedCollate` replaces the collate function of a DataLoader, which ends each fetch. Nothing but the fetch happens between
 two fetches of a worker, and between the end of a step and the fetch that follows; so a random state that differs was
 used by the data. Reading torch's and numpy's state takes 4 us, Python's 20, so that one is read on a few steps only.
+
+A worker has a copy of the dataset. What that copy keeps is looked at in the worker: this process never sees it.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hf_cloudtrain.resume.state_look import Look, Looker, accept_opened, changed, script_parts
 
 _ALWAYS = 8
 """Gaps between steps in which Python's state is read too; after that in every eighth."""
-_OWN = ("inner", "counts", "last", "after", "drew")
+_OWN = ("inner", "counts", "last", "after", "drew", "looks")
+IN_WORKERS = "the data keeps state ({name!r}) that changes in the loader processes, and no checkpoint has it"
+"""The reason, for `FetchWitness.changes_in_workers`."""
 RIGHT_AFTER = 0
 """After which event a fetch came: after a fetch of the same step."""
 EVENTS = ("on_step_end", "on_log", "on_evaluate", "on_save")
 """The others, by the callback that is called last before the fetch; 1, 2, 3 and 4 in the counts."""
 _KINDS = 4
 """Counts: fetches compared, of them drawn from torch or numpy, compared for Python, of them drawn from Python."""
+_NAME = 40
+"""Bytes of the name of what changes in a worker, behind the counts."""
 
 
 class Drawn(NamedTuple):
@@ -60,7 +68,7 @@ class WatchedCollate:
     """
 
     def __init__(self, inner: Any, counts: Any) -> None:
-        self.__dict__.update(inner=inner, counts=counts, last=None, after=RIGHT_AFTER, drew=False)
+        self.__dict__.update(inner=inner, counts=counts, last=None, after=RIGHT_AFTER, drew=False, looks=None)
 
     def __call__(self, samples: Any) -> Any:
         """Collate as the original does, and look at the random states."""
@@ -77,6 +85,8 @@ class WatchedCollate:
                 counts[first + 3] += before.python != now.python
                 self.__dict__["drew"] = before != now
         self.__dict__["after"] = RIGHT_AFTER
+        if self.looks is not None and (name := self.looks.after_fetch()):
+            _write(self.counts, name)
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -101,7 +111,40 @@ class _WatchedStart:
     def __call__(self, worker: int) -> None:
         if self.inner is not None:
             self.inner(worker)
+        info = get_worker_info()
+        if info is not None and not isinstance(
+            info.dataset, IterableDataset
+        ):  # a resume reads a stream again
+            self.collate.looks = _WorkerLooks([info.dataset, self.collate.inner])
         self.collate.last = HostState.read(python=True)
+
+
+class _WorkerLooks:
+    """What the objects of the script in one worker look like, as it fetches."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._parts = [part for one in parts for part in script_parts(one)]
+        self._looker = Looker()
+        self._before = self._look()
+        self._fetches = 0
+
+    def after_fetch(self) -> str | None:
+        """The attribute that has changed. What the first fetch opens or makes is no change."""
+        self._fetches += 1
+        if self._fetches > _ALWAYS and self._fetches % _ALWAYS:
+            return None
+        now = self._look()
+        if self._fetches == 1:
+            for before, after in zip(self._before, now, strict=True):
+                accept_opened(before, after)
+        found = (changed(before, after) for before, after in zip(self._before, now, strict=True))
+        return next((name for name in found if name), None)
+
+    def _look(self) -> list[Look]:
+        try:
+            return [self._looker.look(part) for part in self._parts]
+        except Exception as error:  # noqa: BLE001 - an object of the script must not end its training
+            return [{type(error).__name__: object()}]  # unlike any other look
 
 
 class FetchWitness:
@@ -119,7 +162,7 @@ class FetchWitness:
         self.can_watch = type(self._base) is DataLoader and self._base._iterator is None
         self._gaps = 0
         self._in_workers = self.can_watch and self._base.num_workers > 0
-        empty = [0] * (_KINDS * (1 + len(EVENTS)))
+        empty = [0] * (_KINDS * (1 + len(EVENTS)) + _NAME)
         self._counts: Any = _shared(empty) if self._in_workers else empty
         self._collate: WatchedCollate | None = None
         if self.can_watch:
@@ -133,6 +176,12 @@ class FetchWitness:
         first = _KINDS * (RIGHT_AFTER if event is None else EVENTS.index(event) + 1)
         compared, drawn, python_compared, python_drawn = map(int, self._counts[first : first + _KINDS])
         return Drawn(compared, max(drawn / max(compared, 1), python_drawn / max(python_compared, 1)))
+
+    @property
+    def changes_in_workers(self) -> str | None:
+        """The attribute of a worker's copy of the data that changes as it fetches; None without one."""
+        name = bytes(map(int, self._counts[-_NAME:])).rstrip(b"\0")
+        return name.decode(errors="replace") or None
 
     @property
     def last_drew(self) -> bool:
@@ -168,6 +217,11 @@ def _shared(counts: list[int]) -> Any:
     """The same counts, for this process and its workers."""
     shared: Any = torch.tensor(counts)
     return shared.share_memory_()
+
+
+def _write(counts: Any, name: str) -> None:
+    text = name.encode()[:_NAME]
+    counts[-_NAME : len(counts) - _NAME + len(text)] = torch.tensor(list(text))
 
 
 def _bytes_of(state: torch.Tensor) -> bytes:

@@ -3,39 +3,46 @@
 Accelerate saves what `prepare` and `register_for_checkpointing` have received. Before its first batch and at each save, the
 variables of the functions that iterate are compared: a module, an optimizer, a schedule, a gradient scaler or a tensor that has
 changed and that Accelerate does not save is named. A frozen teacher, a loss without parameters, or a metric does not change.
+To the variables belong those that functions of the script use, and what the prepared models keep beside their weights.
 """
 
 from __future__ import annotations
 
 import dis
 import functools
-import os
 import sys
-import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from types import CodeType, FrameType
-from typing import Any
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
 from hf_cloudtrain.resume.random_state import RandomState
-
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_LIBRARIES = tuple(
-    os.path.realpath(path) + os.sep
-    for path in {*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *sys.path}
-    if path.rstrip(os.sep).endswith(("site-packages", "dist-packages"))
-    or path == sysconfig.get_path("stdlib")
+from hf_cloudtrain.resume.script_code import (
+    content_of,
+    functions_of,
+    is_library,
+    is_of_the_script,
+    methods_of,
+    names_in,
 )
+
 _HOLD_NO_STATE = frozenset(
     ("accelerate", "datasets", "hf_cloudtrain", "tokenizers", "torchdata", "torcheval", "torchmetrics")
 )
 """Packages whose objects are saved by other means, or do not affect the weights."""
 _MOST_FRAMES, _MOST_DEPTH, _MOST_ITEMS, _MOST_OBJECTS = 8, 3, 256, 4000
+_IN_PLACE = {"INPLACE_ADD": "+", "INPLACE_SUBTRACT": "-", "INPLACE_MULTIPLY": "*", "INPLACE_TRUE_DIVIDE": "/"}
+"""Of Python 3.10; later ones have them as an argument."""
+_BETWEEN = ("SWAP", "COPY", "ROT_TWO", "ROT_THREE")
+"""Between a sum and its store in an attribute."""
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
 _SAMPLE = 64
 """Elements of a tensor that are compared, evenly spaced: training changes all of them."""
 _SAVE_IT = "call accelerator.register_for_checkpointing(object) for an object with a state_dict"
@@ -53,18 +60,30 @@ class OutsideState:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._seen: dict[tuple[Any, str], tuple[Any, bytes]] | None = None
+        self._seen: dict[tuple[Any, str, type], tuple[Any, bytes]] | None = None
+        self._dicts: dict[int, Any] = {}
+        """That were there from the first: what comes into them later is kept."""
+        self._states: list[ModuleState | OptimizerState] = []
+        self._saves = 0
         self._found = EXACT
 
     def begin(self) -> None:
-        """Remember the variables of the callers; once."""
+        """Remember the variables of the callers and the models; once."""
         if self._seen is None:
             self._seen = {}
             self._compare(sys._getframe(1), is_first=True)
+            self._states = [
+                *map(ModuleState, self._bare_models()),
+                *map(OptimizerState, self._accelerator._optimizers),
+            ]
 
     def look(self) -> Exactness:
-        """Compare the variables of the callers with what was remembered. What was found once stays found."""
+        """Compare with what was remembered. What was found once stays found."""
         self._found &= self._trained_elsewhere()
+        self._saves += 1
+        if self._saves & (self._saves - 1) == 0:
+            for state in self._states:
+                self._found &= state.look()
         if self._found.exact:
             self._found &= self._compare(sys._getframe(1), is_first=False)
         return self._found
@@ -75,14 +94,16 @@ class OutsideState:
         variables = _Variables(held)
         for frame in _user_frames(caller):
             for name, value, owner in variables.of(frame):
-                key, digest = (frame.f_code, name), _digest(value, held)
+                key, digest = (frame.f_code, name, type(value)), _digest(value, held)
                 if digest is None:
                     continue
                 last_owner, last = self._seen.get(key, (owner, None))
                 if last not in (None, digest) and last_owner is owner:
                     found &= Exactness.not_verified(_advice(name, value))
-                elif last is None and (owner is None or is_first):  # later tensors are those of a batch
-                    self._seen[key] = (owner, digest)
+                elif last is None and (owner is None or is_first or id(owner) in self._dicts):
+                    self._seen[key] = (owner, digest)  # else it is a tensor of a batch
+        if is_first:
+            self._dicts = variables.dicts
         before.restore()  # an object of the script may have drawn
         return found
 
@@ -91,6 +112,9 @@ class OutsideState:
         accelerator = self._accelerator
         if str(accelerator.distributed_type).rpartition(".")[2] in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
             return EXACT  # their parameters are pieces of the model's
+        models = self._bare_models()
+        if len(models) == 1 and not (found := of_adapter(models[0])).exact:
+            return found  # of a single adapter, the checkpoint holds nothing else
         held = {id(tensor) for tensor in self._tensors()}
         for prepared in accelerator._optimizers:
             state = getattr(prepared, "state", {})
@@ -103,6 +127,9 @@ class OutsideState:
                             "give its module to accelerator.prepare or accelerator.register_for_checkpointing"
                         )
         return EXACT
+
+    def _bare_models(self) -> list[Any]:
+        return [self._accelerator.unwrap_model(model) for model in self._accelerator._models]
 
     def _tensors(self) -> Iterator[Any]:
         """The parameters and buffers that Accelerate saves."""
@@ -127,30 +154,64 @@ class _Variables:
     def __init__(self, held: set[int]) -> None:
         self._held = held
         self._known: set[int] = set()
-        self._code: CodeType | None = None
+        self.dicts: dict[int, Any] = {}
+        """All that were met, by identity."""
+        self._counted = _Counted()
 
     def of(self, frame: FrameType) -> Iterator[tuple[str, Any, Any]]:
         """Name, value, and the object that must be the same one for a comparison; None where the name is enough."""
-        self._code = frame.f_code
+        self._counted = _counted_in(frame.f_code)
         values = {name: frame.f_globals[name] for name in frame.f_code.co_names if name in frame.f_globals}
         for name, value in {**values, **frame.f_locals}.items():
             yield from self._inside(name, value, None, _MOST_DEPTH)
 
     def _inside(self, name: str, value: Any, owner: Any, depth: int) -> Iterator[tuple[str, Any, Any]]:
-        if type(value) is int:
-            if name in _counters(self._code):
+        if type(value) in (int, float):
+            if self._is_counted(name.rpartition(".")[2], value, owner):
                 yield name, value, owner
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, (torch.Tensor, deque)):
             yield name, value, value if owner is None else owner
+        elif isinstance(value, _FUNCTIONS):
+            yield from self._used_by(value, depth)
         elif isinstance(value, (dict, list, tuple)) or _is_of_the_script(value):
-            if id(value) in self._held or id(value) in self._known or depth == 0:
-                return
-            if len(self._known) < _MOST_OBJECTS:
-                self._known.add(id(value))
-                for inner, item in islice(_items(name, value), _MOST_ITEMS):
-                    yield from self._inside(inner, item, value, depth - 1)
+            yield from self._items(name, value, depth)
         elif _keeps_state(value):
             yield name, value, owner
+
+    def _items(self, name: str, value: Any, depth: int) -> Iterator[tuple[str, Any, Any]]:
+        if (
+            id(value) in self._held
+            or id(value) in self._known
+            or depth == 0
+            or len(self._known) >= _MOST_OBJECTS
+        ):
+            return
+        self._known.add(id(value))
+        if isinstance(value, dict):
+            self.dicts[id(value)] = value
+        for inner, item in islice(_items(name, value), _MOST_ITEMS):
+            yield from self._inside(inner, item, value, depth - 1)
+
+    def _is_counted(self, name: str, value: Any, owner: Any) -> bool:
+        counted = self._counted
+        if owner is not None and not isinstance(owner, (dict, list, tuple)):
+            kind: Any = type(owner)
+            counted = _counted_by(kind)
+        return name in (counted.numbers if type(value) is int else counted.factors)
+
+    def _used_by(self, function: Any, depth: int) -> Iterator[tuple[str, Any, Any]]:
+        """The variables of modules and closures that a function of the script uses."""
+        for one in functions_of(function):
+            if depth == 0 or id(one) in self._known:
+                continue
+            self._known.add(id(one))
+            before, self._counted = self._counted, _counted_in(one.__code__, everywhere=True)
+            used = {name: one.__globals__[name] for name in names_in(one.__code__) if name in one.__globals__}
+            cells = zip(one.__code__.co_freevars, map(content_of, one.__closure__ or ()), strict=False)
+            for name, value in {**used, **dict(cells)}.items():
+                if not isinstance(value, _FUNCTIONS):  # of one by one
+                    yield from self._inside(name, value, None, depth - 1)
+            self._counted = before
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -175,25 +236,81 @@ def _is_of_the_script(value: Any) -> bool:
     """Whether it is an object of a class that the script defines, without a way to save itself."""
     if isinstance(value, (type, Dataset, Sampler)) or not hasattr(value, "__dict__") or _keeps_state(value):
         return False
-    module = sys.modules.get(type(value).__module__)
-    file = getattr(module, "__file__", None)
-    return type(value).__module__ == "__main__" or (file is not None and not _is_library(file))
+    return is_of_the_script(type(value).__module__)
+
+
+class _Counted(NamedTuple):
+    """Names that code counts up and does not set again."""
+
+    numbers: frozenset[str] = frozenset()
+    """As in `calls += 1`."""
+    factors: frozenset[str] = frozenset()
+    """As in `weight *= 0.9`; sums of losses are for a printout."""
+    set_again: frozenset[str] = frozenset()
 
 
 @functools.cache
-def _counters(code: CodeType | None) -> frozenset[str]:
-    """Variables that a function counts up and does not set again in a loop: `calls += 1`, but not a sum of each epoch."""
-    counted: set[str] = set()
+def _counted_in(code: CodeType, *, everywhere: bool = False) -> _Counted:
+    """Variables that are counted in a loop; a sum that begins again with each epoch is set in the loop too.
+
+    Args:
+        everywhere: in a function that is called in a loop, or a method: except for variables of its own.
+    """
+    numbers: set[str] = set()
+    factors: set[str] = set()
     set_again: set[str] = set()
-    loops = False
-    before: Any = None
-    for instruction in dis.get_instructions(code) if code else ():
-        loops |= instruction.opname == "FOR_ITER"
-        if instruction.opname.startswith("STORE_") and loops:
-            in_place = before.opname.startswith("INPLACE_") or before.argrepr in ("+=", "-=")
-            (counted if in_place else set_again).add(instruction.argval)
-        before = instruction
-    return frozenset(counted - set_again)
+    counts, sign = everywhere, ""
+    lines = list(_lines(code))
+    stored = {
+        name for line in lines for one in line if one.opname.startswith("STORE_") for name in _names_of(one)
+    }
+    for line in lines:
+        reads = {name for one in line if one.opname.startswith("LOAD_") for name in _names_of(one)}
+        for one in line:
+            counts |= one.opname == "FOR_ITER"
+            if one.opname.startswith("STORE_") and counts and not (everywhere and "FAST" in one.opname):
+                for name in _names_of(one)[: 1 if "LOAD" in one.opname else None]:
+                    by_itself = name in reads and not (reads - {name}) & stored  # calls = calls + 1
+                    known = {"+": [numbers], "-": [numbers], "*": [factors], "/": [factors]}.get(sign)
+                    for found in known or ([numbers, factors] if by_itself else [set_again]):
+                        found.add(name)
+            if one.opname not in _BETWEEN:
+                sign = _IN_PLACE.get(
+                    one.opname, one.argrepr[0] if one.argrepr in ("+=", "-=", "*=", "/=") else ""
+                )
+    return _Counted(*map(frozenset, (numbers - set_again, factors - set_again, set_again)))
+
+
+def _lines(code: CodeType) -> Iterator[list[dis.Instruction]]:
+    """The instructions of a code, line by line."""
+    starts, found = {offset for offset, _ in dis.findlinestarts(code)}, list[dis.Instruction]()
+    for one in dis.get_instructions(code):
+        if one.offset in starts and found:
+            yield found
+            found = []
+        found.append(one)
+    yield found
+
+
+def _names_of(instruction: dis.Instruction) -> list[str]:
+    """Of variables and attributes; Python 3.13 has instructions for two at once."""
+    found = instruction.argval
+    names = found if isinstance(found, tuple) else (found,)
+    return [name for name in names if isinstance(name, str)] if "CONST" not in instruction.opname else []
+
+
+@functools.cache
+def _counted_by(kind: Any) -> _Counted:
+    """Attributes that the methods of a class count; what `__init__` sets is where they begin."""
+    each = [
+        _counted_in(function.__code__, everywhere=True)
+        for function in methods_of(kind)
+        if function.__name__ != "__init__"
+    ]
+    numbers, factors, set_again = (
+        (frozenset[str]().union(*found) for found in zip(*each, strict=True)) if each else _Counted()
+    )
+    return _Counted(numbers - set_again, factors - set_again)
 
 
 def _digest(value: Any, held: set[int]) -> bytes | None:
@@ -203,8 +320,12 @@ def _digest(value: Any, held: set[int]) -> bytes | None:
     tensors: list[Any] = []
     digest = xxhash.xxh3_128()
     try:
-        if isinstance(value, int):
+        if isinstance(value, (int, float)):
             digest.update(str(value).encode())
+        elif isinstance(value, deque):
+            tensors = [item for item in _flat_items(value) if isinstance(item, torch.Tensor)]
+            if value and not tensors:
+                return None  # numbers for a printout
         elif isinstance(value, torch.Tensor):
             tensors = [value]
         elif isinstance(value, torch.nn.Module):
@@ -236,6 +357,14 @@ def _flat(state: Any, tensors: list[Any]) -> Iterator[Any]:
         yield state
 
 
+def _flat_items(items: Any) -> Iterator[Any]:
+    for item in list(items)[:_SAMPLE]:
+        if isinstance(item, (list, tuple, dict)):
+            yield from _flat_items(item.values() if isinstance(item, dict) else item)
+        else:
+            yield item
+
+
 def _sample(tensor: Any) -> bytes:
     flat = tensor.detach().reshape(-1)
     few = flat[:: max(1, len(flat) // _SAMPLE)][: _SAMPLE + 1]
@@ -243,10 +372,12 @@ def _sample(tensor: Any) -> bytes:
 
 
 def _advice(name: str, value: Any) -> str:
-    if type(value) is int:
+    if type(value) in (int, float):
         return f"the counter {name!r} starts over after a resume: use loop.global_step or loop.batch_index"
     if isinstance(value, torch.Tensor):
         return f"no checkpoint holds the tensor {name!r}, which changes: {_SAVE_IT} that contains it"
+    if isinstance(value, deque):
+        return f"no checkpoint holds the tensors in {name!r}, which change: {_SAVE_IT} that contains them"
     prepares = isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))
     call = "prepare" if prepares else "register_for_checkpointing"
     kind = type(value).__name__
@@ -255,18 +386,12 @@ def _advice(name: str, value: Any) -> str:
 
 def _user_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """The functions of the script, from the one that iterates to the one that was started."""
-    while frame is not None and _is_library(frame.f_code.co_filename):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     for _ in range(_MOST_FRAMES):
-        if frame is None or _is_library(frame.f_code.co_filename):
+        if frame is None or is_library(frame.f_code.co_filename):
             return
         yield frame
         if frame.f_code.co_name == "<module>":
             return
         frame = frame.f_back
-
-
-@functools.cache
-def _is_library(file: str) -> bool:
-    path = os.path.realpath(file)
-    return path.startswith((_PACKAGE, *_LIBRARIES)) or file.startswith("<frozen")

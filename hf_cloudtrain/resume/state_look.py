@@ -1,7 +1,8 @@
 """A shallow look at objects that no checkpoint holds: whether what they keep changes while it trains.
 
 Values are compared, not copied: tensors by identity and version, random generators by their state, containers by their
-length, first and last items. It takes some 10 us for a small object, so it is done at a save, never at a step.
+length, first and last items. To an object belong its attributes, and what the functions that it calls use from their modules:
+`script_code` finds those. It takes some 10 us for a small object, so it is done at a save, never at a step.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import io
 import random
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
+from itertools import islice
 from typing import Any
 
 import torch
 import xxhash
 
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
+from hf_cloudtrain.resume.script_code import FETCHES, content_of, functions_of, is_of_the_script, names_in
+
 Look = dict[str, Any]
 """Names of attributes, and what their values looked like."""
 
-_DRAWS = frozenset(
-    "random rand randn randint randperm rand_like randn_like bernoulli multinomial".split()  # of Python, numpy and torch
-)
-_OWN_GENERATORS = frozenset("default_rng Generator RandomState Random manual_seed".split())
 _DEPTH = 3
 _ITEMS = 16
 """First and last items of a container that are looked at."""
@@ -37,8 +39,12 @@ _FOREIGN = (
     "logging",
     "threading",
     "hf_cloudtrain.",
+    "tqdm.",
+    "wandb.",
 )
 """Objects of these libraries are not looked into, where another object holds them."""
+_PLAIN = (int, float, list, dict, set, deque, torch.Tensor)
+_NO_OBJECTS = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, functools.partial)
 
 
 class Looker:
@@ -56,18 +62,42 @@ class Looker:
     def __init__(self, known: Iterable[Any] = ()) -> None:
         self._known = list(known)  # keeps them alive, so that no id is used again
         self._ids = {id(thing) for thing in self._known if thing is not None}
+        self._functions: dict[int, list[types.FunctionType]] = {}
+        """Of what was looked at: code does not change."""
 
-    def look(self, thing: Any) -> Look:
-        """What the attributes of an object look like now, and what its functions use from outside."""
+    def look(self, thing: Any, methods: Iterable[str] = FETCHES) -> Look:
+        """What the attributes of an object look like now, and what its functions use from outside.
+
+        Args:
+            methods: that are called on it.
+        """
         found = {name: self._seen(value, _DEPTH) for name, value in self._parts(thing)}
         for kind in type(thing).__mro__:
-            if kind.__module__.split(".")[0] not in ("builtins", "torch", "transformers", "datasets"):
+            if is_of_the_script(kind.__module__):
                 for name, value in vars(kind).items():
-                    if isinstance(value, types.FunctionType):
-                        found.update(self._used_by(value))
-                    elif not name.startswith("__") and isinstance(value, (int, float, list, dict)):
+                    if not name.startswith("__") and isinstance(value, _PLAIN):
                         found[name] = found.get(name, self._seen(value, 1))
+        if id(thing) not in self._functions:
+            self._functions[id(thing)] = list(functions_of(thing, methods))
+            self._known.append(thing)
+        for function in self._functions[id(thing)]:
+            found.update(self.used_by(function))
         return found
+
+    def used_by(self, function: types.FunctionType) -> Look:
+        """What a function uses from its module: random generators, numbers, containers, objects of the script."""
+        outside, found = function.__globals__, {}
+        for name in names_in(function.__code__):
+            value = outside.get(name)
+            if isinstance(value, _PLAIN) or is_generator(value):
+                found[name] = self._seen(value, 1)
+            elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
+                found[name] = self._seen(value, _DEPTH)
+        return found
+
+    def seen(self, value: Any) -> Any:
+        """What one value looks like now."""
+        return self._seen(value, 1)
 
     def held(self, thing: Any) -> str | None:
         """The first attribute that holds a tensor, a module, an iterator or a random generator; None without one."""
@@ -80,29 +110,19 @@ class Looker:
             yield from self._parts(thing.func)
         elif isinstance(thing, types.FunctionType):
             for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=False):
-                yield name, _content(cell)
-            yield from self._globals(thing)
+                yield name, content_of(cell)
         elif isinstance(thing, types.MethodType):
-            yield from self._parts(thing.__self__)
+            used = names_in(
+                thing.__func__.__code__
+            )  # of what may be a large object, such as a trainer of the script
+            yield from ((name, value) for name, value in self._parts(thing.__self__) if name in used)
         elif isinstance(thing, (list, tuple)):
             yield from enumerate_names("item", thing[:_ITEMS])
-
-    def _used_by(self, function: types.FunctionType) -> Look:
-        return {name: self._seen(value, 1) for name, value in self._globals(function)}
-
-    @staticmethod
-    def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        """Names of the script that a function uses: random generators, numbers, lists."""
-        outside = function.__globals__
-        for name in function.__code__.co_names:
-            value = outside.get(name)
-            if isinstance(value, (int, float, list, dict, torch.Tensor)) or _is_generator(value):
-                yield name, value
 
     def _holds(self, value: Any, depth: int) -> bool:
         if id(value) in self._ids or isinstance(value, (str, bytes, int, float, type(None))):
             return False
-        if isinstance(value, (torch.Tensor, torch.nn.Module)) or _is_generator(value) or _is_iterator(value):
+        if isinstance(value, (torch.Tensor, torch.nn.Module)) or is_generator(value) or _is_iterator(value):
             return True
         if depth == 0:
             return False
@@ -110,8 +130,8 @@ class Looker:
 
     def _inside(self, value: Any) -> Iterable[Any]:
         if isinstance(value, dict):
-            return _ends(list(value.values()))
-        if isinstance(value, (list, tuple)):
+            return _ends(value.values())
+        if isinstance(value, (list, tuple, deque, set, frozenset)):
             return _ends(value)
         return [] if _is_closed(value) else list(getattr(value, "__dict__", {}).values())
 
@@ -124,7 +144,7 @@ class Looker:
             return repr(value)  # NaN does not equal itself
         if isinstance(value, torch.Tensor):
             return (id(value), "inference" if value.is_inference() else value._version)
-        if _is_generator(value):
+        if is_generator(value):
             return _state_of(value)
         return self._seen_inside(value, depth)
 
@@ -133,13 +153,69 @@ class Looker:
             return tuple(self._seen(tensor, 0) for tensor in (*value.parameters(), *value.buffers()))
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             return (id(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
-            names = tuple(map(str, _ends(list(value)))) if isinstance(value, dict) else ()
+        if _is_iterator(value) and not _is_closed(value):
+            return object()  # where it stands cannot be seen, so it never looks the same
+        if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
+            names = tuple(map(str, _ends(value.keys()))) if isinstance(value, dict) else ()
             items = self._inside(value) if depth > 0 else ()
             return (len(value), names, tuple(self._seen(item, depth - 1) for item in items))
         if _is_closed(value) or depth == 0:
             return id(value)
         return (id(value), tuple((name, self._seen(item, depth - 1)) for name, item in self._parts(value)))
+
+
+class StateLook:
+    """Whether some objects keep state that changes, as seen from now on.
+
+    Args:
+        parts: what they are called, and the objects.
+
+    Example:
+        >>> data = StateLook(Looker(), [("train_dataset", dataset)])
+        >>> print(data.look())
+        not verified: Curriculum (train_dataset) keeps state ('reads') that changes in training, and no checkpoint has it
+    """
+
+    def __init__(self, looker: Looker, parts: Iterable[tuple[str, Any]]) -> None:
+        self._looker, self._parts = looker, list(parts)
+        self._before = [looker.look(part) for _, part in self._parts]
+        self._found, self._is_first = EXACT, True
+
+    def look(self) -> Exactness:
+        """What was seen once stays seen."""
+        for (name, part), before in zip(self._parts, self._before, strict=True):
+            now = self._looker.look(part)
+            if self._is_first:
+                accept_opened(before, now)
+            if self._found.exact and (attribute := changed(before, now)):
+                self._found = Exactness.not_verified(keeps_state(part, name, attribute))
+        self._is_first = False
+        return self._found
+
+
+def script_parts(part: Any) -> list[Any]:
+    """What the script has given to a dataset of `datasets`; any other object itself."""
+    if f"{type(part).__module__}.".startswith("datasets."):
+        part = (getattr(part, "_format_kwargs", None) or {}).get("transform")
+    return [] if part is None else [part]
+
+
+def keeps_state(part: Any, name: str, attribute: str) -> str:
+    """The reason, for what changes in training."""
+    return f"{name_of(part)} ({name}) keeps state ({attribute!r}) that changes in training, and no checkpoint has it"
+
+
+def name_of(part: Any) -> str:
+    """Of a function, or of the class of an object."""
+    return getattr(part, "__name__", None) or type(part).__name__
+
+
+def accept_opened(before: Look, now: Look) -> None:
+    """Take an object that was made where there was none, such as an open file, as if it had always been there."""
+    for name, value in now.items():
+        is_object = isinstance(value, int) or (isinstance(value, tuple) and isinstance(value[-1], tuple))
+        if is_object and before.get(name) == repr(None):
+            before[name] = value
 
 
 def changed(before: Look, now: Look) -> str | None:
@@ -150,36 +226,20 @@ def changed(before: Look, now: Look) -> str | None:
     return None
 
 
-def may_draw(function: Any) -> bool:
-    """Whether the code of a function names the random numbers that a whole process shares."""
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    waiting = [] if code is None else [code]
-    while waiting:
-        one = waiting.pop()
-        if _DRAWS.intersection(one.co_names) and not _OWN_GENERATORS.intersection(one.co_names):
-            return True
-        waiting += [item for item in one.co_consts if isinstance(item, types.CodeType)]
-    return False
-
-
 def enumerate_names(name: str, items: Iterable[Any]) -> list[tuple[str, Any]]:
     """Names for items that have none."""
     return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
 
 
-def _ends(items: Any) -> list[Any]:
-    return list(items) if len(items) <= 2 * _ITEMS else [*items[:_ITEMS], *items[-_ITEMS:]]
+def _ends(items: Collection[Any]) -> list[Any]:
+    if len(items) <= 2 * _ITEMS:
+        return list(items)
+    last: Iterable[Any] = () if isinstance(items, (set, frozenset)) else reversed(items)  # type: ignore[call-overload]
+    return [*islice(items, _ITEMS), *islice(last, _ITEMS)]
 
 
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-def _is_generator(value: Any) -> bool:
-    """Whether it draws random numbers."""
+def is_generator(value: Any) -> bool:
+    """Whether it draws random numbers from a state of its own."""
     if isinstance(value, (torch.Generator, random.Random)):
         return True
     numpy = sys.modules.get("numpy")

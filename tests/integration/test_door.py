@@ -29,7 +29,7 @@ class TestSignsOfLife:
         lab.killed("first", kill_at=8, committed=6, **inexact)
         said = lines(lab.train("second", **inexact).log)
         (first,) = (line for line in said if ", attempt 2: " in line)
-        assert "resumes from checkpoint-6 (attempt 1, exact: no: save_only_model=True" in first
+        assert "resumes from checkpoint-6 (attempt 1, exact: no) at step 6 of 12;" in first
         assert first.endswith("at step 6 of 12; saves at the end of each epoch.")
         assert "2 checkpoints are committed, the newest at step 12." in said[-1]
 

@@ -23,6 +23,7 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.complete import end_run, is_complete
+from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, number, saves
 from hf_cloudtrain.integrations.loop.state import (
@@ -133,9 +134,16 @@ class TrainLoop:
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)
-        watch = OptimizerSteps(accelerator), OutsideState(accelerator)
         self._run = LoopRun(
-            accelerator, self._lifecycle, self._folder, self._report, state, *watch, num_epochs
+            accelerator,
+            self._lifecycle,
+            self._folder,
+            self._report,
+            state,
+            OptimizerSteps(accelerator),
+            OutsideState(accelerator),
+            DataEvidence(accelerator),
+            num_epochs,
         )
         self._grace_seconds = grace_seconds
         self._clock = SaveClock.of(save_interval_seconds, save_overhead)
@@ -272,6 +280,7 @@ class TrainLoop:
     def eval_batches(self, dataloader: Any) -> Iterator[Any]:
         """The batches of an evaluation, with a bar. Its time does not count as step time."""
         self._report.pause("evaluation")
+        self._run.evaluates(dataloader)
         with self._run.bar("VALID", length(dataloader)) as bar:
             for batch in dataloader:
                 yield batch

@@ -10,10 +10,10 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from hf_cloudtrain.checkpoints.exactness import strongest
+from hf_cloudtrain.checkpoints.exactness import safely, strongest
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
@@ -23,7 +23,13 @@ from hf_cloudtrain.integrations.loop.reporting import LoopReport, as_eval
 from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.integrations.loop.topology import position, samples_per_step, total_steps
 from hf_cloudtrain.resume.data_position import DataPosition
-from hf_cloudtrain.resume.dataloaders import batch_size_of, drop_first_iterator, leave, length
+from hf_cloudtrain.resume.dataloaders import (
+    batch_size_of,
+    draw_no_seed,
+    drop_first_iterator,
+    leave,
+    length,
+)
 from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.resume.outside_state import OutsideState
 from hf_cloudtrain.resume.topology import check_same_topology
@@ -45,8 +51,8 @@ class LoopRun:
     state: LoopState
     optimizers: OptimizerSteps
     outside: OutsideState
+    data: DataEvidence
     num_epochs: int
-    data: DataEvidence = field(default_factory=DataEvidence)
     save_requested: bool = False
     stop_requested: bool = False
     total_steps: int | None = None
@@ -64,6 +70,12 @@ class LoopRun:
             self.optimizers.load_gradients(resumed.cursor.gradients)
         for loader in self.accelerator._dataloaders:
             drop_first_iterator(getattr(loader, "base_dataloader", loader))
+
+    def evaluates(self, loader: Any) -> None:
+        """A loader of evaluations is about to be read: it draws nothing from the random states of the training."""
+        base = getattr(loader, "base_dataloader", loader)
+        if getattr(base, "persistent_workers", False) and base._iterator is None:
+            draw_no_seed(base)
 
     def bar(self, phase: str, total: int | None, done: int = 0) -> Any:
         """A progress bar of this epoch, on the main process."""
@@ -109,6 +121,9 @@ class EpochSteps:
         )
         run.outside.begin()
         run.data.begin(dataloader)
+        for loader in run.accelerator._dataloaders:
+            if loader is not dataloader:
+                run.evaluates(loader)
         with position.watching(), run.bar("TRAIN", length(dataloader), position.batches) as bar:
             yield from self._batches(position, resumed is not None, bar)
 
@@ -158,7 +173,8 @@ class EpochSteps:
             sums=run.report.log.state_dict() if run.ranks.is_main else {},
         )
         where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
-        found = cursor.exactness & run.outside.look() & run.data.look(between_epochs=self.is_over)
+        found = cursor.exactness & safely(run.outside.look)
+        found &= safely(lambda: run.data.look(between_epochs=self.is_over))
         cursor = dataclasses.replace(cursor, exactness=strongest(found, run.ranks))
         last = run.stop_requested or state.epoch >= run.num_epochs
         run.folder.save(state, cursor, where, metrics=as_eval(metrics or {}), best=best, last=last)

@@ -173,6 +173,11 @@ class CheckpointUploadCallback(EvidenceCallback):
             reason = (
                 reason or "it was saved before the evaluation at the end of the epoch, which a resume skips"
             )
+        if control.should_epoch_stop and not control.should_training_stop:
+            is_whole = self._epoch.is_whole(state.global_step, args.gradient_accumulation_steps)
+            reason = reason or (
+                None if is_whole else "a callback ends this epoch early, and a resume continues it"
+            )
         best = state.best_global_step == state.global_step and state.best_metric is not None
         checkpointer.save(
             checkpointer.output_dir / f"checkpoint-{state.global_step}",

@@ -29,11 +29,6 @@ def check_saves(args: TrainingArguments, *, by_time: bool = False) -> None:
             "save_steps, or 'epoch', or CloudTrainCallback(…, save_interval_seconds=600); for the final model alone, remove "
             "the callback."
         )
-    if args.save_only_model:
-        logger.warning(
-            "save_only_model=True: checkpoints hold no optimizer, scheduler or random states, so a resumed run will "
-            "not equal an uninterrupted one."
-        )
 
 
 def check_not_hyperparameter_search(state: TrainerState) -> None:

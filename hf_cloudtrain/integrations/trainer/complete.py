@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,17 +53,25 @@ class CompleteRun:
         conversion: Conversion | None,
     ) -> CompleteRun | None:
         """What `restore` found, if the run is complete; None if there is something to train. On all ranks."""
-        step = (conversion or restored.manifest.position).global_step
+        position = restored.manifest.position
+        step = (conversion or position).global_step
         path = restored.path / TRAINER_STATE
         if 0 < args.max_steps <= step:
             return cls(path, step, f"step {step} of {args.max_steps}")
+        # As Trainer.set_initial_training_values computes it; 1.5 epochs end in the middle of one.
+        epoch_steps = (conversion.new.steps if conversion else position.epoch_steps) or 0
+        planned = math.ceil(args.num_train_epochs * epoch_steps)
+        if args.max_steps <= 0 and 0 < planned <= step and step % epoch_steps:
+            return cls(path, step, f"step {step} of {planned}", "To train on, raise num_train_epochs.")
         checkpointer = lifecycle.checkpointer
         found = checkpointer.ranks.agree(
             lambda: Completion.of(checkpointer.storage, restored.manifest), "read whether the run is complete"
         )
         if found is None or not found.holds_for(_planned(args, conversion)):
             return None
-        ended = f"a callback ended training at step {found.global_step} of {found.planned.get('max_steps', '?'):.0f}"
+        ended = f"a callback ended training at step {found.global_step}"
+        if "max_steps" in found.planned:
+            ended += f" of {found.planned['max_steps']:.0f}"
         newest = (
             "" if found.global_step == restored.manifest.step else ", and its newest checkpoint is of step "
         )

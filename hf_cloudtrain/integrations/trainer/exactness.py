@@ -11,18 +11,17 @@ Each finding is an `Exactness`; the strongest of all ranks is recorded.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness, strongest
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness, safely, strongest
 from hf_cloudtrain.integrations.trainer import known_trainers
 from hf_cloudtrain.integrations.trainer.outside_state import OutsideState
 from hf_cloudtrain.integrations.trainer.position import EpochLength
-from hf_cloudtrain.integrations.trainer.worker_seeds import WorkerSeeds, draw_no_seed
-from hf_cloudtrain.resume.dataloaders import reads_here
-from hf_cloudtrain.resume.fetch_witness import EVENTS, FetchWitness
+from hf_cloudtrain.integrations.trainer.worker_seeds import WorkerSeeds
+from hf_cloudtrain.resume.dataloaders import draw_no_seed, is_seeded, reads_here, tell_epoch
+from hf_cloudtrain.resume.fetch_witness import EVENTS, IN_WORKERS, FetchWitness
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 UNSEEN = Exactness.not_verified("no batch was seen while it was fetched, so fetches may draw random numbers")
 UNWATCHED = Exactness.not_verified(
     "the data is not read by a DataLoader of torch, so what it draws is unseen"
+)
+UNSEEDED = Exactness.not_verified(
+    "the stream is shuffled or mixed without a seed, so each start has another order"
 )
 _USUAL = 0.5
 """Share of fetches that draw random numbers, below which a background thread of another library may have drawn them."""
@@ -65,9 +67,13 @@ class Evidence:
         self._passes = 0
         self._pass_ended = False
         """Whether the step that is over was the last of its pass."""
+        self._evaluated = False
+        """Whether an evaluation came after the step that is over."""
         self._uneven: str | None = None
         self._witness: FetchWitness | None = None
         self._outside: OutsideState | None = None
+        self._unlooked = EXACT
+        """Why there is no `_outside`, if that failed."""
         dataloader = live.get("train_dataloader")
         self._reads = dataloader is not None and reads_here(dataloader)
         base = getattr(dataloader, "base_dataloader", dataloader)
@@ -87,6 +93,9 @@ class Evidence:
 
     def epoch_began(self, state: TrainerState) -> None:
         """Count a pass over the data."""
+        dataloader = self._live.get("train_dataloader")
+        if self._resumed and dataloader is not None:
+            tell_epoch(dataloader, int(state.epoch or 0))
         steps = self._epoch.steps(self._args.gradient_accumulation_steps)
         if self._passes and steps and state.global_step % steps:
             self._uneven = f"an epoch ended at step {state.global_step}, and a resume takes epochs to be {steps} steps long"
@@ -97,19 +106,24 @@ class Evidence:
 
     def step_began(self) -> None:
         """The batches of the step are fetched."""
-        if self._outside is None and self._trainer is not None:
-            self._outside = OutsideState(self._trainer, self._live)
+        if self._outside is None and self._trainer is not None and self._unlooked.exact:
+            self._unlooked = safely(self._look_outside)
         if self._witness is not None:
             self._witness.step_began()
+
+    def _look_outside(self) -> Exactness:
+        self._outside = OutsideState(self._trainer, self._live)
+        return EXACT
 
     def step_ended(self) -> None:
         """What follows, until a batch is fetched, is not part of the step."""
         if self._epoch.batches is None:
-            self._pass_ended = _stream_ended()
+            self._pass_ended, self._evaluated = _stream_ended(), False
         self.ended("on_step_end")
 
     def ended(self, event: str) -> None:
         """Nothing but the data draws random numbers from here on, or a callback of the same event."""
+        self._evaluated |= event == "on_evaluate"
         if self._witness is not None:
             self._witness.ended(event)
         if self._evaluations is not None:
@@ -127,19 +141,20 @@ class Evidence:
             known: why this save in particular cannot be resumed exactly.
         """
         found = Exactness.no(known) if known else EXACT
-        found = found & self._of_settings(state)
-        if self._trainer is None:
-            found = found & Exactness.not_verified("the Trainer that calls the callback was not found")
-        else:
-            found = found & known_trainers.of_trainer(self._args, self._trainer)
-        found = found & self._of_data(state)
-        if self._outside is not None:
-            found = found & self._outside.at_save(self._folder(state))
+        found &= safely(lambda: self._seen(state))
         self.ended("on_save")
         return strongest(found, self.checkpointer.ranks)
 
-    def _folder(self, state: TrainerState) -> Path:
-        return self.checkpointer.output_dir / f"checkpoint-{state.global_step}"
+    def _seen(self, state: TrainerState) -> Exactness:
+        found = self._of_settings(state)
+        if self._trainer is None:
+            found &= Exactness.not_verified("the Trainer that calls the callback was not found")
+        else:
+            found &= known_trainers.of_trainer(self._args, self._trainer)
+        found &= self._of_data(state) & self._unlooked
+        if self._outside is not None:
+            found &= self._outside.at_save(self.checkpointer.output_dir / f"checkpoint-{state.global_step}")
+        return found
 
     def close(self) -> None:
         """Put back what was replaced to watch the data."""
@@ -162,12 +177,7 @@ class Evidence:
             return Exactness.no(
                 f"{', '.join(starts_over)} starts over unless restore_callback_states_from_checkpoint=True"
             )
-        if self._epoch.drawn_each_epoch and steps and state.global_step > steps and state.global_step % steps:
-            return Exactness.no(
-                "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
-                "some samples of this epoch are repeated and others are skipped"
-            )
-        return EXACT
+        return self._epoch.exactness(state, args.gradient_accumulation_steps)
 
     def _now_exported(self) -> dict[str, str]:
         """The states of callbacks that say theirs, by class."""
@@ -187,6 +197,12 @@ class Evidence:
             found = found & Exactness.no(self._uneven)
         if self._epoch.batches is None:
             is_whole = self._pass_ended
+            if is_whole and self._evaluated and self._args.eval_strategy == "epoch":
+                found &= Exactness.no(
+                    "Trainer evaluates at the end of this pass, and once more after a resume from here"
+                )
+            if not is_seeded(getattr(self._trainer, "train_dataset", None)):
+                found &= UNSEEDED
             if self._passes > 1:
                 found = found & Exactness.no(
                     f"the stream was read {self._passes - 1} time{'s' * (self._passes > 2)} before, and a resume counts its "
@@ -196,11 +212,11 @@ class Evidence:
 
     def _of_fetches(self, witness: FetchWitness, *, is_whole: bool) -> Exactness:
         found = self._of_callbacks_at_save(witness)
+        if not witness.can_watch:
+            return found & UNWATCHED
         if is_whole and not (self._workers and self._persistent):
             # A resume begins the next epoch with the random states of the save.
             return found & (EXACT if self._outside is None else self._outside.of_code(at_epoch_end=True))
-        if not witness.can_watch and not is_whole:
-            return found & UNWATCHED
         seen = self._of_workers(witness, is_whole=is_whole) if self._workers else self._of_draws(witness)
         if seen.exact and self._outside is not None:
             seen = self._outside.of_code(at_epoch_end=False)
@@ -224,10 +240,14 @@ class Evidence:
 
     def _of_workers(self, witness: FetchWitness, *, is_whole: bool) -> Exactness:
         drawn = witness.after(None)
+        if drawn.share and self._epoch.batches is None:
+            return Exactness.not_verified("the loader processes draw random numbers for the batches")
         if drawn.share:
-            return Exactness.no(
+            return self._unless_seeded(
                 "the loader processes draw random numbers for the batches, and a resume starts them again from new seeds"
             )
+        if name := witness.changes_in_workers:
+            return Exactness.not_verified(IN_WORKERS.format(name=name))
         return EXACT if drawn.watched or is_whole else UNSEEN
 
     def _of_draws(self, witness: FetchWitness) -> Exactness:
@@ -243,9 +263,15 @@ class Evidence:
             return EXACT
         if share < _USUAL and not witness.last_drew:
             return Exactness.not_verified("random numbers were drawn now and then as batches were fetched")
-        return Exactness.no(
+        return self._unless_seeded(
             "random numbers are drawn as batches are fetched, ahead of the step, so the batches differ after a resume"
         )
+
+    def _unless_seeded(self, reason: str) -> Exactness:
+        seeds = None if self._outside is None else self._outside.seeds()
+        if seeds is None:
+            return Exactness.no(reason)
+        return Exactness.not_verified(f"{seeds} seeds random numbers as batches are fetched")
 
     def _data_draws(self, witness: FetchWitness) -> float | None:
         """Share of the fetches that draw, where no callback can have done it; None where there was no such fetch."""

@@ -61,7 +61,9 @@ class Identity:
         """Note the Trainer. Raises ConfigurationError if what was restored is of a different model."""
         if trainer is None or trainer is self._trainer():
             return
-        self._trainer, self._model = weakref.ref(trainer), _digest_of(trainer.model)
+        # FSDP has cut a model that is in training into pieces, whose shapes depend on the number of processes.
+        in_pieces = trainer.is_in_train and trainer.is_fsdp_enabled
+        self._trainer, self._model = weakref.ref(trainer), None if in_pieces else _digest_of(trainer.model)
         manifest, self._unchecked = self._unchecked, None
         if manifest is not None:
             self._check_trainer(manifest)
@@ -137,7 +139,10 @@ def of_data(dataset: Any) -> str:
     fingerprint = getattr(dataset, "_fingerprint", None)
     if isinstance(fingerprint, str):
         found["fingerprint"] = fingerprint[:100]
-    rows = list(_rows(dataset, found["length"] or 0))
+    try:
+        rows = list(_rows(dataset, found["length"] or 0))
+    except Exception:  # noqa: BLE001 - of data that cannot be read, the training itself will tell
+        rows = []
     if rows:
         found["rows"] = digest_of("\n".join(rows))
     return encode(found)

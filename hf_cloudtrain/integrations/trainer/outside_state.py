@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.integrations.trainer.known_trainers import class_name
-from hf_cloudtrain.resume.state_look import Look, Looker, changed, may_draw
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
+from hf_cloudtrain.resume.script_code import may_draw, may_seed
+from hf_cloudtrain.resume.state_look import Looker, StateLook, changed, name_of, script_parts
 
 _STATELESS = ("transformers.", "hf_cloudtrain.")
 """Callbacks of these packages keep nothing that training depends on, or say so as an ExportableState."""
-_OF_TORCH = {name for name in vars(torch.nn.Module()) if name != "_buffers"} | {"_buffers", "training"}
-_FETCHES = ("__getitem__", "__getitems__", "__iter__", "__call__")
-"""What a fetch calls."""
+_EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 _MOST_HEADER = 100_000_000
 """Bytes of a header of safetensors, by its specification."""
-_LOOKED_UP = 1 << 20
-"""Values of a buffer that is copied for comparison; larger ones are compared by version."""
 
 
 class OutsideState:
@@ -53,12 +53,16 @@ class OutsideState:
             trainer.callback_handler,
             trainer.accelerator,
             trainer.data_collator,
+            getattr(trainer.optimizer, "optimizer", None),
             *live.values(),
         ]
         self._looker = Looker([*known, *model.parameters(), *model.modules()])
-        self._callbacks = {callback: self._looker.look(callback) for callback in self._users_callbacks()}
-        self._data = {name: self._looker.look(part) for name, part in self._parts_of_data()}
-        self._modules = dict(_module_values(model))
+        self._callbacks = {
+            callback: self._looker.look(callback, _EVENTS) for callback in self._users_callbacks()
+        }
+        self._data = StateLook(self._looker, self._parts_of_data())
+        self._code = self._of_code()
+        self._modules, self._optimizer = ModuleState(model), OptimizerState(trainer.optimizer)
         self._saves = 0
         self._found = EXACT
 
@@ -69,29 +73,37 @@ class OutsideState:
             folder: the checkpoint that was just written.
         """
         self._saves += 1
-        found = self._of_callbacks() & self._of_data()
+        found = self._of_callbacks() & self._data.look()
         if self._saves & (self._saves - 1) == 0:
-            found = found & self._of_modules() & _of_optimizer(self._trainer) & self._of_checkpoint(folder)
+            found = (
+                found
+                & self._modules.look()
+                & self._optimizer.look()
+                & _of_optimizer(self._trainer)
+                & self._of_checkpoint(folder)
+            )
         self._found = self._found & found  # what was once seen stays true
         return self._found
 
     def of_code(self, *, at_epoch_end: bool) -> Exactness:
         """What the code of the data may draw, and has not drawn yet; at the end of an epoch, what callbacks may draw there."""
         if at_epoch_end:
+            args, events = self._trainer.args, ["on_epoch_begin", "on_epoch_end"]
+            if args.logging_strategy == IntervalStrategy.EPOCH and args.save_strategy == SaveStrategy.STEPS:
+                events.append("on_log")  # after the save of the epoch's last step
             for callback in self._users_callbacks():
-                kind = type(callback)
-                if may_draw(kind.on_epoch_begin) or may_draw(kind.on_epoch_end):
+                if may_draw(callback, events):
                     return Exactness.not_verified(
-                        f"the callback {kind.__name__} may draw random numbers between epochs, after this save"
+                        f"the callback {type(callback).__name__} may draw random numbers between epochs, after this save"
                     )
             return EXACT
+        return self._code
+
+    def _of_code(self) -> Exactness:
         for name, part in self._parts_of_data():
-            kind = type(part)
-            own = not class_name(part).startswith(("torch.", "transformers.", "datasets.", "builtins."))
-            functions = [getattr(kind, method, None) for method in _FETCHES] if own else [part]
-            if any(map(may_draw, functions)):
+            if may_draw(part):
                 return Exactness.not_verified(
-                    f"{_name_of(part)} ({name}) may draw random numbers, and has not drawn any yet"
+                    f"{name_of(part)} ({name}) may draw random numbers, and has not drawn any yet"
                 )
         return EXACT
 
@@ -113,7 +125,7 @@ class OutsideState:
                     f"the callback {kind} holds tensors, modules or generators ({name!r}), which no checkpoint has"
                 )
             before = self._callbacks.get(callback)
-            if before is not None and (name := changed(before, self._looker.look(callback))):
+            if before is not None and (name := changed(before, self._looker.look(callback, _EVENTS))):
                 return Exactness.not_verified(
                     f"the callback {kind} keeps state ({name!r}) that changes in training, and no checkpoint has it"
                 )
@@ -122,34 +134,17 @@ class OutsideState:
     def _parts_of_data(self) -> Iterator[tuple[str, Any]]:
         trainer = self._trainer
         for name in ("train_dataset", "data_collator", "compute_loss_func"):
-            part = getattr(trainer, name, None)
-            if part is None or class_name(part).startswith("datasets.iterable_dataset"):
-                continue
-            if class_name(part).startswith("datasets."):
-                part = (getattr(part, "_format_kwargs", None) or {}).get("transform")
-            yield name, part
+            for part in script_parts(getattr(trainer, name, None)):
+                yield name, part
 
-    def _of_data(self) -> Exactness:
-        for name, part in self._parts_of_data():
-            if name in self._data and (found := changed(self._data[name], self._looker.look(part))):
-                return Exactness.not_verified(
-                    f"{_name_of(part)} ({name}) keeps state ({found!r}) that changes in training, and no checkpoint has it"
-                )
-        return EXACT
-
-    def _of_modules(self) -> Exactness:
-        now = dict(_module_values(self._trainer.model))
-        for name in {**self._modules, **now}:
-            if not _same(self._modules.get(name), now.get(name)):
-                return Exactness.not_verified(
-                    f"{name} of the model changes in training, and no checkpoint has it"
-                )
-        return EXACT
+    def seeds(self) -> str | None:
+        """The part of the data whose code seeds random numbers as batches are fetched."""
+        return next((name_of(part) for _, part in self._parts_of_data() if may_seed(part)), None)
 
     def _of_checkpoint(self, folder: Path) -> Exactness:
         trainer = self._trainer
         if hasattr(trainer.model, "peft_config"):
-            return _of_adapter(trainer.model)
+            return of_adapter(trainer.model, _names_in(folder, "adapter_model"))
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return EXACT
         saved = _names_in(folder)
@@ -179,34 +174,13 @@ def _of_optimizer(trainer: Any) -> Exactness:
     )
 
 
-def _of_adapter(model: Any) -> Exactness:
-    """Parameters that are trained and that the checkpoint of an adapter leaves out."""
-    if not hasattr(model, "peft_config") or not hasattr(model, "active_adapters"):
-        return EXACT
-    from peft import get_peft_model_state_dict
-
-    names = {name for name, one in model.named_parameters() if one.requires_grad}
-    pointers = {
-        one.data_ptr()
-        for adapter in model.peft_config
-        for one in get_peft_model_state_dict(model, adapter_name=adapter).values()
-    }
-    left_out = sorted(name for name in names if model.get_parameter(name).data_ptr() not in pointers)
-    if not left_out:
-        return EXACT
-    return Exactness.no(
-        f"{len(left_out)} trained tensor{'s' * (len(left_out) > 1)} outside of the adapter, such as {left_out[0]!r}, are not "
-        "in its checkpoint"
-    )
-
-
-def _names_in(folder: Path) -> set[str]:
+def _names_in(folder: Path, name: str = "model") -> set[str]:
     """Names of the tensors in the safetensors files of a checkpoint, by its index or header; empty without one."""
     try:
-        index = folder / "model.safetensors.index.json"
+        index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
             return set(json.loads(index.read_text())["weight_map"])
-        with open(folder / "model.safetensors", "rb") as file:
+        with open(folder / f"{name}.safetensors", "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             return set(json.loads(file.read(size))) if size < _MOST_HEADER else set()
     except (OSError, ValueError, KeyError):
@@ -221,40 +195,3 @@ def _names_of(model: Any, saved: set[str]) -> set[str]:
             key = (tensor.device, tensor.data_ptr()) if tensor.numel() else name
             by_memory.setdefault(key, []).append(name)
     return {names[0] for names in by_memory.values() if not saved.intersection(names)}
-
-
-def _module_values(model: Any) -> Iterator[tuple[str, Any]]:
-    """Numbers and tensors of modules that are in no state dict; under an adapter, all buffers of the model."""
-    looker, partly = Looker(), hasattr(model, "peft_config")
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.distributed."):
-            continue
-        left_out = module._buffers if partly else module._non_persistent_buffers_set
-        for name in left_out:
-            if (buffer := module._buffers.get(name)) is not None:
-                yield (
-                    f"{path}.{name}",
-                    buffer.detach().clone() if buffer.numel() <= _LOOKED_UP else buffer._version,
-                )
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if name not in _OF_TORCH and isinstance(value, (int, float, torch.Tensor, torch.Generator))
-        }
-        seen: Look = {name: looker._seen(value, 0) for name, value in plain.items()}
-        for name, value in seen.items():
-            yield f"{name!r} of {type(module).__name__}{_at(path)}", value
-
-
-def _at(path: str) -> str:
-    return f" ({path})" if path else ""
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and bool(torch.equal(one, other))
-    return type(one) is type(other) and bool(one == other)
-
-
-def _name_of(part: Any) -> str:
-    return getattr(part, "__name__", None) or type(part).__name__

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.checkpoints.manifest import Position
-from hf_cloudtrain.resume.dataloaders import batch_size_of, is_dispatcher, sampler_name, seed_of
+from hf_cloudtrain.resume.dataloaders import (
+    batch_size_of,
+    innermost_sampler,
+    is_dispatcher,
+    sampler_name,
+    seed_of,
+)
 from hf_cloudtrain.resume.topology import Epoch
 
 if TYPE_CHECKING:
@@ -29,11 +36,14 @@ class EpochLength:
         """Whether one process reads for all."""
         self.drawn_each_epoch = False
         """Whether an epoch's order comes from the random states at its beginning, which no checkpoint within it has."""
+        self.has_generator = False
+        """Whether it comes from a generator of the sampler, as Accelerate gives it one where several processes share it."""
         try:
             self.samples, self.batches = len(dataloader.dataset), len(dataloader)
             self.batch = batch_size_of(dataloader)
             self.seed = seed_of(dataloader)
             self.drawn_each_epoch = sampler_name(dataloader) in _DRAWN_EACH_EPOCH
+            self.has_generator = getattr(innermost_sampler(dataloader), "generator", None) is not None
         except (AttributeError, TypeError):
             self.samples = self.batches = None
 
@@ -41,6 +51,20 @@ class EpochLength:
         """Whether a step is the last of an epoch; False where that is not known."""
         steps = self.steps(accumulation)
         return bool(steps) and global_step % (steps or 1) == 0
+
+    def exactness(self, state: TrainerState, accumulation: int) -> Exactness:
+        """Whether a resume finds the order of the data."""
+        steps = self.steps(accumulation)
+        if not self.drawn_each_epoch or not steps or state.global_step < steps:
+            return EXACT
+        if state.global_step % steps and state.global_step > steps:
+            return Exactness.no(
+                "the order of the data is drawn from the random states at the beginning of each epoch, which are not saved, so "
+                "some samples of this epoch are repeated and others are skipped"
+            )
+        if self.has_generator and state.global_step < state.max_steps:
+            return Exactness.no("the order of each epoch is drawn from a generator that no checkpoint holds")
+        return EXACT
 
     def samples_seen(self, global_step: int, step_samples: int, accumulation: int) -> int:
         """Samples after `global_step` optimizer steps of `step_samples` each; an epoch's last step may be short."""

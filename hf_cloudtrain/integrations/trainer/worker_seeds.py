@@ -1,7 +1,6 @@
-"""The seed that torch draws for loader processes that stay (`dataloader_persistent_workers=True`), drawn once in a run.
+"""The seed that torch draws for loader processes of evaluations that stay (`dataloader_persistent_workers=True`), once in a run.
 
-A resumed run starts the processes again, after the random states were restored, so it would draw the seed a second time, and
-every random number after it would differ.
+A resumed run must not draw it a second time: see `resume.dataloaders.draw_no_seed`.
 """
 
 from __future__ import annotations
@@ -32,9 +31,3 @@ class WorkerSeeds:
         torch.empty((), dtype=torch.int64).random_(generator=copy)  # as _BaseDataLoaderIter does
         if torch.equal(copy.get_state(), torch.get_rng_state()):
             torch.set_rng_state(self._before)
-
-
-def draw_no_seed(base: Any) -> None:
-    """Leave torch's random state alone when the processes of a training DataLoader start."""
-    if base.generator is None:
-        base.generator = torch.Generator()

@@ -109,5 +109,26 @@ def test_workers_that_are_spawned_are_seen_too() -> None:
     assert watched(loader).after(None).share == 1.0
 
 
+class Keeps(Dataset):  # type: ignore[type-arg]
+    """Opens something for the first sample, and draws from a generator of its own."""
+
+    def __init__(self, *, draws: bool) -> None:
+        self.draws, self.generator, self.file = draws, np.random.default_rng(0), None
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> float:
+        self.file = self.file or Collate()  # type: ignore[assignment]
+        return index + (self.generator.random() if self.draws else 0.0)
+
+
+@pytest.mark.parametrize(("draws", "name"), [(True, "generator"), (False, None)])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_state_of_a_copy_in_a_worker_is_seen(*, draws: bool, name: str | None, method: str) -> None:
+    loader = DataLoader(Keeps(draws=draws), batch_size=2, num_workers=1, multiprocessing_context=method)
+    assert watched(loader).changes_in_workers == name
+
+
 def test_another_kind_of_loader_cannot_be_watched() -> None:
     assert not FetchWitness([1, 2]).can_watch

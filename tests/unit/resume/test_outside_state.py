@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,12 @@ import torch
 
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.resume.outside_state import OutsideState
+
+AVERAGE = torch.nn.Linear(2, 2)
+
+
+def update_average() -> None:
+    torch.nn.init.zeros_(AVERAGE.weight)
 
 
 class Average:
@@ -52,6 +60,7 @@ def accelerator_of(*models: Any, optimizers: Any = (), schedulers: Any = (), cus
         _optimizers=list(optimizers),
         _schedulers=list(schedulers),
         _custom_objects=list(custom),
+        unwrap_model=lambda model: model,
         scaler=None,
         distributed_type="DistributedType.NO",
     )
@@ -170,6 +179,69 @@ class TestFound:
         for _ in range(3):
             calls += 2
         assert "the counter 'calls' starts over" in str(outside.look())
+
+    def test_an_attribute_that_a_method_counts(self) -> None:
+        class Trainer:
+            def __init__(self) -> None:
+                self.calls, self.step, self.weight = 0, 0, 1.0
+                self.outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+
+            def one(self, step: int) -> None:
+                self.step = step
+                self.calls += 1
+
+            def two(self) -> None:
+                self.weight *= 0.9
+
+            def train(self, one: bool) -> Exactness:
+                self.outside.begin()
+                for step in range(3):
+                    self.one(step) if one else self.two()
+                return self.outside.look()
+
+        assert "the counter 'self.calls' starts over" in str(Trainer().train(one=True))
+        assert "'self.weight' starts over" in str(Trainer().train(one=False))
+
+    def test_a_factor_that_falls(self) -> None:
+        weight, outside = 1.0, OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        for _ in range(3):
+            weight *= 0.9
+        assert "'weight' starts over" in str(outside.look())
+
+    def test_a_memory_of_batches(self) -> None:
+        memory: deque[Any] = deque(maxlen=2)
+        losses: deque[float] = deque(maxlen=2)
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        losses.append(1.0)
+        assert outside.look().exact is True
+        memory.append({"x": torch.ones(2)})
+        assert "the tensors in 'memory'" in str(outside.look())
+
+    def test_an_average_that_only_a_helper_knows(self) -> None:
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        update_average()
+        assert "'AVERAGE'" in str(outside.look())
+
+    def test_an_average_that_only_a_closure_knows(self) -> None:
+        def update_of(ema: torch.nn.Linear) -> Callable[[], object]:
+            return lambda: torch.nn.init.zeros_(ema.weight)
+
+        update = update_of(torch.nn.Linear(2, 2))
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        update()
+        assert "'ema'" in str(outside.look())
+
+    def test_a_buffer_of_the_model_that_is_not_persistent(self) -> None:
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("mean", torch.zeros(1), persistent=False)
+        outside = OutsideState(accelerator_of(model))
+        outside.begin()
+        model.mean.add_(1)
+        assert ".mean of the model changes" in str(outside.look())
 
     def test_what_was_found_once_stays_found(self) -> None:
         ema = torch.nn.Linear(2, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cloudtrain.resume.state_look import Looker, changed
+from hf_cloudtrain.resume.state_look import Looker, StateLook, changed
 
 RNG = np.random.default_rng(0)
+
+
+def by_a_helper() -> float:
+    return float(RNG.random())
 
 
 class Thing:
@@ -29,6 +34,18 @@ class Counted:
     calls = 0
 
 
+class Shared:
+    def __init__(self) -> None:
+        self.sum = 0.0
+
+    def add(self) -> float:
+        self.sum += 1.0
+        return self.sum
+
+
+SHARED = Shared()
+
+
 def thing(**values: Any) -> Any:
     made = Thing()
     vars(made).update(values)
@@ -40,6 +57,10 @@ def thing(**values: Any) -> Any:
     [
         (0, lambda it: setattr(it, "value", 1)),
         ([1], lambda it: it.value.append(2)),
+        (deque([1], 1), lambda it: it.value.append(2)),
+        ({1}, lambda it: it.value.add(2)),
+        (list(range(100)), lambda it: it.value.__setitem__(-1, 0)),
+        (dict.fromkeys(range(100), 0), lambda it: it.value.update({99: 1})),
         ({"a": 1}, lambda it: it.value.update(a=2)),
         (torch.zeros(2), lambda it: it.value.add_(1)),
         (np.zeros(2), lambda it: it.value.__setitem__(0, 1)),
@@ -67,6 +88,50 @@ def test_a_generator_of_the_script_belongs_to_what_draws_from_it() -> None:
     before = looker.look(it)
     it()
     assert changed(before, looker.look(it)) == "RNG"
+
+
+def test_what_a_helper_or_an_object_of_the_module_keeps_is_seen() -> None:
+    class Calls:
+        def __call__(self) -> float:
+            return by_a_helper() + SHARED.add()
+
+    it, looker = Calls(), Looker()
+    before = looker.look(it)
+    assert changed(before, looker.look(it)) is None
+    it()
+    assert changed(before, {**looker.look(it), "SHARED": before["SHARED"]}) == "RNG"
+    assert changed(before, {**looker.look(it), "RNG": before["RNG"]}) == "SHARED"
+
+
+def test_where_an_iterator_stands_cannot_be_seen() -> None:
+    it, looker = thing(value=iter([1, 2])), Looker()
+    assert changed(looker.look(it), looker.look(it)) == "value"
+
+
+def test_of_a_method_only_what_it_uses_belongs_to_it() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.step, self.seen = 0, 0
+
+        def collate(self, samples: list[int]) -> list[int]:
+            self.seen += 1
+            return samples
+
+    trainer, looker = Trainer(), Looker()
+    before = looker.look(trainer.collate)
+    trainer.step += 1
+    assert changed(before, looker.look(trainer.collate)) is None
+    trainer.collate([])
+    assert changed(before, looker.look(trainer.collate)) == "seen"
+
+
+def test_a_file_that_is_opened_is_no_state_but_a_number_is() -> None:
+    opens, counts = thing(value=None), thing(value=None)
+    looks = [StateLook(Looker(), [("train_dataset", one)]) for one in (opens, counts)]
+    opens.value, counts.value = Thing(), 1
+    assert [one.look().exact for one in looks] == [True, None]
+    counts.value = None
+    assert "Thing (train_dataset) keeps state ('value')" in str(looks[1].look())
 
 
 def test_a_generator_in_a_partial_or_a_closure_is_seen() -> None:

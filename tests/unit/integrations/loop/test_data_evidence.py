@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
+from tests.unit.resume.test_outside_state import accelerator_of
 
 
 class Samples(Dataset):  # type: ignore[type-arg]
@@ -25,6 +27,34 @@ class Samples(Dataset):  # type: ignore[type-arg]
         return index + (random.random() if self.draws else 0.0)
 
 
+class Seeded(Samples):
+    """Augmented by the index of the sample."""
+
+    def __getitem__(self, index: int) -> float:
+        random.seed(index)
+        return index + random.random()
+
+
+class Drawing(IterableDataset):  # type: ignore[type-arg]
+    """A stream of random numbers."""
+
+    def __iter__(self) -> Any:
+        return (torch.rand(1) for _ in range(8))
+
+
+class Keeps(Samples):
+    """Has a generator of its own, and a state_dict that no loader asks for."""
+
+    def __init__(self) -> None:
+        self.generator = random.Random(0)
+
+    def __getitem__(self, index: int) -> float:
+        return index + self.generator.random()
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+
 class Passes(IterableDataset):  # type: ignore[type-arg]
     """A stream that differs in each pass."""
 
@@ -37,7 +67,7 @@ class Passes(IterableDataset):  # type: ignore[type-arg]
 
 
 def look(loader: Any, *, between_epochs: bool = False) -> tuple[bool | None, str]:
-    evidence = DataEvidence()
+    evidence = DataEvidence(accelerator_of())
     evidence.begin(loader)
     for _ in loader:
         pass
@@ -66,9 +96,45 @@ def test_draws_in_this_process_are_repeated_by_a_resume() -> None:
 
 
 def test_loader_processes_that_were_not_seen() -> None:
-    evidence = DataEvidence()
+    evidence = DataEvidence(accelerator_of())
     evidence.begin(DataLoader(Samples(draws=False), num_workers=1))
     assert evidence.look(between_epochs=False).exact is None
+    assert evidence.look(between_epochs=True).exact is True
+
+
+def test_a_stream_is_read_again_by_new_processes() -> None:
+    for persistent, exact in ((False, True), (True, False)):
+        loader = DataLoader(Drawing(), batch_size=2, num_workers=1, persistent_workers=persistent)
+        assert look(loader)[0] is exact
+
+
+def test_loader_processes_that_seed_are_not_verified() -> None:
+    exact, reason = look(DataLoader(Seeded(draws=True), batch_size=2, num_workers=1))
+    assert (exact, "Seeded seeds random numbers" in reason) == (None, True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_generator_of_the_datasets_own(workers: int) -> None:
+    exact, reason = look(DataLoader(Keeps(), batch_size=2, num_workers=workers))
+    assert (exact, "'generator'" in reason) == (None, True)
+
+
+def test_a_stream_that_is_shuffled_without_a_seed() -> None:
+    stream = datasets.Dataset.from_dict({"x": [1, 2]}).to_iterable_dataset()
+    assert look(DataLoader(stream.shuffle(seed=1)))[0] is True
+    exact, reason = look(DataLoader(stream.shuffle()))
+    assert (exact, "without a seed" in reason) == (None, True)
+
+
+def test_a_collate_function_that_knows_the_model() -> None:
+    model = torch.nn.Linear(1, 1)
+
+    def collate(samples: list[float]) -> tuple[list[float], Any]:
+        return samples, model.weight
+
+    evidence = DataEvidence(accelerator_of(model))
+    evidence.begin(DataLoader(Samples(draws=False), collate_fn=collate))
+    torch.nn.init.zeros_(model.weight)
     assert evidence.look(between_epochs=True).exact is True
 
 
@@ -82,5 +148,7 @@ def test_data_with_a_state_dict_is_saved_with_the_position() -> None:
     class Saved(Passes):
         def state_dict(self) -> dict[str, int]:
             return {"passes": self.passes}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
 
     assert look(DataLoader(Saved(), batch_size=2))[0] is True

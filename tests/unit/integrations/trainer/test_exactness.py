@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hf_cloudtrain import CheckpointUploadCallback
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.integrations.trainer import known_trainers
 from hf_cloudtrain.runtime.ranks import Ranks
 from tests.unit.integrations.trainer.test_known_trainers import Weighted
 
@@ -58,6 +60,29 @@ class Curriculum(Data):
         return super().__getitem__(index)
 
 
+class OwnGenerator(Data):
+    def __init__(self) -> None:
+        self.chance = random.Random(0)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.full((2,), self.chance.random())}
+
+
+class Seeded(Data):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        random.seed(index)
+        return {"x": torch.full((2,), random.random())}
+
+
+class UnreadableError(Exception):
+    pass
+
+
+class Unreadable(dict):  # type: ignore[type-arg]
+    def values(self) -> Any:
+        raise UnreadableError("not now")
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return iter([Data()[index] for index in range(12)])
@@ -79,6 +104,16 @@ class Counts(TrainerCallback):
 class Settings(TrainerCallback):
     def __init__(self) -> None:
         self.words, self.number = ["a", "b"], 3
+
+
+class StopsEpoch(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_epoch_stop = state.global_step == 2
+
+
+class Holds(TrainerCallback):
+    def __init__(self) -> None:
+        self.held = Unreadable()
 
 
 class DrawsAtLog(TrainerCallback):
@@ -175,6 +210,15 @@ def test_a_stream_is_exact_in_its_first_pass_and_between_passes(tmp_path: Path) 
         ({"before": (DrawsAtSave(),)}, False, "DrawsAtSave draws random numbers after a save"),
         ({"data": Curriculum()}, None, "Curriculum (train_dataset) keeps state ('reads')"),
         ({"data": Rarely()}, None, "Rarely (train_dataset) may draw"),
+        (
+            {"data": OwnGenerator(), "dataloader_num_workers": 1},
+            None,
+            "state ('chance') that changes in the loader",
+        ),
+        ({"data": Seeded()}, None, "Seeded seeds random numbers"),
+        ({"data": Seeded(), "dataloader_num_workers": 1}, None, "Seeded seeds random numbers"),
+        ({"after": (StopsEpoch(),), "max_steps": 4}, False, "a callback ends this epoch early"),
+        ({"after": (Holds(),)}, None, "a look at it ended with UnreadableError: not now"),
         ({"model": Model(calls=0)}, None, "'calls' of Model"),
         ({"model": Model(seen=torch.zeros(1))}, True, ""),
         ({"kind": Weighted}, None, "Weighted"),
@@ -193,6 +237,16 @@ def test_the_second_step_is(setup: dict[str, Any], answer: bool | None, word: st
 )
 def test_the_last_step_of_an_epoch_is(setup: dict[str, Any], answer: bool | None, tmp_path: Path) -> None:
     assert trained(tmp_path, **{"max_steps": 3, **setup})[3].exact is answer
+
+
+def test_what_is_known_of_a_class_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = known_trainers.class_name(Weighted.__new__(Weighted))
+    monkeypatch.setitem(
+        known_trainers.KNOWN,
+        name,
+        lambda args, trainer: Exactness.no(f"{args.max_steps} {trainer.args.max_steps}"),
+    )
+    assert trained(tmp_path, kind=Weighted, max_steps=1)[1] == Exactness.no("1 1")
 
 
 def test_weights_that_only_the_optimizer_knows(tmp_path: Path) -> None:

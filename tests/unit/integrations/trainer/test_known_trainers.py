@@ -87,6 +87,31 @@ def test_completions_that_are_kept_for_several_steps_are_not_exact(
     assert without_a_buffer(SimpleNamespace(**{**tested, **changes}), trainer).exact is exact
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "exact"),
+    [
+        ("trl.trainer.sft_trainer.SFTTrainer", {}, True),
+        ("trl.trainer.dpo_trainer.DPOTrainer", {"sync_ref_model": True}, False),
+        ("trl.trainer.kto_trainer.KTOTrainer", {"sync_ref_model": True}, False),
+        ("trl.trainer.grpo_trainer.GRPOTrainer", {"num_iterations": 2}, False),
+        ("trl.trainer.rloo_trainer.RLOOTrainer", {"num_iterations": 2}, False),
+        ("sentence_transformers.sentence_transformer.trainer.SentenceTransformerTrainer", {}, False),
+        ("sentence_transformers.cross_encoder.trainer.CrossEncoderTrainer", {}, False),
+        ("sentence_transformers.sparse_encoder.trainer.SparseEncoderTrainer", {}, False),
+    ],
+)
+def test_what_is_known_of_a_class_is_found_by_its_name(
+    name: str, arguments: dict[str, object], exact: bool
+) -> None:
+    module, _, kind = name.rpartition(".")
+    trainer = type(kind, (), {"__module__": module})()
+    trainer.model, trainer.loss = (
+        torch.nn.Linear(1, 1),
+        torch.nn.Linear(1, 1),
+    )  # a loss with parameters of its own
+    assert of_trainer(SimpleNamespace(**arguments), trainer).exact is exact
+
+
 def test_the_page_of_tested_trainers_names_each_of_them() -> None:
     page = (Path(__file__).parents[4] / "docs" / "trainers.md").read_text()
     assert {name for name in KNOWN if name.rpartition(".")[2] not in page} == set()

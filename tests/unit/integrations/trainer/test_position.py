@@ -45,6 +45,16 @@ class TestPosition:
         assert [step for step in range(1, 7) if epoch.is_whole(step, 2)] == [3, 6]
 
 
+@pytest.mark.parametrize(
+    ("generator", "answers"),
+    [(None, [True, True, False, True]), (torch.Generator(), [True, False, False, True])],
+)
+def test_an_order_that_is_drawn_each_epoch(generator: Any, answers: list[bool]) -> None:
+    shuffled = torch.utils.data.DataLoader(list(range(10)), batch_size=2, shuffle=True, generator=generator)
+    epoch = EpochLength(shuffled)  # five steps
+    assert [epoch.exactness(state_at(step), 1).exact for step in (4, 5, 6, 10)] == answers
+
+
 def test_metrics_of_a_checkpoint_are_those_of_its_step_and_the_last_loss() -> None:
     state = state_at(8)
     state.best_metric = 0.5

@@ -1,0 +1,141 @@
+"""What a model keeps outside of its checkpoint: buffers that are not persistent, numbers, containers, random generators.
+
+It is compared from the first step on, at the first, second, fourth … save: a large model has thousands of modules.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
+from hf_cloudtrain.resume.script_code import functions_of, is_of_the_script
+from hf_cloudtrain.resume.state_look import Look, Looker, changed, is_generator
+
+_OF_TORCH = {name for name in vars(torch.nn.Module()) if name != "_buffers"} | {"_buffers", "training"}
+_NUMBERS, _CONTAINERS = (int, float, torch.Tensor), (list, tuple, dict, set, deque)
+_COPIED = 1 << 20
+"""Values of a buffer that is copied for comparison; larger ones are compared by version."""
+
+
+class ModuleState:
+    """The modules of one model.
+
+    Example:
+        >>> modules = ModuleState(model)                 # when the first step begins
+        >>> print(modules.look())                        # at a save
+        not verified: .mean of the model changes in training, and no checkpoint has it
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._looker = Looker([model, *model.parameters(), *model.modules()])
+        self._before = dict(self._values())
+
+    def look(self) -> Exactness:
+        """Compare with the first step."""
+        now = dict(self._values())
+        for name in {**self._before, **now}:
+            if not _same(self._before.get(name), now.get(name)):
+                return Exactness.not_verified(f"{name} changes in training, and no checkpoint has it")
+        return EXACT
+
+    def _values(self) -> Iterator[tuple[str, Any]]:
+        partly = hasattr(
+            self._model, "peft_config"
+        )  # the checkpoint of an adapter has no buffer of the model
+        kinds: set[type] = set()
+        for path, module in self._model.named_modules():
+            if type(module).__module__.startswith("torch.distributed."):
+                continue
+            for name in module._buffers if partly else module._non_persistent_buffers_set:
+                if (buffer := module._buffers.get(name)) is not None:
+                    small = buffer.numel() <= _COPIED
+                    yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
+            own = is_of_the_script(type(module).__module__)
+            for name, value in list(vars(module).items()):
+                plain = isinstance(value, _NUMBERS) or (own and isinstance(value, _CONTAINERS))
+                if name not in _OF_TORCH and (plain or is_generator(value)):
+                    where = f" ({path})" if path else ""
+                    yield f"{name!r} of {type(module).__name__}{where} of the model", self._looker.seen(value)
+            if own and type(module) not in kinds:
+                kinds.add(type(module))
+                yield from self._used_by(module)
+
+    def _used_by(self, module: Any) -> Iterator[tuple[str, Any]]:
+        """What the code of a module uses from outside."""
+        found: Look = {}
+        for function in functions_of(getattr(type(module), "forward", None)):
+            found.update(self._looker.used_by(function))
+        for name, value in found.items():
+            yield f"{name!r}, which {type(module).__name__} of the model uses,", value
+
+
+class OptimizerState:
+    """What an optimizer of a class of the script keeps beside its state of each parameter."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._inner = getattr(optimizer, "optimizer", optimizer)  # as Accelerate wraps it
+        self._looker = Looker()
+        kind = type(self._inner)
+        self._is_own = (
+            is_of_the_script(kind.__module__) and kind.state_dict is torch.optim.Optimizer.state_dict
+        )
+        self._before = self._values()
+
+    def look(self) -> Exactness:
+        """Compare with the first step."""
+        name = changed(self._before, self._values())
+        if name is None:
+            return EXACT
+        return Exactness.not_verified(
+            f"{name!r} of the optimizer {type(self._inner).__name__} changes in training, and no checkpoint has it"
+        )
+
+    def _values(self) -> Look:
+        held = vars(self._inner).items() if self._is_own else ()
+        return {
+            name: self._looker.seen(value)
+            for name, value in held
+            if name not in ("state", "param_groups", "defaults") and not name.startswith("_")
+            if isinstance(value, (*_NUMBERS, *_CONTAINERS)) or is_generator(value)
+        }
+
+
+def of_adapter(model: Any, names: Collection[str] = ()) -> Exactness:
+    """Parameters that are trained and that the checkpoint of an adapter leaves out.
+
+    Args:
+        names: of the tensors in the checkpoint, as far as they are known: peft asks the hub whether it adds the embeddings.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "active_adapters"):
+        return EXACT
+    from peft import get_peft_model_state_dict
+
+    saved = {
+        one.data_ptr()
+        for adapter in model.peft_config
+        for one in get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        ).values()
+    }
+    left_out = sorted(
+        name
+        for name, one in model.named_parameters()
+        if one.requires_grad and one.data_ptr() not in saved and name not in names
+    )
+    if not left_out:
+        return EXACT
+    return Exactness.no(
+        f"{len(left_out)} trained tensor{'s' * (len(left_out) > 1)} outside of the adapter, such as {left_out[0]!r}, are not "
+        "in its checkpoint"
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and bool(torch.equal(one, other))
+    return type(one) is type(other) and bool(one == other)

@@ -1,0 +1,94 @@
+"""What a model keeps beside its weights is named where it changes."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_cloudtrain.resume.module_state import ModuleState, of_adapter
+
+GENERATOR = torch.Generator()
+
+
+class Net(torch.nn.Module):
+    """Has a part with a value, and uses it."""
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x)
+        return result
+
+
+class Outside(Net):
+    """Draws from a generator of its module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.rand((), generator=GENERATOR)
+
+
+def with_buffer(*, persistent: bool) -> Net:
+    net = Net()
+    net.register_buffer("mean", torch.zeros(2), persistent=persistent)
+    return net
+
+
+CHANGES: dict[str, tuple[Any, Any, str]] = {
+    "int": (Net(0), lambda net: setattr(net, "value", 1), "'value' of Net"),
+    "tensor": (Net(torch.zeros(1)), lambda net: net.value.add_(1), "'value' of Net"),
+    "python": (Net(random.Random(0)), lambda net: net.value.random(), "'value' of Net"),
+    "numpy": (Net(np.random.default_rng(0)), lambda net: net.value.random(), "'value' of Net"),
+    "torch": (Net(torch.Generator()), lambda net: torch.rand(1, generator=net.value), "'value' of Net"),
+    "list": (Net([]), lambda net: net.value.append(1.0), "'value' of Net"),
+    "deque": (Net(deque([1.0], 1)), lambda net: net.value.append(2.0), "'value' of Net"),
+    "buffer": (with_buffer(persistent=False), lambda net: net.mean.add_(1), ".mean of the model"),
+    "module": (
+        Outside(),
+        lambda net: net(torch.ones(2)),
+        "'GENERATOR', which Outside of the model uses, changes",
+    ),
+    "within": (torch.nn.Sequential(Net(0)), lambda net: setattr(net[0], "value", 1), "'value' of Net (0)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_is_named(name: str) -> None:
+    net, change, word = CHANGES[name]
+    state = ModuleState(net)
+    assert state.look().exact is True
+    change(net)
+    assert state.look().exact is None
+    assert word in str(state.look())
+
+
+def test_what_a_checkpoint_holds_may_change() -> None:
+    net = with_buffer(persistent=True)
+    state = ModuleState(net)
+    net(torch.ones(2)).sum().backward()
+    with torch.no_grad():
+        net.layer.weight.add_(net.layer.weight.grad)
+    net.mean.add_(1)
+    net.eval()
+    assert state.look().exact is True
+
+
+def test_trained_weights_beside_an_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["layer"], r=2)
+    model = peft.get_peft_model(torch.nn.Sequential(Net(), torch.nn.Linear(2, 1)), config)
+    assert of_adapter(model).exact is True
+    head = model.base_model.model[1]
+    head.weight.requires_grad_(True)
+    assert of_adapter(model).exact is False
+    assert "1 trained tensor outside of the adapter, such as 'base_model.model.1.weight'" in str(
+        of_adapter(model)
+    )
+    assert of_adapter(model, ["base_model.model.1.weight"]).exact is True
