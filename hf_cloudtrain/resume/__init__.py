@@ -12,7 +12,7 @@ Reading order:
 - `optimizer_steps`: which optimizers have really stepped in a batch, and the gradients that wait for a step;
 - `outside_state`: what the variables of a script hold besides the state that Accelerate saves;
 - `fetch_witness`: whether fetching a batch draws random numbers, in this process or in a worker;
-- `script_code`: which functions of the script the use of an object runs, and what they name;
+- `script_code`: which functions of the script the use of an object runs, and what they name; `script_counters`: what they count;
 - `state_look`: whether what an object keeps changes while it trains; `module_state`: the same for a model;
 - `sampler`: `ResumableSampler`, for loops that use neither Trainer nor TrainLoop;
 - `step_samplers`: PeriFlow's two samplers, whose position is a number of steps.

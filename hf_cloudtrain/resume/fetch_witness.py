@@ -129,7 +129,7 @@ class _WorkerLooks:
         self._fetches = 0
 
     def after_fetch(self) -> str | None:
-        """The attribute that has changed. What the first fetch opens or makes is no change."""
+        """The attribute that has changed. What the first fetch opens does not count."""
         self._fetches += 1
         if self._fetches > _ALWAYS and self._fetches % _ALWAYS:
             return None

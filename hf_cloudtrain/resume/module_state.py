@@ -55,6 +55,13 @@ class ModuleState:
                 if (buffer := module._buffers.get(name)) is not None:
                     small = buffer.numel() <= _COPIED
                     yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
+            yield (
+                f"the choice of trained weights of {path or type(module).__name__!r}",
+                tuple(one.requires_grad for one in module._parameters.values() if one is not None),
+            )
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
+                    yield from self._of_hook(hook, module)
             own = is_of_the_script(type(module).__module__)
             for name, value in list(vars(module).items()):
                 plain = isinstance(value, _NUMBERS) or (own and isinstance(value, _CONTAINERS))
@@ -64,6 +71,10 @@ class ModuleState:
             if own and type(module) not in kinds:
                 kinds.add(type(module))
                 yield from self._used_by(module)
+
+    def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[str, Any]]:
+        for name, value in self._looker.look(hook).items():
+            yield f"{name!r} of a hook of {type(module).__name__} of the model", value
 
     def _used_by(self, module: Any) -> Iterator[tuple[str, Any]]:
         """What the code of a module uses from outside."""

@@ -8,20 +8,20 @@ To the variables belong those that functions of the script use, and what the pre
 
 from __future__ import annotations
 
-import dis
 import functools
 import sys
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from types import CodeType, FrameType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from types import FrameType, FunctionType, MethodType
+from typing import Any
 
 import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
+from hf_cloudtrain.resume.dataloaders import generators_of
 from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.script_code import (
@@ -29,19 +29,16 @@ from hf_cloudtrain.resume.script_code import (
     functions_of,
     is_library,
     is_of_the_script,
-    methods_of,
     names_in,
 )
+from hf_cloudtrain.resume.script_counters import Counted, counted_by, counted_in
+from hf_cloudtrain.resume.state_look import is_generator, is_iterator, state_of
 
 _HOLD_NO_STATE = frozenset(
     ("accelerate", "datasets", "hf_cloudtrain", "tokenizers", "torchdata", "torcheval", "torchmetrics")
 )
 """Packages whose objects are saved by other means, or do not affect the weights."""
 _MOST_FRAMES, _MOST_DEPTH, _MOST_ITEMS, _MOST_OBJECTS = 8, 3, 256, 4000
-_IN_PLACE = {"INPLACE_ADD": "+", "INPLACE_SUBTRACT": "-", "INPLACE_MULTIPLY": "*", "INPLACE_TRUE_DIVIDE": "/"}
-"""Of Python 3.10; later ones have them as an argument."""
-_BETWEEN = ("SWAP", "COPY", "ROT_TWO", "ROT_THREE")
-"""Between a sum and its store in an attribute."""
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 _SAMPLE = 64
 """Elements of a tensor that are compared, evenly spaced: training changes all of them."""
@@ -71,7 +68,7 @@ class OutsideState:
         """Remember the variables of the callers and the models; once."""
         if self._seen is None:
             self._seen = {}
-            self._compare(sys._getframe(1), is_first=True)
+            self._found &= self._compare(sys._getframe(1), is_first=True)
             self._states = [
                 *map(ModuleState, self._bare_models()),
                 *map(OptimizerState, self._accelerator._optimizers),
@@ -92,16 +89,20 @@ class OutsideState:
         assert self._seen is not None
         before, held, found = RandomState.capture(), self._held(), EXACT
         variables = _Variables(held)
-        for frame in _user_frames(caller):
-            for name, value, owner in variables.of(frame):
-                key, digest = (frame.f_code, name, type(value)), _digest(value, held)
-                if digest is None:
-                    continue
-                last_owner, last = self._seen.get(key, (owner, None))
-                if last not in (None, digest) and last_owner is owner:
-                    found &= Exactness.not_verified(_advice(name, value))
-                elif last is None and (owner is None or is_first or id(owner) in self._dicts):
-                    self._seen[key] = (owner, digest)  # else it is a tensor of a batch
+        met = [(frame.f_code, *one) for frame in _user_frames(caller) for one in variables.of(frame)]
+        for loader in (*variables.loaders, *self._accelerator._dataloaders):
+            held |= {id(generator) for generator in generators_of(getattr(loader, "base_dataloader", loader))}
+        for code, name, value, owner in met:
+            key, digest = (code, name, type(value)), _digest(value, held)
+            if is_iterator(value) and is_first:
+                found &= Exactness.not_verified(_advice(name, value))
+            if digest is None:
+                continue
+            last_owner, last = self._seen.get(key, (owner, None))
+            if last not in (None, digest) and last_owner is owner:
+                found &= Exactness.not_verified(_advice(name, value))
+            elif last is None and (owner is None or is_first or id(owner) in self._dicts):
+                self._seen[key] = (owner, digest)  # else it is a tensor of a batch
         if is_first:
             self._dicts = variables.dicts
         before.restore()  # an object of the script may have drawn
@@ -156,11 +157,12 @@ class _Variables:
         self._known: set[int] = set()
         self.dicts: dict[int, Any] = {}
         """All that were met, by identity."""
-        self._counted = _Counted()
+        self.loaders: list[Any] = []
+        self._counted = Counted()
 
     def of(self, frame: FrameType) -> Iterator[tuple[str, Any, Any]]:
         """Name, value, and the object that must be the same one for a comparison; None where the name is enough."""
-        self._counted = _counted_in(frame.f_code)
+        self._counted = counted_in(frame.f_code)
         values = {name: frame.f_globals[name] for name in frame.f_code.co_names if name in frame.f_globals}
         for name, value in {**values, **frame.f_locals}.items():
             yield from self._inside(name, value, None, _MOST_DEPTH)
@@ -171,6 +173,10 @@ class _Variables:
                 yield name, value, owner
         elif isinstance(value, (torch.Tensor, deque)):
             yield name, value, value if owner is None else owner
+        elif is_generator(value) or is_iterator(value):
+            yield name, value, value
+        elif isinstance(value, DataLoader):
+            self.loaders.append(value)
         elif isinstance(value, _FUNCTIONS):
             yield from self._used_by(value, depth)
         elif isinstance(value, (dict, list, tuple)) or _is_of_the_script(value):
@@ -196,7 +202,7 @@ class _Variables:
         counted = self._counted
         if owner is not None and not isinstance(owner, (dict, list, tuple)):
             kind: Any = type(owner)
-            counted = _counted_by(kind)
+            counted = counted_by(kind)
         return name in (counted.numbers if type(value) is int else counted.factors)
 
     def _used_by(self, function: Any, depth: int) -> Iterator[tuple[str, Any, Any]]:
@@ -205,7 +211,7 @@ class _Variables:
             if depth == 0 or id(one) in self._known:
                 continue
             self._known.add(id(one))
-            before, self._counted = self._counted, _counted_in(one.__code__, everywhere=True)
+            before, self._counted = self._counted, counted_in(one.__code__, everywhere=True)
             used = {name: one.__globals__[name] for name in names_in(one.__code__) if name in one.__globals__}
             cells = zip(one.__code__.co_freevars, map(content_of, one.__closure__ or ()), strict=False)
             for name, value in {**used, **dict(cells)}.items():
@@ -239,107 +245,38 @@ def _is_of_the_script(value: Any) -> bool:
     return is_of_the_script(type(value).__module__)
 
 
-class _Counted(NamedTuple):
-    """Names that code counts up and does not set again."""
-
-    numbers: frozenset[str] = frozenset()
-    """As in `calls += 1`."""
-    factors: frozenset[str] = frozenset()
-    """As in `weight *= 0.9`; sums of losses are for a printout."""
-    set_again: frozenset[str] = frozenset()
-
-
-@functools.cache
-def _counted_in(code: CodeType, *, everywhere: bool = False) -> _Counted:
-    """Variables that are counted in a loop; a sum that begins again with each epoch is set in the loop too.
-
-    Args:
-        everywhere: in a function that is called in a loop, or a method: except for variables of its own.
-    """
-    numbers: set[str] = set()
-    factors: set[str] = set()
-    set_again: set[str] = set()
-    counts, sign = everywhere, ""
-    lines = list(_lines(code))
-    stored = {
-        name for line in lines for one in line if one.opname.startswith("STORE_") for name in _names_of(one)
-    }
-    for line in lines:
-        reads = {name for one in line if one.opname.startswith("LOAD_") for name in _names_of(one)}
-        for one in line:
-            counts |= one.opname == "FOR_ITER"
-            if one.opname.startswith("STORE_") and counts and not (everywhere and "FAST" in one.opname):
-                for name in _names_of(one)[: 1 if "LOAD" in one.opname else None]:
-                    by_itself = name in reads and not (reads - {name}) & stored  # calls = calls + 1
-                    known = {"+": [numbers], "-": [numbers], "*": [factors], "/": [factors]}.get(sign)
-                    for found in known or ([numbers, factors] if by_itself else [set_again]):
-                        found.add(name)
-            if one.opname not in _BETWEEN:
-                sign = _IN_PLACE.get(
-                    one.opname, one.argrepr[0] if one.argrepr in ("+=", "-=", "*=", "/=") else ""
-                )
-    return _Counted(*map(frozenset, (numbers - set_again, factors - set_again, set_again)))
-
-
-def _lines(code: CodeType) -> Iterator[list[dis.Instruction]]:
-    """The instructions of a code, line by line."""
-    starts, found = {offset for offset, _ in dis.findlinestarts(code)}, list[dis.Instruction]()
-    for one in dis.get_instructions(code):
-        if one.offset in starts and found:
-            yield found
-            found = []
-        found.append(one)
-    yield found
-
-
-def _names_of(instruction: dis.Instruction) -> list[str]:
-    """Of variables and attributes; Python 3.13 has instructions for two at once."""
-    found = instruction.argval
-    names = found if isinstance(found, tuple) else (found,)
-    return [name for name in names if isinstance(name, str)] if "CONST" not in instruction.opname else []
-
-
-@functools.cache
-def _counted_by(kind: Any) -> _Counted:
-    """Attributes that the methods of a class count; what `__init__` sets is where they begin."""
-    each = [
-        _counted_in(function.__code__, everywhere=True)
-        for function in methods_of(kind)
-        if function.__name__ != "__init__"
-    ]
-    numbers, factors, set_again = (
-        (frozenset[str]().union(*found) for found in zip(*each, strict=True)) if each else _Counted()
-    )
-    return _Counted(numbers - set_again, factors - set_again)
-
-
 def _digest(value: Any, held: set[int]) -> bytes | None:
     """Of the state in it; None where it has none, or Accelerate saves it."""
-    if id(value) in held:
+    if id(value) in held or is_iterator(value):
         return None
     tensors: list[Any] = []
     digest = xxhash.xxh3_128()
     try:
-        if isinstance(value, (int, float)):
-            digest.update(str(value).encode())
-        elif isinstance(value, deque):
-            tensors = [item for item in _flat_items(value) if isinstance(item, torch.Tensor)]
-            if value and not tensors:
-                return None  # numbers for a printout
-        elif isinstance(value, torch.Tensor):
-            tensors = [value]
-        elif isinstance(value, torch.nn.Module):
-            tensors = [*value.parameters(), *value.buffers()]
-        else:
-            digest.update(repr(list(_flat(value.state_dict(), tensors))).encode())
+        digest.update(_text_of(value, tensors).encode())
         own = [tensor for tensor in tensors if id(tensor) not in held]
-        if tensors and not own:
+        is_printed = (
+            isinstance(value, deque) and value and not tensors
+        )  # numbers for a mean of the latest losses
+        if (tensors and not own) or is_printed:
             return None
         for tensor in own:
             digest.update(_sample(tensor))
     except Exception:  # noqa: BLE001 - an object of the script that cannot be read must not end its training
         return None
     return digest.digest()
+
+
+def _text_of(value: Any, tensors: list[Any]) -> str:
+    """What is in a variable besides its tensors, which are put into the list."""
+    if isinstance(value, (int, float)):
+        return str(value)
+    if is_generator(value):
+        return state_of(value)
+    if isinstance(value, torch.nn.Module):
+        tensors += [*value.parameters(), *value.buffers()]
+        return ""
+    state = value if isinstance(value, (torch.Tensor, deque)) else value.state_dict()
+    return repr(list(_flat(state, tensors)))
 
 
 def _flat(state: Any, tensors: list[Any]) -> Iterator[Any]:
@@ -350,19 +287,13 @@ def _flat(state: Any, tensors: list[Any]) -> Iterator[Any]:
         for key, item in state.items():
             yield str(key)
             yield from _flat(item, tensors)
-    elif isinstance(state, (list, tuple)):
-        for item in state:
+    elif isinstance(state, (list, tuple, deque)):
+        for item in list(state):
             yield from _flat(item, tensors)
+    elif type(state).__module__ == "numpy" and hasattr(state, "tobytes"):
+        yield state.reshape(-1)[:4096].tobytes()
     elif isinstance(state, (bool, int, float, str)):
         yield state
-
-
-def _flat_items(items: Any) -> Iterator[Any]:
-    for item in list(items)[:_SAMPLE]:
-        if isinstance(item, (list, tuple, dict)):
-            yield from _flat_items(item.values() if isinstance(item, dict) else item)
-        else:
-            yield item
 
 
 def _sample(tensor: Any) -> bytes:
@@ -376,6 +307,10 @@ def _advice(name: str, value: Any) -> str:
         return f"the counter {name!r} starts over after a resume: use loop.global_step or loop.batch_index"
     if isinstance(value, torch.Tensor):
         return f"no checkpoint holds the tensor {name!r}, which changes: {_SAVE_IT} that contains it"
+    if is_generator(value):
+        return f"the generator {name!r} starts over after a resume: draw from the random numbers of torch, numpy or Python"
+    if is_iterator(value):
+        return f"the iterator {name!r} starts over after a resume, and no checkpoint has its position"
     if isinstance(value, deque):
         return f"no checkpoint holds the tensors in {name!r}, which change: {_SAVE_IT} that contains them"
     prepares = isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))

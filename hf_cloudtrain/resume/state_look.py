@@ -112,9 +112,8 @@ class Looker:
             for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=False):
                 yield name, content_of(cell)
         elif isinstance(thing, types.MethodType):
-            used = names_in(
-                thing.__func__.__code__
-            )  # of what may be a large object, such as a trainer of the script
+            # Of what may be a large object, such as a trainer of the script, only what the method uses.
+            used = {name for one in functions_of(thing) for name in names_in(one.__code__)}
             yield from ((name, value) for name, value in self._parts(thing.__self__) if name in used)
         elif isinstance(thing, (list, tuple)):
             yield from enumerate_names("item", thing[:_ITEMS])
@@ -122,7 +121,7 @@ class Looker:
     def _holds(self, value: Any, depth: int) -> bool:
         if id(value) in self._ids or isinstance(value, (str, bytes, int, float, type(None))):
             return False
-        if isinstance(value, (torch.Tensor, torch.nn.Module)) or is_generator(value) or _is_iterator(value):
+        if isinstance(value, (torch.Tensor, torch.nn.Module)) or is_generator(value) or is_iterator(value):
             return True
         if depth == 0:
             return False
@@ -145,7 +144,7 @@ class Looker:
         if isinstance(value, torch.Tensor):
             return (id(value), "inference" if value.is_inference() else value._version)
         if is_generator(value):
-            return _state_of(value)
+            return state_of(value)
         return self._seen_inside(value, depth)
 
     def _seen_inside(self, value: Any, depth: int) -> Any:
@@ -153,7 +152,7 @@ class Looker:
             return tuple(self._seen(tensor, 0) for tensor in (*value.parameters(), *value.buffers()))
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             return (id(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
-        if _is_iterator(value) and not _is_closed(value):
+        if is_iterator(value) and not _is_closed(value):
             return object()  # where it stands cannot be seen, so it never looks the same
         if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
             names = tuple(map(str, _ends(value.keys()))) if isinstance(value, dict) else ()
@@ -246,7 +245,8 @@ def is_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
 
 
-def _state_of(generator: Any) -> str:
+def state_of(generator: Any) -> str:
+    """The state of a random generator, or a digest of it."""
     if isinstance(generator, torch.Generator):
         return xxhash.xxh3_64_hexdigest(bytes(generator.get_state().tolist()))
     if isinstance(generator, random.Random):
@@ -255,7 +255,8 @@ def _state_of(generator: Any) -> str:
     return repr(bits.state)
 
 
-def _is_iterator(value: Any) -> bool:
+def is_iterator(value: Any) -> bool:
+    """Whether it has a position that cannot be seen, and that may matter."""
     return hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.resume.outside_state import OutsideState
 from hf_cloudtrain.storage.client import Storage
 from tests.integration import _loops
 from tests.integration._loops import KilledError, Rows, difference
@@ -226,6 +227,15 @@ def test_law_7_stateful_loaders_are_exact_with_an_evaluation(tmp_path: Path, kil
     gap, found = through_a_kill(tmp_path, every_batch, kill=kill, stateful=True, evaluates=True, **arguments)
     assert gap == 0.0
     assert all(manifest.exact for manifest in found)
+
+
+def test_a_look_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(OutsideState, "begin", fail)
+    train(tmp_path / "run", tmp_path / "out", every_batch, rows=8, epochs=1, save_steps=None)
+    assert manifests(tmp_path / "run")[0].inexact_reason == "a look at it ended with RuntimeError: not now"
 
 
 @pytest.mark.parametrize(("registered", "exact"), [(False, None), (True, True)])

@@ -23,7 +23,6 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.complete import end_run, is_complete
-from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
 from hf_cloudtrain.integrations.loop.folder import LoopFolder, Resumed
 from hf_cloudtrain.integrations.loop.reporting import LoopReport, number, saves
 from hf_cloudtrain.integrations.loop.state import (
@@ -37,8 +36,6 @@ from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
 from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.dataloaders import length
-from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
-from hf_cloudtrain.resume.outside_state import OutsideState
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
 
@@ -134,17 +131,7 @@ class TrainLoop:
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)
-        self._run = LoopRun(
-            accelerator,
-            self._lifecycle,
-            self._folder,
-            self._report,
-            state,
-            OptimizerSteps(accelerator),
-            OutsideState(accelerator),
-            DataEvidence(accelerator),
-            num_epochs,
-        )
+        self._run = LoopRun(accelerator, self._lifecycle, self._folder, self._report, state, num_epochs)
         self._grace_seconds = grace_seconds
         self._clock = SaveClock.of(save_interval_seconds, save_overhead)
         self._resumed: Resumed | None = None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hf_cloudtrain.checkpoints.exactness import safely, strongest
+from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness, safely, strongest
 from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
@@ -49,14 +49,24 @@ class LoopRun:
     folder: LoopFolder
     report: LoopReport
     state: LoopState
-    optimizers: OptimizerSteps
-    outside: OutsideState
-    data: DataEvidence
     num_epochs: int
     save_requested: bool = False
     stop_requested: bool = False
     total_steps: int | None = None
     """Optimizer steps of the whole training, as far as it is known."""
+
+    def __post_init__(self) -> None:
+        self.optimizers = OptimizerSteps(self.accelerator)
+        self.outside = OutsideState(self.accelerator)
+        self.data = DataEvidence(self.accelerator)
+        self.unseen = EXACT
+        """Why something was not looked at, if that failed."""
+
+    def begin_to_look(self, dataloader: Any) -> Exactness:
+        """An epoch begins to iterate this DataLoader, and what may change from here on is looked at."""
+        self.outside.begin()
+        self.data.begin(dataloader)
+        return EXACT
 
     @property
     def ranks(self) -> Ranks:
@@ -119,8 +129,7 @@ class EpochSteps:
             total_steps=run.total_steps,
             samples_per_step=samples_per_step(run.accelerator, dataloader),
         )
-        run.outside.begin()
-        run.data.begin(dataloader)
+        run.unseen &= safely(lambda: run.begin_to_look(dataloader))
         for loader in run.accelerator._dataloaders:
             if loader is not dataloader:
                 run.evaluates(loader)
@@ -173,7 +182,7 @@ class EpochSteps:
             sums=run.report.log.state_dict() if run.ranks.is_main else {},
         )
         where = position(run.accelerator, state, self.position, run.num_epochs, run.total_steps)
-        found = cursor.exactness & safely(run.outside.look)
+        found = cursor.exactness & run.unseen & safely(run.outside.look)
         found &= safely(lambda: run.data.look(between_epochs=self.is_over))
         cursor = dataclasses.replace(cursor, exactness=strongest(found, run.ranks))
         last = run.stop_requested or state.epoch >= run.num_epochs

@@ -86,6 +86,7 @@ class Evidence:
         self._evaluations = None
         if self._resumed and args.dataloader_persistent_workers and _has_evaluated(state):
             self._evaluations = WorkerSeeds()
+        self._is_seeded = is_seeded(getattr(trainer, "train_dataset", None))
         self._exported = self._now_exported()
         """As the script made them, and makes them again."""
         self._others = _others_who_may_draw(trainer, ours)
@@ -201,7 +202,7 @@ class Evidence:
                 found &= Exactness.no(
                     "Trainer evaluates at the end of this pass, and once more after a resume from here"
                 )
-            if not is_seeded(getattr(self._trainer, "train_dataset", None)):
+            if not self._is_seeded:
                 found &= UNSEEDED
             if self._passes > 1:
                 found = found & Exactness.no(

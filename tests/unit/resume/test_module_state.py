@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cloudtrain.resume.module_state import ModuleState, of_adapter
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
 
 GENERATOR = torch.Generator()
 
@@ -41,6 +41,12 @@ def with_buffer(*, persistent: bool) -> Net:
     return net
 
 
+def hooked(chance: random.Random) -> Net:
+    net = Net()
+    net.layer.register_forward_hook(lambda module, args, output: output * chance.random())
+    return net
+
+
 CHANGES: dict[str, tuple[Any, Any, str]] = {
     "int": (Net(0), lambda net: setattr(net, "value", 1), "'value' of Net"),
     "tensor": (Net(torch.zeros(1)), lambda net: net.value.add_(1), "'value' of Net"),
@@ -54,6 +60,16 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
         Outside(),
         lambda net: net(torch.ones(2)),
         "'GENERATOR', which Outside of the model uses, changes",
+    ),
+    "frozen": (
+        Net(),
+        lambda net: net.layer.requires_grad_(False),
+        "the choice of trained weights of 'layer'",
+    ),
+    "hook": (
+        hooked(random.Random(0)),
+        lambda net: net(torch.ones(2)),
+        "'chance' of a hook of Linear of the model",
     ),
     "within": (torch.nn.Sequential(Net(0)), lambda net: setattr(net[0], "value", 1), "'value' of Net (0)"),
 }
@@ -78,6 +94,27 @@ def test_what_a_checkpoint_holds_may_change() -> None:
     net.mean.add_(1)
     net.eval()
     assert state.look().exact is True
+
+
+class Decaying(torch.optim.SGD):
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        super().step(closure)
+
+
+class Saved(Decaying):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls}
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(torch.optim.SGD, True), (Decaying, None), (Saved, True)])
+def test_an_optimizer_that_counts(kind: type[torch.optim.SGD], exact: bool | None) -> None:
+    optimizer = kind(Net().parameters(), 0.1)
+    state = OptimizerState(optimizer)
+    optimizer.step()
+    assert state.look().exact is exact
 
 
 def test_trained_weights_beside_an_adapter() -> None:

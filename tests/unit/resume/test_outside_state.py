@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +62,7 @@ def accelerator_of(*models: Any, optimizers: Any = (), schedulers: Any = (), cus
         _optimizers=list(optimizers),
         _schedulers=list(schedulers),
         _custom_objects=list(custom),
+        _dataloaders=[],
         unwrap_model=lambda model: model,
         scaler=None,
         distributed_type="DistributedType.NO",
@@ -235,6 +238,59 @@ class TestFound:
         update()
         assert "'ema'" in str(outside.look())
 
+    @pytest.mark.parametrize(
+        ("generator", "draw"),
+        [
+            (torch.Generator(), lambda it: torch.rand(1, generator=it)),
+            (random.Random(0), lambda it: it.random()),
+            (np.random.default_rng(0), lambda it: it.random()),
+        ],
+        ids=["torch", "python", "numpy"],
+    )
+    def test_a_generator_in_a_variable(self, generator: Any, draw: Callable[[Any], object]) -> None:
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        assert outside.look().exact is True
+        draw(generator)
+        assert "the generator 'generator' starts over" in str(outside.look())
+
+    def test_an_iterator_in_a_variable(self) -> None:
+        others, outside = iter([1, 2]), OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        assert "the iterator 'others' starts over" in str(outside.look())
+        assert next(others) == 1
+
+    def test_a_counter_that_is_set_to_a_sum(self) -> None:
+        calls, outside = 0, OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        for _ in range(3):
+            calls = calls + 1
+        assert "the counter 'calls' starts over" in str(outside.look())
+
+    def test_an_average_that_begins_with_the_first_step(self) -> None:
+        average: dict[str, torch.Tensor] = {}
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        average["weight"] = torch.ones(2)
+        assert outside.look().exact is True
+        average["weight"] = 0.9 * average["weight"]
+        assert "average['weight']" in str(outside.look())
+
+    def test_an_average_of_numpy_in_an_object_with_a_state(self) -> None:
+        class Average:
+            def __init__(self) -> None:
+                self.mean = np.zeros(2)
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"mean": self.mean}
+
+            def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+        average, outside = Average(), OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        average.mean += 1
+        assert "'average' (Average)" in str(outside.look())
+
     def test_a_buffer_of_the_model_that_is_not_persistent(self) -> None:
         model = torch.nn.Linear(2, 2)
         model.register_buffer("mean", torch.zeros(1), persistent=False)
@@ -254,6 +310,21 @@ class TestFound:
 
 
 class TestNotFound:
+    def test_the_generator_of_a_loader_which_the_position_has(self) -> None:
+        generator = torch.Generator()
+        loader = torch.utils.data.DataLoader([1, 2], shuffle=True, generator=generator)  # type: ignore[arg-type]
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        assert len(list(loader)) == 2
+        assert outside.look().exact is True
+
+    def test_the_best_value_so_far(self) -> None:
+        best, outside = 1.0, OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        for value in (0.5, 0.7):
+            best = min(best, value)
+        assert (best, outside.look().exact) == (0.5, True)
+
     def test_what_accelerate_saves(self) -> None:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters())

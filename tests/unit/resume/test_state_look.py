@@ -125,7 +125,7 @@ def test_of_a_method_only_what_it_uses_belongs_to_it() -> None:
     assert changed(before, looker.look(trainer.collate)) == "seen"
 
 
-def test_a_file_that_is_opened_is_no_state_but_a_number_is() -> None:
+def test_a_number_is_state_and_a_file_that_is_opened_is_not() -> None:
     opens, counts = thing(value=None), thing(value=None)
     looks = [StateLook(Looker(), [("train_dataset", one)]) for one in (opens, counts)]
     opens.value, counts.value = Thing(), 1
