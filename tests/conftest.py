@@ -70,10 +70,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
+def let_loader_processes_end() -> None:
+    """A DataLoader that is garbage cannot reach its processes: it waits 5 s for them, and terminates them."""
+    loaders = sys.modules.get("torch.utils.data._utils")
+    if loaders is not None:
+        loaders.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
 def pytest_collection_finish() -> None:
     """Exempt what is imported from garbage collection: Trainer collects at each start, a third of a second with torch."""
     gc.collect()
     gc.freeze()
+    let_loader_processes_end()
 
 
 def pytest_unconfigure() -> None:
