@@ -49,6 +49,8 @@ def save_folder(
         name=folder_name(name),
         origin=origin(),
     )
+    if queue is not None and queue.late is not None:
+        queue.late.settle()  # it may be a checkpoint whose files are still being written
     entry = outbox.accept(folder, entry)
     if queue is None:
         with Bar(progress := Progress()):

@@ -77,6 +77,7 @@ class StagedSaves:
         connection = checkpointer.storage.connection
         try:
             self._saves = AsyncSaves(checkpointer.output_dir, expected=self._size, connection=connection)
+            logger.info("Saves are asynchronous: process %s writes their files.", self._saves.writer_pid)
         except OSError as error:
             logger.warning("Saves are not asynchronous: %s", error)
         queue.late = self._saves

@@ -81,7 +81,7 @@ class LateWriter:
 
     def end(self) -> None: ...
 
-    pid = None
+    pid = 4711
 
     def _work(self, job: WriteJob, done: Callable[[str], None], failed: Callable[[str], None]) -> None:
         self._all.may_write.wait()

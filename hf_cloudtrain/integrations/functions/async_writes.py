@@ -123,6 +123,7 @@ class AsyncWrites:
         connection = self._checkpointer.storage.connection
         try:
             self._saves = AsyncSaves(self._folder, expected=size, connection=connection, in_place=True)
+            logger.info("Saves are asynchronous: process %s writes their files.", self._saves.writer_pid)
         except OSError as error:
             self._refuse(str(error))
 

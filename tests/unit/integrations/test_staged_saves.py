@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
+from hf_cloudtrain.checkpoints.manifest import Position
 from hf_cloudtrain.integrations import staged_saves
 from hf_cloudtrain.integrations.staged_saves import StagedSaves, checkpoint_size, may_stage
 from hf_cloudtrain.staging.saves import WORTH_IT
@@ -98,6 +100,30 @@ def test_without_a_writer_process_saves_are_ordinary_ones(
     assert (folder / "model.pt").exists()
     staged.settle()
     staged.end()
+
+
+def test_a_checkpoint_that_is_stored_under_a_name_is_waited_for(
+    checkpointer: Checkpointer,
+    machines: Machines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "out" / "checkpoint-5"
+    folder.mkdir()
+    with LateWriters.instead_of_processes(monkeypatch) as writers:
+        caplog.set_level("INFO", logger="hf_cloudtrain")
+        staged = StagedSaves(checkpointer, WORTH_IT)
+        assert "Saves are asynchronous: process 4711 writes their files." in caplog.text
+        writers.may_write.clear()
+        staged.open(folder)
+        torch.save(torch.zeros(1), folder / "model.pt")
+        staged.close()
+        checkpointer.save(folder, Position(global_step=5))
+        threading.Timer(0.2, writers.may_write.set).start()
+        checkpointer.save_folder(folder, "final")
+        assert (machines.run / "final" / "model.pt").exists()
+        staged.end()
 
 
 def test_the_end_gives_the_memory_back_and_later_saves_are_ordinary_ones(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 import hf_cloudtrain as ct
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.functions import api
+from hf_cloudtrain.staging import recorders
 from tests.faults.late_writer import LateWriters, replaced_functions
 from tests.faults.runs import Machines, wait_until
 
@@ -49,13 +52,6 @@ def end_of_process() -> None:
 
 def state(value: int) -> dict[str, torch.Tensor]:
     return {"weight": torch.full((1_000,), float(value))}
-
-
-def archive(value: int) -> bytes:
-    """What torch.save writes into `checkpoint.pt`."""
-    data = io.BytesIO()
-    torch.save(state(value), data)
-    return data.getvalue().replace(b"archive/", b"checkpoint/")
 
 
 def step() -> None:
@@ -290,3 +286,30 @@ def test_in_local_mode_and_before_the_first_step_files_are_written_as_always(
     ct.init(10)
     save(tmp_path, 2)
     assert value_in(tmp_path / "checkpoint.pt") == 2
+
+
+def train_until_killed(url: str, folder: str) -> None:
+    """In a process of its own: SIGKILL right after a save was handed over."""
+    recorders.SMALL_FILE = 0
+    ct.init(1_000, url, folder, async_save=True)
+    while True:
+        step()
+        save(Path(folder), ct.processed_steps())
+        ct.upload_checkpoint()
+        if ct.processed_steps() == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_staged_save_survives_the_kill_of_the_script(machines: Machines, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    call = f"train_until_killed({machines.storage.url!r}, {str(folder)!r})"
+    command = [sys.executable, "-c", f"from {__name__} import train_until_killed; {call}"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    for _ in range(2):  # the second time from a whole folder
+        ct.init(1_000, machines.storage.url, folder)
+        assert ct.restore() == str(folder)
+        assert ct.processed_steps() == 3
+        assert value_in(folder / "checkpoint.pt") == 3
+        end_of_process()
