@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import stage_all
+from tests.integration._zygote import Zygote
 from tests.servers import AzuriteServer, MotoServer, RcloneServer, Server, ServerMissingError
 from tests.slurm_cluster import SlurmCluster
 
@@ -178,6 +179,13 @@ def rclone(shared_models: None) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def azurite() -> Iterator[Server]:
     yield from running(AzuriteServer())
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Forks processes that have torch and transformers imported already."""
+    with Zygote(tmp_path_factory.mktemp("zygote"), "tests.integration._attempts") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

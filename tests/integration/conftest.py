@@ -18,12 +18,6 @@ def every_save_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_cloudtrain.checkpoints.upload_queue.MAX_WAITING", 1000)
 
 
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    with Zygote(tmp_path_factory.mktemp("zygote"), "tests.integration._attempts") as running:
-        yield running
-
-
 @pytest.fixture
 def lab(zygote: Zygote, tmp_path: Path) -> Lab:
     return Lab(zygote, tmp_path)

@@ -138,6 +138,7 @@ def test_a_killed_node_leaves_no_process_and_is_restarted(desk: Desk) -> None:
     assert f"ends with {value_after(60)!r}" in desk.log()
 
 
+@pytest.mark.slow
 def test_a_command_that_does_not_stop_is_killed_after_its_grace(desk: Desk) -> None:
     (desk.project / "stubborn.py").write_text(
         "import signal, subprocess, sys, time\n"
