@@ -112,8 +112,8 @@ def may_stage(
         return why_not(size)
 
     reason = checkpointer.ranks.agree(why_ordinary, "prepare asynchronous saves")
-    if reason is not None and wish and checkpointer.ranks.is_main:
-        logger.warning("Saves are not asynchronous: %s.", reason)
+    if reason is not None and (wish or (wish is None and size >= WORTH_IT)) and checkpointer.ranks.is_main:
+        logger.log(logging.WARNING if wish else logging.INFO, "Saves are not asynchronous: %s.", reason)
     return reason is None
 
 

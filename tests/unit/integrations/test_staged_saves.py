@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_large_checkpoints_are_staged_unless_the_user_says_otherwise(
         ),
     ],
 )
-def test_who_asks_for_it_is_told_why_not(
+def test_why_not_is_a_warning_for_who_asks_for_it_and_information_for_others(
     checkpointer: Checkpointer,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -70,10 +71,14 @@ def test_who_asks_for_it_is_told_why_not(
     reason: str,
 ) -> None:
     change(monkeypatch)
+    caplog.set_level(logging.INFO, staged_saves.__name__)
+    assert not may_stage(checkpointer, None, WORTH_IT - 1)
+    assert not may_stage(checkpointer, False, WORTH_IT)
     assert not may_stage(checkpointer, None, WORTH_IT)
-    assert "not asynchronous" not in caplog.text
-    assert not may_stage(checkpointer, True, WORTH_IT)
-    assert f"Saves are not asynchronous: {reason}" in caplog.text
+    assert not may_stage(checkpointer, True, WORTH_IT - 1)
+    told = [record for record in caplog.records if "Saves are not asynchronous" in record.message]
+    assert [record.levelname for record in told] == ["INFO", "WARNING"]
+    assert all(reason in record.message for record in told)
 
 
 def test_what_the_framework_cannot_stage_is_not_staged(checkpointer: Checkpointer) -> None:
