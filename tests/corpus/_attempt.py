@@ -168,7 +168,15 @@ def warm_up() -> None:
     """What each process would do once, and may do before the fork: no gradients, they start threads."""
     import datasets  # noqa: F401 - half a second
 
-    from tests.corpus import _functions, _loops, _models, _trainers, _unsure  # noqa: F401 - they register scripts
+    from tests.corpus import (  # noqa: F401 - they register scripts
+        _functions,
+        _hidden,
+        _hidden_loops,
+        _loops,
+        _models,
+        _trainers,
+        _unsure,
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         _models.bert().save_pretrained(folder)
