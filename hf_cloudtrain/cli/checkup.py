@@ -28,6 +28,7 @@ from hf_cloudtrain.storage import diagnosis
 from hf_cloudtrain.storage.backend import PART_SIZE
 from hf_cloudtrain.storage.client import PROBES, Storage
 from hf_cloudtrain.storage.diagnosis import SetUp
+from hf_cloudtrain.storage.failures import ASK_DOCTOR
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "not checked"
 
@@ -115,9 +116,7 @@ class Doctor:
             first = Line("credentials", FAILED, mend=set_up.log_in, error="No credentials were found.")
         else:
             first = Line("credentials", OK, set_up.credentials)
-        place = Line(
-            "server", OK, ", ".join(filter(None, (set_up.endpoint, set_up.region))) or "this machine"
-        )
+        place = Line("server", OK, ", ".join(filter(None, (set_up.endpoint, set_up.region))) or set_up.server)
         bucket = Line("bucket", OK, set_up.bucket)
         checks: list[tuple[str, Callable[[], str]]] = [
             ("write", self._write),
@@ -153,14 +152,15 @@ class Doctor:
         elif "Check the network" in error:
             to_blame, mend = (
                 place,
-                f"check the network and the endpoint (AWS_ENDPOINT_URL or {env.STORAGE_OPTIONS})",
+                f"check the network and the endpoint ({set_up.endpoint_setting} or {env.STORAGE_OPTIONS})",
             )
         elif credentials.state == OK and _IN_CREDENTIALS.search(error):
             to_blame, mend = credentials, f"{set_up.log_in}, or correct the {credentials.found}"
         elif credentials.state == FAILED:
             to_blame, mend = credentials, credentials.mend
         if to_blame is not written:
-            to_blame.state, to_blame.mend, to_blame.error, to_blame.found = FAILED, mend, error, None
+            to_blame.state, to_blame.mend, to_blame.found = FAILED, mend, None
+            to_blame.error = error.replace(ASK_DOCTOR, "").strip()
             written.state, written.mend, written.error = SKIPPED, None, None
             if to_blame is place:
                 bucket.state, bucket.found = SKIPPED, None
@@ -251,8 +251,8 @@ class Doctor:
         if offset is None:
             return Line(
                 "clock",
-                OK if set_up.endpoint is None else SKIPPED,
-                "no server to compare with" if set_up.endpoint is None else None,
+                OK if set_up.is_here else SKIPPED,
+                "no server to compare with" if set_up.is_here else None,
             )
         shown = f"{duration_text(abs(offset))} {'ahead' if offset > 0 else 'behind'}"
         if abs(offset) > CLOCK_LIMIT:

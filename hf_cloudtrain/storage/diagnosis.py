@@ -51,6 +51,15 @@ class SetUp:
     region: str | None = None
     endpoint: str | None = None
     """URL of the server; None where there is none or it is unknown."""
+    endpoint_setting: str = "that of its client"
+    """The variable that names another server."""
+    is_here: bool = False
+    """Whether the storage is this machine."""
+
+    @property
+    def server(self) -> str:
+        """What is known of a server without a URL."""
+        return "this machine" if self.is_here else "that in the URL"
 
     @property
     def is_billed(self) -> bool:
@@ -66,9 +75,11 @@ def set_up(url: str, options: dict[str, Any]) -> SetUp:
     find: Callable[[str, dict[str, Any]], SetUp] | None = _SET_UPS.get(protocol)
     if find is not None:
         return find(bucket, options)
-    what = "none needed" if is_local(url) or protocol == "memory" else f"left to fsspec's {protocol}://"
-    permission = "permission to write there" if is_local(url) else f"the documentation of {protocol}://"
-    return SetUp(None, what, "", "", dict.fromkeys(("write", "read", "list", "delete"), permission))
+    is_here = is_local(url) or protocol == "memory"
+    what = "none needed" if is_here else f"left to fsspec's {protocol}://"
+    permission = "permission to write there" if is_here else f"what the documentation of {protocol}:// says"
+    permissions = dict.fromkeys(("write", "read", "list", "delete"), permission)
+    return SetUp(None, what, "", "", permissions, is_here=is_here)
 
 
 def clock_offset(endpoint: str) -> float | None:
@@ -117,6 +128,7 @@ def _s3(bucket: str, options: dict[str, Any]) -> SetUp:
         },
         region=client.meta.region_name,
         endpoint=client.meta.endpoint_url,
+        endpoint_setting="AWS_ENDPOINT_URL",
     )
 
 
@@ -148,6 +160,7 @@ def _gcs(bucket: str, options: dict[str, Any]) -> SetUp:
         endpoint=options.get("endpoint_url")
         or os.environ.get("STORAGE_EMULATOR_HOST")
         or "https://storage.googleapis.com",
+        endpoint_setting="STORAGE_EMULATOR_HOST",
     )
 
 
@@ -190,6 +203,7 @@ def _azure(container: str, options: dict[str, Any]) -> SetUp:
         dict.fromkeys(("write", "read", "list", "delete"), role),
         endpoint=given.get("BlobEndpoint")
         or (f"https://{account}.blob.core.windows.net" if account else None),
+        endpoint_setting=variable,
     )
 
 
@@ -204,6 +218,7 @@ def _hugging_face(_: str, options: dict[str, Any]) -> SetUp:
         "",
         dict.fromkeys(("write", "read", "list", "delete"), "a token with write permission"),
         endpoint=huggingface_hub.constants.ENDPOINT,
+        endpoint_setting="HF_ENDPOINT",
     )
 
 

@@ -20,6 +20,7 @@ from hf_cloudtrain.storage.urls import missing_extra
 
 logger = logging.getLogger(__name__)
 
+ASK_DOCTOR = "`cloudtrain doctor` says where to put them."
 _REFUSED = set(
     "PermissionDeniedError UnauthenticatedError NoCredentialsError ClientAuthenticationError UnauthorizedSSOTokenError "
     "SSOTokenLoadError PartialCredentialsError CredentialRetrievalError TokenRetrievalError DefaultCredentialsError RefreshError "
@@ -91,9 +92,7 @@ def explain(error: Exception, what: str, protocol: str, secrets: tuple[str, ...]
 
 def _refused(what: str, reason: str) -> StoragePermissionError:
     if _NO_CREDENTIALS.search(reason):
-        return StoragePermissionError(
-            f"Could not {what}: no credentials were found ({reason}). `cloudtrain doctor` says where to put them."
-        )
+        return StoragePermissionError(f"Could not {what}: no credentials were found ({reason}). {ASK_DOCTOR}")
     return StoragePermissionError(
         f"Could not {what}: the storage refused access ({reason}). Check the credentials and their permissions."
     )

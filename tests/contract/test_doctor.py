@@ -115,6 +115,7 @@ def test_of_a_wrong_azure_key_the_credentials(azurite: Server, examine: Any) -> 
 def test_without_credentials_where_to_put_them(moto: Server, examine: Any) -> None:
     problem = only_problem(examine(f"s3://{moto.bucket}/run", {"endpoint_url": moto.endpoint}, code=1))
     assert (problem["check"], problem["mend"]) == ("credentials", "aws configure")
+    assert "cloudtrain doctor" not in problem["error"]
 
 
 def test_credentials_are_named_by_the_place_where_they_were_found(
@@ -163,6 +164,13 @@ def test_of_a_server_that_does_not_answer_the_endpoint(examine: Any) -> None:
     options = {"key": "a", "secret": "b", "endpoint_url": f"http://127.0.0.1:{free_port()}"}
     found = examine("s3://bucket/run", options, code=1)
     assert (only_problem(found)["check"], found["clock"]["state"]) == ("server", "not checked")
+    assert "AWS_ENDPOINT_URL" in only_problem(found)["mend"]
+
+
+def test_of_a_protocol_of_fsspec_alone_that_its_server_is_not_known(examine: Any) -> None:
+    found = examine("sftp://host/run", {"no such option": 1}, code=1)
+    assert found["server"]["found"] == "that in the URL"
+    assert found["clock"]["state"] == "not checked"
 
 
 def test_of_objects_that_no_listing_shows_the_listing(moto: Server, proxy: Proxy, examine: Any) -> None:
@@ -215,7 +223,9 @@ def test_the_table_fits_a_terminal_and_what_mends_follows_it(
     *table, mend = shown.stdout.splitlines()
     assert all(len(line) <= 80 for line in table)
     assert mend == "bucket: aws s3 mb s3://no-such-bucket, or correct the URL"
-    assert shown.stderr.startswith("bucket: Could not write")
+    first, error = shown.stderr.splitlines()
+    assert first.startswith("Checking 's3://no-such-bucket/run'")
+    assert error.startswith("bucket: Could not write")
 
 
 def test_the_cost_of_a_day_is_that_of_the_cost_page() -> None:

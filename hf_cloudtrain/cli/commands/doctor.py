@@ -32,6 +32,8 @@ def doctor(
     from hf_cloudtrain.cli.checkup import FAILED, Doctor, record
 
     patient = Doctor(url, int(gigabytes * 1e9))
+    if not as_json:
+        say(f"Checking {patient.storage.url!r}; a server that does not answer takes half a minute.")
     lines = list(patient.lines())
     if as_json:
         print_json(record(patient.storage, lines))

@@ -68,9 +68,10 @@ class TestRunStop:
     @pytest.mark.parametrize("state", ["finished", "failed", "stopped", f"{ESC}training"])
     def test_is_refused_if_the_attempt_has_ended(self, empty: Run, state: str) -> None:
         empty.begin()
-        empty.beat(1, step=7, state=state)
+        empty.beat(1, step=7, state=state, last_committed="000001-0000000007")
         text = sentence("run", "stop", empty.url)
         assert "No stop request was sent" in text
+        assert "checkpoint-7.a1" in text
         assert "at step 7" in text
         assert ESC not in text
         assert not empty.catalog.attempts.stop_requested(1)
