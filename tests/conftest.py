@@ -66,6 +66,8 @@ os.environ.update(SESSION_ENVIRONMENT)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run a failed test of these folders once more; the summary names it (docs/testing.md)."""
+    if stage_all.is_on():
+        items[:] = [item for item in items if item.get_closest_marker("ordinary_saves") is None]
     for item in items:
         if not RERUN_FOLDERS.isdisjoint(item.path.relative_to(TESTS).parts[:-1]):
             item.add_marker(pytest.mark.flaky(reruns=1))

@@ -9,12 +9,13 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
 
 from hf_cloudtrain.runtime.files import boot_id
+from hf_cloudtrain.runtime.threads import TURN
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,21 @@ def kill_children(patience: float = PATIENCE) -> None:
             return
 
 
+def await_orphans(mark: str, is_late: Callable[[], bool]) -> None:
+    """Wait for processes that our children left behind and that finish something by themselves. See `adopt_orphans`.
+
+    Args:
+        mark: part of their command lines.
+        is_late: whether to wait no longer.
+    """
+    while any(
+        mark in _command(process) for process in _family(os.getpid())[1:] if _parent(process) == os.getpid()
+    ):
+        if is_late():
+            return
+        time.sleep(TURN)
+
+
 def _send(process: psutil.Process, number: int) -> None:
     try:
         process.send_signal(number)
@@ -97,6 +113,20 @@ def _name(process: psutil.Process) -> str:
         return process.name()
     except psutil.Error:
         return ""
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
 
 
 def _family(pid: int) -> list[psutil.Process]:

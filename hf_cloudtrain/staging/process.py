@@ -28,6 +28,8 @@ TRIES = 3
 LOOK = 1.0
 """Seconds between two looks whether the other process lives: a forked process may keep its end of the socket open."""
 
+PROGRAM = "hf_cloudtrain.staging.writer"
+"""Part of the command line of a writer."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Not -m, and nothing in front of Python's own modules: the folder in which the user works may have a file socket.py. This
 # package is that of the training, wherever a different copy of it is installed.

@@ -156,6 +156,7 @@ def test_an_evaluation_that_does_not_fit_into_the_time_is_skipped_and_recorded(l
     assert "eval_loss" not in child.log
 
 
+@pytest.mark.ordinary_saves
 def test_a_late_upload_stays_in_the_outbox_and_the_next_start_finishes_it(lab: Lab) -> None:
     child = lab.start(
         "first",

@@ -119,6 +119,7 @@ class TestCallbacks:
 
 
 class TestStartsAgain:
+    @pytest.mark.ordinary_saves
     def test_a_fresh_start_ranks_above_what_the_run_had_and_keeps_it(self, lab: Lab) -> None:
         lab.train("first")
         lab.killed("second", kill_at=6, committed=4, fresh=True)
@@ -246,6 +247,7 @@ class TestSlowAndBrokenStorage:
         assert lab.problems() == []
         assert lab.outbox("first") == []
 
+    @pytest.mark.ordinary_saves
     def test_law_4_the_next_start_commits_what_a_kill_left_in_the_outbox(self, lab: Lab) -> None:
         lab.plain()
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, kill_at=6)
@@ -257,6 +259,7 @@ class TestSlowAndBrokenStorage:
         assert lab.keys() == ["000001-0000000004", "000002-0000000008", "000002-0000000012"]
         assert lab.difference("first") == 0.0
 
+    @pytest.mark.ordinary_saves
     def test_after_an_outage_during_training_everything_is_committed_at_the_end(self, lab: Lab) -> None:
         jolts = {"after": [["Jolt", {}]]}
         plain = lab.plain(**jolts)
@@ -284,6 +287,7 @@ class TestSlowAndBrokenStorage:
 
 
 class TestLaw5EndsEarly:
+    @pytest.mark.ordinary_saves
     def test_an_exception_in_training_drains_what_was_saved(self, lab: Lab) -> None:
         fails = {"after": [["FailAt", {"step": 6}]]}
         output = lab.fails("first", "slow_upload", module=MISHAPS, until=None, **fails)
@@ -292,6 +296,7 @@ class TestLaw5EndsEarly:
         assert lab.steps() == [4]
         assert lab.problems() == []
 
+    @pytest.mark.ordinary_saves
     def test_ctrl_c_twice_drains_what_was_saved(self, lab: Lab) -> None:
         interrupted = {"after": [["InterruptAt", {"step": 6, "times": 2}]]}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=None, **interrupted)
@@ -301,6 +306,7 @@ class TestLaw5EndsEarly:
         assert lab.steps() == [4]
 
     @pytest.mark.slow  # on a busy machine about one run in ten handles the first Ctrl-C too late
+    @pytest.mark.ordinary_saves
     def test_a_third_ctrl_c_names_the_command_that_finishes_it(self, lab: Lab) -> None:
         interrupted = {"after": [["InterruptAt", {"step": 6, "times": 2}]]}
         child = lab.start("first", "slow_upload", module=MISHAPS, until=-1, **interrupted)

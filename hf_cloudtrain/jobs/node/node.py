@@ -38,7 +38,8 @@ from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PROCESSED_ITERS
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.runtime.files import locked
-from hf_cloudtrain.runtime.process_tree import adopt_orphans, kill_children, terminate
+from hf_cloudtrain.runtime.process_tree import adopt_orphans, await_orphans, kill_children, terminate
+from hf_cloudtrain.staging.process import PROGRAM
 from hf_cloudtrain.tracking.exit_record import read_end
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,10 @@ class Node:
                     logger.warning("The command did not exit within its grace time; killing it.")
                     kill_children()
             time.sleep(POLL)
+        # The writer of a killed training still stores what was saved last.
+        ended = time.monotonic()
+        limit = self.submission.plan.grace + MARGIN
+        await_orphans(PROGRAM, lambda: time.monotonic() > (self._stopped_at or ended) + limit)
         self._can_interrupt = True
         kill_children()
         if wrapped[0] == "docker":  # a killed client leaves its container behind

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.jobs.node.node import SHELL, Ending, forget_launcher
+from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.runtime.process_tree import terminate
+from hf_cloudtrain.staging.process import PROGRAM
 
 SAVES_ON_SIGTERM = (
     "import signal, sys, time\n"
@@ -87,3 +90,46 @@ def test_without_a_signal_handler_all_processes_are_stopped() -> None:
 )
 def test_exit_codes_of_a_node(ending: Ending, status: int) -> None:
     assert ending.status == status
+
+
+CALLS = """
+import os, sys, time
+from pathlib import Path
+from hf_cloudtrain.jobs.node.node import Node
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.runtime.process_tree import adopt_orphans
+
+job = parse_job(b"name: toy\\njob_setting: {docker: {command: echo, image: some/image}}")
+submission = Submission(job, job.plan(), "toy-1", "run", "store", Path("home"), has_workspace=False)
+type(submission.plan).grace = float(sys.argv[2])
+node = Node(submission, 0, "here", 1, 1, lambda submission, mounts, command: command)
+node._parent = os.getppid()
+adopt_orphans()
+print(node._call(sys.argv[1], [], ".", dict(os.environ)), os.path.exists("stored"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mark", "grace", "stores"),
+    [
+        (PROGRAM, 30.0, True),
+        ("a different program", 30.0, False),
+        (PROGRAM, -MARGIN, False),
+    ],
+)
+def test_the_writer_of_a_killed_training_has_the_grace_to_store_what_was_saved(
+    tmp_path: Path, mark: str, grace: float, stores: bool
+) -> None:
+    """In a process of its own, which the orphan becomes a child of."""
+    orphan = f"setsid sh -c ': {mark}; sleep 0.5; touch stored' & exit 9"
+    said = subprocess.run(
+        [sys.executable, "-c", CALLS, orphan, str(grace)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert said.stdout == f"9 {stores}\n", said.stderr
