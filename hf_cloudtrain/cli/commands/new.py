@@ -42,7 +42,7 @@ def new(
             copy_function=_copy,
             dirs_exist_ok=True,
         )
-    except BaseException:  # half a project must not be taken for a whole one
+    except BaseException:  # half a project looks like a whole one
         _empty(directory, is_new)
         raise
     files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
