@@ -141,7 +141,9 @@ def _crash(codes: Sequence[int | None], commands: Sequence[int | None]) -> tuple
         return rank, None, f"Node {rank} was lost"
     if code < 0:
         return rank, code, f"The command of node {rank} was ended by {_signal_name(-code)}"
-    return rank, code, f"The command of node {rank} ended with exit code {code}"
+    # Of bash, whose program a signal has ended: https://www.gnu.org/software/bash/manual/html_node/Exit-Status.html
+    by = f" ({_signal_name(code - 128)})" if 128 < code < 128 + signal.NSIG else ""
+    return rank, code, f"The command of node {rank} ended with exit code {code}{by}"
 
 
 def _hint(lines: list[str]) -> str:

@@ -13,6 +13,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
+from hf_cloudtrain.checkpoints.local_home import remove_if_unused
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.folder_files import own_files
@@ -58,6 +59,7 @@ def restore(
     finally:
         checkpointer.close()
     if restored is None:
+        remove_if_unused(folder)
         start_over()
     return _chosen(
         None if restored is None else CheckpointKey(restored.manifest.attempt, restored.manifest.step), choice

@@ -68,6 +68,7 @@ def leave(
         ([None, None], (None, 1), None, None, "failed", "Node 0 was lost."),
         ([None, None], (None, 0), None, None, "failed", "Node 0 was lost."),
         ([None, None], (1, 75), None, None, "failed", "node 0 ended with exit code 1"),
+        ([None, None], (137, 75), None, None, "failed", "exit code 137 (SIGKILL)."),
         ([None, {"outcome": "failed", "reason": "CUDA"}], (75, 1), None, None, "failed", "exit code 1: CUDA"),
     ],
 )

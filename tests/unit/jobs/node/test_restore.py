@@ -88,6 +88,7 @@ def test_a_start_after_one_that_was_killed_before_its_first_checkpoint_finds_the
     (folder / "initial" / "weights.pt").write_text("the user's")
     os.utime(folder / "initial" / "weights.pt", (1e9, 1e9))
     prepared(tmp_path, 1)
+    LocalFolders(folder).check_writable()
     (folder / "checkpoint.pt").write_text("step 4, never uploaded")
     assert prepared(tmp_path, 2)["PROCESSED_ITERS"] == "0"
     assert [path.name for path in folder.iterdir()] == ["initial"]
