@@ -329,6 +329,8 @@ class TestDemo:
         assert result.returncode == 0, result.stdout + result.stderr
         last = result.stdout.splitlines()[-1]
         assert str(tmp_path / "out" / "loss.png") in last
+        assert re.search(r"│ +1 .*\d+ ms async", result.stdout)
+        assert re.search(r"│ +2 .*\d+ ms plain", result.stdout)
         assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
         assert (tmp_path / "out" / "storage" / "mrpc" / "final" / "model.safetensors").is_file()
         assert not (tmp_path / "out" / "machine-1").exists()

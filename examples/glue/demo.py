@@ -44,6 +44,7 @@ OPTIONS = {
     "--save_steps": SAVE_STEPS,
     "--logging_steps": LOGGING_STEPS,
     "--learning_rate": 1e-4,
+    "--vocab_size": 30_522,  # as BERT: checkpoints of 52 MB, so that the length of a save can be seen
     "--disable_tqdm": "true",
 }
 COLOURS = {1: "tab:blue", 2: "tab:green"}

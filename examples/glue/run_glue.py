@@ -99,6 +99,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "A Hub model or a folder. Without it: a small BERT with new weights."},
     )
+    vocab_size: int = field(
+        default=0, metadata={"help": "Least number of word embeddings of the small BERT."}
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for downloaded models and datasets."}
     )
@@ -190,7 +193,7 @@ def load_model(
     else:
         texts = (text for key in task.sentence_keys for text in raw["train"][key])
         tokenizer = make_tokenizer(texts, data_args.max_seq_length)
-        config = make_config(tokenizer, data_args.max_seq_length)
+        config = make_config(tokenizer, data_args.max_seq_length, model_args.vocab_size)
     config.num_labels = task.num_labels
     if task.is_regression:
         config.problem_type = "regression"

@@ -29,10 +29,10 @@ def make_tokenizer(texts: Iterable[str], max_length: int, size: int = VOCABULARY
     return BertTokenizer(vocab={token: at for at, token in enumerate(tokens)}, model_max_length=max_length)
 
 
-def make_config(tokenizer: BertTokenizer, max_length: int) -> BertConfig:
-    """Two layers of width 128: about 0.4 million weights besides the word embeddings."""
+def make_config(tokenizer: BertTokenizer, max_length: int, vocab_size: int = 0) -> BertConfig:
+    """Two layers of width 128: about 0.4 million weights besides the word embeddings, of which there are at least `vocab_size`."""
     return BertConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(len(tokenizer), vocab_size),
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
