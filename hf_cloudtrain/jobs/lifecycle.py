@@ -268,17 +268,23 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
 
 def writer_of(run_url: str, store: JobStore) -> JobRecord | None:
     """The job that writes to a run and is not over; None if this store has no such job."""
-    url = normal_url(run_url)
+    place = _place(run_url)
     for record in store.records():
-        if _is_url(record.run_url, url) and not (found := look(store, record)).is_over:
+        if _is_at(record.run_url, place) and not (found := look(store, record)).is_over:
             return found
     return None
 
 
-def _is_url(recorded: str, url: str) -> bool:
+def _is_at(recorded: str, place: str) -> bool:
     with contextlib.suppress(ConfigurationError):  # recorded by an older version, which refused less
-        return normal_url(recorded) == url
+        return _place(recorded) == place
     return False
+
+
+def _place(run_url: str) -> str:
+    """The same for all URLs of one run: a folder has a URL as well, and links may lead to it."""
+    url = normal_url(run_url)
+    return os.path.realpath(local_path(url)) if is_local(url) else url
 
 
 def facts_of(record: JobRecord) -> dict[str, Any]:

@@ -90,10 +90,14 @@ class TestRunDelete:
         assert "Watching" in cloudtrain("run", "delete", "mrpc", "--force", "--yes").stderr
         assert files_of(run) == [".cloudtrain/attempts/000003.json"]
 
-    def test_of_a_run_that_a_job_writes_to_is_refused(self, over: Run, store: JobStore) -> None:
+    def test_of_a_run_that_a_job_writes_to_is_refused_whatever_its_spelling(
+        self, over: Run, store: JobStore, tmp_path: Path
+    ) -> None:
         make_job(store, "queued", over.url)
-        text = sentence("run", "delete", over.url, "--force", "--yes")
-        assert "`cloudtrain job cancel glue-1 --wait`" in text
+        (tmp_path / "link").symlink_to(over.folder)
+        for url in (over.url, str(over.folder), "mrpc", f"file:///{over.folder}/", str(tmp_path / "link")):
+            text = sentence("run", "delete", url, "--force", "--yes")
+            assert "`cloudtrain job cancel glue-1 --wait`" in text
 
     def test_keeps_and_names_files_that_are_not_of_the_run(self, over: Run) -> None:
         (over.folder / "notes.txt").write_text("mine")
