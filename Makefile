@@ -2,7 +2,7 @@
 #   make check   ruff and mypy               make demo    a killed and resumed GLUE run, with a picture
 #   make test    the test suite              make test-slow     sweeps, long kills, Slurm
 #   make test-async   what trains, once more with asynchronous saves
-#   make chaos   1,050 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
+#   make chaos   1,300 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 #   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
 #   make test-trainers   trainers of TRL, sentence-transformers and peft, killed and resumed

@@ -22,11 +22,14 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim
+from tests.faults.staged import wait_for_no_writer
 from tests.integration._zygote import Child, Zygote
 
 PATIENCE = 3
 """Attempts in a row without a new checkpoint, after which one may train for longer."""
 PREFIX = "machine-"
+STAGED, KILLED = "staged", "writer-killed"
+"""Files that an attempt with staged saves leaves: a line for each save that was handed over; that the writer was killed."""
 KEPT = 2
 """The newest checkpoints, which are never deleted; nor is the one resumed from, until there is a newer one."""
 LONGEST = 5_000
@@ -63,6 +66,10 @@ class Tally:
     attempts: int = 0
     runs: int = 0
     checkpoints: int = 0
+    staged: int = 0
+    """Saves that were handed over to a writer process."""
+    writers: int = 0
+    """Killed writers."""
     overtaken: int = 0
     """Restores while an older attempt had a higher step: it was committed late and must not be chosen."""
     wrong_picks: list[str] = field(default_factory=list)
@@ -77,6 +84,7 @@ class Tally:
         rows += ["by phase (a process may be in several at once):"]
         rows += [f"  {count:5d}  {phase}" for phase, count in self.phases.most_common()]
         rows += [f"checkpoints committed: {self.checkpoints}"]
+        rows += [f"saves staged: {self.staged}, writers killed: {self.writers}"]
         rows += [f"restores while an older attempt had a higher step: {self.overtaken}"]
         rows += [f"wrong checkpoints restored: {len(self.wrong_picks)}", f"lost commits: {len(self.lost)}"]
         rows += [f"broken checkpoints: {len(self.broken)}", f"attempts that failed: {len(self.stuck)}"]
@@ -112,6 +120,7 @@ class Chaos:
         alone: float = 0.0,
     ) -> None:
         name = "small runs" if ranks == 1 else f"complete torchrun jobs of {ranks} ranks"
+        name += " with staged saves" if hasattr(victim, "WRITER") else ""
         self.tally = Tally(f"{name} (CHAOS_SEED={seed})")
         self._victim = victim
         self._zygote = zygote
@@ -122,6 +131,7 @@ class Chaos:
         self._ranks = ranks
         self._alone = alone
         self._aims: list[str] = []
+        self._writer = getattr(victim, "WRITER", {})
         self._events: dict[str, int] = {}
         self._visits: dict[str, int] = {}
         self._seconds = 0.0
@@ -202,13 +212,15 @@ class Chaos:
         accepted = {entry.key for entry in Outbox(run.machine).entries()}
         before = run.catalog.attempts.numbers()
         state = run.folder / "state"
-        state.unlink(missing_ok=True)
+        for path in (state, run.folder / STAGED, run.folder / KILLED):
+            path.unlink(missing_ok=True)
         aim = self._draw(run, accepted) if self.tally.kills < self._kills else None
         given = self._aim(aim)
         child = self._start(run, aim=given, hurry=0.0 if run.relieved else self._chance.random())
         if aim == "any":
             self._wait_and_kill(child)
         code = child.wait()
+        wait_for_no_writer(run.machine)
         self.tally.attempts += 1
         killed_alone = code == 1 and given is not None and not given["whole_job"]
         if (code not in (0, -signal.SIGKILL) and not killed_alone) or any(
@@ -216,9 +228,12 @@ class Chaos:
         ):
             self.tally.stuck.append(f"aim {given}, exit code {code}:\n{child.log}")
             raise AssertionError(f"{self.tally.table()}\n{self.tally.stuck[-1]}")
-        if code:
+        writer_killed = (run.folder / KILLED).exists()
+        if code or writer_killed:
             self.tally.kills += 1
-            self.tally.phases.update(phases_of(state))
+            self.tally.writers += writer_killed
+            self.tally.phases.update([given["phase"]] if writer_killed and given else phases_of(state))
+        self._check_staged(run, may_lose=bool(code) and writer_killed)
         self._check(run, accepted, before, child.log)
         return code == 0
 
@@ -227,7 +242,7 @@ class Chaos:
         if run.stuck >= PATIENCE or run.relieved:
             return "commit"  # not in its first visit: see _aim
         if not self._aims:
-            self._aims = ["any"] * 2 + list(self._victim.PHASES) * 2
+            self._aims = ["any"] * 2 + [*self._victim.PHASES, *self._writer] * 2
             self._chance.shuffle(self._aims)
         never = {"flush"} if not accepted else set()
         never |= {"download", "restore"} if not run.seen and not accepted else set()
@@ -258,6 +273,16 @@ class Chaos:
             with contextlib.suppress(ProcessLookupError):  # it has no process group of its own yet
                 os.killpg(child.pid, signal.SIGKILL)
         child.kill()
+
+    def _check_staged(self, run: Run, *, may_lose: bool) -> None:
+        """What was handed over to a writer is kept, unless it was killed together with the training."""
+        handed = (run.folder / STAGED).read_text().splitlines() if (run.folder / STAGED).exists() else []
+        self.tally.staged += len(handed)
+        if handed and not may_lose:
+            last = CheckpointKey(*map(int, handed[-1].split()))
+            kept = {*run.catalog.checkpoints(), *(entry.key for entry in Outbox(run.machine).entries())}
+            if not any(key >= last for key in kept):
+                self.tally.lost.append(f"{last} was handed over to the writer")
 
     def _check(self, run: Run, accepted: set[CheckpointKey], before: list[int], log: str) -> None:
         tally, catalog = self.tally, run.catalog

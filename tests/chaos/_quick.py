@@ -37,6 +37,7 @@ PHASES: Phases = {
 }
 STEPS, SAVE_STEPS, KEPT = 12, 2, 2
 NUMBERS = 64
+MODEL = "model.bin"
 PADDING = SMALL_FILE // 8 + 1
 """Numbers that make a file so large that it is linked, not copied."""
 
@@ -55,37 +56,64 @@ def plain(result: str) -> None:
 
 
 def attempt(
-    output_dir: str, run_url: str, state: str, result: str, hurry: float, aim: dict[str, Any] | None = None
+    output_dir: str,
+    run_url: str,
+    state: str,
+    result: str,
+    hurry: float,
+    aim: dict[str, Any] | None = None,
+    phases: Phases = PHASES,
+    saver: Any = None,
 ) -> dict[str, Any]:
     """One attempt: resume, train, save, delete old checkpoints, wait.
 
     Args:
         hurry: share of saves that do not wait for the upload of the previous one, and share of slow uploads.
+        saver: how it saves and loads; None: `Saver`.
     """
+    saver = saver or Saver()
     os.setpgrp()
     upload_queue.MAX_WAITING = 1_000  # steps of microseconds are faster than any upload
     hurries = random.Random(hurry)
     slow_down(hurry)
-    watch = Watch(PHASES, state, Aim(**aim) if aim else None)
+    watch = Watch(phases, state, Aim(**aim) if aim else None)
     watch.begin()
     run = Checkpointer(run_url, output_dir)
     restored = run.restore()
-    weights, chance = load(restored.path) if restored else begin()
+    weights, chance = load(restored.path, saver.model(restored.path)) if restored else begin()
     done = restored.manifest.step if restored else 0
     run.begin(done)
+    saver.begin(run)
     for at in range(done + 1, STEPS + 1):
         step(weights, chance)
         if at % SAVE_STEPS == 0:
-            run.save(save(Path(output_dir), at, weights, chance), Position(global_step=at))
-            rotate(Path(output_dir), at)
+            saver.save(run, at, weights, chance)
             retire_old(run.catalog)
             if hurries.random() > hurry:
                 run.wait()
     run.wait()
     retire_old(run.catalog)
+    saver.end()
     run.close()
     Path(result).write_bytes(weights.tobytes())
     return {"events": watch.events, "visits": watch.visits}
+
+
+class Saver:
+    """Ordinary saves."""
+
+    def begin(self, run: Checkpointer) -> None:
+        """Nothing to prepare."""
+
+    def save(self, run: Checkpointer, at: int, weights: array[float], chance: random.Random) -> None:
+        run.save(save(run.output_dir, at, weights, chance), Position(global_step=at))
+        rotate(run.output_dir, at)
+
+    def model(self, folder: Path) -> bytes:
+        return (folder / MODEL).read_bytes()
+
+    def end(self) -> None:
+        """Nothing to end."""
 
 
 def slow_down(share: float) -> None:
@@ -114,15 +142,15 @@ def save(output_dir: Path, at: int, weights: array[float], chance: random.Random
     """Overwrites a folder of an earlier attempt, as frameworks do."""
     folder = output_dir / f"checkpoint-{at}"
     (folder / "state").mkdir(parents=True, exist_ok=True)
-    (folder / "model.bin").write_bytes((weights + array("d", [float(at)] * PADDING)).tobytes())
+    (folder / MODEL).write_bytes((weights + array("d", [float(at)] * PADDING)).tobytes())
     (folder / "state/random.json").write_text(json.dumps(chance.getstate()))
     (folder / "empty").write_bytes(b"")
     return folder
 
 
-def load(folder: Path) -> tuple[array[float], random.Random]:
+def load(folder: Path, model: bytes) -> tuple[array[float], random.Random]:
     weights, chance = begin()
-    found = array("d", (folder / "model.bin").read_bytes())
+    found = array("d", model)
     version, state, rest = json.loads((folder / "state/random.json").read_text())
     chance.setstate((version, tuple(state), rest))
     weights[:] = found[:NUMBERS]
@@ -131,9 +159,16 @@ def load(folder: Path) -> tuple[array[float], random.Random]:
 
 def rotate(output_dir: Path, at: int) -> None:
     """Delete old local checkpoints, as Trainer's save_total_limit does."""
-    for folder in output_dir.glob("checkpoint-*"):
-        if int(folder.name.rpartition("-")[2]) < at - SAVE_STEPS * (KEPT - 1):
-            shutil.rmtree(folder)
+    for folder in rotated(output_dir, at):
+        shutil.rmtree(folder)
+
+
+def rotated(output_dir: Path, at: int) -> list[Path]:
+    """The local checkpoints that are too old after the save of a step."""
+    oldest = at - SAVE_STEPS * (KEPT - 1)
+    return [
+        folder for folder in output_dir.glob("checkpoint-*") if int(folder.name.rpartition("-")[2]) < oldest
+    ]
 
 
 def retire_old(catalog: Catalog) -> None:
