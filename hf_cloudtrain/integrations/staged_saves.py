@@ -44,6 +44,10 @@ class StagedSaves:
         """Write as always from now on; whether files were staged, so that the folder is not whole yet."""
         return self._saves is not None and self._saves.close()
 
+    def tensor_names(self) -> dict[str, set[str]]:
+        """See `AsyncSaves.tensor_names`."""
+        return {} if self._saves is None else self._saves.tensor_names()
+
     def forget(self) -> None:
         """As `close`, after an error: what was staged is dropped."""
         if self._saves is not None:

@@ -44,21 +44,11 @@ class ModuleState:
         return EXACT
 
     def _values(self) -> Iterator[tuple[str, Any]]:
-        partly = hasattr(
-            self._model, "peft_config"
-        )  # the checkpoint of an adapter has no buffer of the model
         kinds: set[type] = set()
         for path, module in self._model.named_modules():
             if type(module).__module__.startswith("torch.distributed."):
                 continue
-            for name in module._buffers if partly else module._non_persistent_buffers_set:
-                if (buffer := module._buffers.get(name)) is not None:
-                    small = buffer.numel() <= _COPIED
-                    yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
-            yield (
-                f"the choice of trained weights of {path or type(module).__name__!r}",
-                tuple(one.requires_grad for one in module._parameters.values() if one is not None),
-            )
+            yield from self._tensors_of(path, module)
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
                     yield from self._of_hook(hook, module)
@@ -71,6 +61,19 @@ class ModuleState:
             if own and type(module) not in kinds:
                 kinds.add(type(module))
                 yield from self._used_by(module)
+
+    def _tensors_of(self, path: str, module: Any) -> Iterator[tuple[str, Any]]:
+        """Buffers that no checkpoint has, and which parameters are trained."""
+        partly = hasattr(
+            self._model, "peft_config"
+        )  # the checkpoint of an adapter has no buffer of the model
+        for name in module._buffers if partly else module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                small = buffer.numel() <= _COPIED
+                yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
+        if module._parameters:
+            trained = tuple(one.requires_grad for one in module._parameters.values() if one is not None)
+            yield f"the choice of trained weights of {path or type(module).__name__!r}", trained
 
     def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[str, Any]]:
         for name, value in self._looker.look(hook).items():

@@ -39,6 +39,7 @@ def is_library(file: str) -> bool:
     return path.startswith((_PACKAGE, *_LIBRARIES)) or file.startswith("<frozen")
 
 
+@functools.cache
 def is_of_the_script(module: str) -> bool:
     """Whether a module is the script, or one that it brings along."""
     file = getattr(sys.modules.get(module), "__file__", None)

@@ -116,6 +116,11 @@ class AsyncSaves:
         self._window.close()
         return bool(self._window.files)
 
+    def tensor_names(self) -> dict[str, set[str]]:
+        """What the staged safetensors files of the save under way hold, by their paths in its folder."""
+        files = [] if self._window is None else self._window.files
+        return {file.path: {part[0] for part in file.parts} for file in files if file.kind == "safetensors"}
+
     def forget(self) -> None:
         """Drop what was staged, and write files as always from now on: the save has failed."""
         self.close()

@@ -178,12 +178,13 @@ class CheckpointUploadCallback(EvidenceCallback):
             reason = reason or (
                 None if is_whole else "a callback ends this epoch early, and a resume continues it"
             )
+        names = {} if self._staged is None else self._staged.tensor_names()
         best = state.best_global_step == state.global_step and state.best_metric is not None
         checkpointer.save(
             checkpointer.output_dir / f"checkpoint-{state.global_step}",
             position(args, state, self._epoch, kwargs.get("lr_scheduler")),
             since_ns=self._save_began_ns,
-            exactness=self._evidence.at_save(state, reason),
+            exactness=self._evidence.at_save(state, reason, names),
             metrics=metrics(state, best=best),
             best=best,
             all_written=True,  # as the ranks know when they have agreed whether a resume is exact

@@ -135,18 +135,21 @@ class Evidence:
         if self._evaluations is not None:
             self._evaluations.undo(dataloader)
 
-    def at_save(self, state: TrainerState, known: str | None = None) -> Exactness:
+    def at_save(
+        self, state: TrainerState, known: str | None = None, staged: dict[str, set[str]] | None = None
+    ) -> Exactness:
         """What is recorded with the save of this step: the strongest finding of all ranks, which have written their files then.
 
         Args:
             known: why this save in particular cannot be resumed exactly.
+            staged: names of the tensors in files that are not written yet, by path.
         """
         found = Exactness.no(known) if known else EXACT
-        found &= safely(lambda: self._seen(state))
+        found &= safely(lambda: self._seen(state, staged or {}))
         self.ended("on_save")
         return strongest(found, self.checkpointer.ranks)
 
-    def _seen(self, state: TrainerState) -> Exactness:
+    def _seen(self, state: TrainerState, staged: dict[str, set[str]]) -> Exactness:
         found = self._of_settings(state)
         if self._trainer is None:
             found &= Exactness.not_verified("the Trainer that calls the callback was not found")
@@ -154,7 +157,8 @@ class Evidence:
             found &= known_trainers.of_trainer(self._args, self._trainer)
         found &= self._of_data(state) & self._unlooked
         if self._outside is not None:
-            found &= self._outside.at_save(self.checkpointer.output_dir / f"checkpoint-{state.global_step}")
+            folder = self.checkpointer.output_dir / f"checkpoint-{state.global_step}"
+            found &= self._outside.at_save(folder, staged)
         return found
 
     def close(self) -> None:

@@ -66,11 +66,12 @@ class OutsideState:
         self._saves = 0
         self._found = EXACT
 
-    def at_save(self, folder: Path) -> Exactness:
+    def at_save(self, folder: Path, staged: dict[str, set[str]]) -> Exactness:
         """The findings now. The modules, of which there are many, are looked at in the first, second, fourth … save.
 
         Args:
             folder: the checkpoint that was just written.
+            staged: names of the tensors in those of its files that are not written yet.
         """
         self._saves += 1
         found = self._of_callbacks() & self._data.look()
@@ -80,7 +81,7 @@ class OutsideState:
                 & self._modules.look()
                 & self._optimizer.look()
                 & _of_optimizer(self._trainer)
-                & self._of_checkpoint(folder)
+                & self._of_checkpoint(folder, staged)
             )
         self._found = self._found & found  # what was once seen stays true
         return self._found
@@ -141,13 +142,13 @@ class OutsideState:
         """The part of the data whose code seeds random numbers as batches are fetched."""
         return next((name_of(part) for _, part in self._parts_of_data() if may_seed(part)), None)
 
-    def _of_checkpoint(self, folder: Path) -> Exactness:
+    def _of_checkpoint(self, folder: Path, staged: dict[str, set[str]]) -> Exactness:
         trainer = self._trainer
         if hasattr(trainer.model, "peft_config"):
-            return of_adapter(trainer.model, _names_in(folder, "adapter_model"))
+            return of_adapter(trainer.model, _names_in(folder, staged, "adapter_model"))
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return EXACT
-        saved = _names_in(folder)
+        saved = _names_in(folder, staged)
         missing = sorted(_names_of(trainer.model, saved)) if saved else []
         if not missing:
             return EXACT
@@ -174,13 +175,15 @@ def _of_optimizer(trainer: Any) -> Exactness:
     )
 
 
-def _names_in(folder: Path, name: str = "model") -> set[str]:
+def _names_in(folder: Path, staged: dict[str, set[str]], name: str = "model") -> set[str]:
     """Names of the tensors in the safetensors files of a checkpoint, by its index or header; empty without one."""
+    if (path := f"{name}.safetensors") in staged:
+        return staged[path]
     try:
         index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
             return set(json.loads(index.read_text())["weight_map"])
-        with open(folder / f"{name}.safetensors", "rb") as file:
+        with open(folder / path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             return set(json.loads(file.read(size))) if size < _MOST_HEADER else set()
     except (OSError, ValueError, KeyError):

@@ -16,7 +16,7 @@ from hf_cloudtrain import CheckpointUploadCallback
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.integrations.trainer import known_trainers
+from hf_cloudtrain.integrations.trainer import known_trainers, outside_state
 from hf_cloudtrain.runtime.ranks import Ranks
 from tests.unit.integrations.trainer.test_known_trainers import Weighted
 
@@ -255,6 +255,17 @@ def test_weights_that_only_the_optimizer_knows(tmp_path: Path) -> None:
     found = trained(tmp_path, model=model, optimizer=optimizer, max_steps=1)[1]
     assert (found.exact, "trains 1 tensor outside of the model" in str(found.reason)) == (False, True)
     assert "(1, 3)" in str(found.reason)
+
+
+def test_the_names_in_a_file_that_is_not_written_yet_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[set[str]] = []
+    monkeypatch.setattr(outside_state, "_names_of", lambda model, saved: names.append(saved) or set())
+    monkeypatch.setenv("HF_CLOUDTRAIN_ASYNC_SAVE", "1")
+    large = Model(large=torch.nn.Parameter(torch.zeros(2**19)))  # smaller files are written at once
+    trained(tmp_path, model=large, max_steps=2)
+    assert [found - {"__metadata__"} for found in names] == [{"large", "layer.weight", "layer.bias"}] * 2
 
 
 def test_a_different_model_is_refused_before_the_download(tmp_path: Path) -> None:
