@@ -174,8 +174,8 @@ def check_start(args: argparse.Namespace, step: int, total_steps: int) -> None:
     folder = args.load or args.save
     if args.run_url and step != ct.processed_steps():  # cloud: the run counts its own steps
         raise SystemExit(
-            f"'{folder}' holds a checkpoint of step {step} that does not belong to the run '{args.run_url}'. Start the run "
-            "with a different --save."
+            f"'{folder}' holds a checkpoint of step {step} that does not belong to the run '{args.run_url}'. If the run was "
+            "killed before it was uploaded, delete it; else start the run with a different --save."
         )
     if step >= total_steps:
         raise SystemExit(

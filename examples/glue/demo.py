@@ -120,9 +120,7 @@ def main(folder: Path) -> Demo:
     console.print(f"Run URL: {run_url}", soft_wrap=True)
     console.print(f"Output of the machines: {folder}/machine-1.log and machine-2.log\n", soft_wrap=True)
 
-    console.print(
-        "[bold]1.[/] machine-1 starts: 2 processes under torchrun, a small BERT, synthetic MRPC data"
-    )
+    console.print("[bold]1.[/] machine-1 starts: 2 processes under torchrun, a small BERT, synthetic data")
     with closing(Machine("machine-1", folder, run_url, async_save=True)) as machine:
         follow(machine, run_url, attempt=1, until=lost_enough)
         machine.kill()
