@@ -63,7 +63,7 @@ class Bar:
         if self._bar is None:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(unit="B", unit_scale=True, unit_divisor=1024)
+            self._bar = tqdm(unit="B", unit_scale=True)  # powers of ten, as sizes everywhere
         progress = self._progress
         if self._bar.total != progress.total or self._bar.desc != f"{progress.title}: ":
             self._bar.reset(progress.total)
