@@ -24,6 +24,7 @@ SHARED_DATA = TESTS.parent.parent / "shared" / "data"
 
 # huggingface_hub and datasets read these once, when they are imported.
 SESSION_FOLDER = tempfile.mkdtemp(prefix="cloudtrain-tests-")
+NOWHERE = os.path.join(SESSION_FOLDER, "nowhere")
 SESSION_ENVIRONMENT = {
     "HF_HOME": os.path.join(SESSION_FOLDER, "hf"),
     "HF_HUB_OFFLINE": "1",
@@ -31,6 +32,13 @@ SESSION_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # Each test has one core: threads of torch that wait for each other on a busy one take ten times as long.
     "OMP_NUM_THREADS": "1",
+    "AWS_CONFIG_FILE": NOWHERE,
+    "AWS_SHARED_CREDENTIALS_FILE": NOWHERE,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AZURE_CONFIG_DIR": NOWHERE,
+    "CLOUDSDK_CONFIG": NOWHERE,
+    # CI's machines run in a cloud, too.
+    "HF_CLOUDTRAIN_CLOUD_NOTICES": "off",
 }
 FOREIGN = (
     *("AWS_", "AZURE_", "GOOGLE_", "CLOUDSDK_", "GCSFS_", "FSSPEC_", "HF_", "HUGGING_FACE_"),
@@ -61,7 +69,7 @@ def foreign(name: str) -> bool:
 
 for _name in filter(foreign, list(os.environ)):
     del os.environ[_name]
-os.environ.update(SESSION_ENVIRONMENT)
+os.environ.update(SESSION_ENVIRONMENT)  # for fixtures of a module or a session, too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,17 +104,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove credentials, endpoints, proxies and ranks, both the machine's own and those that an earlier test left."""
     for name in filter(foreign, list(os.environ)):
         monkeypatch.delenv(name)
-    nowhere = os.path.join(SESSION_FOLDER, "nowhere")
-    isolated = {
-        "AWS_CONFIG_FILE": nowhere,
-        "AWS_SHARED_CREDENTIALS_FILE": nowhere,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AZURE_CONFIG_DIR": nowhere,
-        "CLOUDSDK_CONFIG": nowhere,
-        # CI's machines run in a cloud, too.
-        "HF_CLOUDTRAIN_CLOUD_NOTICES": "off",
-    }
-    for name, value in {**SESSION_ENVIRONMENT, **isolated}.items():
+    for name, value in SESSION_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
 

@@ -82,6 +82,7 @@ class TestReader:
         assert (train.images.numpy().reshape(ROWS, -1) == pixels).all()
         assert train.labels == labels
 
+    @pytest.mark.slow
     def test_the_real_cifar100_equals_what_pickle_loads(self, cifar_data, real_cifar100):
         train = cifar_data.CifarDataset("cifar100", real_cifar100)
         with (real_cifar100 / "cifar-100-python" / "train").open("rb") as file:

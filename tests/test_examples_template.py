@@ -3,11 +3,9 @@
 import csv
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,11 @@ ROWS = [("映画 は good", "よい"), ('a "good", long film', "よい"), ("bad 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new project after its first complete run."""
     folder = tmp_path_factory.mktemp("template") / "project"
     assert CliRunner().invoke(app, ["new", str(folder)]).exit_code == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-    environment.pop("HF_CLOUDTRAIN_RUN_URL", None)
-    command = [sys.executable, "train.py"]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run(zygote, folder, "train.py")
     return folder
 
 
@@ -56,14 +50,15 @@ def project(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(zygote: Zygote, project: Path) -> Callable[..., str]:
-    """Runs a program of the project, which must succeed without a Python warning; returns its output."""
+    """Runs a program of the project."""
+    return partial(run, zygote, project)
 
-    def run(*words: str) -> str:
-        child = zygote.start("tests.integration._script", "run", words=words, folder=project)
-        assert child.wait() == 0, child.log
-        return child.log
 
-    return run
+def run(zygote: Zygote, folder: Path, *words: str) -> str:
+    """Run a program of a project, which must succeed without a Python warning; returns its output."""
+    child = zygote.start("tests.integration._script", "run", words=words, folder=folder)
+    assert child.wait() == 0, child.log
+    return child.log
 
 
 def test_a_new_project_trains_without_changes_and_its_model_loads(

@@ -191,6 +191,7 @@ def test_a_failed_setup_is_reported_with_its_exit_code(desk: Desk) -> None:
     assert "setup of the job ended with exit code 7" in (desk.record().reason or "")
 
 
+@pytest.mark.slow
 def test_two_jobs_with_one_name_have_separate_runs_and_only_one_job_writes_to_a_run(
     desk: Desk, tmp_path: Path
 ) -> None:

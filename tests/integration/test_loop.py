@@ -55,7 +55,13 @@ def _alone() -> Any:
     _loops.forget_accelerate()
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"loader processes", "a stream in a loader process"}
+"""Of loader processes, lasting ones and those of a stateful loader are enough for `make test`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
+)
 def test_law_7_a_loop_killed_in_both_epochs_equals_uninterrupted_with(tmp_path: Path, name: str) -> None:
     dataset, arguments = CASES[name]
     found = through_kills(tmp_path, dataset, **arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -15,36 +14,25 @@ import pytest
 from hf_cloudtrain.errors import ConfigurationError, PeerError, StorageError
 from hf_cloudtrain.runtime.ranks import Ranks, rank_and_size
 from tests.faults.ranks import on_ranks
+from tests.integration._zygote import Zygote
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZE = 3
-PROCESS_SECONDS = 150
 
 Answers = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def ranks(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """The answers of each of three processes."""
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("gloo")
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.runtime.gloo_ranks", str(rank), str(folder)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        zygote.start("tests.unit.runtime.gloo_ranks", "answer", rank=rank, folder=folder)
         for rank in range(SIZE)
     ]
-    try:
-        said = [process.communicate(timeout=PROCESS_SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * SIZE, "\n".join(said)[-4_000:]
-    return [json.loads((folder / f"answers-{rank}.json").read_text()) for rank in range(SIZE)]
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * SIZE, "\n".join(process.log for process in processes)[-4_000:]
+    return [process.value for process in processes]
 
 
 def test_each_process_knows_its_rank(ranks: Answers) -> None:
@@ -229,7 +217,7 @@ def test_work_in_this_thread_runs_there_and_its_error_is_raised_on_all_ranks(
     assert isinstance(answers[1], OSError)
 
 
-def test_a_process_with_a_gloo_group_sleeps_before_it_exits() -> None:
+def test_a_process_with_a_gloo_group_sleeps_before_it_exits(zygote: Zygote, tmp_path: Path) -> None:
     code = """
 import time
 import torch.distributed as dist
@@ -240,5 +228,6 @@ for _ in range(2):
 time.sleep = lambda seconds: print("sleeps for", seconds)
 print("the script is over")
 """
-    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert asked.stdout.splitlines() == ["the script is over", "sleeps for 0.1"]
+    child = zygote.start("tests.integration._script", "run", words=["-c", code], folder=tmp_path)
+    assert child.wait() == 0, child.log
+    assert child.log.splitlines() == ["the script is over", "sleeps for 0.1"]
