@@ -152,6 +152,7 @@ def test_what_replaced_ours_in_the_meantime_stays(
     """A library that patches the same function during a save calls ours later, which then does nothing."""
     window = Window(str(folder), memory)
     before = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", before)  # what it restores at the end is what it has found first
     window.open()
     ours = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", partial(ours))
