@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,13 @@ POLL = 0.3
 """Seconds between two reads of the files."""
 MAX_LENGTH = 64 * 1024
 """Characters of a line that are shown; the line of a progress bar can have megabytes."""
+
+
+def show_messages(form: str) -> None:
+    """Show our own messages from INFO on, and those of other libraries from WARNING on; botocore says what it finds at each start."""
+    logging.basicConfig(level=logging.WARNING, format=form)
+    for name in ("hf_cloudtrain", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def follow_files(files: Mapping[str, Path], follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:

@@ -8,7 +8,6 @@ job run -> supervisor, in a session of its own -> node 0 -> bash -> torchrun -> 
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
@@ -25,7 +24,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.gang import ExitCodes, Gang
-from hf_cloudtrain.jobs.logs import follow_nodes, last_lines, mark_start
+from hf_cloudtrain.jobs.logs import follow_nodes, last_lines, mark_start, show_messages
 from hf_cloudtrain.jobs.node.docker import has_docker
 from hf_cloudtrain.jobs.node.folders import folder_mounts
 from hf_cloudtrain.jobs.node.mounts import Mount, check
@@ -202,7 +201,7 @@ def supervise(submission: Submission, announce: Callable[[], None]) -> None:
     Args:
         announce: called once the record names this process as the supervisor.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_messages("%(asctime)s %(message)s")
     adopt_orphans()
     store = JobStore(submission.store)
     with locked(submission.home / SUPERVISOR_LOCK, patience=submission.plan.grace + 3 * MARGIN):

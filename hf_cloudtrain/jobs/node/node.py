@@ -30,6 +30,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.datasets.cache import exclusive
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError, PreemptedExit
+from hf_cloudtrain.jobs.logs import show_messages
 from hf_cloudtrain.jobs.node.docker import container_name, in_namespace_or_docker
 from hf_cloudtrain.jobs.node.folders import folder_mounts, real_checkpoint_dir
 from hf_cloudtrain.jobs.node.mounts import Mount
@@ -318,7 +319,7 @@ def main(prepare: Callable[[Submission], Submission] | None = None, wrap: Wrap |
     parser.add_argument("--master-port", type=int, required=True)
     parser.add_argument("--start", type=int, required=True)
     given = vars(parser.parse_args())
-    logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
+    show_messages("cloudtrain: %(message)s")
     submission = Submission.load(given.pop("home"))
     sys.exit(run_node(prepare(submission) if prepare else submission, **given, wrap=wrap))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,3 +65,14 @@ def test_the_last_lines_of_a_large_file_and_of_a_missing_one(tmp_path: Path) -> 
     path.write_text("".join(f"line {number}\n\n" for number in range(50_000)))
     assert last_lines(path, 2) == ["line 49998", "line 49999"]
     assert last_lines(tmp_path / "nothing", 2) == []
+
+
+def test_a_node_shows_our_messages_and_not_those_of_the_clients() -> None:
+    code = (
+        "import logging; from hf_cloudtrain.jobs.logs import show_messages; show_messages('cloudtrain: %(message)s')\n"
+        "logging.getLogger('botocore.credentials').info('Found credentials in environment variables.')\n"
+        "logging.getLogger('hf_cloudtrain.jobs.node.restore').info('ours')\n"
+        "logging.getLogger('__main__').info('of the module that runs')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "cloudtrain: ours\ncloudtrain: of the module that runs\n"

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.skypilot.task import SAVED, VERDICT
+from hf_cloudtrain.jobs.logs import show_messages
 from hf_cloudtrain.jobs.node.mounts import Mount, link
 from hf_cloudtrain.jobs.node.node import run_node
 from hf_cloudtrain.jobs.submission import Submission
@@ -126,7 +127,7 @@ def _linger(seconds: float) -> None:
 
 def main() -> None:
     """The command line that the module's docstring shows."""
-    logging.basicConfig(level=logging.INFO, format="cloudtrain: %(message)s")
+    show_messages("cloudtrain: %(message)s")
     try:
         sys.exit(run(Path(sys.argv[1]).expanduser()))
     except ConfigurationError as error:

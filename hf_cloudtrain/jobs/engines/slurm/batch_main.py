@@ -19,6 +19,7 @@ import time
 from hf_cloudtrain.errors import CloudTrainError, PreemptedExit
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmClient, SlurmError, SlurmJob, call
 from hf_cloudtrain.jobs.engines.slurm.gang import SlurmGang
+from hf_cloudtrain.jobs.logs import show_messages
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.submission import Submission
@@ -177,7 +178,7 @@ def _try(*command: str) -> SlurmError | None:
 
 def main() -> None:
     """The supervisor of a job."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_messages("%(asctime)s %(message)s")
     submission = Submission.load(sys.argv[1])
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     watch = SlurmWatch(submission, JobStore(submission.store), os.environ["SLURM_JOB_ID"], restarts)
