@@ -146,10 +146,11 @@ class _End:
 
     code: int | None = None
     """None: the interpreter's own way, as that of the zygote and after Ctrl-C."""
+    pid = 0
 
     @classmethod
     def leave(cls) -> None:
-        if cls.code is not None:
+        if cls.code is not None and os.getpid() == cls.pid:  # not what the child itself has forked
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(cls.code)
@@ -196,7 +197,7 @@ def live(request: dict[str, Any]) -> NoReturn:
     if stage_all.is_on():
         stage_all.stage_all()
     sys.argv = [request["function"]]
-    _End.code = 1
+    _End.code, _End.pid = 1, os.getpid()
     try:
         value = function(**request["arguments"])
     except SystemExit as end:
