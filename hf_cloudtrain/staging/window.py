@@ -116,7 +116,7 @@ class Window:
         self.files = [
             file for file in self.files if not os.path.join(self.folder, file.path).startswith(gone)
         ]
-        if absolute == self.folder or not self.files or not self._deletable(absolute):
+        if not self.files or not self._deletable(absolute):
             return False
         self.deleted.append(absolute)
         return True

@@ -23,6 +23,7 @@ from hf_cloudtrain.staging.job import StagedFile, WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
 from hf_cloudtrain.staging.writer import Writer, upload, write
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.testing import FaultyDisk
 from tests.faults.runs import bytes_of, contents, entry_of, write_files
 from tests.faults.staged import MODEL, staged_bytes
 
@@ -85,6 +86,16 @@ def test_a_folder_that_was_removed_meanwhile_is_an_error_and_never_a_partial_che
             write(job, memory)
         assert Outbox(Path(job.output_dir)).entries() == []
     assert list(contents(Path(job.target))) == ["config.json"]
+
+
+def test_a_full_disk_leaves_nothing_of_the_save(job: WriteJob, memory: StagingMemory) -> None:
+    """The training may be gone; the next one needs the room."""
+    with (
+        FaultyDisk(Path(job.output_dir, "_cloudtrain/outbox")),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        write(job, memory)
+    assert contents(Path(job.output_dir)) == {}
 
 
 def test_an_older_checkpoint_of_the_name_is_replaced_and_others_are_deleted(
