@@ -112,7 +112,7 @@ class AttemptChecks:
                 "Training resumes at step %d, but the newest checkpoint of %r is %s. Use restore() to resume from that.",
                 global_step,
                 url,
-                keys[-1],
+                keys[-1].title,
             )
         return at_step[-1] if at_step else None
 

@@ -38,6 +38,11 @@ class CheckpointKey:
     def __str__(self) -> str:
         return f"{self.attempt:06d}-{self.step:010d}"
 
+    @property
+    def title(self) -> str:
+        """What messages call it, where its folder is not known."""
+        return f"checkpoint-{self.step} (attempt {self.attempt})"
+
     @classmethod
     def named(cls, name: str) -> CheckpointKey | None:
         """The key with this name; None if it is not the name of a key."""

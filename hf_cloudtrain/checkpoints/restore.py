@@ -76,7 +76,7 @@ class Restorer:
                 self._report(restored.manifest)
                 return restored
             if self._ranks.is_main:
-                logger.warning("%s is damaged; trying the one before. %s", key, problem)
+                logger.warning("%s is damaged; trying the one before. %s", key.title, problem)
         if tried:
             raise CorruptCheckpointError(
                 f"All {len(tried)} checkpoints of {self._catalog.storage.url!r} are damaged. `cloudtrain checkpoint "

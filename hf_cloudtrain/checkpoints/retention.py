@@ -250,7 +250,7 @@ class Retention:
             if not self._may_delete(proceed):
                 return
             if finish_retiring(self._catalog, key, proceed=proceed):
-                logger.info("%s: finished deleting (a previous deletion was interrupted).", key)
+                logger.info("%s: finished deleting (a previous deletion was interrupted).", key.title)
         self._unfinished = not proceed()
 
     def _retire(self, proceed: Callable[[], bool]) -> None:
@@ -265,7 +265,7 @@ class Retention:
                     return
                 logger.info(
                     "%s was deleted from %r: save_total_limit keeps newer ones.",
-                    key,
+                    key.title,
                     self._catalog.storage.url,
                 )
             except NoCheckpointError:
@@ -273,7 +273,7 @@ class Retention:
             except ManifestError as error:
                 # Which files are its own is unknown here; a user may know.
                 self._unreadable.add(key)
-                logger.warning("%s stays on storage: %s", key, error)
+                logger.warning("%s stays on storage: %s", key.title, error)
             self._unfinished = False
 
     def _due(self) -> list[CheckpointKey]:
