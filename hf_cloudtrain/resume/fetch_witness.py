@@ -131,7 +131,9 @@ class _WorkerLooks:
     def after_fetch(self) -> str | None:
         """The attribute that has changed. What the first fetch opens does not count."""
         self._fetches += 1
-        if self._fetches > _ALWAYS and self._fetches % _ALWAYS:
+        if self._fetches & (
+            self._fetches - 1
+        ):  # the first, second, fourth … one: a look may take milliseconds
             return None
         now = self._look()
         if self._fetches == 1:

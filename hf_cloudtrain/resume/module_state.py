@@ -5,6 +5,8 @@ It is compared from the first step on, at the first, second, fourth … save: a 
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -54,7 +56,7 @@ class ModuleState:
                     yield from self._of_hook(hook, module)
             own = is_of_the_script(type(module).__module__)
             for name, value in list(vars(module).items()):
-                plain = isinstance(value, _NUMBERS) or (own and isinstance(value, _CONTAINERS))
+                plain = isinstance(value, _NUMBERS) or (own and _may_keep(value))
                 if name not in _OF_TORCH and (plain or is_generator(value)):
                     where = f" ({path})" if path else ""
                     yield f"{name!r} of {type(module).__name__}{where} of the model", self._looker.seen(value)
@@ -147,6 +149,19 @@ def of_adapter(model: Any, names: Collection[str] = ()) -> Exactness:
         f"{len(left_out)} trained tensor{'s' * (len(left_out) > 1)} outside of the adapter, such as {left_out[0]!r}, are not "
         "in its checkpoint"
     )
+
+
+def schedule_rules(scheduler: Any) -> list[tuple[str, Any]]:
+    """The functions of a LambdaLR, whose variables are in no checkpoint; those of an object are."""
+    rules = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", ())
+    kinds = (types.FunctionType, types.MethodType, functools.partial)
+    return [("lr_lambda", rule) for rule in rules if isinstance(rule, kinds)]
+
+
+def _may_keep(value: Any) -> bool:
+    """Whether an attribute of a module of the script is something that may change in place."""
+    kind = type(value)
+    return isinstance(value, _CONTAINERS) or kind.__module__ == "numpy" or is_of_the_script(kind.__module__)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.resume.dataloaders import generators_of
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.script_code import (
     content_of,
@@ -32,7 +32,7 @@ from hf_cloudtrain.resume.script_code import (
     names_in,
 )
 from hf_cloudtrain.resume.script_counters import Counted, counted_by, counted_in
-from hf_cloudtrain.resume.state_look import is_generator, is_iterator, state_of
+from hf_cloudtrain.resume.state_look import Looker, StateLook, is_generator, is_iterator, state_of
 
 _HOLD_NO_STATE = frozenset(
     ("accelerate", "datasets", "hf_cloudtrain", "tokenizers", "torchdata", "torcheval", "torchmetrics")
@@ -60,7 +60,7 @@ class OutsideState:
         self._seen: dict[tuple[Any, str, type], tuple[Any, bytes]] | None = None
         self._dicts: dict[int, Any] = {}
         """That were there from the first: what comes into them later is kept."""
-        self._states: list[ModuleState | OptimizerState] = []
+        self._states: list[ModuleState | OptimizerState | StateLook] = []
         self._saves = 0
         self._found = EXACT
 
@@ -72,6 +72,7 @@ class OutsideState:
             self._states = [
                 *map(ModuleState, self._bare_models()),
                 *map(OptimizerState, self._accelerator._optimizers),
+                *(StateLook(Looker(), schedule_rules(one)) for one in self._accelerator._schedulers),
             ]
 
     def look(self) -> Exactness:

@@ -7,6 +7,7 @@ length, first and last items. To an object belong its attributes, and what the f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import random
@@ -86,9 +87,8 @@ class Looker:
 
     def used_by(self, function: types.FunctionType) -> Look:
         """What a function uses from its module: random generators, numbers, containers, objects of the script."""
-        outside, found = function.__globals__, {}
-        for name in names_in(function.__code__):
-            value = outside.get(name)
+        found: Look = {}
+        for name, value in _outside(function):
             if isinstance(value, _PLAIN) or is_generator(value):
                 found[name] = self._seen(value, 1)
             elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
@@ -105,6 +105,10 @@ class Looker:
 
     def _parts(self, thing: Any) -> Iterator[tuple[str, Any]]:
         yield from getattr(thing, "__dict__", {}).items()
+        for kind in type(thing).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in [slots] if isinstance(slots, str) else slots:
+                yield name, getattr(thing, name, None)
         if isinstance(thing, functools.partial):
             yield from (*enumerate_names("args", thing.args), *thing.keywords.items())
             yield from self._parts(thing.func)
@@ -145,6 +149,8 @@ class Looker:
             return (id(value), "inference" if value.is_inference() else value._version)
         if is_generator(value):
             return state_of(value)
+        if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):  # of multiprocessing.Value and Array
+            return bytes(memoryview(value).cast("B")[:4096])
         return self._seen_inside(value, depth)
 
     def _seen_inside(self, value: Any, depth: int) -> Any:
@@ -223,6 +229,17 @@ def changed(before: Look, now: Look) -> str | None:
         if name not in now or name not in before or now[name] != before[name]:
             return name
     return None
+
+
+def _outside(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables that a function keeps, or uses from its module and the functions around it."""
+    for name in names_in(function.__code__):
+        yield name, function.__globals__.get(name)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        yield name, content_of(cell)
+    kept = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield from enumerate_names(f"a default of {function.__name__}()", kept)
+    yield from ((f"{function.__name__}.{name}", value) for name, value in list(vars(function).items()))
 
 
 def enumerate_names(name: str, items: Iterable[Any]) -> list[tuple[str, Any]]:

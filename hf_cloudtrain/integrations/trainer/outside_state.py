@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.integrations.trainer.known_trainers import class_name
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
 from hf_cloudtrain.resume.script_code import may_draw, may_seed
 from hf_cloudtrain.resume.state_look import Looker, StateLook, changed, name_of, script_parts
 
@@ -137,6 +137,7 @@ class OutsideState:
         for name in ("train_dataset", "data_collator", "compute_loss_func"):
             for part in script_parts(getattr(trainer, name, None)):
                 yield name, part
+        yield from schedule_rules(trainer.lr_scheduler)
 
     def seeds(self) -> str | None:
         """The part of the data whose code seeds random numbers as batches are fetched."""
@@ -144,10 +145,10 @@ class OutsideState:
 
     def _of_checkpoint(self, folder: Path, staged: dict[str, set[str]]) -> Exactness:
         trainer = self._trainer
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return EXACT  # asking for names there is a collective
         if hasattr(trainer.model, "peft_config"):
             return of_adapter(trainer.model, _names_in(folder, staged, "adapter_model"))
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return EXACT
         saved = _names_in(folder, staged)
         missing = sorted(_names_of(trainer.model, saved)) if saved else []
         if not missing:

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter
+from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
+from hf_cloudtrain.resume.state_look import Looker, StateLook
 
 GENERATOR = torch.Generator()
+
+
+class Kept:
+    count = 0
 
 
 class Net(torch.nn.Module):
@@ -54,6 +59,8 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
     "numpy": (Net(np.random.default_rng(0)), lambda net: net.value.random(), "'value' of Net"),
     "torch": (Net(torch.Generator()), lambda net: torch.rand(1, generator=net.value), "'value' of Net"),
     "list": (Net([]), lambda net: net.value.append(1.0), "'value' of Net"),
+    "numpy array": (Net(np.zeros(1)), lambda net: net.value.__setitem__(0, 1), "'value' of Net"),
+    "object": (Net(Kept()), lambda net: setattr(net.value, "count", 1), "'value' of Net"),
     "deque": (Net(deque([1.0], 1)), lambda net: net.value.append(2.0), "'value' of Net"),
     "buffer": (with_buffer(persistent=False), lambda net: net.mean.add_(1), ".mean of the model"),
     "module": (
@@ -115,6 +122,23 @@ def test_an_optimizer_that_counts(kind: type[torch.optim.SGD], exact: bool | Non
     state = OptimizerState(optimizer)
     optimizer.step()
     assert state.look().exact is exact
+
+
+def test_the_rule_of_a_schedule_that_counts() -> None:
+    calls = [0]
+
+    def rule(step: int) -> float:
+        calls[0] += 1
+        return 1 / calls[0]
+
+    optimizer = torch.optim.SGD(Net().parameters(), 0.1)
+    plain = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    counts = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
+    looks = [StateLook(Looker(), schedule_rules(one)) for one in (plain, counts)]
+    optimizer.step()
+    plain.step()
+    counts.step()
+    assert [look.look().exact for look in looks] == [True, None]
 
 
 def test_trained_weights_beside_an_adapter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import random
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,13 @@ class Thing:
 class Augments:
     def __call__(self) -> float:
         return float(RNG.random())
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 class Counted:
@@ -64,6 +72,8 @@ def thing(**values: Any) -> Any:
         ({"a": 1}, lambda it: it.value.update(a=2)),
         (torch.zeros(2), lambda it: it.value.add_(1)),
         (np.zeros(2), lambda it: it.value.__setitem__(0, 1)),
+        (multiprocessing.Value("i", 0), lambda it: setattr(it.value, "value", 1)),
+        (Slotted(), lambda it: setattr(it.value, "count", 1)),
         (thing(inner=thing(count=0)), lambda it: setattr(it.value.inner, "count", 1)),
         (random.Random(0), lambda it: it.value.random()),
         (np.random.default_rng(0), lambda it: it.value.random()),
@@ -144,6 +154,29 @@ def test_a_generator_in_a_partial_or_a_closure_is_seen() -> None:
         before = looker.look(draws)
         draws()
         assert changed(before, looker.look(draws)) is not None
+
+
+def test_what_a_function_keeps_is_seen() -> None:
+    def counts(seen: list[int] = [0]) -> None:  # noqa: B006 - as people write it
+        seen[0] += 1
+
+    def calls() -> None:
+        counts()
+
+    def marks() -> None:
+        marks.count = marks.count + 1  # type: ignore[attr-defined]
+
+    marks.count = 0  # type: ignore[attr-defined]
+    for function, name in (
+        (counts, "a default of counts()[0]"),
+        (calls, "a default of counts()[0]"),
+        (marks, "count"),
+    ):
+        looker = Looker()
+        before = looker.look(function)
+        assert changed(before, looker.look(function)) is None
+        function()
+        assert changed(before, looker.look(function)) == name
 
 
 def test_a_number_of_the_class_is_seen() -> None:

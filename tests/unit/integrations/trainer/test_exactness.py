@@ -14,10 +14,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_cloudtrain import CheckpointUploadCallback
 from hf_cloudtrain.checkpoints import upload_queue
+from hf_cloudtrain.checkpoints.completion import Completion
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.trainer import known_trainers, outside_state
 from hf_cloudtrain.runtime.ranks import Ranks
+from hf_cloudtrain.storage.client import Storage
 from tests.unit.integrations.trainer.test_known_trainers import Weighted
 
 
@@ -266,6 +268,32 @@ def test_the_names_in_a_file_that_is_not_written_yet_are_known(
     large = Model(large=torch.nn.Parameter(torch.zeros(2**19)))  # smaller files are written at once
     trained(tmp_path, model=large, max_steps=2)
     assert [found - {"__metadata__"} for found in names] == [{"large", "layer.weight", "layer.bias"}] * 2
+
+
+def test_a_run_that_ended_within_an_epoch_is_complete(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = {"max_steps": -1, "num_train_epochs": 1.5}
+    before = trained(tmp_path, **setup)
+    caplog.clear()
+    assert trained(tmp_path, restore=True, **setup) == before
+    assert (
+        "The run is complete: step 5 of 5. Nothing is trained. To train on, raise num_train_epochs."
+        in caplog.text
+    )
+    assert max(trained(tmp_path, restore=True, **{**setup, "num_train_epochs": 2})) == 6
+
+
+@pytest.mark.parametrize(
+    ("planned", "end"), [({"max_steps": 9.0}, "step 4 of 9. "), ({"num_epochs": 3}, "step 4. ")]
+)
+def test_a_run_that_a_callback_ended_is_complete(
+    planned: dict[str, float], end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path)
+    Completion(1, 4, planned).write(Storage(f"file://{tmp_path}/run"))
+    trained(tmp_path, restore=True, max_steps=9)
+    assert f"The run is complete: a callback ended training at {end}Nothing is trained." in caplog.text
 
 
 def test_a_different_model_is_refused_before_the_download(tmp_path: Path) -> None:
