@@ -39,6 +39,7 @@ _HOLD_NO_STATE = frozenset(
 )
 """Packages whose objects are saved by other means, or do not affect the weights."""
 _MOST_FRAMES, _MOST_DEPTH, _MOST_ITEMS, _MOST_OBJECTS = 8, 3, 256, 4000
+_PLAIN = (int, float, str, bytes, bool, type(None))
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 _SAMPLE = 64
 """Elements of a tensor that are compared, evenly spaced: training changes all of them."""
@@ -201,7 +202,7 @@ class _Variables:
 
     def _is_counted(self, name: str, value: Any, owner: Any) -> bool:
         counted = self._counted
-        if owner is not None and not isinstance(owner, (dict, list, tuple)):
+        if owner is not None:
             kind: Any = type(owner)
             counted = counted_by(kind)
         return name in (counted.numbers if type(value) is int else counted.factors)
@@ -222,10 +223,19 @@ class _Variables:
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What is inside; numbers and texts of a container have no name that code could count."""
     if isinstance(value, dict):
-        return ((f"{name}[{key!r}]", item) for key, item in list(value.items()))
+        return (
+            (f"{name}[{key!r}]", item)
+            for key, item in list(islice(value.items(), _MOST_ITEMS))
+            if type(item) not in _PLAIN
+        )
     if isinstance(value, (list, tuple)):
-        return ((f"{name}[{number}]", item) for number, item in enumerate(value))
+        return (
+            (f"{name}[{number}]", item)
+            for number, item in enumerate(islice(value, _MOST_ITEMS))
+            if type(item) not in _PLAIN
+        )
     return ((f"{name}.{key}", item) for key, item in list(vars(value).items()))
 
 
