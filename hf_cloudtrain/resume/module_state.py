@@ -131,23 +131,26 @@ def of_adapter(model: Any, names: Collection[str] = ()) -> Exactness:
         return EXACT
     from peft import get_peft_model_state_dict
 
-    saved = {
-        one.data_ptr()
+    saved = [
+        one
         for adapter in model.peft_config
         for one in get_peft_model_state_dict(
             model, adapter_name=adapter, save_embedding_layers=False
         ).values()
-    }
+    ]
+    pointers = {one.data_ptr() for one in saved}
     left_out = sorted(
         name
         for name, one in model.named_parameters()
-        if one.requires_grad and one.data_ptr() not in saved and name not in names
+        if one.requires_grad and one.data_ptr() not in pointers and name not in names
+        if not any(_same(one.detach().cpu(), copy.cpu()) for copy in saved)  # prompts are saved as copies
     )
     if not left_out:
         return EXACT
+    more = len(left_out) > 1
     return Exactness.no(
-        f"{len(left_out)} trained tensor{'s' * (len(left_out) > 1)} outside of the adapter, such as {left_out[0]!r}, are not "
-        "in its checkpoint"
+        f"{len(left_out)} trained tensor{'s' * more} outside of the adapter, such as {left_out[0]!r}, {'are' if more else 'is'} "
+        "not in its checkpoint"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
 from hf_cloudtrain.resume.state_look import Looker, StateLook
@@ -153,3 +154,12 @@ def test_trained_weights_beside_an_adapter() -> None:
         of_adapter(model)
     )
     assert of_adapter(model, ["base_model.model.1.weight"]).exact is True
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("PromptTuningConfig", True), ("PromptEncoderConfig", False)])
+def test_prompts_that_are_trained(kind: str, exact: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = transformers.GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    prompts = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), prompts)
+    assert of_adapter(model).exact is exact
