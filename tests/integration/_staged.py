@@ -145,6 +145,16 @@ def sigterm_while_writing(_: str, __: dict[str, Any]) -> dict[str, Any]:
     return callbacks(SignalAt(5))
 
 
+def preempted_while_the_best_is_written(_: str, __: dict[str, Any]) -> dict[str, Any]:
+    """Step 6 is the best one. The writer stands still until after the emergency save of step 7."""
+
+    def stop_for_a_while() -> None:
+        os.kill(the_writer(), signal.SIGSTOP)
+        threading.Timer(1.5, os.kill, [the_writer(), signal.SIGCONT]).start()
+
+    return callbacks(CallAt(6, stop_for_a_while), SignalAt(6, event="on_save"))
+
+
 def exits(_: str, __: dict[str, Any]) -> dict[str, Any]:
     return callbacks(CallAt(5, lambda: sys.exit(3)))
 
@@ -161,7 +171,7 @@ TROUBLES = {
     function.__name__.replace("_", " "): function
     for function in (
         *(hold, user_saves, fails_in_a_save, little_memory, full_disk, exits, raises, kills_the_writer),
-        *(sigterm_while_staging, sigterm_while_writing),
+        *(sigterm_while_staging, sigterm_while_writing, preempted_while_the_best_is_written),
     )
 }
 

@@ -195,6 +195,7 @@ def test_a_loader_without_batches_leaves_the_resumed_position_to_the_next_one(
     assert rest == batches[2:]
 
 
+@pytest.mark.ordinary_saves
 def test_a_pending_save_happens_though_the_next_batch_cannot_be_read(tmp_path: Path) -> None:
     class Damaged(Rows):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

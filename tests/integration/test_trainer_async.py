@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -131,6 +132,20 @@ def test_a_training_that_ends_early_commits_what_it_saved(
     assert child.wait() == code, child.log
     assert says in child.log
     assert lab.steps() == [4, *(int(step) for step in re.findall(r"checkpoint-(\d) is on", child.log))]
+    assert (lab.problems(), partial(lab, "ours")) == ([], [])
+
+
+@pytest.mark.parametrize("parts", ["cloud", "uploads first", "emergency first"])
+def test_an_emergency_save_beside_one_that_is_still_written_loses_neither(lab: Lab, parts: str) -> None:
+    trouble = "preempted while the best is written"
+    child = start(lab, "ours", trouble, parts=parts, **{**LOAD_BEST, "save_total_limit": None})
+    assert child.wait() == 75, child.log
+    last = max(lab.steps())
+    assert last == 7
+    assert "checkpoint-6" in checkpoints(lab, "ours")
+    state = json.loads((lab.machine("ours") / f"checkpoint-{last}/trainer_state.json").read_text())
+    assert (state["best_global_step"], folder_of(state["best_model_checkpoint"])) == (6, "checkpoint-6")
+    assert lab.steps()[-2:] == [6, 7]
     assert (lab.problems(), partial(lab, "ours")) == ([], [])
 
 

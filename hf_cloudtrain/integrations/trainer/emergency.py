@@ -160,9 +160,6 @@ class EmergencySaveCallback(TrainerCallback):
             self._session.leave(LastSave(is_here=False))
 
     def _save_and_stop(self, control: Control, inexact_reason: str | None = None) -> None:
-        queue = self._session.checkpointer.upload_queue
-        if queue is not None and queue.late is not None:
-            queue.late.settle()  # the best checkpoint may be the one under way, and Trainer looks whether it is there
         self._session.leave(LastSave(is_here=True, inexact_reason=inexact_reason))
         control.should_save = control.should_training_stop = True
 
