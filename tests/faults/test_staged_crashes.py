@@ -17,20 +17,20 @@ from tests.faults.staged import MODEL, StagedMachine, staged_bytes, wait_for_no_
 from tests.faults.staged_run import KILLED, staged_run
 from tests.faults.test_crashes import FORKS, why_it_failed
 
-EVERY = {"writer": 30, "both": 40, "training": 60}
-"""Of how many changes one is tried by `make test`."""
+EVERY = {"writer": (60, 1), "both": (60, 1), "training": (110, 2)}
+"""Of how many changes one is tried, by `make test` and by `make test-slow`."""
 
 
-@pytest.mark.parametrize("every", ["some", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("who", EVERY)
 def test_a_staged_save_survives_a_kill_at_any_change_of_the_disk(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, who: str, every: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, who: str, which: int
 ) -> None:
     """Kill at one change after the other, until a run ends before it reaches its change."""
     caplog.set_level(logging.CRITICAL)
     monkeypatch.setattr(Storage, "check", skip_the_probe)
     problems: dict[int, str] = {}
-    step = EVERY[who] if every == "some" else EVERY[who] // 30
+    step = EVERY[who][which]
     for number in range(max(1, step // 2), 10_000, step):
         folder = tmp_path / f"{number:03d}"
         ended = run_until_killed(folder, who, number)

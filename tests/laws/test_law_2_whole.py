@@ -83,7 +83,9 @@ def test_law_2_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_res
 
     assert machines.restored("elsewhere") == bytes_of(5)
     warnings = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
-    assert any("checkpoint-10 (attempt 1) is damaged; trying the one before" in warning for warning in warnings)
+    assert any(
+        "checkpoint-10 (attempt 1) is damaged; trying the one before" in warning for warning in warnings
+    )
     assert not (run.parent / "elsewhere/checkpoint-10").exists()
 
 

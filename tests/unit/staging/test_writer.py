@@ -77,11 +77,13 @@ def test_a_job_may_be_written_again_at_any_time(job: WriteJob, memory: StagingMe
 def test_a_folder_that_was_removed_meanwhile_is_an_error_and_never_a_partial_checkpoint(
     job: WriteJob, memory: StagingMemory
 ) -> None:
+    other = Path(job.folder).with_name("other")
+    write_files(other, {"config.json": b"{}"})
+    write_files(Path(job.target), {"config.json": b"{}"})  # an older one of this name
     shutil.rmtree(job.folder)
     for there in (False, True):
-        if there:  # an older one of this name, or what a user makes in between
-            write_files(Path(job.target), {"config.json": b"{}"})
-            write_files(Path(job.folder), {"config.json": b"{}"})
+        if there:
+            os.rename(other, job.folder)  # it is not the same folder
         with pytest.raises(FileNotFoundError, match="removed while it was written"):
             write(job, memory)
         assert Outbox(Path(job.output_dir)).entries() == []
