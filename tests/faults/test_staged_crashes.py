@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,25 @@ from hf_cloudtrain.storage.names import LOCAL
 from hf_cloudtrain.testing import CRASH_STATUS
 from tests.faults.killed_run import ACCEPTED, DISK, skip_the_probe
 from tests.faults.runs import DEADLINE, Machines, contents, left_overs
+from tests.faults.small_disk import why_impossible
 from tests.faults.staged import MODEL, StagedMachine, staged_bytes, wait_for_no_writer, writer_program
 from tests.faults.staged_run import KILLED, staged_run
 from tests.faults.test_crashes import FORKS, why_it_failed
+from tests.faults.test_disk_faults import ROOT
+
+
+@pytest.mark.slow
+def test_a_real_full_disk_loses_a_staged_save_and_not_the_training(tmp_path: Path) -> None:
+    """torch and safetensors fail in the middle of their files. `/dev/shm` of 64 kB, as in a container, does not matter."""
+    if reason := why_impossible():
+        pytest.skip(f"no small disk can be mounted here: {reason}")
+    command = [sys.executable, "-m", "tests.faults.staged_tight_run", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for step in (1, 2):
+        assert f"checkpoint-{step} could not be kept for upload: " in ended.stdout
+    assert ended.stdout.splitlines()[-1] == "['checkpoint-10', 'checkpoint-20']"
+
 
 EVERY = {"writer": (60, 1), "both": (60, 1), "training": (110, 2)}
 """Of how many changes one is tried, by `make test` and by `make test-slow`."""
