@@ -167,7 +167,7 @@ def is_seeded(dataset: Any) -> bool:
     waiting = [getattr(dataset, "_ex_iterable", None)]
     while waiting:
         one = waiting.pop()
-        if one is not None:
+        if type(one).__module__.startswith("datasets."):
             bits = getattr(getattr(one, "generator", None), "bit_generator", None)
             entropy = getattr(getattr(bits, "seed_seq", None), "entropy", 0)
             if (

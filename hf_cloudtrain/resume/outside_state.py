@@ -33,6 +33,7 @@ from hf_cloudtrain.resume.script_code import (
 )
 from hf_cloudtrain.resume.script_counters import Counted, counted_by, counted_in
 from hf_cloudtrain.resume.state_look import Looker, StateLook, is_generator, is_iterator, state_of
+from hf_cloudtrain.resume.watched_sampler import WatchedSampler
 
 _HOLD_NO_STATE = frozenset(
     ("accelerate", "datasets", "hf_cloudtrain", "tokenizers", "torchdata", "torcheval", "torchmetrics")
@@ -92,7 +93,13 @@ class OutsideState:
         before, held, found = RandomState.capture(), self._held(), EXACT
         variables = _Variables(held)
         met = [(frame.f_code, *one) for frame in _user_frames(caller) for one in variables.of(frame)]
-        for loader in (*variables.loaders, *self._accelerator._dataloaders):
+        prepared = self._accelerator._dataloaders
+        for name, loader in variables.loaders.items():
+            if not any(loader is one for one in prepared) and _draws_a_seed_once(loader):
+                found &= Exactness.not_verified(
+                    f"the processes of {name!r} stay, and a resume draws their seed once more: read it by loop.eval_batches"
+                )
+        for loader in (*variables.loaders.values(), *prepared):
             held |= {id(generator) for generator in generators_of(getattr(loader, "base_dataloader", loader))}
         for code, name, value, owner in met:
             key, digest = (code, name, type(value)), _digest(value, held)
@@ -159,7 +166,7 @@ class _Variables:
         self._known: set[int] = set()
         self.dicts: dict[int, Any] = {}
         """All that were met, by identity."""
-        self.loaders: list[Any] = []
+        self.loaders: dict[str, Any] = {}
         self._counted = Counted()
 
     def of(self, frame: FrameType) -> Iterator[tuple[str, Any, Any]]:
@@ -178,7 +185,7 @@ class _Variables:
         elif is_generator(value) or is_iterator(value):
             yield name, value, value
         elif isinstance(value, DataLoader):
-            self.loaders.append(value)
+            self.loaders[name] = value
         elif isinstance(value, _FUNCTIONS):
             yield from self._used_by(value, depth)
         elif isinstance(value, (dict, list, tuple)) or _is_of_the_script(value):
@@ -237,6 +244,13 @@ def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             if type(item) not in _PLAIN
         )
     return ((f"{name}.{key}", item) for key, item in list(vars(value).items()))
+
+
+def _draws_a_seed_once(loader: Any) -> bool:
+    """Whether it is one of persistent processes that has begun. Of the training's, the position has the seed."""
+    is_trained = any(isinstance(one, WatchedSampler) for one in (loader.batch_sampler, loader.sampler))
+    has_begun = loader._iterator is not None and loader.generator is None
+    return bool(loader.persistent_workers and has_begun and not is_trained)
 
 
 def _keeps_state(value: Any) -> bool:

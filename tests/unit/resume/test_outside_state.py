@@ -260,6 +260,14 @@ class TestFound:
         assert "the iterator 'others' starts over" in str(outside.look())
         assert next(others) == 1
 
+    def test_a_loader_of_persistent_processes_that_was_read(self) -> None:
+        held_out = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+        outside = OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
+        outside.begin()
+        assert outside.look().exact is True
+        assert len(list(held_out)) == 2
+        assert "the processes of 'held_out' stay" in str(outside.look())
+
     def test_a_counter_that_is_set_to_a_sum(self) -> None:
         calls, outside = 0, OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
         outside.begin()
