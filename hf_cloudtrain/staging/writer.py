@@ -27,7 +27,7 @@ from hf_cloudtrain.checkpoints.frozen import OutboxEntry, copy_out
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.checkpoints.upload_queue import PAUSES
 from hf_cloudtrain.errors import CloudTrainError, NotCommittedError, StorageError
-from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.files import check_free_space, temp_suffix
 from hf_cloudtrain.runtime.progress import Progress
 from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
@@ -107,8 +107,7 @@ def write(job: WriteJob, memory: StagingMemory) -> dict[str, Any]:
         if _inode(folder) != job.inode:
             raise FileNotFoundError(errno.ENOENT, "The folder was removed while it was written", job.folder)
         if folder != target:
-            for file in job.files:
-                write_file(folder / file.path, file, memory)
+            _write_files(job, folder, memory)
         # The outbox first: what is in it is committed, whatever becomes of the folder.
         entry = OutboxEntry.decode(job.entry.encode(), "staged save")
         entry = Outbox(Path(job.output_dir)).accept(folder, entry, since_ns=job.since_ns)
@@ -132,6 +131,15 @@ def write(job: WriteJob, memory: StagingMemory) -> dict[str, Any]:
         )
         result["trouble"] = f"{entry.title} is kept for upload. {where}: {error}"
     return result
+
+
+def _write_files(job: WriteJob, folder: Path, memory: StagingMemory) -> None:
+    for file in job.files:
+        (folder / file.path).unlink(missing_ok=True)  # of a writer that was killed
+    # torch's own error about a full disk names positions in a file.
+    check_free_space(folder, job.size, Path(job.target).name, spare=0)
+    for file in job.files:
+        write_file(folder / file.path, file, memory)
 
 
 def _place(job: WriteJob) -> None:
