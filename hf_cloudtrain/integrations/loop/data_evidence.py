@@ -25,6 +25,10 @@ _UNSEEDED = Exactness.not_verified(
 )
 
 
+MOST_LOADERS = 8
+"""DataLoaders that are remembered, with what was seen of them."""
+
+
 class DataEvidence:
     """What was seen of the DataLoaders of one loop.
 
@@ -45,6 +49,10 @@ class DataEvidence:
         if id(base) not in self._loaders:
             self._loaders[id(base)] = _Loader(dataloader, base, self._looker())
         self._current = self._loaders[id(base)]
+        if (
+            len(self._loaders) > MOST_LOADERS
+        ):  # a script that makes one for each epoch would keep all of them in memory
+            del self._loaders[next(iter(self._loaders))]
 
     def look(self, *, between_epochs: bool) -> Exactness:
         """What is known now of the DataLoader of this epoch."""

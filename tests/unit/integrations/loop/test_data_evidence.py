@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import datasets
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_cloudtrain.integrations.loop.data_evidence import DataEvidence
+from hf_cloudtrain.integrations.loop.data_evidence import MOST_LOADERS, DataEvidence
 from tests.unit.resume.test_outside_state import accelerator_of
 
 
@@ -152,3 +154,16 @@ def test_data_with_a_state_dict_is_saved_with_the_position() -> None:
         def load_state_dict(self, state: dict[str, int]) -> None: ...
 
     assert look(DataLoader(Saved(), batch_size=2))[0] is True
+
+
+def test_loaders_that_are_made_for_each_epoch_do_not_stay_in_memory() -> None:
+    evidence = DataEvidence(accelerator_of())
+    made = []
+    for _ in range(20):
+        loader = DataLoader(Samples(draws=False))
+        made.append(weakref.ref(loader))
+        evidence.begin(loader)
+    del loader
+    gc.collect()
+    assert sum(reference() is not None for reference in made) <= MOST_LOADERS
+    assert evidence.look(between_epochs=True).exact is True

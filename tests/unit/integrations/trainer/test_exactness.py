@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hf_cloudtrain.checkpoints.completion import Completion
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.trainer import known_trainers, outside_state
+from hf_cloudtrain.integrations.trainer.outside_state import OutsideState
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.storage.client import Storage
 from tests.unit.integrations.trainer.test_known_trainers import Weighted
@@ -325,3 +327,13 @@ def test_the_strongest_finding_of_all_ranks_is_recorded(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(Ranks, "each", lambda _, work, __: [work(), no])
     assert exactness.strongest(Exactness(), ranks) == no
+
+
+@pytest.mark.parametrize(("adapter", "exact"), [(True, None), (False, True)])
+def test_the_checkpoint_of_a_sharded_adapter_is_not_verified(
+    adapter: bool, exact: bool | None, tmp_path: Path
+) -> None:
+    model = SimpleNamespace(peft_config={}) if adapter else SimpleNamespace()
+    trainer = SimpleNamespace(model=model, is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    of_trainer: Any = SimpleNamespace(_trainer=trainer)
+    assert OutsideState._of_checkpoint(of_trainer, tmp_path, {}).exact is exact
