@@ -1,11 +1,12 @@
 """The time of one save, in which files of its folder are staged instead of written.
 
-Four functions are replaced while at least one window is open, and only then:
+These functions are replaced while at least one window is open, and only then:
 
     torch.serialization._open_zipfile_writer    looked up by `torch.save` at each call
     torch.serialization._save                   pickles: gets a faster pickler for a staged file
     safetensors.torch.serialize_file            looked up by `save_file` at each call
     shutil.rmtree                               Trainer deletes older checkpoints before the new one is on the disk
+    os.rename, os.replace, shutil.copyfile      what is moved or copied must be on the disk
 
 Each acts for the thread that opened a window and for paths below the folder of its save, and calls the original otherwise.
 """
@@ -13,16 +14,18 @@ Each acts for the thread that opened a window and for paths below the folder of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.staging.job import StagedFile
 from hf_cloudtrain.staging.memory import StagingMemory
-from hf_cloudtrain.staging.recorders import FAST_PICKLE, TorchRecorder, path_of, stage_tensors
+from hf_cloudtrain.staging.recorders import FAST_PICKLE, TorchRecorder, path_of, stage_tensors, write_file
 
 
 class Window:
@@ -57,6 +60,7 @@ class Window:
         self._memory = memory
         self._deletable = deletable
         self._thread = threading.get_ident()
+        self._is_writing = False
 
     def open(self) -> None:
         """Stage from now on."""
@@ -72,6 +76,7 @@ class Window:
         path = path_of(file)
         if (
             path is None
+            or self._is_writing
             or not path.startswith(self.folder + os.sep)
             or not os.path.isdir(os.path.dirname(path))
         ):
@@ -107,19 +112,38 @@ class Window:
             self.keep(staged)
         return staged is not None
 
+    def moves(self, source: Any, target: Any) -> None:
+        """For `os.rename` and copies: what is staged below the source is written now, and what it replaces is not staged."""
+        for path, writes in ((source, True), (target, False)):
+            absolute = path_of(path)
+            if absolute is None or not absolute.startswith(self.folder + os.sep):
+                continue
+            found = [file for file in self.files if self._is_in(file, absolute)]
+            self.files = [file for file in self.files if file not in found]
+            self._is_writing = True
+            try:
+                for file in found if writes else ():
+                    write_file(Path(self.folder, file.path), file, self._memory)
+            finally:
+                self._is_writing = False
+
+    def _is_in(self, file: StagedFile, absolute: str) -> bool:
+        return f"{os.path.join(self.folder, file.path)}{os.sep}".startswith(absolute + os.sep)
+
     def delays(self, path: Any) -> bool:
         """For `shutil.rmtree`: whether a folder is deleted once this save is whole."""
         absolute = path_of(path)
         if absolute is None:
             return False
-        gone = absolute + os.sep
-        self.files = [
-            file for file in self.files if not os.path.join(self.folder, file.path).startswith(gone)
-        ]
+        self.files = [file for file in self.files if not self._is_in(file, absolute)]
         if not self.files or not self._deletable(absolute):
             return False
         self.deleted.append(absolute)
         return True
+
+
+_MOVES = ((os, "rename"), (os, "replace"), (shutil, "copyfile"))
+"""A script may write a file under a temporary name and rename it, or copy what it has written."""
 
 
 class _Seams:
@@ -158,6 +182,15 @@ class _Seams:
                         setattr(home, name, original)
                 self._replaced = []
 
+    def _moving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def move(source: Any, target: Any, *args: Any, **options: Any) -> Any:
+            for window in self.windows():
+                window.moves(source, target)
+            return original(source, target, *args, **options)
+
+        return move
+
     def _install(self) -> None:
         import safetensors.torch
         from torch import serialization
@@ -194,6 +227,7 @@ class _Seams:
             (serialization, "_save", save_faster),
             (safetensors.torch, "serialize_file", serialize_file),
             (shutil, "rmtree", rmtree),
+            *((home, name, self._moving(getattr(home, name))) for home, name in _MOVES),
         ):
             self._replaced.append((home, name, getattr(home, name), ours))
             setattr(home, name, ours)

@@ -242,7 +242,7 @@ class Chaos:
         if run.stuck >= PATIENCE or run.relieved:
             return "commit"  # not in its first visit: see _aim
         if not self._aims:
-            self._aims = ["any"] * 2 + [*self._victim.PHASES, *self._writer] * 2
+            self._aims = ["any"] * 2 + [*self._victim.PHASES, *self._writer, *self._writer] * 2
             self._chance.shuffle(self._aims)
         never = {"flush"} if not accepted else set()
         never |= {"download", "restore"} if not run.seen and not accepted else set()

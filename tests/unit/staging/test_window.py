@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -58,7 +59,14 @@ def window(memory: StagingMemory, folder: Path) -> Iterator[Window]:
 
 
 def seams() -> list[object]:
-    return [torch.serialization._open_zipfile_writer, safetensors.torch.serialize_file, shutil.rmtree]
+    return [
+        *(
+            torch.serialization._open_zipfile_writer,
+            torch.serialization._save,
+            safetensors.torch.serialize_file,
+        ),
+        *(shutil.rmtree, shutil.copyfile, os.rename, os.replace),
+    ]
 
 
 def test_only_files_below_the_folder_are_staged(window: Window, folder: Path) -> None:
@@ -229,6 +237,37 @@ def test_what_is_deleted_from_the_folder_is_not_staged_any_more(window: Window, 
     assert names(window) == ["a.pt"]
     shutil.rmtree(folder)
     assert (names(window), window.deleted, folder.exists()) == ([], [], False)
+
+
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        *((os, name) for name in ("rename", "replace")),
+        *((Path, name) for name in ("rename", "replace")),
+        *((shutil, name) for name in ("move", "copy", "copyfile")),
+    ],
+)
+def test_a_file_that_is_moved_or_copied_is_written_first(
+    window: Window, folder: Path, home: Any, name: str
+) -> None:
+    """As a script does that writes under a temporary name."""
+    for file, value in (("a.pt", DATA), ("b.pt", DATA), ("a.tmp", DATA + 1)):
+        torch.save(value, folder / file)
+    getattr(home, name)(folder / "a.tmp", folder / "a.pt")
+    assert torch.equal(torch.load(folder / "a.pt"), DATA + 1)
+    assert names(window) == ["b.pt"]
+    torch.save(DATA, folder / "c.pt")
+    assert names(window) == ["b.pt", "c.pt"]
+
+
+def test_a_folder_that_is_moved_is_written_first(window: Window, folder: Path) -> None:
+    (folder / "part.tmp").mkdir()
+    for name in ("part.tmp/a.pt", "b.pt"):
+        torch.save(DATA, folder / name)
+    os.rename(folder / "part.tmp", folder / "part")
+    os.rename(folder / "part", folder.parent / "elsewhere")
+    assert torch.equal(torch.load(folder.parent / "elsewhere/a.pt"), DATA)
+    assert names(window) == ["b.pt"]
 
 
 def test_a_tensor_that_a_thread_changes_meanwhile_gives_a_readable_file(
