@@ -65,7 +65,9 @@ class TrainLoop:
         logging_steps: optimizer steps between two reports of what was logged.
         log_format: of `log.json` in a new run; a run keeps its own. `records` is a list with one record an epoch, `epochs` is
             `{"Epoch 0": {"train_log": …, "valid_log": …}}`.
-        grace_seconds, save_interval_seconds, save_overhead: see `EmergencySaveCallback`.
+        grace_seconds: see `EmergencySaveCallback`.
+        save_interval_seconds: see `EmergencySaveCallback`.
+        save_overhead: see `EmergencySaveCallback`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the

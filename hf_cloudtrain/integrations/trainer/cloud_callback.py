@@ -21,7 +21,9 @@ class CloudTrainCallback(TrainerCallback):
         run_url: any fsspec URL or a folder that names the run; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
         fresh: start at step 0 although the run has checkpoints. They stay, and rank below those of this attempt.
-        grace_seconds, save_interval_seconds, save_overhead: see `EmergencySaveCallback`.
+        grace_seconds: see `EmergencySaveCallback`.
+        save_interval_seconds: see `EmergencySaveCallback`.
+        save_overhead: see `EmergencySaveCallback`.
         save_total_limit: how many checkpoints stay on storage, the newest ones of the run; None keeps all. In addition the
             best, the pinned, and the one that was resumed from stay. `TrainingArguments.save_total_limit` is about this disk.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
