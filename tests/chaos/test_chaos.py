@@ -64,7 +64,8 @@ def test_many_kills(moto: MotoServer, tmp_path: Path, capsys: pytest.CaptureFixt
     with capsys.disabled():
         print("\n", *(tally.table() for tally in tallies), sep="\n\n")
     assert [wrong for tally in tallies for wrong in tally.wrong()] == []
-    assert KILLS < 1000 or (staged.overtaken > 0 and staged.writers > 0)
+    # A law 9 case: with ordinary saves, as the writer of a killed training stores its last checkpoint before the next start.
+    assert KILLS < 1000 or (sum(tally.overtaken for tally in tallies) > 0 and staged.writers > 0)
     assert KILLS < 40 or all(tally.staged > 0 for tally in tallies[::2])
 
 
