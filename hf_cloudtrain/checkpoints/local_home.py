@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +20,6 @@ from hf_cloudtrain.errors import NotCommittedError
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.patience import told_if_slow
 from hf_cloudtrain.runtime.process_tree import is_alive, this_process
-from hf_cloudtrain.runtime.threads import TURN
 from hf_cloudtrain.storage.names import LOCAL, META
 
 if TYPE_CHECKING:
@@ -90,7 +87,7 @@ def wait_for_writer(output_dir: Path) -> None:
     try:
         with (
             told_if_slow(f"let the writer of a killed training store its last save ({str(output_dir)!r})"),
-            _held(lock, env.drain_timeout()),
+            locked(lock, env.drain_timeout()),
         ):
             shutil.rmtree(output_dir / LOCAL / SAVING, ignore_errors=True)
     except BlockingIOError:
@@ -107,25 +104,6 @@ def _trains_elsewhere(lock: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(training, dict) and training != this_process() and is_alive(training)
-
-
-@contextlib.contextmanager
-def _held(lock: Path, patience: float) -> Iterator[None]:
-    """Hold a lock without changing what is in its file. Raises BlockingIOError after `patience` seconds."""
-    deadline = time.monotonic() + patience
-    with open(lock, "rb") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(TURN)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open, too
 
 
 def adopt_earlier(output_dir: Path) -> None:

@@ -100,14 +100,14 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock that one process of this machine can hold at a time. The system releases it when the process ends.
 
     Args:
-        path: the lock file, which is never deleted.
+        path: the lock file, which is never deleted, and keeps what is in it.
         patience: seconds to wait for the lock.
 
     Raises:
         BlockingIOError: another process still holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a") as file:
         deadline = time.monotonic() + patience
         while True:
             try:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from hf_cloudtrain.checkpoints.local_home import WRITER_LOCK, _held
+from hf_cloudtrain.checkpoints.local_home import WRITER_LOCK
 from hf_cloudtrain.checkpoints.manifest import Position
+from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.staging import process
 from hf_cloudtrain.staging.job import StagedFile
 from hf_cloudtrain.staging.saves import AsyncSaves
@@ -128,7 +129,7 @@ def wait_for_no_writer(output_dir: Path) -> None:
 
     def is_free() -> bool:
         try:
-            with _held(lock, 0.0):
+            with locked(lock, 0.0):
                 return True
         except BlockingIOError:
             return False

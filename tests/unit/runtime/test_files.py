@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
+from hf_cloudtrain.runtime.files import is_left_over, locked, temp_suffix, write_whole
 
 
 def test_a_file_is_replaced_and_no_other_file_is_left(tmp_path: Path) -> None:
@@ -37,3 +37,11 @@ def test_a_process_that_ended_and_still_has_its_number_has_left_its_folders_over
         assert is_left_over(name)
     assert is_left_over(name)
     assert not is_left_over(f"out-{temp_suffix()}")
+
+
+def test_a_lock_keeps_what_is_in_its_file(tmp_path: Path) -> None:
+    """The lock of a writer names the training that has started it."""
+    (tmp_path / "writer.lock").write_bytes(b"who")
+    with locked(tmp_path / "writer.lock"):
+        assert (tmp_path / "writer.lock").read_bytes() == b"who"
+    assert (tmp_path / "writer.lock").read_bytes() == b"who"
