@@ -32,11 +32,11 @@ class SaveClock:
     """
 
     def __init__(self, interval_seconds: float | None = None, overhead: float | None = None) -> None:
-        if interval_seconds is not None and not interval_seconds > 0:
+        if interval_seconds is not None and not (_is_number(interval_seconds) and interval_seconds > 0):
             raise ConfigurationError(
                 f"save_interval_seconds={interval_seconds!r} must be a positive number of seconds."
             )
-        if overhead is not None and not 0 < overhead < 1:
+        if overhead is not None and not (_is_number(overhead) and 0 < overhead < 1):
             raise ConfigurationError(
                 f"save_overhead={overhead!r} must be between 0 and 1, such as 0.02 for 2 % of the time."
             )
@@ -85,3 +85,7 @@ class SaveClock:
         if self._overhead is not None:
             parts.append(f"for at most {self._overhead * 100:g} % of the time")
         return ", ".join(parts)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

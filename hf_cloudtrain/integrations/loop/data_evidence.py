@@ -49,9 +49,8 @@ class DataEvidence:
         if id(base) not in self._loaders:
             self._loaders[id(base)] = _Loader(dataloader, base, self._looker())
         self._current = self._loaders[id(base)]
-        if (
-            len(self._loaders) > MOST_LOADERS
-        ):  # a script that makes one for each epoch would keep all of them in memory
+        # A script that makes one for each epoch would keep all of them in memory.
+        if len(self._loaders) > MOST_LOADERS:
             del self._loaders[next(iter(self._loaders))]
 
     def look(self, *, between_epochs: bool) -> Exactness:

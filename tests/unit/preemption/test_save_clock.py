@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -60,13 +61,14 @@ def test_with_both_a_save_is_due_when_both_allow_it(now: list[float]) -> None:
         (0, None, "save_interval_seconds=0"),
         (-1, None, "save_interval_seconds=-1"),
         (float("nan"), None, "save_interval_seconds=nan"),
+        ("600", None, "save_interval_seconds='600'"),
+        (True, None, "save_interval_seconds=True"),
         (None, 0, "save_overhead=0"),
+        (None, "2%", "save_overhead='2%'"),
         (None, 2, "save_overhead=2"),
     ],
 )
-def test_numbers_that_cannot_be_meant_are_refused(
-    interval: float | None, overhead: float | None, named: str
-) -> None:
+def test_numbers_that_cannot_be_meant_are_refused(interval: Any, overhead: Any, named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         SaveClock.of(interval, overhead)
 
