@@ -44,7 +44,7 @@ EVERY = {"writer": (60, 1), "both": (60, 1), "training": (110, 2)}
 
 @pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("who", EVERY)
-def test_a_staged_save_survives_a_kill_at_any_change_of_the_disk(
+def test_law_4_a_staged_save_survives_a_kill_at_any_change_of_the_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, who: str, which: int
 ) -> None:
     """Kill at one change after the other, until a run ends before it reaches its change."""

@@ -46,7 +46,7 @@ ENDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_the_end_of_a_training_is_that_of_a_plain_one(lab: Lab, name: str) -> None:
+def test_law_7_the_end_of_a_training_is_that_of_a_plain_one(lab: Lab, name: str) -> None:
     """Weights, best model and folders on the disk."""
     arguments = ENDS[name]
     plain = lab.plain(**arguments)
@@ -63,7 +63,7 @@ def test_the_end_of_a_training_is_that_of_a_plain_one(lab: Lab, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["the best is loaded", "stops early after an epoch"])
-def test_two_ranks_end_as_plain_ones(lab: Lab, name: str) -> None:
+def test_law_7_two_ranks_end_as_plain_ones(lab: Lab, name: str) -> None:
     arguments = {**ENDS[name], "per_device_train_batch_size": 2}
     for child in lab.start_ranks("plain", run_url=None, **arguments):
         assert child.wait() == 0, child.log
@@ -79,7 +79,7 @@ def test_two_ranks_end_as_plain_ones(lab: Lab, name: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_killed_training_loses_nothing_that_its_writer_has(lab: Lab, workers: int) -> None:
+def test_law_4_a_killed_training_loses_nothing_that_its_writer_has(lab: Lab, workers: int) -> None:
     """Also while processes of its DataLoader hold its end of the socket. A new start on the disk waits for the writer."""
     lab.plain()
     first = start(lab, "ours", "hold", dataloader_num_workers=workers)
@@ -97,7 +97,7 @@ def test_a_killed_training_loses_nothing_that_its_writer_has(lab: Lab, workers: 
     assert (lab.problems(), partial(lab, "ours")) == ([], [])
 
 
-def test_a_killed_training_and_a_killed_writer_leave_nothing_partial(lab: Lab) -> None:
+def test_law_1_a_killed_training_and_a_killed_writer_leave_nothing_partial(lab: Lab) -> None:
     lab.plain()
     first = start(lab, "ours", "hold")
     os.kill(handed_over(lab, first), signal.SIGKILL)
@@ -173,7 +173,7 @@ def test_without_memory_saves_are_ordinary_and_one_line_says_so(lab: Lab) -> Non
     assert lab.steps() == [4, 8, 12]
 
 
-def test_a_full_disk_in_the_writer_fails_the_training_at_its_end(lab: Lab) -> None:
+def test_law_5_a_full_disk_in_the_writer_fails_the_training_at_its_end(lab: Lab) -> None:
     child = start(lab, "ours", "full disk")
     assert child.wait() == 1, child.log
     for step in (4, 8):
