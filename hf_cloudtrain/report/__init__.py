@@ -4,9 +4,13 @@
     figure      colours, layout, legend, escaping: what all charts share
     curves      charts over steps: loss, learning rate, step time, evaluations
     timeline    charts over time: attempts, where the time went, upload lag
-    charts      all of them, in the order of the page
+    charts      `charts_of(history)`: all of them, in the order of the page
     page        key figures, tables and charts, put into `report.html`
 
+A chart is a figure of plotly as a plain dictionary, with a title and a sentence. All that shows charts takes them from
+`charts_of`, and draws them with `charts.js` (`drawChart(element, figure)`, again for new data) and `page.css`.
+
 Everything shown comes from storage and is untrusted: see `page`. The room reads a run through `checkpoints/` and
-`tracking/`, and imports nothing above them; plotly and jinja2 are imported late, because they are an extra.
+`tracking/`, and imports nothing above them. `page` imports jinja2, and plotly
+for its JavaScript, late: they are an extra.
 """

@@ -90,8 +90,8 @@ def step_time_chart(history: History) -> Chart | None:
     label = "%{y:.4g} s"
     traces = [*_curves(kept, "steps", label), *_curves(lost, "redone", label, lost=True)]
     wide_range = slowest[1] > 10 * usual
-    figure = _by_step(traces, "seconds per step" + (" (logarithmic)" if wide_range else ""), history)
-    figure.update_yaxes({"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"})
+    scale = {"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"}
+    figure = _by_step(traces, "seconds per step" + (" (logarithmic)" if wide_range else ""), history, **scale)
     title = f"Step time: median {duration_text(usual)}"
     text = f"Slowest {duration_text(slowest[1])}, step {slowest[0]:,.0f}."
     if len(kept) > MOST_POINTS:
@@ -121,20 +121,21 @@ def metrics_chart(history: History) -> Chart | None:
     return Chart("metrics", title, "Last reported values.", _by_step(traces, "", history))
 
 
-def _by_step(traces: list[dict[str, Any]], y: str, history: History) -> Any:
+def _by_step(traces: list[dict[str, Any]], title: str, history: History, **y: Any) -> dict[str, Any]:
     """A figure with a dashed line where an attempt resumed, and a band over the steps that were redone."""
-    figure = new_figure(traces, "step", y)
-    figure.update_xaxes(tickformat=",d")
+    shapes: list[dict[str, Any]] = []
+    across = {"yref": "paper", "y0": 0, "y1": 1}
     for before, info in list(zip(history.attempts, history.attempts[1:], strict=False))[-MOST_ROWS:]:
         if info.resumed_from is None:
             continue
         line = {"width": 1, "dash": "dash", "color": colour(info.number)}
-        figure.add_vline(info.first_step, line=line, opacity=0.5)
+        ends = {"x0": info.first_step, "x1": info.first_step}
+        shapes.append({"type": "line", **ends, **across, "line": line, "opacity": 0.5})
         if before.redone_steps and before.last_step > info.first_step:
-            figure.add_vrect(
-                info.first_step, before.last_step, fillcolor=LOST, opacity=0.12, line_width=0, layer="below"
-            )
-    return figure
+            band = {"x0": info.first_step, "x1": before.last_step, "fillcolor": LOST, "opacity": 0.12}
+            shapes.append({"type": "rect", **band, **across, "line": {"width": 0}, "layer": "below"})
+    x = {"title": "step", "tickformat": ",d"}
+    return new_figure(traces, x, {"title": title, **y}, shapes=shapes)
 
 
 def _logged(logs: Iterable[dict[str, Any]], name: str) -> list[Point]:

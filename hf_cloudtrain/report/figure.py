@@ -28,7 +28,8 @@ class Chart:
     """The id of its HTML element: letters only."""
     title: str
     text: str
-    figure: Any
+    figure: dict[str, Any]
+    """`data` and `layout` of plotly: numbers, escaped texts, lists and dictionaries, as JSON holds them."""
     height: int = 300
     wide: bool = False
 
@@ -36,36 +37,48 @@ class Chart:
     def legend(self) -> list[tuple[str, str, str]]:
         """(`line`, `dotted`, `dots` or `box`; colour; name) of each trace. Plotly's own legend leaves a phone no room."""
         found: dict[str, tuple[str, str, str]] = {}
-        for trace in self.figure.data:
-            if trace.name and trace.showlegend is not False and trace.name not in found:
-                is_line = trace.type == "scatter" and "lines" in trace.mode
-                colour = trace.line.color if is_line else trace.marker.color
-                line = "dotted" if is_line and trace.line.dash == "dot" else "line"
-                shape = line if is_line else "box" if trace.type == "bar" else "dots"
-                known = colour if isinstance(colour, str) else "currentColor"
-                found[trace.name] = (shape, known, html.unescape(trace.name))
+        for trace in self.figure["data"]:
+            name = trace.get("name")
+            if name and trace.get("showlegend", True) and name not in found:
+                is_line = trace["type"] == "scatter" and "lines" in trace["mode"]
+                style = trace["line"] if is_line else trace["marker"]
+                line = "dotted" if style.get("dash") == "dot" else "line"
+                shape = line if is_line else "box" if trace["type"] == "bar" else "dots"
+                known = style["color"] if isinstance(style["color"], str) else "currentColor"
+                found[name] = (shape, known, html.unescape(name))
         return list(found.values())
 
+    def record(self) -> dict[str, Any]:
+        """Everything about the chart, for JSON."""
+        return {**vars(self), "legend": self.legend}
 
-def new_figure(traces: Sequence[dict[str, Any]], x: str, y: str) -> Any:
-    """A figure without a legend or colours of its own: the page's style sets them."""
-    from plotly.graph_objects import Figure
 
-    figure = Figure(data=list(traces))
-    figure.update_layout(
-        template="none",
-        showlegend=False,
-        margin={"l": 62, "r": 14, "t": 8, "b": 46},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "inherit", "size": 12},
-        hovermode="closest",
-        hoverlabel={"font": {"family": "inherit", "size": 12}},
-    )
-    axis = {"zeroline": False, "automargin": True, "exponentformat": "e"}
-    figure.update_xaxes(title={"text": x, "standoff": 8}, nticks=8, **axis)
-    figure.update_yaxes(title={"text": y, "standoff": 8}, nticks=6, **axis)
-    return figure
+def new_figure(
+    traces: Sequence[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], **layout: Any
+) -> dict[str, Any]:
+    """A figure without a legend or colours of its own: the page's style sets them.
+
+    Args:
+        x: settings of the axis; its `title` is a text.
+        y: the same.
+        layout: further settings.
+    """
+    common = {"zeroline": False, "automargin": True, "exponentformat": "e"}
+    return {
+        "data": list(traces),
+        "layout": {
+            "showlegend": False,
+            "margin": {"l": 62, "r": 14, "t": 8, "b": 46},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"size": 12},
+            "hovermode": "closest",
+            "uirevision": "zoom",  # what a person zoomed into stays when data arrives
+            "xaxis": {"nticks": 8, **common, **x, "title": {"text": x.get("title", ""), "standoff": 8}},
+            "yaxis": {"nticks": 6, **common, **y, "title": {"text": y.get("title", ""), "standoff": 8}},
+            **layout,
+        },
+    }
 
 
 def safe(text: object, most: int = 60) -> str:

@@ -7,6 +7,7 @@ is bounded, and the page's content security policy allows only our own scripts a
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
 import secrets
@@ -86,12 +87,8 @@ class Report:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
 
-        source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-        template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-        # A script element ends at "</", so every "<" in the JSON is escaped below.
-        data = json.dumps(
-            {chart.name: json.loads(chart.figure.to_json()) for chart in charts}, allow_nan=False
-        )
+        figures = {chart.name: chart.figure for chart in charts}
+        template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
         url = shown(self.history.run_url)
         return template.render(
             nonce=secrets.token_urlsafe(16),
@@ -99,11 +96,13 @@ class Report:
             state=shown(self.state.state, 20),
             run_url=url,
             notes=self._notes(),
-            figures=self._figures(),
+            key_figures=self._key_figures(),
             charts=charts,
             tables=[self._attempt_table(), self._checkpoint_table(), *self._facts()],
             footer=f"Written by cloudtrain run report on {utc(time.time())}. Charts by plotly.js (MIT licence).",
-            data=Markup(data.replace("<", "\\u003c")),  # noqa: S704 - escaped, see above
+            style=Markup(_file("page.css")),  # noqa: S704 - our own files
+            script=Markup(_file("charts.js")),  # noqa: S704
+            figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
             plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
         )
 
@@ -118,7 +117,7 @@ class Report:
             notes.append(f"{count_text(damaged, 'manifest')} damaged: see `cloudtrain checkpoint list`.")
         return notes
 
-    def _figures(self) -> list[tuple[str, str, str]]:
+    def _key_figures(self) -> list[tuple[str, str, str]]:
         """The row of key figures: name, value and detail."""
         history, state = self.history, self.state
         lost = sum(info.redone_steps for info in history.attempts)
@@ -256,11 +255,20 @@ def _newest_and_best(catalog: Catalog, roles: Roles) -> list[CheckpointInfo]:
     return read_infos(catalog, keys[::-1])
 
 
+@functools.cache
 def _packed_plotly() -> str:
     """The library, 5 MB, compressed to a third and base64-encoded."""
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return _packed(get_plotlyjs(), 9)
+
+
+def _packed(text: str, level: int) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), level, mtime=0)).decode()
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _hosts(attempts: list[AttemptInfo]) -> str:

@@ -44,21 +44,19 @@ def timeline(history: History) -> Chart | None:
     lanes = {info.number: -row for row, info in enumerate(rows)}
     traces = [*_stretch_bars(rows, lanes), *_uploads(history, lanes), _ends(rows, lanes, history)]
     thickness = max(14, min(46, 640 // len(rows)))
-    figure = new_figure(traces, "time (UTC)", "")
-    figure.update_layout(barmode="overlay")
     every = math.ceil(len(rows) / 20)
     shown = rows[::every]
-    figure.update_yaxes(
-        tickvals=[lanes[info.number] for info in shown],
-        ticktext=[f"attempt {info.number} " for info in shown],
-        range=[-len(rows) + 0.35, 0.6],
-        showgrid=False,
-        zeroline=False,
-    )
+    y = {
+        "tickvals": [lanes[info.number] for info in shown],
+        "ticktext": [f"attempt {info.number} " for info in shown],
+        "range": [-len(rows) + 0.35, 0.6],
+        "showgrid": False,
+    }
     ends = [commit.committed for commit in history.commits.values() if commit.key.attempt in lanes]
     first, last = min(info.started for info in rows), max(*(info.last_seen for info in rows), *ends, 0.0)
     margin = max(1.0, 0.02 * (last - first))
-    figure.update_xaxes(type="date", range=[utc(first - margin), utc(last + margin)])
+    x = {"title": "time (UTC)", "type": "date", "range": [utc(first - margin), utc(last + margin)]}
+    figure = new_figure(traces, x, y, barmode="overlay")
     title = f"{count_text(len(history.attempts), 'attempt')} in {duration_text(history.wall_seconds)}"
     left = len(history.attempts) - len(rows)
     text = "Triangles are saves; the thin bars are their uploads."
@@ -84,10 +82,9 @@ def time_chart(history: History) -> Chart | None:
         }
         for kind, seconds in spent.items()
     ]
-    figure = new_figure(traces, "% of the time since the run began", "")
-    figure.update_layout(barmode="stack", margin={"l": 14})
-    figure.update_xaxes(range=[0, 100], showgrid=False)
-    figure.update_yaxes(visible=False)
+    x = {"title": "% of the time since the run began", "range": [0, 100], "showgrid": False}
+    figure = new_figure(traces, x, {"visible": False}, barmode="stack")
+    figure["layout"]["margin"]["l"] = 14
     goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
     text = "From the start of the first attempt to the last sign of life, including restarts."
     if spent.get("stall"):
@@ -116,8 +113,8 @@ def commit_chart(history: History) -> Chart | None:
         "hovertemplate": "%{text}<extra></extra>",
         "showlegend": False,
     }
-    figure = new_figure([trace], "time of the save (UTC)", "seconds to the commit")
-    figure.update_yaxes(rangemode="tozero")
+    y = {"title": "seconds to the commit", "rangemode": "tozero"}
+    figure = new_figure([trace], {"title": "time of the save (UTC)"}, y)
     median, most = duration_text(statistics.median(lags)), duration_text(max(lags))
     title = f"Upload lag: median {median}, maximum {most}"
     text = "From each save until it is on storage: losing the machine in between loses the checkpoint."
