@@ -5,6 +5,8 @@
     curves      charts over steps: loss, learning rate, step time, evaluations
     timeline    charts over time: attempts, where the time went, upload lag
     charts      `charts_of(history)`: all of them, in the order of the page
+    sparkline   a curve as small as a word
+    comparison  several runs: their curves on one axis, their differences
     page        key figures, tables and charts, put into `report.html`
 
 A chart is a figure of plotly as a plain dictionary, with a title and a sentence. All that shows charts takes them from

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hf_cloudtrain.report.curves import learning_rate_chart, loss_chart, metrics_chart, step_time_chart
+from hf_cloudtrain.report.curves import (
+    grad_norm_chart,
+    learning_rate_chart,
+    loss_chart,
+    metrics_chart,
+    step_time_chart,
+    throughput_chart,
+)
 from hf_cloudtrain.report.figure import Chart
 from hf_cloudtrain.report.timeline import commit_chart, time_chart, timeline
 from hf_cloudtrain.tracking.history import History
 
 
-def charts_of(history: History) -> list[Chart]:
-    """The charts of a run that have data."""
+def charts_of(history: History, smoothing: float = 0.0) -> list[Chart]:
+    """The charts of a run that have data.
+
+    Args:
+        history: the run.
+        smoothing: weight of the past in an exponential mean, 0 to 0.999, that is drawn over the values of noisy curves.
+    """
     candidates = (
-        loss_chart(history),
+        loss_chart(history, smoothing),
         timeline(history),
         time_chart(history),
         learning_rate_chart(history),
-        step_time_chart(history),
+        grad_norm_chart(history, smoothing),
+        step_time_chart(history, smoothing),
+        throughput_chart(history),
         commit_chart(history),
         metrics_chart(history),
     )

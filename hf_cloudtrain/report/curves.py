@@ -21,6 +21,8 @@ from hf_cloudtrain.runtime.text import clean, count_text, duration_text
 from hf_cloudtrain.runtime.values import metric
 from hf_cloudtrain.tracking.history import History
 
+MOST_RATES = 400
+"""Points of the curve of the throughput."""
 MOST_METRICS = 6
 """Evaluation metrics that one chart can show."""
 
@@ -28,14 +30,14 @@ Point = tuple[float, float, int]
 """x, y and the number of the attempt."""
 
 
-def loss_chart(history: History) -> Chart | None:
+def loss_chart(history: History, smoothing: float = 0.0) -> Chart | None:
     """Training loss and evaluation loss by step."""
     kept, lost = _logged(history.logs, "loss"), _logged(history.superseded, "loss")
     evals = _logged(history.logs, "eval_loss")
     if not kept and not evals:
         return None
     traces = [
-        *_curves(kept, "loss", "loss %{y:.5g}"),
+        *_curves(kept, "loss", "loss %{y:.5g}", smoothing=smoothing),
         *_curves(lost, "redone", "loss %{y:.5g}", lost=True),
     ]
     if evals:
@@ -60,19 +62,50 @@ def loss_chart(history: History) -> Chart | None:
 
 def learning_rate_chart(history: History) -> Chart | None:
     """Learning rate by step."""
-    kept = _logged(history.logs, "learning_rate")
+    return _logged_chart(history, "learning_rate", "rate", "learning rate")
+
+
+def grad_norm_chart(history: History, smoothing: float = 0.0) -> Chart | None:
+    """Norm of the gradient by step."""
+    return _logged_chart(history, "grad_norm", "gradnorm", "gradient norm", smoothing)
+
+
+def throughput_chart(history: History) -> Chart | None:
+    """Samples per second: the mean of each interval of steps."""
+    samples = {info.number: info.samples_per_step for info in history.attempts if info.samples_per_step}
+    steps = sorted(step for step, number in history.step_attempts.items() if number in samples)
+    size = _interval(len(steps), MOST_RATES)
+    points: list[Point] = []
+    for start in range(0, len(steps), size):
+        part = steps[start : start + size]
+        number, seconds = history.step_attempts[part[-1]], sum(history.step_seconds[step] for step in part)
+        if seconds > 0:
+            points.append((part[-1], len(part) * (samples[number] or 0) / seconds, number))
+    if not points:
+        return None
+    traces = list(_curves(points, "throughput", "%{y:.4g} samples/s"))
+    figure = _by_step(traces, "samples per second", history, rangemode="tozero")
+    text = f"Highest {max(rate for _, rate, _ in points):.4g}. Time between steps is not part of it."
+    return Chart("throughput", f"Throughput: {points[-1][1]:.4g} samples per second", text, figure)
+
+
+def _logged_chart(history: History, key: str, name: str, words: str, smoothing: float = 0.0) -> Chart | None:
+    kept = _logged(history.logs, key)
     if not kept:
         return None
-    lost = _logged(history.superseded, "learning_rate")
-    label = "learning rate %{y:.4g}"
-    traces = [*_curves(kept, "rate", label), *_curves(lost, "redone", label, lost=True)]
+    lost = _logged(history.superseded, key)
+    label = f"{words} %{{y:.4g}}"
+    traces = [
+        *_curves(kept, name, label, smoothing=smoothing),
+        *_curves(lost, "redone", label, lost=True),
+    ]
     highest = max(kept, key=lambda point: point[1])
-    title = f"Learning rate: {kept[-1][1]:.3g} at step {kept[-1][0]:,.0f}"
+    title = f"{words.capitalize()}: {kept[-1][1]:.3g} at step {kept[-1][0]:,.0f}"
     text = f"Highest {highest[1]:.3g} at step {highest[0]:,.0f}."
-    return Chart("rate", title, text, _by_step(traces, "learning rate", history))
+    return Chart(name, title, text, _by_step(traces, words, history))
 
 
-def step_time_chart(history: History) -> Chart | None:
+def step_time_chart(history: History, smoothing: float = 0.0) -> Chart | None:
     """Duration of each step."""
     attempts = history.step_attempts
     kept: list[Point] = [
@@ -88,7 +121,10 @@ def step_time_chart(history: History) -> Chart | None:
     usual = statistics.median(seconds for _, seconds, _ in kept)
     slowest = max(kept, key=lambda point: point[1])
     label = "%{y:.4g} s"
-    traces = [*_curves(kept, "steps", label), *_curves(lost, "redone", label, lost=True)]
+    traces = [
+        *_curves(kept, "steps", label, smoothing=smoothing),
+        *_curves(lost, "redone", label, lost=True),
+    ]
     wide_range = slowest[1] > 10 * usual
     scale = {"type": "log", "dtick": 1} if wide_range else {"rangemode": "tozero"}
     figure = _by_step(traces, "seconds per step" + (" (logarithmic)" if wide_range else ""), history, **scale)
@@ -147,8 +183,15 @@ def _logged(logs: Iterable[dict[str, Any]], name: str) -> list[Point]:
     return found
 
 
-def _curves(points: list[Point], name: str, label: str, *, lost: bool = False) -> Iterator[dict[str, Any]]:
-    """One line for all attempts of a colour, interrupted between two attempts."""
+def _curves(
+    points: list[Point], name: str, label: str, *, lost: bool = False, smoothing: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """One line for all attempts of a colour, interrupted between two attempts; a smoothed one is drawn over its values."""
+    if smoothing:
+        for trace in _curves(points, name, label):
+            yield {**trace, "opacity": 0.25, "showlegend": False}
+        points = _smooth(points, smoothing)
+        label += " (smoothed)"
     by_attempt: dict[int, list[Point]] = {}
     for point in points:
         by_attempt.setdefault(point[2], []).append(point)
@@ -187,7 +230,7 @@ def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
     """The lowest and the highest point of each interval, so that peaks stay visible."""
     if len(points) <= most:
         return points
-    size = math.ceil(2 * len(points) / most)
+    size = _interval(len(points), most // 2)
     kept: list[Point] = []
 
     def height(index: int) -> float:
@@ -199,9 +242,52 @@ def _thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
     return kept
 
 
+def _interval(count: int, most: int) -> int:
+    """Points of one interval. A power of two, so that while a run grows its old intervals stay, and only new points are sent."""
+    return 1 << max(0, math.ceil(math.log2(count / most))) if count > most else 1
+
+
+def _smooth(points: list[Point], weight: float) -> list[Point]:
+    """Exponential means of each attempt, unbiased at its begin as in Adam (https://arxiv.org/abs/1412.6980)."""
+    sums: dict[int, tuple[float, float]] = {}
+    smoothed = []
+    for x, y, number in points:
+        total, norm = sums.get(number, (0.0, 0.0))
+        total, norm = weight * total + (1 - weight) * y, weight * norm + (1 - weight)
+        sums[number] = total, norm
+        smoothed.append((x, total / norm, number))
+    return smoothed
+
+
 def _lost_text(history: History) -> str:
     lost = sum(info.redone_steps for info in history.attempts)
     bound = "At least " if history.is_redone_bound else ""
     if not lost:
         return "A killed attempt may have done steps that were redone." if bound else "No step was redone."
     return f"{bound}{count_text(lost, 'step')} {'was' if lost == 1 else 'were'} redone after a restart: the bands mark them."
+
+
+def compared_curves(key: str, runs: Sequence[tuple[str, History]], smoothing: float = 0.0) -> Chart | None:
+    """One metric of several runs by step, a colour for each run, without redone steps."""
+    traces: list[dict[str, Any]] = []
+    lasts = []
+    for index, (name, history) in enumerate(runs):
+        points: list[Point] = _logged(history.logs, key)
+        if not points:
+            continue
+        shown, line = safe(name, 40), {"color": COLOURS[index % len(COLOURS)], "width": 2}
+        label = f"{shown}: {safe(key, 40)} %{{y:.5g}}"
+        style = {"mode": "lines+markers" if len(points) < 40 else "lines", "line": line, "name": shown}
+        style |= {"marker": {"size": 5, "color": line["color"]}}
+        if smoothing:
+            traces.append({**_line(_thin(points), label), **style, "opacity": 0.25, "showlegend": False})
+            points = _smooth([(x, y, 0) for x, y, _ in points], smoothing)
+        traces.append({**_line(_thin(points), label), **style})
+        lasts.append(f"{clean(name)[:40]} {points[-1][1]:.4g}")
+    if not traces:
+        return None
+    words = clean(key)[:60].replace("_", " ")
+    figure = new_figure(traces, {"title": "step", "tickformat": ",d"}, {"title": safe(words)})
+    letters = "".join(char for char in key if char.isascii() and char.isalpha())[:40]
+    title = f"{words.capitalize()}: {', '.join(lasts[:4])}"
+    return Chart(f"c{letters}{len(key)}", title, "Last values.", figure, 340, wide=key == "loss")

@@ -83,7 +83,7 @@ def new_figure(
 
 def safe(text: object, most: int = 60) -> str:
     """A text from storage, escaped for plotly and cut."""
-    shown = clean(text)
+    shown = clean(str(text)[: 8 * most])  # a name may have megabytes
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…").replace("%{", "% {")
 
 

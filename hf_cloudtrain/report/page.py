@@ -15,21 +15,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.errors import ManifestError, MissingExtraError
+from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, read_infos
 from hf_cloudtrain.runtime.files import write_whole
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean, count_text, duration_text, size_text
 from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
-from hf_cloudtrain.tracking.status import RunState, run_state, state_of
-
-if TYPE_CHECKING:
-    from hf_cloudtrain.report.figure import Chart
+from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state, state_of
 
 Columns = Mapping[str, tuple[str, Callable[[Any], object]]]
 """A table: each heading, the CSS class of its cells (`number`, `mono` or none), and the function that takes its cell."""
@@ -60,11 +59,10 @@ class Report:
         >>> report.write(Path("report.html"))
     """
 
-    def __init__(self, catalog: Catalog) -> None:
-        _check_extra_installed()
+    def __init__(self, catalog: Catalog, now: float | None = None) -> None:
         catalog.attempts.check_any()
-        self.state: RunState = run_state(catalog)
-        self.history: History = history_of(catalog)
+        self.state: RunState = run_state(catalog, now)
+        self.history: History = history_of(catalog, now)
         if not self.history.attempts:
             raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
         self.roles = Roles.of(catalog)
@@ -72,33 +70,43 @@ class Report:
         self._titles = Titles(catalog)
         self._titles.read(info.resumed_from for info in self.history.attempts[-MOST_ATTEMPTS:])
 
+    def content(self, smoothing: float = 0.0) -> dict[str, Any]:
+        """All that a page about the run shows, as JSON; `cloudtrain ui` shows the same while the run trains."""
+        url = shown(self.history.run_url)
+        return {
+            "name": url.rstrip("/").rpartition("/")[2] or url,
+            "state": shown(self.state.state, 20),
+            "run_url": url,
+            "notes": self._notes(),
+            "key_figures": self._key_figures(),
+            "charts": [chart.record() for chart in charts_of(self.history, smoothing)],
+            "tables": [
+                vars(table) for table in (self._attempt_table(), self._checkpoint_table(), *self._facts())
+            ],
+        }
+
     def write(self, path: Path) -> int:
         """Write the file, replacing it whole or not at all; its size in bytes."""
-        from hf_cloudtrain.report.charts import charts_of
-
-        page = self._page(charts_of(self.history)).encode("utf-8", "replace")
+        check_extra_installed("The report", "report", "jinja2", "plotly")
+        page = self._page(self.content()).encode("utf-8", "replace")
         try:
             write_whole(path, page)
         except OSError as error:  # with the name that the user gave
             raise OSError(error.errno, error.strerror, str(path)) from None
         return len(page)
 
-    def _page(self, charts: list[Chart]) -> str:
+    def _page(self, content: dict[str, Any]) -> str:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
 
-        figures = {chart.name: chart.figure for chart in charts}
+        charts = content["charts"]
+        figures = {chart["name"]: chart["figure"] for chart in charts}
         template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
-        url = shown(self.history.run_url)
+        if self.state.state in ALIVE:
+            content["notes"].append("The run was not over when this page was written.")
         return template.render(
+            **content,
             nonce=secrets.token_urlsafe(16),
-            name=url.rstrip("/").rpartition("/")[2] or url,
-            state=shown(self.state.state, 20),
-            run_url=url,
-            notes=self._notes(),
-            key_figures=self._key_figures(),
-            charts=charts,
-            tables=[self._attempt_table(), self._checkpoint_table(), *self._facts()],
             footer=f"Written by cloudtrain run report on {utc(time.time())}. Charts by plotly.js (MIT licence).",
             style=Markup(_file("page.css")),  # noqa: S704 - our own files
             script=Markup(_file("charts.js")),  # noqa: S704
@@ -110,8 +118,6 @@ class Report:
         notes = []
         if self.state.stalled:
             notes.append(f"The run looks stalled, {self.state.stalled}.")
-        if self.state.state in ("started", "training"):
-            notes.append("The run was not over when this page was written.")
         damaged = sum(1 for info in self.found if info.manifest is None)
         if damaged:
             notes.append(f"{count_text(damaged, 'manifest')} damaged: see `cloudtrain checkpoint list`.")
@@ -146,7 +152,7 @@ class Report:
         newest = self.history.attempts[-1]
         columns: Columns = {
             "attempt": ("number", lambda info: info.number),
-            "state": ("", lambda info: state_of(info.state, info.last_seen, newest=info is newest)),
+            "state": ("", lambda info: self._state_of(info, is_newest=info is newest)),
             "began (UTC)": ("", lambda info: utc(info.started)),
             "ran": ("", lambda info: _bound(duration_text(info.last_seen - info.started), info)),
             "steps": ("", lambda info: f"{info.first_step:,} to {_bound(f'{info.last_step:,}', info)}"),
@@ -165,6 +171,9 @@ class Report:
         if any(info.was_killed for info in infos):
             text = f"{text} An attempt that was killed may have done more than the records show: at least.".strip()
         return _table("Attempts, the newest first", columns, reversed(infos), text)
+
+    def _state_of(self, info: AttemptInfo, *, is_newest: bool) -> str:
+        return state_of(info.state, info.last_seen, newest=is_newest, now=self.history.read_at)
 
     def _checkpoint_table(self) -> Table:
         columns: Columns = {
@@ -237,14 +246,14 @@ def utc(seconds: float) -> str:
         return f"{seconds:.3g} s"  # outside the calendar
 
 
-def _check_extra_installed() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
+def check_extra_installed(what: str, extra: str, *packages: str) -> None:
+    """Raise MissingExtraError, with the command that installs it, where a package of an extra is missing."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
         raise MissingExtraError(
-            f"The report needs packages that are not installed ({error}). Run: pip install 'hf_cloudtrain[report]'"
-        ) from None
+            f"{what} needs packages that are not installed ({', '.join(missing)}). "
+            f"Run: pip install 'hf_cloudtrain[{extra}]'"
+        )
 
 
 def _newest_and_best(catalog: Catalog, roles: Roles) -> list[CheckpointInfo]:
@@ -255,12 +264,16 @@ def _newest_and_best(catalog: Catalog, roles: Roles) -> list[CheckpointInfo]:
     return read_infos(catalog, keys[::-1])
 
 
+def plotly_script() -> str:
+    """plotly.js, 5 MB, from the installed package. It is read as a file: importing plotly takes a second."""
+    origin = getattr(find_spec("plotly"), "origin", None)
+    return Path(str(origin)).with_name("package_data").joinpath("plotly.min.js").read_text(encoding="utf-8")
+
+
 @functools.cache
 def _packed_plotly() -> str:
-    """The library, 5 MB, compressed to a third and base64-encoded."""
-    from plotly.offline import get_plotlyjs
-
-    return _packed(get_plotlyjs(), 9)
+    """The library, compressed to a third and base64-encoded."""
+    return _packed(plotly_script(), 9)
 
 
 def _packed(text: str, level: int) -> str:

@@ -114,7 +114,7 @@ def commit_chart(history: History) -> Chart | None:
         "showlegend": False,
     }
     y = {"title": "seconds to the commit", "rangemode": "tozero"}
-    figure = new_figure([trace], {"title": "time of the save (UTC)"}, y)
+    figure = new_figure([trace], {"title": "time of the save (UTC)", "type": "date"}, y)
     median, most = duration_text(statistics.median(lags)), duration_text(max(lags))
     title = f"Upload lag: median {median}, maximum {most}"
     text = "From each save until it is on storage: losing the machine in between loses the checkpoint."
@@ -221,7 +221,10 @@ def _uploads(history: History, lanes: dict[int, int]) -> Iterator[dict[str, Any]
 
 def _ends(rows: list[AttemptInfo], lanes: dict[int, int], history: History) -> dict[str, Any]:
     newest = history.attempts[-1].number
-    states = [state_of(info.state, info.last_seen, newest=info.number == newest) for info in rows]
+    states = [
+        state_of(info.state, info.last_seen, newest=info.number == newest, now=history.read_at)
+        for info in rows
+    ]
     symbols = {"finished": "circle", "training": "triangle-right", "started": "triangle-right"}
     return {
         "type": "scatter",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -86,6 +87,7 @@ class AttemptInfo:
     """Its last heartbeat, complete."""
     was_killed: bool = False
     """It recorded no end and is not alive: `last_seen`, `last_step` and `redone_steps` are lower bounds."""
+    samples_per_step: int | None = None
     untimed_steps: int = 0
     """Kept steps whose time was not recorded, so that `productive_seconds` is a lower bound."""
 
@@ -116,6 +118,8 @@ class History:
     """(attempt, step in its own numbers, seconds) of each step that was redone."""
     commits: dict[CheckpointKey, CommitInfo] = field(default_factory=dict)
     """Checkpoints whose commit was recorded."""
+    read_at: float = 0.0
+    """When it was read, by the clock of the training machine as far as its difference to ours is known."""
 
     @property
     def wall_seconds(self) -> float:
@@ -183,8 +187,8 @@ def read_history(
     return history_of(Catalog(storage))
 
 
-def history_of(catalog: Catalog) -> History:
-    """The same for an open catalog."""
+def history_of(catalog: Catalog, now: float | None = None) -> History:
+    """The same for an open catalog; `now` as for `status.run_state`."""
     attempts = catalog.attempts.read_all()
     committed = catalog.checkpoints()
     numbers = [attempt.number for attempt in attempts]
@@ -194,7 +198,7 @@ def history_of(catalog: Catalog) -> History:
     beats = {number: heartbeat or {} for number, heartbeat in zip(numbers, heartbeats, strict=True)}
     evidence = gather(catalog, attempts, beats, records, committed)
     line = lineage(attempts)
-    history = History(catalog.storage.url, [], [], [], {})
+    history = History(catalog.storage.url, [], [], [], {}, read_at=time.time() if now is None else now)
     for attempt in attempts:
         progress, known = beats[attempt.number], evidence[attempt.number]
         info = AttemptInfo(
@@ -209,7 +213,9 @@ def history_of(catalog: Catalog) -> History:
             facts=attempt.facts,
             progress=progress,
         )
-        info.was_killed = state_of(info.state, info.last_seen, newest=attempt is attempts[-1]) == "killed"
+        is_newest = attempt is attempts[-1]
+        state = state_of(info.state, info.last_seen, newest=is_newest, now=history.read_at)
+        info.was_killed = state == "killed"
         history.attempts.append(info)
         _Joiner(history, info, *line.get(attempt.number, (-1.0, 1.0))).add(records[attempt.number])
     history.logs.sort(key=lambda log: (log["step"], log["time"]))
@@ -282,8 +288,18 @@ class _Joiner:
         first, seconds = record.get("first"), record.get("seconds")
         if not is_step(first) or not isinstance(seconds, list):
             return
-        for step, duration in enumerate(map(_float, seconds), first):
-            self._seconds[step] = duration
+        durations = [_float(duration) for duration in seconds]
+        steps = range(first, first + len(durations))
+        if is_step(record.get("samples")):
+            info.samples_per_step = record["samples"]
+        self._seconds.update(zip(steps, durations, strict=True))
+        if self._scale == 1.0 and steps.stop - 1 <= self._limit:
+            history.step_seconds.update(zip(steps, durations, strict=True))
+            history.step_attempts.update(dict.fromkeys(steps, info.number))
+            info.kept_steps += len(durations)
+            info.productive_seconds += sum(durations)
+            return
+        for step, duration in zip(steps, durations, strict=True):
             if step <= self._limit:
                 new = math.ceil(step * self._scale)  # several old steps may make one new step
                 before = history.step_seconds.get(new, 0.0) if self._scale < 1 else 0.0

@@ -68,8 +68,11 @@ class RunState:
         return dataclasses.asdict(self)
 
 
-def run_state(catalog: Catalog) -> RunState:
+def run_state(catalog: Catalog, now: float | None = None) -> RunState:
     """The status of a run, from two listings and one or two small records.
+
+    Args:
+        now: the time of the training machine, where it is known to differ from the time here.
 
     Raises:
         StorageError: the storage is unavailable.
@@ -86,7 +89,7 @@ def run_state(catalog: Catalog) -> RunState:
     progress = last_heartbeat(catalog, numbers[-1])
     keys = catalog.checkpoints()
     last_seen = number(progress.get("time"))
-    state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0)
+    state = state_of(str(progress.get("state", "started"))[:MOST_STATE], last_seen or 0.0, now=now)
     is_training = state == "training"
     uploading = _uploading(progress, keys) if is_training else None
     names = ("step_seconds", "samples_per_second", "tokens_per_second")
@@ -105,9 +108,9 @@ def run_state(catalog: Catalog) -> RunState:
         last_committed=str(keys[-1]) if keys else None,
         commit_lag_seconds=number(progress.get("commit_lag_seconds")),
         uploading=None if uploading is None else str(uploading),
-        uploading_seconds=None if uploading is None else age(number(progress.get("last_saved_time"))),
+        uploading_seconds=None if uploading is None else age(number(progress.get("last_saved_time")), now),
         last_seen=last_seen,
-        heartbeat_age_seconds=age(last_seen),
+        heartbeat_age_seconds=age(last_seen, now),
     )
 
 
@@ -134,9 +137,9 @@ def quiet_seconds() -> float:
     return max(60.0, 4 * env.heartbeat())
 
 
-def state_of(recorded: str, last_seen: float, *, newest: bool = True) -> str:
+def state_of(recorded: str, last_seen: float, *, newest: bool = True, now: float | None = None) -> str:
     """The state of an attempt: a killed attempt cannot record its end, so it follows from its last heartbeat."""
-    is_alive = newest and time.time() - last_seen <= quiet_seconds()
+    is_alive = newest and (time.time() if now is None else now) - last_seen <= quiet_seconds()
     return recorded if recorded not in ALIVE or is_alive else "killed"
 
 
@@ -146,9 +149,9 @@ def count(value: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def age(moment: float | None) -> float | None:
+def age(moment: float | None, now: float | None = None) -> float | None:
     """Seconds since a moment; 0 if the clock of that machine is ahead of ours."""
-    return None if moment is None else max(0.0, time.time() - moment)
+    return None if moment is None else max(0.0, (time.time() if now is None else now) - moment)
 
 
 def _step(attempt: int, progress: dict[str, Any], keys: list[CheckpointKey]) -> int | None:

@@ -365,3 +365,40 @@ class TestCharts:
         assert thin == sorted(thin)
         assert {point[1] for point in thin} >= {0.0, 96.0}
         assert curves._thin(curve[:100], 100) == curve[:100]
+
+
+class TestLivePages:
+    """What pages that change ask of the charts."""
+
+    def test_a_smoothed_curve_lies_over_its_values(self, catalog: Catalog) -> None:
+        record_run(catalog)
+        raw, smooth = (
+            {chart.name: chart for chart in charts_of(history_of(catalog), smoothing)}
+            for smoothing in (0.0, 0.9)
+        )
+        values = [trace for trace in smooth["loss"].figure["data"] if trace.get("opacity") == 0.25]
+        assert [trace["y"] for trace in values] == [trace["y"] for trace in raw["loss"].figure["data"][:3]]
+        means = smooth["loss"].figure["data"][3]["y"]
+        assert means[0] == values[0]["y"][0]
+        assert max(means[10:30]) - min(means[10:30]) < max(values[0]["y"][10:30]) - min(values[0]["y"][10:30])
+        assert raw["loss"].legend == smooth["loss"].legend
+
+    def test_gradient_norm_and_throughput_are_shown_where_they_were_recorded(self, catalog: Catalog) -> None:
+        catalog.attempts.begin(BEGAN, 0, None, {})
+        log = {"kind": "log", "step": 2, "time": BEGAN + 9, "metrics": {"grad_norm": 0.7}}
+        write(catalog, 1, [{"kind": "steps", "first": 1, "seconds": [0.5, 0.5], "samples": 16}, log])
+        found = charts(catalog)
+        assert points(found["throughput"], "attempt 1") == [(1, 32.0), (2, 32.0)]
+        assert found["gradnorm"].title == "Gradient norm: 0.7 at step 2"
+
+    def test_old_points_of_a_long_curve_stay_while_it_grows(self) -> None:
+        curve = [(float(step), float(step % 97), 1) for step in range(1_000)]
+        before, after = curves._thin(curve[:900], 100), curves._thin(curve, 100)
+        assert len(after) <= 100
+        assert after[: len(before) - 2] == before[:-2]
+
+    def test_a_clock_that_differs_does_not_make_a_run_look_killed(self, catalog: Catalog) -> None:
+        record_attempt(catalog, began=BEGAN, steps=range(1, 51))
+        now = history_of(catalog).attempts[-1].last_seen + 5
+        assert "killed" in charts(catalog)["timeline"].figure["data"][-1]["text"][0]
+        assert "training" in charts_of(history_of(catalog, now))[1].figure["data"][-1]["text"][0]
