@@ -5,7 +5,7 @@
 #   make chaos   1,300 random SIGKILLs       make test-lowest   the suite on the lowest versions of setup.cfg
 #   make bench   the benchmarks, as one table      make docs    all pages and the API reference, as a site
 #   make test-skypilot   SkyPilot's own parser on what we give it
-#   make test-trainers   trainers of TRL, sentence-transformers and peft, killed and resumed
+#   make test-trainers   trainers and commands of TRL, sentence-transformers, peft and ms-swift, killed and resumed
 #   make test-pythons    import and basic tests on each Python of setup.cfg that is here
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -30,6 +30,7 @@ INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
 SERVERS := .servers/.azurite-$(AZURITE)
 TRAINERS := .venv-trainers/.installed
+SWIFT := .venv-swift/.installed
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
 SITE := .venv-docs/.installed
 
@@ -68,7 +69,7 @@ test-lowest: $(LOWEST) $(SERVERS) $(CHROMIUM) $(SLURM)
 test-skypilot: $(INSTALLED) $(PARSER)
 	.venv/bin/python -m pytest tests/skypilot -m skypilot $(PYTEST_ARGS)
 
-test-trainers: $(INSTALLED) $(TRAINERS)
+test-trainers: $(INSTALLED) $(TRAINERS) $(SWIFT)
 	.venv/bin/python -m pytest tests/trainers -m trainers $(PYTEST_ARGS)
 
 test-pythons:
@@ -86,7 +87,7 @@ docs: $(SITE)
 	@echo "The site is site/index.html"
 
 clean:
-	rm -rf .venv .venv-lowest .venv-skypilot .venv-trainers .venv-docs .venv-pythons .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-skypilot .venv-trainers .venv-swift .venv-docs .venv-pythons .servers build site dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A fresh clone takes minutes here, most of them for torch.
@@ -112,11 +113,21 @@ $(PARSER):
 	.venv-skypilot/bin/python -m pip install --quiet --disable-pip-version-check skypilot==$(SKYPILOT)
 	@touch $@
 
-# Beside our tested versions, and the CPU build of torch.
+# Beside our tested versions, except where a project excludes one: trackio wants an older pillow, MLflow an older pyarrow.
+# Few of the modules are imported, so none is compiled ahead.
+INSTALL_WITH := -m pip install --quiet --no-compile --disable-pip-version-check -c
 $(TRAINERS): setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-trainers
-	.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt \
-		trl==1.16.0 sentence-transformers==6.2.0 peft
+	grep -vE '^(pillow|pyarrow)==' constraints.txt > .venv-trainers/constraints.txt
+	.venv-trainers/bin/python $(INSTALL_WITH) .venv-trainers/constraints.txt -e . trl==1.16.0 sentence-transformers==6.2.0 peft \
+		mlflow==3.17.2 tensorboard==2.21.0 trackio==0.43.0 wandb==0.31.0 pytest pytest-timeout
+	@touch $@
+
+# ms-swift wants transformers < 5.20, peft < 0.21 and trl < 1.0, and what fits these.
+$(SWIFT): setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-swift
+	grep -vE '^(datasets|fsspec|huggingface_hub|peft|transformers)==' constraints.txt > .venv-swift/constraints.txt
+	.venv-swift/bin/python $(INSTALL_WITH) .venv-swift/constraints.txt -e . ms-swift==4.6.0
 	@touch $@
 
 # Sources are read and not imported, so neither torch nor this package is installed.
