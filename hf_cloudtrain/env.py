@@ -57,6 +57,10 @@ has 64 MB or more."""
 LOG = "HF_CLOUDTRAIN_LOG"
 """Lowest level of the messages of a training: `debug`, `info`, `warning`, `error` or `critical`. Default: transformers'
 verbosity, but `info` where that is `warning`, its own default."""
+LAUNCH = "HF_CLOUDTRAIN_LAUNCH"
+"""`off`: processes below `cloudtrain launch`, or a job with `launch: auto`, train as without it. Default: none."""
+LAUNCH_NOTES = "HF_CLOUDTRAIN_LAUNCH_NOTES"
+"""Set by `cloudtrain launch`: file to which the processes below it write what was hooked. Default: none."""
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
 """Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names.
 Default: none."""
@@ -190,6 +194,11 @@ def shutdown_timeout() -> float | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     return _seconds("PET_SHUTDOWN_TIMEOUT", 30.0)
+
+
+def launch_notes() -> str | None:
+    """The file to which processes below `cloudtrain launch` write what was hooked; None outside of it."""
+    return os.environ.get(LAUNCH_NOTES) or None
 
 
 def exit_file() -> str | None:

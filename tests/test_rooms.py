@@ -22,7 +22,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoints",),
     ("resume", "tracking", "datasets", "staging"),
     ("preemption", "report"),
-    ("integrations", "jobs"),
+    ("integrations",),
+    ("launch",),
+    ("jobs",),
     ("cli",),
     ("testing",),
 )

@@ -18,6 +18,7 @@ from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import NotCommittedError, RunHasCheckpointsError
 from hf_cloudtrain.runtime.provenance import facts
+from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.threads import answer_in_time
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class AttemptChecks:
         resumed_from = self.restored
         if resumed_from is None or self._local.number_of(resumed_from) != global_step:
             resumed_from = self._checkpoint_at(global_step, from_zero=self.fresh or started_over)
-        return self._catalog.attempts.begin(time.time(), global_step, resumed_from, facts())
+        known = {**facts(), "output_dir": redact(str(self._local.output_dir))}
+        return self._catalog.attempts.begin(time.time(), global_step, resumed_from, known)
 
     def check_stored(self, saved: CheckpointKey | None, save_error: Exception | None) -> None:
         """Raise NotCommittedError unless the last checkpoint is on storage.

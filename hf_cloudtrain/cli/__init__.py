@@ -33,7 +33,7 @@ from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import completion, streams
 from hf_cloudtrain.cli.arguments import examples
-from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, new, run, verify_resume, vm
+from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, launch, new, run, verify_resume, vm
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.cli.periflow import translated
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
@@ -85,6 +85,14 @@ app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(vm.app, name="vm")
+app.command(
+    epilog=examples(
+        "launch --run-url RUN -- trl sft --config sft.yaml",
+        "launch --run-url RUN -- torchrun --nproc-per-node 4 train.py",
+    ),
+    short_help="Run a command that trains, and store its checkpoints.",
+    context_settings={"allow_interspersed_args": False},  # what follows the command is the command's
+)(launch.launch)
 app.command(
     epilog=examples("doctor RUN", "doctor RUN --gb 40"),
     short_help="Check credentials, permissions, speed, clock and disk.",

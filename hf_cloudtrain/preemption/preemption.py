@@ -245,9 +245,14 @@ def check_no_pending_notice(checkpointer: Checkpointer) -> None:
         _exit(ranks, f"This machine is being preempted ({found[0].source}); not starting training.")
 
 
-def _exit(ranks: Ranks, text: str) -> NoReturn:
+def in_notebook() -> bool:
+    """Whether cells of a notebook run in this process."""
     ipython = sys.modules.get("IPython")
-    if ipython is not None and ipython.get_ipython() is not None:  # a notebook
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def _exit(ranks: Ranks, text: str) -> NoReturn:
+    if in_notebook():
         raise PreemptedError(text)
     if ranks.is_main:
         logger.warning("%s Run the same command again to resume from the newest checkpoint.", text)

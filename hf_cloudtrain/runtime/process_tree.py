@@ -50,18 +50,18 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0)
 
 
-def terminate(pid: int) -> None:
-    """Send SIGTERM to the processes of a tree that have a handler for it, or to all of them if none has.
+def terminate(pid: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal to the processes of a tree that have a handler for it, or to all of them if none has.
 
     Programs such as `tee` have none: they would end at once, and the last output of the training would be lost.
     """
     family = _family(pid)
-    listening = [process for process in family if _catches(process.pid, signal.SIGTERM)]
+    listening = [process for process in family if _catches(process.pid, number)]
     # Shells have a handler too, which only acts after their command has ended.
     if all(_name(process) in SHELLS for process in listening):
         listening = family
     for process in listening:
-        _send(process, signal.SIGTERM)
+        _send(process, number)
 
 
 def kill_children(patience: float = PATIENCE) -> None:

@@ -6,6 +6,7 @@
     data            create, list, view, download, delete, clean
     vm              list
     doctor          `cloudtrain doctor`
+    launch          `cloudtrain launch`
     verify_resume   `cloudtrain verify-resume`
     new             `cloudtrain new`
 

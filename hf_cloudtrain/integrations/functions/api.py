@@ -234,6 +234,11 @@ class _Run:
         self._check_not_complete(done)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether it has a run URL."""
+        return not isinstance(self._mode, LocalRun)
+
+    @property
     def step(self) -> int:
         """The step under way, else the last one."""
         return self.done + self._started
@@ -320,6 +325,11 @@ class _Current:
     """The run of this process."""
 
     run: _Run | None = None
+
+
+def is_open() -> bool:
+    """Whether the script has called `init` with a run URL: it then cares for its checkpoints itself."""
+    return _Current.run is not None and _Current.run.is_remote
 
 
 def _opened(function: str) -> _Run:

@@ -1,0 +1,34 @@
+"""`cloudtrain launch`: run a command that trains, unmodified, with checkpoints on storage and resume."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from hf_cloudtrain import env
+from hf_cloudtrain.cli.output import say
+from hf_cloudtrain.storage.urls import normal_url
+
+
+def launch(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="The command that trains, as without `cloudtrain`."),
+    ],
+    run_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", envvar=env.RUN_URL, help="URL of the run: any fsspec URL, or a folder."),
+    ] = None,
+) -> None:
+    """Run a command that trains, and store its checkpoints.
+
+    Works for each command that trains with the Trainer of transformers, such as `torchrun train.py` or `trl sft`, with no
+    line changed: its checkpoints are uploaded to the run, and the same command on any machine resumes from the newest one.
+    The exit code is that of the command.
+    """
+    from hf_cloudtrain.launch.command import run
+
+    url = normal_url(env.run_url(run_url))
+    raise typer.Exit(run(command, url, say, os.environ))
