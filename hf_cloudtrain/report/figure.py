@@ -35,22 +35,30 @@ class Chart:
 
     @property
     def legend(self) -> list[tuple[str, str, str]]:
-        """(`line`, `dotted`, `dots` or `box`; colour; name) of each trace. Plotly's own legend leaves a phone no room."""
+        """(shape, colour, name) of each trace, in the place of plotly's own legend, which leaves a phone no room.
+
+        The shape is `line`, `dotted`, `box`, or one of plotly's symbols, such as `triangle-up`: what the chart shows.
+        """
         found: dict[str, tuple[str, str, str]] = {}
         for trace in self.figure["data"]:
             name = trace.get("name")
             if name and trace.get("showlegend", True) and name not in found:
-                is_line = trace["type"] == "scatter" and "lines" in trace["mode"]
-                style = trace["line"] if is_line else trace["marker"]
-                line = "dotted" if style.get("dash") == "dot" else "line"
-                shape = line if is_line else "box" if trace["type"] == "bar" else "dots"
-                known = style["color"] if isinstance(style["color"], str) else "currentColor"
-                found[name] = (shape, known, html.unescape(name))
+                found[name] = (*_sample(trace), html.unescape(name))
         return list(found.values())
 
     def record(self) -> dict[str, Any]:
         """Everything about the chart, for JSON."""
         return {**vars(self), "legend": self.legend}
+
+
+def _sample(trace: dict[str, Any]) -> tuple[str, str]:
+    """The shape and the colour of a trace."""
+    if trace["type"] == "bar":
+        return "box", trace["marker"]["color"]
+    symbol = trace["marker"].get("symbol", "circle")
+    is_line = "lines" in trace["mode"] and symbol.startswith("circle")
+    style = trace["line"] if is_line else trace["marker"]
+    return ("dotted" if style.get("dash") == "dot" else "line") if is_line else symbol, style["color"]
 
 
 def new_figure(

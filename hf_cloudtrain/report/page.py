@@ -31,7 +31,7 @@ from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
 from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state, state_of
 
 Columns = Mapping[str, tuple[str, Callable[[Any], object]]]
-"""A table: each heading, the CSS class of its cells (`number`, `mono` or none), and the function that takes its cell."""
+"""A table: each heading, the CSS class of its cells (as in `Table`), and the function that takes its cell."""
 
 MOST_CHECKPOINTS = 200
 """Checkpoints in the table, whose manifests are read for it: the newest, and the best."""
@@ -43,7 +43,7 @@ MOST_TEXT = 2_000
 
 @dataclass
 class Table:
-    """Rows of (text, CSS class); classes are `number`, `mono`, `text` for what may wrap, and none."""
+    """Rows of (text, CSS class); classes are `number`, `mono`, `wrap`, `text` (mono, may wrap), and none."""
 
     title: str
     rows: list[list[tuple[str, str]]]
@@ -178,13 +178,13 @@ class Report:
     def _checkpoint_table(self) -> Table:
         columns: Columns = {
             "checkpoint": ("mono", lambda info: info.title),
+            "notes": ("wrap", self._notes_on),
             "step": ("number", lambda info: f"{info.record()['step']:,}"),
             "saved (UTC)": ("", lambda info: info.manifest and utc(info.manifest.created)),
             "on storage after": ("number", self._lag),
             "size": ("number", lambda info: info.manifest and size_text(info.manifest.size)),
             "files": ("number", lambda info: info.manifest and len(info.manifest.files)),
-            "metrics": ("", _metrics),
-            "notes": ("", self._notes_on),
+            "metrics": ("wrap", _metrics),
         }
         left = len(self.roles.keys) - len(self.found)
         text = "What is on storage now; retention deletes old checkpoints."

@@ -35,6 +35,16 @@ KINDS = {
 }
 """What time is spent on, with name and colour."""
 
+OTHER_END = "failed, killed or overtaken"
+ENDS = {
+    "finished": (("finished",), "circle", "#1d7d53"),
+    "running": (("training", "started"), "triangle-right", "#1d7d53"),
+    "preempted or stopped": (("preempted", "stopped"), "square", "#b9770e"),
+    OTHER_END: ((), "x", "#a11d33"),
+}
+"""How attempts end: states, symbol and colour. A state that has no other mark has a cross."""
+KNOWN_STATES = {state for states, _, _ in ENDS.values() for state in states}
+
 
 def timeline(history: History) -> Chart | None:
     """A row for each attempt: what it did when, its saves and its uploads."""
@@ -42,7 +52,7 @@ def timeline(history: History) -> Chart | None:
     if not rows:
         return None
     lanes = {info.number: -row for row, info in enumerate(rows)}
-    traces = [*_stretch_bars(rows, lanes), *_uploads(history, lanes), _ends(rows, lanes, history)]
+    traces = [*_stretch_bars(rows, lanes), *_uploads(history, lanes), *_ends(rows, lanes, history)]
     thickness = max(14, min(46, 640 // len(rows)))
     every = math.ceil(len(rows) / 20)
     shown = rows[::every]
@@ -219,35 +229,35 @@ def _uploads(history: History, lanes: dict[int, int]) -> Iterator[dict[str, Any]
     }
 
 
-def _ends(rows: list[AttemptInfo], lanes: dict[int, int], history: History) -> dict[str, Any]:
+def _ends(rows: list[AttemptInfo], lanes: dict[int, int], history: History) -> Iterator[dict[str, Any]]:
     newest = history.attempts[-1].number
-    states = [
-        state_of(info.state, info.last_seen, newest=info.number == newest, now=history.read_at)
+    found = [
+        (info, state_of(info.state, info.last_seen, newest=info.number == newest, now=history.read_at))
         for info in rows
     ]
-    symbols = {"finished": "circle", "training": "triangle-right", "started": "triangle-right"}
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [utc(info.last_seen) for info in rows],
-        "y": [lanes[info.number] for info in rows],
-        "text": [
-            f"attempt {info.number}: {safe(state)}<br>last seen {clock(info.last_seen)}, step {info.last_step}"
-            for info, state in zip(rows, states, strict=True)
-        ],
-        "marker": {
-            "symbol": [symbols.get(state, "x") for state in states],
-            "size": 11,
-            "color": [_end_colour(state) for state in states],
-            "line": {"width": 1, "color": "#ffffff"},
-        },
-        "name": "end of an attempt",
-        "hovertemplate": "%{text}<extra></extra>",
-    }
-
-
-def _end_colour(state: str) -> str:
-    return {"finished": "#1d7d53", "training": "#1d7d53", "started": "#6b7785"}.get(state, "#a11d33")
+    for end, (states, symbol, shade) in ENDS.items():
+        ended = [(info, state) for info, state in found if state in states]
+        if end == OTHER_END:
+            ended = [(info, state) for info, state in found if state not in KNOWN_STATES]
+        if ended:
+            yield {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [utc(info.last_seen) for info, _ in ended],
+                "y": [lanes[info.number] for info, _ in ended],
+                "text": [
+                    f"attempt {info.number}: {safe(state)}<br>last seen {clock(info.last_seen)}, step {info.last_step}"
+                    for info, state in ended
+                ],
+                "marker": {
+                    "symbol": symbol,
+                    "size": 11,
+                    "color": shade,
+                    "line": {"width": 1, "color": "#ffffff"},
+                },
+                "name": end,
+                "hovertemplate": "%{text}<extra></extra>",
+            }
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser, Page
 from tests.conftest import missing
-from tests.recorded import BEGAN, record_attempt, record_run, write
+from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 from tests.servers import ServerMissingError
 
 CHARTS = {"loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics"}
@@ -74,6 +75,41 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(
     assert page.ask("document.body.innerText").count("checkpoint-400") >= 1
     assert "Loss: 0.3386 at step 400" in page.ask("document.body.innerText")
     check_no_errors_or_requests(page, path)
+
+
+def test_long_metrics_leave_what_a_checkpoint_is_in_sight(tmp_path: Path, browser: Browser) -> None:
+    catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
+    number = record_attempt(catalog, began=BEGAN, steps=range(1, 61), save_steps=999)
+    metrics = {f"eval_accuracy_of_the_validation_set_{index}": 0.123456 for index in range(4)}
+    commit(
+        catalog, CheckpointKey(number, 60), BEGAN, metrics=metrics, exact=False, inexact_reason="why " * 30
+    )
+    catalog.point("best", CheckpointKey(number, 60), 0.4)
+    catalog.storage.write(".cloudtrain/pins/000001-0000000060.json", b"{}")
+    page = browser.open(report(tmp_path / "mnli", tmp_path / "report.html"), 1280)
+    page.wait(DRAWN)
+    found = page.ask("""(() => {
+      const cells = [...document.querySelectorAll("td")];
+      const cell = cells.find((cell) => cell.textContent.startsWith("newest, best, pinned"));
+      const table = cell.closest(".scroll");
+      return [cell.getBoundingClientRect().right, table.scrollWidth - table.clientWidth];
+    })()""")
+    assert found[0] < 640
+    assert found[1] <= 0  # and nothing of the table is out of sight
+
+
+def test_a_legend_shows_the_symbols_of_its_chart(tmp_path: Path, browser: Browser) -> None:
+    record_run(Catalog(Storage(f"file://{tmp_path}/mnli")))
+    page = browser.open(report(tmp_path / "mnli", tmp_path / "report.html"), 1280)
+    page.wait(DRAWN)
+    found = page.ask("""Object.fromEntries([...document.querySelectorAll("#timeline")].flatMap((chart) =>
+      [...chart.closest("section").querySelectorAll(".legend li")].map((item) => {
+        const style = getComputedStyle(item.firstChild);
+        return [item.textContent, [style.clipPath.split("(")[0], style.clipPath.split(",").length, style.width]];
+      })))""")
+    assert found["save"] == ["polygon", 3, "10px"]
+    assert found["failed, killed or overtaken"] == ["polygon", 12, "10px"]
+    assert found["finished"] == ["none", 1, "10px"]
 
 
 def test_texts_from_storage_are_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:

@@ -203,8 +203,8 @@ class TestAnyRun:
         catalog.point("best", CheckpointKey(1, 3))
         text = text_of(page_of(catalog, tmp_path))
         assert "18 older ones are not shown" in text
-        assert "checkpoint-3 3 " in text
-        assert "checkpoint-4 4 " not in text
+        assert "checkpoint-3 best 3 " in text
+        assert "checkpoint-4 " not in text
 
     def test_attempts_that_overlap(self, catalog: Catalog, tmp_path: Path) -> None:
         for began in (BEGAN, BEGAN + 10):
@@ -318,7 +318,7 @@ class TestCharts:
             ("line", "attempt 2"),
             ("line", "attempt 3"),
             ("dotted", "redone"),
-            ("dotted", "evaluation"),
+            ("diamond", "evaluation"),
         ]
         assert len({entry[1] for entry in chart.legend[:3]}) == 3
         assert [step for step, _ in points(chart, "attempt 2")] == list(range(155, 255, 5))
@@ -340,7 +340,29 @@ class TestCharts:
         assert lost["x"][0] == pytest.approx(10_000, rel=0.01)
         assert len(traces["evaluation"]["x"]) == 8
         assert set(traces["upload"]["x"]) == {8_000.0}
-        assert "killed" in traces["end of an attempt"]["text"][0]
+        assert "killed" in traces["failed, killed or overtaken"]["text"][0]
+
+    @pytest.mark.parametrize(
+        ("state", "end", "symbol"),
+        [
+            ("finished", "finished", "circle"),
+            ("preempted", "preempted or stopped", "square"),
+            ("stopped", "preempted or stopped", "square"),
+            ("failed", "failed, killed or overtaken", "x"),
+            ("overtaken", "failed, killed or overtaken", "x"),
+            ("training", "failed, killed or overtaken", "x"),  # long ago, so it was killed
+            ("<b>?", "failed, killed or overtaken", "x"),
+        ],
+    )
+    def test_a_graceful_end_has_a_mark_of_its_own_and_a_crash_has_a_cross(
+        self, catalog: Catalog, state: str, end: str, symbol: str
+    ) -> None:
+        record_attempt(catalog, began=BEGAN, steps=range(1, 51), state=state)
+        chart = charts(catalog)["timeline"]
+        (trace,) = (trace for trace in chart.figure["data"] if trace["name"] == end)
+        assert trace["marker"]["symbol"] == symbol
+        assert (symbol, end) in [entry[0::2] for entry in chart.legend]
+        assert ("triangle-up", "save") in [entry[0::2] for entry in chart.legend]
 
     def test_the_time_is_all_accounted_for(self, catalog: Catalog) -> None:
         record_run(catalog)
