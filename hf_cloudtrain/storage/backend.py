@@ -41,8 +41,12 @@ class Backend(Protocol):
     def read(self, path: str, limit: int) -> bytes:
         """The first `limit` bytes of an object."""
 
-    def write(self, path: str, data: bytes) -> None:
-        """Store an object, replacing any other. Readers see the old or the new object, never a part."""
+    def write(self, path: str, data: bytes, page: str | None = None) -> None:
+        """Store an object, replacing any other. Readers see the old or the new object, never a part.
+
+        Args:
+            page: the content type of an object for browsers, which ask for it again each time (`no-cache`).
+        """
 
     def create(self, path: str, data: bytes) -> None:
         """Store an object, or raise FileExistsError where one exists."""

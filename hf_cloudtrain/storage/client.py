@@ -109,9 +109,14 @@ class Storage:
             )
         return data
 
-    def write(self, path: str, data: bytes) -> None:
-        """Store an object, replacing any other."""
-        self._call(f"write {self._name(path)}", lambda backend: backend.write(path, data))
+    def write(self, path: str, data: bytes, *, page: str | None = None) -> None:
+        """Store an object, replacing any other.
+
+        Args:
+            page: the content type of an object for browsers, which ask for it again each time.
+        """
+        more = () if page is None else (page,)
+        self._call(f"write {self._name(path)}", lambda backend: backend.write(path, data, *more))
 
     def create(self, path: str, data: bytes) -> bool:
         """Store an object only if none exists; returns False where another writer's exists.

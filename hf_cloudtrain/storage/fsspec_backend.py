@@ -22,6 +22,9 @@ from hf_cloudtrain.storage.urls import local_path, missing_extra
 COPIES = {"s3", "s3a", "gs", "gcs", "memory"}
 """Protocols whose file systems copy objects of any size and wait for the copy. adlfs does not wait."""
 
+NO_CACHE = "no-cache"
+"""Browsers and caches may keep a page, and ask before each use whether it has changed."""
+
 S3_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -47,8 +50,8 @@ class FsspecBackend:
                 return b""
             raise
 
-    def write(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(self._full(path), data)
+    def write(self, path: str, data: bytes, page: str | None = None) -> None:
+        self._fs.pipe_file(self._full(path), data, **({} if page is None else self._headers(page)))
 
     def create(self, path: str, data: bytes) -> None:
         self._fs.pipe_file(self._full(path), data, mode="create")
@@ -92,6 +95,18 @@ class FsspecBackend:
             on_bytes(len(data))
         return str(digest)
 
+    def _headers(self, content_type: str) -> dict[str, Any]:
+        """What tells `pipe_file` the type of a page; nothing where the store takes it from the name, if it has types."""
+        protocols = self._fs.protocol
+        known = {protocols} if isinstance(protocols, str) else set(protocols)
+        if known & {"gs", "gcs"}:
+            return {"content_type": content_type, "fixed_key_metadata": {"cache_control": NO_CACHE}}
+        if known & {"az", "abfs"}:
+            from azure.storage.blob import ContentSettings
+
+            return {"content_settings": ContentSettings(content_type=content_type, cache_control=NO_CACHE)}
+        return {}
+
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
 
@@ -115,6 +130,9 @@ class S3Backend(FsspecBackend):
                 size = sum(int(part["Size"]) for page in parts for part in page.get("Parts", []))
                 found.append(IncompleteUpload(key[len(prefix) :], token, size))
         return found
+
+    def _headers(self, content_type: str) -> dict[str, Any]:
+        return {"ContentType": content_type, "CacheControl": NO_CACHE}
 
     def abort(self, upload: IncompleteUpload) -> None:
         bucket, key = self._bucket_and_key(upload.path)

@@ -32,7 +32,7 @@ class LocalBackend:
         with open(self._full(path), "rb") as file:
             return file.read(limit)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, page: str | None = None) -> None:
         with self._temporary(path, data) as temporary:
             os.replace(temporary, self._full(path))
 

@@ -272,9 +272,9 @@ class _FaultyBackend:
             data = self._backend.read(path, limit)
             return change(data) if change else data
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, data: bytes, page: str | None = None) -> None:
         with self._script._request("write", path) as change:
-            self._backend.write(path, change(data) if change else data)
+            self._backend.write(path, change(data) if change else data, page)
 
     def create(self, path: str, data: bytes) -> None:
         with self._script._request("create", path) as change:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import obstore
 import pytest
 
 from hf_cloudtrain.errors import ObjectNotFoundError, ObjectTruncatedError, StorageError
 from hf_cloudtrain.storage.backend import PART_SIZE, ObjectInfo
 from hf_cloudtrain.storage.client import Storage
-from tests.contract.conftest import Location, content, digest
+from hf_cloudtrain.storage.fsspec_backend import FsspecBackend
+from tests.contract.conftest import Location, content, digest, obstore_of
 
 # adlfs passes whole blocks to azure-storage-blob as bytes, and aiohttp warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
@@ -35,6 +37,36 @@ NAMES = (
     "a folder/with é/nested file.bin",
     ".hidden/.file",
 )
+
+
+class TestPages:
+    """What a browser gets of a page."""
+
+    def test_a_page_has_its_type_and_is_asked_for_again(self, location: Location, storage: Storage) -> None:
+        html = b"<!doctype html><title>run</title>"
+        for _ in range(2):  # a page is renewed
+            storage.write("index.html", html, page="text/html; charset=utf-8")
+        assert storage.read("index.html") == html
+        if location.server is None:
+            return  # a file has no type, and neither has memory
+        store = obstore_of(location.server, location.server.bucket)
+        attributes = obstore.get(
+            store, location.url.partition("://")[2].partition("/")[2] + "/index.html"
+        ).attributes
+        assert attributes["Content-Type"] == "text/html; charset=utf-8"
+        if location.exclusive:  # not rclone, which keeps no cache control
+            assert attributes["Cache-Control"] == "no-cache"
+
+    def test_gcs_is_told_the_type(self) -> None:
+        """No server for it runs here: the names are those of gcsfs."""
+        import inspect
+
+        import gcsfs
+
+        headers = FsspecBackend(gcsfs.GCSFileSystem, "bucket/run")._headers("text/html")
+        taken = inspect.signature(gcsfs.GCSFileSystem._pipe_file).parameters
+        assert set(headers) <= set(taken)
+        assert headers["content_type"] == "text/html"
 
 
 class TestCheck:
