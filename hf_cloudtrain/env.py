@@ -54,6 +54,9 @@ GCE_HOST = "GCE_METADATA_HOST"
 ASYNC_SAVE = "HF_CLOUDTRAIN_ASYNC_SAVE"
 """Whether files of a save are written in the background: `1` or `0`, for code that does not say. Default: where a checkpoint
 has 64 MB or more."""
+PAGE = "HF_CLOUDTRAIN_PAGE"
+"""Whether a page that lives with the run is written beside it, as `index.html`: `1` or `0`, for code that does not say.
+Default: `0`."""
 LOG = "HF_CLOUDTRAIN_LOG"
 """Lowest level of the messages of a training: `debug`, `info`, `warning`, `error` or `critical`. Default: transformers'
 verbosity, but `info` where that is `warning`, its own default."""
@@ -162,12 +165,12 @@ def log_level() -> int | None:
 
 def async_save(argument: bool | None) -> bool | None:
     """Whether saves are asynchronous, from the argument, else from `HF_CLOUDTRAIN_ASYNC_SAVE`; None: where it is worth it."""
-    text = os.environ.get(ASYNC_SAVE)
-    if argument is not None or not text:
-        return argument
-    if text not in ("0", "1"):
-        raise ConfigurationError(f"{ASYNC_SAVE} is {text!r}. Set it to 1 or 0.")
-    return text == "1"
+    return _switch(ASYNC_SAVE, argument)
+
+
+def page(argument: bool | None) -> bool:
+    """Whether a page lives with the run, from the argument, else from `HF_CLOUDTRAIN_PAGE`."""
+    return bool(_switch(PAGE, argument))
 
 
 def drain_timeout() -> float:
@@ -245,6 +248,15 @@ def _at_home(folder: str, name: str) -> str:
     if found.startswith("~"):
         raise ConfigurationError(f"This user has no home folder. Set {name}.")
     return found
+
+
+def _switch(name: str, argument: bool | None) -> bool | None:
+    text = os.environ.get(name)
+    if argument is not None or not text:
+        return argument
+    if text not in ("0", "1"):
+        raise ConfigurationError(f"{name} is {text!r}. Set it to 1 or 0.")
+    return text == "1"
 
 
 def _seconds(name: str, default: float) -> float:

@@ -88,8 +88,8 @@ class Browser:
             self._process.kill()
             self._process.wait()
 
-    def open(self, path: Path, width: int, height: int = 900, *, dark: bool = False) -> Page:
-        """Load a file in a window of that many CSS pixels; returns when its scripts have run."""
+    def open(self, path: Path | str, width: int, height: int = 900, *, dark: bool = False) -> Page:
+        """Load a file or a URL in a window of that many CSS pixels; returns when its scripts have run."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session)
@@ -99,7 +99,7 @@ class Browser:
         page.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
-        page.call("Page.navigate", url=path.as_uri())
+        page.call("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         page.wait("document.readyState === 'complete'")
         return page
 

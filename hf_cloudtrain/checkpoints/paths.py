@@ -14,6 +14,9 @@ stop.json                             which attempt is asked to stop
 complete.json                         that training is over before its last planned step, see completion.py
 progress/000003.json                  heartbeat
 steps/000003-0001.jsonl               step and metric records
+
+Beside that folder:
+index.html                            the page that lives with the run, see report/live.py
 """
 
 from __future__ import annotations
@@ -32,3 +35,6 @@ PINS = f"{META}/pins"
 RETIRING = f"{META}/retiring"
 PROGRESS = f"{META}/progress"
 STEPS = f"{META}/steps"
+PAGE = "index.html"
+PAGE_MARK = b'<meta name="generator" content="cloudtrain'
+"""Tells a page of ours from a file of the user with the same name."""

@@ -17,15 +17,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.paths import ATTEMPTS, CHECKPOINTS, CLAIMS, FOLDERS, PROGRESS, RUN
+from hf_cloudtrain.checkpoints.paths import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    CLAIMS,
+    FOLDERS,
+    PAGE,
+    PAGE_MARK,
+    PROGRESS,
+    RUN,
+)
 from hf_cloudtrain.errors import ManifestError, ObjectNotFoundError
 from hf_cloudtrain.storage.backend import IncompleteUpload, ObjectInfo
+from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
 from hf_cloudtrain.storage.names import META
 
 DELETED = "deleted"
 """The fact of an attempt that is a deletion: who deleted the run."""
 DELETING = "deleting"
 """The state of a run whose deletion is not complete."""
+MARKED_BYTES = 4096
+"""From the beginning of a page, where its mark is."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,13 @@ class RunContents:
         claims = re.compile(rf"{re.escape(CLAIMS)}/([^/]+)\.json")
         claimed = {match[1] for info in objects if (match := claims.fullmatch(info.path))}
 
+        pages = [info for info in objects if info.path == PAGE and info.size <= MAX_RECORD_READ]
+        has_page = bool(pages) and is_page(catalog.storage)
+
         def is_own(path: str) -> bool:
             top, below, _ = path.partition("/")
+            if path == PAGE:
+                return has_page
             ours = top == META or top in claimed or re.fullmatch(r"checkpoint-\d+(\.a\d+(\.\d+)?)?", top)
             return bool(below and ours)
 
@@ -79,6 +96,14 @@ def delete_run(catalog: Catalog, contents: RunContents, facts: dict[str, str]) -
     storage.delete(keep - {_attempt(number)})
     left = RunContents.of(catalog)
     return [info.path for info in left.objects if info.path != _attempt(number)]
+
+
+def is_page(storage: Storage) -> bool:
+    """Whether what is at `index.html` is the page of the run; True if nothing is there, False for a file of the user."""
+    try:
+        return PAGE_MARK in storage.read(PAGE)[:MARKED_BYTES]
+    except ObjectNotFoundError:
+        return True
 
 
 def deleted_by(catalog: Catalog) -> str | None:

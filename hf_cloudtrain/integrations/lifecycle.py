@@ -29,6 +29,7 @@ from hf_cloudtrain.integrations.messages import first_line, last_line, used
 from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
 from hf_cloudtrain.preemption.save_clock import SaveClock
+from hf_cloudtrain.report.live import LivePage
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
@@ -62,6 +63,9 @@ class AttemptLifecycle:
         """Whether the end of the attempt is recorded."""
         self.save_is_due = False
         """Whether all ranks save at this step because it is time (`must_stop`)."""
+        self.has_page = False
+        """Whether a page lives with the run."""
+        self._page: LivePage | None = None
 
     @classmethod
     def of(cls, run_url: str, output_dir: Path, **options: Any) -> AttemptLifecycle:
@@ -173,6 +177,9 @@ class AttemptLifecycle:
                 ownership=checkpointer.ownership,
             )
             self.tracker.start()
+            if self.has_page:
+                self._page = LivePage(checkpointer.storage, checkpointer.uploads)
+                self._page.start()
         return self.tracker
 
     def listen(
@@ -288,3 +295,6 @@ class AttemptLifecycle:
     def _close_tracker(self, outcome: Outcome) -> None:
         if self.tracker is not None:
             self.tracker.close(outcome)
+        page, self._page = self._page, None
+        if page is not None:
+            page.close(last=outcome != "overtaken")  # a newer attempt keeps the page by then

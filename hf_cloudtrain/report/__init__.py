@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file with its charts, attempts and checkpoints, for `cloudtrain run report`.
+"""The page of a run: one HTML file with its charts, attempts and checkpoints, written on request or while the run trains.
 
     summary     one checkpoint in short: its manifest, and whether it is the newest, the best or pinned (the CLI shows it too)
     figure      colours, layout, legend, escaping: what all charts share
@@ -8,6 +8,7 @@
     sparkline   a curve as small as a word
     comparison  several runs: their curves on one axis, their differences
     page        key figures, tables and charts, put into `report.html`
+    live        the page that lives with a run, written by a process of its own
 
 A chart is a figure of plotly as a plain dictionary, with a title and a sentence. All that shows charts takes them from
 `charts_of`, and draws them with `charts.js` (`drawChart(element, figure)`, again for new data) and `page.css`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.text import clean
 
 COLOURS = ("#3b7dd8", "#e08a1e", "#2e9e6b", "#c2498f", "#7a64d1", "#1f9fb5", "#a5702c", "#6b7785")
@@ -90,8 +91,8 @@ def new_figure(
 
 
 def safe(text: object, most: int = 60) -> str:
-    """A text from storage, escaped for plotly and cut."""
-    shown = clean(str(text)[: 8 * most])  # a name may have megabytes
+    """A text from storage, escaped for plotly, cut, and without known secrets."""
+    shown = redact(clean(str(text)[: 8 * most]))  # a name may have megabytes
     return html.escape(shown if len(shown) <= most else shown[: most - 1] + "…").replace("%{", "% {")
 
 

@@ -1,7 +1,8 @@
-"""`cloudtrain run report`: one HTML file about a run, which opens in any browser and makes no request.
+"""One HTML file about a run, which opens in any browser, for `cloudtrain run report` and beside the run.
 
 Everything from storage is untrusted: the template escapes it, plotly gets numbers and escaped texts, the number of rows
-is bounded, and the page's content security policy allows only our own scripts and no requests.
+is bounded, and the page's content security policy allows only our own scripts and no requests. A page beside a run asks for
+itself again while the run is alive.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ from hf_cloudtrain.errors import ManifestError, MissingExtraError
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, read_infos
 from hf_cloudtrain.runtime.files import write_whole
-from hf_cloudtrain.runtime.redaction import redact
+from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 from hf_cloudtrain.runtime.text import clean, count_text, duration_text, size_text
 from hf_cloudtrain.tracking.history import AttemptInfo, History, history_of
 from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state, state_of
 
 Columns = Mapping[str, tuple[str, Callable[[Any], object]]]
 """A table: each heading, the CSS class of its cells (as in `Table`), and the function that takes its cell."""
+
+PAGE_NEEDS = ("report", "jinja2", "plotly")
+"""The extra, and its packages."""
+OVER = ("finished", "stopped", "failed", "overtaken")
+"""States after which a page beside a run stops asking for a newer one. A preempted or killed run usually continues."""
+RENEWED_SECONDS = 600.0
+"""A page beside a run is renewed at least so often while it trains; a page that is much older says so."""
 
 MOST_CHECKPOINTS = 200
 """Checkpoints in the table, whose manifests are read for it: the newest, and the best."""
@@ -67,6 +75,7 @@ class Report:
             raise ManifestError(f"No attempt record of {catalog.storage.url!r} can be read.")
         self.roles = Roles.of(catalog)
         self.found = _newest_and_best(catalog, self.roles)
+        self._secrets = secrets_of_environment()
         self._titles = Titles(catalog)
         self._titles.read(info.resumed_from for info in self.history.attempts[-MOST_ATTEMPTS:])
 
@@ -87,29 +96,46 @@ class Report:
 
     def write(self, path: Path) -> int:
         """Write the file, replacing it whole or not at all; its size in bytes."""
-        check_extra_installed("The report", "report", "jinja2", "plotly")
-        page = self._page(self.content()).encode("utf-8", "replace")
+        page = self.html()
         try:
             write_whole(path, page)
         except OSError as error:  # with the name that the user gave
             raise OSError(error.errno, error.strerror, str(path)) from None
         return len(page)
 
-    def _page(self, content: dict[str, Any]) -> str:
+    def html(self, *, live: bool = False) -> bytes:
+        """The page, in UTF-8.
+
+        Args:
+            live: it is beside the run, renewed while the run trains, and reloads itself.
+        """
+        check_extra_installed("The report", *PAGE_NEEDS)
+        return self._page(self.content(), live=live).encode("utf-8", "replace")
+
+    def _page(self, content: dict[str, Any], *, live: bool) -> str:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
 
         charts = content["charts"]
         figures = {chart["name"]: chart["figure"] for chart in charts}
+        now = time.time()
+        writer = "the training" if live else "cloudtrain run report"
         template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
-        if self.state.state in ALIVE:
+        if live and self.state.state == "finished":
+            content["notes"].insert(0, "The run is complete.")
+        if self.state.state in ALIVE and not live:
             content["notes"].append("The run was not over when this page was written.")
         return template.render(
             **content,
             nonce=secrets.token_urlsafe(16),
-            footer=f"Written by cloudtrain run report on {utc(time.time())}. Charts by plotly.js (MIT licence).",
+            is_over=not live or self.state.state in OVER,
+            written=now,
+            written_text=utc(now),
+            renewed_seconds=RENEWED_SECONDS,
+            footer=f"Written by {writer} on {utc(now)} UTC. Charts by plotly.js (MIT licence).",
             style=Markup(_file("page.css")),  # noqa: S704 - our own files
             script=Markup(_file("charts.js")),  # noqa: S704
+            live_script=Markup(_file("live.js")),  # noqa: S704
             figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
             plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
         )
@@ -170,7 +196,7 @@ class Report:
         text = f"The newest {len(infos)}; {left} older ones are not shown." if left else ""
         if any(info.was_killed for info in infos):
             text = f"{text} An attempt that was killed may have done more than the records show: at least.".strip()
-        return _table("Attempts, the newest first", columns, reversed(infos), text)
+        return self._table("Attempts, the newest first", columns, reversed(infos), text)
 
     def _state_of(self, info: AttemptInfo, *, is_newest: bool) -> str:
         return state_of(info.state, info.last_seen, newest=is_newest, now=self.history.read_at)
@@ -190,10 +216,10 @@ class Report:
         text = "What is on storage now; retention deletes old checkpoints."
         text += f" {left} older ones are not shown." if left > 0 else ""
         if not self.found:
-            return _table(
+            return self._table(
                 "Checkpoints", {}, [], "None is committed: losing the machine now would lose all work."
             )
-        return _table("Checkpoints, the newest first", columns, self.found, text)
+        return self._table("Checkpoints, the newest first", columns, self.found, text)
 
     def _lag(self, info: CheckpointInfo) -> str | None:
         key = info.checkpoint_key
@@ -223,18 +249,33 @@ class Report:
             }
             started = self.history.attempts[-1].facts  # mostly the same, and shown beside it
             facts |= {name: value for name, value in manifest.origin.items() if started.get(name) != value}
-            tables.append(_fact_table(f"How {manifest.folder} was saved", facts))
+            tables.append(self._fact_table(f"How {manifest.folder} was saved", facts))
         newest = self.history.attempts[-1]
         if newest.facts:
-            tables.append(_fact_table(f"How attempt {newest.number} was started", newest.facts))
+            tables.append(self._fact_table(f"How attempt {newest.number} was started", newest.facts))
         return tables
 
+    def _table(self, title: str, columns: Columns, records: Iterable[object], text: str) -> Table:
+        rows = []
+        for record in records:
+            cells = [(cell_of(record), kind) for kind, cell_of in columns.values()]
+            rows.append([("" if cell is None else self._shown(cell, 200), kind) for cell, kind in cells])
+        return Table(title, rows, [(name, kind) for name, (kind, _) in columns.items()], text)
 
-def shown(text: object, most: int = MOST_TEXT) -> str:
+    def _fact_table(self, title: str, facts: dict[str, Any]) -> Table:
+        known = [(name, value) for name, value in facts.items() if value is not None][:MOST_FACTS]
+        rows = [[(self._shown(name, 60), ""), (self._shown(value), "text")] for name, value in known]
+        return Table(title, rows)
+
+    def _shown(self, text: object, most: int = MOST_TEXT) -> str:
+        return shown(text, most, self._secrets)
+
+
+def shown(text: object, most: int = MOST_TEXT, secrets: tuple[str, ...] = ()) -> str:
     """A text from storage, for the template to escape: without control characters and known secrets."""
     # Cut before as well: the search for secrets takes seconds in a megabyte of one letter. A cut may go through a secret,
     # so the first one leaves twice as much.
-    cleaned = redact(clean(str(text)[: 2 * most]))
+    cleaned = redact(clean(str(text)[: 2 * most]), secrets)
     return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
 
 
@@ -296,16 +337,3 @@ def _bound(text: str | None, info: AttemptInfo) -> str | None:
 def _metrics(info: CheckpointInfo) -> str:
     metrics = info.manifest.metrics if info.manifest else {}
     return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])[:120]
-
-
-def _table(title: str, columns: Columns, records: Iterable[object], text: str) -> Table:
-    rows = []
-    for record in records:
-        cells = [(cell_of(record), kind) for kind, cell_of in columns.values()]
-        rows.append([("" if cell is None else shown(cell, 200), kind) for cell, kind in cells])
-    return Table(title, rows, [(name, kind) for name, (kind, _) in columns.items()], text)
-
-
-def _fact_table(title: str, facts: dict[str, Any]) -> Table:
-    known = [(name, value) for name, value in facts.items() if value is not None][:MOST_FACTS]
-    return Table(title, [[(shown(name, 60), ""), (shown(value), "text")] for name, value in known])

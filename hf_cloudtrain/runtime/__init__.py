@@ -6,7 +6,7 @@ In reading order:
 - `rendezvous`: how ranks communicate before a process group exists
 - `threads`: parallel work, time limits, turns that survive errors, and work before the process ends
 - `files`: locks, and folders that a process is still making
-- `process_tree`: find and end the processes below this one
+- `process_tree`: find and end the processes below this one; `own_process`: start one that runs code of this package
 - `tracebacks`: one short traceback for an expected error of ours
 - `redaction`: texts without credentials; `provenance`: host, versions and command line of a run
 - `patience`: a wait of more than a few seconds says what it waits for

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.local_home import take_writer_lock
+from hf_cloudtrain.runtime import own_process
 from hf_cloudtrain.runtime.threads import TURN
 from hf_cloudtrain.staging.job import WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
@@ -30,15 +30,8 @@ LOOK = 1.0
 
 PROGRAM = "hf_cloudtrain.staging.writer"
 """Part of the command line of a writer."""
-_PACKAGE = Path(__file__).resolve().parents[1]
-# Not -m, and nothing in front of Python's own modules: the folder in which the user works may have a file socket.py. This
-# package is that of the training, wherever a different copy of it is installed.
-_START = """\
-import importlib.util, json, sys
-sys.path.extend(path for path in json.loads(sys.argv[2]) if path not in sys.path)
-spec = importlib.util.spec_from_file_location("hf_cloudtrain", sys.argv[1])
-sys.modules["hf_cloudtrain"] = package = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(package)
+_START = f"""\
+{own_process.START}\
 from hf_cloudtrain.staging.writer import main
 main()
 """
@@ -133,13 +126,9 @@ class WriterProcess:
             log = ours_only_here.enter_context(open(self._output_dir / LOCAL / "writer.log", "ab"))
             kept = (theirs.fileno(), self._memory.fd, lock)
             arguments = (theirs.fileno(), self._memory.fd, self._memory.capacity, os.getpid())
-            paths = [str(_PACKAGE.parent), *(path for path in sys.path if os.path.isabs(path))]
             try:
                 self._popen = subprocess.Popen(
-                    [
-                        *(sys.executable, "-c", _START, str(_PACKAGE / "__init__.py"), json.dumps(paths)),
-                        *map(str, arguments),
-                    ],
+                    [*own_process.command(_START), *map(str, arguments)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

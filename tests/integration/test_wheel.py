@@ -152,7 +152,14 @@ def test_the_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
     }
     sources = {path.relative_to(ROOT) for path in (ROOT / "hf_cloudtrain").rglob("*.py")}
     template = {PurePath("hf_cloudtrain/template") / name for name in template_files()}
-    files = ("py.typed", "cli/commands/job.yml", "report/charts.js", "report/page.css", "report/report.html")
+    files = (
+        "py.typed",
+        "cli/commands/job.yml",
+        "report/charts.js",
+        "report/live.js",
+        "report/page.css",
+        "report/report.html",
+    )
     data = {PurePath("hf_cloudtrain") / name for name in files}
     assert package == {*data, *sources, *template}
 

@@ -32,6 +32,7 @@ from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, RunCompleteError
 from hf_cloudtrain.integrations.functions.modes import LocalRun, Mode, RemoteRun
 from hf_cloudtrain.integrations.messages import show_messages
+from hf_cloudtrain.report import live
 from hf_cloudtrain.runtime.threads import before_exit
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.tracking.exit_record import Outcome
@@ -49,6 +50,7 @@ def init(
     save_total_limit: int | None = None,
     keep_every_n_steps: int | None = None,
     async_save: bool | None = None,
+    page: bool | None = None,
 ) -> None:
     """Name the run; the first of these functions. It may come before or without a process group.
 
@@ -65,6 +67,8 @@ def init(
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
         async_save: whether a process of its own writes what is saved inside `async_writes`. None takes
             `HF_CLOUDTRAIN_ASYNC_SAVE`, else where a save has 64 MB or more.
+        page: whether a page lives with the run: `index.html` beside it, renewed while it trains. None takes
+            `HF_CLOUDTRAIN_PAGE`. Needs `hf_cloudtrain[report]`.
 
     Raises:
         RunCompleteError: all steps are done already.
@@ -85,7 +89,7 @@ def init(
     show_messages()
     restored = _restored_by_launcher()
     folder = env.checkpoint_dir(checkpoint_dir) or env.periflow_checkpoint_dir()
-    mode = RemoteRun(url, folder, total, restored, policy, async_save)
+    mode = RemoteRun(url, folder, total, restored, policy, async_save, has_page=live.is_wanted(page))
     _Current.run = _Run(total, mode, restored.step if restored else 0)
 
 

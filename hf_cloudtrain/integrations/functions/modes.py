@@ -131,6 +131,8 @@ class RemoteRun(Mode):
         restored: CheckpointKey | None,
         policy: Policy,
         async_save: bool | None = None,
+        *,
+        has_page: bool = False,
     ) -> None:
         self._run_url = normal_url(run_url)
         self._checkpoint_dir = checkpoint_dir
@@ -138,6 +140,7 @@ class RemoteRun(Mode):
         self._restored = restored
         self._policy = policy
         self._async_save = async_save
+        self._has_page = has_page
         self._writes: AsyncWrites | None = None
         """Of the rank that moves bytes, once training has begun."""
         self._lifecycle: AttemptLifecycle | None = None
@@ -271,6 +274,7 @@ class RemoteRun(Mode):
             folder = Path(self._checkpoint_dir or Path.cwd()).absolute()
             self._lifecycle = AttemptLifecycle.of(self._run_url, folder, layout=InPlace, advice=ADVICE)
             self._lifecycle.checkpointer.policy = self._policy
+            self._lifecycle.has_page = self._has_page
             if self._restored is not None:
                 self._lifecycle.checkpointer.restored_before(self._restored)
         return self._lifecycle

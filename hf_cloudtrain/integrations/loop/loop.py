@@ -35,6 +35,7 @@ from hf_cloudtrain.integrations.loop.state import (
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
 from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.preemption.save_clock import SaveClock
+from hf_cloudtrain.report import live
 from hf_cloudtrain.resume.dataloaders import length
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
@@ -74,6 +75,8 @@ class TrainLoop:
             best, the pinned, and the one that was resumed from stay.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
         async_save: whether a process of its own writes the files; None takes `HF_CLOUDTRAIN_ASYNC_SAVE`, else where it is worth it.
+        page: whether a page lives with the run: `index.html` beside it, renewed while it trains. None takes
+            `HF_CLOUDTRAIN_PAGE`. Needs `hf_cloudtrain[report]`.
 
     Raises:
         ConfigurationError: no run URL, or arguments that cannot work.
@@ -114,6 +117,7 @@ class TrainLoop:
         async_save: bool | None = None,
         save_interval_seconds: float | None = None,
         save_overhead: float | None = None,
+        page: bool | None = None,
     ) -> None:
         check_log_format(log_format)
         _check_arguments(num_epochs=num_epochs, save_steps=save_steps, logging_steps=logging_steps)
@@ -130,6 +134,7 @@ class TrainLoop:
         )
         self._checkpointer = self._lifecycle.checkpointer
         self._checkpointer.policy = policy
+        self._lifecycle.has_page = live.is_wanted(page)
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)

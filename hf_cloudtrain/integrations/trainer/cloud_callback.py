@@ -29,6 +29,7 @@ class CloudTrainCallback(TrainerCallback):
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
         async_save: whether training waits for one copy in memory only, and a process of its own writes the files. None takes
             `HF_CLOUDTRAIN_ASYNC_SAVE`, else where a checkpoint has 64 MB or more. See `docs/async-save.md`.
+        page: see `StepTrackerCallback`.
 
     Raises:
         ConfigurationError: no run URL, or a configuration that would never save.
@@ -52,6 +53,7 @@ class CloudTrainCallback(TrainerCallback):
         async_save: bool | None = None,
         save_interval_seconds: float | None = None,
         save_overhead: float | None = None,
+        page: bool | None = None,
     ) -> None:
         common: Any = {"storage_options": storage_options, "fresh": fresh}
         self._uploads = CheckpointUploadCallback(
@@ -61,7 +63,7 @@ class CloudTrainCallback(TrainerCallback):
             async_save=async_save,
             **common,
         )
-        steps = StepTrackerCallback(run_url, **common)
+        steps = StepTrackerCallback(run_url, page=page, **common)
         emergency = EmergencySaveCallback(
             run_url,
             grace_seconds=grace_seconds,

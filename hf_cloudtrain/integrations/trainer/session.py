@@ -73,6 +73,8 @@ class Session:
         """When a save by time is due."""
         self.last_save: LastSave | None = None
         """The emergency save, once it is decided (`leave`)."""
+        self.has_page = False
+        """Whether a page lives with the run."""
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
@@ -93,12 +95,14 @@ class Session:
         fresh: bool,
         policy: Policy | None = None,
         listens: bool = False,
+        page: bool = False,
     ) -> Session:
         """The session of a run in this process, with what one more callback adds to it.
 
         Args:
             policy: what stays on storage.
             listens: whether the callback waits for notices.
+            page: whether a page lives with the run.
         """
         url = normal_url(env.run_url(run_url))
         key = (url, os.getpid())
@@ -108,6 +112,7 @@ class Session:
             expect_use(url, "Pass the callback to Trainer: Trainer(…, callbacks=[cloud]).")
         session._policy = policy or session._policy
         session.listens |= listens
+        session.has_page |= page
         return session
 
     @property
@@ -142,6 +147,7 @@ class Session:
         if self._lifecycle is None or self._lifecycle.checkpointer.output_dir != output_dir:
             self._lifecycle = AttemptLifecycle.of(self.run_url, output_dir, **self._options)
         self._lifecycle.checkpointer.policy = self._policy
+        self._lifecycle.has_page = self.has_page
         return self._lifecycle
 
     def restore(self, args: TrainingArguments) -> Path | None:

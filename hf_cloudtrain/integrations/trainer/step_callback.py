@@ -11,12 +11,21 @@ from transformers import TrainerState as State
 
 from hf_cloudtrain.integrations.trainer.position import step_samples
 from hf_cloudtrain.integrations.trainer.session import Session
+from hf_cloudtrain.report import live
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.tracking.tracker import StepTracker
 
 
 class StepTrackerCallback(TrainerCallback):
-    """Tracks steps: time, rate, eta and what is logged, on storage. The first three arguments are those of `CloudTrainCallback`."""
+    """Tracks steps: time, rate, eta and what is logged, on storage. The first three arguments are those of `CloudTrainCallback`.
+
+    Args:
+        page: whether a page lives with the run: `index.html` beside it, renewed while it trains. None takes
+            `HF_CLOUDTRAIN_PAGE`. Needs `hf_cloudtrain[report]`.
+
+    Raises:
+        MissingExtraError: a page is wanted, and its packages are not installed.
+    """
 
     @short_traceback
     def __init__(
@@ -25,8 +34,9 @@ class StepTrackerCallback(TrainerCallback):
         *,
         storage_options: dict[str, Any] | None = None,
         fresh: bool = False,
+        page: bool | None = None,
     ) -> None:
-        self._session = Session.of(run_url, storage_options, fresh=fresh)
+        self._session = Session.of(run_url, storage_options, fresh=fresh, page=live.is_wanted(page))
         self._tracker: StepTracker | None = None
 
     @short_traceback
