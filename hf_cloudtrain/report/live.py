@@ -189,7 +189,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the training decides when it ends
     signal.alarm(int(LIMIT_SECONDS))
     os.nice(NICENESS)
-    logging.disable()  # a damaged record is no news to the training
+    logging.disable()  # the training need not know of damaged records
     job: dict[str, Any] = json.load(sys.stdin)
     try:
         write_page(Catalog(Storage(job["url"], job["options"])), check=job["check"])

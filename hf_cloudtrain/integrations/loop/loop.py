@@ -75,8 +75,7 @@ class TrainLoop:
             best, the pinned, and the one that was resumed from stay.
         keep_every_n_steps: checkpoints of steps that are a multiple of this stay too.
         async_save: whether a process of its own writes the files; None takes `HF_CLOUDTRAIN_ASYNC_SAVE`, else where it is worth it.
-        page: whether a page lives with the run: `index.html` beside it, renewed while it trains. None takes
-            `HF_CLOUDTRAIN_PAGE`. Needs `hf_cloudtrain[report]`.
+        page: see `StepTrackerCallback`.
 
     Raises:
         ConfigurationError: no run URL, or arguments that cannot work.
@@ -133,21 +132,18 @@ class TrainLoop:
             url, self.output_dir, storage_options=storage_options, fresh=fresh, advice=_ADVICE
         )
         self._checkpointer = self._lifecycle.checkpointer
-        self._checkpointer.policy = policy
-        self._lifecycle.has_page = live.is_wanted(page)
+        self._checkpointer.policy, self._lifecycle.has_page = policy, live.is_wanted(page)
         self._folder = LoopFolder(accelerator, self._lifecycle, processing_class, async_save)
         self._report = LoopReport(accelerator, self._lifecycle, logging_steps)
         state = LoopState(script_args=storable_args(script_args), log_format=log_format)
         self._run = LoopRun(accelerator, self._lifecycle, self._folder, self._report, state, num_epochs)
-        self._grace_seconds = grace_seconds
-        self._clock = SaveClock.of(save_interval_seconds, save_overhead)
+        self._grace_seconds, self._clock = grace_seconds, SaveClock.of(save_interval_seconds, save_overhead)
         self._resumed: Resumed | None = None
-        self._looked_for_checkpoint = False
+        self._looked_for_checkpoint = self._epoch_saved = False
         self._complete = False
         """Whether the run is over where training was stopped."""
         self._steps: EpochSteps | None = None
         """Of the epoch under way; None before and after training."""
-        self._epoch_saved = False
 
     @property
     def global_step(self) -> int:
