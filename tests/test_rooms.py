@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("launch",),
     ("jobs",),
+    ("serving",),
     ("cli",),
     ("testing",),
 )

@@ -33,7 +33,18 @@ from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import completion, streams
 from hf_cloudtrain.cli.arguments import examples
-from hf_cloudtrain.cli.commands import checkpoint, data, doctor, job, launch, new, run, verify_resume, vm
+from hf_cloudtrain.cli.commands import (
+    checkpoint,
+    data,
+    doctor,
+    job,
+    launch,
+    new,
+    run,
+    serve,
+    verify_resume,
+    vm,
+)
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.cli.periflow import translated
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
@@ -98,6 +109,10 @@ app.command(
     short_help="Check credentials, permissions, speed, clock and disk.",
 )(doctor.doctor)
 app.command(epilog=examples("new my-project"))(new.new)
+app.command(
+    epilog=examples("serve RUN", "serve RUN --best --port 8000", "serve out/best"),
+    short_help="Answer requests with the model of a checkpoint.",
+)(serve.serve)
 app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume
 )

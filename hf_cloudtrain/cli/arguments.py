@@ -68,6 +68,7 @@ JobId = Annotated[
     str,
     typer.Argument(metavar="JOB", help="Job id, or a name: its newest job.", autocompletion=completion.jobs),
 ]
+Best = Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete it even if checkpoints are lost.")]
@@ -111,6 +112,18 @@ def find(catalog: Catalog, which: str | None) -> Manifest:
         return catalog.read(CheckpointKey(int(step[2]), int(step[1])))
     keys = [key for key in catalog.checkpoints() if step and key.step == int(step[1])]
     return _of_step(catalog, keys, which) if keys else _named_folder(catalog, which)
+
+
+def check_choice(which: str | None, best: bool) -> None:
+    """Refuse `--best` beside `--checkpoint`."""
+    if best and which is not None:
+        raise typer.BadParameter("Pass either --best or --checkpoint, not both.")
+
+
+def chosen(catalog: Catalog, which: str | None, best: bool) -> Manifest:
+    """The checkpoint that `--checkpoint` names, the best with `--best`, else the newest. Raises as `find`."""
+    check_choice(which, best)
+    return _best(catalog) if best else find(catalog, which)
 
 
 def newest(catalog: Catalog) -> CheckpointKey:
@@ -157,3 +170,14 @@ def _named_folder(catalog: Catalog, which: str) -> Manifest:
     raise NoCheckpointError(
         f"No checkpoint {which!r} in {url!r}. List them with `cloudtrain checkpoint list {url}`."
     )
+
+
+def _best(catalog: Catalog) -> Manifest:
+    key = catalog.pointer("best")
+    if key is None:
+        newest(catalog)
+        raise NoCheckpointError(
+            f"{catalog.storage.url!r} records no best checkpoint: the training had no metric_for_best_model. Choose a "
+            "checkpoint with --checkpoint."
+        )
+    return catalog.read(key)

@@ -47,8 +47,7 @@ ANSWERS: dict[tuple[str, ...], str] = {
     ("checkpoint", "restore"): "A deleted checkpoint is gone. `cloudtrain checkpoint pin RUN` protects one.",
     ("artifact",): "`cloudtrain checkpoint download RUN DIR` downloads what a job has saved; `cloudtrain job status JOB` names the run.",
     ("vm", "quota"): _QUOTA,
-    ("serve",): "Serving is not part of this program. `cloudtrain checkpoint download RUN DIR` gives the model to serve.",
-    ("deployment",): "Serving is not part of this program. `cloudtrain checkpoint download RUN DIR` gives the model to serve.",
+    ("deployment",): "`cloudtrain serve RUN` answers requests with the model of a run.",
     ("version",): "`cloudtrain --version` prints the version.",
 }  # fmt: skip
 """The first words of a command that has no counterpart, and what to do instead."""

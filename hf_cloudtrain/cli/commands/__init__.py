@@ -7,6 +7,7 @@
     vm              list
     doctor          `cloudtrain doctor`
     launch          `cloudtrain launch`
+    serve           `cloudtrain serve`
     verify_resume   `cloudtrain verify-resume`
     new             `cloudtrain new`
 

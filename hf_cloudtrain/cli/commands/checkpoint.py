@@ -16,6 +16,7 @@ from hf_cloudtrain.checkpoints.deletion import retire
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, folder_name
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli.arguments import (
+    Best,
     CheckpointName,
     CheckpointOrNewest,
     DryRun,
@@ -23,6 +24,8 @@ from hf_cloudtrain.cli.arguments import (
     RunAndDir,
     RunArgument,
     Yes,
+    check_choice,
+    chosen,
     examples,
     find,
     newest,
@@ -39,7 +42,7 @@ from hf_cloudtrain.cli.output import (
 from hf_cloudtrain.cli.panels import facts_of, show_panels, tree_of
 from hf_cloudtrain.cli.runs import open_run
 from hf_cloudtrain.cli.tables import Columns
-from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.report.summary import CheckpointInfo, Roles, files_text, read_infos
 from hf_cloudtrain.runtime.text import clean, count_text, size_text, time_text
 
@@ -155,7 +158,7 @@ def view(run: RunArgument, checkpoint: CheckpointOrNewest = None, as_json: Json 
 def download(
     arguments: RunAndDir,
     checkpoint: CheckpointOrNewest = None,
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
+    best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Download a checkpoint and verify it.
@@ -165,11 +168,10 @@ def download(
     """
     from hf_cloudtrain.cli.download import bring
 
-    if best and checkpoint is not None:
-        raise typer.BadParameter("Pass either --best or --checkpoint, not both.")
+    check_choice(checkpoint, best)
     run, directory = run_and_dir(arguments)
     catalog = open_run(run)
-    manifest = _best(catalog) if best else find(catalog, checkpoint)
+    manifest = chosen(catalog, checkpoint, best)
     target = directory / _local_name(manifest)
     title = f"{manifest.folder} ({files_text(manifest)})"
     downloaded = bring(catalog, manifest, target, title)
@@ -342,17 +344,6 @@ def _notes(info: CheckpointInfo, roles: Roles) -> str:
     elif not info.manifest.exact:
         notes.append(info.manifest.exactness.word)
     return ", ".join(notes)
-
-
-def _best(catalog: Catalog) -> Manifest:
-    key = catalog.pointer("best")
-    if key is None:
-        newest(catalog)
-        raise NoCheckpointError(
-            f"{catalog.storage.url!r} records no best checkpoint: the training had no metric_for_best_model. Choose a "
-            "checkpoint with --checkpoint."
-        )
-    return catalog.read(key)
 
 
 def _local_name(manifest: Manifest) -> str:

@@ -180,7 +180,11 @@ def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
     if accelerator.scaler is not None:
         torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
     model = accelerator.unwrap_model(accelerator._models[0])
-    for part in (getattr(model, "config", None), getattr(model, "generation_config", None), processing_class):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "architectures", "") is None and not _is_adapter(model):
+        # As save_pretrained does; from it a server knows the task of a model that was made from a configuration.
+        config.architectures = [type(model).__name__]
+    for part in (config, getattr(model, "generation_config", None), processing_class):
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(str(folder))
 

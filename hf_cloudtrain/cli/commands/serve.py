@@ -1,0 +1,111 @@
+"""`cloudtrain serve`: answer requests with the model of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument, chosen
+from hf_cloudtrain.cli.output import print_json, say, transfer
+from hf_cloudtrain.cli.runs import open_run
+from hf_cloudtrain.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from hf_cloudtrain.serving.source import Model, Wish
+
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run code/inference.py of the checkpoint, on this machine.")
+]
+Processor = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Tokenizer or image processor, if the checkpoint has none: a folder, or a name on the Hub.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Base model of an adapter: a folder, or a name on the Hub. Default: as the adapter says.",
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task", metavar="TASK", help="Task of the pipeline. Default: by the architecture of the model."
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+
+
+def serve(
+    run: RunArgument,
+    checkpoint: CheckpointOrNewest = None,
+    best: Best = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    base: Base = None,
+    processor: Processor = None,
+    task: TaskName = None,
+    trust_code: TrustCode = False,
+    max_body: Annotated[
+        float, typer.Option(metavar="MB", min=0.001, help="Largest body of a request.")
+    ] = 6.0,
+    max_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0.1, help="Longest time of a request.")
+    ] = 60.0,
+    max_batch: Annotated[int, typer.Option(metavar="ROWS", min=1, help="Largest batch of the model.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Serve the model of a checkpoint, of a run or in a local folder.
+
+    POST /invocations takes JSON, JSON Lines and CSV as SageMaker's containers do; GET /ping and GET /metrics tell how the
+    server is. SIGTERM or Ctrl-C stops it, after all requests are answered.
+    """
+    try:
+        from hf_cloudtrain.serving.app import Limits, Service
+        from hf_cloudtrain.serving.server import Server, listen
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise MissingExtraError(
+            f"{error.name} is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
+        ) from None
+    from hf_cloudtrain.serving.predictor import load
+    from hf_cloudtrain.serving.source import Wish
+    from hf_cloudtrain.serving.user_code import UserCode
+
+    with listen(host, port) as listening:
+        model = found_model(run, checkpoint, best, Wish(trust_code, processor, base, task))
+        limits = Limits(int(max_body * 2**20), max_seconds, max_batch)
+        name = "code/inference.py" if model.task is None else model.task.name
+        predictor = UserCode(model) if model.runs_code else load(model)
+        server = Server(Service(predictor, limits, {"model": model.title, "task": name}), limits)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        if as_json:
+            print_json({"url": url, "model": model.title, "task": name}, line=True)
+        say(f"Serving {model.title} ({name}) at {url}. Stop it with Ctrl-C.")
+        server.run(sockets=[listening])
+    say("Stopped. Every accepted request was answered.")
+
+
+def found_model(run: str, checkpoint: str | None, best: bool, wish: Wish) -> Model:
+    """The model that a user names: in a local folder, or of a run, downloaded and verified."""
+    from hf_cloudtrain.serving.source import is_model_folder, model_of_checkpoint, model_of_folder
+
+    if is_model_folder(run):
+        if checkpoint is not None or best:
+            raise typer.BadParameter(
+                f"{run!r} is a folder with one model. Leave out --checkpoint and --best."
+            )
+        return model_of_folder(Path(run), wish)
+    catalog = open_run(run)
+    manifest = chosen(catalog, checkpoint, best)
+    with transfer(f"Downloading {manifest.folder}", manifest.size) as progress:
+        model = model_of_checkpoint(catalog, manifest, wish, on_bytes=progress.add)
+    say(f"Verified {model.title}.")
+    return model

@@ -1,0 +1,20 @@
+"""From a committed checkpoint to answers: a server that speaks SageMaker's contract.
+
+    checkpoint -> source: verified files, task -> predictor (pipeline), or user_code
+    request -> app -> formats -> batching ---> predictor -> formats -> answer
+
+In reading order:
+
+- `tasks`      which architectures are served, and what a client may set
+- `source`     the folder of a model: downloaded and verified, and what it holds
+- `predictor`  a loaded pipeline: an answer or an error for each row
+- `user_code`  `code/inference.py` of a checkpoint, if the user trusts it
+- `formats`    JSON, JSON Lines, CSV
+- `metrics`    counters for Prometheus
+- `batching`   rows of many requests share batches
+- `app`        `/ping`, `/invocations`, `/metrics`, and the limits of size and time
+- `server`     uvicorn, and an end that loses no request
+
+What comes from storage and from clients is untrusted: see `source` and `predictor`. torch, transformers and starlette are
+imported late or only by the modules that need them. May import `jobs`, `datasets` and the rooms below.
+"""

@@ -1,0 +1,125 @@
+"""Rows of many requests share batches: while the model works on one, the next collects, so no request waits for a timer.
+
+    event loop: Batcher.answer ──> waiting requests ──> one thread: model ──> the futures of the requests
+
+A batch takes one row of each waiting request in turn, so a request of thousands of rows does not hold up the small ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_cloudtrain.serving.metrics import Metrics
+from hf_cloudtrain.serving.predictor import RowError
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Sequence[Any], dict[str, Any]], list[Any]]
+
+
+class BusyError(Exception):
+    """So many rows wait already that this request is refused."""
+
+
+class _Waiting:
+    """A request whose rows are not all answered."""
+
+    def __init__(self, rows: Sequence[Any], parameters: dict[str, Any]) -> None:
+        self.parameters = parameters
+        self.answers: list[Any] = list(rows)  # of a row that failed while it was read, its error
+        self.queue = deque((i, row) for i, row in enumerate(rows) if not isinstance(row, RowError))
+        self.open = len(self.queue)
+        self.is_dropped = False
+        self.done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+
+class Batcher:
+    """The thread of the model, and the rows that wait for it.
+
+    Args:
+        work: answers the rows of a batch, one answer a row.
+        largest: rows of a batch, at most.
+        room: rows that may wait.
+    """
+
+    def __init__(self, work: Work, metrics: Metrics, *, largest: int, room: int) -> None:
+        self._work, self._metrics = work, metrics
+        self._largest, self._room = largest, room
+        self._requests: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="cloudtrain-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread of the model runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait."""
+        return sum(len(request.queue) for request in tuple(self._requests))
+
+    async def answer(self, rows: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
+        """The answers, in order. If the caller is cancelled, rows that still wait are dropped.
+
+        Raises:
+            BusyError: too many rows wait.
+        """
+        request = _Waiting(rows, parameters)
+        if not request.open:
+            return request.answers
+        with self._changed:
+            if self._requests and self.waiting + request.open > self._room:
+                raise BusyError
+            self._requests.append(request)
+            self._changed.notify()
+        try:
+            return await request.done
+        finally:
+            request.is_dropped = True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (batch := self._next_batch()):
+                    self._changed.wait()
+            rows = [row for _, _, row in batch]
+            begun = time.perf_counter()
+            try:
+                answers = self._work(rows, batch[0][0].parameters)
+            except Exception:
+                logger.exception("A batch of %d rows failed.", len(rows))
+                answers = [RowError("The server failed; its log says why.", is_input=False)] * len(rows)
+            self._metrics.batch(len(rows), time.perf_counter() - begun)
+            self._loop.call_soon_threadsafe(_deliver, batch, answers)
+
+    def _next_batch(self) -> list[tuple[_Waiting, int, Any]]:
+        """Rows with equal parameters: one of each request in turn, beginning with the request that has waited longest."""
+        while self._requests and (self._requests[0].is_dropped or not self._requests[0].queue):
+            self._requests.popleft()
+        if not self._requests:
+            return []
+        parameters = self._requests[0].parameters
+        turn = [r for r in self._requests if r.parameters == parameters and not r.is_dropped and r.queue]
+        batch: list[tuple[_Waiting, int, Any]] = []
+        while turn and len(batch) < self._largest:
+            now = turn[: self._largest - len(batch)]
+            batch += [(request, *request.queue.popleft()) for request in now]
+            turn = [request for request in turn if request.queue]
+        return batch
+
+
+def _deliver(batch: list[tuple[_Waiting, int, Any]], answers: list[Any]) -> None:
+    for (request, index, _), answer in zip(batch, answers, strict=True):
+        request.answers[index] = answer
+        request.open -= 1
+        if request.open == 0 and not request.done.done():
+            request.done.set_result(request.answers)

@@ -1,0 +1,141 @@
+"""The HTTP server: uvicorn, with a port that is taken before the model is loaded, and an end that loses no request.
+
+SIGTERM -> /ping says 503, each answer closes its connection -> what has connected is still accepted -> the port is closed
+        -> what is under way is answered -> exit code 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.serving.app import Limits, Service
+
+KEEP_ALIVE = 15
+"""Seconds that a connection may be idle, and that the head of a request may take."""
+LAME_DUCK = 1.0
+"""Seconds after SIGTERM in which clients with open connections still get answers, each with the advice to close."""
+BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket of a server. Raises ConfigurationError: the port is taken, or the host is not this machine's."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigurationError(f"--host {host!r} cannot be used: {error.strerror}.") from None
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(BACKLOG)  # at once: two servers could bind, but not listen
+    except OSError as error:
+        found.close()
+        raise ConfigurationError(
+            f"Port {port} of {host!r} cannot be used: {error.strerror}. Pass a different --port; 0 takes a free one."
+        ) from None
+    return found
+
+
+class Server(uvicorn.Server):
+    """See the module."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
+        super().__init__(
+            uvicorn.Config(
+                service.app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                backlog=BACKLOG,
+                lifespan="on",
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=int(limits.seconds) + 5,
+                ws="none",
+            )
+        )
+        self._service = service
+        self._heads: dict[Any, tuple[int, float]] = {}
+        """By connection without a request under way: the last request, and since when."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a server that was asked to stop ends with exit code 0."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit  # at the second signal
+        self.should_exit = True
+        self._service.is_draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: see `_close_idle`."""
+        if counter % 10 == 0:
+            self._close_idle()
+        return await super().on_tick(counter)
+
+    def _close_idle(self) -> None:
+        """Close connections on which no request has begun for too long; uvicorn does so only after a first request."""
+        now = time.monotonic()
+        heads = {}
+        for connection in list(self.server_state.connections):
+            if _is_idle(connection):
+                request = id(getattr(connection, "cycle", None))
+                last, since = self._heads.get(connection, (0, now))
+                since = since if last == request else now
+                heads[connection] = (request, since)
+                if now - since > KEEP_ALIVE and connection.transport is not None:
+                    connection.transport.close()
+        self._heads = heads
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See the module."""
+        await self._drain(lambda: bool(self.server_state.connections))
+        for listening in sockets or []:
+            await self._accept_waiting(listening)
+        for server in self.servers:
+            server.close()
+        await self._drain(lambda: any(map(_is_idle, self.server_state.connections)))
+        await super().shutdown(sockets)
+
+    async def _drain(self, is_busy: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LAME_DUCK
+        while is_busy() and time.monotonic() < deadline and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event
+            await asyncio.sleep(0.02)
+
+    async def _accept_waiting(self, listening: socket.socket) -> None:
+        """Accept what has connected already: closing the port would reset it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connected, _ = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            connected.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connected)
+
+    def _protocol(self) -> Any:
+        kind: Any = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def _is_idle(connection: Any) -> bool:
+    """Whether no request is under way; both of uvicorn's protocols have a cycle for each request."""
+    cycle = getattr(connection, "cycle", None)
+    return cycle is None or bool(cycle.response_complete)
