@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -129,6 +130,8 @@ class TestBestAndLast:
             )
             assert state["script_args"] == {"learning_rate": 0.1, "hub_token": "***", "data_dir": "data"}
             assert not list(folder.glob("optimizer*"))
+            assert AutoConfig.from_pretrained(folder).architectures == ["BertForSequenceClassification"]
+        assert model.config.architectures is None
         assert loop.best_metric == 0.3
 
     def test_download_best_brings_the_best_folder_of_storage(self, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ loop_state_0.pt         one per process: its position in the data and its random
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import logging
@@ -182,7 +183,8 @@ def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
     model = accelerator.unwrap_model(accelerator._models[0])
     config: Any = getattr(model, "config", None)
     if getattr(config, "architectures", "") is None and not _is_adapter(model):
-        # As save_pretrained does; from it a server knows the task of a model that was made from a configuration.
+        # As save_pretrained writes it; from it a server knows the task of a model that was made from a configuration.
+        config = copy.copy(config)
         config.architectures = [type(model).__name__]
     for part in (config, getattr(model, "generation_config", None), processing_class):
         if part is not None and hasattr(part, "save_pretrained"):
