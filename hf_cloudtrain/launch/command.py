@@ -112,7 +112,7 @@ def _came_from_terminal(number: int) -> bool:
 
 
 def _end_with_parent() -> None:
-    """Let the command receive SIGTERM if this process is killed: a training that nobody awaits would go on beside its restart.
+    """Let the command receive SIGTERM if this process is killed: a training that no process waits for would go on beside its restart.
 
     https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
     """
