@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.resume.sampler import ResumableSampler
     from hf_cloudtrain.resume.step_samplers import ResumableRandomSampler, ResumableSequentialSampler
     from hf_cloudtrain.tracking.history import History, read_history
+    from hf_cloudtrain.tracking.services.service import TrackerContent, TrackerService, register_tracker
 
 _NAMES = {
     "checkpoints.checkpointer": ("Checkpointer",),
@@ -56,6 +57,7 @@ _NAMES = {
     "resume.sampler": ("ResumableSampler",),
     "resume.step_samplers": ("ResumableRandomSampler", "ResumableSequentialSampler"),
     "tracking.history": ("History", "read_history"),
+    "tracking.services.service": ("TrackerContent", "TrackerService", "register_tracker"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -72,6 +74,8 @@ __all__ = [
     "ResumableSampler",
     "ResumableSequentialSampler",
     "StepTrackerCallback",
+    "TrackerContent",
+    "TrackerService",
     "TrainLoop",
     "async_writes",
     "end_step",
@@ -80,6 +84,7 @@ __all__ = [
     "metric",
     "processed_steps",
     "read_history",
+    "register_tracker",
     "restore",
     "start_step",
     "train_step",

@@ -14,6 +14,7 @@ stop.json                             which attempt is asked to stop
 complete.json                         that training is over before its last planned step, see completion.py
 progress/000003.json                  heartbeat
 steps/000003-0001.jsonl               step and metric records
+trackers/mlflow-0001.json             exclusive create: the tracker run of this run, see tracking/services/runs.py
 
 Beside that folder:
 index.html                            the page that lives with the run, see report/live.py
@@ -38,3 +39,4 @@ STEPS = f"{META}/steps"
 PAGE = "index.html"
 PAGE_MARK = b'<meta name="generator" content="cloudtrain'
 """Tells a page of ours from a file of the user with the same name."""
+TRACKERS = f"{META}/trackers"

@@ -14,7 +14,7 @@ from hf_cloudtrain.errors import ManifestError, ObjectNotFoundError
 from hf_cloudtrain.runtime.text import count_text, duration_text, time_text
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.history import AttemptInfo, History
-from hf_cloudtrain.tracking.status import count, losses, state_of
+from hf_cloudtrain.tracking.status import count, losses, state_of, trackers
 
 ATTEMPTS: Columns = {
     ">attempt": lambda attempt: attempt["number"],
@@ -66,6 +66,7 @@ def facts(record: dict[str, Any]) -> dict[str, object]:
         "last committed": record["last_committed"] or "none yet",
         "exact": record["exactness"],
         "checkpoints": record["checkpoints"],
+        "trackers": ", ".join(f"{service} {page}" for service, page in record["trackers"].items()) or None,
         "last seen": f"{time_text(record['last_seen'])} ({age} ago)" if record["last_seen"] else None,
         "redone": at_least(
             count_text(redone, "step") + (f", {spent}" if redone else ""), record["superseded_is_bound"]
@@ -130,6 +131,7 @@ def status_record(history: History, stalled: str | None, catalog: Catalog) -> di
         "goodput_is_bound": history.is_goodput_bound,
         "last_committed": None if committed is None else str(committed),
         "exactness": None if committed is None else _exactness(catalog, committed),
+        "trackers": trackers(progress),
         "checkpoints": sum(len(info.checkpoints) for info in history.attempts),
         "last_seen": newest.last_seen,
         "heartbeat_age_seconds": max(0.0, time.time() - newest.last_seen),

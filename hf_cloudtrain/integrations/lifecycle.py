@@ -57,6 +57,8 @@ class AttemptLifecycle:
         self.preemption: Preemption | None = None
         self.restored: Manifest | None = None
         """What this training restored."""
+        self.tracker_pages: dict[str, str] = {}
+        """Where users find the tracker runs (W&B, MLflow …), by service; in the heartbeat."""
         self.is_leaving = False
         """Whether the training was cut short: its last save is, or will be, an emergency save."""
         self.is_over = False
@@ -175,6 +177,7 @@ class AttemptLifecycle:
                 samples_per_step=samples_per_step,
                 uploads=checkpointer.uploads,
                 ownership=checkpointer.ownership,
+                pages=self.tracker_pages,
             )
             self.tracker.start()
             if self.has_page:

@@ -86,6 +86,7 @@ class Report:
             "name": url.rstrip("/").rpartition("/")[2] or url,
             "state": shown(self.state.state, 20),
             "run_url": url,
+            "trackers": self._trackers(),
             "notes": self._notes(),
             "key_figures": self._key_figures(),
             "charts": [chart.record() for chart in charts_of(self.history, smoothing)],
@@ -139,6 +140,18 @@ class Report:
             figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
             plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
         )
+
+    def _trackers(self) -> list[dict[str, str | None]]:
+        """Where the curves are in tracker services; `url` only where a browser may follow it."""
+        pages = ((shown(service), shown(page)) for service, page in self.state.trackers.items())
+        return [
+            {
+                "service": service,
+                "page": page,
+                "url": page if page.startswith(("https://", "http://")) else None,
+            }
+            for service, page in pages
+        ]
 
     def _notes(self) -> list[str]:
         notes = []

@@ -8,7 +8,8 @@ Reading order:
 - `history`: the records of all attempts joined to one history, without steps that were redone;
 - `status`: how a run stands now, from its newest heartbeat alone;
 - `watcher`, `stop`: a run observed until it is over, or requested to stop;
-- `exit_record`: how an attempt ended, in a file for the launcher.
+- `exit_record`: how an attempt ended, in a file for the launcher;
+- `services/`: the tracker run (W&B, MLflow …) in which the curves of a run go on.
 
     training loop -> StepTracker -> progress/000003.json        -> status -> watcher, stop
                                  -> steps/000003-0001.jsonl     -> history -> report, watcher

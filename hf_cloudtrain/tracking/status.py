@@ -16,6 +16,8 @@ ALIVE = ("started", "training")
 """States of an attempt that has not recorded its end."""
 MOST_STATE = 40
 """Characters of a state that are shown: records are untrusted."""
+MOST_TRACKERS, MOST_PAGE = 20, 500
+"""Tracker runs of a run, and characters of the URL of one, that are shown."""
 SLOW = 20.0
 """A run is stalled after so many usual steps without a step, and at least `quiet_seconds`."""
 
@@ -57,6 +59,8 @@ class RunState:
     last_seen: float | None = None
     """Its last heartbeat; its start if it has none."""
     heartbeat_age_seconds: float | None = None
+    trackers: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Where its curves are in a tracker, by service: a URL, or the id of the tracker run."""
 
     @property
     def is_over(self) -> bool:
@@ -111,6 +115,7 @@ def run_state(catalog: Catalog, now: float | None = None) -> RunState:
         uploading_seconds=None if uploading is None else age(number(progress.get("last_saved_time")), now),
         last_seen=last_seen,
         heartbeat_age_seconds=age(last_seen, now),
+        trackers=trackers(progress),
     )
 
 
@@ -121,6 +126,13 @@ def last_heartbeat(catalog: Catalog, attempt: int) -> dict[str, Any]:
         started = [found.started for found in catalog.attempts.read_all(last=1) if found.number == attempt]
         progress = {**progress, "time": max(started, default=None)}
     return progress
+
+
+def trackers(progress: dict[str, Any]) -> dict[str, str]:
+    """Where the curves of a run are, by service, from an untrusted heartbeat."""
+    found = progress.get("trackers")
+    pairs = list(found.items())[:MOST_TRACKERS] if isinstance(found, dict) else []
+    return {name[:MOST_STATE]: page[:MOST_PAGE] for name, page in pairs if isinstance(page, str)}
 
 
 def losses(progress: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class StepTracker:
         samples_per_step: int | None = None,
         uploads: UploadStatus | None = None,
         ownership: Ownership | None = None,
+        pages: dict[str, str] | None = None,
     ) -> None:
         self.step = first_step
         self.productive_seconds = 0.0
@@ -80,6 +81,7 @@ class StepTracker:
         self._total_steps = total_steps
         self._samples_per_step = samples_per_step
         self._uploads = uploads or UploadStatus()
+        self._pages = {} if pages is None else pages
         self._commit_lag: float | None = None
         self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -227,6 +229,7 @@ class StepTracker:
             "last_saved": _text(uploads.last_saved),
             "last_saved_time": uploads.last_saved_time,
             "commit_lag_seconds": self._commit_lag,
+            "trackers": dict(self._pages),
         }
         return {name: finite(value) for name, value in beat.items()}
 

@@ -329,7 +329,8 @@ def train(
     prepare(trainer)
     checkpoint = None
     if restore != "forgotten":
-        restoring = next((callback for callback in ours if hasattr(callback, "restore")), None)
+        added = [*ours, *trainer.callback_handler.callbacks]
+        restoring = next((callback for callback in added if hasattr(callback, "restore")), None)
         checkpoint = restoring.restore(args) if restoring else None
     trainer.train(resume_from_checkpoint=checkpoint if restore == "passed" else None)
     if result and args.process_index == 0:

@@ -11,6 +11,7 @@ In reading order:
 - `step_callback`  `StepTrackerCallback`: feeds the heartbeat and the step records
 - `emergency`      `EmergencySaveCallback`: where to save after a notice, around Trainer's evaluations
 - `staged_saves`   which saves are asynchronous, and when Trainer waits for their files
+- `reports`        the callbacks of W&B, MLflow, trackio and TensorBoard go on in one tracker run
 - `session`        what callbacks of the same run share: the lifecycle, and what was restored
 - `checks`         configurations that are refused before the first step
 - `position`       where the Trainer stands, for the manifest

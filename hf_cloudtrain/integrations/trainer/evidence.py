@@ -16,6 +16,7 @@ from transformers import TrainerState as State
 
 from hf_cloudtrain.integrations.trainer.exactness import Evidence, calling_trainer
 from hf_cloudtrain.integrations.trainer.position import EpochLength
+from hf_cloudtrain.integrations.trainer.reports import join_reports
 from hf_cloudtrain.integrations.trainer.session import Session
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
@@ -29,8 +30,10 @@ class EvidenceCallback(TrainerCallback):
 
     @short_traceback
     def on_init_end(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Note the model that a checkpoint must have."""
-        self._session.identity.met(calling_trainer())
+        """Note the model that a checkpoint must have, and let trackers go on."""
+        trainer = calling_trainer()
+        self._session.identity.met(trainer)
+        self._let_trackers_go_on(trainer)
 
     def gather(self, args: TrainingArguments, state: State, live: dict[str, Any]) -> None:
         """Begin to watch a training, whose attempt has begun.
@@ -40,6 +43,7 @@ class EvidenceCallback(TrainerCallback):
         """
         trainer = calling_trainer()
         self._session.identity.met(trainer)
+        self._let_trackers_go_on(trainer)  # those that were added since
         checkpointer = self._session.checkpointer
         if checkpointer.attempt is not None:
             checkpointer.attempt.trained.update(self._session.identity.facts(args))
@@ -83,3 +87,7 @@ class EvidenceCallback(TrainerCallback):
         """Put back what was replaced to watch."""
         if self._evidence is not None:
             self._evidence.close()
+
+    def _let_trackers_go_on(self, trainer: Any) -> None:
+        if trainer is not None:
+            join_reports(self._session, trainer.callback_handler.callbacks)

@@ -30,10 +30,12 @@ from hf_cloudtrain.integrations.trainer.complete import CompleteRun, record_comp
 from hf_cloudtrain.integrations.trainer.forgotten import ForgottenCallback
 from hf_cloudtrain.integrations.trainer.identity import Identity
 from hf_cloudtrain.integrations.trainer.position import EpochLength
+from hf_cloudtrain.integrations.trainer.reports import find_reports
 from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
 from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.topology import Conversion
+from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import normal_url
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Session:
         """The emergency save, once it is decided (`leave`)."""
         self.has_page = False
         """Whether a page lives with the run."""
+        self.tracker_pages: dict[str, str] = {}
+        """Where users find the tracker runs, by service."""
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
@@ -139,6 +143,24 @@ class Session:
         """What waits for notices while it trains; None before and after, and where no callback of this session waits for them."""
         return None if self._lifecycle is None else self._lifecycle.preemption
 
+    @property
+    def tracker_storage(self) -> Storage:
+        """The storage of the run, before it is opened on all ranks, too."""
+        if self._lifecycle is not None:
+            return self._lifecycle.checkpointer.storage
+        return Storage(self.run_url, env.storage_options(self._options["storage_options"]))
+
+    def why_apart(self) -> str | None:
+        """Why this attempt does not go on in the tracker run of the one before, if so."""
+        conversion = self._restored[1] if self._restored else None
+        if conversion is not None and conversion.is_renumbered:
+            return "a step has a different size now"
+        return "the run starts over" if self._options["fresh"] else None
+
+    def seconds_left(self) -> float:
+        """Until the machine ends, if a notice says so; else as long as `HF_CLOUDTRAIN_GRACE`."""
+        return env.grace(None) if self.preemption is None else self.preemption.seconds_left()
+
     def open(self, args: TrainingArguments) -> AttemptLifecycle:
         """The lifecycle for the output folder, once the process group exists: TrainingArguments creates it."""
         _ = args.device  # creates the process group
@@ -148,6 +170,7 @@ class Session:
             self._lifecycle = AttemptLifecycle.of(self.run_url, output_dir, **self._options)
         self._lifecycle.checkpointer.policy = self._policy
         self._lifecycle.has_page = self.has_page
+        self._lifecycle.tracker_pages = self.tracker_pages
         return self._lifecycle
 
     def restore(self, args: TrainingArguments) -> Path | None:
@@ -155,6 +178,7 @@ class Session:
         lifecycle = self.open(args)
         ranks = lifecycle.checkpointer.ranks
         self._forget_nothing(args)
+        find_reports(self, args)
         found = lifecycle.restore(_needed_by(ranks.neighbours), lambda manifest: self._plan(args, manifest))
         self._restored = self._complete = None
         if found is None:

@@ -99,6 +99,20 @@ class TestPage:
             *("loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics")
         }
 
+    def test_it_links_to_the_page_of_a_tracker_and_to_nothing_else(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        record_run(catalog)
+        last = catalog.attempts.numbers()[-1]
+        pages = {"wandb": "https://u:hush-hush@wandb.ai/r/4bc1", "mlflow": "4bc", "x": 'javascript:"<b>'}
+        beat = {**(catalog.attempts.read_progress(last) or {}), "trackers": pages}
+        catalog.attempts.write_progress(last, beat)
+        page = page_of(catalog, tmp_path)
+        assert re.findall(r'href="(?!data:)([^"]*)"', page) == ["https://***@wandb.ai/r/4bc1"]
+        assert "mlflow: 4bc" in text_of(page)
+        assert "hush" not in page
+        assert "<b>" not in page
+
     def test_it_makes_no_request(self, catalog: Catalog, tmp_path: Path) -> None:
         record_run(catalog)
         page = page_of(catalog, tmp_path)

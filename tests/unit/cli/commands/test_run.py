@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,15 @@ class TestRunStatus:
         empty.save(1, 5, exact=None, inexact_reason="EMA may keep state")
         assert answer("run", "status", empty.url)["exactness"] == "not verified: EMA may keep state"
         assert "not verified: EMA may keep state" in cloudtrain("run", "status", empty.url).stdout
+
+    def test_names_the_page_of_a_tracker(self, empty: Run) -> None:
+        page = "https://wandb.ai/team/mrpc/runs/4bc1"
+        empty.begin()
+        empty.catalog.attempts.write_progress(1, {"trackers": {"wandb": page, "mlflow": 3, "x": "\x1b[2J"}})
+        assert answer("run", "status", empty.url)["trackers"]["wandb"] == page
+        shown = cloudtrain("run", "status", empty.url).stdout
+        assert f"wandb {page}" in re.sub(r"\s+", " ", shown)
+        assert "\x1b[2J" not in shown
 
     def test_without_a_run_is_an_error(self, empty: Run) -> None:
         assert f"run at {empty.url!r}" in sentence("run", "status", empty.url)

@@ -1,0 +1,230 @@
+"""The report callbacks of a Trainer (W&B, MLflow, trackio, TensorBoard) go on in one tracker run, and never end a training.
+
+    on_train_begin   which tracker run? start it; what it lacks of the steps before is sent from the checkpoint's log
+    on_log           what the tracker run has already, as of steps that are redone after a resume, is left out
+    any of them      an error is logged once, and training goes on
+
+The callbacks come before ours in Trainer's list, so their methods are wrapped, on the object and for rank 0 alone: their classes,
+and callbacks of services that we do not know, stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextvars import copy_context
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers.trainer_callback import CallbackHandler
+
+from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
+from hf_cloudtrain.runtime.threads import answer_in_time
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.services.choice import begin_next, choose_run
+from hf_cloudtrain.tracking.services.runs import TrackerRun
+from hf_cloudtrain.tracking.services.service import (
+    TrackerContent,
+    TrackerService,
+    TrackerStart,
+    tracker_services,
+)
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 300.0
+"""From a start that failed to the next try: the service may be back, and a try may hold up training for seconds."""
+FLUSH_SECONDS = 10.0
+"""Longest time that an emergency save gives a tracker; it has at most a quarter of the time that is left."""
+_EVENTS = (
+    "on_train_begin",
+    "on_log",
+    "on_evaluate",
+    "on_predict",
+    "on_save",
+    "on_train_end",
+    "on_push_begin",
+)
+_WITH_EVERY_LOG = frozenset({"epoch", "num_input_tokens_seen"})
+"""Beside the metrics; alone they are no log."""
+
+
+class ReportedRun(Protocol):
+    """What a report must know of the run: the session of its callbacks."""
+
+    run_url: str
+    tracker_pages: dict[str, str]
+    """Where users find the tracker runs, by service; filled here."""
+
+    @property
+    def tracker_storage(self) -> Storage:
+        """Where the ids are kept."""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the process ends after an emergency save."""
+
+    def why_apart(self) -> str | None:
+        """Why this attempt must not go on in the tracker run of the one before, if so."""
+
+    def seconds_left(self) -> float:
+        """Until the machine ends."""
+
+
+def join_reports(run: ReportedRun, callbacks: list[Any]) -> None:
+    """Let those of a Trainer's callbacks go on in one tracker run whose service is known."""
+    services = {service.trainer_callback: service for service in tracker_services().values()}
+    for callback in callbacks:
+        report = getattr(callback.on_train_begin, "__self__", None)
+        names = [kind.__name__ for kind in type(callback).__mro__]
+        service = next((services[name] for name in names if name in services), None)
+        if isinstance(report, Report):
+            report.run = run
+        elif service is not None:
+            Report(run, service, callback)
+
+
+def find_reports(run: ReportedRun, args: TrainingArguments) -> None:
+    """The same for a Trainer to which a callback of the run was added after it was made: no event says so."""
+    if args.report_to:
+        handlers = [found for found in gc.get_objects() if type(found) is CallbackHandler]
+        for handler in handlers:
+            parts = (getattr(callback, "_uploads", callback) for callback in handler.callbacks)
+            if any(getattr(part, "_session", None) is run for part in parts):
+                join_reports(run, handler.callbacks)
+
+
+class Report:
+    """One report callback, which goes on in the tracker run of `run`."""
+
+    def __init__(self, run: ReportedRun, service: TrackerService, callback: Any) -> None:
+        self.run = run
+        self._service, self._callback = service, callback
+        self._tracker_run: TrackerRun | None = None
+        self._sent = TrackerContent()
+        self._is_started = False
+        self._failed_at: float | None = None
+        """When its start failed; it gets no events since then."""
+        self._told: set[str] = set()
+        self._inner = {event: getattr(callback, event) for event in _EVENTS}
+        for event in _EVENTS:
+            setattr(callback, event, getattr(self, f"_{event}", partial(self._on_event, event)))
+
+    def _on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
+        if not state.is_world_process_zero or state.is_hyper_param_search:
+            self._inner["on_train_begin"](args, state, control, **live)
+        elif self._start(args, state, control, live):
+            with self._guard("did not tell what it has"):
+                self._sent = self._service.sent(self._tracker_run.id if self._tracker_run else "")
+                self._fill(args, state, control, live)
+
+    def _on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **live: Any) -> None:
+        if not state.is_world_process_zero or not isinstance(logs, dict):
+            self._inner["on_log"](args, state, control, logs=logs, **live)
+        elif self._failed_at is None:
+            # An evaluation before the training belongs to the same tracker run.
+            if self._is_started or self._start(args, state, control, live):
+                self._send(args, state, control, logs, live)
+        elif time.monotonic() - self._failed_at >= RETRY_SECONDS:
+            self._on_train_begin(args, state, control, **live)  # which sends this log, too: the state has it
+
+    def _on_train_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
+        if not self.run.is_leaving or not self._is_started:
+            self._on_event("on_train_end", args, state, control, **live)
+            return
+        seconds = min(FLUSH_SECONDS, self.run.seconds_left() / 4)
+        until, here = time.monotonic() + seconds, copy_context()
+        with self._guard(f"did not send everything within {seconds:.1f} s"):
+            answer_in_time(lambda: here.run(self._service.flush), lambda: time.monotonic() > until)
+
+    def _on_event(self, event: str, args: Any, state: Any, control: Any, **live: Any) -> None:
+        if self._failed_at is None:
+            with self._guard("failed"):
+                self._inner[event](args, state, control, **live)
+
+    def _start(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> bool:
+        """Start the tracker run, or go on with it; whether that was possible."""
+        self._is_started, self._failed_at = False, time.monotonic()
+        with self._guard(f"did not start; the next try is in {RETRY_SECONDS / 60:.0f} minutes"):
+            folder = Path(str(args.output_dir)).absolute()
+            named = self.run.run_url.rpartition("/")[2] or "run"
+            start = TrackerStart(
+                state.global_step, folder, named, args.run_name, getattr(args, "project", None)
+            )
+            storage = self.run.tracker_storage
+            if self._tracker_run is None:
+                self._tracker_run = choose_run(storage, self._service, start, apart=self.run.why_apart())
+            begin = partial(self._begin, start, args, state, control, live)
+            try:
+                begin(self._tracker_run)
+            except Exception as error:
+                if not self._service.is_lost(error):
+                    raise
+                self._tracker_run = begin_next(
+                    storage, self._service, start, self._tracker_run, "it was deleted"
+                )
+                begin(self._tracker_run)
+            self._is_started, self._failed_at = True, None
+        return self._is_started
+
+    def _begin(
+        self, start: TrackerStart, args: Any, state: Any, control: Any, live: dict[str, Any], run: TrackerRun
+    ) -> None:
+        service, name = self._service, args.run_name
+        if getattr(self._callback, "_initialized", False):
+            self._callback._initialized = False  # its last start failed, or its run has ended
+        try:
+            with service.patiently(service.environment(run.id)):
+                further = service.before_start(self._callback, args, run.id, start)
+                with service.patiently(further):
+                    self._inner["on_train_begin"](args, state, control, **live)
+        finally:
+            args.run_name = name
+        self.run.tracker_pages[service.name] = run.id
+        with self._guard("is not linked"):
+            page = service.page(run.id)
+            self.run.tracker_pages[service.name] = redact(page, secrets_of_environment()) if page else run.id
+            if run.previous is not None:
+                service.follows(run.previous, run.reason or "")
+
+    def _fill(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> None:
+        """Send what the tracker run lacks of the steps so far: what was on its way when a machine died, or all, if it is new."""
+        past, count = copy.copy(state), 0
+        for entry in list(state.log_history):
+            past.global_step = entry.get("step", 0)
+            logs = {name: value for name, value in entry.items() if name != "step"}
+            count += self._send(args, past, control, logs, live)
+        if count:
+            logger.info(
+                "The tracker %s lacked %d logs of earlier steps, and has them now.", self._service.name, count
+            )
+
+    def _send(self, args: Any, state: Any, control: Any, logs: dict[str, Any], live: dict[str, Any]) -> bool:
+        """Send what the tracker run does not have of a log; whether there was something."""
+        step, named = state.global_step, self._service.metric
+        lacks = {name: value for name, value in logs.items() if not self._sent.has(named(name), step, value)}
+        if lacks.keys() <= _WITH_EVERY_LOG and lacks != logs:
+            return False
+        with self._guard("failed"):
+            self._inner["on_log"](args, state, control, logs=lacks, **live)
+        return True
+
+    @contextlib.contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """An error of a tracker must not end a training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of any library
+            kind = type(error).__name__
+            say = logger.debug if f"{what} {kind}" in self._told else logger.warning
+            self._told.add(f"{what} {kind}")
+            text = redact(str(error), secrets_of_environment())[:500]
+            say("The tracker %s %s. Training goes on. %s: %s", self._service.name, what, kind, text)

@@ -1,0 +1,80 @@
+"""Whether an attempt goes on in the tracker run of the attempt before, and in which one if not."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.services.runs import TrackerRun, TrackerRuns
+from hf_cloudtrain.tracking.services.service import TrackerService, TrackerStart
+
+logger = logging.getLogger(__name__)
+
+
+def choose_run(
+    storage: Storage, service: TrackerService, start: TrackerStart, *, apart: str | None = None
+) -> TrackerRun:
+    """The tracker run of this attempt: the user's, else the recorded one, else a new one, which is recorded.
+
+    Args:
+        apart: why it must not go on with the recorded one, such as "the run starts over".
+
+    Raises:
+        StorageError: the records cannot be read or written.
+        Exception: of the service.
+
+    Example:
+        >>> choose_run(storage, MLflow(), TrackerStart(500, Path("out")))
+        TrackerRun(service='mlflow', id='4bc1…', number=1, previous=None, reason=None)
+    """
+    runs = TrackerRuns(storage)
+    known = runs.newest(service.name)
+    with service.patiently():
+        chosen = service.users_id(start)
+        if chosen is not None:
+            return _of_user(runs, service, known, chosen)
+        if known is None:
+            return runs.add(TrackerRun(service.name, service.new_id(start), 1))
+        reason = apart or service.lacks(known.id)
+        if reason is None:
+            return known
+        return begin_next(storage, service, start, known, reason)
+
+
+def begin_next(
+    storage: Storage, service: TrackerService, start: TrackerStart, before: TrackerRun, reason: str
+) -> TrackerRun:
+    """A new tracker run, linked to the one before, which cannot go on.
+
+    Args:
+        reason: why not, as in "was deleted".
+    """
+    with service.patiently():
+        new = TrackerRun(service.name, service.new_id(start), before.number + 1, before.id, reason)
+    new = TrackerRuns(storage).add(new)
+    logger.warning(
+        "The %s run %s does not go on (%s). This attempt reports to a new one, %s.",
+        service.name,
+        before.id,
+        reason,
+        new.id,
+    )
+    return dataclasses.replace(new, previous=before.id, reason=reason)
+
+
+def _of_user(runs: TrackerRuns, service: TrackerService, known: TrackerRun | None, chosen: str) -> TrackerRun:
+    if known is not None and known.id == chosen:
+        return known
+    if known is None:
+        return runs.add(TrackerRun(service.name, chosen, 1))
+    logger.warning(
+        "This attempt reports to the %s run %s, which the script or its environment names; the one before reported to %s. From "
+        "now on this run goes on with %s.",
+        service.name,
+        chosen,
+        known.id,
+        chosen,
+    )
+    reason = "the user named a different one"
+    return runs.add(TrackerRun(service.name, chosen, known.number + 1, known.id, reason))

@@ -1,0 +1,282 @@
+"""Trackers go on: trainings that report to a real service, killed three times, beside one that is not interrupted.
+
+    python -m tests.trainers._trackers FOLDER [NAME ...]
+
+It prints a JSON object for each: the tracker runs, and what is wrong with their curves. Each attempt is a process of its own, on a
+machine (a folder) of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)  # fmt: skip
+
+from hf_cloudtrain.tracking.status import run_state
+from tests.integration import _attempts
+
+SAVES = 4
+KILLS = ((6, 4), (11, 8), (12, 8))
+"""Three kills: the step, and the checkpoint that is committed by then. The last one is right after a save."""
+STEPS = 24
+EVALUATED: dict[str, Any] = {"num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 4}
+CLOCK = ("runtime", "per_second", "train_loss", "total_flos")
+"""Parts of names of metrics that depend on the clock, or on one attempt alone."""
+
+Curves = dict[str, list[tuple[int, float]]]
+"""By metric: step and value of each point, as often as the service has it."""
+
+
+class Bed:
+    """One service, and where it keeps what it gets."""
+
+    name = ""
+
+    def __init__(self, folder: Path, plain: bool) -> None:
+        self.folder = folder / f"{self.name}-{'plain' if plain else 'killed'}"
+        self.folder.mkdir(parents=True)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Set the variables of the service."""
+
+    def curves(self) -> dict[str, Curves]:
+        """By tracker run."""
+        raise NotImplementedError
+
+    def train(self, machine: str, **arguments: Any) -> int:
+        """One attempt in a process of its own; its exit code, negative for a signal."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                log = os.open(self.folder / f"{machine}.log", os.O_WRONLY | os.O_CREAT)
+                os.dup2(log, 1), os.dup2(log, 2)
+                where = {"output_dir": str(self.folder / machine), "run_url": str(self.folder / "run")}
+                os.chdir(self.folder)
+                _attempts.train(report_to=self.name, **{**where, **EVALUATED, **arguments})
+                code = 0
+            except SystemExit as error:
+                code = int(str(error.code or 0))
+            except BaseException:  # noqa: BLE001 - told in the log
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                self.leave()
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def leave(self) -> None:
+        """What the service does when a process ends by itself."""
+
+
+class MLflow(Bed):
+    """A database, which all machines reach."""
+
+    name = "mlflow"
+
+    def prepare(self) -> None:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder}/mlflow.db"
+
+    def leave(self) -> None:
+        import mlflow
+
+        mlflow.flush_async_logging()
+
+    def curves(self) -> dict[str, Curves]:
+        import mlflow
+
+        client = mlflow.MlflowClient(tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
+        found = {}
+        for run in client.search_runs([one.experiment_id for one in client.search_experiments()]):
+            histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+            found[run.info.run_id] = {
+                name: [(point.step, point.value) for point in points] for name, points in histories.items()
+            }
+        return found
+
+
+class Trackio(Bed):
+    """A database of trackio, which all machines reach: as on a Space."""
+
+    name = "trackio"
+
+    def prepare(self) -> None:
+        os.environ["TRACKIO_DIR"] = str(self.folder / "trackio")
+
+    def curves(self) -> dict[str, Curves]:
+        return in_child(self._curves)
+
+    def _curves(self) -> dict[str, Curves]:
+        from trackio.sqlite_storage import SQLiteStorage
+
+        found: dict[str, Curves] = {}
+        for run in SQLiteStorage.get_run_records("huggingface"):
+            rows = SQLiteStorage.get_logs("huggingface", run["name"], run_id=run["id"])
+            found[str(run["name"])] = points(rows, "train/global_step")
+        return found
+
+
+class TensorBoard(Bed):
+    """Event files, which are on each machine: the log of the checkpoint fills those of a new one."""
+
+    name = "tensorboard"
+
+    def curves(self) -> dict[str, Curves]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        *_, machine = sorted(path for path in self.folder.iterdir() if (path / "runs").is_dir())
+        found = {}
+        for run in (machine / "runs").iterdir():
+            events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+            events.Reload()
+            found[run.name] = {
+                tag: [(event.step, event.value) for event in events.Scalars(tag)]
+                for tag in events.Tags()["scalars"]
+            }
+        return found
+
+
+class WandbOffline(Bed):
+    """Offline files: that of the newest attempt has the whole curve, and all of them one id."""
+
+    name = "wandb"
+
+    def leave(self) -> None:
+        import wandb
+
+        wandb.teardown()
+
+    def curves(self) -> dict[str, Curves]:
+        files = [read_offline(path) for path in sorted(self.folder.glob("wandb/offline-run-*/*.wandb"))]
+        found: dict[str, Curves] = {}
+        for run, rows in files:
+            if rows:  # wandb writes what it has with the first 32 kB, or at its end
+                found[run] = points(rows, "train/global_step")
+        return found
+
+
+BEDS: dict[str, type[Bed]] = {bed.name: bed for bed in (MLflow, Trackio, TensorBoard, WandbOffline)}
+
+
+def points(rows: list[dict[str, Any]], step: str) -> Curves:
+    """Rows of metrics as curves; `step` is the metric that holds the step."""
+    found: Curves = {}
+    for row in rows:
+        for name, value in row.items():
+            if (
+                isinstance(value, (int, float))
+                and isinstance(row.get(step), (int, float))
+                and name[:1] != "_"
+            ):
+                found.setdefault(name, []).append((int(row[step]), value))
+    return {name: values for name, values in found.items() if name not in ("step", "timestamp", step)}
+
+
+def read_offline(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The id of the run and its rows in an offline file of W&B: records of protobuf in the log format of LevelDB."""
+    from wandb.proto import wandb_internal_pb2
+
+    run, rows = "", []
+    for data in log_records(path.read_bytes()[7:]):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        run = record.run.run_id or run
+        if record.HasField("history"):
+            items = record.history.item
+            rows.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            )
+    return run, rows
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The records of a LevelDB log (doc/log_format.md there), whose first block lacks 7 bytes."""
+    at, whole = 0, b""
+    while at + 7 <= len(data):
+        left = 32768 - (at + 7) % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if kind == 0:
+            return
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a process of its own: some services read their variables only once."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with os.fdopen(write, "w") as file:
+            file.write(json.dumps(work()))
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    return json.loads(text)
+
+
+def lasting(curves: Curves) -> Curves:
+    """Without what depends on the clock, in the order of the steps."""
+    return {
+        name: sorted((int(step), value) for step, value in values)
+        for name, values in curves.items()
+        if not any(part in name for part in CLOCK)
+    }
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Kill a training three times, and compare what the service has with that of an uninterrupted one."""
+    began = time.monotonic()
+    bed = BEDS[name](folder, plain=False)
+    for number, (kill_at, committed) in enumerate(KILLS):
+        code = bed.train(f"machine-{number}", kill_at=kill_at, committed=committed)
+        assert code == -signal.SIGKILL, (bed.folder / f"machine-{number}.log").read_text()
+    code = bed.train("machine-9")
+    assert code == 0, (bed.folder / "machine-9.log").read_text()
+    found = bed.curves()
+    plain = BEDS[name](folder, plain=True)
+    assert plain.train("machine-9", run_url=None) == 0, (plain.folder / "machine-9.log").read_text()
+    (expected,) = plain.curves().values()
+    from hf_cloudtrain.checkpoints.catalog import Catalog
+    from hf_cloudtrain.storage.client import Storage
+
+    whole = lasting(next(iter(found.values()))) if found else {}
+    wanted = lasting(expected)
+    return {
+        "name": name,
+        "runs": sorted(found),
+        "trackers": run_state(Catalog(Storage(str(bed.folder / "run")))).trackers,
+        "metrics": sorted(whole),
+        "points": sum(map(len, whole.values())),
+        "wrong": {
+            metric: [whole.get(metric), wanted.get(metric)]
+            for metric in sorted(whole.keys() | wanted.keys())
+            if whole.get(metric) != wanted.get(metric)
+        },
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+if __name__ == "__main__":
+    for one in sys.argv[2:] or BEDS:
+        print("RESULT", json.dumps(measure(one, Path(sys.argv[1]))), flush=True)

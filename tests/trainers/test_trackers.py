@@ -1,0 +1,55 @@
+"""Trainings that report to real services, killed three times on three machines (`make test-trainers`), and the table of docs/trackers.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import missing
+
+pytestmark = [pytest.mark.trainers, pytest.mark.timeout(0)]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PYTHON = ROOT / ".venv-trainers" / "bin" / "python"
+PAGE = ROOT / "docs" / "trackers.md"
+TITLES = {"mlflow": "MLflow", "trackio": "trackio", "tensorboard": "TensorBoard", "wandb": "W&B"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not PYTHON.exists():
+        missing("the environment of the trainers: make test-trainers")
+    command = [str(PYTHON), "-m", "tests.trainers._trackers", str(tmp_path_factory.mktemp("trackers"))]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [json.loads(line[7:]) for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    return {found["name"]: found for found in lines}
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_the_curves_of_a_run_that_is_killed_three_times_are_those_of_an_uninterrupted_one(
+    results: dict[str, Any], name: str
+) -> None:
+    found = results[name]
+    assert found["wrong"] == {}
+    assert found["points"] == 115
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_it_has_one_tracker_run_which_run_status_names(results: dict[str, Any], name: str) -> None:
+    (run,) = results[name]["runs"]
+    assert results[name]["trackers"][name].endswith(run)
+
+
+def test_the_page_says_so() -> None:
+    rows = re.findall(r"^\| (\S+) [\d.]+, [^|]*\| (\d+) \| (\d+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} == set(TITLES.values())
+    assert {(runs, wrong) for _, runs, wrong in rows} == {("1", "0")}
