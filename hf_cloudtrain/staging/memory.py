@@ -55,14 +55,14 @@ class StagingMemory:
 
     def copy(self, address: int, size: int) -> int | None:
         """Copy bytes of this process; returns where they are now, or None if there is no room."""
-        offset = self._take(size)
+        offset = self.take(size)
         if offset is not None and size:
             ctypes.memmove(self.address + offset, address, size)  # without the interpreter's lock
         return offset
 
     def put(self, data: bytes) -> int | None:
         """As `copy`, for a bytes object."""
-        offset = self._take(len(data))
+        offset = self.take(len(data))
         if offset is not None:
             self._map[offset : offset + len(data)] = data
         return offset
@@ -97,7 +97,8 @@ class StagingMemory:
             os.close(self.fd)
             self.fd = -1
 
-    def _take(self, size: int) -> int | None:
+    def take(self, size: int) -> int | None:
+        """Room for some bytes: where it is, or None if there is none."""
         offset = -(-self.used // ALIGNMENT) * ALIGNMENT
         if offset + size > self.capacity:
             return None

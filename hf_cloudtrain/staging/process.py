@@ -114,7 +114,7 @@ class WriterProcess:
                 with contextlib.suppress(OSError):
                     self._control.shutdown(socket.SHUT_WR)  # as if this process had ended
                 return
-            popen.kill()  # it may still be importing torch, which the end of a short training need not wait for
+            popen.kill()  # it may still be starting, which the end of a short training need not wait for
         popen.wait()
 
     def _start(self) -> None:

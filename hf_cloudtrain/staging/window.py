@@ -25,7 +25,8 @@ from typing import Any
 
 from hf_cloudtrain.staging.job import StagedFile
 from hf_cloudtrain.staging.memory import StagingMemory
-from hf_cloudtrain.staging.recorders import FAST_PICKLE, TorchRecorder, path_of, stage_tensors, write_file
+from hf_cloudtrain.staging.pickling import FAST_PICKLE
+from hf_cloudtrain.staging.recorders import TorchRecorder, path_of, stage_tensors, write_file
 
 
 class Window:

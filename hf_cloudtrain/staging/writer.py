@@ -207,7 +207,4 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    writer = Writer(socket.socket(fileno=control), StagingMemory(capacity, memory), training)
-    import torch  # noqa: F401 - a second, before the first save instead of in it
-
-    writer.work()
+    Writer(socket.socket(fileno=control), StagingMemory(capacity, memory), training).work()
