@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_cloudtrain.integrations.trainer.cloud_callback import CloudTrainCallback
     from hf_cloudtrain.integrations.trainer.emergency import EmergencySaveCallback
     from hf_cloudtrain.integrations.trainer.step_callback import StepTrackerCallback
+    from hf_cloudtrain.report.run import Run
     from hf_cloudtrain.resume.sampler import ResumableSampler
     from hf_cloudtrain.resume.step_samplers import ResumableRandomSampler, ResumableSequentialSampler
     from hf_cloudtrain.tracking.history import History, read_history
@@ -54,6 +55,7 @@ _NAMES = {
     "integrations.trainer.cloud_callback": ("CloudTrainCallback",),
     "integrations.trainer.emergency": ("EmergencySaveCallback",),
     "integrations.trainer.step_callback": ("StepTrackerCallback",),
+    "report.run": ("Run",),
     "resume.sampler": ("ResumableSampler",),
     "resume.step_samplers": ("ResumableRandomSampler", "ResumableSequentialSampler"),
     "tracking.history": ("History", "read_history"),
@@ -73,6 +75,7 @@ __all__ = [
     "ResumableRandomSampler",
     "ResumableSampler",
     "ResumableSequentialSampler",
+    "Run",
     "StepTrackerCallback",
     "TrackerContent",
     "TrackerService",

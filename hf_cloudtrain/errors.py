@@ -117,6 +117,10 @@ class OvertakenError(CloudTrainError):
 class PreemptedError(CloudTrainError):
     """Training in a notebook was saved and stopped, after a preemption notice or on request."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of the frames: the cell did what it was asked to do."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class PreemptedExit(SystemExit):
     """Ends a script whose training was saved and stopped. Exit code 75 means "try again later" (sysexits.h)."""

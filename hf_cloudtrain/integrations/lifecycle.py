@@ -30,6 +30,7 @@ from hf_cloudtrain.preemption.agreement import StopDecision
 from hf_cloudtrain.preemption.preemption import Preemption, check_no_pending_notice
 from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.report.live import LivePage
+from hf_cloudtrain.report.notebook import LiveCard
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
@@ -68,6 +69,7 @@ class AttemptLifecycle:
         self.has_page = False
         """Whether a page lives with the run."""
         self._page: LivePage | None = None
+        self._card: LiveCard | None = None
 
     @classmethod
     def of(cls, run_url: str, output_dir: Path, **options: Any) -> AttemptLifecycle:
@@ -183,6 +185,7 @@ class AttemptLifecycle:
             if self.has_page:
                 self._page = LivePage(checkpointer.storage, checkpointer.uploads)
                 self._page.start()
+            self._card = LiveCard.of(checkpointer.catalog, attempt.number, self.tracker)
         return self.tracker
 
     def listen(
@@ -298,6 +301,8 @@ class AttemptLifecycle:
     def _close_tracker(self, outcome: Outcome) -> None:
         if self.tracker is not None:
             self.tracker.close(outcome)
-        page, self._page = self._page, None
+        page, self._page, card, self._card = self._page, None, self._card, None
+        if card is not None:
+            card.close()
         if page is not None:
             page.close(last=outcome != "overtaken")  # a newer attempt keeps the page by then

@@ -9,11 +9,14 @@
     comparison  several runs: their curves on one axis, their differences
     page        key figures, tables and charts, put into `report.html`
     live        the page that lives with a run, written by a process of its own
+    still       a figure as SVG without a script
+    card        state, progress and loss of a run in a notebook
+    notebook    that card, renewed while a cell trains
+    run         `Run`: a run for notebooks and scripts
 
 A chart is a figure of plotly as a plain dictionary, with a title and a sentence. All that shows charts takes them from
 `charts_of`, and draws them with `charts.js` (`drawChart(element, figure)`, again for new data) and `page.css`.
 
 Everything shown comes from storage and is untrusted: see `page`. The room reads a run through `checkpoints/` and
-`tracking/`, and imports nothing above them. `page` imports jinja2, and plotly
-for its JavaScript, late: they are an extra.
+`tracking/`, and imports nothing above them. jinja2 and plotly are an extra, and imported late.
 """

@@ -90,6 +90,8 @@ class StepTracker:
         self._logs: list[dict[str, Any]] = []
         self._last_metrics: dict[str, tuple[int, Any]] = {}
         """The step and the value of each metric when it was reported last."""
+        self.on_log: Callable[[int, dict[str, Any]], None] | None = None
+        """Receives each step and its metrics at once."""
         self._dropped: set[str] = set()
         """Metrics that were named in a warning because they cannot be recorded."""
         self._tokens: tuple[int, float] | None = None
@@ -171,6 +173,8 @@ class StepTracker:
         with self._lock:
             self._last_metrics.update({name: (step, value) for name, value in kept.items()})
             self._logs.append({"kind": "log", "step": step, "time": time.time(), "metrics": kept})
+        if self.on_log is not None:
+            self.on_log(step, kept)
 
     def flush_soon(self) -> None:
         """Store the records now instead of with the next heartbeat, so that those up to a checkpoint are not lost."""
