@@ -13,6 +13,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 AZURITE := 3.35.0
+AXE := 4.14.1
 SKYPILOT := 0.14.1
 CHAOS_KILLS ?= 1000
 WORKERS ?= 2
@@ -25,10 +26,10 @@ ALONE := env -u http_proxy -u https_proxy -u all_proxy -u HTTP_PROXY -u HTTPS_PR
 # Halves of the suite, so that a file stays on one worker for what its tests share; who is done first helps the other.
 TESTS := -n $(WORKERS) --dist worksteal -rR $(PYTEST_ARGS)
 
-PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,report,dev]'
+PIP_INSTALL := pip install --quiet --disable-pip-version-check -e '.[s3,gcs,azure,report,ui,dev]'
 INSTALLED := .venv/.installed
 LOWEST := .venv-lowest/.installed
-SERVERS := .servers/.azurite-$(AZURITE)
+SERVERS := .servers/.azurite-$(AZURITE)-axe-$(AXE)
 TRAINERS := .venv-trainers/.installed
 SWIFT := .venv-swift/.installed
 PARSER := .venv-skypilot/.skypilot-$(SKYPILOT)
@@ -104,7 +105,7 @@ $(LOWEST): setup.cfg constraints.txt .ci/lowest.py $(INSTALLED)
 	@touch $@
 
 $(SERVERS):
-	npm install --prefix .servers --no-audit --no-fund --loglevel=error azurite@$(AZURITE)
+	npm install --prefix .servers --no-audit --no-fund --loglevel=error azurite@$(AZURITE) axe-core@$(AXE)
 	@touch $@
 
 # 460 MB and half a minute, and click below 8.2: not for make test, and not for .venv.
@@ -136,7 +137,7 @@ $(SITE): docs/site/requirements.txt constraints.txt
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/site/requirements.txt -c constraints.txt
 	@touch $@
 
-# A browser looks at the page that `cloudtrain run report` writes.
+# A browser looks at the pages of `cloudtrain run report` and `cloudtrain ui`; axe-core checks that everyone can use them.
 $(CHROMIUM):
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] || { echo "make: Chromium is not installed: sudo apt-get install chromium" >&2; exit 1; }; \

@@ -64,6 +64,9 @@ LAUNCH = "HF_CLOUDTRAIN_LAUNCH"
 """`off`: processes below `cloudtrain launch`, or a job with `launch: auto`, train as without it. Default: none."""
 LAUNCH_NOTES = "HF_CLOUDTRAIN_LAUNCH_NOTES"
 """Set by `cloudtrain launch`: file to which the processes below it write what was hooked. Default: none."""
+UI_TOKEN = "HF_CLOUDTRAIN_UI_TOKEN"  # noqa: S105 - the name of a variable
+"""Token of the page that `cloudtrain ui` serves, at least 16 characters; if it is set, reading needs it on this machine too.
+Default: a new one at each start, where one is needed."""
 VERIFY_FOLDER = "HF_CLOUDTRAIN_VERIFY_FOLDER"
 """Set by `cloudtrain verify-resume`: scratch folder for the run and its output, whatever URL the script names.
 Default: none."""
@@ -212,6 +215,11 @@ def exit_file() -> str | None:
 def stop_file() -> str | None:
     """The file that stops the run once it exists, else None."""
     return os.environ.get(STOP_FILE) or None
+
+
+def ui_token() -> str | None:
+    """The token of the web page, if the user has set one."""
+    return os.environ.get(UI_TOKEN) or None
 
 
 def cloud_notices() -> str:

@@ -160,7 +160,7 @@ class Page:
         ]
         told = [event["args"] for event in self._browser.events(self._session, "Runtime.consoleAPICalled")]
         entries = [event["entry"] for event in self._browser.events(self._session, "Log.entryAdded")]
-        return [json.dumps(item)[:600] for item in (*thrown, *told, *entries)]
+        return [json.dumps(item)[:1600] for item in (*thrown, *told, *entries)]
 
     @property
     def requests(self) -> list[str]:
@@ -183,6 +183,10 @@ class Page:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{expression!r} stays false: {self.complaints}")
             time.sleep(0.05)
+
+    def close(self) -> None:
+        """Close the tab."""
+        self.call("Page.close")
 
     def picture(self, path: Path) -> None:
         """The whole page, however long it is, as a PNG."""

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("integrations",),
     ("launch",),
     ("jobs",),
-    ("serving",),
+    ("serving", "ui"),
     ("cli",),
     ("testing",),
 )

@@ -42,6 +42,7 @@ from hf_cloudtrain.cli.commands import (
     new,
     run,
     serve,
+    ui,
     verify_resume,
     vm,
 )
@@ -108,6 +109,7 @@ app.command(
     epilog=examples("doctor RUN", "doctor RUN --gb 40"),
     short_help="Check credentials, permissions, speed, clock and disk.",
 )(doctor.doctor)
+app.command(epilog=examples("ui", "ui RUN"))(ui.ui)
 app.command(epilog=examples("new my-project"))(new.new)
 app.command(
     epilog=examples("serve RUN", "serve RUN --best --port 8000", "serve out/best"),

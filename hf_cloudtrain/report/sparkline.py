@@ -20,6 +20,7 @@ def sparkline(points: Sequence[tuple[float, float]]) -> str:
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     means = [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
     left, right = points[0][0], points[-1][0]
+    means[0] = (left, means[0][1])
     low, high = min(y for _, y in means), max(y for _, y in means)
     across, down = WIDTH / (right - left), (HEIGHT - 2) / ((high - low) or 1.0)
     return "M" + " ".join(f"{(x - left) * across:.1f},{1 + (high - y) * down:.1f}" for x, y in means)

@@ -1,0 +1,115 @@
+"""What a person may do from a page, with `--actions` and the token: each action leaves a record in the run that it concerns."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hf_cloudtrain.checkpoints import retention
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, encode_record
+from hf_cloudtrain.checkpoints.paths import ACTIONS
+from hf_cloudtrain.checkpoints.titles import Titles
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs import lifecycle
+from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.report.summary import read_infos
+from hf_cloudtrain.runtime.provenance import person
+from hf_cloudtrain.runtime.text import count_text, size_text
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.stop import request_stop
+from hf_cloudtrain.ui.runs import Places
+
+Asked = Mapping[str, Any]
+
+
+def act(places: Places, asked: Asked) -> dict[str, Any]:
+    """Do what a browser asks for; what to show then.
+
+    Raises:
+        CloudTrainError: it cannot be done, with the reason.
+    """
+    do = ACTS.get(str(asked.get("action")))
+    if do is None:
+        raise ConfigurationError(f"{str(asked.get('action'))[:80]!r} must be one of: {', '.join(ACTS)}.")
+    return do(places, asked)
+
+
+def _stop(places: Places, asked: Asked) -> dict[str, Any]:
+    catalog = _catalog(places, asked)
+    now = request_stop(catalog)
+    _note(catalog, f"asked attempt {now.attempt} to save and stop")
+    return {
+        "text": f"Asked attempt {now.attempt} to save and stop. It reads the request with its next heartbeat."
+    }
+
+
+def _pin(places: Places, asked: Asked) -> dict[str, Any]:
+    catalog, key = _catalog(places, asked), CheckpointKey.named(str(asked.get("key")))
+    if key is None:
+        raise ConfigurationError(f"{str(asked.get('key'))[:80]!r} is not the key of a checkpoint.")
+    title, is_pin = Titles(catalog).of(key), asked["action"] == "pin"
+    (retention.pin if is_pin else retention.unpin)(catalog, key)
+    _note(catalog, f"{asked['action']}ned {title}")
+    kept = "No automatic deletion touches it now." if is_pin else "Retention may delete it now."
+    return {"text": f"{asked['action'].capitalize()}ned {title}. {kept}"}
+
+
+def _prune(places: Places, asked: Asked) -> dict[str, Any]:
+    """Without `sure`, only what would be deleted; with it, exactly the checkpoints that were shown."""
+    catalog = _catalog(places, asked)
+    keep = asked.get("keep")
+    policy = retention.Policy(keep if type(keep) is int else 0)
+    keys, kept = retention.prunable(catalog, policy)
+    going = [info for info in read_infos(catalog, keys) if info.manifest]
+    if asked.get("sure") != [info.key for info in going]:
+        size = size_text(sum(info.manifest.size for info in going if info.manifest))
+        rows = [[info.title, size_text(info.manifest.size)] for info in going if info.manifest]
+        why = "The checkpoints have changed since they were shown. " if asked.get("sure") else ""
+        text = f"{why}{count_text(len(going), 'checkpoint')} ({size}) would be deleted; {len(kept)} more are protected."
+        return {"text": text, "going": [info.key for info in going], "rows": rows}
+    for left in retiring(catalog):
+        finish_retiring(catalog, left)
+    trouble = []
+    for info in going:
+        key = info.checkpoint_key
+        reason = retention.retire_unprotected(catalog, key) if key else None
+        trouble += [f"Kept {info.title}: {reason}"] if reason else []
+    gone = len(going) - len(trouble)
+    _note(catalog, f"deleted {count_text(gone, 'checkpoint')}, all but the newest {keep}")
+    return {"text": " ".join([f"Deleted {count_text(gone, 'checkpoint')}.", *trouble])}
+
+
+def _cancel(places: Places, asked: Asked) -> dict[str, Any]:
+    record = lifecycle.cancel(JobStore(), str(asked.get("job")))
+    run_id = places.id_of(record.run_url)
+    if run_id is not None:
+        _note(_catalog(places, {"run": run_id}), f"asked the job {record.id} to end")
+    return {"text": f"Asked {record.id} to save and end."}
+
+
+ACTS: dict[str, Callable[[Places, Asked], dict[str, Any]]] = {
+    "stop": _stop,
+    "pin": _pin,
+    "unpin": _pin,
+    "prune": _prune,
+    "cancel": _cancel,
+}
+
+
+def _catalog(places: Places, asked: Asked) -> Catalog:
+    root, name = places.find(str(asked.get("run")))
+    url, options = root.connection
+    catalog = Catalog(Storage(f"{url.rstrip('/')}/{name}" if name else url, options))
+    catalog.attempts.check_any()
+    return catalog
+
+
+def _note(catalog: Catalog, action: str) -> None:
+    """A line in the run's records: who did what, when."""
+    name = f"{time.time() * 1000:013.0f}-{secrets.token_hex(4)}"
+    record = {"time": time.time(), "action": action, "how": "cloudtrain ui", **person()}
+    catalog.storage.write(f"{ACTIONS}/{name}.json", encode_record(record))

@@ -1,0 +1,100 @@
+"""The records of a run in memory, so that pages are built from them again and again without a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.paths import ACTIONS, ATTEMPTS, CHECKPOINTS, PROGRESS, STEPS
+from hf_cloudtrain.errors import ObjectNotFoundError
+from hf_cloudtrain.report.page import MOST_CHECKPOINTS
+from hf_cloudtrain.runtime.threads import in_threads
+from hf_cloudtrain.storage.backend import ObjectInfo
+from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
+from hf_cloudtrain.storage.names import META
+
+READERS = 16
+"""Records that are read at the same time when a page is opened."""
+
+
+class Mirror(Storage):
+    """A storage that is listed when asked to, and reads each object once, until a listing shows a different size of it.
+
+    Args:
+        parent: an open storage. A connection of its own for each of a thousand runs would take minutes.
+        name: folder below the parent; "" is the parent itself.
+        top: folder that is listed.
+    """
+
+    def __init__(self, parent: Storage, name: str = "", top: str = META) -> None:
+        super().__init__(parent.url)
+        self.url = f"{parent.url.rstrip('/')}/{name}" if name else parent.url
+        self._parent = parent
+        self._below = f"{name}/" if name else ""
+        self._top = top
+        self._sizes: dict[str, int] = {}
+        self._known: dict[str, bytes] = {}
+
+    def refresh(self) -> bool:
+        """List again; whether anything changed."""
+        skip = len(self._below)
+        return self.update(
+            {info.path[skip:]: info.size for info in self._parent.list(f"{self._below}{self._top}")}
+        )
+
+    def update(self, sizes: Mapping[str, int]) -> bool:
+        """The same from a listing that was made already."""
+        changed = sizes != self._sizes
+        self._known = {
+            path: data
+            for path, data in self._known.items()
+            if path in sizes and (sizes[path] == self._sizes.get(path) or sizes[path] == len(data))
+        }
+        self._sizes = dict(sizes)
+        return changed
+
+    def fetch(self, path: str) -> bool:
+        """Read an object again; whether it changed."""
+        before = self._known.get(path)
+        try:
+            self._known[path] = data = self._parent.read(f"{self._below}{path}")
+        except ObjectNotFoundError:
+            self._sizes.pop(path, None)
+            self._known.pop(path, None)
+            return before is not None
+        self._sizes[path] = len(data)
+        return data != before
+
+    def fetch_all(self, paths: Iterable[str]) -> None:
+        """Read several, at the same time."""
+        in_threads(self.fetch, (list(paths), READERS))
+
+    def missing(self) -> list[str]:
+        """Records that a page about the run needs, and that are not in memory."""
+        wanted = [path for path in self._sizes if path.startswith((ATTEMPTS, PROGRESS, STEPS, ACTIONS))]
+        wanted += [path for path in (f"{META}/best.json",) if path in self._sizes]
+        keys = sorted(filter(None, map(CheckpointKey.named, self._names(CHECKPOINTS))))
+        newest = {key.attempt: key for key in keys}.values()  # of each attempt
+        wanted += [f"{CHECKPOINTS}/{key}.json" for key in {*keys[-MOST_CHECKPOINTS:], *newest}]
+        return [path for path in wanted if path not in self._known]
+
+    def read(self, path: str, max_bytes: int = MAX_RECORD_READ) -> bytes:
+        """As of a storage, from memory where it can be."""
+        if path not in self._sizes:
+            raise ObjectNotFoundError(f"There is no {path!r} in {self.url!r}.")
+        if path not in self._known:
+            self.fetch(path)
+        try:
+            return self._known[path]
+        except KeyError:
+            raise ObjectNotFoundError(f"There is no {path!r} in {self.url!r} any more.") from None
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """As of a storage, by the last listing."""
+        below = f"{prefix}/" if prefix else ""
+        return [
+            ObjectInfo(path, size) for path, size in sorted(self._sizes.items()) if path.startswith(below)
+        ]
+
+    def _names(self, folder: str) -> Iterable[str]:
+        return (path[len(folder) + 1 : -5] for path in self._sizes if path.startswith(f"{folder}/"))
