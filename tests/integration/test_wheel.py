@@ -137,7 +137,9 @@ def test_the_wheel_has_complete_metadata(wheel: Path) -> None:
         "azure",
         "report",
         "sagemaker",
+        "serve",
         "skypilot",
+        "ui",
         "dev",
     }
     assert told.get_payload(), "the README is the page of the package"
@@ -159,6 +161,9 @@ def test_the_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
         "report/live.js",
         "report/page.css",
         "report/report.html",
+        "ui/static/page.css",
+        "ui/static/page.html",
+        "ui/static/page.js",
     )
     data = {PurePath("hf_cloudtrain") / name for name in files}
     assert package == {*data, *sources, *template}

@@ -9,6 +9,7 @@
     launch          `cloudtrain launch`
     serve           `cloudtrain serve`
     verify_resume   `cloudtrain verify-resume`
+    ui              `cloudtrain ui`
     new             `cloudtrain new`
 
 A command prints one JSON object with `--json`, and has an example in its help and a section in `docs/cli.md`; tests check

@@ -160,8 +160,9 @@ def report(
 
     It shows curves, attempts, uploads, lost work and checkpoints.
     """
-    from hf_cloudtrain.report.page import Report
+    from hf_cloudtrain.report.page import PAGE_NEEDS, Report, check_extra_installed
 
+    check_extra_installed("The report", *PAGE_NEEDS)
     page = Report(open_run(run))
     size = page.write(output)
     if as_json:
