@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -90,6 +91,17 @@ class Unreadable(dict):  # type: ignore[type-arg]
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return iter([Data()[index] for index in range(12)])
+
+
+class OtherNames(Trainer):
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, {f"0.{key}": value for key, value in self.model.state_dict().items()})
+
+
+class OwnLoader(OtherNames):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(f"{resume_from_checkpoint}/model.safetensors")
+        self.model.load_state_dict({key.removeprefix("0."): value for key, value in saved.items()})
 
 
 class Mean(TrainerCallback):
@@ -179,6 +191,15 @@ def trained(
 def test_a_plain_training_is_exact_at_every_step(tmp_path: Path) -> None:
     found = trained(tmp_path, after=(Settings(),), logging_steps=1)
     assert [found[step].exact for step in (1, 2, 3, 4)] == [True] * 4
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(OtherNames, False), (OwnLoader, True)])
+def test_other_names_in_a_checkpoint_are_a_loss_unless_the_trainer_loads_them_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Trainer], *, exact: bool
+) -> None:
+    name = known_trainers.class_name(kind.__new__(kind))
+    monkeypatch.setitem(known_trainers.KNOWN, name, known_trainers.as_tested)
+    assert trained(tmp_path, kind=kind, max_steps=1)[1].exact is exact
 
 
 def test_fetches_that_draw_are_exact_at_the_end_of_an_epoch_only(tmp_path: Path) -> None:
