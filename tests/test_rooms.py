@@ -32,7 +32,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the ground up. A room imports from lower floors and from itself, never from a neighbour on its own floor."""
 
 INNER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "integrations": (("messages", "staged_saves"), ("lifecycle",), ("trainer", "loop", "functions")),
+    "integrations": (
+        ("messages", "staged_saves"),
+        ("lifecycle",),
+        ("trainer", "loop", "functions"),
+        ("axolotl",),
+    ),
     "jobs": (
         ("spec", "submission"),
         ("records", "logs"),

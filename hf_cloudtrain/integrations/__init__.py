@@ -13,7 +13,8 @@ In reading order:
 - `trainer/`    callbacks for the Hugging Face Trainer; the save path begins in `trainer/callbacks.py`
 - `loop/`       `TrainLoop`, for people who write their own loop with Accelerate
 - `functions/`  `init`, `train_step`, `upload_checkpoint` and the others, for any PyTorch loop
+- `axolotl`     the plug-in that axolotl imports where its configuration names it; it uses `trainer/`
 
-The three import nothing from one another: what they have in common is in `lifecycle`. They may import every lower room, and
+The three folders import nothing from one another: what they have in common is in `lifecycle`. They may import every lower room, and
 only `cli/` and `testing/` may import them. Importing `hf_cloudtrain` alone imports none of them.
 """
