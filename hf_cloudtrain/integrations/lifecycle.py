@@ -306,3 +306,8 @@ class AttemptLifecycle:
             card.close()
         if page is not None:
             page.close(last=outcome != "overtaken")  # a newer attempt keeps the page by then
+
+
+def is_used() -> bool:
+    """Whether this process trains a run, or has trained one."""
+    return any(key[1] == os.getpid() for key in _lifecycles)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
+from hf_cloudtrain.launch.before import prepare
 from hf_cloudtrain.launch.environment import hooked, is_off
 from hf_cloudtrain.launch.notes import read_notes, why_nothing
 from hf_cloudtrain.runtime.process_tree import terminate
@@ -25,13 +26,21 @@ IGNORES_HOOK = "IES"
 
 
 def run(
-    command: Sequence[str], run_url: str, say: Callable[[str], None], environment: Mapping[str, str]
+    command: Sequence[str],
+    run_url: str,
+    say: Callable[[str], None],
+    environment: Mapping[str, str],
+    resume_option: str | None = None,
 ) -> int:
     """Run it to its end; gives its exit code, 128 and the number for a signal.
 
     Args:
         say: shows a message to the user.
         environment: of the command, without the hook.
+        resume_option: option of the command that names the newest state of Accelerator; added once there is one.
+
+    Raises:
+        StorageError: the storage does not answer.
     """
     if is_off(environment):
         say(
@@ -42,12 +51,18 @@ def run(
         say(
             f"`{command[0]} {option}` does not read the hook. Leave {option} out, or nothing of it is uploaded."
         )
-    with _notes() as path:
-        code = _run(command, hooked(environment, run_url=run_url, notes=path), say)
-        reason = None if code in (NOT_FOUND, NOT_EXECUTABLE) else why_nothing(read_notes(path))
+    folder = prepare(run_url, command, say)
+    with _notes(folder) as path:
+        more = () if folder is None or resume_option is None else (resume_option, folder)
+        code = _run([*command, *more], hooked(environment, run_url=run_url, notes=path), say)
+        if code in (NOT_FOUND, NOT_EXECUTABLE):
+            return code
+        notes = read_notes(path)
+    reason = why_nothing(notes)
     if reason is not None:
         say(f"`cloudtrain launch` has hooked no training, so nothing was uploaded: {reason}.")
-    return code
+    is_stored = not any(note.what == "not-stored" for note in notes)
+    return code if is_stored else code or 1
 
 
 def ignoring_option(command: Sequence[str]) -> str | None:
@@ -121,10 +136,13 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _notes() -> Iterator[str]:
+def _notes(restored: str | None) -> Iterator[str]:
+    """The file of notes, with that of this process."""
     folder = tempfile.mkdtemp(prefix="cloudtrain-launch-")
     path = os.path.join(folder, "notes")
-    open(path, "wb").close()
+    with open(path, "w", encoding="utf-8") as file:
+        if restored is not None:
+            file.write(f"{os.getpid()}\trestored\t{restored}\n")
     try:
         yield path
     finally:

@@ -4,8 +4,9 @@
     off               a Python has started, but HF_CLOUDTRAIN_LAUNCH is off there
     without-package   it has imported an awaited module, but cannot import hf_cloudtrain
     imported          an awaited module was hooked
-    trains            Trainer.train() is hooked: number, output folder and command line of the training, as JSON
-    saves             Accelerator.save_state() or load_state() is hooked
+    trains            Trainer.train(), or save_state() of Accelerator, is hooked: number, output folder and command line of the training, as JSON
+    restored          a state of Accelerator is on this machine: its folder, written by the launch itself
+    not-stored        the last state is not on storage, and why
     left-alone        a training was left alone, and why
 
 `hook/sitecustomize.py` writes the first three without this module.
@@ -58,7 +59,7 @@ def read_notes(path: str | None) -> list[Note]:
 def why_nothing(notes: list[Note]) -> str | None:
     """Why nothing was hooked, as the end of a sentence; None if something was."""
     found = {note.what for note in notes}
-    if found & {"trains", "saves"}:
+    if "trains" in found:
         return None
     reasons = dict.fromkeys(note.value for note in notes if note.what == "left-alone")
     if reasons:

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
@@ -52,15 +52,21 @@ class Numbers:
         1
     """
 
+    _of_processes: ClassVar[dict[tuple[int, str], Numbers]] = {}
+
     def __init__(self, run_url: str) -> None:
         self._run_url = run_url
-        self._pid = os.getpid()
         self._here: list[Training] = []
 
+    @classmethod
+    def of_this_process(cls, run_url: str) -> Numbers:
+        """The trainings of this process with a run URL; a forked child has its own."""
+        return cls._of_processes.setdefault((os.getpid(), run_url), cls(run_url))
+
     @property
-    def is_of_this_process(self) -> bool:
-        """Whether this process was not forked since."""
-        return self._pid == os.getpid()
+    def any_here(self) -> bool:
+        """Whether this process has trained."""
+        return bool(self._here)
 
     def begin(self, output_dir: str) -> Training:
         """A training that begins now, on rank 0. In a notebook, the same cell may run again and again."""

@@ -22,8 +22,8 @@ from hf_cloudtrain.integrations.messages import show_messages
 from hf_cloudtrain.integrations.trainer.checks import check_all_processes_train_together
 from hf_cloudtrain.integrations.trainer.cloud_callback import CloudTrainCallback
 from hf_cloudtrain.integrations.trainer.state import TRAINER_STATE
-from hf_cloudtrain.launch import numbering
 from hf_cloudtrain.launch.notes import note
+from hf_cloudtrain.launch.numbering import Numbers
 from hf_cloudtrain.runtime.ranks import Ranks
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
@@ -39,14 +39,13 @@ class HookedTraining:
         ...     trainer.train(training.checkpoint(None))
     """
 
-    _numbers: ClassVar[numbering.Numbers | None] = None
     _under_way: ClassVar[list[Any]] = []
     """The Trainers whose `train` is running: a subclass may call that of its parent."""
 
-    def __init__(self, trainer: Any, numbers: numbering.Numbers) -> None:
+    def __init__(self, trainer: Any, numbers: Numbers) -> None:
         check_all_processes_train_together(trainer.args)
         self._trainer = trainer
-        self._numbers_here = numbers
+        self._numbers = numbers
         self._ranks, folder = Ranks.current(), os.path.abspath(str(trainer.args.output_dir))
         found = self._ranks.agree(lambda: numbers.begin(folder), "find the run of this training")
         self._training = numbers.began(found)
@@ -67,9 +66,7 @@ class HookedTraining:
             if trainer.is_world_process_zero():
                 logger.warning("`cloudtrain launch` leaves %s alone: %s.", type(trainer).__name__, reason)
             return None
-        if cls._numbers is None or not cls._numbers.is_of_this_process:
-            cls._numbers = numbering.Numbers(run_url)
-        return cls(trainer, cls._numbers)
+        return cls(trainer, Numbers.of_this_process(run_url))
 
     @short_traceback
     def checkpoint(self, given: Any) -> Any:
@@ -124,7 +121,7 @@ class HookedTraining:
             logger.warning(text, *values)
 
     def _tell_joined(self) -> None:
-        self._numbers_here.tell(self._training)
+        self._numbers.tell(self._training)
         if not self._ranks.is_main:
             return
         number = self._training.number

@@ -21,14 +21,22 @@ def launch(
         str | None,
         typer.Option(metavar="URL", envvar=env.RUN_URL, help="URL of the run: any fsspec URL, or a folder."),
     ] = None,
+    resume_option: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OPTION",
+            help="Option of the command that names the folder to load, for scripts with Accelerator.save_state; added with the "
+            "newest folder once there is one.",
+        ),
+    ] = None,
 ) -> None:
     """Run a command that trains, and store its checkpoints.
 
-    Works for each command that trains with the Trainer of transformers, such as `torchrun train.py` or `trl sft`, with no
-    line changed: its checkpoints are uploaded to the run, and the same command on any machine resumes from the newest one.
-    The exit code is that of the command.
+    Works for each command that trains with the Trainer of transformers, or saves with Accelerator.save_state, such as
+    `torchrun train.py` or `trl sft`, with no line changed: its checkpoints are uploaded to the run, and the same command on
+    any machine resumes from the newest one. The exit code is that of the command.
     """
     from hf_cloudtrain.launch.command import run
 
     url = normal_url(env.run_url(run_url))
-    raise typer.Exit(run(command, url, say, os.environ))
+    raise typer.Exit(run(command, url, say, os.environ, resume_option))

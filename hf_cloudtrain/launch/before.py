@@ -1,0 +1,82 @@
+"""What `cloudtrain launch` does before the command starts: the run is reached, and its newest state is where a script looks for it.
+
+A Trainer restores by itself, in `train()`. But a script with `Accelerator.save_state` chooses the folder to load before it calls
+anything that is hooked. So the newest one is restored now, and what a killed start has left half-written moves away.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hf_cloudtrain import env
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.flush import finish_left_overs
+from hf_cloudtrain.checkpoints.local_home import remove_if_unused
+from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.errors import CorruptCheckpointError
+from hf_cloudtrain.launch.marks import cut_off
+from hf_cloudtrain.launch.state_folders import FOLDER, move_aside, path_of, put
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.names import LOCAL
+
+
+def prepare(run_url: str, command: Sequence[str], say: Callable[[str], None]) -> str | None:
+    """Reach the run, tidy this machine, and restore the newest state of Accelerator.
+
+    Returns:
+        The folder of that state, as the script names it; None if the run has none.
+
+    Raises:
+        StorageError: the storage does not answer, or refuses.
+        CorruptCheckpointError: all states are damaged.
+    """
+    catalog = Catalog(Storage(run_url, env.storage_options(None)))
+    home = _home_here(catalog)
+    if home is not None:
+        _tidy(catalog, home, say)
+    problems = []
+    for key in reversed(catalog.known_checkpoints()):
+        manifest = catalog.read(key)
+        if FOLDER not in manifest.origin:
+            return None
+        name = manifest.origin[FOLDER]
+        folder = path_of(manifest, command)
+        if folder is None:
+            say(
+                f"{manifest.folder} was saved to {name!r}, which the command does not name, so it is not restored yet."
+            )
+            return None
+        try:
+            if put(catalog, manifest, folder, home or folder.parent):
+                say(f"Restored {name} from {manifest.folder} of {catalog.storage.url!r}.")
+            return name
+        except CorruptCheckpointError as error:
+            problems.append(str(error))
+            say(f"{manifest.folder} is damaged; trying the one before. {error}")
+    if problems:
+        raise CorruptCheckpointError(f"All states of {catalog.storage.url!r} are damaged.")
+    return None
+
+
+def _home_here(catalog: Catalog) -> Path | None:
+    """The output folder of the newest attempt, if that ran on this machine and left something there."""
+    numbers = catalog.attempts.numbers()
+    if not numbers:
+        return None
+    facts = catalog.attempts.read(numbers[-1]).facts
+    folder = facts.get("output_dir", "")
+    is_here = facts.get("host") == platform.node() and os.path.isdir(os.path.join(folder, LOCAL))
+    return Path(folder) if os.path.isabs(folder) and is_here else None
+
+
+def _tidy(catalog: Catalog, home: Path, say: Callable[[str], None]) -> None:
+    finish_left_overs(catalog, Outbox(home), bar=True)
+    folder = cut_off(home)
+    stale = None if folder is None else move_aside(folder, home)
+    if stale is not None:
+        say(f"{str(folder)!r} was not written to its end; moved to {str(stale)!r}.")
+    if not catalog.checkpoints():
+        remove_if_unused(home)  # scripts refuse an output folder that is not empty
