@@ -35,7 +35,15 @@ from hf_cloudtrain.integrations.messages import show_messages
 from hf_cloudtrain.launch.marks import Marks
 from hf_cloudtrain.launch.notes import note, read_notes
 from hf_cloudtrain.launch.numbering import Numbers
-from hf_cloudtrain.launch.state_folders import FOLDER, StateFolders, name_of, named_like, put, unshare
+from hf_cloudtrain.launch.state_folders import (
+    FOLDER,
+    StateFolders,
+    home_of,
+    name_of,
+    named_like,
+    put,
+    unshare,
+)
 from hf_cloudtrain.launch.steps import OptimizerSteps
 from hf_cloudtrain.runtime.threads import before_exit
 from hf_cloudtrain.runtime.tracebacks import short_traceback
@@ -78,7 +86,7 @@ class SavedStates:
         show_messages()
         self._accelerator, self._steps = accelerator, steps
         self._is_main = bool(accelerator.is_main_process)
-        self._home = _home_of(folder)
+        self._home = home_of(folder)
         numbers = Numbers.of_this_process(run_url)
         training = numbers.began(numbers.begin(str(self._home)))
         self._url = numbers.url_of(training.number)
@@ -246,12 +254,7 @@ def check_loaded(run_url: str) -> None:
     """Refuse the first step of a script that has loaded nothing, where the run has something to load. On every rank."""
     for one in read_notes(env.launch_notes()):
         if one.what == "restored":
+            note("refused")
             raise RunHasCheckpointsError(
                 f"The run {shown_url(run_url)!r} has a checkpoint, {one.value!r}, but the script trains from step 0. {HOW_TO_LOAD}"
             )
-
-
-def _home_of(folder: Path) -> Path:
-    """Where our own files may lie: in its own `checkpoints`, Accelerate reads a number from each name."""
-    above = folder.parent
-    return above.parent if above.name == "checkpoints" else above

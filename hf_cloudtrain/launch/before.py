@@ -18,7 +18,7 @@ from hf_cloudtrain.checkpoints.local_home import remove_if_unused
 from hf_cloudtrain.checkpoints.outbox import Outbox
 from hf_cloudtrain.errors import CorruptCheckpointError
 from hf_cloudtrain.launch.marks import cut_off
-from hf_cloudtrain.launch.state_folders import FOLDER, move_aside, path_of, put
+from hf_cloudtrain.launch.state_folders import FOLDER, home_of, move_aside, path_of, put
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import LOCAL
 
@@ -50,7 +50,7 @@ def prepare(run_url: str, command: Sequence[str], say: Callable[[str], None]) ->
             )
             return None
         try:
-            if put(catalog, manifest, folder, home or folder.parent):
+            if put(catalog, manifest, folder, home or home_of(folder)):
                 say(f"Restored {name} from {manifest.folder} of {catalog.storage.url!r}.")
             return name
         except CorruptCheckpointError as error:

@@ -7,6 +7,7 @@
     trains            Trainer.train(), or save_state() of Accelerator, is hooked: number, output folder and command line of the training, as JSON
     restored          a state of Accelerator is on this machine: its folder, written by the launch itself
     not-stored        the last state is not on storage, and why
+    refused           a script was stopped at its first step, by an error that says why
     left-alone        a training was left alone, and why
 
 `hook/sitecustomize.py` writes the first three without this module.
@@ -59,7 +60,7 @@ def read_notes(path: str | None) -> list[Note]:
 def why_nothing(notes: list[Note]) -> str | None:
     """Why nothing was hooked, as the end of a sentence; None if something was."""
     found = {note.what for note in notes}
-    if "trains" in found:
+    if found & {"trains", "refused"}:
         return None
     reasons = dict.fromkeys(note.value for note in notes if note.what == "left-alone")
     if reasons:

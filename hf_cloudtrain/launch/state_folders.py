@@ -50,6 +50,12 @@ class StateFolders(LocalFolders):
         return is_whole(self.folder(manifest), manifest, wanted=wanted)
 
 
+def home_of(folder: Path) -> Path:
+    """Where our own files lie: beside the folder, but not in Accelerate's `checkpoints`, where it reads a number from each name."""
+    above = folder.parent
+    return above.parent if above.name == "checkpoints" else above
+
+
 def name_of(folder: Path) -> str:
     """How a manifest notes a folder: relative to the current folder, or absolute."""
     path = os.path.abspath(folder)
@@ -58,7 +64,7 @@ def name_of(folder: Path) -> str:
 
 
 def path_of(manifest: Manifest, command: Sequence[str] = ()) -> Path | None:
-    """Where a folder belongs on this machine; None if a manifest names none, or one that nobody allows.
+    """Where a folder belongs on this machine; None if a manifest names none, or one that is not allowed.
 
     Args:
         command: words of the user: an absolute folder must be below one of them.
