@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         processed_steps,
         restore,
         start_step,
+        tracker_arguments,
+        tracker_environment,
         train_step,
         upload_checkpoint,
     )
@@ -48,7 +50,7 @@ _NAMES = {
     "errors": ("CloudTrainError",),
     "integrations.functions.api": (
         *("async_writes", "end_step", "init", "is_emergency_save", "metric", "processed_steps", "restore"),
-        *("start_step", "train_step", "upload_checkpoint"),
+        *("start_step", "tracker_arguments", "tracker_environment", "train_step", "upload_checkpoint"),
     ),
     "integrations.loop.loop": ("TrainLoop",),
     "integrations.trainer.callbacks": ("CheckpointUploadCallback",),
@@ -90,6 +92,8 @@ __all__ = [
     "register_tracker",
     "restore",
     "start_step",
+    "tracker_arguments",
+    "tracker_environment",
     "train_step",
     "upload_checkpoint",
 ]

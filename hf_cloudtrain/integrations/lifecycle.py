@@ -55,11 +55,17 @@ class AttemptLifecycle:
         self.checkpointer = checkpointer
         self.tracker: StepTracker | None = None
         """Of the attempt under way, on rank 0."""
+        self._own_log: StepTracker | None = None
+        """What a different rank logs by itself."""
         self.preemption: Preemption | None = None
         self.restored: Manifest | None = None
         """What this training restored."""
+        self.is_fresh = False
+        """Whether the run starts over, although it may have checkpoints."""
         self.tracker_pages: dict[str, str] = {}
         """Where users find the tracker runs (W&B, MLflow …), by service; in the heartbeat."""
+        self.flushes: list[Callable[[float], None]] = []
+        """What sends, before an emergency save leaves, what trackers have not sent, given the seconds that are left."""
         self.is_leaving = False
         """Whether the training was cut short: its last save is, or will be, an emergency save."""
         self.is_over = False
@@ -86,7 +92,7 @@ class AttemptLifecycle:
         forget_end()
         if key not in _lifecycles:
             _lifecycles[key] = cls(Checkpointer(run_url, output_dir, **options))
-        _lifecycles[key].restored = None
+        _lifecycles[key].restored, _lifecycles[key].is_fresh = None, bool(options.get("fresh"))
         _lifecycles[key].checkpointer.restored_before(None)  # what an earlier training restored
         return _lifecycles[key]
 
@@ -188,6 +194,23 @@ class AttemptLifecycle:
             self._card = LiveCard.of(checkpointer.catalog, attempt.number, self.tracker)
         return self.tracker
 
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record metrics of this rank, once the attempt has begun: those of ranks other than 0 by themselves."""
+        checkpointer = self.checkpointer
+        ranks, attempt = checkpointer.ranks, checkpointer.attempt
+        if not ranks.is_main and self._own_log is None and attempt is not None and not self.is_over:
+            self._own_log = StepTracker(
+                checkpointer.catalog, attempt.number, first_step=step, total_steps=None, rank=ranks.rank
+            )
+            self._own_log.start()
+        if (log := self.tracker if ranks.is_main else self._own_log) is not None:
+            log.log(step, metrics)
+
+    def flush_soon(self) -> None:
+        """Store the records of this rank soon: what leads to a checkpoint should not be lost."""
+        for log in filter(None, (self.tracker, self._own_log)):
+            log.flush_soon()
+
     def listen(
         self, *, grace: float | None = None, within: CodeType | None = None, clock: SaveClock | None = None
     ) -> None:
@@ -251,6 +274,8 @@ class AttemptLifecycle:
         """Wait for the upload of an emergency save as long as there is time, and end all ranks together."""
         assert self.preemption is not None, "an emergency save follows a notice"
         self.is_over = True
+        for flush in self.flushes:
+            flush(self.preemption.seconds_left())
         self.preemption.leave(step, self._close_tracker)
 
     def finish(
@@ -301,6 +326,9 @@ class AttemptLifecycle:
     def _close_tracker(self, outcome: Outcome) -> None:
         if self.tracker is not None:
             self.tracker.close(outcome)
+        if self._own_log is not None:
+            self._own_log.close(outcome)
+            self._own_log = None
         page, self._page, card, self._card = self._page, None, self._card, None
         if card is not None:
             card.close()

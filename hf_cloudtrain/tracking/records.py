@@ -1,6 +1,7 @@
 """The step and metric records of a run on storage, in batches, because object stores cannot append.
 
-<run URL>/.cloudtrain/steps/000003-0001.jsonl     attempt 3, first batch; one JSON object a line
+<run URL>/.cloudtrain/steps/000003-0001.jsonl         attempt 3, first batch; one JSON object a line
+<run URL>/.cloudtrain/steps/000003-rank2-0001.jsonl   what rank 2 of attempt 3 logged by itself
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ class StepRecords:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def write(self, attempt: int, batch: int, lines: bytes) -> None:
+    def write(self, attempt: int, batch: int, lines: bytes, rank: int = 0) -> None:
         """Store one batch of records."""
-        self._storage.write(f"{STEPS}/{attempt:06d}-{batch:04d}.jsonl", lines)
+        of_rank = f"rank{rank}-" if rank else ""
+        self._storage.write(f"{STEPS}/{attempt:06d}-{of_rank}{batch:04d}.jsonl", lines)
 
     def read(self) -> dict[int, list[bytes]]:
-        """All batches by attempt, in order."""
+        """All batches by attempt, in order; those of rank 0 come first."""
         found = []
         for info in self._storage.list(STEPS):
-            match = re.fullmatch(rf"{re.escape(STEPS)}/(\d+)-(\d+)\.jsonl", info.path)
+            match = re.fullmatch(rf"{re.escape(STEPS)}/(\d+)-(?:rank(\d+)-)?(\d+)\.jsonl", info.path)
             if match:
-                found.append((int(match[1]), int(match[2]), info.path))
+                found.append((int(match[1]), int(match[2] or 0), int(match[3]), info.path))
         found.sort()
-        (batches,) = in_threads(self._storage.read, ([path for _, _, path in found], READS_AT_ONCE))
+        (batches,) = in_threads(self._storage.read, ([path for *_, path in found], READS_AT_ONCE))
         by_attempt: dict[int, list[bytes]] = {}
-        for (attempt, _, _), batch in zip(found, batches, strict=True):
+        for (attempt, *_), batch in zip(found, batches, strict=True):
             by_attempt.setdefault(attempt, []).append(batch)
         return by_attempt
 
@@ -81,9 +83,11 @@ def decode_lines(batches: list[bytes]) -> Iterator[dict[str, Any]]:
 def metrics_of(log: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a log record; one named like a field of ours has `user/` in front.
 
-    Earlier versions stored them beside our own fields.
+    Those of a rank other than 0 have `rank2/` in front. Earlier versions stored metrics beside our own fields.
     """
-    nested = log.get("metrics")
+    nested, rank = log.get("metrics"), log.get("rank")
+    if isinstance(nested, dict) and type(rank) is int and rank > 0:
+        return {f"rank{rank}/{name}": value for name, value in nested.items()}
     if not isinstance(nested, dict):
         return {name: value for name, value in log.items() if name not in OWN_FIELDS}
     return {f"user/{name}" if name in OWN_FIELDS else name: value for name, value in nested.items()}

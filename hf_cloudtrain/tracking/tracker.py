@@ -7,6 +7,7 @@ The training loop only notes times in memory: no device sync, no collective, no 
     {"kind": "steps", "first": 101, "seconds": [0.21, 0.2, …], "samples": 32, "time": 1790000000.0}
     {"kind": "log", "step": 110, "time": 1790000002.1, "metrics": {"loss": 0.53, "learning_rate": 4.1e-05}}
     {"kind": "pause", "step": 150, "why": "evaluation", "time": 1790000010.0, "seconds": 31.2}
+    {"kind": "log", "step": 110, "rank": 2, "time": …, "metrics": {"loss": 0.55}}    in a file of that rank
     {"kind": "commit", "checkpoint": "000001-0000000150", "saved": 1790000041.0, "time": 1790000055.1, "size": 438000000}
 """
 
@@ -53,6 +54,8 @@ class StepTracker:
         samples_per_step: samples of all processes in one optimizer step; None if unknown.
         uploads: the state of this process's uploads, read at each heartbeat.
         ownership: whether the attempt is still the newest; once it is not, the state is `overtaken`.
+        pages: where users find its tracker runs, by service; read at each heartbeat.
+        rank: one other than 0 records what it logs, and sends no heartbeat.
 
     Example:
         >>> tracker = StepTracker(catalog, attempt=3, first_step=500, total_steps=1_000)
@@ -73,11 +76,12 @@ class StepTracker:
         uploads: UploadStatus | None = None,
         ownership: Ownership | None = None,
         pages: dict[str, str] | None = None,
+        rank: int = 0,
     ) -> None:
         self.step = first_step
         self.productive_seconds = 0.0
         self._catalog = catalog
-        self._attempt = attempt
+        self._attempt, self._rank = attempt, rank
         self._total_steps = total_steps
         self._samples_per_step = samples_per_step
         self._uploads = uploads or UploadStatus()
@@ -172,7 +176,8 @@ class StepTracker:
                 self._name_dropped(name, error)
         with self._lock:
             self._last_metrics.update({name: (step, value) for name, value in kept.items()})
-            self._logs.append({"kind": "log", "step": step, "time": time.time(), "metrics": kept})
+            of_rank = {"rank": self._rank} if self._rank else {}
+            self._logs.append({"kind": "log", "step": step, "time": time.time(), "metrics": kept, **of_rank})
         if self.on_log is not None:
             self.on_log(step, kept)
 
@@ -252,7 +257,8 @@ class StepTracker:
                 self._store(self._store_records)
             if closed or now >= next_beat:
                 next_beat = now + self._interval
-                self._store(self._write_heartbeat)
+                if not self._rank:
+                    self._store(self._write_heartbeat)
             if closed:
                 return
             if not self._closed:
@@ -290,7 +296,7 @@ class StepTracker:
         lines = [*_step_lines(steps, self._samples_per_step), *logs]
         data = self._batch_data + encode_lines(lines)
         try:
-            StepRecords(self._catalog.storage).write(self._attempt, self._batch, data)
+            StepRecords(self._catalog.storage).write(self._attempt, self._batch, data, self._rank)
         except Exception:
             with self._lock:  # for the next try
                 self._steps[:0] = steps

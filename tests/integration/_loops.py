@@ -173,6 +173,7 @@ def train(
     prepared: Callable[[Accelerator], None] = lambda accelerator: None,
     before: Callable[[TrainLoop], object] = lambda loop: None,
     log_with: Any = None,
+    project_dir: Path | None = None,
     plugin: Any = None,
     **arguments: Any,
 ) -> tuple[dict[str, torch.Tensor], list[Any], TrainLoop]:
@@ -198,6 +199,7 @@ def train(
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(**(config or {})),
         log_with=log_with,
+        project_dir=project_dir,
     )
     model: Any = torch.nn.Sequential(
         torch.nn.Linear(3, 16), torch.nn.Dropout(0.3), torch.nn.ReLU(), torch.nn.Linear(16, 1)

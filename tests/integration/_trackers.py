@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -107,6 +108,32 @@ class NotebookService(TrackerService):
 
     def flush(self) -> None:
         Notebook().write(flushed=True)
+
+
+class NotebookTracker(GeneralTracker):
+    """The same for Accelerate."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = ""
+
+    @property
+    def tracker(self) -> str:
+        return self.run
+
+    def start(self) -> None:
+        self.run = os.environ.get("NOTEBOOK_RUN_ID", "unknown")
+        Notebook().write(run=self.run, begins=0)
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        Notebook().write(run=self.run, config=values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        for name, value in values.items():
+            Notebook().write(run=self.run, name=name, step=step, value=value)
 
 
 class BackAt(TrainerCallback):

@@ -17,6 +17,7 @@ from hf_cloudtrain.checkpoints.download import download
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import read_history
 from tests.integration._lab import Lab, max_difference, problems
 from tests.integration._torchrun import kill_family, torchrun
 from tests.integration._zygote import PATIENCE, REPOSITORY, Child
@@ -155,6 +156,13 @@ def test_a_script_that_loads_before_init_continues_at_the_step_that_its_platform
     of_rank_0 = [line["loss"] for line in alone if line["rank"] == 0]
     assert len(alone) == 2 * TOTAL, "both ranks share the file"
     assert of_rank_0[8:] == [line["loss"] for line in metrics(runs, attempt=2)]
+    of_rank_1 = [line["loss"] for line in alone if line["rank"] == 1]
+    assert of_rank_1 != of_rank_0
+    logs = read_history(runs.lab.run_url).logs
+    for name, expected in (("loss", of_rank_0), ("rank1/loss", of_rank_1)):
+        found = {log["step"]: log[name] for log in logs if name in log}
+        assert found == {step: value for step, value in enumerate(expected, 1) if step in found}
+        assert set(range(9, TOTAL + 1)) <= set(found), "the attempt that ended by itself has recorded all"
     assert runs.lab.steps()[-1] == TOTAL
     assert runs.lab.problems() == []
 

@@ -193,7 +193,7 @@ def upload_checkpoint() -> None:
 
 @short_traceback
 def metric(msg: dict[str, Any]) -> None:
-    """Record metrics of the current step: in the run, from rank 0; in local mode in a file of JSON lines.
+    """Record metrics of the current step: in the run, those of rank 2 as `rank2/…`; in local mode in a file of JSON lines.
 
     Tensors of one value are kept as they are and read every ten calls, so that not every step waits for the device.
 
@@ -219,6 +219,30 @@ def is_emergency_save() -> bool:
         ...     upload_checkpoint()
     """
     return _opened("is_emergency_save").is_emergency_save()
+
+
+@short_traceback
+def tracker_environment(*services: str) -> dict[str, str]:
+    """Variables with which trackers that the script starts go on in one tracker run; after `restore`, and for rank 0 only.
+
+    Args:
+        services: such as `wandb` or `mlflow`. One that takes no variables has `tracker_arguments`.
+
+    Example:
+        >>> os.environ.update(tracker_environment("mlflow"))
+        >>> mlflow.start_run()
+    """
+    return _opened("tracker_environment").trackers(services, arguments=False)
+
+
+@short_traceback
+def tracker_arguments(service: str) -> dict[str, Any]:
+    """The same as arguments of its start, such as `wandb.init`, `trackio.init`, `mlflow.start_run` or `SummaryWriter`.
+
+    Example:
+        >>> wandb.init(project="glue", **tracker_arguments("wandb"))
+    """
+    return _opened("tracker_arguments").trackers((service,), arguments=True)
 
 
 def processed_steps() -> int:
@@ -294,6 +318,9 @@ class _Run:
 
     def metric(self, msg: dict[str, Any]) -> None:
         self._mode.metric(self.step, msg)
+
+    def trackers(self, services: tuple[str, ...], *, arguments: bool) -> dict[str, Any]:
+        return self._mode.trackers(self.done, services, arguments=arguments)
 
     def is_emergency_save(self) -> bool:
         self._begin()

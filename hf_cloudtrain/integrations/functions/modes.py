@@ -19,6 +19,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.functions.async_writes import AsyncWrites
+from hf_cloudtrain.integrations.functions.trackers import continued, known_services
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.ranks import rank_and_size
 from hf_cloudtrain.runtime.values import finite, utf8
@@ -63,6 +64,10 @@ class Mode:
 
     def metric(self, step: int, msg: dict[str, Any]) -> None:
         """Record metrics of a step."""
+
+    def trackers(self, step: int, services: tuple[str, ...], *, arguments: bool) -> dict[str, Any]:
+        """What lets services go on in the tracker runs of the run: arguments of their start, else variables."""
+        return {}
 
     def is_emergency(self, step: int) -> bool:
         """Whether to save at this step because the machine is preempted."""
@@ -206,8 +211,7 @@ class RemoteRun(Mode):
             Position(global_step=step, world_size=checkpointer.ranks.size, max_steps=self._total),
             exactness=_SCRIPT_DECIDES,
         )
-        if lifecycle.tracker is not None:
-            lifecycle.tracker.flush_soon()
+        lifecycle.flush_soon()
         if last:
             lifecycle.finish()
         elif lifecycle.is_leaving:
@@ -215,8 +219,17 @@ class RemoteRun(Mode):
             lifecycle.leave(step)
 
     def metric(self, step: int, msg: dict[str, Any]) -> None:
-        if rank_and_size()[0] == 0:
-            self._metrics.add(step, msg, hold=self._lifecycle is None or self._lifecycle.tracker is None)
+        begun = self._lifecycle is not None and self._lifecycle.checkpointer.attempt is not None
+        self._metrics.add(step, msg, hold=not begun)
+
+    def trackers(self, step: int, services: tuple[str, ...], *, arguments: bool) -> dict[str, Any]:
+        lifecycle, found = self._open(), {}
+        for service in known_services(services, arguments=arguments):
+            if lifecycle.checkpointer.ranks.is_main:
+                tracker_id, settings = continued(lifecycle.checkpointer, service, step, arguments=arguments)
+                found.update(settings)
+                lifecycle.tracker_pages[service.name] = tracker_id
+        return found
 
     def is_emergency(self, step: int) -> bool:
         lifecycle = self._open()
@@ -298,8 +311,8 @@ class RemoteRun(Mode):
             )
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if self._lifecycle is not None and self._lifecycle.tracker is not None:
-            self._lifecycle.tracker.log(step, values)
+        if self._lifecycle is not None:
+            self._lifecycle.log(step, values)
 
     def _check_folder_given(self, function: str) -> None:
         if self._checkpoint_dir is None:

@@ -14,6 +14,7 @@ In reading order:
 - `data_evidence`   random numbers that loader processes draw, and data that keeps state of its own
 - `complete`   a run that `stop(complete=True)` ended
 - `reporting`  the means of what was logged: on the bar, in the records, in the accelerator's trackers
+- `trackers`   the accelerator's trackers go on in one tracker run
 - `topology`   where the loop stands, for the manifest, and how a checkpoint of a different topology is converted
 
 It imports `integrations.lifecycle` and lower rooms, and nothing from `trainer/` and `functions/`.

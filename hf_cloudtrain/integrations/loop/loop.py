@@ -33,6 +33,7 @@ from hf_cloudtrain.integrations.loop.state import (
     storable_args,
 )
 from hf_cloudtrain.integrations.loop.steps import EpochSteps, LoopRun
+from hf_cloudtrain.integrations.loop.trackers import TrackedLoop
 from hf_cloudtrain.integrations.messages import expect_use
 from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.report import live
@@ -49,7 +50,7 @@ _ADVICE = Advice(
 )
 
 
-class TrainLoop:
+class TrainLoop(TrackedLoop):
     """A training loop on Accelerate that survives the loss of its machine.
 
     Args:

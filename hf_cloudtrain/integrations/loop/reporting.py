@@ -13,6 +13,7 @@ from typing import Any
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.integrations.loop.state import LoopState
+from hf_cloudtrain.integrations.loop.trackers import LoopTrackers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class LoopReport:
 
     def __init__(self, accelerator: Any, lifecycle: AttemptLifecycle, logging_steps: int) -> None:
         self.log = LoopLog()
+        self.trackers = LoopTrackers(accelerator, lifecycle)
         self._accelerator = accelerator
         self._lifecycle = lifecycle
         self._is_main = lifecycle.checkpointer.ranks.is_main
@@ -87,7 +89,7 @@ class LoopReport:
         if (tracker := self._lifecycle.tracker) is not None:
             tracker.log(step, record)
         try:
-            self._accelerator.log(record, step=step)
+            self.trackers.log(record, step)
         except Exception as error:  # noqa: BLE001 - a tracker that is down must not end a training
             log = logger.debug if self._warned else logger.warning
             log(

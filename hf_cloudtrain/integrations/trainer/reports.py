@@ -10,23 +10,19 @@ and callbacks of services that we do not know, stay as they are.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import logging
 import time
-from collections.abc import Iterator
-from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers.trainer_callback import CallbackHandler
 
-from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
-from hf_cloudtrain.runtime.threads import answer_in_time
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.tracking.services.choice import begin_next, choose_run
+from hf_cloudtrain.tracking.services.choice import page_of, start_run
+from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.services.service import (
     TrackerContent,
@@ -42,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 300.0
 """From a start that failed to the next try: the service may be back, and a try may hold up training for seconds."""
-FLUSH_SECONDS = 10.0
-"""Longest time that an emergency save gives a tracker; it has at most a quarter of the time that is left."""
 _EVENTS = (
     "on_train_begin",
     "on_log",
@@ -113,7 +107,7 @@ class Report:
         self._is_started = False
         self._failed_at: float | None = None
         """When its start failed; it gets no events since then."""
-        self._told: set[str] = set()
+        self._guard = TrackerGuard(service.name)
         self._inner = {event: getattr(callback, event) for event in _EVENTS}
         for event in _EVENTS:
             setattr(callback, event, getattr(self, f"_{event}", partial(self._on_event, event)))
@@ -140,10 +134,7 @@ class Report:
         if not self.run.is_leaving or not self._is_started:
             self._on_event("on_train_end", args, state, control, **live)
             return
-        seconds = min(FLUSH_SECONDS, self.run.seconds_left() / 4)
-        until, here = time.monotonic() + seconds, copy_context()
-        with self._guard(f"did not send everything within {seconds:.1f} s"):
-            answer_in_time(lambda: here.run(self._service.flush), lambda: time.monotonic() > until)
+        self._guard.flush(self._service.flush, self.run.seconds_left())
 
     def _on_event(self, event: str, args: Any, state: Any, control: Any, **live: Any) -> None:
         if self._failed_at is None:
@@ -156,22 +147,12 @@ class Report:
         with self._guard(f"did not start; the next try is in {RETRY_SECONDS / 60:.0f} minutes"):
             folder = Path(str(args.output_dir)).absolute()
             named = self.run.run_url.rpartition("/")[2] or "run"
-            start = TrackerStart(
-                state.global_step, folder, named, args.run_name, getattr(args, "project", None)
-            )
-            storage = self.run.tracker_storage
-            if self._tracker_run is None:
-                self._tracker_run = choose_run(storage, self._service, start, apart=self.run.why_apart())
+            start = TrackerStart(state.global_step, folder, named, args.run_name)
             begin = partial(self._begin, start, args, state, control, live)
-            try:
-                begin(self._tracker_run)
-            except Exception as error:
-                if not self._service.is_lost(error):
-                    raise
-                self._tracker_run = begin_next(
-                    storage, self._service, start, self._tracker_run, "it was deleted"
-                )
-                begin(self._tracker_run)
+            run, apart = self._tracker_run, self.run.why_apart()
+            run = start_run(self.run.tracker_storage, self._service, start, begin, run=run, apart=apart)
+            self._tracker_run = run
+            self.run.tracker_pages[self._service.name] = page_of(self._service, run, self._guard)
             self._is_started, self._failed_at = True, None
         return self._is_started
 
@@ -188,12 +169,6 @@ class Report:
                     self._inner["on_train_begin"](args, state, control, **live)
         finally:
             args.run_name = name
-        self.run.tracker_pages[service.name] = run.id
-        with self._guard("is not linked"):
-            page = service.page(run.id)
-            self.run.tracker_pages[service.name] = redact(page, secrets_of_environment()) if page else run.id
-            if run.previous is not None:
-                service.follows(run.previous, run.reason or "")
 
     def _fill(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> None:
         """Send what the tracker run lacks of the steps so far: what was on its way when a machine died, or all, if it is new."""
@@ -216,15 +191,3 @@ class Report:
         with self._guard("failed"):
             self._inner["on_log"](args, state, control, logs=lacks, **live)
         return True
-
-    @contextlib.contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """An error of a tracker must not end a training."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - of any library
-            kind = type(error).__name__
-            say = logger.debug if f"{what} {kind}" in self._told else logger.warning
-            self._told.add(f"{what} {kind}")
-            text = redact(str(error), secrets_of_environment())[:500]
-            say("The tracker %s %s. Training goes on. %s: %s", self._service.name, what, kind, text)

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
+from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun, TrackerRuns
 from hf_cloudtrain.tracking.services.service import TrackerService, TrackerStart
 
 logger = logging.getLogger(__name__)
+
+
+def start_run(
+    storage: Storage,
+    service: TrackerService,
+    start: TrackerStart,
+    begin: Callable[[TrackerRun], None],
+    *,
+    run: TrackerRun | None = None,
+    apart: str | None = None,
+) -> TrackerRun:
+    """Start the tracker run of this attempt, or a new one if it turns out to be deleted; which one it is.
+
+    Args:
+        begin: starts a tracker run by the means of its service.
+        run: as it was chosen before in this process.
+        apart: see `choose_run`.
+    """
+    run = run or choose_run(storage, service, start, apart=apart)
+    try:
+        begin(run)
+    except Exception as error:
+        if not service.is_lost(error):
+            raise
+        run = begin_next(storage, service, start, run, "it was deleted")
+        begin(run)
+    return run
+
+
+def page_of(service: TrackerService, run: TrackerRun, guard: TrackerGuard) -> str:
+    """Where users find a tracker run that has just started, which is linked to the one before: its URL, or its id."""
+    found = run.id
+    with guard("is not linked"):
+        page = service.page(run.id)
+        found = redact(page, secrets_of_environment()) if page else run.id
+        if run.previous is not None:
+            service.follows(run.previous, run.reason or "")
+    return found
 
 
 def choose_run(
@@ -31,7 +72,7 @@ def choose_run(
     runs = TrackerRuns(storage)
     known = runs.newest(service.name)
     with service.patiently():
-        chosen = service.users_id(start)
+        chosen = start.chosen or service.users_id(start)
         if chosen is not None:
             return _of_user(runs, service, known, chosen)
         if known is None:

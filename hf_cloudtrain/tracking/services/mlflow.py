@@ -19,6 +19,8 @@ class MLflow(TrackerService):
 
     name = "mlflow"
     trainer_callback = "MLflowCallback"
+    id_argument = "run_id"
+    has_fixed_parameters = True
     # By default MLflow waits up to 120 s for an answer and asks up to 8 times.
     patience: ClassVar[dict[str, str]] = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

@@ -22,8 +22,10 @@ class TrackerStart:
     """The name of the run: the last part of its URL."""
     run_name: str | None = None
     """As the user named the tracker run."""
-    project: str | None = None
-    """As the user named the project."""
+    chosen: str | None = None
+    """The id that the user gave as an argument, if any."""
+    logging_dir: Path | None = None
+    """Where Accelerate's tracker writes files; None for Trainer's callbacks."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class TrackerService:
     """The class of the Trainer callback that reports to it."""
     patience: ClassVar[Mapping[str, str]] = {}
     """Environment variables that keep its client from waiting for minutes; those that the user sets win."""
-    replaces: ClassVar[bool] = False
-    """Whether a step that is sent a second time replaces the first one."""
+    id_argument: ClassVar[str] = ""
+    """The argument of its start that holds the id."""
+    has_fixed_parameters: ClassVar[bool] = False
+    """Whether it refuses parameters of a run that differ from those of its first start."""
 
     def users_id(self, start: TrackerStart) -> str | None:
         """The id that the user has chosen, by a variable or because its run has begun in this process; None without one."""

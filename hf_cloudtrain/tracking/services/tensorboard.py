@@ -18,18 +18,19 @@ class TensorBoard(TrackerService):
 
     name = "tensorboard"
     trainer_callback = "TensorBoardCallback"
-    replaces = True
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._writer: Any = None
 
     def users_id(self, start: TrackerStart) -> str | None:
-        """The folder that `TENSORBOARD_LOGGING_DIR` names."""
-        return os.environ.get("TENSORBOARD_LOGGING_DIR") or None
+        """The folder that `TENSORBOARD_LOGGING_DIR` names, for Trainer; Accelerate does not know it."""
+        return None if start.logging_dir else os.environ.get("TENSORBOARD_LOGGING_DIR") or None
 
     def new_id(self, start: TrackerStart) -> str:
-        """The folder that Trainer would choose: time and host of the first start."""
+        """The folder that Trainer would choose: time and host of the first start. Accelerate's is that of the project."""
+        if start.logging_dir is not None:
+            return start.logging_dir.name
         from transformers.integrations.integration_utils import default_logdir
 
         return default_logdir()
@@ -54,6 +55,7 @@ class TensorBoard(TrackerService):
 
     def arguments(self, tracker_id: str, start: TrackerStart) -> dict[str, Any]:
         """Of SummaryWriter; Accelerate names the folder."""
+        self._folder = start.logging_dir
         return {"purge_step": start.step + 1} if start.step else {}
 
     def sent(self, tracker_id: str) -> TrackerContent:

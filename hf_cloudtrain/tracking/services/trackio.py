@@ -19,6 +19,7 @@ class Trackio(TrackerService):
 
     name = "trackio"
     trainer_callback = "TrackioCallback"
+    id_argument = "name"
 
     def new_id(self, start: TrackerStart) -> str:
         """The user's name for the run, made unique: two runs with one name in one project would be one for trackio."""

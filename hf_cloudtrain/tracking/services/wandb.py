@@ -22,6 +22,7 @@ class WeightsAndBiases(TrackerService):
 
     name = "wandb"
     trainer_callback = "WandbCallback"
+    id_argument = "id"
 
     def users_id(self, start: TrackerStart) -> str | None:
         """Of the run that the script has begun, else `WANDB_RUN_ID`."""
@@ -58,12 +59,17 @@ class WeightsAndBiases(TrackerService):
         return {}
 
     def sent(self, tracker_id: str) -> TrackerContent:
-        """The summary, which comes back with a resumed run, has the last value of each metric."""
+        """The summary, which comes back with a resumed run, has the last value of each metric.
+
+        Accelerate's tracker has no metric for the step: it sends W&B's own, which W&B goes on with.
+        """
         import wandb
 
-        summary = {} if wandb.run is None else dict(wandb.run.summary)
-        step = summary.get(STEP)
-        return TrackerContent(last=step if isinstance(step, int) else -1, values=summary)
+        if wandb.run is None:
+            return TrackerContent()
+        summary = dict(wandb.run.summary)
+        step = summary.get(STEP, wandb.run.starting_step - 1)
+        return TrackerContent(last=int(step) if isinstance(step, (int, float)) else -1, values=summary)
 
     def page(self, tracker_id: str) -> str | None:
         """None offline."""

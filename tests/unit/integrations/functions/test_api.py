@@ -714,15 +714,6 @@ class TestTheRun:
         (progress,) = machines.run.glob(".cloudtrain/progress/*")
         assert json.loads(progress.read_text())["productive_seconds"] == 6.0
 
-    def test_only_rank_0_records_metrics(
-        self, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        begin()
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("RANK", "1")
-        ct.metric({"loss": 1.0})
-        assert api._Current.run._mode._metrics._waiting == []
-
     def test_a_second_init_closes_the_previous_run_properly(
         self, begin: Callable[..., Path], machines: Machines, caplog: pytest.LogCaptureFixture
     ) -> None:
