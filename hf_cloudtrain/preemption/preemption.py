@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 RESERVE_SECONDS = 2.0
 """Part of the grace time that is kept for leaving; a tenth of the grace time, where that is less."""
 
+_GO_ON, _SAVE_DUE = Vote(StopDecision.GO_ON), Vote(StopDecision.SAVE_DUE)
+
 
 class Preemption:
     """Waits for notices in the background, and lets all ranks take the same decision at the same step.
@@ -189,7 +191,7 @@ class Preemption:
             return Vote(StopDecision.QUIT, 0.0)
         if self._notice is None:
             due = self._ranks.is_main and self.clock is not None and self.clock.is_due()
-            return Vote(StopDecision.SAVE_DUE if due else StopDecision.GO_ON)
+            return _SAVE_DUE if due else _GO_ON
         return Vote(StopDecision.SAVE, max(0.0, self._deadline - time.monotonic()))
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -119,6 +120,33 @@ class OptimizerState:
             if name not in ("state", "param_groups", "defaults") and not name.startswith("_")
             if isinstance(value, (*_NUMBERS, *_CONTAINERS)) or is_generator(value)
         }
+
+
+def bare_model(accelerator: Any, model: Any) -> Any:
+    """As `accelerator.unwrap_model`, which looks at every module of the model: once for each model."""
+    kept = _BARE.get(model) if isinstance(model, torch.nn.Module) else None
+    bare = None if kept is None else kept()
+    if bare is None:
+        bare = accelerator.unwrap_model(model)
+        if isinstance(model, torch.nn.Module) and isinstance(bare, torch.nn.Module):
+            _BARE[model] = weakref.ref(bare)
+    return bare
+
+
+_BARE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def tensors_in(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers; one that two modules share comes twice. In one pass, and without their names."""
+    left, seen = [model], set()
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        left.extend(child for child in module._modules.values() if child is not None)
+        for tensors in (module._parameters, module._buffers):
+            yield from (tensor for tensor in tensors.values() if tensor is not None)
 
 
 def of_adapter(model: Any, names: Collection[str] = ()) -> Exactness:

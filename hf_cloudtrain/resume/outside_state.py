@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.resume.dataloaders import generators_of
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
+from hf_cloudtrain.resume.module_state import (
+    ModuleState,
+    OptimizerState,
+    bare_model,
+    of_adapter,
+    schedule_rules,
+    tensors_in,
+)
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.script_code import (
     content_of,
@@ -64,12 +71,15 @@ class OutsideState:
         """That were there from the first: what comes into them later is kept."""
         self._states: list[ModuleState | OptimizerState | StateLook] = []
         self._saves = 0
+        self._tensors: set[int] = set()
+        """The parameters and buffers that Accelerate saves, by identity, when they were looked up last."""
         self._found = EXACT
 
     def begin(self) -> None:
         """Remember the variables of the callers and the models; once."""
         if self._seen is None:
             self._seen = {}
+            self._look_up_tensors()
             self._found &= self._compare(sys._getframe(1), is_first=True)
             self._states = [
                 *map(ModuleState, self._bare_models()),
@@ -79,9 +89,12 @@ class OutsideState:
 
     def look(self) -> Exactness:
         """Compare with what was remembered. What was found once stays found."""
-        self._found &= self._trained_elsewhere()
         self._saves += 1
-        if self._saves & (self._saves - 1) == 0:
+        seldom = self._saves & (self._saves - 1) == 0
+        if seldom or self._found.exact:
+            self._look_up_tensors()
+        self._found &= self._trained_elsewhere()
+        if seldom:
             for state in self._states:
                 self._found &= state.look()
         if self._found.exact:
@@ -125,13 +138,12 @@ class OutsideState:
         models = self._bare_models()
         if len(models) == 1 and not (found := of_adapter(models[0])).exact:
             return found  # of a single adapter, the checkpoint holds nothing else
-        held = {id(tensor) for tensor in self._tensors()}
         for prepared in accelerator._optimizers:
             state = getattr(prepared, "state", {})
             for group in prepared.param_groups:
                 for parameter in group["params"]:
                     is_trained = parameter.requires_grad and (not state or parameter in state)
-                    if is_trained and id(parameter) not in held:
+                    if is_trained and not self._is_held(parameter):
                         return Exactness.no(
                             f"an optimizer trains a parameter of shape {list(parameter.shape)} that no prepared model holds: "
                             "give its module to accelerator.prepare or accelerator.register_for_checkpointing"
@@ -139,19 +151,22 @@ class OutsideState:
         return EXACT
 
     def _bare_models(self) -> list[Any]:
-        return [self._accelerator.unwrap_model(model) for model in self._accelerator._models]
+        return [bare_model(self._accelerator, model) for model in self._accelerator._models]
 
-    def _tensors(self) -> Iterator[Any]:
-        """The parameters and buffers that Accelerate saves."""
-        for saved in (*self._accelerator._models, *self._accelerator._custom_objects):
-            if isinstance(saved, torch.nn.Module):
-                yield from saved.parameters()
-                yield from saved.buffers()
+    def _is_held(self, parameter: Any) -> bool:
+        if id(parameter) not in self._tensors:
+            self._look_up_tensors()
+        return id(parameter) in self._tensors
+
+    def _look_up_tensors(self) -> None:
+        saved = (*self._accelerator._models, *self._accelerator._custom_objects)
+        modules = [one for one in saved if isinstance(one, torch.nn.Module)]
+        self._tensors = {id(tensor) for module in modules for tensor in tensors_in(module)}
 
     def _held(self) -> set[int]:
         """What Accelerate saves, by identity."""
         accelerator = self._accelerator
-        found = {id(tensor) for tensor in self._tensors()}
+        found = set(self._tensors)
         for one in (*accelerator._optimizers, *accelerator._schedulers, *accelerator._custom_objects):
             found |= {id(one), id(getattr(one, "optimizer", one)), id(getattr(one, "scheduler", one))}
         found.add(id(accelerator.scaler))

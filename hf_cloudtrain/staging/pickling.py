@@ -42,7 +42,7 @@ class FastPickler(pickle.Pickler):
         }
 
 
-FAST_PICKLE = types.SimpleNamespace(Pickler=FastPickler)
+FAST_PICKLE = types.SimpleNamespace(__name__="pickle", Pickler=FastPickler)
 """Stands in for the module `pickle`, of which torch.save uses the Pickler."""
 
 

@@ -43,6 +43,7 @@ from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.staging.pickling import FAST_PICKLE
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ class LoopFolder:
         }
         if cursor.gradients:
             record["gradients"] = cursor.gradients
-        torch.save(record, folder / f"loop_state_{self._ranks.rank}.pt")
+        torch.save(record, folder / f"loop_state_{self._ranks.rank}.pt", pickle_module=FAST_PICKLE)
 
     def _move_in(self, beside: Path, folder: Path, state: LoopState) -> None:
         if not self._ranks.is_leader:

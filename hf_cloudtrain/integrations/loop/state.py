@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 from hf_cloudtrain.checkpoints.manifest import decode_record
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
+from hf_cloudtrain.resume.module_state import bare_model
 from hf_cloudtrain.runtime.files import is_left_over, temp_suffix, write_whole
 from hf_cloudtrain.runtime.redaction import SECRET_NAME, redact
 from hf_cloudtrain.runtime.values import finite, utf8
@@ -180,7 +181,7 @@ def repair_state(accelerator: Any, folder: Path, processing_class: Any) -> None:
 
     if accelerator.scaler is not None:
         torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
-    model = accelerator.unwrap_model(accelerator._models[0])
+    model = bare_model(accelerator, accelerator._models[0])
     config: Any = getattr(model, "config", None)
     if getattr(config, "architectures", "") is None and not _is_adapter(model):
         # As save_pretrained writes it; from it a server knows the task of a model that was made from a configuration.
@@ -327,7 +328,7 @@ def _unwrap_weights(accelerator: Any) -> Any:
         if len(weights) != len(models):
             return  # sharded, or written by a hook of the user
         for index, wrapped in enumerate(models):
-            model = accelerator.unwrap_model(wrapped)
+            model = bare_model(accelerator, wrapped)
             if _is_adapter(model) and len(models) == 1:
                 if accelerator.is_main_process:
                     model.save_pretrained(folder)  # the adapter alone: the base model is where it came from
@@ -347,7 +348,7 @@ def _unwrap_weights(accelerator: Any) -> Any:
 def _unwrap_models(accelerator: Any) -> Any:
     def hook(models: list[Any], folder: str) -> None:
         for index, wrapped in enumerate(models):
-            model = accelerator.unwrap_model(wrapped)
+            model = bare_model(accelerator, wrapped)
             if _is_adapter(model) and len(models) == 1:
                 model.load_adapter(folder, adapter_name=model.active_adapter, is_trainable=True)
                 models.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections import deque
 from typing import Any
 
@@ -11,7 +13,14 @@ import pytest
 import torch
 import transformers
 
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
+from hf_cloudtrain.resume.module_state import (
+    ModuleState,
+    OptimizerState,
+    bare_model,
+    of_adapter,
+    schedule_rules,
+    tensors_in,
+)
 from hf_cloudtrain.resume.state_look import Looker, StateLook
 
 GENERATOR = torch.Generator()
@@ -163,3 +172,37 @@ def test_prompts_that_are_trained(kind: str, exact: bool) -> None:
     prompts = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), prompts)
     assert of_adapter(model).exact is exact
+
+
+def test_the_tensors_of_a_model_are_its_parameters_and_buffers() -> None:
+    norm = torch.nn.BatchNorm1d(2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), norm, Net(), norm)
+    model.register_module("nothing", None)
+    model.register_buffer("none", None)
+    found = {id(tensor) for tensor in tensors_in(model)}
+    assert found == {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+class _Unwraps:
+    """An Accelerator that counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def unwrap_model(self, model: Any) -> Any:
+        self.calls += 1
+        return getattr(model, "module", model)
+
+
+def test_a_model_is_unwrapped_once_and_not_kept() -> None:
+    accelerator, bare = _Unwraps(), Net()
+    wrapped = torch.nn.DataParallel(bare)
+    for _ in range(3):
+        assert bare_model(accelerator, wrapped) is bare
+        assert bare_model(accelerator, bare) is bare
+        assert bare_model(accelerator, "no module") == "no module"
+    assert accelerator.calls == 2 + 3
+    gone = weakref.ref(wrapped), weakref.ref(bare)
+    del wrapped, bare
+    gc.collect()
+    assert [one() for one in gone] == [None, None]

@@ -176,6 +176,20 @@ class TestFound:
         kept.begin()
         assert kept.look().exact is True
 
+    @pytest.mark.parametrize("saves", range(1, 6))
+    def test_parameters_that_come_to_the_optimizer_after_some_saves(self, saves: int) -> None:
+        model, late = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters())
+        outside = OutsideState(accelerator_of(model, optimizers=[optimizer]))
+        outside.begin()
+        for _ in range(saves):
+            assert outside.look().exact is not False
+        model.late = torch.nn.Linear(2, 1)
+        optimizer.add_param_group({"params": list(model.late.parameters())})
+        assert outside.look().exact is not False, "the model holds them"
+        optimizer.add_param_group({"params": list(late.parameters())})
+        assert outside.look().exact is False
+
     def test_a_counter(self) -> None:
         calls, outside = 0, OutsideState(accelerator_of(torch.nn.Linear(2, 2)))
         outside.begin()
