@@ -54,6 +54,9 @@ GCE_HOST = "GCE_METADATA_HOST"
 ASYNC_SAVE = "HF_CLOUDTRAIN_ASYNC_SAVE"
 """Whether files of a save are written in the background: `1` or `0`, for code that does not say. Default: where a checkpoint
 has 64 MB or more."""
+EXPERIMENT = "HF_CLOUDTRAIN_EXPERIMENT"
+"""Name of the group of runs that a run belongs to, recorded with each attempt; jobs set it to their `experiment`.
+Default: none."""
 PAGE = "HF_CLOUDTRAIN_PAGE"
 """Whether a page that lives with the run is written beside it, as `index.html`: `1` or `0`, for code that does not say.
 Default: `0`."""
@@ -169,6 +172,11 @@ def log_level() -> int | None:
 def async_save(argument: bool | None) -> bool | None:
     """Whether saves are asynchronous, from the argument, else from `HF_CLOUDTRAIN_ASYNC_SAVE`; None: where it is worth it."""
     return _switch(ASYNC_SAVE, argument)
+
+
+def experiment() -> str | None:
+    """The group of runs that a run belongs to, if any."""
+    return os.environ.get(EXPERIMENT) or None
 
 
 def page(argument: bool | None) -> bool:

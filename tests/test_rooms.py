@@ -56,6 +56,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             "checkup",
             "clean",
+            "compare",
             "delete",
             "download",
             "flush",

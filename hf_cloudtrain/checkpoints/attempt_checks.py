@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
@@ -81,7 +82,10 @@ class AttemptChecks:
         resumed_from = self.restored
         if resumed_from is None or self._local.number_of(resumed_from) != global_step:
             resumed_from = self._checkpoint_at(global_step, from_zero=self.fresh or started_over)
+        group = env.experiment()
         known = {**facts(), "output_dir": redact(str(self._local.output_dir))}
+        if group is not None:
+            known["experiment"] = redact(group)
         return self._catalog.attempts.begin(time.time(), global_step, resumed_from, known)
 
     def check_stored(self, saved: CheckpointKey | None, save_error: Exception | None) -> None:

@@ -6,14 +6,14 @@ looks. It may import every room except `testing`. In reading order:
 
     streams       stdout and stderr that are closed, full or a pipe without a reader
     tables        how tables and facts are laid out in the columns of a terminal
-    curve         a loss curve in a few lines of text
+    curve         loss curves in a few lines of text
     output        messages, tables, JSON, progress bars
     panels        panels of what one thing is, and framed tables
     periflow      words of PeriFlow's command line, and ours for them
     runs          the run that a user names
     completion    names of runs, jobs, checkpoints and datasets for the shell
     arguments     options that several commands share; the checkpoint that a user names
-    status, watch, stop, clean, delete, prune, flush, download, checkup, job_actions
+    status, watch, compare, stop, clean, delete, prune, flush, download, checkup, job_actions
                   what one command (or, for job_actions, one group) shows and does
     verify/       the trial and the comparison of `verify-resume`
     commands/     a file a group: its commands, their options and help texts

@@ -46,6 +46,7 @@ LATE = 600.0
 
 JOBS: Columns = {
     "job": lambda job: job.id,
+    "experiment": lambda job: job.experiment,
     "state": lambda job: job.state,
     "engine": lambda job: job.engine,
     ">nodes": lambda job: job.nodes,
@@ -120,7 +121,9 @@ def show_list(experiment: str | None, limit: int | None, as_json: bool) -> None:
     if not shown:
         say(f"No jobs in {store.url!r}. Start one with `cloudtrain job run -f job.yml`.")
         return
-    show_table(JOBS, shown, spare=SPARE)
+    grouped = any(job.experiment for job in shown)
+    columns = {name: cell for name, cell in JOBS.items() if grouped or name != "experiment"}
+    show_table(columns, shown, spare=SPARE)
     if left_out:
         say(f"{count_text(left_out, 'older job')} not shown. List all with --all.")
 

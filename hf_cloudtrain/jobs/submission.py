@@ -119,7 +119,8 @@ class Submission:
         job = Job.model_validate(record["job"])
         if env.GRACE in job.env:  # not a secret, and recorded
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
-        plan = Plan(record["nodes"], record["nproc_per_node"], job.checkpoint_dir, job.env, record["grace"])
+        shape = record["nodes"], record["nproc_per_node"]
+        plan = Plan(*shape, job.checkpoint_dir, job.env, record["grace"], job.experiment)
         plain = {name: record[name] for name in _PLAIN}
         # A job that was submitted before its folder kept its name starts at the mount path.
         return cls(job=job, plan=plan, home=home, code=record.get("code", ""), **plain)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.report.curves import compared_curves
 from hf_cloudtrain.report.figure import COLOURS
-from hf_cloudtrain.report.page import Report, Table, shown
+from hf_cloudtrain.report.page import Report, Table, render, shown, write_file
 from hf_cloudtrain.runtime.values import number
 
 MOST_CHARTS = 12
 MOST_ROWS = 200
-NOISE = ("pid", "created", "nonce")
-"""Facts that differ between any two runs."""
+NOISE = ("pid", "created", "nonce", "global_step", "epoch", "samples_seen", "output_dir")
+"""Facts that differ between any two runs, or that say how far one came."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ def comparison(runs: Sequence[Compared], smoothing: float = 0.0) -> dict[str, An
         "charts": charts,
         "tables": [vars(_last_metrics(names, runs, metrics)), vars(_differences(names, runs))],
     }
+
+
+def write_comparison(content: dict[str, Any], path: Path) -> int:
+    """Write what `comparison` returned as a page of one file; its size in bytes."""
+    words = [f"{run['name']}: {run['state']}, {run['url']}" for run in content["runs"]]
+    frame = {"state": "", "run_url": "", "notes": words, "key_figures": [], "trackers": []}
+    return write_file(path, render({**frame, **content}, "cloudtrain run compare"))
 
 
 def _last_metrics(names: list[str], runs: Sequence[Compared], metrics: list[str]) -> Table:

@@ -97,12 +97,7 @@ class Report:
 
     def write(self, path: Path) -> int:
         """Write the file, replacing it whole or not at all; its size in bytes."""
-        page = self.html()
-        try:
-            write_whole(path, page)
-        except OSError as error:  # with the name that the user gave
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        return len(page)
+        return write_file(path, self.html())
 
     def html(self, *, live: bool = False) -> bytes:
         """The page, in UTF-8.
@@ -110,36 +105,13 @@ class Report:
         Args:
             live: it is beside the run, renewed while the run trains, and reloads itself.
         """
-        check_extra_installed("The report", *PAGE_NEEDS)
-        return self._page(self.content(), live=live).encode("utf-8", "replace")
-
-    def _page(self, content: dict[str, Any], *, live: bool) -> str:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-
-        charts = content["charts"]
-        figures = {chart["name"]: chart["figure"] for chart in charts}
-        now = time.time()
-        writer = "the training" if live else "cloudtrain run report"
-        template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
+        content = self.content()
         if live and self.state.state == "finished":
             content["notes"].insert(0, "The run is complete.")
         if self.state.state in ALIVE and not live:
             content["notes"].append("The run was not over when this page was written.")
-        return template.render(
-            **content,
-            nonce=secrets.token_urlsafe(16),
-            is_over=not live or self.state.state in OVER,
-            written=now,
-            written_text=utc(now),
-            renewed_seconds=RENEWED_SECONDS,
-            footer=f"Written by {writer} on {utc(now)} UTC. Charts by plotly.js (MIT licence).",
-            style=Markup(_file("page.css")),  # noqa: S704 - our own files
-            script=Markup(_file("charts.js")),  # noqa: S704
-            live_script=Markup(_file("live.js")),  # noqa: S704
-            figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
-            plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
-        )
+        writer = "the training" if live else "cloudtrain run report"
+        return render(content, writer, is_over=not live or self.state.state in OVER)
 
     def _trackers(self) -> list[dict[str, str | None]]:
         """Where the curves are in tracker services; `url` only where a browser may follow it."""
@@ -290,6 +262,51 @@ def shown(text: object, most: int = MOST_TEXT, secrets: tuple[str, ...] = ()) ->
     # so the first one leaves twice as much.
     cleaned = redact(clean(str(text)[: 2 * most]), secrets)
     return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
+
+
+def render(content: dict[str, Any], writer: str, *, is_over: bool = True) -> bytes:
+    """A page as one file, in UTF-8.
+
+    Args:
+        content: as `Report.content` has it.
+        writer: named at the end of the page.
+        is_over: whether the page stays as it is; else it looks for a newer one.
+
+    Raises:
+        MissingExtraError: a package of the extra `report` is missing.
+    """
+    check_extra_installed("The report", *PAGE_NEEDS)
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    charts = content["charts"]
+    figures = {chart["name"]: chart["figure"] for chart in charts}
+    now = time.time()
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
+    page = template.render(
+        **content,
+        nonce=secrets.token_urlsafe(16),
+        is_over=is_over,
+        written=now,
+        written_text=utc(now),
+        renewed_seconds=RENEWED_SECONDS,
+        footer=f"Written by {writer} on {utc(now)} UTC. Charts by plotly.js (MIT licence).",
+        style=Markup(_file("page.css")),  # noqa: S704 - our own files
+        script=Markup(_file("charts.js")),  # noqa: S704
+        live_script=Markup(_file("live.js")),  # noqa: S704
+        figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
+        plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
+    )
+    return page.encode("utf-8", "replace")
+
+
+def write_file(path: Path, page: bytes) -> int:
+    """Write a page, replacing the file whole or not at all; its size in bytes."""
+    try:
+        write_whole(path, page)
+    except OSError as error:  # with the name that the user gave
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return len(page)
 
 
 def utc(seconds: float) -> str:

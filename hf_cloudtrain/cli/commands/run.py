@@ -12,6 +12,7 @@ from hf_cloudtrain.checkpoints.attempts import run_sizes
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.run_deletion import DELETED
 from hf_cloudtrain.checkpoints.titles import Titles
+from hf_cloudtrain.cli import completion
 from hf_cloudtrain.cli.arguments import DryRun, Force, Json, RunArgument, Yes, examples
 from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts, show_table
 from hf_cloudtrain.cli.runs import open_run, runs_url
@@ -36,6 +37,7 @@ RUNS_AT_ONCE = 16
 
 LISTED: Columns = {
     "run": lambda record: record["name"],
+    "experiment": lambda record: record["experiment"],
     "state": lambda record: record["state"],
     ">attempts": lambda record: record["attempts"],
     ">step": lambda record: of_total(record["step"], record["total_steps"]),
@@ -56,9 +58,12 @@ def list_(
             help="URL or folder with runs below it, at any depth. Default: the runs of the store.",
         ),
     ] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", metavar="NAME", help="Only runs of this experiment.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs of the store, or below a URL."""
+    """List the runs of the store, or below a URL. Runs of one experiment are together."""
     storage = Storage(url or runs_url(), env.storage_options(None))
     sizes = run_sizes(storage)
     if not sizes:
@@ -73,10 +78,15 @@ def list_(
     for record in records:
         if record["damaged"]:
             say(f"Warning: {record['damaged']}")
+    if experiment is not None:
+        records = [record for record in records if record["experiment"] == experiment]
+        if not records:
+            say(f"No runs of the experiment {experiment!r} below {storage.url!r}.")
+    records.sort(key=lambda record: record["experiment"] or "")
     if as_json:
         print_json({"url": storage.url, "runs": records})
     elif records:
-        show_table(LISTED, records, spare=SPARE)
+        show_table(_with_groups(LISTED, records), records, spare=SPARE)
 
 
 @app.command(epilog=examples("run status RUN"))
@@ -172,6 +182,28 @@ def report(
         typer.echo(clean_text(output))
 
 
+@app.command(epilog=examples("run compare glue-1 glue-2", "run compare RUN glue-2 -o compare.html"))
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN …",
+            help="Names of runs in the store, or URLs or folders of any runs.",
+            autocompletion=completion.runs,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write an HTML page with all curves."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: curves of the loss, last metrics, and the arguments that differ."""
+    from hf_cloudtrain.cli import compare as actions
+
+    actions.compare(runs, output=output, as_json=as_json)
+
+
 @app.command(epilog=examples("run clean RUN --dry-run", "run clean RUN --yes"))
 def clean(run: RunArgument, dry_run: DryRun = False, yes: Yes = False, as_json: Json = False) -> None:
     """Delete what killed processes left on storage.
@@ -218,18 +250,26 @@ class _Below(Storage):
         return [ObjectInfo(info.path[skip:], info.size) for info in found]
 
 
+def _with_groups(columns: Columns, records: list[dict[str, Any]]) -> Columns:
+    """The columns, without that of the experiments if no run has one."""
+    if any(record["experiment"] for record in records):
+        return columns
+    return {name: cell for name, cell in columns.items() if name != "experiment"}
+
+
 def _run_record(storage: Storage, name: str, size: int) -> dict[str, Any]:
     """What two listings and three small records tell about a run; the records of its steps are not read."""
     catalog = Catalog(storage)
     damaged = None
-    now, created = RunState(storage.url, "damaged"), None
+    now, facts = RunState(storage.url, "damaged"), {}
     try:
-        now, created = run_state(catalog), number((catalog.attempts.run_facts() or {}).get("created"))
+        now, facts = run_state(catalog), catalog.attempts.run_facts() or {}
     except ManifestError as error:
         damaged = str(error)
     return {
         "run_url": storage.url,
         "name": name,
+        "experiment": str(facts["experiment"])[:80] if facts.get("experiment") else None,
         "damaged": damaged,
         "state": now.state,
         "attempts": now.attempts if damaged is None else None,
@@ -239,6 +279,6 @@ def _run_record(storage: Storage, name: str, size: int) -> dict[str, Any]:
         "newest": now.last_committed,
         "newest_folder": None if now.last_committed is None else Titles(catalog).of(now.last_committed),
         "size": size,
-        "created": created,
+        "created": number(facts.get("created")),
         "last_seen": now.last_seen,
     }

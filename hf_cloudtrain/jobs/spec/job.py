@@ -302,4 +302,4 @@ class Job(_Block):
             nodes or getattr(block, "nodes", None),
             nproc_per_node or getattr(block, "nproc_per_node", None),
         )
-        return Plan(nodes, nproc_per_node, self.checkpoint_dir, self.env)
+        return Plan(nodes, nproc_per_node, self.checkpoint_dir, self.env, experiment=self.experiment)

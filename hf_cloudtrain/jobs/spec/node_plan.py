@@ -15,7 +15,7 @@ CONTRACT = (
     *("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
     *("PET_MAX_RESTARTS", "PET_SHUTDOWN_TIMEOUT"),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
-    *(env.RUN_URL, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
+    *(env.RUN_URL, env.EXPERIMENT, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
 )
 """Variables that every engine sets for the script. Of these a job's `env` may set the grace time only."""
 PROCESSED_ITERS = "PROCESSED_ITERS"
@@ -35,6 +35,8 @@ class Plan:
     """The job's own variables; None: the shell that submits the job has the value."""
     grace_seconds: float | None = None
     """Seconds between the notice and the end; None: take it from the variables."""
+    experiment: str | None = None
+    """The group that the run belongs to."""
 
     @property
     def world_size(self) -> int:
@@ -104,6 +106,8 @@ class Plan:
             env.EXIT_FILE: exit_file,
             env.GRACE: f"{seconds:g}",
         }
+        if self.experiment is not None:
+            contract[env.EXPERIMENT] = self.experiment
         if self.checkpoint_dir is not None:
             contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
         return {**self.own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}

@@ -200,6 +200,7 @@ def _variable(name: str) -> str:
     if name in CONTRACT and name != env.GRACE:
         instead = {
             env.RUN_URL: "Write `run_url` at the top level.",
+            env.EXPERIMENT: "Write `experiment` at the top level.",
             env.CHECKPOINT_DIR: "Write `output_checkpoint_dir` below `checkpoint`.",
         }
         raise ValueError(f"is set by the engine. {instead.get(name, 'Remove it.')}")

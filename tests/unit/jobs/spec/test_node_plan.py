@@ -149,7 +149,7 @@ def test_the_environment_of_a_node_has_the_whole_contract() -> None:
 
 
 def test_the_contract_is_what_is_set_and_the_checkpoint_that_a_launcher_restores() -> None:
-    assert {*environment(Plan(1, 1, "/ckpt")), env.RESTORED_CHECKPOINT} == set(CONTRACT)
+    assert {*environment(Plan(1, 1, "/ckpt", experiment="warmup")), env.RESTORED_CHECKPOINT} == set(CONTRACT)
 
 
 def test_without_a_checkpoint_folder_none_is_named() -> None:
