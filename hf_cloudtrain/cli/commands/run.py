@@ -198,7 +198,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: curves of the loss, last metrics, and the arguments that differ."""
+    """Compare runs: curves, last values, different arguments."""
     from hf_cloudtrain.cli import compare as actions
 
     actions.compare(runs, output=output, as_json=as_json)

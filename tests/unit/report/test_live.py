@@ -111,6 +111,10 @@ class TestPage:
 class TestRenewal:
     """When the page is renewed, and what happens if it cannot be."""
 
+    @pytest.fixture(autouse=True)
+    def warnings_are_seen(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.WARNING, "hf_cloudtrain")  # commands of other tests may have changed it
+
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch, catalog: Catalog) -> Iterator[dict[str, Any]]:
         """A page whose renewals are counted, and whose clock is ours."""
@@ -163,9 +167,8 @@ class TestRenewal:
         record_run(catalog)
         catalog.storage.write("index.html", b"<h1>my own</h1>")
         page = LivePage(catalog.storage, UploadStatus())
-        with caplog.at_level(logging.WARNING):
-            page._renew(60)
-            page._renew(60)
+        page._renew(60)
+        page._renew(60)
         (warning,) = caplog.records
         assert "was not renewed; training continues. " in warning.getMessage()
         assert "Move it, or train without page=True." in warning.getMessage()
