@@ -36,7 +36,9 @@ own_writers: dict[Path, LateFiles] = {}
 
 _KEPT = ("outbox", "originals", "stale", "unusable")
 """Folders in which earlier versions kept files, in `.cloudtrain/`. On storage, no record of a run has such a name."""
-_MARKERS = ("save-began", "outbox.lock", "moving.lock", WRITER_LOCK, "writer.log", ".gitignore")
+_MARKERS = (
+    *("save-began", "outbox.lock", "moving.lock", "restoring.lock", WRITER_LOCK, "writer.log", ".gitignore"),
+)
 """Files that hold nothing that anyone needs later."""
 
 
@@ -127,6 +129,10 @@ def remove_if_unused(output_dir: Path) -> None:
     """Remove the folder of our own files where nothing was saved: scripts refuse an output folder that is not empty."""
     home = output_dir / LOCAL
     shutil.rmtree(home / "ranks", ignore_errors=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stale = home / "stale.json"
+        if not json.loads(stale.read_bytes()).get("moved"):
+            stale.unlink()
     for name in ("outbox", SAVING, ""):
         _remove_unused(home / name)
 

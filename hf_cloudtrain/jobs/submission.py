@@ -120,7 +120,8 @@ class Submission:
         if env.GRACE in job.env:  # not a secret, and recorded
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
         shape = record["nodes"], record["nproc_per_node"]
-        plan = Plan(*shape, job.checkpoint_dir, job.env, record["grace"], job.experiment)
+        launch = job.launch == "auto"
+        plan = Plan(*shape, job.checkpoint_dir, job.env, record["grace"], job.experiment, launch)
         plain = {name: record[name] for name in _PLAIN}
         # A job that was submitted before its folder kept its name starts at the mount path.
         return cls(job=job, plan=plan, home=home, code=record.get("code", ""), **plain)

@@ -17,25 +17,27 @@ def is_off(environment: Mapping[str, str]) -> bool:
     return environment.get(env.LAUNCH, "").strip().lower() == "off"
 
 
-def hooked(
-    environment: Mapping[str, str], *, run_url: str, notes: str | None = None, folder: str = FOLDER
-) -> dict[str, str]:
+def hooked(environment: Mapping[str, str], *, run_url: str, notes: str | None = None) -> dict[str, str]:
     """An environment with the hook.
 
     Args:
         environment: of the command without it.
         run_url: URL of the run.
         notes: file to which processes write what was hooked.
-        folder: where the hook is, as the command sees it: in a container it may be elsewhere.
 
     Example:
         >>> hooked({"PYTHONPATH": "src"}, run_url="s3://bucket/runs/sft")["PYTHONPATH"]
         '…/hf_cloudtrain/launch/hook:src'
     """
-    # An empty entry is the current folder, as Python reads it, so it stays.
-    given = environment.get("PYTHONPATH")
-    paths = [] if not given else [path for path in given.split(os.pathsep) if path != folder]
-    found = {**environment, "PYTHONPATH": os.pathsep.join([folder, *paths]), env.RUN_URL: run_url}
+    path = with_hook(environment.get("PYTHONPATH"))
+    found = {**environment, "PYTHONPATH": path, env.RUN_URL: run_url}
     if notes is not None:
         found[env.LAUNCH_NOTES] = notes
     return found
+
+
+def with_hook(path: str | None) -> str:
+    """A `PYTHONPATH` with the hook in front, once."""
+    # An empty entry is the current folder, as Python reads it, so it stays.
+    others = [] if not path else [one for one in path.split(os.pathsep) if one != FOLDER]
+    return os.pathsep.join([FOLDER, *others])

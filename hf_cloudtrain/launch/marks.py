@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hf_cloudtrain.checkpoints.local_home import make_local_home
 from hf_cloudtrain.runtime.files import write_whole
+from hf_cloudtrain.runtime.process_tree import is_alive, this_process
 from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Marks:
         self._entered += 1
         self._write()
         if self._rank == 0 and folder is not None:
-            write_whole(self._states / "writing.json", json.dumps(str(folder)).encode())
+            record = {"folder": str(folder), "process": this_process()}
+            write_whole(self._states / "writing.json", json.dumps(record).encode())
         yield
         self._left += 1
         self._write()
@@ -107,11 +109,14 @@ class Marks:
 
 
 def cut_off(home: Path) -> Path | None:
-    """The folder that a killed `save_state` has left half-written below a home, once."""
-    mark = home / LOCAL / "states" / "writing.json"
+    """The folder that a killed `save_state` has left half-written, once; all marks go."""
+    states = home / LOCAL / "states"
     try:
-        folder = Path(json.loads(mark.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-    mark.unlink(missing_ok=True)
+        record = json.loads((states / "writing.json").read_bytes())
+        folder, process = Path(record["folder"]), dict(record["process"])
+    except (OSError, ValueError, TypeError, KeyError):
+        folder, process = None, {}
+    if is_alive(process):
+        return None  # a different start of the run, which this one overtakes
+    shutil.rmtree(states, ignore_errors=True)
     return folder

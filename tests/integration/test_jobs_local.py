@@ -353,3 +353,44 @@ def test_jobs_of_this_machine_use_records_and_data_of_a_store_on_s3(
     assert (record.state, record.run_url) == ("finished", f"{url}/runs/toy-1")
     assert [key.step for key in Catalog(Storage(record.run_url)).checkpoints()] == [5]
     assert Path(record.home).is_relative_to(tmp_path)
+
+
+PLAIN = """
+import os, sys
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+class Crash(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7 and not os.path.exists(args.output_dir + "/checkpoint-4/was-here"):
+            os._exit(3)
+
+set_seed(1)
+rows = [{"input_ids": torch.full((8,), number), "labels": torch.tensor(number % 2)} for number in range(24)]
+size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+model = BertForSequenceClassification(BertConfig(vocab_size=32, **size))
+args = TrainingArguments("ckpt", max_steps=12, per_device_train_batch_size=2, save_steps=2, report_to="none", use_cpu=True)
+if os.path.isdir("ckpt/checkpoint-4"):
+    open("ckpt/checkpoint-4/was-here", "w").close()
+Trainer(model, args, train_dataset=rows, callbacks=[Crash()]).train()
+"""
+
+
+@pytest.mark.slow
+def test_launch_auto_restarts_a_script_without_our_code_from_its_newest_checkpoint(desk: Desk) -> None:
+    (desk.project / "plain.py").write_text(PLAIN)
+    desk.write(f"{sys.executable} plain.py", "launch: auto")
+    assert "/launch/hook" in desk.run("--dry-run").stdout
+    desk.run("--wait")
+    record = desk.record("toy-1")
+    assert (record.state, record.restarts) == ("finished", 1)
+    keys = Catalog(Storage(record.run_url)).checkpoints()
+    assert keys[-1].attempt == 2
+    assert keys[-1].step == 12
+    assert "has hooked the train() of Trainer" in desk.log("toy-1")
+
+
+def test_launch_auto_says_on_each_node_that_it_has_hooked_nothing(desk: Desk) -> None:
+    desk.write(python("train.py", "5", "0"), "launch: auto")
+    desk.run("--wait")
+    assert "has hooked no training on this node: it ran a Python process, but none" in desk.log("toy-1")

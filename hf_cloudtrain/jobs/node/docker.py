@@ -10,11 +10,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_cloudtrain.jobs.node.folders import unmoved_folders
 from hf_cloudtrain.jobs.node.mounts import Mount, argv
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW, PYTHONPATH
 from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.launch.environment import FOLDER
 
 FORWARDED = ("HF_", "AWS_", "GOOGLE_", "AZURE_", "NCCL_", "WANDB_")
 """Variables of the machine that a container gets besides the job's, by prefix: PATH and HOME are those of the image."""
@@ -73,11 +75,13 @@ def docker_argv(
     found = ["docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host"]
     if shutil.which("nvidia-smi"):
         found += ["--gpus", "all"]
-    for mount in (home, *mounts):
+    plan = submission.plan
+    hook = [Mount(Path(FOLDER), FOLDER, read_only=True)] if plan.launch else []
+    for mount in (home, *mounts, *hook):
         mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
         found += ["--mount", _mount_option(mount)]
     forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
-    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, submission.plan.variables)):
+    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, plan.variables, [PYTHONPATH] * plan.launch)):
         found += ["--env", variable]
     name = container_name(submission)
     return [*found, "--name", name, "--entrypoint", "sh", image, "-c", INIT, "sh", *command]

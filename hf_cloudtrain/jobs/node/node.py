@@ -38,6 +38,7 @@ from hf_cloudtrain.jobs.node.restore import move_newer, restore
 from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PROCESSED_ITERS
 from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.launch.notes import read_notes, why_nothing
 from hf_cloudtrain.runtime.files import locked
 from hf_cloudtrain.runtime.process_tree import adopt_orphans, await_orphans, kill_children, terminate
 from hf_cloudtrain.staging.process import PROGRAM
@@ -131,6 +132,9 @@ class Node:
         exit_file.unlink(missing_ok=True)
         mounts = [*folder_mounts(submission), *self._data()]
         environment = {**os.environ, **self._restored(), **self._contract(exit_file)}
+        notes = environment.get(env.LAUNCH_NOTES)
+        if notes is not None:
+            Path(notes).write_bytes(b"")
         folder = submission.job.job_setting.workspace.mount_path
         if not any(mount.target == folder for mount in mounts):
             folder = str(submission.workspace)
@@ -138,7 +142,10 @@ class Node:
         call = functools.partial(self._call, mounts=mounts, folder=folder, environment=environment)
         if submission.job.command.setup is not None:
             self._set_up(functools.partial(call, submission.job.command.setup))
-        return call(submission.job.command.run)
+        code = call(submission.job.command.run)
+        if notes is not None and (reason := why_nothing(read_notes(notes))) is not None:
+            logger.warning("`launch: auto` has hooked no training on this node: %s.", reason)
+        return code
 
     def _contract(self, exit_file: Path) -> dict[str, str]:
         return self.submission.plan.environment(

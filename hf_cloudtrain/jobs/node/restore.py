@@ -14,10 +14,11 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.in_place import InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.local_home import remove_if_unused
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
+from hf_cloudtrain.launch.state_folders import FOLDER, StateFolders
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.folder_files import own_files
-from hf_cloudtrain.storage.names import LOCAL, META
+from hf_cloudtrain.storage.names import LOCAL, META, clean_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ def restore(
 ) -> CheckpointKey | None:
     """Restore the newest checkpoint of a run into a folder; None where the run has none.
 
-    A checkpoint of `Trainer` or `TrainLoop` becomes a folder below it; any other checkpoint becomes the folder itself.
+    A checkpoint of `Trainer`, `TrainLoop` or `Accelerator.save_state` becomes a folder below it; any other checkpoint
+    becomes the folder itself.
     On the first start of a run the folder is empty: scripts refuse an output folder that is not.
 
     Args:
@@ -89,5 +91,15 @@ def _chosen(key: CheckpointKey | None, choice: Path) -> CheckpointKey | None:
 
 
 def _layout(catalog: Catalog, key: CheckpointKey) -> type[LocalFolders]:
-    by_framework = BY_FRAMEWORK & {file.path for file in catalog.read(key).files}
+    manifest = catalog.read(key)
+    if FOLDER in manifest.origin:
+        return _StateFolders
+    by_framework = BY_FRAMEWORK & {file.path for file in manifest.files}
     return LocalFolders if by_framework else InPlace
+
+
+class _StateFolders(StateFolders):
+    """States of Accelerator, below the job's checkpoint folder."""
+
+    def folder(self, manifest: Manifest) -> Path:
+        return self.output_dir / Path(clean_path(Path(manifest.origin[FOLDER]).name))

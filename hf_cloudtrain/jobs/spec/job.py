@@ -229,6 +229,8 @@ class Job(_Block):
     """Where the run is stored: any fsspec URL, or an absolute path. Default: a folder of your store."""
     engine: EngineName = "local"
     """What starts the processes."""
+    launch: Literal["auto", "off"] = "off"
+    """`auto`: the command runs as below `cloudtrain launch`, so that unmodified scripts upload and resume."""
     max_restarts: Annotated[Whole, Field(ge=0, le=10_000)] = 3
     """Restarts after a crash. A preemption does not count as a crash."""
     env: Annotated[dict[Variable, Value | None], Field(repr=False)] = {}
@@ -302,4 +304,7 @@ class Job(_Block):
             nodes or getattr(block, "nodes", None),
             nproc_per_node or getattr(block, "nproc_per_node", None),
         )
-        return Plan(nodes, nproc_per_node, self.checkpoint_dir, self.env, experiment=self.experiment)
+        launch, experiment = self.launch == "auto", self.experiment
+        return Plan(
+            nodes, nproc_per_node, self.checkpoint_dir, self.env, experiment=experiment, launch=launch
+        )

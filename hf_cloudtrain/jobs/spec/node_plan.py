@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.launch.environment import with_hook
 
 CONTRACT = (
     *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"),
@@ -16,8 +17,10 @@ CONTRACT = (
     *("PET_MAX_RESTARTS", "PET_SHUTDOWN_TIMEOUT"),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     *(env.RUN_URL, env.EXPERIMENT, env.CHECKPOINT_DIR, env.RESTORED_CHECKPOINT, env.EXIT_FILE, env.GRACE),
+    env.LAUNCH_NOTES,
 )
 """Variables that every engine sets for the script. Of these a job's `env` may set the grace time only."""
+PYTHONPATH = "PYTHONPATH"
 PROCESSED_ITERS = "PROCESSED_ITERS"
 PERIFLOW = (env.PERIFLOW_CHECKPOINT_DIR, PROCESSED_ITERS)
 """PeriFlow's names of what its scripts read; a job's `env` may set them, because they are common names."""
@@ -37,6 +40,8 @@ class Plan:
     """Seconds between the notice and the end; None: take it from the variables."""
     experiment: str | None = None
     """The group that the run belongs to."""
+    launch: bool = False
+    """Whether the command gets the hook of `cloudtrain launch`."""
 
     @property
     def world_size(self) -> int:
@@ -110,7 +115,14 @@ class Plan:
             contract[env.EXPERIMENT] = self.experiment
         if self.checkpoint_dir is not None:
             contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
-        return {**self.own_variables(shell or {}), **{name: str(value) for name, value in contract.items()}}
+        found = {
+            **self.own_variables(shell or {}),
+            **{name: str(value) for name, value in contract.items()},
+        }
+        if self.launch:
+            found[env.LAUNCH_NOTES] = f"{exit_file}.launch"
+            found[PYTHONPATH] = with_hook(found.get(PYTHONPATH) or (shell or {}).get(PYTHONPATH))
+        return found
 
     def shown(self, environment: Mapping[str, str]) -> dict[str, str]:
         """The environment for display: the values of the job's own variables are hidden."""

@@ -9,6 +9,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints.frozen import SMALL_FILE
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
+from hf_cloudtrain.launch import marks
 from hf_cloudtrain.launch.before import prepare
 from hf_cloudtrain.launch.marks import Marks, cut_off
 from hf_cloudtrain.launch.state_folders import FOLDER, name_of, path_of, unshare
@@ -120,9 +121,13 @@ class TestMarks:
         with main.saving(here / "step_1"):
             main.wait()
 
-    def test_an_error_leaves_the_name_of_the_folder_for_the_next_start(self, here: Path) -> None:
+    def test_an_error_leaves_the_name_of_the_folder_for_the_next_start(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with pytest.raises(OSError, match="disk full"), Marks(here, 0, 1).saving(here / "step_1"):
             raise OSError("disk full")
+        assert cut_off(here) is None, "the process still runs"
+        monkeypatch.setattr(marks, "is_alive", lambda _: False)
         assert cut_off(here) == here / "step_1"
         assert cut_off(here) is None
 

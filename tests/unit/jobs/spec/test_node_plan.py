@@ -14,6 +14,7 @@ from hf_cloudtrain.jobs.spec.job import shape
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, Plan
 from hf_cloudtrain.jobs.spec.values import Machine
+from hf_cloudtrain.launch.environment import FOLDER
 
 WHERE: Any = {
     "master_addr": "node-0",
@@ -149,7 +150,19 @@ def test_the_environment_of_a_node_has_the_whole_contract() -> None:
 
 
 def test_the_contract_is_what_is_set_and_the_checkpoint_that_a_launcher_restores() -> None:
-    assert {*environment(Plan(1, 1, "/ckpt", experiment="warmup")), env.RESTORED_CHECKPOINT} == set(CONTRACT)
+    found = environment(Plan(1, 1, "/ckpt", experiment="warmup", launch=True))
+    assert {*found, env.RESTORED_CHECKPOINT} - {"PYTHONPATH"} == set(CONTRACT)
+
+
+def test_launch_puts_the_hook_in_front_of_the_path_of_the_job_or_of_the_shell() -> None:
+    plan = Plan(1, 1, variables={"PYTHONPATH": "src"}, launch=True)
+    assert environment(plan)["PYTHONPATH"] == f"{FOLDER}:src"
+    assert (
+        environment(Plan(1, 1, launch=True), shell={"PYTHONPATH": f"{FOLDER}:lib"})["PYTHONPATH"]
+        == f"{FOLDER}:lib"
+    )
+    assert environment(Plan(1, 1, launch=True))[env.LAUNCH_NOTES] == "/tmp/exit.json.launch"
+    assert "PYTHONPATH" not in environment(Plan(1, 1), shell={"PYTHONPATH": "lib"})
 
 
 def test_without_a_checkpoint_folder_none_is_named() -> None:
