@@ -92,6 +92,8 @@ def safely(look: Callable[[], Exactness]) -> Exactness:
 
 def strongest(found: Exactness, ranks: Ranks) -> Exactness:
     """The strongest finding of all ranks, on all ranks; also a barrier."""
+    if ranks.size == 1:
+        return found
     mine = -float(_WEIGHT[found.exact])
     worst, main = ranks.begin_largest([mine, mine if ranks.is_main else -3.0]).result()
     if worst == main:

@@ -72,7 +72,8 @@ class Outbox:
         beside = self.folder / f".{name}-{temp_suffix()}"
         files = beside / "files"
         try:
-            files.mkdir(parents=True)
+            beside.mkdir(parents=True)
+            files.mkdir()
             accepted = freeze(source, files, since_ns, wanted) if link else copy_out(source, files, wanted)
             if not accepted:
                 raise ConfigurationError(f"{str(source)!r} holds no file that belongs to this save.")
@@ -187,18 +188,20 @@ class Outbox:
                 shutil.rmtree(left, ignore_errors=True)
 
     def _move_in(self, beside: Path, home: Path) -> None:
-        before = self.folder / f".gone-{temp_suffix()}"
+        before = None
         with self._moving():
             if home.exists():
                 # The same step saved again before its commit: the new files count.
+                before = self.folder / f".gone-{temp_suffix()}"
                 os.rename(home, before)
             try:
                 os.rename(beside, home)
             except BaseException:
-                with contextlib.suppress(FileNotFoundError):
+                if before is not None:
                     os.rename(before, home)
                 raise
-        shutil.rmtree(before, ignore_errors=True)
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
 
     def _was_saved_again(self, entry: OutboxEntry) -> bool:
         now = _read_or_none(entry.home)

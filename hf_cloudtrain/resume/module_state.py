@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from hf_cloudtrain.resume.state_look import Look, Looker, changed, is_generator
 
 _OF_TORCH = {name for name in vars(torch.nn.Module()) if name != "_buffers"} | {"_buffers", "training"}
 _NUMBERS, _CONTAINERS = (int, float, torch.Tensor), (list, tuple, dict, set, deque)
+_Key = str | tuple[str, type]
+"""What was looked at: its name, or the path and class of a module."""
+_TRAINED = "which weights are trained"
+"""Beside the names of attributes."""
 _COPIED = 1 << 20
 """Values of a buffer that is copied for comparison; larger ones are compared by version."""
 
@@ -41,48 +45,49 @@ class ModuleState:
     def look(self) -> Exactness:
         """Compare with the first step."""
         now = dict(self._values())
-        for name in {**self._before, **now}:
-            if not _same(self._before.get(name), now.get(name)):
+        for key in (*now, *(self._before.keys() - now.keys())):
+            before, after = self._before.get(key), now.get(key)
+            if not _same(before, after):
+                name = _name(key, before, after)
                 return Exactness.not_verified(f"{name} changes in training, and no checkpoint has it")
         return EXACT
 
-    def _values(self) -> Iterator[tuple[str, Any]]:
+    def _values(self) -> Iterator[tuple[_Key, Any]]:
+        """A large model has thousands of modules, so names are written only for what has changed."""
         kinds: set[type] = set()
+        is_adapted = hasattr(self._model, "peft_config")
         for path, module in self._model.named_modules():
-            if type(module).__module__.startswith("torch.distributed."):
+            kind = type(module)
+            if kind.__module__.startswith("torch.distributed."):
                 continue
-            yield from self._tensors_of(path, module)
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
-                    yield from self._of_hook(hook, module)
-            own = is_of_the_script(type(module).__module__)
-            for name, value in list(vars(module).items()):
-                plain = isinstance(value, _NUMBERS) or (own and _may_keep(value))
-                if name not in _OF_TORCH and (plain or is_generator(value)):
-                    where = f" ({path})" if path else ""
-                    yield f"{name!r} of {type(module).__name__}{where} of the model", self._looker.seen(value)
-            if own and type(module) not in kinds:
-                kinds.add(type(module))
+            # The checkpoint of an adapter has no buffer of the model.
+            if names := module._buffers if is_adapted else module._non_persistent_buffers_set:
+                yield from _buffers_of(path, module, names)
+            if module._forward_hooks or module._forward_pre_hooks:
+                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                    if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
+                        yield from self._of_hook(hook, module)
+            own, values = is_of_the_script(kind.__module__), vars(module)
+            seen = {
+                name: self._looker.seen(values[name])
+                for name in sorted(values.keys() - _OF_TORCH)
+                if isinstance(values[name], _NUMBERS)
+                or (own and _may_keep(values[name]))
+                or is_generator(values[name])
+            }
+            if module._parameters:
+                seen[_TRAINED] = [one.requires_grad for one in module._parameters.values() if one is not None]
+            if seen:
+                yield (path, kind), seen
+            if own and kind not in kinds:
+                kinds.add(kind)
                 yield from self._used_by(module)
 
-    def _tensors_of(self, path: str, module: Any) -> Iterator[tuple[str, Any]]:
-        """Buffers that no checkpoint has, and which parameters are trained."""
-        partly = hasattr(
-            self._model, "peft_config"
-        )  # the checkpoint of an adapter has no buffer of the model
-        for name in module._buffers if partly else module._non_persistent_buffers_set:
-            if (buffer := module._buffers.get(name)) is not None:
-                small = buffer.numel() <= _COPIED
-                yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
-        if module._parameters:
-            trained = tuple(one.requires_grad for one in module._parameters.values() if one is not None)
-            yield f"the choice of trained weights of {path or type(module).__name__!r}", trained
-
-    def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[str, Any]]:
+    def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[_Key, Any]]:
         for name, value in self._looker.look(hook).items():
             yield f"{name!r} of a hook of {type(module).__name__} of the model", value
 
-    def _used_by(self, module: Any) -> Iterator[tuple[str, Any]]:
+    def _used_by(self, module: Any) -> Iterator[tuple[_Key, Any]]:
         """What the code of a module uses from outside."""
         found: Look = {}
         for function in functions_of(getattr(type(module), "forward", None)):
@@ -193,6 +198,24 @@ def _may_keep(value: Any) -> bool:
     """Whether an attribute of a module of the script is something that may change in place."""
     kind = type(value)
     return isinstance(value, _CONTAINERS) or kind.__module__ == "numpy" or is_of_the_script(kind.__module__)
+
+
+def _buffers_of(path: str, module: Any, names: Iterable[str]) -> Iterator[tuple[_Key, Any]]:
+    for name in names:
+        if (buffer := module._buffers.get(name)) is not None:
+            small = buffer.numel() <= _COPIED
+            yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
+
+
+def _name(key: _Key, before: Any, after: Any) -> str:
+    """What messages call it."""
+    if isinstance(key, str):
+        return key
+    path, kind = key
+    attribute = changed(before or {}, after or {})
+    if attribute == _TRAINED:
+        return f"the choice of trained weights of {path or kind.__name__!r}"
+    return f"{attribute!r} of {kind.__name__}{f' ({path})' if path else ''} of the model"
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -123,50 +123,48 @@ class Looker:
             yield from enumerate_names("item", thing[:_ITEMS])
 
     def _holds(self, value: Any, depth: int) -> bool:
-        if id(value) in self._ids or isinstance(value, (str, bytes, int, float, type(None))):
+        kind = _kind_of(value.__class__)
+        if kind in _NO_STATE or id(value) in self._ids:
             return False
-        if isinstance(value, (torch.Tensor, torch.nn.Module)) or is_generator(value) or is_iterator(value):
+        if kind in (_TENSOR, _MODULE, _GENERATOR, _ITERATOR, _CLOSED_ITERATOR):
             return True
         if depth == 0:
             return False
-        return any(self._holds(item, depth - 1) for item in self._inside(value))
-
-    def _inside(self, value: Any) -> Iterable[Any]:
-        if isinstance(value, dict):
-            return _ends(value.values())
-        if isinstance(value, (list, tuple, deque, set, frozenset)):
-            return _ends(value)
-        return [] if _is_closed(value) else list(getattr(value, "__dict__", {}).values())
+        return any(self._holds(item, depth - 1) for item in _inside(value, kind))
 
     def _seen(self, value: Any, depth: int) -> Any:
         if id(value) in self._ids:
             return "known"
-        if isinstance(value, (str, bytes, Enum)):
-            return value
-        if isinstance(value, (int, float, complex, type(None))):
-            return repr(value)  # NaN does not equal itself
-        if isinstance(value, torch.Tensor):
+        kind = _kind_of(value.__class__)
+        if kind == _TENSOR:
             return (id(value), "inference" if value.is_inference() else value._version)
-        if is_generator(value):
-            return state_of(value)
-        if isinstance(value, (ctypes._SimpleCData, ctypes.Array)):  # of multiprocessing.Value and Array
-            return bytes(memoryview(value).cast("B")[:4096])
-        return self._seen_inside(value, depth)
-
-    def _seen_inside(self, value: Any, depth: int) -> Any:
-        if isinstance(value, torch.nn.Module):
-            return tuple(self._seen(tensor, 0) for tensor in (*value.parameters(), *value.buffers()))
-        if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            return (id(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
-        if is_iterator(value) and not _is_closed(value):
-            return object()  # where it stands cannot be seen, so it never looks the same
-        if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
-            names = tuple(map(str, _ends(value.keys()))) if isinstance(value, dict) else ()
-            items = self._inside(value) if depth > 0 else ()
-            return (len(value), names, tuple(self._seen(item, depth - 1) for item in items))
-        if _is_closed(value) or depth == 0:
+        if kind == _TEXT:
+            return value
+        if kind == _NUMBER:
+            return repr(value)  # NaN does not equal itself
+        if kind in (_DICT, _ITEMS_ONLY):
+            names = tuple(map(str, _ends(value.keys()))) if kind == _DICT else ()
+            items = _inside(value, kind) if depth > 0 else ()
+            return (len(value), names, tuple([self._seen(item, depth - 1) for item in items]))
+        if kind in (_CLOSED, _CLOSED_ITERATOR) or (kind == _OBJECT and depth == 0):
             return id(value)
-        return (id(value), tuple((name, self._seen(item, depth - 1)) for name, item in self._parts(value)))
+        if kind == _OBJECT:
+            return (
+                id(value),
+                tuple([(name, self._seen(item, depth - 1)) for name, item in self._parts(value)]),
+            )
+        return self._seen_state(value, kind)
+
+    def _seen_state(self, value: Any, kind: str) -> Any:
+        if kind == _GENERATOR:
+            return state_of(value)
+        if kind == _MEMORY:
+            return bytes(memoryview(value).cast("B")[:4096])
+        if kind == _MODULE:
+            return tuple(self._seen(tensor, 0) for tensor in (*value.parameters(), *value.buffers()))
+        if kind == _ARRAY:
+            return (id(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
+        return object()  # where an iterator stands cannot be seen, so it never looks the same
 
 
 class StateLook:
@@ -256,10 +254,14 @@ def _ends(items: Collection[Any]) -> list[Any]:
 
 def is_generator(value: Any) -> bool:
     """Whether it draws random numbers from a state of its own."""
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
+    return _is_kind_of_generator(value.__class__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_kind_of_generator(kind: type) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+    of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return issubclass(kind, (torch.Generator, random.Random, *of_numpy))
 
 
 def state_of(generator: Any) -> str:
@@ -274,11 +276,61 @@ def state_of(generator: Any) -> str:
 
 def is_iterator(value: Any) -> bool:
     """Whether it has a position that cannot be seen, and that may matter."""
-    return hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
+    return _is_kind_of_iterator(type(value))
 
 
-def _is_closed(value: Any) -> bool:
-    """Whether its attributes are no concern: a class, a module, an object of a library."""
-    if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
-        return True
-    return f"{type(value).__module__}.".startswith(_FOREIGN)
+def _is_kind_of_iterator(kind: type) -> bool:
+    return hasattr(kind, "__next__") and not issubclass(kind, io.IOBase)
+
+
+_TEXT, _NUMBER, _TENSOR, _GENERATOR, _MEMORY, _MODULE = (
+    "text",
+    "number",
+    "tensor",
+    "generator",
+    "memory",
+    "module",
+)
+_ARRAY, _ITERATOR, _DICT, _ITEMS_ONLY, _CLOSED, _OBJECT = (
+    "array",
+    "iterator",
+    "dict",
+    "items",
+    "closed",
+    "object",
+)
+_CLOSED_ITERATOR = "iterator of a library"
+_NO_STATE = (_TEXT, _NUMBER)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of(kind: type) -> str:
+    """How objects of a class are looked at. A save looks at hundreds of objects of a few classes."""
+    closed = issubclass(kind, (type, types.ModuleType, types.BuiltinFunctionType))
+    closed = closed or f"{kind.__module__}.".startswith(_FOREIGN)
+    kinds = (
+        (_TEXT, issubclass(kind, (str, bytes, Enum))),
+        (_NUMBER, issubclass(kind, (int, float, complex, type(None)))),
+        (_TENSOR, issubclass(kind, torch.Tensor)),
+        (_GENERATOR, _is_kind_of_generator(kind)),
+        (
+            _MEMORY,
+            issubclass(kind, (ctypes._SimpleCData, ctypes.Array)),
+        ),  # of multiprocessing.Value and Array
+        (_MODULE, issubclass(kind, torch.nn.Module)),
+        (_ARRAY, kind.__module__ == "numpy" and hasattr(kind, "tobytes")),
+        (_ITERATOR, _is_kind_of_iterator(kind) and not closed),
+        (_DICT, issubclass(kind, dict)),
+        (_ITEMS_ONLY, issubclass(kind, (list, tuple, deque, set, frozenset))),
+        (_CLOSED_ITERATOR, _is_kind_of_iterator(kind)),
+        (_CLOSED, closed),
+    )
+    return next((name for name, fits in kinds if fits), _OBJECT)
+
+
+def _inside(value: Any, kind: str) -> Iterable[Any]:
+    if kind == _DICT:
+        return _ends(value.values())
+    if kind == _ITEMS_ONLY:
+        return _ends(value)
+    return [] if kind == _CLOSED else list(getattr(value, "__dict__", {}).values())

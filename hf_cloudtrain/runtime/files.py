@@ -106,7 +106,8 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     Raises:
         BlockingIOError: another process still holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         deadline = time.monotonic() + patience
         while True:

@@ -7,6 +7,7 @@ going round in circles; FIFOs, sockets, devices, broken links and other names ar
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -39,19 +40,34 @@ _told: set[tuple[str, str, str]] = set()
 """What was named already: each folder of checkpoints, path and reason."""
 
 
-def fresh_files(source: Path, since_ns: int, left_out: LeftOut | None = None) -> Iterator[str]:
-    """Relative paths in a folder that was just saved, without files last written before `since_ns` (ns).
+class Found(NamedTuple):
+    """A file of a folder."""
+
+    path: str
+    """Relative to the folder."""
+    there: os.stat_result
+    is_link: bool
+    """Whether the path is a symbolic link to the file."""
+
+
+def found_files(source: Path, since_ns: int, left_out: LeftOut | None = None) -> Iterator[Found]:
+    """The files of a folder that was just saved, without those last written before `since_ns` (ns).
 
     Args:
         left_out: receives what a checkpoint cannot hold; None: unreadable files and all names are handed out as well.
     """
-    return (path for path, when in _Walk(source, left_out).files() if when >= since_ns)
+    return (found for found in _Walk(source, left_out).files() if found.there.st_mtime_ns >= since_ns)
+
+
+def fresh_files(source: Path, since_ns: int, left_out: LeftOut | None = None) -> Iterator[str]:
+    """The paths of the same files."""
+    return (found.path for found in found_files(source, since_ns, left_out))
 
 
 def own_files(source: Path, since_ns: int = 0, left_out: LeftOut | None = None) -> Iterator[str]:
     """The same for a folder that is written again and again: also without links to folders and temporary files."""
-    for path, when in _Walk(source, left_out, follow=False).files():
-        if not TEMPORARY.fullmatch(os.path.basename(path)) and when >= since_ns:
+    for path, there, _ in _Walk(source, left_out, follow=False).files():
+        if not TEMPORARY.fullmatch(os.path.basename(path)) and there.st_mtime_ns >= since_ns:
             yield path
 
 
@@ -79,7 +95,7 @@ def tell_left_out(source: Path, left_out: LeftOut) -> None:
 class _Folder(NamedTuple):
     path: str
     chain: tuple[_Identity, ...]
-    """Itself, the folders that the walk came through, and those above."""
+    """Itself, and the folders below the source that the walk came through."""
     is_linked: bool
     """Whether one of them is a link."""
 
@@ -94,13 +110,17 @@ class _Walk:
         self._follow = follow
         self._seen: set[_Identity] = set()
         self._twice: dict[str, str] = {}
+        self._user = os.geteuid()
 
-    def files(self) -> Iterator[tuple[str, int]]:
-        """Relative paths of all files, and when each was last written (ns)."""
+    @functools.cached_property
+    def _above(self) -> set[_Identity]:
+        """The source and the folders above it. Only links lead there."""
         root = self._source.resolve()
-        chain = tuple(_identity(os.stat(folder)) for folder in (root, *root.parents))
-        self._seen.add(chain[0])
-        stack = [_Folder("", chain, False)]
+        return {_identity(os.stat(folder)) for folder in (root, *root.parents)}
+
+    def files(self) -> Iterator[Found]:
+        """All files. Few calls of the system: training waits for this walk at each save."""
+        stack = [_Folder("", (), False)]
         while stack:
             folder = stack.pop()
             for item in self._items(folder.path):
@@ -109,7 +129,7 @@ class _Walk:
                 if there is None:
                     continue
                 if stat.S_ISREG(there.st_mode):
-                    yield path, there.st_mtime_ns
+                    yield Found(path, there, item.is_symlink())
                 elif stat.S_ISDIR(there.st_mode):
                     stack.extend(self._enter(folder, path, _identity(there), item.is_symlink()))
         if self._strict:
@@ -117,7 +137,7 @@ class _Walk:
 
     def _items(self, below: str) -> list[os.DirEntry[str]]:
         try:
-            with os.scandir(self._source / below) as items:
+            with os.scandir(os.path.join(self._source, below)) as items:
                 return list(items)
         except PermissionError:
             if not (self._strict and below):
@@ -139,21 +159,25 @@ class _Walk:
         return None if reason else there
 
     def _reason(self, path: str, there: os.stat_result) -> str | None:
-        for is_kind, name in KINDS:
-            if is_kind(there.st_mode):
-                return name
+        mode = there.st_mode
+        is_file = stat.S_ISREG(mode)
+        if not is_file:
+            for is_kind, name in KINDS:
+                if is_kind(mode):
+                    return name
         try:
             clean_path(path)
         except ManifestError:
             return "its name"
-        if stat.S_ISREG(there.st_mode) and not os.access(self._source / path, os.R_OK):
+        is_ours = there.st_uid == self._user and mode & stat.S_IRUSR  # as all files of a save are
+        if is_file and not is_ours and not os.access(os.path.join(self._source, path), os.R_OK):
             return UNREADABLE
         return None
 
     def _enter(self, above: _Folder, path: str, identity: _Identity, is_link: bool) -> Iterator[_Folder]:
         if is_link and not self._follow:
             self._left_out[path] = "a link to a folder"
-        elif identity in above.chain:
+        elif (is_link or above.is_linked) and (identity in above.chain or identity in self._above):
             self._left_out[path] = "a link to a folder that contains it"
         elif is_link and above.is_linked and identity in self._seen:  # links to one another would multiply
             self._left_out[path] = "a link to a folder that is stored already"

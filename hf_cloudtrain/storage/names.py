@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from hf_cloudtrain.errors import ManifestError
@@ -12,6 +13,7 @@ LOCAL = "_cloudtrain"
 """Folder of our own files, below an output folder. Trainer's push to the Hub leaves out names that begin with `_`."""
 
 
+@functools.lru_cache(maxsize=4096)
 def clean_path(path: str) -> str:
     """The path itself, if it is relative and stays below its folder. Raises ManifestError otherwise."""
     parts = path.split("/")

@@ -169,7 +169,8 @@ def _of_optimizer(trainer: Any) -> Exactness:
     """Parameters that the optimizer trains and no checkpoint holds, such as those of a loss."""
     if trainer.is_deepspeed_enabled or trainer.optimizer is None:
         return EXACT
-    held = {id(one) for model in (trainer.model, trainer.model_wrapped) for one in model.parameters()}
+    models = {id(model): model for model in (trainer.model, trainer.model_wrapped)}.values()
+    held = {id(one) for model in models for one in model.parameters()}
     foreign = [
         one for group in trainer.optimizer.param_groups for one in group["params"] if id(one) not in held
     ]
@@ -199,8 +200,11 @@ def _names_in(folder: Path, staged: dict[str, set[str]], name: str = "model") ->
 
 def _names_of(model: Any, saved: set[str]) -> set[str]:
     """Names of the model's tensors that are not in `saved`, under any of the names that share a tensor."""
+    state = model.state_dict(keep_vars=True)  # a detached copy of each tensor takes longer than the rest
+    if state.keys() <= saved:
+        return set()
     by_memory: dict[Any, list[str]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
             key = (tensor.device, tensor.data_ptr()) if tensor.numel() else name
             by_memory.setdefault(key, []).append(name)

@@ -342,7 +342,7 @@ def test_arguments_and_data_that_differ_are_named(tmp_path: Path, caplog: pytest
 def test_the_strongest_finding_of_all_ranks_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_cloudtrain.integrations.trainer import exactness
 
-    no, ranks = Exactness.no("rank 1 draws"), Ranks(0, 1)
+    no, ranks = Exactness.no("rank 1 draws"), Ranks(0, 2)
     monkeypatch.setattr(
         Ranks, "begin_largest", lambda *_: type("Done", (), {"result": lambda _: [2.0, 0.0]})()
     )
