@@ -7,7 +7,8 @@ It reads only records on storage, so it shows the runs of all engines and machin
 show the same page, and none reads while no browser shows it. In reading order:
 
 - `mirror`: the records of a run in memory, read once each
-- `runs`: where runs are; the list, one run, several compared
+- `places`: the folders whose runs are shown, and the job of a run
+- `runs`: the list, one run, several compared
 - `store`: jobs, one job with its log, datasets
 - `patches`: what changed between two versions of a document
 - `feeds`: one reader for all browsers of a page

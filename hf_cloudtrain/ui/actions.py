@@ -21,7 +21,7 @@ from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import count_text, size_text
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.stop import request_stop
-from hf_cloudtrain.ui.runs import Places
+from hf_cloudtrain.ui.places import Places
 
 Asked = Mapping[str, Any]
 

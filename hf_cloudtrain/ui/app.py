@@ -16,7 +16,8 @@ from hf_cloudtrain.report.page import check_extra_installed, plotly_script, show
 from hf_cloudtrain.ui import actions
 from hf_cloudtrain.ui.feeds import Feed, Source, message
 from hf_cloudtrain.ui.guard import Guard, content_policy
-from hf_cloudtrain.ui.runs import CompareSource, Places, RunSource, RunsSource
+from hf_cloudtrain.ui.places import Places
+from hf_cloudtrain.ui.runs import CompareSource, RunSource, RunsSource
 from hf_cloudtrain.ui.store import DatasetsSource, JobSource, JobsSource
 
 if TYPE_CHECKING:

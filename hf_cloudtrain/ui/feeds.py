@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 import time
@@ -129,11 +128,14 @@ class Feed:
                 view.send(message(patch=change))
 
     def _document(self, variant: str) -> dict[str, Any]:
-        known: dict[str, Any] = {"loading": True}
-        if self._version is not None:
-            with contextlib.suppress(CloudTrainError):
-                known = self._source.document(variant)
-        return {**known, "trouble": self._trouble}
+        if self._version is None:
+            return {"loading": True, "trouble": self._trouble}
+        try:
+            known = self._source.document(variant)
+            message(document=known)  # a value that JSON does not know would end the reader
+            return {**known, "trouble": self._trouble}
+        except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
+            return {"gone": shown(f"The page cannot be built: {error}"), "trouble": self._trouble}
 
 
 def message(**content: Any) -> str:

@@ -27,7 +27,8 @@ class Mirror(Storage):
     """
 
     def __init__(self, parent: Storage, name: str = "", top: str = META) -> None:
-        super().__init__(parent.url)
+        # Not `super().__init__`: what that looks up is that of the parent, and for a thousand runs it takes 0.2 s.
+        vars(self).update(vars(parent))
         self.url = f"{parent.url.rstrip('/')}/{name}" if name else parent.url
         self._parent = parent
         self._below = f"{name}/" if name else ""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record
 from hf_cloudtrain.checkpoints.paths import ACTIONS, PROGRESS, RUN, STEPS
 from hf_cloudtrain.checkpoints.run_deletion import DELETED
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, ManifestError, NoCheckpointError
+from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.page import Report, shown
 from hf_cloudtrain.report.sparkline import sparkline
@@ -26,10 +25,11 @@ from hf_cloudtrain.runtime.text import clean
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.values import finite, metric, number
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.storage.names import META, clean_path
+from hf_cloudtrain.storage.names import META
 from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
 from hf_cloudtrain.ui.mirror import READERS, Mirror
+from hf_cloudtrain.ui.places import Places
 
 BEAT_SECONDS = 1.5
 """Between two reads of the heartbeat: a new step is on the page within two seconds."""
@@ -42,38 +42,10 @@ LIST_SECONDS = 6.0
 RUNS_SECONDS = 5.0
 """Between two listings of all runs, and at most a tenth of the time goes into them."""
 SMOOTHINGS = (0.0, 0.6, 0.9, 0.98)
+MOST_LINES = 12
+"""Of the log of its job that a run page shows."""
 MOST_DETAILS = 2_000
 """Runs of the list whose details are kept."""
-
-
-class Places:
-    """The folders whose runs are shown.
-
-    Args:
-        urls: of runs, or of folders with runs below them.
-    """
-
-    def __init__(self, urls: Iterable[str]) -> None:
-        self.roots = [Storage(url, env.storage_options(None)) for url in urls]
-
-    def find(self, run_id: str) -> tuple[Storage, str]:
-        """The storage and the name below it of a run, by what the list calls it: '0/mnli'. Raises NoCheckpointError."""
-        root, _, name = run_id.partition("/")
-        if re.fullmatch(r"\d{1,4}", root) and int(root) < len(self.roots):
-            with contextlib.suppress(ManifestError):
-                return self.roots[int(root)], name and clean_path(name)
-        raise NoCheckpointError(f"There is no run {run_id[:200]!r} on this page.")
-
-    def id_of(self, run_url: str) -> str | None:
-        """The id of the run at a URL; None where it is not below the folders that are shown."""
-        for index, root in enumerate(self.roots):
-            above = root.url.rstrip("/")
-            for prefix in {above, above.removeprefix("file://")}:
-                if run_url.rstrip("/") == prefix:
-                    return f"{index}/"
-                if run_url.startswith(f"{prefix}/"):
-                    return f"{index}/{run_url[len(prefix) + 1 :].rstrip('/')}"
-        return None
 
 
 class RunsSource:
@@ -127,7 +99,8 @@ class RunsSource:
         if before is not None and not changed and before["state"] not in ALIVE:
             return before
         beats = sorted(path for path in sizes if path.startswith(f"{PROGRESS}/"))
-        mirror.fetch_all(beats[-1:])
+        if beats:
+            mirror.fetch(beats[-1])
         record: dict[str, Any] = {"id": run_id, "name": shown(run_id.partition("/")[2] or mirror.url, 200)}
         try:
             now = run_state(Catalog(mirror))
@@ -189,6 +162,9 @@ class RunSource:
     def __init__(self, places: Places, run_id: str) -> None:
         root, name = places.find(run_id)
         self.version = 0
+        self._places = places
+        self._job: tuple[str, Path] | None = None
+        self._tail: list[str] = []
         self.mirror = Mirror(root, name)
         self.report: Report | None = None
         self._id = run_id
@@ -207,7 +183,9 @@ class RunSource:
 
     def turn(self) -> float:
         """Read everything the first time, and then the heartbeat and at most one record."""
+        self._read_log()
         if self.report is None:
+            self._job = self._places.job_of(self._id)
             self.mirror.refresh()
             self.mirror.fetch_all(self.mirror.missing())
             self._last_list = time.monotonic()
@@ -246,6 +224,8 @@ class RunSource:
             "id": self._id,
             **known,
             "notes": notes,
+            "job": self._job and self._job[0],
+            "log": self._tail,
             "live": finite(live),
             "state": shown(state.state, 20),
         }
@@ -255,6 +235,14 @@ class RunSource:
             return []
         side = "behind" if self._skew > 0 else "ahead of"
         return [f"The clock of the training machine is {abs(self._skew):.0f} s {side} this one."]
+
+    def _read_log(self) -> None:
+        """The last lines of its job, where they are on this machine: no request to the storage."""
+        if self._job is not None:
+            lines = last_lines(self._job[1] / "node-0.log", MOST_LINES)
+            tail = [shown(line, 400) for line in lines]
+            self.version += tail != self._tail
+            self._tail = tail
 
     def _state(self) -> RunState:
         return run_state(Catalog(self.mirror), self.now)

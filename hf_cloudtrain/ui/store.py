@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.datasets.store import DatasetStore, key_of
-from hf_cloudtrain.errors import CloudTrainError, NoJobError
 from hf_cloudtrain.jobs.logs import last_lines
-from hf_cloudtrain.jobs.records import JobRecord, JobStore
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.report.page import Table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
 from hf_cloudtrain.runtime.text import duration_text, size_text
+from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.ui.mirror import Mirror
-from hf_cloudtrain.ui.runs import Places
+from hf_cloudtrain.ui.places import Places
 
 JOBS_SECONDS = 5.0
 LOG_SECONDS = 1.0
@@ -98,7 +97,7 @@ class JobSource:
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "experiment": record.experiment,
             "vm": record.vm,
-            "created (UTC)": utc(record.created),
+            "created (UTC)": utc(number(record.created) or 0.0),
             "submitted by": f"{record.submitted_by.get('user')} on {record.submitted_by.get('host')}",
             "run": record.run_url,
         }
@@ -106,8 +105,8 @@ class JobSource:
         starts = [
             [
                 (str(start.number), "number"),
-                (utc(start.began), ""),
-                (duration_text(start.ended - start.began) or "" if start.ended else "", ""),
+                (utc(number(start.began) or 0.0), ""),
+                (_took(start), ""),
                 (shown(start.outcome or "running", 40), ""),
                 (" ".join("lost" if code is None else str(code) for code in start.exit_codes), ""),
                 (shown(start.reason or "", 300), "text"),
@@ -124,7 +123,7 @@ class JobSource:
         return {
             **job_row(record, self._places),
             "tables": [vars(table) for table in (Table("Job", rows), *tables)],
-            "logs": self._lines,
+            "logs": dict(self._lines),
             "no_log": reason,
         }
 
@@ -164,6 +163,11 @@ class DatasetsSource:
         return {"tables": [self._table]}
 
 
+def _took(start: Start) -> str:
+    began, ended = number(start.began), number(start.ended)
+    return "" if began is None or ended is None else duration_text(ended - began) or ""
+
+
 def job_row(record: JobRecord, places: Places) -> dict[str, Any]:
     """What the list shows of a job."""
     return {
@@ -175,20 +179,11 @@ def job_row(record: JobRecord, places: Places) -> dict[str, Any]:
         "processes": record.nodes * record.nproc_per_node,
         "starts": len(record.starts),
         "restarts": record.restarts,
-        "created": record.created,
+        "created": number(record.created),
         "run_url": shown(record.run_url, 300),
         "run": places.id_of(record.run_url),
         "is_over": record.is_over,
     }
-
-
-def job_of(run_url: str) -> str | None:
-    """The newest job that writes to a run, for a link to its log; None where the store has none, or cannot be read."""
-    try:
-        found = deque((record.id for record in JobStore().records() if record.run_url == run_url), maxlen=1)
-    except (CloudTrainError, NoJobError, OSError):
-        return None
-    return found[0] if found else None
 
 
 def _joined(before: list[str], now: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.datasets.store import DatasetStore
+from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser, Page
 from tests.conftest import missing
-from tests.integration.test_report import CHARTS, MARKS, TOO_WIDE
-from tests.recorded import record_attempt, record_run
+from tests.integration.test_report import CHARTS, HOSTILE, MARKS, TOO_WIDE
+from tests.recorded import BEGAN, record_attempt, record_run, write
 from tests.served import DRAWN, SHOWN, Served, go
 from tests.servers import ServerMissingError
 
@@ -89,4 +92,196 @@ def test_the_list_and_a_run_are_drawn_and_fit_and_are_accessible(
         assert "checkpoint-400" in text
         check_page(page, served, width)
         assert findings(page) == []
+        page.close()
+
+
+def beat(catalog: Catalog, step: int) -> None:
+    record = {"attempt": 1, "state": "training", "time": time.time(), "step": step, "total_steps": 400}
+    catalog.attempts.write_progress(1, record)
+
+
+def test_a_page_follows_the_run_and_a_zoom_stays_while_data_arrives(store: Path, browser: Browser) -> None:
+    catalog = catalog_of(store, "mnli")
+    record_attempt(catalog, began=time.time() - 110, steps=range(1, 151))
+    beat(catalog, 150)
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(f"{served.url}#/run/0%2Fmnli", 1280)
+        page.wait(DRAWN)
+        page.wait("document.querySelector('#step').textContent === 'Step 150'")
+        page.ask("Plotly.relayout('loss', {'xaxis.range[0]': 20, 'xaxis.range[1]': 60}), 0")
+        page.ask("document.querySelector('.bar button').click()")
+        page.wait("document.querySelector('#loss').layout.yaxis.type === 'log'")
+        lines = [
+            {"kind": "log", "step": step, "time": time.time(), "metrics": {"loss": 0.25}}
+            for step in (155, 160)
+        ]
+        write(catalog, 1, lines, 2)
+        beat(catalog, 160)
+        page.wait("document.querySelector('#step').textContent === 'Step 160'")
+        page.wait(
+            "[...document.querySelectorAll('h2')].some((h) => h.textContent.startsWith('Loss: 0.25 at step 160'))"
+        )
+        page.wait("document.querySelector('#loss').data[0].x.includes(160)")
+        assert page.ask("document.querySelector('#loss').layout.xaxis.range") == [20, 60]
+        assert page.ask("document.querySelector('#loss').layout.yaxis.type") == "log"
+        page.ask(
+            "document.querySelector('#smoothing').value = '0.9'; smoothing.dispatchEvent(new Event('change'))"
+        )
+        page.wait("document.querySelector('#loss').data.some((trace) => trace.opacity === 0.25)")
+        page.ask("[...document.querySelectorAll('.bar button')].at(-1).click()")
+        page.wait("document.querySelector('#loss').layout.xaxis.range[1] > 150")
+        assert page.complaints == []
+        page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_compare_jobs_and_datasets_are_drawn_and_fit_and_are_accessible(
+    store: Path, browser: Browser, width: int, tmp_path: Path
+) -> None:
+    for name, rate in (("mnli-a", "1e-4"), ("mnli-b", "3e-4")):
+        facts = {"host": "gpu-07", "command": f"train.py --lr {rate}", "learning rate": rate}
+        catalog = catalog_of(store, name)
+        record_attempt(catalog, began=BEGAN, steps=range(1, 201), state="finished", facts=facts)
+    jobs = JobStore()
+    facts_of_job = {"engine": "local", "nodes": 1, "nproc_per_node": 2, "max_restarts": 3}
+    record = jobs.create("mnli-a", run_url=str(store / "runs" / "mnli-a"), state="running", **facts_of_job)
+    log = jobs.home(record.id) / "log" / "node-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"step 1\n{HOSTILE}\n")
+    folder = tmp_path / "glue"
+    folder.mkdir()
+    (folder / "train.csv").write_text("a,b\n")
+    DatasetStore().create("glue", str(folder))
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(served.url, width)
+        page.wait(SHOWN)
+        page.ask("document.querySelectorAll('tbody input').forEach((box) => box.click())")
+        assert page.ask("document.querySelector('.bar a').textContent") == "Compare 2 runs"
+        go(page, page.ask("document.querySelector('.bar a').hash"))
+        page.wait(DRAWN)
+        marks = page.ask(MARKS)
+        assert len(marks) >= 4
+        assert min(marks.values()) >= 2, marks
+        text = page.ask("document.body.innerText")
+        assert "mnli-a 0." in text
+        assert "train.py --lr 3e-4" in text
+        assert "others are the same" in text
+        for address, expected in (
+            ("", ""),
+            ("#/jobs", "mnli-a-1"),
+            ("#/job/mnli-a-1", "step 1"),
+            ("#/datasets", "glue"),
+        ):
+            if address:
+                go(page, address)
+            assert expected in page.ask("document.body.innerText")
+            check_page(page, served, width)
+            assert findings(page) == []
+        go(page, "#/job/mnli-a-1")
+        with log.open("a") as file:
+            file.write("step 2\n")
+        page.wait("document.querySelector('[data-log=node-0]').textContent.endsWith('step 2')")
+        assert page.ask("window.pwned === undefined && document.images.length === 0")
+        page.close()
+
+
+def test_hostile_names_and_metrics_are_text(store: Path, browser: Browser) -> None:
+    name = "a'\"&lt;b <img src=x onerror=window.pwned=1>"
+    catalog = catalog_of(store, name)
+    facts = {"host": HOSTILE, "command": HOSTILE, HOSTILE: HOSTILE}
+    record_attempt(catalog, began=BEGAN, steps=range(1, 61), state=HOSTILE, facts=facts, save_steps=20)
+    log = {"kind": "log", "step": 30, "time": BEGAN, "metrics": {f"eval_{HOSTILE}": 0.5, HOSTILE: 1.0}}
+    write(catalog, 1, [log], 2)
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(served.url, 390)
+        page.wait(SHOWN)
+        assert name in page.ask("document.body.innerText")
+        go(page, page.ask("document.querySelector('tbody a').hash"))
+        page.wait(DRAWN)
+        assert page.ask("document.body.innerText").count("</script><script>window.pwned = 1") >= 3
+        page.ask("Plotly.Fx.hover('metrics', [{curveNumber: 0, pointNumber: 0}])")
+        page.ask("document.querySelector('td button').click()")
+        assert "cloudtrain checkpoint download" in page.ask("document.querySelector('dialog').innerText")
+        page.ask("document.querySelector('dialog').close()")
+        go(
+            page,
+            page.ask("`#/compare/${encodeURIComponent(decodeURIComponent(location.hash.split('/')[2]))}`"),
+        )
+        page.wait(DRAWN)
+        assert page.ask("window.pwned === undefined && document.images.length === 0")
+        assert page.ask(TOO_WIDE) == []
+        assert page.complaints == []
+        page.close()
+
+
+def test_a_browser_with_the_token_acts_and_one_without_is_asked_for_it(store: Path, browser: Browser) -> None:
+    catalog = catalog_of(store, "mnli")
+    record_attempt(catalog, began=time.time() - 110, steps=range(1, 151))
+    beat(catalog, 150)
+    token = "a-token-of-24-characters"
+    with Served([str(store / "runs")], token, reading=True, may_act=True) as served:
+        page = browser.open(served.url, 390)
+        page.wait("document.documentElement.dataset.shown === 'login'")
+        assert findings(page) == []
+        page.ask(
+            "document.querySelector('#token').value = 'wrong'; document.querySelector('form button').click()"
+        )
+        page.wait("document.body.innerText.includes('The token is wrong.')")
+        page.ask(
+            f"document.querySelector('#token').value = {json.dumps(token)}; document.querySelector('form button').click()"
+        )
+        page.wait(SHOWN)
+        page.close()
+        page = browser.open(f"{served.url}#token={token}", 1280)
+        page.wait(SHOWN)
+        assert token not in page.ask("location.href + document.cookie + document.documentElement.outerHTML")
+        go(page, "#/run/0%2Fmnli")
+        page.wait(DRAWN)
+        page.ask(
+            "[...document.querySelectorAll('button')].find((one) => one.textContent === 'Save and stop').click()"
+        )
+        assert findings(page) == []
+        page.ask("document.querySelector('dialog .danger').click()")
+        page.wait("document.querySelector('dialog').innerText.includes('Asked attempt 1 to save and stop.')")
+        assert catalog.attempts.stop_requested(1)
+        page.ask("document.querySelector('dialog').close()")
+        page.ask(
+            "[...document.querySelectorAll('button')].find((one) => one.textContent === 'Prune …').click()"
+        )
+        page.ask(
+            "document.querySelector('#keep').value = '1'; document.querySelector('dialog button').click()"
+        )
+        page.wait(
+            "document.querySelector('dialog').innerText.includes('2 checkpoints (880.0 MB) would be deleted')"
+        )
+        page.ask("document.querySelector('dialog .danger').click()")
+        page.wait("document.querySelector('dialog').innerText.includes('Deleted 2 checkpoints.')")
+        assert [key.step for key in catalog.checkpoints()] == [150]
+        page.wait("document.body.innerText.includes('deleted 2 checkpoints, all but the newest 1')")
+        assert page.complaints == []
+        page.close()
+
+
+def test_a_thousand_runs_are_filtered_and_sorted(store: Path, browser: Browser) -> None:
+    for number in range(1_000):
+        catalog = catalog_of(store, f"run-{number}")
+        catalog.attempts.begin(BEGAN, 0, None, {})
+        catalog.attempts.write_progress(1, {"time": BEGAN, "state": "finished", "step": number})
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(served.url, 1280)
+        page.wait("document.querySelectorAll('tbody tr').length === 100")
+        assert "1,000 of 1,000 runs" in page.ask("document.body.innerText")
+        page.ask("document.querySelector('th[data-key=share] button').click()")
+        page.ask("document.querySelector('th[data-key=name] button').click()")
+        first = "[...document.querySelectorAll('tbody a')].slice(0, 3).map((link) => link.textContent)"
+        assert page.ask(first) == ["run-0", "run-1", "run-2"]
+        page.ask("document.querySelector('th[data-key=name] button').click()")
+        assert page.ask(first) == ["run-999", "run-998", "run-997"]
+        assert page.ask("document.querySelector('th[data-key=name]').ariaSort") == "descending"
+        page.ask(
+            "const filter = document.querySelector('#filter'); filter.value = 'RUN-77 fin'; filter.dispatchEvent(new Event('input'))"
+        )
+        assert page.ask("document.querySelectorAll('tbody tr').length") == 11
+        assert "11 of 1,000 runs" in page.ask("document.body.innerText")
+        assert page.complaints == []
         page.close()

@@ -263,8 +263,9 @@ function runsPage() {
 
 function runPage(id) {
   const [head, notes, extra, grid] = ["header", "div", "div", "div"].map((tag, index) => h(tag, { class: ["head", "", "bar", "charts"][index] }));
-  const figures = h("dl", { class: "figures" }), acts = h("section", { hidden: true });
+  const figures = h("dl", { class: "figures" }), acts = h("section", { hidden: true }), log = h("section", { hidden: true });
   const [bar, isLog] = controls(() => charts(grid, doc.charts, isLog()));
+  plotly(); // it takes as long as the records of the run
   start("Run", "run", id, (run) => {
     const live = run.live;
     document.title = `${run.name}: ${run.state}`;
@@ -284,9 +285,11 @@ function runPage(id) {
     charts(grid, run.charts, isLog());
     tables(grid, run.tables, (table, title) => (table.title.startsWith("Checkpoints") && run.commands[title]
       ? h("button", { type: "button", "aria-haspopup": "dialog", onclick: () => checkpoint(id, run, title) }, title) : null), run.pinned);
+    log.hidden = !run.log.length;
+    show(log, run.log, (lines) => [h("h2", {}, "Log, the last lines"), h("pre", { tabindex: 0, role: "log", "aria-label": "Log" }, lines.join("\n"))]);
     acts.hidden = !run.actions.length;
     show(acts, run.actions, (lines) => [h("h2", {}, "Actions from this page"), h("pre", { tabindex: 0 }, lines.join("\n"))]);
-  }, head, notes, figures, extra, bar, grid, acts);
+  }, head, notes, figures, extra, bar, grid, log, acts);
 }
 
 function comparePage(ids) {

@@ -14,6 +14,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.errors import NoCheckpointError
+from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.page import Report
 from hf_cloudtrain.storage.client import Storage
@@ -21,7 +22,8 @@ from hf_cloudtrain.testing import FaultyStorage
 from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.ui import feeds, runs
 from hf_cloudtrain.ui.mirror import Mirror
-from hf_cloudtrain.ui.runs import Places, RunSource, RunsSource
+from hf_cloudtrain.ui.places import Places
+from hf_cloudtrain.ui.runs import RunSource, RunsSource
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 from tests.served import Served, Stream
 
@@ -211,6 +213,22 @@ class TestContent:
         source = RunSource(places, "0/mnli")
         source.turn()
         assert source.document("")["host"] == {"CPU %": 71.5, "memory %": 40}
+
+    def test_it_shows_the_last_lines_of_its_job(self, catalog: Catalog, places: Places) -> None:
+        record_run(catalog)
+        facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+        job = JobStore().create("mnli", run_url=catalog.storage.url, **facts)
+        source = RunSource(places, "0/mnli")
+        source.turn()
+        assert (source.document("")["job"], source.document("")["log"]) == ("mnli-1", [])
+        log = JobStore().home(job.id) / "log" / "node-0.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("".join(f"step {number}\n" for number in range(99)))
+        version = source.version
+        source.turn()
+        assert source.document("")["log"][-1] == "step 98"
+        assert len(source.document("")["log"]) == 12
+        assert source.version > version
 
     def test_a_new_attempt_and_its_checkpoint_appear(
         self, catalog: Catalog, places: Places, monkeypatch: pytest.MonkeyPatch
