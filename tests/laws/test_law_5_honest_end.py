@@ -79,7 +79,10 @@ def test_law_5_a_run_whose_last_manifest_was_deleted_ends_with_an_error(machines
     machine = machines.new()
     machine.start()
     machine.save(5)
-    wait_until(machines.catalog.checkpoints, "the commit")
+    # Not as soon as the manifest is there: it is read back, and one that is gone by then is committed again.
+    queue = machine.checkpointer.upload_queue
+    assert queue is not None
+    queue.wait(60)
     machines.storage.delete([".cloudtrain/checkpoints/000001-0000000005.json"])
     with pytest.raises(NotCommittedError, match=r"000001-0000000005, is not on"):
         machine.wait()
