@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 
 from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.staging import recorders
 from tests.integration._loops import KilledError, Rows, StatefulStream, Stream, train
+from tests.integration._staged import count_saves
 
 
 class Counted(Stream):
@@ -62,7 +65,7 @@ def attempt(
         scales.extend(scheduler.scheduler for scheduler in accelerator._schedulers)
 
     try:
-        _, batches, loop = train(
+        weights, batches, loop = train(
             Path(run_url),
             Path(output_dir),
             DATA[data](samples, noise=noise),
@@ -80,4 +83,25 @@ def attempt(
         "rates": rates,
         "step": loop.global_step,
         "schedule": scales[0].last_epoch,
+        "weights": {name: value.tolist() for name, value in weights.items()},
+    }
+
+
+def staged_attempt(output_dir: str, *, hold_at: int | None = None, **arguments: Any) -> dict[str, Any]:
+    """`attempt` with all saves staged, however small.
+
+    Args:
+        hold_at: within the step after this one, it waits to be killed.
+    """
+    recorders.SMALL_FILE = 0
+    count = count_saves()
+
+    def inside(loop: TrainLoop) -> None:
+        if loop.global_step == hold_at:
+            Path(output_dir).with_name("held").touch()
+            time.sleep(600)
+
+    return {
+        **attempt(output_dir, inside=inside, async_save=True, **arguments),
+        "staged": count,
     }

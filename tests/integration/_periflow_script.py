@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def train(
     seen: str | None = None,
     hold_at: int | None = None,
     signal_at: int | None = None,
+    staged: bool = False,
 ) -> None:
     """Train to the last step.
 
@@ -107,7 +109,9 @@ def train(
         seen: file for (step, samples); `{rank}` in it is replaced.
         hold_at: step after which it waits to be killed.
         signal_at: step within which the last rank gets SIGTERM.
+        staged: save inside `async_writes`, files of any size.
     """
+    taken = stage_all() if staged else []
     loader = DataLoader(data(), batch_size=BATCH, sampler=sampler)
     while step < total_steps:
         for numbers, inputs, targets in loader:
@@ -126,13 +130,24 @@ def train(
                 if dist.get_rank() == 0:
                     state = {"latest_step": step, "model": model.state_dict()}
                     state |= {"optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
-                    torch.save(state, path)
+                    with pf.async_writes() if staged else nullcontext():
+                        torch.save(state, path)
                 pf.upload_checkpoint()
             if step == hold_at:
                 time.sleep(600)
             if step == total_steps:
+                print(f"{len(taken)} saves were staged")
                 return
         sampler.set_epoch(sampler.epoch + 1)
+
+
+def stage_all() -> list[str]:
+    """Stage files of any size; the saves that are staged."""
+    from hf_cloudtrain.staging import recorders
+    from tests.integration._staged import count_saves
+
+    recorders.SMALL_FILE = 0
+    return count_saves()
 
 
 def shards(save: str, total_steps: int) -> list[Any]:

@@ -167,6 +167,24 @@ def test_a_script_that_loads_before_init_continues_at_the_step_that_its_platform
     assert runs.lab.problems() == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["first", "second"])
+def test_two_ranks_with_staged_saves_killed_and_restored_equal_uninterrupted(
+    machine: str, runs: Runs
+) -> None:
+    """On the same disk, where the writer may still be at work, and on a different one."""
+    runs.plain()
+    given = {"staged": True, "env": {"HF_CLOUDTRAIN_ASYNC_SAVE": "1"}}
+    runs.killed("first", committed=8, hold_at=HELD, **given)
+    ranks = runs.train(machine, restore=True, **given)
+    assert max_difference(runs.result(machine), runs.result("plain")) == 0.0
+    assert runs.lab.steps() == [4, 8, 12, TOTAL]
+    # Its first save is an ordinary one.
+    assert ["1 saves were staged" in rank.log for rank in ranks] == [True, False]
+    assert {path.name for path in (runs.folder / machine).iterdir()} == {"_cloudtrain", "checkpoint.pt"}
+    assert runs.lab.problems() == []
+
+
 def test_after_a_kill_files_newer_than_the_last_commit_are_replaced(runs: Runs) -> None:
     """On the same disk: the run does not resume from files that the killed process wrote and did not upload."""
     runs.plain()

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.storage.client import Storage
 from tests.faults.late_writer import LateWriters, replaced_functions
+from tests.integration._lab import Lab
 from tests.integration._loops import KilledError, Rows, difference, forget_accelerate, through_kills, train
 
 STAGED = ["checkpoint-2", "checkpoint-4", "checkpoint-5", "checkpoint-6", "checkpoint-8"]
@@ -190,3 +191,32 @@ def test_a_staged_save_survives_the_kill_of_the_training(tmp_path: Path) -> None
     assert seen[0][0] == 5, "the save of step 4 was staged before the kill"
     weights, _, _ = train(tmp_path / "plain", tmp_path / "plain-out", Rows(20), async_save=False)
     assert difference(weights, resumed) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["first", "second"])
+def test_two_ranks_with_staged_saves_killed_and_resumed_equal_uninterrupted(machine: str, lab: Lab) -> None:
+    """On the same disk, where the writer may still be at work at step 4, and on a different one."""
+    given: dict[str, Any] = {"module": "tests.integration._loop_attempts", "samples": 40, "noise": True}
+    plain = lab.start_ranks("plain", "attempt", run_url=f"{lab.folder}/plain-run", async_save=False, **given)
+    assert [rank.wait() for rank in plain] == [0, 0], plain[0].log
+    killed = lab.start_ranks("first", "staged_attempt", hold_at=4, **given)
+
+    def is_due() -> bool:
+        return (lab.folder / "held").exists() if machine == "first" else 4 in lab.steps()
+
+    lab.wait_until(lambda: is_due() or any(rank.poll() is not None for rank in killed))
+    assert [rank.poll() for rank in killed] == [None, None], killed[0].log + killed[1].log
+    for rank in killed:
+        rank.kill()
+    resumed = lab.start_ranks(machine, "staged_attempt", **given)
+    assert [rank.wait() for rank in resumed] == [0, 0], resumed[0].log + resumed[1].log
+    for ours, theirs in zip(resumed, plain, strict=True):
+        assert ours.value["weights"] == theirs.value["weights"]
+        assert ours.value["seen"] == [one for one in theirs.value["seen"] if one[0] > 4]
+    assert [rank.value["staged"] for rank in resumed] == [
+        ["checkpoint-5", "checkpoint-6", "checkpoint-8"],
+        [],
+    ]
+    assert lab.steps() == [2, 4, 5, 6, 8, 10]
+    assert lab.problems() == []
