@@ -25,6 +25,8 @@ DRAW_SECONDS = 2.0
 """Between two drawings."""
 SHARE = 0.02
 """Most of the time that is spent on drawing."""
+MOST_LOGS = 20_000
+"""Losses that are kept; above it, every second one."""
 LAST_SECONDS = 10.0
 """The end of a training waits so long for the last drawing."""
 
@@ -81,8 +83,13 @@ class LiveCard:
         return live
 
     def note(self, step: int, metrics: dict[str, Any]) -> None:
-        """Note what the training logs."""
-        self._logs.append({**metrics, "step": step, "time": time.time(), "attempt": self._attempt})
+        """Note what the training logs of its loss."""
+        shown: dict[str, Any] = {name: metrics[name] for name in ("loss", "eval_loss") if name in metrics}
+        if not shown:
+            return
+        self._logs.append({**shown, "step": step, "time": time.time(), "attempt": self._attempt})
+        if len(self._logs) > MOST_LOGS:
+            self._logs = self._logs[::2]
 
     def close(self) -> None:
         """Draw the last time, after the end of the attempt is recorded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,16 @@ from hf_cloudtrain.runtime.progress import Bar, Progress
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.runtime.values import NOT_FINITE
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.storage.urls import normal_url
 from hf_cloudtrain.tracking.history import History, history_of
 from hf_cloudtrain.tracking.status import RunState, run_state
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+SHARE = 5
+"""`watch` pauses for so many times as long as it reads."""
 
 
 class Run:
@@ -39,7 +45,7 @@ class Run:
     As the last value of a notebook's cell it shows a card: state, progress, loss.
 
     Args:
-        run_url: any fsspec URL or a folder; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        run_url: any fsspec URL, a folder, or the name of a run in the store; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
 
     Raises:
@@ -59,7 +65,8 @@ class Run:
         run_url: str | os.PathLike[str] | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self._catalog = Catalog(Storage(env.run_url(run_url), env.storage_options(storage_options)))
+        options = env.storage_options(storage_options)
+        self._catalog = Catalog(Storage(_in_store(env.run_url(run_url), options), options))
 
     @property
     def url(self) -> str:
@@ -170,6 +177,7 @@ class Run:
         handle = None
         try:
             while True:
+                began = time.monotonic()
                 text = self._repr_html_()
                 if kernel() is None:
                     raise ConfigurationError(
@@ -182,7 +190,7 @@ class Run:
                     handle.update(bundle, raw=True)
                 if run_state(self._catalog).is_over:
                     return
-                time.sleep(DRAW_SECONDS)
+                time.sleep(max(DRAW_SECONDS, SHARE * (time.monotonic() - began)))
         except KeyboardInterrupt:
             return
 
@@ -274,6 +282,14 @@ class Comparison:
         rows = [[text for text, _ in row] for row in table["rows"]]
         names = [name for name, _ in table["columns"]][1:]
         return DataFrame([row[1:] for row in rows], index=[row[0] for row in rows], columns=names)
+
+
+def _in_store(run: str, options: dict[str, Any]) -> str:
+    """The URL of a run of the store that is called by its name; anything else as it is."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run) or os.path.exists(run):
+        return run
+    below = f"{normal_url(env.store(None)).rstrip('/')}/runs/{run}"
+    return below if Catalog(Storage(below, options)).attempts.numbers() else run
 
 
 def _plot(figures: dict[str, dict[str, Any]], name: str) -> Any:

@@ -126,6 +126,15 @@ class TestRun:
         with pytest.raises(MissingExtraError, match=r"hf_cloudtrain\[report\]"):
             run.plot()
 
+    def test_a_run_of_the_store_has_a_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+        monkeypatch.chdir(tmp_path)
+        record_run(Catalog(Storage(tmp_path / "store" / "runs" / "glue-1")))
+        assert Run("glue-1").status.step == 400
+        assert Run("glue-2").status.state == "waiting"
+        (tmp_path / "glue-1").mkdir()
+        assert Run("glue-1").status.state == "waiting", "a folder here comes first"
+
     def test_outside_of_a_notebook_watch_names_the_command(self, run: Run) -> None:
         with pytest.raises(ConfigurationError, match=r"This is not a notebook. Use `cloudtrain run watch "):
             run.watch()
@@ -239,6 +248,18 @@ class TestLiveCard:
         assert "<script" not in found["text/html"]
         steps = [log["step"] for log in live.history().logs if "loss" in log]
         assert steps == [*range(5, 101, 5), 101, 102]
+
+    def test_a_long_training_keeps_a_bounded_number_of_losses(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("hf_cloudtrain.report.notebook.MOST_LOGS", 100)
+        live = LiveCard(catalog, 1, StepTracker(catalog, 1, first_step=0, total_steps=4))
+        for step in range(1_000):
+            live.note(step, {"loss": 1.0, "grad_norm": 2.0, "text": "x" * 1_000})
+        logs = live.history().logs
+        assert len(logs) <= 101
+        assert (logs[0]["step"], logs[-1]["step"]) == (0, 999)
+        assert set(logs[0]) == {"loss", "step", "time", "attempt"}
 
     def test_without_a_notebook_there_is_none(self, catalog: Catalog) -> None:
         tracker = StepTracker(catalog, 1, first_step=0, total_steps=4)
