@@ -68,6 +68,9 @@ def comparison(runs: Sequence[Compared], smoothing: float = 0.0) -> dict[str, An
         chart = compared_curves(key, histories, smoothing)
         if chart is not None:
             charts.append(chart.record())
+    narrow = [chart for chart in charts if not chart["wide"]]
+    if len(narrow) % 2:  # the last one would be alone in its row
+        narrow[-1]["wide"] = True
     return {
         "name": " and ".join(names) if len(names) < 4 else f"{len(names)} runs",
         "runs": [

@@ -31,14 +31,14 @@
   };
 
   // One byte, so that an address that has expired or a storage that is gone leaves the old page in place.
-  const look = async () => {
+  const look = async (isFirst = false) => {
     if (document.hidden || zoomed) return;
-    if (location.protocol === "file:") return location.reload();
+    if (location.protocol === "file:") return isFirst ? undefined : location.reload();
     try {
       const answer = await fetch(location.href, { cache: "no-store", headers: { Range: "bytes=0-0" } });
       if (answer.ok) {
-        const found = answer.headers.get("ETag");
-        if (found === null || tag !== null && tag !== found) return location.reload();
+        const found = answer.headers.get("ETag") ?? answer.headers.get("Last-Modified");
+        if (!isFirst && (found === null || tag !== null && tag !== found)) return location.reload();
         tag = found;
         trouble = "";
       } else {
@@ -60,8 +60,8 @@
     }
   });
   tell();
-  look();
+  look(true);
   setInterval(tell, 10e3);
-  setInterval(look, LOOK);
-  document.addEventListener("visibilitychange", look);
+  setInterval(() => look(), LOOK);
+  document.addEventListener("visibilitychange", () => look());
 })();

@@ -8,6 +8,7 @@ import http.server
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,7 @@ class Bucket(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.page = b""
         self.status = 200
+        self.has_tag = True
         super().__init__(("127.0.0.1", 0), Answer)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -54,7 +56,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
             "ETag": f'"{tag}"',
             "Content-Length": str(1 if part else len(data)),
         }.items():
-            self.send_header(name, value)
+            if name != "ETag" or self.server.has_tag:
+                self.send_header(name, value)
         self.end_headers()
         with contextlib.suppress(OSError):
             self.wfile.write(data[:1] if part else data)
@@ -121,6 +124,20 @@ def test_a_new_page_is_loaded_and_the_last_one_is_complete(
     asked = len(page.requests)
     page.ask(LOOK)
     assert len(page.requests) == asked
+
+
+@pytest.mark.parametrize("kind", ["file", "a server without ETag"])
+def test_where_nothing_tells_a_new_page_from_an_old_one_it_is_loaded_once_a_look(
+    catalog: Catalog, bucket: Bucket, browser: Browser, tmp_path: Path, kind: str
+) -> None:
+    train(catalog, bucket, 60)
+    bucket.has_tag = False
+    page = browser.open(tmp_path / "mnli" / "index.html" if kind == "file" else bucket.url, 1280)
+    page.wait(DRAWN)
+    page.ask("window.before = true")
+    assert page.ask("new Promise((done) => setTimeout(() => done(window.before), 500))") is True
+    page.ask(LOOK)
+    page.wait(f"window.before === undefined && {DRAWN}")
 
 
 @pytest.mark.slow
