@@ -73,7 +73,7 @@ class WriterAim(Aim):
         Path(self._home, KILLED).touch()  # type: ignore[attr-defined]
         training = int(sys.argv[-1])
         if self.whole_job and os.getppid() == training:
-            os.killpg(training, signal.SIGKILL)
+            os.killpg(os.getpgid(training), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -24,15 +24,13 @@ from hf_cloudtrain.storage.names import LOCAL
 from tests.faults.runs import Machine, bytes_of, contents, wait_until, write_files
 
 MODEL = "model.safetensors"
-_WITHOUT_TORCH = "import sys, types; sys.modules['torch'] = types.ModuleType('torch')\n"
-"""In front of the program of the writer: it starts in half a second."""
 START = process._START
 _IMPORT = "from hf_cloudtrain.staging.writer import main\n"
 
 
 @contextmanager
 def writer_program(*lines: str, unless: Path | None = None) -> Iterator[None]:
-    """Within this block, writers run these lines first, and none of them imports torch.
+    """Within this block, writers run these lines first.
 
     Args:
         unless: once this file exists, writers run without the lines.
@@ -41,7 +39,7 @@ def writer_program(*lines: str, unless: Path | None = None) -> Iterator[None]:
     text = "".join(f"    {line}\n" for line in lines)
     text = f"import os\nif not os.path.exists({str(unless)!r}):\n{text}" if lines else ""
     before = process._START
-    process._START = f"{begin}{_WITHOUT_TORCH}{_IMPORT}{text}{end}"
+    process._START = f"{begin}{_IMPORT}{text}{end}"
     try:
         yield
     finally:
