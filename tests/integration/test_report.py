@@ -112,6 +112,23 @@ def test_a_legend_shows_the_symbols_of_its_chart(tmp_path: Path, browser: Browse
     assert found["finished"] == ["none", 1, "10px"]
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_that_compares_runs_is_drawn_and_fits(tmp_path: Path, browser: Browser, width: int) -> None:
+    record_run(Catalog(Storage(f"file://{tmp_path}/mnli")))
+    other = Catalog(Storage(f"file://{tmp_path}/other"))
+    record_attempt(other, began=BEGAN, steps=range(1, 101), facts={"host": HOSTILE}, state="finished")
+    path = tmp_path / "compare.html"
+    words = ["run", "compare", str(tmp_path / "mnli"), str(tmp_path / "other"), "-o", str(path)]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    page = browser.open(path, width)
+    page.wait(DRAWN)
+    assert min(page.ask(MARKS).values()) >= 2, "a line for each run"
+    assert page.ask(TOO_WIDE) == []
+    assert page.ask("window.pwned === undefined && document.images.length === 0")
+    check_no_errors_or_requests(page, path)
+
+
 def test_texts_from_storage_are_shown_as_text_and_never_run(tmp_path: Path, browser: Browser) -> None:
     catalog = Catalog(Storage(f"file://{tmp_path}/mnli"))
     facts = {"host": HOSTILE, "command": HOSTILE, HOSTILE: HOSTILE}

@@ -256,6 +256,27 @@ class TestWanted:
         with pytest.raises(ConfigurationError, match=r"HF_CLOUDTRAIN_PAGE is 'yes'\. Set it to 1 or 0\."):
             live.is_wanted(None)
 
+    def test_callback_and_loop_ask_for_it(self, tmp_path: Path) -> None:
+        from accelerate import Accelerator
+
+        from hf_cloudtrain.integrations.loop.loop import TrainLoop
+        from hf_cloudtrain.integrations.trainer.cloud_callback import CloudTrainCallback
+        from hf_cloudtrain.integrations.trainer.session import Session
+
+        url = str(tmp_path / "run")
+        callback = CloudTrainCallback(url, page=True)
+        assert Session.of(url, None, fresh=False).has_page
+        assert callback is not None, "the session lives as long as the callback"
+        loop = TrainLoop(
+            Accelerator(cpu=True),
+            str(tmp_path / "loop"),
+            num_epochs=1,
+            output_dir=tmp_path / "out",
+            page=True,
+        )
+        assert loop._lifecycle.has_page
+        loop._lifecycle.close()
+
     def test_without_its_packages_training_does_not_begin(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
