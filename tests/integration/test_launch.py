@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.launch.before import prepare
 from hf_cloudtrain.storage.client import Storage
 from tests.integration._lab import Lab
 from tests.integration._zygote import Child
@@ -75,6 +77,16 @@ def test_half_a_checkpoint_of_a_run_without_any_does_not_stop_each_restart(lab: 
     child = train(lab, "first", given="last")
     assert "checkpoint-4' is not whole, as a kill leaves it" in child.log
     assert child.value["step"] == 12
+
+
+def test_a_script_that_refuses_an_output_folder_with_files_starts_again_after_a_kill_before_its_first_save(
+    lab: Lab,
+) -> None:
+    killed(lab, "first", kill_at=2)
+    assert os.listdir(lab.machine("first")) == ["_cloudtrain"]
+    assert prepare(lab.run_url, [], print) is None
+    assert os.listdir(lab.machine("first")) == []
+    assert train(lab, "first").value["step"] == 12
 
 
 def test_a_complete_run_trains_nothing_and_the_script_goes_on(lab: Lab) -> None:

@@ -17,6 +17,7 @@ from hf_cloudtrain.jobs.node.docker import INIT, docker_argv, has_docker, in_nam
 from hf_cloudtrain.jobs.node.folders import folder_mounts
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.launch.environment import FOLDER
 
 PATIENCE = 20.0
 
@@ -54,6 +55,17 @@ def test_the_command_line(
         *("--name", f"cloudtrain-toy-1-{os.getpid()}"),
         *("--entrypoint", "sh", "me/train:1", "-c", INIT, "sh", "bash", "-c", "torchrun main.py"),
     ]
+
+
+def test_the_hook_of_launch_is_mounted_at_its_own_path(
+    submission_of: Callable[..., Submission], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = docker_argv(submission_of("launch: auto"), "image", [], ["true"])
+    assert f"type=bind,source={FOLDER},target={FOLDER},readonly" in found
+    assert "PYTHONPATH" in found
+    assert "HF_CLOUDTRAIN_LAUNCH_NOTES" in found
+    assert "PYTHONPATH" not in docker_argv(submission_of(), "image", [], ["true"])
 
 
 def test_without_a_gpu_none_is_requested(
