@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,10 @@ def _show_curves(content: dict[str, Any]) -> None:
         return
     chart = content["charts"][0]
     drawn = [_points(trace) for trace in chart["figure"]["data"]]
-    ends = dict(zip((name for _, _, name in chart["legend"]), drawn, strict=True))
+    names = [html.unescape(trace["name"]) for trace in chart["figure"]["data"]]
     console = Console(markup=False, emoji=False, highlight=False)
-    by_colour = console.is_terminal and console.color_system is not None and not console.options.ascii_only
+    has_colours = console.is_terminal and console.color_system is not None
+    by_colour = has_colours and not console.options.ascii_only and len(drawn) <= len(COLOURS)
     width = min(WIDEST, (terminal_width() or 80))
     lines = overlay(drawn, width, LINES, marks="" if by_colour else MARKS)
     for line in lines:
@@ -98,9 +100,8 @@ def _show_curves(content: dict[str, Any]) -> None:
     metric = chart["title"].partition(":")[0].lower()
     span = f"{metric}, {heights[0]:.4g} to {heights[-1]:.4g}, at steps {steps[0]:,.0f} to {steps[-1]:,.0f}"
     console.print(Text(clean(span), style="dim"), soft_wrap=True)
-    for number, (_, _, name) in enumerate(chart["legend"]):
+    for number, (name, points) in enumerate(zip(names, drawn, strict=True)):
         mark = "\u2501\u2501" if by_colour else MARKS[number % len(MARKS)]
-        points = ends.get(name)
         last = f"  {points[-1][1]:.4g} at step {points[-1][0]:,.0f}" if points else ""
         console.print(
             Text(f"{mark} ", style=_colour(number) if by_colour else ""),

@@ -275,7 +275,7 @@ def compared_curves(key: str, runs: Sequence[tuple[str, History]], smoothing: fl
         points: list[Point] = _logged(history.logs, key)
         if not points:
             continue
-        shown, line = safe(name, 40), {"color": COLOURS[index % len(COLOURS)], "width": 2}
+        shown, line = safe(name, 80), {"color": COLOURS[index % len(COLOURS)], "width": 2}
         label = f"{shown}: {safe(key, 40)} %{{y:.5g}}"
         style = {"mode": "lines+markers" if len(points) < 40 else "lines", "line": line, "name": shown}
         style |= {"marker": {"size": 5, "color": line["color"]}}

@@ -55,6 +55,17 @@ class TestCompare:
         assert any(line.startswith("args.learning_rate") for line in lines)
         assert result.stderr.splitlines()[-1].endswith("others are the same.")
 
+    def test_runs_whose_names_differ_at_the_end_or_not_at_all_stay_apart(
+        self, store: Path, tmp_path: Path
+    ) -> None:
+        long = "a-run-with-a-name-that-is-longer-than-a-legend-has-room"
+        places = [store / "runs" / f"{long}-1", store / "runs" / f"{long}-2", tmp_path / f"{long}-2"]
+        for place in places:
+            record_attempt(Catalog(Storage(place)), began=BEGAN, steps=range(1, 51), state="finished")
+        lines = cloudtrain("run", "compare", *map(str, places)).stdout.splitlines()
+        legend = [line.split("  ")[0] for line in lines if " at step 50" in line]
+        assert legend == [f"a {long}-1", f"b {long}-2 (2)", f"c {long}-2 (3)"]
+
     def test_json_is_by_run(self, store: Path) -> None:
         found = answer("run", "compare", "glue-1", "glue-2")
         assert [run["name"] for run in found["runs"]] == ["glue-1", "glue-2"]
