@@ -117,7 +117,14 @@ def test_event_files_of_tensorboard_go_on(tmp_path: Path) -> None:
 
 
 def test_without_it_the_trackers_of_the_accelerator_report_as_before(
-    tmp_path: Path, notebook: Notebook
+    tmp_path: Path, notebook: Notebook, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "hf_cloudtrain")
     attempt(tmp_path, "first", before=lambda loop: loop.accelerator.init_trackers("project"))
     assert losses(notebook.values("unknown")) == LOGGED
+    assert (
+        caplog.text.count(
+            "With loop.init_trackers(…) in place of accelerator.init_trackers(…) all of them have one."
+        )
+        == 1
+    )

@@ -45,6 +45,7 @@ class TestOneTrackerRun:
         lasting = {"loss", "grad_norm", "learning_rate", "eval_loss", "eval_nearness"}
         plain = [value for value in Notebook().values() if value[0] in lasting]
         assert sorted(plain) == sorted(value for value in found if value[0] in lasting)
+        assert lab.manifest(3, 12).exact is True, "its methods on the callback are not state of the callback"
 
     def test_a_callback_that_is_added_later_finds_the_reports_in_restore(
         self, lab: Lab, notebook: Notebook
@@ -111,6 +112,17 @@ class TestOneTrackerRun:
     def test_run_status_has_its_page(self, lab: Lab, notebook: Notebook) -> None:
         lab.train("first", module=MODULE)
         assert run_state(lab.catalog).trackers == {"notebook": "https://notebook.example/one"}
+
+
+class TestLaunch:
+    """Under `cloudtrain launch` a script without a word of ours has one tracker run, too."""
+
+    def test_event_files_of_three_starts_are_one_curve(self, lab: Lab) -> None:
+        launched: dict[str, Any] = {"module": "tests.integration._launched", "report_to": "tensorboard"}
+        for kill_at, committed in ((7, 4), (10, 8)):
+            lab.killed("one", kill_at=kill_at, committed=committed, **launched)
+        lab.train("one", **launched)
+        assert scalars(lab.machine("one")) == scalars_of(lab)
 
 
 class TestTrouble:

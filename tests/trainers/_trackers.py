@@ -8,30 +8,37 @@ machine (a folder) of its own.
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import struct
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline", WANDB_SILENT="true",
-    MLFLOW_DISABLE_TELEMETRY="true",
-)  # fmt: skip
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(WANDB_SILENT="true", WANDB_CONSOLE="off", MLFLOW_DISABLE_TELEMETRY="true")
 
+from transformers import TrainerCallback
+
+from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.status import run_state
 from tests.integration import _attempts
 
-SAVES = 4
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = ((6, 4), (11, 8), (12, 8))
-"""Three kills: the step, and the checkpoint that is committed by then. The last one is right after a save."""
+"""Three kills: the step, and the checkpoint that is committed by then. Before the first two the service has all steps."""
 STEPS = 24
 EVALUATED: dict[str, Any] = {"num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 4}
+STEP = "train/global_step"
 CLOCK = ("runtime", "per_second", "train_loss", "total_flos")
 """Parts of names of metrics that depend on the clock, or on one attempt alone."""
 
@@ -44,8 +51,8 @@ class Bed:
 
     name = ""
 
-    def __init__(self, folder: Path, plain: bool) -> None:
-        self.folder = folder / f"{self.name}-{'plain' if plain else 'killed'}"
+    def __init__(self, folder: Path, part: str) -> None:
+        self.folder = folder / f"{type(self).__name__}-{part}"
         self.folder.mkdir(parents=True)
         self.prepare()
 
@@ -78,14 +85,43 @@ class Bed:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+    def log(self, machine: str) -> str:
+        return (self.folder / f"{machine}.log").read_text()
+
+    def has(self, step: int) -> bool:
+        """Whether the service has the logs of a step, as far as the training process can tell."""
+        return True
+
     def leave(self) -> None:
         """What the service does when a process ends by itself."""
+
+    def close(self) -> None:
+        """End its server."""
+
+
+class Arrival(TrainerCallback):
+    """Waits at a step until the service has the one before: a kill that follows makes redone steps."""
+
+    def __init__(self, bed: Bed, step: int) -> None:
+        self.bed, self.step = bed, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        deadline = time.monotonic() + 60
+        while state.global_step == self.step and not self.bed.has(self.step - 1):
+            assert time.monotonic() < deadline, "the service did not get it"
+            time.sleep(0.05)
 
 
 class MLflow(Bed):
     """A database, which all machines reach."""
 
     name = "mlflow"
+
+    def has(self, step: int) -> bool:
+        import mlflow
+
+        mlflow.flush_async_logging()
+        return True
 
     def prepare(self) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.folder}/mlflow.db"
@@ -116,6 +152,11 @@ class Trackio(Bed):
     def prepare(self) -> None:
         os.environ["TRACKIO_DIR"] = str(self.folder / "trackio")
 
+    def has(self, step: int) -> bool:
+        return any(
+            step in dict(curve["train/loss"]) for curve in self._curves().values() if "train/loss" in curve
+        )
+
     def curves(self) -> dict[str, Curves]:
         return in_child(self._curves)
 
@@ -125,7 +166,7 @@ class Trackio(Bed):
         found: dict[str, Curves] = {}
         for run in SQLiteStorage.get_run_records("huggingface"):
             rows = SQLiteStorage.get_logs("huggingface", run["name"], run_id=run["id"])
-            found[str(run["name"])] = points(rows, "train/global_step")
+            found[str(run["name"])] = points(rows, STEP)
         return found
 
 
@@ -154,6 +195,9 @@ class WandbOffline(Bed):
 
     name = "wandb"
 
+    def prepare(self) -> None:
+        os.environ["WANDB_MODE"] = "offline"
+
     def leave(self) -> None:
         import wandb
 
@@ -164,11 +208,44 @@ class WandbOffline(Bed):
         found: dict[str, Curves] = {}
         for run, rows in files:
             if rows:  # wandb writes what it has with the first 32 kB, or at its end
-                found[run] = points(rows, "train/global_step")
+                found[run] = points(rows, STEP)
         return found
 
 
-BEDS: dict[str, type[Bed]] = {bed.name: bed for bed in (MLflow, Trackio, TensorBoard, WandbOffline)}
+class WandbOnline(WandbOffline):
+    """A stand-in for its server."""
+
+    def prepare(self) -> None:
+        self.kept = self.folder / "server.json"
+        command = [sys.executable, "-m", "tests.trainers._wandb_server", "0", str(self.kept)]
+        self._server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout
+        port = self._server.stdout.readline().strip()
+        os.environ.update(
+            WANDB_MODE="online", WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="1" * 40
+        )
+
+    def curves(self) -> dict[str, Curves]:
+        return {run: points(kept["history"], STEP) for run, kept in self.runs().items() if kept["history"]}
+
+    def runs(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.kept.read_text())
+        return found
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.wait()
+        assert self._server.stdout
+        self._server.stdout.close()
+
+
+BEDS: dict[str, type[Bed]] = {
+    "mlflow": MLflow,
+    "trackio": Trackio,
+    "tensorboard": TensorBoard,
+    "wandb offline": WandbOffline,
+    "wandb": WandbOnline,
+}
 
 
 def points(rows: list[dict[str, Any]], step: str) -> Curves:
@@ -247,26 +324,23 @@ def lasting(curves: Curves) -> Curves:
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Kill a training three times, and compare what the service has with that of an uninterrupted one."""
     began = time.monotonic()
-    bed = BEDS[name](folder, plain=False)
+    bed = BEDS[name](folder, "killed")
     for number, (kill_at, committed) in enumerate(KILLS):
-        code = bed.train(f"machine-{number}", kill_at=kill_at, committed=committed)
-        assert code == -signal.SIGKILL, (bed.folder / f"machine-{number}.log").read_text()
-    code = bed.train("machine-9")
-    assert code == 0, (bed.folder / "machine-9.log").read_text()
+        wait = [Arrival(bed, kill_at)] if number < 2 else []
+        code = bed.train(f"machine-{number}", kill_at=kill_at, committed=committed, callbacks=wait)
+        assert code == -signal.SIGKILL, bed.log(f"machine-{number}")
+    assert bed.train("machine-9") == 0, bed.log("machine-9")
     found = bed.curves()
-    plain = BEDS[name](folder, plain=True)
-    assert plain.train("machine-9", run_url=None) == 0, (plain.folder / "machine-9.log").read_text()
+    bed.close()
+    plain = BEDS[name](folder, "plain")
+    assert plain.train("machine-9", run_url=None) == 0, plain.log("machine-9")
     (expected,) = plain.curves().values()
-    from hf_cloudtrain.checkpoints.catalog import Catalog
-    from hf_cloudtrain.storage.client import Storage
-
-    whole = lasting(next(iter(found.values()))) if found else {}
-    wanted = lasting(expected)
+    plain.close()
+    whole, wanted = lasting(next(iter(found.values()))), lasting(expected)
     return {
         "name": name,
         "runs": sorted(found),
         "trackers": run_state(Catalog(Storage(str(bed.folder / "run")))).trackers,
-        "metrics": sorted(whole),
         "points": sum(map(len, whole.values())),
         "wrong": {
             metric: [whole.get(metric), wanted.get(metric)]
@@ -277,6 +351,77 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def deleted(name: str, folder: Path) -> dict[str, Any]:
+    """Delete the tracker run between two attempts: which runs the service has, and the steps of the new one."""
+    bed = BEDS[name](folder, "deleted")
+    assert bed.train("machine-0", kill_at=6, committed=4) == -signal.SIGKILL, bed.log("machine-0")
+    if isinstance(bed, WandbOnline):
+        (old,) = bed.runs()
+        bed.close()
+        bed.kept.write_text(json.dumps({old: {"history": [], "summary": {}, "deleted": True}}))
+        bed.prepare()
+    else:
+        old = in_child(delete_of_mlflow)
+    assert bed.train("machine-1") == 0, bed.log("machine-1")
+    (new,) = (run for run in bed.curves().items() if run[0] != old)
+    told = f"The {bed.name} run {old} does not go on (it was deleted). This attempt reports to a new one, {new[0]}."
+    losses = next(
+        values for metric, values in new[1].items() if metric.endswith("loss") and "eval" not in metric
+    )
+    bed.close()
+    return {
+        "name": f"{name} deleted",
+        "steps": [step for step, _ in losses],
+        "told": told in bed.log("machine-1"),
+    }
+
+
+def delete_of_mlflow() -> str:
+    import mlflow
+
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    mlflow.delete_run(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def out_of_order(name: str, folder: Path) -> dict[str, Any]:
+    """A server that answers nothing but 500, with a password in its URL: what is said, and where the password is."""
+    bed = BEDS[name](folder, "500")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), AlwaysFails)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://me:{PASSWORD}@127.0.0.1:{server.server_address[1]}"
+    code = bed.train("machine-0")
+    server.shutdown()
+    found = [
+        str(path)
+        for path in bed.folder.rglob("*")
+        if path.is_file() and PASSWORD.encode() in path.read_bytes()
+    ]
+    told = bed.log("machine-0").count(
+        "The tracker mlflow did not start; the next try is in 5 minutes. Training goes on."
+    )
+    return {"name": f"{name} 500", "code": code, "password": found, "told": told}
+
+
+PASSWORD = "hush-hush-hush"
+
+
+class AlwaysFails(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_error(500)
+
+    do_POST = do_GET  # noqa: N815 - named by http.server
+
+    def log_message(self, *_: Any) -> None:
+        """Not on stderr."""
+
+
 if __name__ == "__main__":
-    for one in sys.argv[2:] or BEDS:
-        print("RESULT", json.dumps(measure(one, Path(sys.argv[1]))), flush=True)
+    where, names = Path(sys.argv[1]), sys.argv[2:]
+    results: list[Callable[[], dict[str, Any]]] = [partial(measure, name, where) for name in names or BEDS]
+    if not names:
+        results += [partial(deleted, name, where) for name in ("mlflow", "wandb")]
+        results.append(partial(out_of_order, "mlflow", where))
+    for result in results:
+        print("RESULT", json.dumps(result()), flush=True)

@@ -83,6 +83,7 @@ class LoopTrackers:
     def __init__(self, accelerator: Any, lifecycle: AttemptLifecycle) -> None:
         self._accelerator, self._lifecycle = accelerator, lifecycle
         self._started: list[_Tracker] | None = None
+        self._told = False
 
     def start(
         self,
@@ -116,9 +117,20 @@ class LoopTrackers:
         """Send what was reported, on the main process."""
         if self._started is None:
             self._accelerator.log(record, step=step)
+            self._tell_how_to_go_on()
             return
         for tracker in self._started:
             tracker.log(record, step)
+
+    def _tell_how_to_go_on(self) -> None:
+        known = [one.name for one in self._accelerator.trackers if one.name in tracker_services()]
+        if known and not self._told:
+            self._told = True
+            logger.info(
+                "Each start has a %s run of its own. With loop.init_trackers(…) in place of accelerator.init_trackers(…) all of them "
+                "have one.",
+                known[0],
+            )
 
     def _fill(self, step: int) -> None:
         """Send what tracker runs lack of the steps so far, from the records of the run."""

@@ -110,12 +110,11 @@ def _of_user(runs: TrackerRuns, service: TrackerService, known: TrackerRun | Non
     if known is None:
         return runs.add(TrackerRun(service.name, chosen, 1))
     logger.warning(
-        "This attempt reports to the %s run %s, which the script or its environment names; the one before reported to %s. From "
-        "now on this run goes on with %s.",
+        "This attempt reports to the %s run %s, which the script or its environment names; the one before reported to %s. If the "
+        "script starts its tracker itself, let it pass that id.",
         service.name,
         chosen,
         known.id,
-        chosen,
     )
     reason = "the user named a different one"
     return runs.add(TrackerRun(service.name, chosen, known.number + 1, known.id, reason))

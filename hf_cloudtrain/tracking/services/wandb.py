@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_cloudtrain.tracking.services.service import TrackerContent, TrackerService, TrackerStart
 
@@ -23,6 +23,9 @@ class WeightsAndBiases(TrackerService):
     name = "wandb"
     trainer_callback = "WandbCallback"
     id_argument = "id"
+
+    # By default W&B waits up to 90 s for its server.
+    patience: ClassVar[dict[str, str]] = {"WANDB_INIT_TIMEOUT": "30"}
 
     def users_id(self, start: TrackerStart) -> str | None:
         """Of the run that the script has begun, else `WANDB_RUN_ID`."""
