@@ -5,6 +5,7 @@ It has no script and no style sheet, which notebooks would drop or mix with thei
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import Any
 
@@ -12,7 +13,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.report.page import shown
 from hf_cloudtrain.report.still import still
 from hf_cloudtrain.runtime.text import duration_text
-from hf_cloudtrain.tracking.status import RunState
+from hf_cloudtrain.tracking.status import ALIVE, RunState
 
 GOOD, BUSY, BAD, CALM = "#1d7d53", "#2563b8", "#b3261e", "#8a5a00"
 COLOURS = {
@@ -73,13 +74,15 @@ def facts(now: RunState, goodput: float | None = None) -> list[str]:
     """What is known of a run, in a few words each."""
     committed = None if now.last_committed is None else CheckpointKey.named(now.last_committed)
     step = None if now.step is None else f"step {now.step:,}"
-    loss = None if now.loss is None else f"loss {now.loss:.4g}"
+    loss = (
+        None if now.loss is None else f"loss {now.loss:.4g}" if math.isfinite(now.loss) else "loss not finite"
+    )
     seconds, left = duration_text(now.step_seconds), duration_text(now.eta_seconds)
     found = [
         None if now.attempt is None else f"attempt {now.attempt}",
         f"{step} of {now.total_steps:,}" if step and now.total_steps else step,
         seconds and f"{seconds} per step",
-        left and f"{left} left",
+        f"{left} left" if left and now.state in ALIVE else None,
         loss,
         None if goodput is None else f"goodput {goodput:.1%}",
         "no checkpoint on storage yet" if committed is None else f"checkpoint-{committed.step} is on storage",

@@ -207,6 +207,12 @@ class TestCard:
         assert "\x1b" not in html
         assert html.count("<div") == html.count("</div>")
 
+    @pytest.mark.parametrize(
+        ("state", "told"), [("training", True), ("preempted", False), ("finished", False)]
+    )
+    def test_the_time_left_is_told_while_it_trains(self, state: str, told: bool) -> None:
+        assert ("5 min left" in card(RunState("run", state, 1, step=1, eta_seconds=300.0))) is told
+
     def test_a_state_of_10_mb_is_cut(self) -> None:
         assert len(card(RunState("u" * 10**7, "s" * 10**7, stalled="t" * 10**7))) < 5_000
 
@@ -243,7 +249,7 @@ class TestLiveCard:
         tracker.log(102, {"loss": math.nan, "text": HOSTILE})
         found = live.bundle()
         assert "step 102 of 400" in found["text/plain"]
-        assert "loss nan" in found["text/plain"]
+        assert "loss not finite" in found["text/plain"]
         assert "<svg" in found["text/html"]
         assert "<script" not in found["text/html"]
         steps = [log["step"] for log in live.history().logs if "loss" in log]
