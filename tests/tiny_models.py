@@ -49,7 +49,13 @@ def write(folder: Path, kind: str, **more: Any) -> None:
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if "LayerNorm" not in name and "ln_" not in name:
-                weights.mul_(20)  # so that answers differ by row
+                weights.mul_(20)
+            if name.endswith(("position_embeddings.weight", "token_type_embeddings.weight")):
+                weights.zero_()
+            if kind.startswith("Bert") and name.endswith("word_embeddings.weight"):
+                weights[1] = 0.0  # [CLS] is what the other words make of it, so that answers differ by row
+        if kind == "BertForSequenceClassification":  # each label is the answer to some words
+            model.classifier.bias -= model.eval()(**tokenizer()(WORDS, return_tensors="pt")).logits.mean(0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

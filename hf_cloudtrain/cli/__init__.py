@@ -40,6 +40,7 @@ from hf_cloudtrain.cli.commands import (
     job,
     launch,
     new,
+    predict,
     run,
     serve,
     ui,
@@ -115,6 +116,13 @@ app.command(
     epilog=examples("serve RUN", "serve RUN --best --port 8000", "serve out/best"),
     short_help="Answer requests with the model of a checkpoint.",
 )(serve.serve)
+app.command(
+    epilog=examples(
+        "predict RUN test.parquet -o predictions.parquet",
+        "predict RUN nsmc/test.parquet --column document -o predictions.csv --best",
+    ),
+    short_help="Add the predictions of a checkpoint to a table.",
+)(predict.predict)
 app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume
 )

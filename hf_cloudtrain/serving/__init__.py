@@ -1,7 +1,8 @@
-"""From a committed checkpoint to answers: a server that speaks SageMaker's contract.
+"""From a committed checkpoint to answers: a server that speaks SageMaker's contract, and predictions for whole tables.
 
     checkpoint -> source: verified files, task -> predictor (pipeline), or user_code
     request -> app -> formats -> batching ---> predictor -> formats -> answer
+    table -> tables -> predict: shards ------> predictor -> committed parts -> table
 
 In reading order:
 
@@ -14,6 +15,8 @@ In reading order:
 - `batching`   rows of many requests share batches
 - `app`        `/ping`, `/invocations`, `/metrics`, and the limits of size and time
 - `server`     uvicorn, and an end that loses no request
+- `tables`     parquet, CSV and JSON Lines, read and written
+- `predict`    a table in shards, each committed by its manifest
 
 What comes from storage and from clients is untrusted: see `source` and `predictor`. torch, transformers and starlette are
 imported late or only by the modules that need them. May import `jobs`, `datasets` and the rooms below.

@@ -8,6 +8,7 @@
     doctor          `cloudtrain doctor`
     launch          `cloudtrain launch`
     serve           `cloudtrain serve`
+    predict         `cloudtrain predict`
     verify_resume   `cloudtrain verify-resume`
     ui              `cloudtrain ui`
     new             `cloudtrain new`

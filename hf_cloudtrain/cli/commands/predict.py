@@ -1,0 +1,111 @@
+"""`cloudtrain predict`: add the predictions of a checkpoint to a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument
+from hf_cloudtrain.cli.commands.serve import Base, Processor, TaskName, found_model
+from hf_cloudtrain.cli.output import print_json, say, show_facts, transfer
+from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.runtime.text import count_text
+
+
+def predict(
+    run: RunArgument,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A table, a folder of tables, or a dataset of the store (NAME or NAME/FILE)."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write: .parquet, .csv or .jsonl.")
+    ],
+    checkpoint: CheckpointOrNewest = None,
+    best: Best = False,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the input; NAME,NAME for pairs. Default: text, inputs, sentence, …",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column with the right label. Default: label or labels."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that predict at once.")] = 1,
+    batch: Annotated[int, typer.Option("--max-batch", min=1, metavar="ROWS", help="Rows of a batch.")] = 64,
+    shard: Annotated[
+        int, typer.Option("--shard", min=1, metavar="ROWS", help="Rows that a kill costs at most, a process.")
+    ] = 2048,
+    base: Base = None,
+    processor: Processor = None,
+    task: TaskName = None,
+    as_json: Json = False,
+) -> None:
+    """Predict every row of a table with a checkpoint.
+
+    All columns are kept, and predictions added. If the command is interrupted, run it again: it continues, and ends in the
+    same bytes. Prints accuracy and F1 if the data has labels.
+    """
+    from tqdm import tqdm
+
+    from hf_cloudtrain.serving import predict as batches
+    from hf_cloudtrain.serving.source import Wish
+
+    table = _table(data)
+    model = found_model(run, checkpoint, best, Wish(processor=processor, base=base, task=task))
+    plan = batches.plan(model, table, column, label, output, shard=shard, batch=batch)
+    with tqdm(desc="Predicting", unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        try:
+            batches.run(plan, processes, bar.update)
+        except OSError as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(
+                f"{error.strerror or error}: {str(error.filename or plan.parts)!r}. What is done is kept: mend it, and run the same "
+                "command again."
+            ) from None
+    found = batches.scores(output, model, label)
+    say(f"Wrote {count_text(found.rows, 'row')} with the predictions of {model.title} to {str(output)!r}.")
+    if found.failed:
+        say(
+            f"Warning: {count_text(found.failed, 'row')} could not be predicted; column {batches.ERROR!r} says why."
+        )
+    if as_json:
+        print_json({"output": str(output.absolute()), "model": model.title, **dataclasses.asdict(found)})
+    else:
+        facts = {
+            name: None if value is None else f"{value:.5f}"
+            for name, value in (("accuracy", found.accuracy), ("F1", found.f1))
+        }
+        show_facts({"rows": found.rows, "failed": found.failed, **facts})
+
+
+def _table(data: str) -> Path:
+    """A file or folder of this machine, or the local copy of a dataset of the store."""
+    if Path(data).exists():
+        return Path(data)
+    name, _, below = data.partition("/")
+    name, _, version = name.partition("@")
+    if data.startswith(("/", ".", "~")) or "://" in data or (version and not version.isdecimal()):
+        raise ConfigurationError(
+            f"{data!r} does not exist. Name a file or folder of this machine, or a dataset of the store (`cloudtrain data list`)."
+        )
+    from hf_cloudtrain.datasets.store import DatasetStore
+
+    store = DatasetStore()
+    dataset = store.find(name, int(version) if version else None)
+    with transfer(f"Downloading {name}", dataset.manifest.size) as progress:
+        folder = store.local_copy(dataset, on_bytes=progress.add)
+    if below and not (folder / below).exists():
+        files = ", ".join(entry.path for entry in dataset.manifest.files[:10])
+        raise ConfigurationError(f"The dataset {name!r} has no file {below!r}. Its files are: {files}.")
+    return folder / below
