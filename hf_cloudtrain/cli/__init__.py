@@ -37,6 +37,7 @@ from hf_cloudtrain.cli.commands import (
     checkpoint,
     data,
     doctor,
+    endpoint,
     job,
     launch,
     new,
@@ -98,6 +99,7 @@ app.add_typer(run.app, name="run")
 app.add_typer(job.app, name="job")
 app.add_typer(data.app, name="data")
 app.add_typer(vm.app, name="vm")
+app.add_typer(endpoint.app, name="endpoint", short_help="Serve models until they are deleted.")
 app.command(
     epilog=examples(
         "launch --run-url RUN -- trl sft --config sft.yaml",

@@ -47,7 +47,7 @@ ANSWERS: dict[tuple[str, ...], str] = {
     ("checkpoint", "restore"): "A deleted checkpoint is gone. `cloudtrain checkpoint pin RUN` protects one.",
     ("artifact",): "`cloudtrain checkpoint download RUN DIR` downloads what a job has saved; `cloudtrain job status JOB` names the run.",
     ("vm", "quota"): _QUOTA,
-    ("deployment",): "`cloudtrain serve RUN` answers requests with the model of a run.",
+    ("deployment",): "`cloudtrain endpoint create NAME RUN` serves the model of a run; `cloudtrain endpoint list` lists what is served.",
     ("version",): "`cloudtrain --version` prints the version.",
 }  # fmt: skip
 """The first words of a command that has no counterpart, and what to do instead."""

@@ -17,6 +17,9 @@ In reading order:
 - `server`     uvicorn, and an end that loses no request
 - `tables`     parquet, CSV and JSON Lines, read and written
 - `predict`    a table in shards, each committed by its manifest
+- `scores`     accuracy and F1 of such a table
+- `endpoints`  servers that run until they are deleted: records, and those of this machine
+- `sagemaker`  endpoints of SageMaker
 
 What comes from storage and from clients is untrusted: see `source` and `predictor`. torch, transformers and starlette are
 imported late or only by the modules that need them. May import `jobs`, `datasets` and the rooms below.

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.runtime.files import locked, temp_suffix, write_whole
 from hf_cloudtrain.serving import tables
 from hf_cloudtrain.serving.predictor import Predictor, RowError, load
+from hf_cloudtrain.serving.scores import ERROR, LABEL, label_column
 from hf_cloudtrain.serving.source import Model
 from hf_cloudtrain.serving.tasks import task_named
 from hf_cloudtrain.storage.digest import file_digest
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("text", "inputs", "sentence", "document", "image")
-"""Columns that are taken for the input if none is named; the first that is there."""
-LABELS = ("label", "labels")
-LABEL, SCORE, ERROR, OTHER = "predicted_label", "predicted_score", "predicted_error", "prediction"
+"""Columns that are read as the input if none is named; the first that is there."""
+SCORE, OTHER = "predicted_score", "prediction"
 """The columns that are added. Tasks other than classification have `prediction`, as JSON."""
 POLL = 0.1
 
@@ -103,7 +102,7 @@ def plan(
     found = Plan(model, files, _input_columns(files, column), out, shard, batch)
     if out.exists() and not found.parts.is_dir():
         raise ConfigurationError(f"{str(out)!r} exists. Remove it, or choose a different --output.")
-    _label_column(tables.columns_of(files), label)
+    label_column(tables.columns_of(files), label)
     taken = {LABEL, SCORE, ERROR, OTHER} & set(tables.columns_of(files))
     if taken:
         raise ConfigurationError(
@@ -301,73 +300,6 @@ def _merge(plan: Plan) -> None:
     beside = plan.parts / "whole.tmp"
     tables.write(parts(), schema, beside, tables.kind_of(plan.out))
     os.replace(beside, plan.out)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How good the predictions are, for data with labels."""
-
-    rows: int
-    failed: int
-    labelled: int
-    accuracy: float | None
-    f1: float | None
-    """The mean over the labels."""
-
-
-def scores(out: Path, model: Model, label: str | None) -> Scores:
-    """Count the rows of an output, and compare its predictions with its labels.
-
-    Args:
-        label: the column of the labels, as names or numbers; None: `label` or `labels`, if there is one.
-
-    Raises:
-        ConfigurationError: the column does not exist.
-    """
-    names = tables.columns_of([out])
-    column = label or next((name for name in LABELS if name in names), None)
-    if column is not None and column not in names:
-        raise ConfigurationError(f"The data has no column {column!r}. Its columns are: {', '.join(names)}.")
-    labels = _labels(model)
-    pairs: Counter[tuple[str, str | None]] = Counter()
-    rows = failed = 0
-    for table in tables.chunks([out], 10_000):
-        rows += table.num_rows
-        failed += sum(error not in (None, "") for error in table[ERROR].to_pylist())
-        if column is not None and LABEL in table.column_names:
-            truth = [labels.get(str(value), str(value)) for value in table[column].to_pylist()]
-            pairs.update(zip(truth, table[LABEL].to_pylist(), strict=True))
-    right = sum(count for (truth, found), count in pairs.items() if truth == found)
-    total = sum(pairs.values())
-    if not total:
-        return Scores(rows, failed, 0, None, None)
-    return Scores(rows, failed, total, right / total, _f1(pairs))
-
-
-def _label_column(names: Sequence[str], label: str | None) -> str | None:
-    column = label or next((name for name in LABELS if name in names), None)
-    if column is not None and column not in names:
-        raise ConfigurationError(f"The data has no column {column!r}. Its columns are: {', '.join(names)}.")
-    return column
-
-
-def _f1(pairs: Counter[tuple[str, str | None]]) -> float:
-    found = []
-    for label in {truth for truth, _ in pairs}:
-        right = pairs[label, label]
-        said = sum(count for (_, other), count in pairs.items() if other == label)
-        there = sum(count for (truth, _), count in pairs.items() if truth == label)
-        found.append(2 * right / (said + there))
-    return sum(found) / len(found)
-
-
-def _labels(model: Model) -> dict[str, str]:
-    """The names of the labels by their number, as the model's configuration has them."""
-    try:
-        record = json.loads((model.folder / "config.json").read_bytes())
-        return {str(number): str(name) for number, name in record["id2label"].items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
 
 
 def main() -> None:

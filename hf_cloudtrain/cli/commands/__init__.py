@@ -5,6 +5,7 @@
     job             run, list, status, logs, cancel, delete, template, schema; `job.yml` is the template
     data            create, list, view, download, delete, clean
     vm              list
+    endpoint        create, list, view, invoke, delete
     doctor          `cloudtrain doctor`
     launch          `cloudtrain launch`
     serve           `cloudtrain serve`

@@ -58,6 +58,7 @@ def predict(
     from tqdm import tqdm
 
     from hf_cloudtrain.serving import predict as batches
+    from hf_cloudtrain.serving.scores import ERROR, scores
     from hf_cloudtrain.serving.source import Wish
 
     table = _table(data)
@@ -73,12 +74,10 @@ def predict(
                 f"{error.strerror or error}: {str(error.filename or plan.parts)!r}. What is done is kept: mend it, and run the same "
                 "command again."
             ) from None
-    found = batches.scores(output, model, label)
+    found = scores(output, model, label)
     say(f"Wrote {count_text(found.rows, 'row')} with the predictions of {model.title} to {str(output)!r}.")
     if found.failed:
-        say(
-            f"Warning: {count_text(found.failed, 'row')} could not be predicted; column {batches.ERROR!r} says why."
-        )
+        say(f"Warning: {count_text(found.failed, 'row')} could not be predicted; column {ERROR!r} says why.")
     if as_json:
         print_json({"output": str(output.absolute()), "model": model.title, **dataclasses.asdict(found)})
     else:

@@ -49,7 +49,7 @@ def test_words_that_mean_the_same_are_accepted(words: str, ours: str) -> None:
         ("experiment create bert", "Write `experiment: NAME` into the job file"),
         ("credential create s3 -n mine", "no account to sign in to"),
         ("job template create -s job.yml", "`cloudtrain job template > job.yml`"),
-        ("deployment list", "`cloudtrain serve RUN` answers requests"),
+        ("deployment list", "`cloudtrain endpoint create NAME RUN` serves"),
     ],
 )
 def test_other_words_name_what_to_type(words: str, advice: str) -> None:

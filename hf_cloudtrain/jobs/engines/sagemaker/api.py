@@ -1,4 +1,4 @@
-"""The requests to AWS about a training job. Only this file of the engines imports boto3, and only for a request."""
+"""The requests to AWS about training jobs and endpoints. Only this file of the engines imports boto3, and only for a request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 """https://docs.aws.amazon.com/sagemaker/latest/dg/logging-cloudwatch.html"""
-SAGEMAKER, LOGS = "SageMaker", "CloudWatch Logs"
+SAGEMAKER, LOGS, RUNTIME = "SageMaker", "CloudWatch Logs", "SageMaker Runtime"
 """Names for messages."""
 
-_CLIENTS = {SAGEMAKER: "sagemaker", LOGS: "logs"}
+_CLIENTS = {SAGEMAKER: "sagemaker", LOGS: "logs", RUNTIME: "sagemaker-runtime"}
 _SIGN_IN = "Sign in with `aws configure` or `aws sso login`, or set AWS_PROFILE."
 
 
@@ -107,6 +107,19 @@ def stop(region: str, name: str) -> None:
         _ask(SAGEMAKER, f"stop the training job {name!r}", call, TrainingJobName=name)
     except (UnknownError, _OverError):
         return
+
+
+def ask(service: str, region: str, operation: str, what: str, **given: Any) -> Any:
+    """The answer of AWS to one request, which is not repeated; endpoints (serving/) use it.
+
+    Args:
+        operation: of boto3's client, such as `create_endpoint`.
+        what: what is asked, for messages: "create the endpoint 'nsmc'".
+
+    Raises:
+        UnknownError: what is named does not exist. ConfigurationError, CloudTrainError: AWS refuses or fails.
+    """
+    return _ask(service, what, getattr(_client(service, region, tries=1), operation), **given)
 
 
 class Logs:

@@ -1,0 +1,117 @@
+"""`cloudtrain endpoint` on this machine, and what SageMaker's container would find in the archive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hf_cloudtrain.serving import sagemaker
+from hf_cloudtrain.serving.source import Wish, model_of_checkpoint
+from tests import tiny_models
+from tests.integration._jobs import Desk
+from tests.integration._serve import Served, committed, folder_with
+from tests.integration._zygote import Zygote
+from tests.unit.cli.terminal import Run, answer, cloudtrain
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return folder_with(tmp_path / "model", tiny_models.files("BertForSequenceClassification"))
+
+
+@pytest.fixture
+def store(desk: Desk) -> Iterator[Desk]:
+    """Whose endpoints end with the test."""
+    yield desk
+    for endpoint in answer("endpoint", "list")["endpoints"]:
+        cloudtrain("endpoint", "delete", endpoint["name"], "--yes")
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def servers(port: str) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"]
+        and process.info["cmdline"][-2:] == ["--port", port]
+        and "bash" not in process.info["cmdline"][0]
+    ]
+
+
+class TestLocal:
+    def test_is_restarted_after_a_crash_and_deleted_without_a_trace(self, store: Desk, model: Path) -> None:
+        made = answer("endpoint", "create", "nsmc", str(model))
+        assert made["state"] == "in service"
+        port = made["handle"]["url"].rpartition(":")[2]
+        asked = cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout
+        assert [set(row) for row in json.loads(asked)] == [{"label", "score"}] * 2
+        (server,) = servers(port)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: [found for found in servers(port) if found.pid != server.pid])
+        wait_until(lambda: answer("endpoint", "view", "nsmc")["state"] == "in service")
+        assert answer("endpoint", "view", "nsmc")["reason"] == "1 restarts"
+        assert cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout == asked
+        cloudtrain("endpoint", "delete", "nsmc", "--yes")
+        assert servers(port) == []
+        assert answer("endpoint", "list")["endpoints"] == []
+        assert answer("job", "list")["jobs"] == []
+
+    @pytest.mark.slow
+    def test_a_server_that_cannot_start_leaves_nothing_and_its_error_is_shown(
+        self, store: Desk, tmp_path: Path
+    ) -> None:
+        files = tiny_models.files("BertForMaskedLM")
+        config = files["config.json"].replace(b"BertForMaskedLM", b"BertForSequenceClassification")
+        broken = folder_with(tmp_path / "broken", {**files, "config.json": config})
+        result = cloudtrain("endpoint", "create", "nsmc", str(broken), code=1)
+        assert "lacks weights of a BertForSequenceClassification" in result.stderr
+        assert answer("endpoint", "list")["endpoints"] == []
+        assert answer("job", "list")["jobs"] == []
+
+
+class TestContainer:
+    def test_the_archive_is_all_that_a_container_needs(
+        self, zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As SageMaker does: unpack into /opt/ml/model, set HF_TASK, load by `pipeline`. The folder is an imitation."""
+        monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+        run = Run(tmp_path / "run", tmp_path / "out")
+        run.begin()
+        committed(run, 4)
+        model = model_of_checkpoint(run.catalog, run.catalog.read(run.catalog.checkpoints()[0]), Wish())
+        sagemaker.archive(model, tmp_path / "model.tar.gz")
+        folder = tmp_path / "opt" / "ml" / "model"
+        with tarfile.open(tmp_path / "model.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+        machine = sagemaker.Machine("role", "image")
+        variables = sagemaker.requests("x", model, machine, "s3://x")["create_model"]["PrimaryContainer"][
+            "Environment"
+        ]
+        child = zygote.start(__name__, "container", model_dir=str(folder), env=variables)
+        assert child.wait() == 0, child.log
+        served = Served(zygote, str(folder))
+        assert served.ask({"inputs": ["a good film"]})[1][0]["label"] == child.value[0]["label"]
+        served.stop()
+
+
+def container(model_dir: str) -> Any:
+    """What the container does, in a process of its own."""
+    from transformers import pipeline
+
+    make: Any = pipeline
+    return make(os.environ["HF_TASK"], model=model_dir)("a good film")
