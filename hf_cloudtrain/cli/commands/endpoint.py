@@ -70,7 +70,10 @@ def create(
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve the model of a checkpoint until the endpoint is deleted, and wait until it answers."""
+    """Serve the model of a checkpoint until it is deleted.
+
+    Returns when the endpoint answers.
+    """
     from hf_cloudtrain.serving.endpoints import Endpoint, Endpoints, State, absolute, create_local
     from hf_cloudtrain.serving.source import Wish
 
@@ -111,7 +114,7 @@ def create(
     _show(made, State("in service"), as_json)
 
 
-@app.command("list", epilog=examples("endpoint list"))
+@app.command("list", epilog=examples("endpoint list --json"))
 def list_(as_json: Json = False) -> None:
     """List the endpoints of the store."""
     from hf_cloudtrain.serving.endpoints import Endpoints, State
