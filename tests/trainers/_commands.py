@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 FETCHED = "FETCHED_SCRIPTS"
 """Environment variable: a folder with scripts that are not ours, such as run_glue.py; docs/integrations.md says where from."""
 STEPS, SAVE_STEPS = 60, 5
-TRAINERS, SWIFT = ".venv-trainers", ".venv-swift"
+TRAINERS, SWIFT, AXOLOTL = ".venv-trainers", ".venv-swift", ".venv-axolotl"
 COMMON: dict[str, Any] = {
     "output_dir": "out",
     "max_steps": STEPS,
@@ -53,18 +53,35 @@ class Command:
     """Writes what the command reads into its working directory."""
     weights: str
     """Glob of the weights at the end of training; the last match by name counts."""
+    resumed_weights: str | None = None
+    """The same after a resume, where the script then gives it a different name."""
     environment: str = TRAINERS
     settings: Mapping[str, str] = field(default_factory=dict)
     """Environment variables."""
     fetched: str | None = None
     """The name of its script, where that is not ours and must be fetched."""
+    options: str = ""
+    """Of `cloudtrain launch`."""
+    plugged: str | None = None
+    """The line with a plug-in of ours, where that is what is tested and not `cloudtrain launch`; it has the run URL from its
+    environment."""
     exact: bool = True
     """Whether a resume must give the same weights: every Trainer."""
+    shown: str | None = None
+    """In the table, where the line is long."""
+    packages: tuple[str, ...] = ("transformers",)
+    """Whose versions the table names, of its environment."""
+    limits: str = ""
 
     @property
     def python(self) -> Path:
         """The interpreter of its environment."""
         return ROOT / self.environment / "bin" / "python"
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether `make test-trainers` cannot get what it needs."""
+        return self.fetched is not None or self.environment == AXOLOTL
 
     @property
     def missing(self) -> str | None:
@@ -116,6 +133,33 @@ def preferences(folder: Path) -> None:
     )
     settings = {"model_name_or_path": "llama", "dataset_name": "data", "use_cpu": True, "max_length": 24}
     (folder / "dpo.yaml").write_text(yaml.safe_dump({**COMMON, **settings}))
+
+
+def axolotl(folder: Path) -> None:
+    """A configuration of axolotl, and the same one with the plug-in."""
+    models(folder, "llama")
+    rows(folder / "train.jsonl", *({"text": line} for line in sentences(25)))
+    settings = {
+        "base_model": "llama",
+        "datasets": [{"path": "train.jsonl", "ds_type": "json", "type": "completion"}],
+        "output_dir": "out",
+        "sequence_len": 16,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "logging_steps": 1,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "linear",
+        "learning_rate": 0.01,
+        "bf16": False,
+        "fp16": False,
+        "val_set_size": 0,
+        "seed": 42,
+    }
+    (folder / "plain.yml").write_text(yaml.safe_dump(settings))
+    plugin = {"plugins": ["hf_cloudtrain.integrations.axolotl.CloudTrainPlugin"]}
+    (folder / "cloud.yml").write_text(yaml.safe_dump({**settings, **plugin}))
 
 
 def similar(folder: Path) -> None:
@@ -176,16 +220,21 @@ _GLUE = (
     "--max_seq_length 32 --learning_rate 1e-3 --report_to none --use_cpu"
 )
 _MODEL = "out/model.safetensors"
+_NO_TELEMETRY = {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
+_TRL = ("trl", "transformers")
 COMMANDS = {
     command.name: command
     for command in [
-        Command("TRL, sft", "trl sft --config sft.yaml", text, _MODEL),
-        Command("TRL, dpo", "trl dpo --config dpo.yaml", preferences, _MODEL),
+        Command("TRL, sft", "trl sft --config sft.yaml", text, _MODEL, packages=_TRL),
+        Command("TRL, dpo", "trl dpo --config dpo.yaml", preferences, _MODEL, packages=_TRL),
         Command(
-            "sentence-transformers, STS", "python sts.py bert data", similar, "out/final/model.safetensors"
-        ),
-        Command(
-            "Trainer, torchrun", "torchrun --standalone --nproc-per-node 2 classify.py", classified, _MODEL
+            "sentence-transformers, STS",
+            "python sts.py bert data",
+            similar,
+            "out/final/model.safetensors",
+            shown="python sts.py",
+            packages=("sentence-transformers", "transformers"),
+            limits="a loss with parameters of its own is not exact ([tested trainers](trainers.md))",
         ),
         Command(
             "ms-swift, sft with LoRA",
@@ -193,13 +242,51 @@ COMMANDS = {
             chats,
             f"out/*/checkpoint-{STEPS}/adapter_model.safetensors",
             environment=SWIFT,
+            shown="swift sft --model … --dataset …",
+            packages=("ms-swift", "transformers"),
+            limits="an environment of its own; not with `--use_flash_ckpt`",
         ),
         Command(
-            "ms-swift, sft",
+            "ms-swift, sft of all weights",
             f"{_SWIFT} --tuner_type full --add_version false",
             chats,
             f"out/checkpoint-{STEPS}/model.safetensors",
             environment=SWIFT,
+            shown="swift sft --tuner_type full …",
+            packages=("ms-swift", "transformers"),
+            limits="as above",
+        ),
+        Command(
+            "axolotl, launch",
+            "axolotl train plain.yml --launcher python",
+            axolotl,
+            _MODEL,
+            environment=AXOLOTL,
+            settings=_NO_TELEMETRY,
+            shown="axolotl train sft.yml",
+            packages=("axolotl", "transformers"),
+            limits="needs Python ≥ 3.12; by hand: [how](#axolotl)",
+        ),
+        Command(
+            "axolotl, plug-in",
+            "axolotl train plain.yml --launcher python",
+            axolotl,
+            _MODEL,
+            environment=AXOLOTL,
+            settings=_NO_TELEMETRY,
+            plugged="axolotl train cloud.yml --launcher python",
+            shown="axolotl train sft.yml",
+            packages=("axolotl", "transformers"),
+            limits="the [plug-in](#axolotl) in the place of `cloudtrain launch`; as above",
+        ),
+        Command(
+            "torchrun, 2 processes",
+            "torchrun --standalone --nproc-per-node 2 classify.py",
+            classified,
+            _MODEL,
+            shown="torchrun --nproc-per-node 2 train.py",
+            packages=("torch", "transformers"),
+            limits="on several machines, the same line on each: [recipe](#torchrun-and-kubeflow)",
         ),
         Command(
             "transformers, run_glue.py",
@@ -207,14 +294,23 @@ COMMANDS = {
             paraphrases,
             _MODEL,
             fetched="run_glue.py",
+            shown="python run_glue.py --task_name mrpc …",
+            limits="by hand: [how](#scripts-that-are-not-ours)",
         ),
         Command(
             "Accelerate, complete_nlp_example.py",
             f"python complete_nlp_example.py --cpu --checkpointing_steps {SAVE_STEPS} --output_dir out",
             paraphrases,
             f"out/step_{STEPS}/model.safetensors",
+            # Resumed after its first epoch, the script counts its folders from 0 again.
+            f"../run/checkpoint-{STEPS}/model.safetensors",
             fetched="complete_nlp_example.py",
+            options="--resume-option --resume_from_checkpoint",
             exact=False,
+            shown="python complete_nlp_example.py --checkpointing_steps 5 …",
+            packages=("accelerate",),
+            limits="with `--resume-option --resume_from_checkpoint` before the `--`; the script's own resume differs as much without "
+            "this package; by hand: [how](#scripts-that-are-not-ours)",
         ),
     ]
 }

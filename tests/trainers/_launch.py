@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hf_cloudtrain.checkpoints.attempts import Attempts
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.exactness import Exactness
+from hf_cloudtrain.env import RUN_URL
 from hf_cloudtrain.storage.client import Storage
 from tests.trainers._commands import FETCHED, Command
 
@@ -35,8 +36,13 @@ class Outcome:
     difference: float
     resumed_from: int
     exact: Exactness
-    lines: tuple[str, ...]
-    """What `cloudtrain launch` said at the second start."""
+
+    @property
+    def said(self) -> str:
+        """In one line."""
+        return (
+            f"resumed from step {self.resumed_from}, differs by {self.difference:.0e}, recorded {self.exact}"
+        )
 
 
 def measure(command: Command, root: Path, chosen: random.Random) -> Outcome:
@@ -45,6 +51,7 @@ def measure(command: Command, root: Path, chosen: random.Random) -> Outcome:
     _finish(_start(command, _machine(command, plain)), plain)
     first = _machine(command, root / "first")
     _kill_in_training(_start(command, first, url), first, url, chosen)
+    first.rename(root / "gone")  # with its machine: nothing there is found again
     second = _machine(command, root / "second")
     _finish(_start(command, second, url), second)
     storage = Storage(url)
@@ -54,10 +61,11 @@ def measure(command: Command, root: Path, chosen: random.Random) -> Outcome:
         raise CommandError(f"the second start began at step 0\n{_tail(second)}")
     manifest = Catalog(storage).read(resumed)
     return Outcome(
-        difference=difference(_weights(command, plain), _weights(command, second)),
+        difference=difference(
+            _weights(plain, command.weights), _weights(second, command.resumed_weights or command.weights)
+        ),
         resumed_from=resumed.step,
         exact=Exactness(manifest.exact, manifest.inexact_reason),
-        lines=tuple(line for line in _log(second).read_text().splitlines() if "cloudtrain" in line),
     )
 
 
@@ -95,13 +103,15 @@ def _machine(command: Command, folder: Path) -> Path:
 
 
 def _start(command: Command, folder: Path, url: str | None = None) -> subprocess.Popen[bytes]:
-    words = shlex.split(command.line)
-    if url is not None:
-        words = ["cloudtrain", "launch", "--run-url", url, "--", *words]
+    words, settings = shlex.split(command.line), environment(command, folder)
+    if url is not None and command.plugged is None:
+        words = ["cloudtrain", "launch", "--run-url", url, *shlex.split(command.options), "--", *words]
+    elif url is not None:
+        words, settings[RUN_URL] = shlex.split(command.plugged), url
     with _log(folder).open("wb") as log:
         # fmt: off
         return subprocess.Popen(
-            words, cwd=folder, env=environment(command, folder), start_new_session=True,
+            words, cwd=folder, env=settings, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )
         # fmt: on
@@ -150,10 +160,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _weights(command: Command, folder: Path) -> Path:
-    found = sorted(folder.glob(command.weights))
+def _weights(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
     if not found:
-        raise CommandError(f"no {command.weights} in {folder}\n{_tail(folder)}")
+        raise CommandError(f"no {pattern} in {folder}\n{_tail(folder)}")
     return found[-1]
 
 

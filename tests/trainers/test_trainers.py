@@ -59,6 +59,16 @@ def test_a_difference_is_not_one_between_two_uninterrupted_runs(results: dict[st
     assert {found["name"] for found in results.values() if found.get("twice")} == set()
 
 
+def test_the_manifest_says_nothing_wrong_of_the_weights(results: dict[str, Any]) -> None:
+    answers = {
+        name: (found["exact"], found["difference"] == 0.0)
+        for name, found in results.items()
+        if "exact" in found
+    }
+    assert [name for name, (says, same) in answers.items() if says == "yes" and not same] == []
+    assert [name for name, (says, same) in answers.items() if says.startswith("no: ") and same] == []
+
+
 def test_every_trainer_in_the_table_of_the_code_was_measured(results: dict[str, Any]) -> None:
     exact = {found["class"] for found in results.values() if found.get("difference") == 0.0}
     assert {name for name in KNOWN if not name.startswith("transformers.")} <= exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from datasets import load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,6 +37,8 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # without it, torch 2.13 now and then aborts as a rank exits
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main(source: str, data: str) -> None:
     model = SentenceTransformer(source, device="cpu")
     files = {part: f"{data}/{part}.parquet" for part in ("train", "validation")}
     pairs = load_dataset("parquet", data_files=files)
-    pairs = pairs.map(lambda row: {"score": row["label"] / 5}, remove_columns=["label"])
+    pairs = pairs.map(lambda row: {"score": row["label"] / 5}, remove_columns=["label", "idx"])
     evaluator = EmbeddingSimilarityEvaluator(
         pairs["validation"]["sentence1"], pairs["validation"]["sentence2"], pairs["validation"]["score"]
     )
