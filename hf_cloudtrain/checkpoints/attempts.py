@@ -19,6 +19,7 @@ from hf_cloudtrain.checkpoints.paths import ATTEMPTS, PROGRESS, RUN, STOP
 from hf_cloudtrain.errors import ManifestError, NoCheckpointError, ObjectNotFoundError
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
+from hf_cloudtrain.storage.names import META
 
 logger = logging.getLogger(__name__)
 
@@ -202,15 +203,24 @@ def run_urls(storage: Storage) -> list[str]:
 
 def run_sizes(storage: Storage) -> dict[str, int]:
     """The same, each with the bytes of all that it stores."""
-    suffix, objects = f"/{RUN}", storage.list("")
-    sizes = {info.path[: -len(suffix)]: 0 for info in objects if info.path.endswith(suffix)}
+    return {name: size for name, (_, size) in run_listing(storage).items() if name}
+
+
+def run_listing(storage: Storage) -> dict[str, tuple[dict[str, int], int]]:
+    """The same, each with the sizes of its records and of all that it stores; "" is a run at the URL itself."""
+    objects, suffix = storage.list(""), f"/{RUN}"
+    names = sorted(path[: -len(suffix)] for info in objects if (path := f"/{info.path}").endswith(suffix))
+    records: dict[str, dict[str, int]] = {name: {} for name in names}
+    sizes = dict.fromkeys(names, 0)
     for info in objects:
-        above = info.path
+        above, is_record, below = f"/{info.path}".partition(f"/{META}/")
+        if is_record and above in records:
+            records[above][f"{META}/{below}"] = info.size
         while above and above not in sizes:
             above = above.rpartition("/")[0]
-        if above:
+        if above in sizes:
             sizes[above] += info.size
-    return sizes
+    return {name[1:]: (records[name], sizes[name]) for name in names}
 
 
 def _record(attempt: Attempt) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Reading order:
 - `evidence`: how far an attempt came, by heartbeat, record, save and commit;
 - `history`: the records of all attempts joined to one history, without steps that were redone;
 - `status`: how a run stands now, from its newest heartbeat alone;
+- `mirror`: the records of a run in memory, read once each;
 - `watcher`, `stop`: a run observed until it is over, or requested to stop;
 - `exit_record`: how an attempt ended, in a file for the launcher;
 - `services/`: the tracker run (W&B, MLflow …) in which the curves of a run go on.

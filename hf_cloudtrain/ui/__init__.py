@@ -1,12 +1,11 @@
 """The live web page of `cloudtrain ui`: runs, jobs and datasets as they are on storage, in any browser.
 
-    storage -> mirror -> source (runs, store) -> feed -> patches -> browser (static/page.js)
-                                      report/ draws the charts and tables
+    records -> tracking/mirror -> source (runs, store) -> feed -> patches -> browser (static/page.js)
+                                      report/ reads the run, and makes its charts and tables
 
 It reads only records on storage, so it shows the runs of all engines and machines. One feed reads for all browsers that
 show the same page, and none reads while no browser shows it. In reading order:
 
-- `mirror`: the records of a run in memory, read once each
 - `places`: the folders whose runs are shown, and the job of a run
 - `runs`: the list, one run, several compared
 - `store`: jobs, one job with its log, datasets

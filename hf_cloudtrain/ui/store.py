@@ -12,7 +12,7 @@ from hf_cloudtrain.report.page import Table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
 from hf_cloudtrain.runtime.text import duration_text, size_text
 from hf_cloudtrain.runtime.values import number
-from hf_cloudtrain.ui.mirror import Mirror
+from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.ui.places import Places
 
 JOBS_SECONDS = 5.0

@@ -15,13 +15,14 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.errors import NoCheckpointError
 from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.report import reader
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.page import Report
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.testing import FaultyStorage
 from hf_cloudtrain.tracking.history import history_of
-from hf_cloudtrain.ui import feeds, runs
-from hf_cloudtrain.ui.mirror import Mirror
+from hf_cloudtrain.tracking.mirror import Mirror
+from hf_cloudtrain.ui import feeds
 from hf_cloudtrain.ui.places import Places
 from hf_cloudtrain.ui.runs import RunSource, RunsSource
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
@@ -33,7 +34,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1_000.0
-        monkeypatch.setattr(runs.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(reader.time, "monotonic", lambda: self.seconds)
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def places(store: FaultyStorage) -> Places:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second of the page is a twentieth of one."""
-    for module, name in ((runs, "BEAT_SECONDS"), (runs, "OTHER_SECONDS"), (runs, "LIST_SECONDS")):
-        monkeypatch.setattr(module, name, getattr(module, name) / 20)
+    for name in ("BEAT_SECONDS", "OTHER_SECONDS", "LIST_SECONDS"):
+        monkeypatch.setattr(reader, name, getattr(reader, name) / 20)
     monkeypatch.setattr(feeds, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(feeds, "SLOW_SECONDS", 0.2)
 
@@ -105,10 +106,10 @@ class TestRequests:
                 clock.seconds += source.turn()
         assert clock.seconds - began == 120
         assert len(store.calls) - before <= 120
-        history = source.report and source.report.history
+        history = source.reader.report and source.reader.report.history
         assert history is not None
         assert history.logs[-1]["step"] == 256
-        assert len(source.report.found) == 11 if source.report else False
+        assert len(source.document("")["commands"]) == 11
 
     def test_a_record_that_is_known_is_never_read_again(
         self, catalog: Catalog, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS, ATTEMPTS, CHECKPOINTS, PROGRESS, STEPS
 from hf_cloudtrain.errors import ObjectNotFoundError
-from hf_cloudtrain.report.page import MOST_CHECKPOINTS
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
 from hf_cloudtrain.storage.names import META
 
+NEWEST = 200
+"""Checkpoints whose manifests a page about a run needs."""
 READERS = 16
 """Records that are read at the same time when a page is opened."""
 
@@ -76,7 +77,7 @@ class Mirror(Storage):
         wanted += [path for path in (f"{META}/best.json",) if path in self._sizes]
         keys = sorted(filter(None, map(CheckpointKey.named, self._names(CHECKPOINTS))))
         newest = {key.attempt: key for key in keys}.values()  # of each attempt
-        wanted += [f"{CHECKPOINTS}/{key}.json" for key in {*keys[-MOST_CHECKPOINTS:], *newest}]
+        wanted += [f"{CHECKPOINTS}/{key}.json" for key in {*keys[-NEWEST:], *newest}]
         return [path for path in wanted if path not in self._known]
 
     def read(self, path: str, max_bytes: int = MAX_RECORD_READ) -> bytes:
