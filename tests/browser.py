@@ -188,9 +188,9 @@ class Page:
         """Close the tab."""
         self.call("Page.close")
 
-    def picture(self, path: Path) -> None:
-        """The whole page, however long it is, as a PNG."""
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    def picture(self, path: Path, *, whole: bool = True) -> None:
+        """The page as a PNG: the whole of it, however long it is, or what the window shows."""
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:

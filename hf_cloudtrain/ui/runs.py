@@ -120,6 +120,13 @@ def _details(mirror: Mirror) -> dict[str, Any]:
     return {
         "curve": sparkline([(step, loss) for step, loss in losses if loss is not None]),
         "goodput": history.goodput,
+        "experiment": shown(
+            next(
+                (info.facts["experiment"] for info in history.attempts[::-1] if "experiment" in info.facts),
+                "",
+            ),
+            60,
+        ),
         "safe_time": None if newest is None else catalog.read(newest).created,
     }
 

@@ -172,13 +172,13 @@ function controls(redraw) {
 // --- Pages -------------------------------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["run", "name", "name", (run) => [h("input", { type: "checkbox", class: "wide-only", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name)]],
+  ["run", "name", "name", (run) => [h("input", { type: "checkbox", class: "wide-only", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name), run.experiment ? h("span", { class: "note" }, ` ${run.experiment}`) : ""]],
   ["state", "state", "", (run) => [badge(run.state), run.stalled && run.state !== "killed" ? " stalled" : ""]],
   ["progress", "share", "", (run) => [run.total_steps ? h("progress", { value: run.step || 0, max: run.total_steps, "aria-label": `Progress of ${run.name}` }) : "", ` ${count(run.step)}${run.total_steps ? ` / ${count(run.total_steps)}` : ""}`]],
   ["left", "eta_seconds", "wide-only", (run) => duration(run.eta_seconds)],
   ["loss", "loss", "", (run) => [spark(run.curve), short(run.loss)]],
   ["goodput", "goodput", "number wide-only", (run) => (run.goodput == null ? "" : `${(100 * run.goodput).toFixed(1)} %`)],
-  ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), " ", run.safe_time ? since(run.safe_time) : ""]],
+  ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), run.safe_time ? ", " : "", run.safe_time ? since(run.safe_time) : ""]],
   ["attempts", "attempts", "number wide-only", (run) => count(run.attempts)],
   ["size", "size", "number wide-only", (run) => size(run.size)],
   ["last seen", "last_seen", "wide-only", (run) => since(run.last_seen)],
@@ -196,7 +196,7 @@ const PART = 100; // rows that a click adds: a thousand at once would take a pho
 function runsPage() {
   const rows = new Map(), body = h("tbody"), compare = h("a", { hidden: true }), amount = h("span", { role: "status" }), roots = h("div", { class: "url" });
   let most = PART, waiting = [], busy = 0;
-  const filter = h("input", { type: "search", id: "filter", placeholder: "name or state", value: memory.filter, oninput: () => { memory.filter = filter.value; most = PART; draw(); } });
+  const filter = h("input", { type: "search", id: "filter", placeholder: "name, state, experiment", value: memory.filter, oninput: () => { memory.filter = filter.value; most = PART; draw(); } });
   const more = h("button", { type: "button", hidden: true, onclick: () => { most += 5 * PART; draw(); } });
   const heads = COLUMNS.map(([title, key, kind]) => h("th", { class: kind.replace("name", ""), scope: "col", "data-key": key }, h("button", { type: "button", onclick: () => {
     memory.down = memory.key === key ? !memory.down : key !== "name";
@@ -222,8 +222,8 @@ function runsPage() {
   }
   function fill(row, run) {
     row.run = run;
-    const { curve, goodput, safe_time } = memory.details.get(run.id) || {};
-    show(row, { ...run, curve, goodput, safe_time }, (all) => COLUMNS.map(([, , kind, cell]) => h("td", { class: kind }, ...[cell(all)].flat())));
+    const { curve, goodput, safe_time, experiment } = memory.details.get(run.id) || {};
+    show(row, { ...run, curve, goodput, safe_time, experiment }, (all) => COLUMNS.map(([, , kind, cell]) => h("td", { class: kind }, ...[cell(all)].flat())));
     row.querySelector("input").checked = memory.chosen.has(run.id);
     if (row.seen) waiting.push(row);
   }
@@ -231,7 +231,7 @@ function runsPage() {
     if (!doc?.runs) return;
     const words = memory.filter.toLowerCase().split(/\s+/).filter(Boolean), all = Object.values(doc.runs), { key, down } = memory;
     const value = (run) => (key === "share" ? (run.step || 0) / (run.total_steps || Infinity) : key === "goodput" ? memory.details.get(run.id)?.goodput : run[key]);
-    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state}`.toLowerCase().includes(word)));
+    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state} ${memory.details.get(run.id)?.experiment || ""}`.toLowerCase().includes(word)));
     const { compare: byText } = new Intl.Collator("en", { numeric: true });
     found.sort((a, b) => {
       const [x, y] = [value(a), value(b)];

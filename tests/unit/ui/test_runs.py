@@ -247,12 +247,17 @@ class TestContent:
 
     def test_details_of_the_list_come_from_the_step_records(self, catalog: Catalog, places: Places) -> None:
         record_run(catalog)
+        facts = {"experiment": "sweep-3"}
+        record_attempt(
+            catalog, began=BEGAN + 900, steps=range(401, 411), resumed_from=CheckpointKey(3, 400), facts=facts
+        )
         source = RunsSource(places)
         with pytest.raises(NoCheckpointError, match="no run '0/mnli' on this page"):
             source.details("0/mnli")
         source.turn()
         found = source.details("0/mnli")
         assert found["curve"].startswith("M0.0,1.0 ")
+        assert found["experiment"] == "sweep-3"
         assert found["goodput"] == pytest.approx(history_of(catalog).goodput)
         assert found["safe_time"] == catalog.read(CheckpointKey(3, 400)).created
 
