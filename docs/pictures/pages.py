@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from hf_cloudtrain.checkpoints.catalog import Catalog  # noqa: E402 - the repository is no package
+from hf_cloudtrain.checkpoints.catalog import Catalog  # noqa: E402 - the repository is not a package
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey  # noqa: E402
 from hf_cloudtrain.storage.client import Storage  # noqa: E402
 from tests.browser import Browser, Page  # noqa: E402
