@@ -73,6 +73,8 @@ def run(
     optimizer = torch.optim.AdamW(model.parameters())
     data = TensorDataset(torch.arange(2 * STEPS, dtype=torch.float32).reshape(-1, 1) / STEPS)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=2))
+    if accelerator.process_index:
+        accelerator.register_save_state_pre_hook(lambda *_: time.sleep(0.5))  # the last one to write its files
     first = 0
     if resume is not None and (folder := _latest() if resume == "latest" else resume):
         accelerator.load_state(folder)
