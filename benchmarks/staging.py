@@ -6,6 +6,8 @@ moving the folder, handing over. Each save begins when the writer is idle. Besid
 memory that is populated, before and after each save, and Trainer's own `_save_checkpoint` in the ordinary saves. The first save
 is compared with the median of the later ones. "Many small tensors" is AdamW on 10,000 parameters of 128 numbers.
 
+With two ranks of DistributedDataParallel the stall is the time from the `on_step_end` of the last rank until the last rank continues.
+
 Memory is the proportional set size (PSS) that the training and the writer have together after the last save, less that of the
 training before the first one without its shared memory, less the bytes of the checkpoint.
 """
@@ -13,6 +15,8 @@ training before the first one without its shared memory, less the bytes of the c
 from __future__ import annotations
 
 import ctypes
+import json
+import logging
 import os
 import statistics
 import time
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -32,7 +37,7 @@ from benchmarks.clients import Place
 from benchmarks.measure import SLOW_LINK, Scale, Workplace, percentile
 from benchmarks.report import Row, at_most
 from benchmarks.sink import Sink
-from benchmarks.stall import bert, sentences
+from benchmarks.stall import RANKS, bert, sentences
 from hf_cloudtrain import CloudTrainCallback
 from hf_cloudtrain.staging.saves import AsyncSaves
 
@@ -47,11 +52,12 @@ MEMORY = 256
 def run(scale: Scale) -> list[Row]:
     with Workplace() as work:
         with Sink(SLOW_LINK) as sink:
-            large = _train(_bert(scale), Place.of(sink), work, scale.pick(SAVES, 6))
+            large = _train(_bert(scale), Place.of(sink), work.fresh("out"), scale.pick(SAVES, 6))
         with Sink(SLOW_LINK) as sink:
-            small = _train(
-                ManyTensors(scale.pick(10_000, 3_000)), Place.of(sink), work, scale.pick(SAVES // 2, 6)
-            )
+            ranks, beside = _two_ranks(Place.of(sink), work, scale)
+        with Sink(SLOW_LINK) as sink:
+            model = ManyTensors(scale.pick(10_000, 3_000))
+            small = _train(model, Place.of(sink), work.fresh("out"), scale.pick(SAVES // 2, 6))
         stall, memcpy = statistics.median(large.staged), statistics.median(large.memcpy)
         slowest, plain = percentile(large.staged, 99), statistics.median(large.plain)
         shown = f"median {stall * 1e3:.0f} ms, p99 {slowest * 1e3:.0f} ms"
@@ -62,6 +68,7 @@ def run(scale: Scale) -> list[Row]:
         return [
             at_most("asynchronous save: median over a memcpy", shown, copied, stall / memcpy, MEMCPY_MEDIAN),
             at_most("asynchronous save: p99 over a memcpy", shown, copied, slowest / memcpy, MEMCPY_P99),
+            *_rank_rows(ranks, beside),
             at_most(
                 "asynchronous save over Trainer's own",
                 shown,
@@ -79,6 +86,19 @@ def run(scale: Scale) -> list[Row]:
             ),
             at_most("memory beside the checkpoint's size", f"{extra:.0f} MiB", "", extra, MEMORY, " MiB"),
         ]
+
+
+def _rank_rows(stalls: list[float], memcpys: list[float]) -> list[Row]:
+    stall, slowest, memcpy = statistics.median(stalls), percentile(stalls, 99), statistics.median(memcpys)
+    what, shown = (
+        f"asynchronous save, {RANKS} ranks",
+        f"median {stall * 1e3:.0f} ms, p99 {slowest * 1e3:.0f} ms",
+    )
+    copied = f"memcpy {memcpy * 1e3:.0f} ms"
+    return [
+        at_most(f"{what}: median over a memcpy", shown, copied, stall / memcpy, MEMCPY_MEDIAN),
+        at_most(f"{what}: p99 over a memcpy", shown, copied, slowest / memcpy, MEMCPY_P99),
+    ]
 
 
 def _bert(scale: Scale) -> torch.nn.Module:
@@ -103,10 +123,11 @@ class _Timed(CloudTrainCallback):
 
     def __init__(self, run_url: str, **options: Any) -> None:
         super().__init__(run_url, async_save=True, **options)
-        self.staged: list[float] = []
         self.first = 0.0
         self.plain: list[float] = []
         self.memcpy: list[float] = []
+        self.times: list[tuple[float, float]] = []
+        """Of the asynchronous saves after the first one: when this rank arrived, and when it continued."""
         self.size = 0
         self.extra_memory = 0
         self._began = 0.0
@@ -123,37 +144,41 @@ class _Timed(CloudTrainCallback):
         if not self.first:
             self._memory_before = memory_of(os.getpid(), "Pss:") - memory_of(os.getpid(), "Pss_Shmem:")
         self._uploads._staged = self._saves if self._is_staged else None
-        self._began = time.perf_counter()
+        self._began = time.monotonic()  # the same clock for all processes of a machine
         super().on_step_end(args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
-        took = time.perf_counter() - self._began
+        now = time.monotonic()
         if not state.global_step:
             return
         saves = self._writer()
-        if self._is_staged:
-            if not self.first:
-                self.first = took
-                self.size = saves._memory.used
-            else:
-                self.staged.append(took)
-        saves.settle()
-        self._copy()
+        if self._is_staged and not self.first:
+            self.first = now - self._began
+            self.size = saves._memory.used if saves is not None else 0
+        elif self._is_staged:
+            self.times.append((self._began, now))
+        if saves is not None:
+            saves.settle()
+            self._copy()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        writer = self._writer()._process._popen
-        assert writer is not None
-        del self._source, self._target
-        together = memory_of(os.getpid(), "Pss:") + memory_of(writer.pid, "Pss:")
-        self.extra_memory = together - self._memory_before - self.size
+        saves = self._writer()
+        if saves is not None and saves.writer_pid is not None:
+            del self._source, self._target
+            together = memory_of(os.getpid(), "Pss:") + memory_of(saves.writer_pid, "Pss:")
+            self.extra_memory = together - self._memory_before - self.size
         super().on_train_end(*args, **kwargs)
 
-    def _writer(self) -> AsyncSaves:
+    @property
+    def staged(self) -> list[float]:
+        """Seconds of the asynchronous saves after the first one."""
+        return [after - before for before, after in self.times]
+
+    def _writer(self) -> AsyncSaves | None:
+        """Rank 0 has it."""
         assert self._saves is not None, "saves are asynchronous"
-        saves = self._saves._saves
-        assert saves is not None, "saves are asynchronous"
-        return saves
+        return self._saves._saves
 
     def _copy(self) -> None:
         if not self._source.numel():
@@ -176,9 +201,9 @@ class _TimedTrainer(Trainer):
             self.cloud.plain.append(time.perf_counter() - start)
 
 
-def _train(model: torch.nn.Module, place: Place, work: Workplace, saves: int) -> _Timed:
+def _train(model: torch.nn.Module, place: Place, output_dir: Path, saves: int) -> _Timed:
     args = TrainingArguments(
-        output_dir=str(work.fresh("out")),
+        output_dir=str(output_dir),
         max_steps=saves,
         save_steps=1,
         save_total_limit=1,
@@ -186,14 +211,44 @@ def _train(model: torch.nn.Module, place: Place, work: Workplace, saves: int) ->
         logging_strategy="no",
         report_to=[],
         use_cpu=True,
+        ddp_backend="gloo" if dist.is_initialized() else None,
         disable_tqdm=True,
     )
-    cloud = _Timed(f"s3://bench/{Path(args.output_dir).name}", storage_options=place.storage_options)
+    cloud = _Timed(f"s3://bench/{output_dir.name}", storage_options=place.storage_options)
     trainer = _TimedTrainer(model=model, args=args, train_dataset=sentences(64), callbacks=[cloud])
     trainer.cloud = cloud
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return cloud
+
+
+def _two_ranks(place: Place, work: Workplace, scale: Scale) -> tuple[list[float], list[float]]:
+    """Seconds of each asynchronous save, and of a memcpy."""
+    import torch.multiprocessing
+
+    rendezvous = work.fresh("rendezvous")
+    torch.multiprocessing.spawn(_rank, (place, str(rendezvous), scale), nprocs=RANKS)
+    stalls, memcpys = json.loads((rendezvous / "found").read_text())
+    return stalls, memcpys
+
+
+def _rank(rank: int, place: Place, rendezvous: str, scale: Scale) -> None:
+    logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
+    # As torchrun sets them; the group uses a file, so that no port is needed.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS)
+    mine = _train(_bert(scale), place, Path(rendezvous, "ranks"), scale.pick(SAVES, 6))
+    of_all: list[Any] = [None] * RANKS
+    dist.all_gather_object(of_all, mine.times)
+    if rank == 0:
+        stalls = [
+            max(after for _, after in save) - max(before for before, _ in save)
+            for save in zip(*of_all, strict=True)
+        ]
+        Path(rendezvous, "found").write_text(json.dumps([stalls, mine.memcpy]))
+    dist.destroy_process_group()
 
 
 def memory_of(pid: int, kind: str) -> int:
