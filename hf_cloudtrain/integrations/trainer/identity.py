@@ -39,7 +39,8 @@ _ARGUMENTS = (
 )
 _IN_STEPS = ("max_steps", "warmup_steps")
 """Counted in steps, which have a different size in a different topology."""
-_ROWS = 3
+_ROWS, _SPREAD = 3, 64
+"""Rows that are compared: of all data, and of data whose fingerprint follows the path and the time of its files."""
 
 
 class Identity:
@@ -112,10 +113,16 @@ class Identity:
                 f"{', with other names or shapes' * (one == other)}. Nothing was loaded into it. Use the model of the run, or a "
                 "new run URL for the new model."
             )
-        difference = _difference(
-            decode(manifest.origin.get(DATA)), decode(of_data(self._trainer().train_dataset))
-        )
-        if difference:
+        saved_data, now = decode(manifest.origin.get(DATA)), decode(of_data(self._trainer().train_dataset))
+        difference = _difference(saved_data, now)
+        if difference and "spread" in saved_data and saved_data["spread"] == now.get("spread"):
+            logger.info(
+                "The data has the length of that of %s, and the same content in the %d rows that were compared. Its fingerprint "
+                "differs, as it does for the same files on a different machine.",
+                manifest.folder,
+                min(_SPREAD, now["length"]),
+            )
+        elif difference:
             logger.warning(
                 "%s was trained on data with %s, so the resumed run may not equal an uninterrupted one.",
                 manifest.folder,
@@ -140,19 +147,23 @@ def of_data(dataset: Any) -> str:
     if isinstance(fingerprint, str):
         found["fingerprint"] = fingerprint[:100]
     try:
-        rows = list(_rows(dataset, found["length"] or 0))
+        rows = list(_rows(dataset, found["length"] or 0, _ROWS))
+        spread = list(_rows(dataset, found["length"] or 0, _SPREAD)) if "fingerprint" in found else []
     except Exception:  # noqa: BLE001 - of data that cannot be read, the training itself will tell
-        rows = []
+        rows = spread = []
     if rows:
         found["rows"] = digest_of("\n".join(rows))
+    if spread:
+        found["spread"] = digest_of("\n".join(spread))
     return encode(found)
 
 
-def _rows(dataset: Any, samples: int) -> Iterator[str]:
-    """First, middle and last sample, where reading one runs no code of the user."""
+def _rows(dataset: Any, samples: int, most: int) -> Iterator[str]:
+    """Samples from the first to the last one, where reading one runs no code of the user."""
     import torch
 
-    for index in sorted({0, samples // 2, samples - 1})[:_ROWS] if samples > 0 else ():
+    last = samples - 1
+    for index in sorted({min(last, samples * part // (most - 1)) for part in range(most)}) if samples else ():
         if type(dataset) in (list, tuple):
             row = dataset[index]
         elif type(dataset) is torch.utils.data.TensorDataset:
@@ -189,7 +200,7 @@ def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Of data of the same length: a different length is refused, or converted, elsewhere."""
     if saved.get("length") != now.get("length"):
         return None
-    if "rows" in saved and "rows" in now and saved["rows"] != now["rows"]:
+    if any(key in saved and key in now and saved[key] != now[key] for key in ("rows", "spread")):
         return "different content"
     if "fingerprint" in saved and "fingerprint" in now and saved["fingerprint"] != now["fingerprint"]:
         return (

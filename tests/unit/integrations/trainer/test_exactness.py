@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -337,6 +339,32 @@ def test_arguments_and_data_that_differ_are_named(tmp_path: Path, caplog: pytest
     text = caplog.text
     assert "learning_rate was 0.001, is 0.0001; max_steps was 1, is 2" in text
     assert "trained on data with different content" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "says"),
+    [
+        (None, "INFO", "the same content in the 64 rows that were compared"),
+        (50, "WARNING", "trained on data with different content"),
+    ],
+)
+def test_the_same_files_on_a_different_machine_are_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: int | None, level: str, says: str
+) -> None:
+    def loaded(machine: str, changed: int | None = None) -> Any:
+        rows = [{"x": [float(number), float(number == changed)]} for number in range(100)]
+        folder = tmp_path / machine
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return load_dataset("json", data_dir=str(folder), split="train", cache_dir=str(folder / "cache"))
+
+    first, second = loaded("first"), loaded("second", changed)
+    assert first._fingerprint != second._fingerprint
+    trained(tmp_path, first, max_steps=1)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        trained(tmp_path, second, restore=True, max_steps=2)
+    assert [one.levelname for one in caplog.records if says in one.getMessage()] == [level]
 
 
 def test_the_strongest_finding_of_all_ranks_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
