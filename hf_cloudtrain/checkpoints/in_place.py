@@ -24,6 +24,8 @@ from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
+BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
+"""Files in a checkpoint of `Trainer` or `TrainLoop`, which has a folder of its own; any other checkpoint is in place."""
 SHOWN_FILES = 10
 """Names that a warning lists."""
 

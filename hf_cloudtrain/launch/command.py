@@ -51,10 +51,12 @@ def run(
         say(
             f"`{command[0]} {option}` does not read the hook. Leave {option} out, or nothing of it is uploaded."
         )
-    folder = prepare(run_url, command, say)
+    prepared = prepare(run_url, command, say)
+    folder = prepared.folder
     with _notes(folder) as path:
         more = () if folder is None or resume_option is None else (resume_option, folder)
-        code = _run([*command, *more], hooked(environment, run_url=run_url, notes=path), say)
+        found = {**environment, **prepared.variables}
+        code = _run([*command, *more], hooked(found, run_url=run_url, notes=path), say)
         if code in (NOT_FOUND, NOT_EXECUTABLE):
             return code
         notes = read_notes(path)

@@ -74,7 +74,9 @@ def run(
     data = TensorDataset(torch.arange(2 * STEPS, dtype=torch.float32).reshape(-1, 1) / STEPS)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=2))
     if accelerator.process_index:
-        accelerator.register_save_state_pre_hook(lambda *_: time.sleep(0.5))  # the last one to write its files
+        accelerator.register_save_state_pre_hook(
+            lambda *_: time.sleep(0.5)
+        )  # the last one to write its files
     first = 0
     if resume is not None and (folder := _latest() if resume == "latest" else resume):
         accelerator.load_state(folder)
@@ -127,7 +129,7 @@ def _launch(run_url: str, notes: str | None) -> None:
     if notes is not None:
         Path(notes).touch()
         os.environ[env.LAUNCH_NOTES] = notes
-    restored = prepare(run_url, [], print) if os.environ.get("RANK", "0") == "0" else None
+    restored = prepare(run_url, [], print).folder if os.environ.get("RANK", "0") == "0" else None
     if restored is not None:
         note("restored", restored)
     hooks.install(sys.modules["accelerate.accelerator"])

@@ -84,7 +84,7 @@ def test_a_script_that_refuses_an_output_folder_with_files_starts_again_after_a_
 ) -> None:
     killed(lab, "first", kill_at=2)
     assert os.listdir(lab.machine("first")) == ["_cloudtrain"]
-    assert prepare(lab.run_url, [], print) is None
+    assert prepare(lab.run_url, [], print).folder is None
     assert os.listdir(lab.machine("first")) == []
     assert train(lab, "first").value["step"] == 12
 

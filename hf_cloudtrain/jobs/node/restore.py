@@ -11,7 +11,7 @@ from pathlib import Path
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.checkpoints.in_place import InPlace
+from hf_cloudtrain.checkpoints.in_place import BY_FRAMEWORK, InPlace
 from hf_cloudtrain.checkpoints.local_folders import LocalFolders
 from hf_cloudtrain.checkpoints.local_home import remove_if_unused
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
@@ -21,9 +21,6 @@ from hf_cloudtrain.storage.folder_files import own_files
 from hf_cloudtrain.storage.names import LOCAL, META, clean_path
 
 logger = logging.getLogger(__name__)
-
-BY_FRAMEWORK = {"trainer_state.json", "training_state.json"}
-"""Files in a checkpoint of `Trainer` or `TrainLoop`, which is a folder below the checkpoint folder."""
 
 
 def restore(

@@ -10,7 +10,7 @@ import pytest
 from hf_cloudtrain.checkpoints.frozen import SMALL_FILE
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.launch import marks
-from hf_cloudtrain.launch.before import prepare
+from hf_cloudtrain.launch.before import Prepared, prepare
 from hf_cloudtrain.launch.marks import Marks, cut_off
 from hf_cloudtrain.launch.state_folders import FOLDER, name_of, path_of, unshare
 from tests.unit.cli.terminal import Run
@@ -46,11 +46,11 @@ def test_the_newest_state_is_put_where_the_script_looks(run: Run, here: Path) ->
     saved(run, 5, "checkpoints/state_0")
     saved(run, 10, "checkpoints/state_1")
     said: list[str] = []
-    assert prepare(run.url, [], said.append) == "checkpoints/state_1"
+    assert prepare(run.url, [], said.append).folder == "checkpoints/state_1"
     assert (here / "checkpoints" / "state_1" / "optimizer.bin").read_bytes() == b"10"
     assert os.listdir(here / "checkpoints") == ["state_1"], "Accelerate reads a number from each name there"
     assert said == [f"Restored checkpoints/state_1 from checkpoint-10 of {run.url!r}."]
-    assert prepare(run.url, [], said.append) == "checkpoints/state_1"
+    assert prepare(run.url, [], said.append).folder == "checkpoints/state_1"
     assert len(said) == 1, "it is here, whole"
 
 
@@ -68,13 +68,16 @@ def test_a_folder_that_differs_moves_aside(run: Run, here: Path) -> None:
 )
 def test_law_11_a_manifest_that_leads_elsewhere_restores_nothing(run: Run, here: Path, name: str) -> None:
     saved(run, 5, name)
-    assert prepare(run.url, ["python", "train.py", "--output_dir", "out"], print) is None
+    assert prepare(run.url, ["python", "train.py", "--output_dir", "out"], print).folder is None
     assert os.listdir(here) == []
 
 
 def test_an_absolute_folder_is_restored_where_the_command_names_it(run: Run, tmp_path: Path) -> None:
     saved(run, 5, f"{tmp_path}/out/step_5")
-    assert prepare(run.url, ["train.py", f"--output_dir={tmp_path}/out"], print) == f"{tmp_path}/out/step_5"
+    assert (
+        prepare(run.url, ["train.py", f"--output_dir={tmp_path}/out"], print).folder
+        == f"{tmp_path}/out/step_5"
+    )
     assert (tmp_path / "out" / "step_5").is_dir()
     manifest = run.catalog.read(CheckpointKey(1, 5))
     assert path_of(manifest, [f"{tmp_path}/ou"]) is None
@@ -85,14 +88,27 @@ def test_a_damaged_state_is_said_and_the_one_before_is_taken(run: Run, here: Pat
     saved(run, 10, "step_10")
     (run.folder / "checkpoint-10" / "optimizer.bin").write_bytes(b"xx")
     said: list[str] = []
-    assert prepare(run.url, [], said.append) == "step_5"
+    assert prepare(run.url, [], said.append).folder == "step_5"
     assert said[0].startswith("checkpoint-10 is damaged; trying the one before.")
 
 
 def test_checkpoints_of_trainer_are_left_to_trainer(run: Run, here: Path) -> None:
     run.save(1, 5)
-    assert prepare(run.url, [], print) is None
+    assert prepare(run.url, [], print) == Prepared()
     assert os.listdir(here) == []
+
+
+def test_a_checkpoint_of_the_functions_is_restored_into_the_folder_that_the_environment_names(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(1, 5, {"checkpoint.pt": b"5"})
+    assert prepare(run.url, [], print) == Prepared()
+    monkeypatch.setenv("CKPT_DIR", "ckpt")
+    assert prepare(run.url, [], print).variables == {
+        "HF_CLOUDTRAIN_RESTORED_CHECKPOINT": "000001-0000000005",
+        "CKPT_DIR": str(here / "ckpt"),
+    }
+    assert (here / "ckpt" / "checkpoint.pt").read_bytes() == b"5"
 
 
 def test_files_that_the_outbox_shares_get_an_inode_of_their_own(here: Path) -> None:
