@@ -21,6 +21,8 @@ class TensorBoard(TrackerService):
 
     def __init__(self) -> None:
         self._folder: Path | None = None
+        self._step = 0
+        """From which the training resumes; what the folder has of later steps is hidden."""
         self._writer: Any = None
 
     def users_id(self, start: TrackerStart) -> str | None:
@@ -45,7 +47,7 @@ class TensorBoard(TrackerService):
         if callback.tb_writer is None or callback.tb_writer is self._writer:
             if self._writer is not None:
                 self._writer.close()
-            self._folder = start.output_dir / Path(tracker_id).expanduser()
+            self._folder, self._step = start.output_dir / Path(tracker_id).expanduser(), start.step
             callback.logging_dir = str(self._folder)
             purge = start.step + 1 if start.step else None
             callback.tb_writer = self._writer = _writer_class()(
@@ -55,21 +57,25 @@ class TensorBoard(TrackerService):
 
     def arguments(self, tracker_id: str, start: TrackerStart) -> dict[str, Any]:
         """Of SummaryWriter; Accelerate names the folder."""
-        self._folder = start.logging_dir
+        self._folder, self._step = start.logging_dir, start.step
         return {"purge_step": start.step + 1} if start.step else {}
 
     def sent(self, tracker_id: str) -> TrackerContent:
-        """The last step of each scalar in the folder, where tensorboard itself is installed."""
+        """The last step of each tag in the folder, where tensorboard itself is installed."""
         try:
-            from tensorboard.backend.event_processing import event_accumulator
+            from tensorboard.backend.event_processing import event_file_loader
         except ImportError:
             return TrackerContent()
-        if self._folder is None:
-            return TrackerContent()
-        sizes = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1)
-        found = event_accumulator.EventAccumulator(str(self._folder), size_guidance=sizes)
-        found.Reload()
-        return TrackerContent({tag: found.Scalars(tag)[-1].step for tag in found.Tags()["scalars"]})
+        last: dict[str, int] = {}
+        for path in sorted(self._folder.glob("*tfevents*")) if self._folder else ():
+            for event in event_file_loader.LegacyEventFileLoader(str(path)).Load():
+                if (
+                    event.session_log.status == event.session_log.START
+                ):  # an attempt that resumed hid what came after
+                    last = {tag: min(step, event.step - 1) for tag, step in last.items()}
+                last |= {value.tag: event.step for value in event.summary.value}
+        # The mark of this attempt may not be in its file yet.
+        return TrackerContent({tag: min(step, self._step or step) for tag, step in last.items()})
 
 
 def _writer_class() -> Any:

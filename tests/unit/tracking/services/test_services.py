@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.paths import TRACKERS
@@ -151,6 +154,20 @@ def test_names_of_metrics_are_those_of_the_trainer_callbacks() -> None:
 @pytest.mark.parametrize("folder", ["/etc", "../../elsewhere", "runs/../../x"])
 def test_a_record_cannot_make_event_files_outside_of_the_output_folder(folder: str) -> None:
     assert TensorBoard().lacks(folder) is not None
+
+
+def test_event_files_have_nothing_beyond_the_step_from_which_training_resumes(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "runs" / "one")) as writer:
+        for step in range(1, 7):
+            writer.add_scalar("train/loss", 0.5, step)
+    callback = SimpleNamespace(tb_writer=None, logging_dir=None)
+    service = TensorBoard()
+    service.before_start(callback, None, "runs/one", TrackerStart(4, tmp_path))
+    assert dict(service.sent("runs/one").steps) == {"train/loss": 4}
+    callback.tb_writer.close()
+    again = EventAccumulator(str(tmp_path / "runs" / "one"))
+    again.Reload()
+    assert [event.step for event in again.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 def test_a_name_in_trackio_is_unique(tmp_path: Path) -> None:
