@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import re
@@ -19,8 +20,9 @@ from hf_cloudtrain.report.card import BOX, card, trouble_card
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.curves import loss_chart
-from hf_cloudtrain.report.notebook import DRAW_SECONDS, kernel, show
+from hf_cloudtrain.report.notebook import kernel, show
 from hf_cloudtrain.report.page import Report, check_extra_installed
+from hf_cloudtrain.report.reader import RunReader
 from hf_cloudtrain.report.still import still
 from hf_cloudtrain.report.summary import Roles, read_infos
 from hf_cloudtrain.runtime.progress import Bar, Progress
@@ -29,14 +31,15 @@ from hf_cloudtrain.runtime.values import NOT_FINITE
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import normal_url
 from hf_cloudtrain.tracking.history import History, history_of
+from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.tracking.status import RunState, run_state
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-SHARE = 5
-"""`watch` pauses for so many times as long as it reads."""
+RETRY_SECONDS = 5.0
+"""`watch` waits so long after a look that failed."""
 
 
 class Run:
@@ -173,26 +176,25 @@ class Run:
 
     @short_traceback
     def watch(self) -> None:
-        """Show the card, renewed every two seconds, until the run is over; interrupting the cell ends it."""
-        handle = None
-        try:
+        """Show the card, renewed every two seconds, until the run is over; interrupting the cell ends it.
+
+        It makes at most one request a second.
+        """
+        if kernel() is None:
+            raise ConfigurationError(f"This is not a notebook. Use `cloudtrain run watch {self.url}`.")
+        reader = RunReader(Mirror(self._catalog.storage))
+        handle: Any = None
+        with contextlib.suppress(KeyboardInterrupt):
             while True:
-                began = time.monotonic()
-                text = self._repr_html_()
-                if kernel() is None:
-                    raise ConfigurationError(
-                        f"This is not a notebook. Use `cloudtrain run watch {self.url}`."
-                    )
+                text, pause = _look(reader, self.url)
                 bundle = {"text/html": text, "text/plain": self.url}
                 if handle is None:
                     handle = show(bundle)
                 else:
                     handle.update(bundle, raw=True)
-                if run_state(self._catalog).is_over:
+                if pause is None:
                     return
-                time.sleep(max(DRAW_SECONDS, SHARE * (time.monotonic() - began)))
-        except KeyboardInterrupt:
-            return
+                time.sleep(pause)
 
     def __repr__(self) -> str:
         return f"Run({self.url!r})"
@@ -282,6 +284,24 @@ class Comparison:
         rows = [[text for text, _ in row] for row in table["rows"]]
         names = [name for name, _ in table["columns"]][1:]
         return DataFrame([row[1:] for row in rows], index=[row[0] for row in rows], columns=names)
+
+
+def _look(reader: RunReader, url: str) -> tuple[str, float | None]:
+    """The card of a run that is watched, and the seconds until the next look; None: it is over."""
+    try:
+        pause = reader.turn()
+        now = reader.state()
+    except CloudTrainError as error:  # the next look tries again
+        return trouble_card(url, error), RETRY_SECONDS
+    if now.state == "waiting":
+        return card(now), RETRY_SECONDS
+    if reader.gone is not None or reader.report is None:
+        return trouble_card(url, NoCheckpointError(reader.gone)), None
+    history = reader.report.history
+    chart = loss_chart(history)
+    is_over = now.is_over and reader.report.state.state == now.state
+    text = card(now, None if chart is None else chart.figure, history.goodput)
+    return text, None if is_over else pause
 
 
 def _in_store(run: str, options: dict[str, Any]) -> str:

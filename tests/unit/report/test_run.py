@@ -18,8 +18,14 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
 from hf_cloudtrain.checkpoints.run_deletion import RunContents, delete_run
-from hf_cloudtrain.errors import ConfigurationError, MissingExtraError, NoCheckpointError
+from hf_cloudtrain.errors import (
+    ConfigurationError,
+    MissingExtraError,
+    NoCheckpointError,
+    StorageUnavailableError,
+)
 from hf_cloudtrain.report import page
+from hf_cloudtrain.report import run as run_module
 from hf_cloudtrain.report.card import card
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.live import write_page
@@ -29,6 +35,7 @@ from hf_cloudtrain.report.run import Run
 from hf_cloudtrain.report.still import still
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.history import history_of
+from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.tracking.status import RunState
 from hf_cloudtrain.tracking.tracker import StepTracker
 from tests.recorded import BEGAN, record_attempt, record_run, write
@@ -134,6 +141,53 @@ class TestRun:
         assert Run("glue-2").status.state == "waiting"
         (tmp_path / "glue-1").mkdir()
         assert Run("glue-1").status.state == "waiting", "a folder here comes first"
+
+    def test_watch_renews_one_card_until_the_run_is_over(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shown: list[str] = []
+
+        class Handle:
+            def update(self, bundle: dict[str, str], **_: Any) -> None:
+                shown.append(bundle["text/html"])
+
+        def show(bundle: dict[str, str]) -> Handle:
+            shown.append(bundle["text/html"])
+            return Handle()
+
+        steps = iter(
+            [
+                lambda: record_attempt(catalog, began=time.time() - 60, steps=range(1, 101), lag=0.1),
+                lambda: catalog.attempts.write_progress(
+                    1, {"time": time.time(), "state": "training", "step": 150, "total_steps": 400}
+                ),
+                lambda: monkeypatch.setattr(Mirror, "fetch", refuse),
+                lambda: monkeypatch.setattr(Mirror, "fetch", fetch),
+                lambda: catalog.attempts.write_progress(
+                    1, {"time": time.time(), "state": "finished", "step": 400, "total_steps": 400}
+                ),
+            ]
+        )
+        fetch = Mirror.fetch
+
+        def refuse(self: Mirror, path: str) -> bool:
+            raise StorageUnavailableError("The storage does not answer.")
+
+        monkeypatch.setattr(run_module, "kernel", object)
+        monkeypatch.setattr(run_module, "show", show)
+        monkeypatch.setattr(run_module.time, "sleep", lambda seconds: next(steps, lambda: None)())
+        Run(catalog.storage.url).watch()
+        words = (
+            ">waiting</span>",
+            "step 100 of 400",
+            "step 150 of 400",
+            "Cannot read the run",
+            "step 150",
+            ">finished",
+        )
+        for html, word in zip(shown, words, strict=False):
+            assert word in html
+        assert "step 400 of 400" in shown[-1]
 
     def test_outside_of_a_notebook_watch_names_the_command(self, run: Run) -> None:
         with pytest.raises(ConfigurationError, match=r"This is not a notebook. Use `cloudtrain run watch "):
