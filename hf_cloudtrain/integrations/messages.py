@@ -74,8 +74,9 @@ def first_line(
         what = f"starts at {where}, because the run is new"
     else:
         what = f"starts at {where}, with nothing restored"
+    then = saves if total is None or step < total else "nothing is left to train"
     logger.info(
-        "Run %s, attempt %d: %s; %s.", shown_url(checkpointer.storage.url), attempt.number, what, saves
+        "Run %s, attempt %d: %s; %s.", shown_url(checkpointer.storage.url), attempt.number, what, then
     )
 
 

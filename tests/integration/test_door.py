@@ -33,6 +33,12 @@ class TestSignsOfLife:
         assert first.endswith("at step 6 of 12; saves at the end of each epoch.")
         assert "2 checkpoints are committed, the newest at step 12." in said[-1]
 
+    def test_a_complete_run_says_that_nothing_is_left_to_train(self, lab: Lab) -> None:
+        lab.train("first")
+        said = lines(lab.train("second").log)
+        (first,) = (line for line in said if ", attempt 2: " in line)
+        assert first.endswith("at step 12 of 12; nothing is left to train.")
+
     def test_ranks_other_than_0_say_nothing(self, lab: Lab) -> None:
         ranks = lab.start_ranks("first", per_device_train_batch_size=2)
         assert [rank.wait() for rank in ranks] == [0, 0]
