@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import socket
@@ -219,17 +220,15 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises ConfigurationError, with what to do, where it cannot."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(128)
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            reason = "a different program has it"
         raise ConfigurationError(
             f"Cannot listen on {host!r}, port {port}: {reason}. Choose a different port with --port, or any free one with "
             "--port 0."
         ) from None
-    return listening
 
 
 def web_server(server: Server) -> uvicorn.Server:

@@ -68,7 +68,7 @@ def test_a_port_that_is_taken_is_named_with_what_to_do(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert failure("--port", str(port)) == (
-            f"Error: Cannot listen on '127.0.0.1', port {port}: Address already in use. Choose a different port with --port, "
+            f"Error: Cannot listen on '127.0.0.1', port {port}: a different program has it. Choose a different port with --port, "
             "or any free one with --port 0.\n"
         )
 
