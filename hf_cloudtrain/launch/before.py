@@ -21,7 +21,7 @@ from hf_cloudtrain.checkpoints.in_place import BY_FRAMEWORK, InPlace
 from hf_cloudtrain.checkpoints.local_home import remove_if_unused
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.outbox import Outbox
-from hf_cloudtrain.errors import CorruptCheckpointError
+from hf_cloudtrain.errors import CorruptCheckpointError, StorageError
 from hf_cloudtrain.launch.marks import cut_off
 from hf_cloudtrain.launch.state_folders import FOLDER, home_of, move_aside, path_of, put
 from hf_cloudtrain.storage.client import Storage
@@ -36,6 +36,14 @@ class Prepared:
     """The newest state of Accelerator, as the script names it."""
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Variables of the command that say which checkpoint is in its checkpoint folder."""
+
+
+def newest_attempt(run_url: str) -> int:
+    """The number of the newest attempt of a run; 0 without one, or where the storage does not answer."""
+    try:
+        return max(Catalog(Storage(run_url, env.storage_options(None))).attempts.numbers(), default=0)
+    except StorageError:
+        return 0
 
 
 def prepare(run_url: str, command: Sequence[str], say: Callable[[str], None]) -> Prepared:

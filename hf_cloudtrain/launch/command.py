@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
-from hf_cloudtrain.launch.before import prepare
+from hf_cloudtrain.launch.before import newest_attempt, prepare
 from hf_cloudtrain.launch.environment import hooked, is_off
 from hf_cloudtrain.launch.notes import read_notes, why_nothing
 from hf_cloudtrain.runtime.process_tree import terminate
@@ -52,7 +52,7 @@ def run(
             f"`{command[0]} {option}` does not read the hook. Leave {option} out, or nothing of it is uploaded."
         )
     prepared = prepare(run_url, command, say)
-    folder = prepared.folder
+    folder, before = prepared.folder, newest_attempt(run_url)
     with _notes(folder) as path:
         more = () if folder is None or resume_option is None else (resume_option, folder)
         found = {**environment, **prepared.variables}
@@ -61,7 +61,7 @@ def run(
             return code
         notes = read_notes(path)
     reason = why_nothing(notes)
-    if reason is not None:
+    if reason is not None and newest_attempt(run_url) == before:  # no script has used the package itself
         say(f"`cloudtrain launch` has hooked no training, so nothing was uploaded: {reason}.")
     is_stored = not any(note.what == "not-stored" for note in notes)
     return code if is_stored else code or 1

@@ -14,6 +14,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.storage.client import Storage
+from tests.integration._jobs import TRAIN, value_after
 from tests.integration._lab import max_difference, problems
 from tests.integration._torchrun import PATHS, kill_family
 from tests.unit.cli.terminal import ENTRY_POINT
@@ -93,6 +94,20 @@ def test_a_plain_script_is_killed_and_goes_on_in_an_empty_folder(machines: list[
     catalog = Catalog(Storage(second.run_url))
     assert catalog.checkpoints()[-1].step == 48
     assert problems(catalog) == []
+
+
+def test_a_script_with_the_functions_finds_its_checkpoint_folder_restored(
+    machines: list[Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, second, _ = machines
+    monkeypatch.setenv("HF_CLOUDTRAIN_CHECKPOINT_DIR", "ckpt")
+    for machine in (first, second):
+        (machine.folder / "train.py").write_text(TRAIN)
+    first.run_until_killed("train.py", "40", "0.1", commits=1, moment=0.2)
+    second.run("train.py", "40", "0")
+    assert "begins at 0" not in second.log
+    assert f"ends with {value_after(40)!r}" in second.log
+    assert "has hooked no training" not in second.log
 
 
 @pytest.mark.slow

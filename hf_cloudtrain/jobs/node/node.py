@@ -143,7 +143,8 @@ class Node:
         if submission.job.command.setup is not None:
             self._set_up(functools.partial(call, submission.job.command.setup))
         code = call(submission.job.command.run)
-        if notes is not None and (reason := why_nothing(read_notes(notes))) is not None:
+        reason = None if notes is None else why_nothing(read_notes(notes))
+        if reason is not None and self._outcome() is None:  # no script has used the package itself
             logger.warning("`launch: auto` has hooked no training on this node: %s.", reason)
         return code
 
