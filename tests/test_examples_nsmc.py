@@ -21,6 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_cloudtrain.tracking.history import read_history
 from tests.conftest import missing
+from tests.integration._serve import Served
+from tests.unit.cli.terminal import answer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "nsmc"
 GOOD, BAD = ("최고", "재밌어요", "감동", "꿀잼"), ("최악", "지루해요", "실망", "노잼")
@@ -284,6 +286,21 @@ class TestLoop:
         _assert_resumed(tmp_path)
         assert resumed == metrics
 
+    def test_a_run_on_a_random_sample_is_resumed_to_the_weights_of_an_uninterrupted_one(
+        self, reviews, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("tests.test_examples_nsmc.STEPS_AN_EPOCH", 10)
+        sample = ["--sample", "80"]
+        metrics = _by_loop(reviews, tmp_path / "machine-1", tmp_path / "whole", *sample)
+        _cut(tmp_path / "whole", tmp_path / "cut")
+        assert _by_loop(reviews, tmp_path / "machine-2", tmp_path / "cut", *sample) == metrics
+        resumed = read_history(f"file://{tmp_path / 'cut'}").attempts[1]
+        assert (resumed.first_step, resumed.last_step) == (14, 20)
+        first, second = (
+            load_file(tmp_path / f"machine-{n}" / "checkpoint-20" / "model.safetensors") for n in (1, 2)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
     def test_a_complete_run_is_tested_again_on_an_empty_machine(self, reviews, whole, tmp_path):
         assert whole("loop") == _by_loop(reviews, tmp_path / "machine-2", tmp_path / "whole")
 
@@ -306,6 +323,35 @@ class TestLoop:
         _by_loop(real_reviews, tmp_path / "out", tmp_path / "run", *options)
         first, second = json.loads((tmp_path / "out" / "log.json").read_text())
         assert second["train"]["loss"] < 0.8 * first["train"]["loss"]
+
+
+class TestServed:
+    @pytest.mark.parametrize("way", ["trainer", "loop"])
+    def test_the_accuracy_through_an_endpoint_is_that_of_the_training_and_of_predict(
+        self, reviews, whole, tmp_path, zygote, monkeypatch, way
+    ):
+        monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        metrics = whole(way)
+        run = str(tmp_path / "whole")
+        served = Served(zygote, run, "--best")
+        where = ["--data_dir", str(reviews), "--url", f"http://127.0.0.1:{served.port}", "--rows", "7"]
+        found = importlib.import_module("label").main(where)
+        served.stop()
+        importlib.import_module("nsmc_data").load_file(reviews, "test").to_parquet(tmp_path / "test.parquet")
+        predicted = answer("predict", run, "test.parquet", "-o", "out.parquet", "--best")
+        offline = metrics["test_accuracy" if way == "trainer" else "accuracy"]
+        assert found["reviews"] == predicted["rows"] == TINY["test"]
+        assert found["accuracy"] == predicted["accuracy"] == pytest.approx(offline, abs=1e-12)
+
+    def test_an_endpoint_that_is_not_there_is_named(self, reviews, tmp_path, monkeypatch, capfd):
+        monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+        label = importlib.import_module("label")
+        with pytest.raises(SystemExit, match="--endpoint NAME, or --url"):
+            label.main(["--data_dir", str(reviews)])
+        with pytest.raises(SystemExit):
+            label.main(["--data_dir", str(reviews), "--endpoint", "nsmc"])
+        assert "There is no endpoint 'nsmc'" in capfd.readouterr().err
 
 
 class TestClassify:

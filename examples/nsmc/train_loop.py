@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from nsmc_data import LengthGroupedSampler, Splits, load_splits
 from nsmc_model import BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_LENGTH, WARMUP, make_model
 from nsmc_tokenizer import check_vocabulary, encode, make_tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = make_tokenizer(reviews.train["document"], args.max_length)
     data = Splits(*(encode(rows, tokenizer) for rows in reviews))
     collate = DataCollatorWithPadding(tokenizer)
-    order = LengthGroupedSampler(list(map(len, data.train["input_ids"])), args.batch_size, args.seed)
+    order: Sampler[int] = LengthGroupedSampler(
+        list(map(len, data.train["input_ids"])), args.batch_size, args.seed
+    )
+    if args.sample:
+        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
+        order = SubsetRandomSampler(chosen[: args.sample].tolist())
     train_loader = DataLoader(data.train, args.batch_size, sampler=order, collate_fn=collate)
     validation_loader, test_loader = (
         DataLoader(rows, 256, collate_fn=collate) for rows in (data.validation, data.test)
@@ -95,6 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run_url", default=run_url, help="URL of the run, such as s3://bucket/nsmc (%(default)s)")
     add("--output_dir", default="nsmc-output", help="local folder for checkpoints and best/ (%(default)s)")
     add("--subset", type=int, help="train on N reviews only, test on a third of N")
+    add("--sample", type=int, help="for development: an epoch has only N of the training reviews")
     add("--num_epochs", type=int, default=EPOCHS, help="(%(default)s)")
     add("--batch_size", type=int, default=BATCH_SIZE, help="reviews in a step of each process (%(default)s)")
     add("--learning_rate", type=float, default=LEARNING_RATE, help="maximum learning rate (%(default)s)")
