@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,7 @@ class TensorBoard(TrackerService):
         """The folder that Trainer would choose: time and host of the first start. Accelerate's is that of the project."""
         if start.logging_dir is not None:
             return start.logging_dir.name
-        from transformers.integrations.integration_utils import default_logdir
-
-        return default_logdir()
+        return os.path.join("runs", f"{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}")
 
     def lacks(self, tracker_id: str) -> str | None:
         """A record is untrusted: it must not name a folder outside of the output folder."""

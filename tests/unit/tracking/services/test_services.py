@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,6 +177,15 @@ def test_a_name_in_trackio_is_unique(tmp_path: Path) -> None:
     first, second = Trackio().new_id(start), Trackio().new_id(start)
     assert first != second
     assert first.startswith("my-run-1-")
+
+
+def test_no_package_of_a_service_is_imported_to_know_it() -> None:
+    code = (
+        "import sys; from hf_cloudtrain.tracking.services.service import tracker_services; tracker_services();"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'wandb', 'mlflow', 'trackio', 'tensorboard', 'torch'}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
 
 
 def test_one_more_service_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
