@@ -21,7 +21,7 @@ STORAGE_OPTIONS = "HF_CLOUDTRAIN_STORAGE_OPTIONS"
 STORE = "HF_CLOUDTRAIN_STORE"
 """URL or folder that holds your datasets and the records of your jobs. Default: `~/.hf_cloudtrain`."""
 CACHE = "HF_CLOUDTRAIN_CACHE"
-"""Folder for local copies of datasets, shared by the processes of a machine. Default: `~/.cache/hf_cloudtrain`."""
+"""Folder for local copies of datasets and of served models, shared by the processes of a machine. Default: `~/.cache/hf_cloudtrain`."""
 CHECKPOINT_DIR = "HF_CLOUDTRAIN_CHECKPOINT_DIR"
 """Folder that the function API uploads and restores, and output folder of `TrainLoop`, if the code names none.
 Default: none."""
