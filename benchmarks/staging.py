@@ -8,8 +8,9 @@ is compared with the median of the later ones. "Many small tensors" is AdamW on 
 
 With two ranks of DistributedDataParallel the stall is the time from the `on_step_end` of the last rank until the last rank continues.
 
-Memory is the proportional set size (PSS) that the training and the writer have together after the last save, less that of the
-training before the first one without its shared memory, less the bytes of the checkpoint.
+Memory is the proportional set size (PSS) that the training and the writer have together when the first save is written, less that of
+the training before it without its shared memory, less the bytes of the checkpoint. Its upload, which begins then, is measured by
+`memory`.
 """
 
 from __future__ import annotations
@@ -160,15 +161,10 @@ class _Timed(CloudTrainCallback):
             self.times.append((self._began, now))
         if saves is not None:
             saves.settle()
+            if not self.extra_memory and saves.writer_pid is not None:
+                together = memory_of(os.getpid(), "Pss:") + memory_of(saves.writer_pid, "Pss:")
+                self.extra_memory = together - self._memory_before - self.size
             self._copy()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        saves = self._writer()
-        if saves is not None and saves.writer_pid is not None:
-            del self._source, self._target
-            together = memory_of(os.getpid(), "Pss:") + memory_of(saves.writer_pid, "Pss:")
-            self.extra_memory = together - self._memory_before - self.size
-        super().on_train_end(*args, **kwargs)
 
     @property
     def staged(self) -> list[float]:
