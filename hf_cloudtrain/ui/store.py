@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.report.page import Table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
-from hf_cloudtrain.runtime.text import duration_text, size_text
+from hf_cloudtrain.runtime.text import count_text, duration_text, size_text
 from hf_cloudtrain.runtime.values import number
 from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.ui.places import Places
@@ -83,9 +84,9 @@ class JobSource:
     def document(self, variant: str) -> dict[str, Any]:
         """The record as facts and starts, and the lines of each node."""
         record = self._record
-        reason = None
-        if not self._lines:
-            host = record.submitted_by.get("host")
+        host = record.submitted_by.get("host")
+        reason = None if self._lines else "There is no log yet."
+        if reason and host != platform.node():
             reason = (
                 f"The log is not on this machine. On {host!r}, `cloudtrain job logs -f {record.id}` shows it."
             )
@@ -93,7 +94,7 @@ class JobSource:
             "state": record.state,
             "reason": record.reason,
             "engine": record.engine,
-            "nodes": f"{record.nodes} of {record.nproc_per_node}",
+            "nodes": f"{record.nodes}, with {count_text(record.nproc_per_node, 'process')} each",
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "experiment": record.experiment,
             "vm": record.vm,

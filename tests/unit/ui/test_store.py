@@ -58,6 +58,10 @@ def test_jobs_of_all_engines_are_listed_and_their_changes_appear(store: JobStore
 def test_a_job_shows_its_starts_and_the_log_that_grows(store: JobStore, places: Places) -> None:
     starts = (Start(1, 10.0, 70.0, "failed", "exit code 9", (1, None)), Start(2, 80.0))
     record = job(store, "mnli", state="running", starts=starts)
+    here = JobSource(places, "mnli")
+    here.turn()
+    assert here.document("")["no_log"] == "There is no log yet."
+    assert ["nodes", "2, with 4 processes each"] in cells(here.document("")["tables"][0])
     store.write(record, submitted_by={"user": "ann", "host": "login-1"})
     source = JobSource(places, "mnli")
     source.turn()
