@@ -65,7 +65,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Rows that wait."""
-        return sum(len(request.queue) for request in tuple(self._requests))
+        return sum(len(request.queue) for request in tuple(self._requests) if not request.is_dropped)
 
     async def answer(self, rows: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
         """The answers, in order. If the caller is cancelled, rows that still wait are dropped.

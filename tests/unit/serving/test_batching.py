@@ -103,8 +103,10 @@ def test_the_rows_of_a_client_that_went_away_are_dropped() -> None:
         gone = asyncio.ensure_future(batcher.answer(["a", "b"], {}))
         there = asyncio.ensure_future(batcher.answer(["c"], {}))
         await turn()
+        assert batcher.waiting == 3
         gone.cancel()
         await turn()
+        assert batcher.waiting == 1  # at once, although the model still works
         model.holds.set()
         assert await there == ["C"]
         await blocker
