@@ -12,7 +12,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cloudtrain import CloudTrainCallback, env
 from hf_cloudtrain.launch import hooks
-from tests.integration._attempts import ARGUMENTS, FailAt, KillAt, Sentences, make_model, save_weights
+from tests.integration._attempts import (
+    ARGUMENTS,
+    FailAt,
+    KillAt,
+    Sentences,
+    SignalAt,
+    make_model,
+    save_weights,
+)
 
 
 def train(
@@ -24,6 +32,7 @@ def train(
     kill_at: int | None = None,
     committed: int = 0,
     fail_at: int | None = None,
+    signal_at: int | None = None,
     seen: str | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -36,6 +45,8 @@ def train(
     trainer = make(output_dir, run_url, kill_at=kill_at, committed=committed, **arguments)
     if fail_at is not None:
         trainer.add_callback(FailAt(fail_at))
+    if signal_at is not None:
+        trainer.add_callback(SignalAt(signal_at))
     trainer.train(resume_from_checkpoint=_given(given, output_dir))
     if result and trainer.args.process_index == 0:
         save_weights(trainer, result)

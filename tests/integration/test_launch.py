@@ -143,6 +143,13 @@ class TestSeveralTrainings:
         assert lab.steps() == [4, 8, 12]
 
 
+def test_sigterm_saves_and_leaves_with_the_code_for_a_restart(lab: Lab) -> None:
+    child = lab.start("first", module=LAUNCHED, signal_at=6)
+    assert child.wait() == 75, child.log
+    assert lab.steps() == [4, 6]
+    assert "attempt 2: resumes from checkpoint-6 (attempt 1, exact: yes)" in train(lab, "second").log
+
+
 def test_all_ranks_are_hooked_and_rank_0_says_so(lab: Lab) -> None:
     ranks = lab.start_ranks("first", module=LAUNCHED, per_device_train_batch_size=2, kill_at=6, committed=4)
     assert [rank.wait() for rank in ranks] == [-signal.SIGKILL, -signal.SIGKILL]
