@@ -11,17 +11,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-
+from hf_cloudtrain.errors import MissingExtraError
 from hf_cloudtrain.serving.batching import Batcher, BusyError
 from hf_cloudtrain.serving.formats import UnknownTypeError, accepted, decode, encode, media_type
 from hf_cloudtrain.serving.metrics import Metrics
 from hf_cloudtrain.serving.predictor import Predictor, RowError
 from hf_cloudtrain.serving.tasks import InputError
 from hf_cloudtrain.serving.user_code import UserCode
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+except ModuleNotFoundError:
+    raise MissingExtraError(
+        "starlette is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
+    ) from None
 
 logger = logging.getLogger(__name__)
 

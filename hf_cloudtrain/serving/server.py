@@ -15,10 +15,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import uvicorn
-
-from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
 from hf_cloudtrain.serving.app import Limits, Service
+
+try:
+    import uvicorn
+except ModuleNotFoundError:
+    raise MissingExtraError(
+        "uvicorn is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
+    ) from None
 
 KEEP_ALIVE = 15
 """Seconds that a connection may be idle, and that the head of a request may take."""

@@ -10,7 +10,6 @@ import typer
 from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument, chosen
 from hf_cloudtrain.cli.output import print_json, say, transfer
 from hf_cloudtrain.cli.runs import open_run
-from hf_cloudtrain.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from hf_cloudtrain.serving.source import Model, Wish
@@ -66,16 +65,9 @@ def serve(
     POST /invocations takes JSON, JSON Lines and CSV as SageMaker's containers do; GET /ping and GET /metrics tell how the
     server is. SIGTERM or Ctrl-C stops it, after all requests are answered.
     """
-    try:
-        from hf_cloudtrain.serving.app import Limits, Service
-        from hf_cloudtrain.serving.server import Server, listen
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
-            raise
-        raise MissingExtraError(
-            f"{error.name} is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
-        ) from None
+    from hf_cloudtrain.serving.app import Limits, Service
     from hf_cloudtrain.serving.predictor import load
+    from hf_cloudtrain.serving.server import Server, listen
     from hf_cloudtrain.serving.source import Wish
     from hf_cloudtrain.serving.user_code import UserCode
 
