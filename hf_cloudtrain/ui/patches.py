@@ -30,15 +30,21 @@ def patch(old: Any, new: Any) -> Patch | None:
         return {"keys": keys, "gone": gone} if keys or gone else None
     if isinstance(old, list) and isinstance(new, list):
         return _of_list(old, new)
-    return None if old == new and type(old) is type(new) else {"value": new}
+    return {"value": new} if _differs(old, new) else None
 
 
 def _of_list(old: list[Any], new: list[Any]) -> Patch | None:
-    if old == new:
-        return None
     if new and len(old) == len(new) and all(isinstance(item, dict) for item in (*old, *new)):
-        changes = {index: patch(*pair) for index, pair in enumerate(zip(old, new, strict=True))}
-        return {"items": {str(index): change for index, change in changes.items() if change is not None}}
+        changes = {str(index): patch(*pair) for index, pair in enumerate(zip(old, new, strict=True))}
+        items = {index: change for index, change in changes.items() if change is not None}
+        return {"items": items} if items else None
     pairs = enumerate(zip(old, new, strict=False))
-    keep = next((index for index, (left, right) in pairs if left != right), min(len(old), len(new)))
-    return {"keep": keep, "rest": new[keep:]}
+    keep = next((index for index, (left, right) in pairs if _differs(left, right)), min(len(old), len(new)))
+    return None if keep == len(old) == len(new) else {"keep": keep, "rest": new[keep:]}
+
+
+def _differs(old: Any, new: Any) -> bool:
+    """To Python, False equals 0 and True equals 1, in lists and dicts too; to JSON they do not."""
+    if old != new or type(old) is not type(new):
+        return True
+    return isinstance(old, (list, dict)) and patch(old, new) is not None

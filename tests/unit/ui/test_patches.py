@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from hf_cloudtrain.ui.patches import patch
 from tests.served import applied
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=3),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from((0.0, 1.0, 1.5)) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4),
     max_leaves=12,
 )
@@ -28,6 +29,19 @@ def test_a_browser_that_applies_a_patch_has_the_new_document(old: Any, new: Any)
         sent = json.loads(json.dumps(change))
         after = applied(copy.deepcopy(old), sent)
         assert json.dumps(after, sort_keys=True) == json.dumps(new, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda value: value, lambda value: [value], lambda value: [[value], {"a": value}]]
+)
+@pytest.mark.parametrize(
+    ("old", "new"), [(False, 0), (0, False), (True, 1), (1, True), (1, 1.0), (0.0, False)]
+)
+def test_numbers_and_truth_values_are_different(old: Any, new: Any, wrap: Any) -> None:
+    assert patch(wrap(old), wrap(old)) is None
+    change = patch(wrap(old), wrap(new))
+    assert change is not None
+    assert json.dumps(applied(wrap(old), change)) == json.dumps(wrap(new))
 
 
 def test_only_the_new_points_of_a_curve_are_sent() -> None:
