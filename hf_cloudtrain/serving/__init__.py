@@ -8,6 +8,7 @@ In reading order:
 
 - `tasks`      which architectures are served, and what a client may set
 - `source`     the folder of a model: downloaded and verified, and what it holds
+- `untrusted`  what the files of a model may not make transformers and peft do
 - `predictor`  a loaded pipeline: an answer or an error for each row
 - `user_code`  `code/inference.py` of a checkpoint, if the user trusts it
 - `formats`    JSON, JSON Lines, CSV
@@ -21,6 +22,6 @@ In reading order:
 - `endpoints`  servers that run until they are deleted: records, and those of this machine
 - `sagemaker`  endpoints of SageMaker
 
-What comes from storage and from clients is untrusted: see `source` and `predictor`. torch, transformers and starlette are
+What comes from storage and from clients is untrusted: see `source`, `untrusted` and `predictor`. torch, transformers and starlette are
 imported late or only by the modules that need them. May import `jobs`, `datasets` and the rooms below.
 """

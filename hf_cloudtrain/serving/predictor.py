@@ -14,6 +14,7 @@ from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
 from hf_cloudtrain.runtime.values import finite
 from hf_cloudtrain.serving.source import Model
 from hf_cloudtrain.serving.tasks import InputError, Task, checked_parameters
+from hf_cloudtrain.serving.untrusted import check_config, no_pickles
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ def _network(model: Model) -> Any:
     if model.base is not None:
         given.update(_head_of_adapter(model))
     what = f"its base model {source!r}" if model.base else "its weights"
+    _check_config(model, source, what)
     network, info = _loaded(
         model, what, lambda: kind.from_pretrained(source, output_loading_info=True, **given)
     )
@@ -191,6 +193,7 @@ def _head_of_adapter(model: Model) -> dict[str, Any]:
     from transformers import AutoConfig
 
     if (model.folder / "config.json").is_file():  # written by TrainLoop
+        _check_config(model, str(model.folder), "its config.json")
         config = _loaded(
             model,
             "its config.json",
@@ -206,9 +209,17 @@ def _head_of_adapter(model: Model) -> dict[str, Any]:
     return {"num_labels": shapes[0][0], "ignore_mismatched_sizes": True} if shapes else {}
 
 
+def _check_config(model: Model, source: str, what: str) -> None:
+    from transformers import PreTrainedConfig
+
+    config, _ = _loaded(model, what, lambda: PreTrainedConfig.get_config_dict(source))
+    check_config(config, model.title)
+
+
 def _loaded(model: Model, what: str, read: Callable[[], Any]) -> Any:
     try:
-        return read()
+        with no_pickles():
+            return read()
     except ConfigurationError:
         raise
     except Exception as error:  # noqa: BLE001 - libraries raise all kinds for a damaged or foreign file

@@ -24,16 +24,18 @@ from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import store_token
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError
 from hf_cloudtrain.serving.tasks import Task, adapter_task, task_named, task_of
+from hf_cloudtrain.serving.untrusted import INDEX, WEIGHTS, check_adapter, check_index
 from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import META
 
 USER_CODE = "code/inference.py"
-WEIGHTS = ".safetensors"
 READ = (WEIGHTS, ".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken")
 """Endings of the files that a model and its tokenizer are read from. No pickle is one of them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SMALL = 4 * 2**20
 """Bytes of a configuration, at most."""
+LARGEST_INDEX = 64 * 2**20
+"""Bytes of an index of shards, at most; it has a line for each weight."""
 PROCESSORS = {
     "tokenizer": ("tokenizer.json", "vocab.txt", "vocab.json", ".model", ".spm", ".tiktoken"),
     "image processor": ("preprocessor_config.json", "image_processor_config.json", "processor_config.json"),
@@ -84,7 +86,12 @@ def model_of_checkpoint(
     names = [entry.path for entry in manifest.files]
     try:
         with tempfile.TemporaryDirectory(prefix="cloudtrain-look-") as work:
-            small = [e for e in manifest.files if e.path.endswith((".json", ".jinja")) and e.size <= SMALL]
+            small = [
+                entry
+                for entry in manifest.files
+                if (entry.path.endswith((".json", ".jinja")) and entry.size <= SMALL)
+                or (entry.path.endswith(INDEX) and entry.size <= LARGEST_INDEX)
+            ]
             look = Path(work, "look")
             download(catalog, dataclasses.replace(manifest, files=tuple(small)), look)
             fetch = f"cloudtrain checkpoint download {catalog.storage.url} chat -c {manifest.key} && "
@@ -127,6 +134,9 @@ def _look(folder: Path, names: list[str], title: str, wish: Wish, *, fetch: str,
             )
         return Model(folder, title, None, runs_code=True)
     _check_weights(names, title)
+    for name in names:
+        if name.endswith(INDEX) and "/" not in name:
+            check_index(_record(folder / name, title), set(names), title)
     if "adapter_config.json" in names and "adapter_model.safetensors" in names:
         return _adapter(folder, names, title, wish)
     task = task_named(wish.task) if wish.task else task_of(_architecture(folder, title), title)
@@ -169,6 +179,7 @@ def _adapter(folder: Path, names: list[str], title: str, wish: Wish) -> Model:
         raise ConfigurationError(
             f"The adapter of {title} names no base model. Pass it: --base FOLDER_OR_NAME"
         )
+    check_adapter(record, title)
     processor = wish.processor or (None if _has_processor(names, task) else base)
     return Model(folder, title, task, base, processor)
 

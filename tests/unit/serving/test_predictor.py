@@ -181,6 +181,27 @@ class TestNotLoaded:
             load(model_of_folder(target, Wish()))
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"attn_implementation": "evil/kernel"},
+            {"_attn_implementation": "evil/kernel:attention"},
+            {"text_config": {"attn_implementation": "paged|evil/kernel"}},
+            {"attn_implementation": {"": "eager", "text": "evil/kernel"}},
+            {"experts_implementation": "evil/kernel"},
+        ],
+    )
+    def test_a_kernel_that_a_configuration_names_is_not_loaded(
+        self, tmp_path: Path, changes: dict[str, Any]
+    ) -> None:
+        target = folder(tmp_path, "BertForSequenceClassification", **changes)
+        with pytest.raises(ConfigurationError, match=r"evil/kernel.*, which is code on the Hub"):
+            load(model_of_folder(target, Wish()))
+
+    def test_other_settings_of_attention_stay(self, tmp_path: Path) -> None:
+        predictor = loaded(tmp_path, "BertForSequenceClassification", attn_implementation="eager")
+        assert "label" in answers(predictor, "good")[0]
+
     def test_damaged_weights(self, tmp_path: Path) -> None:
         target = folder(tmp_path, "BertForSequenceClassification")
         (target / "model.safetensors").write_bytes(b"nonsense")
@@ -227,3 +248,24 @@ class TestAdapter:
         with pytest.raises(ConfigurationError, match=r"its base model '.*' cannot be loaded"):
             load(model_of_folder(adapter, Wish()))
         assert "label" in answers(load(model_of_folder(adapter, Wish(base=str(moved)))), "good")[0]
+
+    def test_a_base_model_with_pickled_shards_is_refused(self, tmp_path: Path) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        adapter, _ = self.made(tmp_path)
+        base = tmp_path / "BertForSequenceClassification"
+        weights = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        torch.save(weights, base / "shard.bin")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.bin")}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ConfigurationError, match=r"its base model '.*' cannot be loaded"):
+            load(model_of_folder(adapter, Wish()))
+
+    def test_a_kernel_that_its_own_configuration_names_is_not_loaded(self, tmp_path: Path) -> None:
+        adapter, network = self.made(tmp_path)
+        settings = {**network.config.to_dict(), "attn_implementation": "evil/kernel"}
+        (adapter / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(ConfigurationError, match="code on the Hub"):
+            load(model_of_folder(adapter, Wish()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,17 @@ def test_a_missing_tokenizer_or_image_processor_is_named(run: Run, tmp_path: Pat
             {"adapter_model.safetensors": b"", "adapter_config.json": b'{"task_type": "SEQ_CLS"}'},
             "names no base model. Pass it: --base",
         ),
+        (
+            {
+                "model.safetensors.index.json": b'{"weight_map": {"a": "model.safetensors", "b": "pytorch_model.bin"}}'
+            },
+            "The index of the weights of checkpoint-5 of .* names 'pytorch_model.bin', which is not one",
+        ),
+        (
+            {"other.safetensors.index.json": b'{"weight_map": {"a": "/srv/other/model.safetensors"}}'},
+            "names '/srv/other/model.safetensors', which is not one of its safetensors",
+        ),
+        ({"model.safetensors.index.json": b"{}"}, "names 'None', which is not one"),
     ],
 )
 def test_what_cannot_be_served_is_refused(run: Run, changes: dict[str, bytes | None], message: str) -> None:
@@ -135,6 +147,25 @@ def test_what_cannot_be_served_is_refused(run: Run, changes: dict[str, bytes | N
 
     files = {name: data for name, data in {**MODEL, **changes}.items() if data is not None}
     assert re.search(message, refusal(run, files))
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"peft_type": "XLORA", "adapters": {"0": "evil/adapter"}}, "is of the type 'XLORA'"),
+        ({}, "is of the type 'None'"),
+        (
+            {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+            "is for Megatron",
+        ),
+    ],
+)
+def test_an_adapter_that_loads_more_than_weights_is_refused(
+    run: Run, more: dict[str, Any], what: str
+) -> None:
+    record = {"task_type": "SEQ_CLS", "base_model_name_or_path": "bert", **more}
+    adapter = {"adapter_model.safetensors": b"", "adapter_config.json": json.dumps(record).encode()}
+    assert f"{what}. Served are LORA, " in refusal(run, {**MODEL, **adapter})
 
 
 def test_code_that_is_not_there_cannot_be_trusted(run: Run) -> None:
