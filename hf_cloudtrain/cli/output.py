@@ -131,6 +131,18 @@ def warnings_shown() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+@contextlib.contextmanager
+def messages_hidden(below: int) -> Iterator[None]:
+    """Drop the library's messages below a level: what looks at a run again and again would warn of a damaged record each time."""
+    logger = logging.getLogger("hf_cloudtrain")
+    level = logger.level
+    logger.setLevel(below)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.capitalize()}: {record.getMessage()}")

@@ -5,11 +5,10 @@ It only reads. `tracking/watcher.py` decides when the run is over. Ctrl-C ends t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -23,6 +22,7 @@ from hf_cloudtrain.cli.output import (
     at_least,
     format_or_none,
     loss_text,
+    messages_hidden,
     of_total,
     print_json,
     rate_text,
@@ -74,22 +74,10 @@ def watch(catalog: Catalog, *, as_json: bool, awaited: Callable[[], str | None] 
     console = Console(markup=False, emoji=False, highlight=False)
     waiting = _Waiting(awaited)
     watcher = Watcher(catalog, waiting)
-    with _warnings_of_records_off():
+    with messages_hidden(logging.CRITICAL):
         if as_json or not console.is_terminal or console.is_dumb_terminal:
             return _print_changes(watcher, Titles(catalog), as_json)
         return _draw(watcher, Titles(catalog), console, waiting)
-
-
-@contextlib.contextmanager
-def _warnings_of_records_off() -> Iterator[None]:
-    """The first look has warned about damaged records: each later look would warn again, into the picture."""
-    logger = logging.getLogger("hf_cloudtrain")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _print_changes(watcher: Watcher, titles: Titles, as_json: bool) -> RunState:

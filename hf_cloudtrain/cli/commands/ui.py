@@ -11,7 +11,7 @@ import typer
 
 from hf_cloudtrain import env
 from hf_cloudtrain.cli.arguments import Json
-from hf_cloudtrain.cli.output import print_json, say
+from hf_cloudtrain.cli.output import messages_hidden, print_json, say
 from hf_cloudtrain.cli.runs import runs_url, url_of
 
 
@@ -46,10 +46,10 @@ def ui(
     token = own or secrets.token_urlsafe(24) if reading or actions else None
     pages = app.Pages([url_of(url) for url in urls] if urls else [runs_url()])
     server = app.Server(pages, host, token, reading=reading, may_act=actions)
-    logging.getLogger("hf_cloudtrain").setLevel(
-        logging.ERROR
-    )  # pages show damaged records; each look would warn again
-    with app.listen(host, port) as listening:
+    with (
+        messages_hidden(below=logging.ERROR),
+        app.listen(host, port) as listening,
+    ):  # pages show damaged records
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listening.getsockname()[1]}/"
         if token is not None and own is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -110,10 +109,6 @@ class TestPage:
 
 class TestRenewal:
     """When the page is renewed, and what happens if it cannot be."""
-
-    @pytest.fixture(autouse=True)
-    def warnings_are_seen(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.WARNING, "hf_cloudtrain")  # commands of other tests may have changed it
 
     @pytest.fixture
     def started(self, monkeypatch: pytest.MonkeyPatch, catalog: Catalog) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -48,6 +49,17 @@ def test_it_prints_its_address_answers_and_ends_at_ctrl_c(tmp_path: Path, action
         connection.close()
     assert errors == "Open this page in a browser. Ctrl-C ends it.\nInterrupted.\n"
     assert process.returncode == 130
+
+
+def test_the_level_of_messages_is_that_of_before_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger, levels = logging.getLogger("hf_cloudtrain"), []
+    caplog.set_level(logging.INFO, logger.name)
+    ended = {"run": lambda self, sockets: levels.append(logger.level)}
+    monkeypatch.setattr(ui, "web_server", lambda _: type("Ended", (), ended)())
+    CliRunner().invoke(app, ["ui", str(tmp_path), "--port", "0"], catch_exceptions=False)
+    assert [*levels, logger.level] == [logging.ERROR, logging.INFO]
 
 
 def test_json_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
