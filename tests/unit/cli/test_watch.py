@@ -181,10 +181,11 @@ def test_a_damaged_heartbeat_does_not_warn_at_every_look(
     def damage() -> None:
         run.storage.write(".cloudtrain/progress/000001.json", b"{")
 
+    caplog.set_level(logging.INFO, "hf_cloudtrain")
     changes += [damage, lambda: None, lambda: None, lambda: beat(run, state="finished")]
     watch(run)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert logging.getLogger("hf_cloudtrain").level == logging.NOTSET
+    assert logging.getLogger("hf_cloudtrain").level == logging.INFO
 
 
 def test_a_run_that_does_not_exist_is_an_error(catalog: Catalog) -> None:
