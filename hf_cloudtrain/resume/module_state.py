@@ -25,7 +25,7 @@ _Key = str | tuple[str, type]
 _TRAINED = "which weights are trained"
 """Beside the names of attributes."""
 _COPIED = 1 << 20
-"""Values of a buffer that is copied for comparison; larger ones are compared by version."""
+"""Values of a buffer that is copied for comparison; larger ones are compared by identity and version."""
 
 
 class ModuleState:
@@ -62,7 +62,7 @@ class ModuleState:
                 continue
             # The checkpoint of an adapter has no buffer of the model.
             if names := module._buffers if is_adapted else module._non_persistent_buffers_set:
-                yield from _buffers_of(path, module, names)
+                yield from self._buffers_of(path, module, names)
             if module._forward_hooks or module._forward_pre_hooks:
                 for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                     if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
@@ -82,6 +82,15 @@ class ModuleState:
             if own and kind not in kinds:
                 kinds.add(kind)
                 yield from self._used_by(module)
+
+    def _buffers_of(self, path: str, module: Any, names: Iterable[str]) -> Iterator[tuple[_Key, Any]]:
+        for name in names:
+            if (buffer := module._buffers.get(name)) is not None:
+                small = buffer.numel() <= _COPIED
+                yield (
+                    f"{path}.{name} of the model",
+                    buffer.detach().clone() if small else self._looker.seen(buffer),
+                )
 
     def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[_Key, Any]]:
         for name, value in self._looker.look(hook).items():
@@ -198,13 +207,6 @@ def _may_keep(value: Any) -> bool:
     """Whether an attribute of a module of the script is something that may change in place."""
     kind = type(value)
     return isinstance(value, _CONTAINERS) or kind.__module__ == "numpy" or is_of_the_script(kind.__module__)
-
-
-def _buffers_of(path: str, module: Any, names: Iterable[str]) -> Iterator[tuple[_Key, Any]]:
-    for name in names:
-        if (buffer := module._buffers.get(name)) is not None:
-            small = buffer.numel() <= _COPIED
-            yield f"{path}.{name} of the model", buffer.detach().clone() if small else buffer._version
 
 
 def _name(key: _Key, before: Any, after: Any) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import io
+import itertools
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
@@ -137,7 +139,7 @@ class Looker:
             return "known"
         kind = _kind_of(value.__class__)
         if kind == _TENSOR:
-            return (id(value), "inference" if value.is_inference() else value._version)
+            return (_identity(value), "inference" if value.is_inference() else value._version)
         if kind == _TEXT:
             return value
         if kind == _NUMBER:
@@ -147,10 +149,10 @@ class Looker:
             items = _inside(value, kind) if depth > 0 else ()
             return (len(value), names, tuple([self._seen(item, depth - 1) for item in items]))
         if kind in (_CLOSED, _CLOSED_ITERATOR) or (kind == _OBJECT and depth == 0):
-            return id(value)
+            return _identity(value)
         if kind == _OBJECT:
             return (
-                id(value),
+                _identity(value),
                 tuple([(name, self._seen(item, depth - 1)) for name, item in self._parts(value)]),
             )
         return self._seen_state(value, kind)
@@ -163,7 +165,7 @@ class Looker:
         if kind == _MODULE:
             return tuple(self._seen(tensor, 0) for tensor in (*value.parameters(), *value.buffers()))
         if kind == _ARRAY:
-            return (id(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
+            return (_identity(value), xxhash.xxh3_64_hexdigest(value.reshape(-1)[:4096].tobytes()))
         return object()  # where an iterator stands cannot be seen, so it never looks the same
 
 
@@ -243,6 +245,24 @@ def _outside(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 def enumerate_names(name: str, items: Iterable[Any]) -> list[tuple[str, Any]]:
     """Names for items that have none."""
     return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
+
+
+_numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+"""Of the objects that were looked at and still exist, by their id."""
+_next_number = itertools.count(-1, -1)
+
+
+def _identity(value: Any) -> int:
+    """A number of this object alone. Its id would be that of a new object, too, once this one is freed."""
+    key = id(value)
+    known = _numbers.get(key)
+    if known is None or known[0]() is not value:
+        try:
+            reference = weakref.ref(value, lambda _: _numbers.pop(key, None))
+        except TypeError:
+            return key
+        known = _numbers[key] = (reference, next(_next_number))
+    return known[1]
 
 
 def _ends(items: Collection[Any]) -> list[Any]:

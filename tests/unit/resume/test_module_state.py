@@ -50,9 +50,9 @@ class Outside(Net):
         return super().forward(x) * torch.rand((), generator=GENERATOR)
 
 
-def with_buffer(*, persistent: bool) -> Net:
+def with_buffer(*, persistent: bool, size: int = 2) -> Net:
     net = Net()
-    net.register_buffer("mean", torch.zeros(2), persistent=persistent)
+    net.register_buffer("mean", torch.zeros(size), persistent=persistent)
     return net
 
 
@@ -73,6 +73,16 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
     "object": (Net(Kept()), lambda net: setattr(net.value, "count", 1), "'value' of Net"),
     "deque": (Net(deque([1.0], 1)), lambda net: net.value.append(2.0), "'value' of Net"),
     "buffer": (with_buffer(persistent=False), lambda net: net.mean.add_(1), ".mean of the model"),
+    "large buffer": (
+        with_buffer(persistent=False, size=2**20 + 1),
+        lambda net: net.mean.add_(1),
+        ".mean of the model",
+    ),
+    "new large buffer": (
+        with_buffer(persistent=False, size=2**20 + 1),
+        lambda net: setattr(net, "mean", net.mean + 1),
+        ".mean of the model",
+    ),
     "module": (
         Outside(),
         lambda net: net(torch.ones(2)),

@@ -213,3 +213,21 @@ def test_what_may_hold_state_is_named(value: Any) -> None:
 
 def test_plain_values_hold_nothing() -> None:
     assert Looker().held(thing(a=1, b="text", c=[1, {"d": None}], e=print, f=Thing)) is None
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(1), Thing], ids=["tensor", "object"])
+def test_a_new_object_at_the_place_of_a_freed_one_looks_different(make: Callable[[], Any]) -> None:
+    """As the mean that a module replaces at each step: the id is often that of an earlier one."""
+    one, looker = thing(value=make()), Looker()
+    before, freed = looker.look(one), id(one.value)
+    others = []
+    for _ in range(1000):
+        one.value = None
+        one.value = make()
+        if id(one.value) == freed:
+            break
+        others.append(one.value)
+    else:
+        pytest.skip("the memory was not used again")
+    assert changed(before, looker.look(one)) == "value"
+    assert changed(looker.look(one), looker.look(one)) is None
