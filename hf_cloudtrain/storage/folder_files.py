@@ -110,7 +110,6 @@ class _Walk:
         self._follow = follow
         self._seen: set[_Identity] = set()
         self._twice: dict[str, str] = {}
-        self._user = os.geteuid()
 
     @functools.cached_property
     def _above(self) -> set[_Identity]:
@@ -169,8 +168,7 @@ class _Walk:
             clean_path(path)
         except ManifestError:
             return "its name"
-        is_ours = there.st_uid == self._user and mode & stat.S_IRUSR  # as all files of a save are
-        if is_file and not is_ours and not os.access(os.path.join(self._source, path), os.R_OK):
+        if is_file and not os.access(os.path.join(self._source, path), os.R_OK):
             return UNREADABLE
         return None
 
