@@ -24,7 +24,7 @@ from hf_cloudtrain.checkpoints.attempt_checks import TRAINER_ADVICE, Advice, Att
 from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.commit_watch import CommitWatch
-from hf_cloudtrain.checkpoints.exactness import EXACT, NOT_SAID, Exactness
+from hf_cloudtrain.checkpoints.exactness import NOT_SAID, Exactness
 from hf_cloudtrain.checkpoints.flush import finish_left_overs
 from hf_cloudtrain.checkpoints.folder_upload import save_folder
 from hf_cloudtrain.checkpoints.frozen import ALL_FILES, OutboxEntry, Wanted
@@ -99,7 +99,7 @@ class Checkpointer:
             self._watch = CommitWatch(self.catalog, self.uploads) if self.ranks.is_main else None
             self._shares = HostShares(self.ranks, self._watch, step_in_names=self.local.step_in_names)
         self._save_error: Exception | None = None
-        self._told = EXACT
+        self._told: set[Exactness] = set()
 
     @property
     def last_saved(self) -> CheckpointKey | None:
@@ -150,7 +150,7 @@ class Checkpointer:
         prepare = partial(self.local.begin, self.storage.url, global_step, ownership.check)
         self.ranks.each_leader(prepare, "move stale checkpoints")
         self.uploads.last_saved = self.uploads.last_saved_time = self._save_error = None
-        self._told = EXACT
+        self._told.clear()
         self._retention.policy = self.policy
         self._retention.attempt = self.attempt if self.ranks.is_main else None
         if self.ranks.is_leader and self.upload_queue is None:
@@ -189,7 +189,8 @@ class Checkpointer:
             self.ranks.barrier()
         entry = OutboxEntry.new(self.storage.url, self.attempt, position, exactness, metrics or {}, best)
         self.uploads.last_saved, self.uploads.last_saved_time = entry.key, entry.created
-        self._told = entry.tell_exactness(self._told) if self.ranks.is_main else EXACT
+        if self.ranks.is_main:
+            entry.tell_exactness(self._told)
         try:
             look, queue = partial(self.local.written, folder, since_ns), self.upload_queue
             share = Share(entry) if self._shares is None else self._shares.agree(entry, look, queue)

@@ -148,17 +148,17 @@ class OutboxEntry:
         """What messages call it."""
         return self.name or f"checkpoint-{self.key.step}"
 
-    def tell_exactness(self, told: Exactness) -> Exactness:
+    def tell_exactness(self, told: set[Exactness]) -> None:
         """Log why a resume from here may differ, while settings can still be changed.
 
         Args:
-            told: what was logged last in this attempt; the same is not logged twice.
+            told: what was logged in this attempt: a reason comes once, and again only if it is certain now.
         """
         found = Exactness(self.exact, self.inexact_reason)
-        if found.exact is True or found == told:
-            return told
+        if found.exact is True or not told.isdisjoint((found, found._replace(exact=False))):
+            return
+        told.add(found)
         logger.log(found.level, "%s: %s", self.title, found.sentence)
-        return found
 
     def local_path(self, file: AcceptedFile) -> Path:
         """Where the bytes are."""

@@ -469,14 +469,18 @@ def test_of_the_entries_that_cannot_be_committed_only_the_last_is_kept(outbox: O
     assert contents(aside / "files") == bytes_of(15)
 
 
-def test_what_is_not_exact_is_said_once_and_again_where_the_reason_changes(
+def test_a_reason_why_it_is_not_exact_is_said_once_and_again_only_if_it_is_certain_now(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     unknown, no = Exactness.not_verified("EMA may keep state"), Exactness.no("no optimizer")
-    told = EXACT
-    for step, found in enumerate((EXACT, unknown, unknown, EXACT, unknown, no, no)):
-        entry = entry_of(URL, 1, step, exact=found.exact, inexact_reason=found.reason)
-        told = entry.tell_exactness(told)
+    worse = unknown._replace(exact=False)
+    told: set[Exactness] = set()
+    for step, found in enumerate((EXACT, unknown, unknown, EXACT, unknown, no, unknown, no, worse, unknown)):
+        entry_of(URL, 1, step, exact=found.exact, inexact_reason=found.reason).tell_exactness(told)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"checkpoint-1: {unknown.sentence}", f"checkpoint-5: {no.sentence}"]
+    assert said == [
+        f"checkpoint-1: {unknown.sentence}",
+        f"checkpoint-5: {no.sentence}",
+        f"checkpoint-8: {worse.sentence}",
+    ]
