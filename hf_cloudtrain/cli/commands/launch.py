@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Annotated
 
 import typer
 
 from hf_cloudtrain import env
 from hf_cloudtrain.cli.output import say
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.storage.urls import normal_url
 
 
@@ -38,5 +40,10 @@ def launch(
     """
     from hf_cloudtrain.launch.command import run
 
+    if env.run_url_or_none(run_url) is None:
+        raise ConfigurationError(
+            f"No run URL was given. Write `cloudtrain launch --run-url s3://bucket/runs/mrpc -- {shlex.join(command)}`, or set "
+            f"{env.RUN_URL}."
+        )
     url = normal_url(env.run_url(run_url))
     raise typer.Exit(run(command, url, say, os.environ, resume_option))

@@ -60,7 +60,7 @@ def test_a_signal_gives_the_exit_code_of_a_shell(url: str) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        (["--", "true"], 1, "Error: No run URL was given."),
+        (["--", "true"], 1, "No run URL was given. Write `cloudtrain launch --run-url s3://bucket/runs/mrpc -- true`"),
         (["--run-url", "s4://b/r", "--", "true"], 1, "'s4://' is an unknown protocol. Write 's3://b/r'"),
         (["--runurl", "x", "--", "true"], 2, "No such option: --runurl"),
         (["--run-url", "x"], 2, "Missing argument '-- COMMAND...'"),
