@@ -15,7 +15,7 @@ from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.runtime.values import NOT_FINITE
 from hf_cloudtrain.tracking.history import history_of
-from hf_cloudtrain.tracking.services.choice import page_of, start_run
+from hf_cloudtrain.tracking.services.choice import content_of, page_of, start_run
 from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.services.service import (
@@ -134,7 +134,7 @@ class LoopTrackers:
 
     def _fill(self, step: int) -> None:
         """Send what tracker runs lack of the steps so far, from the records of the run."""
-        lacking = [tracker for tracker in self._started or () if tracker.last < step]
+        lacking = [tracker for tracker in self._started or () if tracker.lacks_before(step)]
         if not lacking:
             return
         try:
@@ -159,13 +159,10 @@ class _Tracker:
         self._is_main = lifecycle.checkpointer.ranks.is_main
         self._service: TrackerService | None = tracker_services().get(name)
         self._content = TrackerContent()
+        self._is_shared = False
+        """Whether a different training reports to its run, too, so that what it lacks is not known."""
         self._guard = TrackerGuard(name)
         self._tracker: Any = None
-
-    @property
-    def last(self) -> int:
-        """The last step that its run has, as far as it says."""
-        return max([self._content.last, *self._content.steps.values()])
 
     def start(
         self,
@@ -188,8 +185,11 @@ class _Tracker:
             (self._tracker,) = accelerator.trackers
             self._lifecycle.tracker_pages[self._name] = page_of(service, run, self._guard)
             with self._guard("did not tell what it has"):
-                self._content = service.sent(run.id)
-            if config is not None and not (service.has_fixed_parameters and self.last >= 0):
+                content = content_of(self._lifecycle.checkpointer.storage, service, run, step)
+                self._content, self._is_shared = content or TrackerContent(), content is None
+            if config is not None and not (
+                service.has_fixed_parameters and (self._is_shared or self._content.newest >= 0)
+            ):
                 with self._guard("did not take the configuration"):
                     self._tracker.store_init_configuration(config)
         if self._tracker is None:
@@ -218,6 +218,10 @@ class _Tracker:
         with service.patiently(service.environment(run.id)):
             arguments = {**service.arguments(run.id, start), **given}
             self._accelerator.init_trackers(project, None, {self._name: arguments})
+
+    def lacks_before(self, step: int) -> bool:
+        """Whether its run may lack something of the steps up to one."""
+        return not self._is_shared and self._content.newest < step
 
     def log(self, record: dict[str, float], step: int) -> None:
         if self._tracker is None:

@@ -11,6 +11,7 @@ and callbacks of services that we do not know, stay as they are.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import logging
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers.trainer_callback import CallbackHandler
 
 from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.tracking.services.choice import page_of, start_run
+from hf_cloudtrain.tracking.services.choice import content_of, page_of, start_run
 from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.services.service import (
@@ -81,7 +82,7 @@ def join_reports(run: ReportedRun, callbacks: list[Any]) -> None:
         names = [kind.__name__ for kind in type(callback).__mro__]
         service = next((services[name] for name in names if name in services), None)
         if isinstance(report, Report):
-            report.run = run
+            report.join(run)
         elif service is not None:
             Report(run, service, callback)
 
@@ -112,13 +113,19 @@ class Report:
         for event in _EVENTS:
             setattr(callback, event, getattr(self, f"_{event}", partial(self._on_event, event)))
 
+    def join(self, run: ReportedRun) -> None:
+        """Report of a training that begins: the same callback may report of several runs, one after the other."""
+        if run.run_url != self.run.run_url:
+            self._tracker_run = None
+        self.run = run
+
     def _on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         if not state.is_world_process_zero or state.is_hyper_param_search:
             self._inner["on_train_begin"](args, state, control, **live)
         elif self._start(args, state, control, live):
+            self._sent = TrackerContent()
             with self._guard("did not tell what it has"):
-                self._sent = self._service.sent(self._tracker_run.id if self._tracker_run else "")
-                self._fill(args, state, control, live)
+                self._catch_up(args, state, control, live)
 
     def _on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **live: Any) -> None:
         if not state.is_world_process_zero or not isinstance(logs, dict):
@@ -169,6 +176,15 @@ class Report:
                     self._inner["on_train_begin"](args, state, control, **live)
         finally:
             args.run_name = name
+
+    def _catch_up(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> None:
+        run = self._tracker_run
+        assert run is not None, "it has started"
+        content = content_of(self.run.tracker_storage, self._service, run, state.global_step)
+        self._tracker_run = dataclasses.replace(run, is_new=False)  # what it holds from now on is of this run
+        if content is not None:
+            self._sent = content
+            self._fill(args, state, control, live)
 
     def _fill(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> None:
         """Send what the tracker run lacks of the steps so far: what was on its way when a machine died, or all, if it is new."""

@@ -10,9 +10,12 @@ from hf_cloudtrain.runtime.redaction import redact, secrets_of_environment
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun, TrackerRuns
-from hf_cloudtrain.tracking.services.service import TrackerService, TrackerStart
+from hf_cloudtrain.tracking.services.service import TrackerContent, TrackerService, TrackerStart
 
 logger = logging.getLogger(__name__)
+
+_reported: dict[tuple[str, str], Storage] = {}
+"""The run that was first in this process to report to a tracker run, by service and location."""
 
 
 def start_run(
@@ -40,6 +43,36 @@ def start_run(
         run = begin_next(storage, service, start, run, "it was deleted")
         begin(run)
     return run
+
+
+def content_of(
+    storage: Storage, service: TrackerService, run: TrackerRun, step: int
+) -> TrackerContent | None:
+    """What a tracker run that has just started holds of this run; None where a different training reports to it, too.
+
+    A script may train twice while one W&B run is active. Then a step in it may be of either training, so none may be left out.
+
+    Args:
+        step: from which the training resumes.
+    """
+    if run.is_shared:
+        return None
+    first = _reported.setdefault((service.name, service.location(run.id)), storage)
+    content = service.sent(run.id)
+    is_of_first = first.url != storage.url and content.newest >= 0
+    is_older = run.is_new and step == 0 and content.newest > 0
+    if not is_of_first and not is_older:
+        return content
+    logger.info(
+        "The %s run %s holds a different training, too, so steps that are redone after a resume are in it twice.",
+        service.name,
+        run.id,
+    )
+    for runs in {one.url: TrackerRuns(one) for one in (first, storage)}.values():
+        known = runs.newest(service.name)
+        if known is not None and known.id == run.id and not known.is_shared:
+            runs.add(TrackerRun(service.name, run.id, known.number + 1, is_shared=True))
+    return None
 
 
 def page_of(service: TrackerService, run: TrackerRun, guard: TrackerGuard) -> str:
@@ -74,7 +107,7 @@ def choose_run(
     with service.patiently():
         chosen = start.chosen or service.users_id(start)
         if chosen is not None:
-            return _of_user(runs, service, known, chosen)
+            return _of_user(runs, service, known, chosen, starts_over=start.step == 0 and apart is not None)
         if known is None:
             return runs.add(TrackerRun(service.name, service.new_id(start), 1))
         reason = apart or service.lacks(known.id)
@@ -104,11 +137,13 @@ def begin_next(
     return dataclasses.replace(new, previous=before.id, reason=reason)
 
 
-def _of_user(runs: TrackerRuns, service: TrackerService, known: TrackerRun | None, chosen: str) -> TrackerRun:
+def _of_user(
+    runs: TrackerRuns, service: TrackerService, known: TrackerRun | None, chosen: str, *, starts_over: bool
+) -> TrackerRun:
     if known is not None and known.id == chosen:
-        return known
+        return dataclasses.replace(known, is_new=starts_over)
     if known is None:
-        return runs.add(TrackerRun(service.name, chosen, 1))
+        return dataclasses.replace(runs.add(TrackerRun(service.name, chosen, 1)), is_new=True)
     logger.warning(
         "This attempt reports to the %s run %s, which the script or its environment names; the one before reported to %s. If the "
         "script starts its tracker itself, let it pass that id.",
@@ -117,4 +152,5 @@ def _of_user(runs: TrackerRuns, service: TrackerService, known: TrackerRun | Non
         known.id,
     )
     reason = "the user named a different one"
-    return runs.add(TrackerRun(service.name, chosen, known.number + 1, known.id, reason))
+    new = runs.add(TrackerRun(service.name, chosen, known.number + 1, known.id, reason))
+    return dataclasses.replace(new, is_new=True)

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.checkpoints.paths import TRACKERS
@@ -34,6 +34,10 @@ class TrackerRun:
     """The id of the one before, if it did not go on."""
     reason: str | None = None
     """Why it did not."""
+    is_shared: bool = False
+    """Whether a different training reports to it, too."""
+    is_new: bool = field(default=False, compare=False)
+    """Whether this attempt is the first of the run that reports to it; not recorded."""
 
 
 class TrackerRuns:
@@ -58,7 +62,13 @@ class TrackerRuns:
     def add(self, run: TrackerRun) -> TrackerRun:
         """Record one more tracker run; returns the one that a different process recorded under this number, if it was first."""
         facts = {"previous": run.previous, "reason": run.reason, "nonce": secrets.token_hex(16)}
-        record = {"service": run.service, "id": run.id, "created": time.time(), **facts}
+        record = {
+            "service": run.service,
+            "id": run.id,
+            "created": time.time(),
+            **facts,
+            "shared": run.is_shared,
+        }
         if self._storage.create(_path(run.service, run.number), encode_record(record)):
             return run
         return self._read(run.service, run.number) or run
@@ -78,7 +88,7 @@ class TrackerRuns:
         ):
             logger.warning("The %s is damaged. A new tracker run begins.", what)
             return None
-        return TrackerRun(service, tracker_id, number)
+        return TrackerRun(service, tracker_id, number, is_shared=record.get("shared") is True)
 
 
 def _path(service: str, number: int) -> str:

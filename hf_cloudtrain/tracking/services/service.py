@@ -44,6 +44,11 @@ class TrackerContent:
     values: Mapping[str, Any] = field(default_factory=dict)
     """The newest value of each metric, to tell at the last step which ones were sent."""
 
+    @property
+    def newest(self) -> int:
+        """The last step of any metric; -1 where there is none."""
+        return max([self.last, *self.steps.values()])
+
     def has(self, name: str, step: int, value: Any) -> bool:
         """Whether the service has the value of this metric at this step."""
         if name in self.steps:
@@ -109,6 +114,10 @@ class TrackerService:
             args: the TrainingArguments; a `run_name` that is set here is set back.
         """
         return {}
+
+    def location(self, tracker_id: str) -> str:
+        """What tells its run from all others of the service; called once it has started."""
+        return tracker_id
 
     def sent(self, tracker_id: str) -> TrackerContent:
         """What its run holds; called once it has started."""

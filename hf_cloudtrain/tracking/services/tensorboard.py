@@ -60,6 +60,10 @@ class TensorBoard(TrackerService):
         self._folder, self._step = start.logging_dir, start.step
         return {"purge_step": start.step + 1} if start.step else {}
 
+    def location(self, tracker_id: str) -> str:
+        """The folder: two output folders may have event files in folders of one name."""
+        return str(self._folder or tracker_id)
+
     def sent(self, tracker_id: str) -> TrackerContent:
         """The last step of each tag in the folder, where tensorboard itself is installed."""
         try:

@@ -15,8 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.paths import TRACKERS
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.services import choice
 from hf_cloudtrain.tracking.services import service as service_module
-from hf_cloudtrain.tracking.services.choice import choose_run
+from hf_cloudtrain.tracking.services.choice import choose_run, content_of
 from hf_cloudtrain.tracking.services.mlflow import MLflow
 from hf_cloudtrain.tracking.services.runs import TrackerRun, TrackerRuns
 from hf_cloudtrain.tracking.services.service import (
@@ -114,6 +115,60 @@ class TestChoice:
             )
         choose_run(catalog.storage, Counting(2), START)
         assert requests == ["list", "read"]
+
+
+class Holding(Counting):
+    """A service with one tracker run that is active, whatever trains, and has logs up to `last`."""
+
+    chosen = "active"
+    last = -1
+
+    def sent(self, tracker_id: str) -> TrackerContent:
+        return TrackerContent(last=self.last)
+
+
+class TestShared:
+    """Two trainings of one script report to the tracker run that is active: what it holds may be of either."""
+
+    @pytest.fixture(autouse=True)
+    def process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.starts(monkeypatch)
+
+    def starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choice, "_reported", {})
+
+    def content(
+        self, url: str, last: int, *, step: int = 0, apart: str | None = None
+    ) -> TrackerContent | None:
+        storage, service = Storage(url), Holding()
+        service.last = last
+        run = choose_run(storage, service, TrackerStart(step, Path("out")), apart=apart)
+        return content_of(storage, service, run, step)
+
+    def test_a_second_training_leaves_nothing_out_and_neither_does_a_later_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = str(tmp_path / "run"), str(tmp_path / "run" / "trainer-2")
+        assert self.content(first, -1) == TrackerContent(last=-1)
+        assert self.content(second, 1000) is None
+        self.starts(monkeypatch)
+        assert self.content(second, 1000, step=500) is None, "the script has skipped the first one"
+        assert self.content(first, 1000, step=1000) is None, "or resumes both"
+
+    def test_a_tracker_run_of_the_user_with_logs_of_a_different_training(self, tmp_path: Path) -> None:
+        assert self.content(str(tmp_path), 300) is None
+
+    def test_one_training_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.content(str(tmp_path), 0)
+        self.starts(monkeypatch)
+        assert self.content(str(tmp_path), 120, step=100) == TrackerContent(last=120)
+        assert self.content(str(tmp_path), 120) == TrackerContent(last=120), (
+            "killed before its first checkpoint"
+        )
+
+    def test_a_run_that_starts_over_in_the_users_tracker_run(self, tmp_path: Path) -> None:
+        self.content(str(tmp_path), -1)
+        assert self.content(str(tmp_path), 120, apart="the run starts over") is None
 
 
 class TestSent:
