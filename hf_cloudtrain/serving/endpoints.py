@@ -100,7 +100,10 @@ class Endpoints:
                 raise FileNotFoundError
             found = decode_record(self._storage.read(f"{name}.json"), f"record of the endpoint {name!r}")
             known = {one.name for one in dataclasses.fields(Endpoint)}
-            return Endpoint(**{key: value for key, value in found.items() if key in known})
+            endpoint = Endpoint(**{key: value for key, value in found.items() if key in known})
+            if endpoint.name != name or not isinstance(endpoint.handle, dict):
+                raise TypeError("it is not about this endpoint.")
+            return endpoint
         except FileNotFoundError:
             raise ConfigurationError(
                 f"There is no endpoint {name[:100]!r} in {self.jobs.url!r}. List them with `cloudtrain endpoint list`."
@@ -222,8 +225,11 @@ def delete_local(endpoints: Endpoints, endpoint: Endpoint) -> None:
 def _request(
     endpoint: Endpoint, method: str, path: str, body: bytes | None, headers: dict[str, str], seconds: float
 ) -> tuple[int, bytes]:
-    host = str(endpoint.handle.get("url", "")).removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=seconds)
+    url = str(endpoint.handle.get("url"))
+    at = re.fullmatch(r"http://127\.0\.0\.1:(\d{1,5})", url)
+    if at is None:  # the record comes from storage: it must not send what a user asks to a different machine
+        raise OSError(f"{url[:100]!r} is not an address of this machine")
+    connection = http.client.HTTPConnection("127.0.0.1", int(at[1]), timeout=seconds)
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
