@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +70,6 @@ class Service:
         self._model, self._limits = model, limits
         self._metrics = Metrics(facts)
         self._batcher: Batcher | None = None
-        self._alone = ThreadPoolExecutor(1, "cloudtrain-code")
         self.is_draining = False
         """Whether the server is about to stop: balancers send nothing new after `/ping` says so."""
         self.app = Starlette(
@@ -85,9 +83,12 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        if isinstance(self._model, Predictor):
-            limits = self._limits
-            self._batcher = Batcher(self._model.answers, self._metrics, largest=limits.batch, room=ROOM)
+        work, largest = (
+            (self._model.answers, self._limits.batch)
+            if isinstance(self._model, Predictor)
+            else (self._code, 1)
+        )
+        self._batcher = Batcher(work, self._metrics, largest=largest, room=ROOM)
         yield
 
     async def _ping(self, request: Request) -> Response:
@@ -160,17 +161,23 @@ class Service:
         return (*encode(answers, accept), 200)
 
     async def _transformed(self, body: bytes, kind: str, accept: str) -> tuple[bytes, str, int]:
+        assert self._batcher is not None
+        (answer,) = await self._batcher.answer([(body, kind, accept)], {})
+        if isinstance(answer, Exception):
+            raise answer
+        return (*answer, 200)
+
+    def _code(self, requests: Sequence[tuple[bytes, str, str]], _: dict[str, Any]) -> list[Any]:
+        """The answer of the code to one request, or its error."""
         assert isinstance(self._model, UserCode)
-        loop = asyncio.get_running_loop()
         try:
-            return (*await loop.run_in_executor(self._alone, self._model.answer, body, kind, accept), 200)
-        except InputError:
-            raise
+            return [self._model.answer(*requests[0])]
+        except InputError as error:
+            return [error]
         except Exception as error:
             logger.exception("The code of the checkpoint failed.")
-            raise Refusal(
-                500, f"The code of the checkpoint failed. {type(error).__name__}: {error}"[:500]
-            ) from None
+            text = f"The code of the checkpoint failed. {type(error).__name__}: {error}"
+            return [Refusal(500, text[:500])]
 
 
 async def _in_time(work: Awaitable[Any], deadline: float, status: int, what: str) -> Any:

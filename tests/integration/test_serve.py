@@ -275,6 +275,26 @@ class TestEnd:
         assert (status, text, answer.getheader("connection")) == (503, b"stopping\n", "close")
         assert served.child.wait() == 0
 
+    def test_a_second_signal_ends_code_that_hangs(self, zygote: Zygote, tmp_path: Path) -> None:
+        run = Run(tmp_path / "run", tmp_path / "out")
+        run.begin()
+        marks = f"open({str(tmp_path / 'runs')!r}, 'w').close()"
+        code = f"import time\ndef model_fn(folder): ...\ndef predict_fn(data, model):\n    {marks}\n    time.sleep(600)\n"
+        committed(run, 4, **{"code/inference.py": code.encode()})
+        served = Served(zygote, run.url, "--trust-code")
+        with contextlib.closing(served.connect()) as connection:
+            connection.request("POST", "/invocations", b"1")
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "runs").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            served.terminate()
+            time.sleep(0.5)  # two signals at once are one
+            assert served.child.poll() is None
+            served.terminate()
+            assert served.child.wait() == 0
+        assert "Stopped at once, by the second signal. Requests" in served.child.log
+
 
 class TestRun:
     def test_a_run_that_is_deleted_while_it_is_served(self, zygote: Zygote, tmp_path: Path) -> None:

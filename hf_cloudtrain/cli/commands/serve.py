@@ -82,7 +82,10 @@ def serve(
             print_json({"url": url, "model": model.title, "task": name}, line=True)
         say(f"Serving {model.title} ({name}) at {url}. Stop it with Ctrl-C.")
         server.run(sockets=[listening])
-    say("Stopped. Every accepted request was answered.")
+    if server.force_exit:
+        say("Stopped at once, by the second signal. Requests that were under way got no answer.")
+    else:
+        say("Stopped. Every accepted request was answered.")
 
 
 def found_model(run: str, checkpoint: str | None, best: bool, wish: Wish) -> Model:
