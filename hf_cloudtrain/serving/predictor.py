@@ -22,6 +22,8 @@ NO_LIMIT = 10**9
 """Above it, the length that a tokenizer names is not a limit."""
 LARGEST_IMAGE = 50_000_000
 """Pixels. A small file may hold a picture of gigabytes."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Pillow knows more, and runs Ghostscript for one of them (EPS)."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _image(value: Any) -> Any:
     if not isinstance(value, bytes):
         raise InputError(f"An image must be base64 of its file, not {_kind(value)}.")
     try:
-        image = Image.open(io.BytesIO(value))
+        image = Image.open(io.BytesIO(value), formats=FORMATS)
         if image.width * image.height > LARGEST_IMAGE:
             raise InputError(
                 f"The image has {image.width} x {image.height} pixels; at most {LARGEST_IMAGE} are read."

@@ -14,6 +14,11 @@ MAX_NEW_TOKENS = 1024
 """Tokens that a client may ask for in one answer."""
 CLIENTS_MAX = 10_000
 """Largest number that a client may set for any other parameter."""
+CHOICES = {
+    "function_to_apply": ("sigmoid", "softmax", "none"),
+    "aggregation_strategy": ("none", "simple", "first", "average", "max"),
+}
+"""What a client may set where transformers knows only some words."""
 
 
 class InputError(ValueError):
@@ -158,6 +163,9 @@ def checked_parameters(task: Task, given: object) -> dict[str, Any]:
             raise InputError(
                 f"Parameter {name!r} must be of type {' or '.join(k.__name__ for k in kinds)}, not {_short(value)}."
             )
+        words = CHOICES.get(name)
+        if words is not None and str(value).lower() not in words:
+            raise InputError(f"Parameter {name!r} must be one of: {', '.join(words)}; it is {_short(value)}.")
         most = MAX_NEW_TOKENS if name == "max_new_tokens" else CLIENTS_MAX
         if isinstance(value, (int, float)) and not 0 <= value <= most:
             raise InputError(f"Parameter {name!r} must be between 0 and {most}, not {_short(value)}.")

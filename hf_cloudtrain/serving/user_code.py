@@ -90,7 +90,10 @@ def _module(model: Model) -> ModuleType:
 
 def _text(body: bytes, kind: str) -> str | bytes:
     """As the containers give it: text for types that are text."""
-    return body.decode() if kind.startswith(("text/", "application/json")) else body
+    try:
+        return body.decode() if kind.startswith(("text/", "application/json")) else body
+    except UnicodeDecodeError as error:
+        raise InputError(f"The body is not UTF-8: byte {error.start} cannot be read.") from None
 
 
 def _parsed(body: bytes) -> Any:

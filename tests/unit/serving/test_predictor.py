@@ -142,6 +142,19 @@ class TestOtherTasks:
         assert found[0] == found[1] == found[2]
         assert {label["label"] for label in found[3]} == set(tiny_models.LABELS)
 
+    def test_no_program_is_run_for_an_image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pillow gives EPS to Ghostscript."""
+        from PIL import EpsImagePlugin, Image
+
+        ran: list[object] = []
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: ran.append(given) or png_of_pillow)
+        png_of_pillow = Image.new("RGB", (9, 9)).im
+        eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+        (error,) = answers(loaded(tmp_path, "ViTForImageClassification"), eps)
+        assert isinstance(error, RowError)
+        assert error.is_input
+        assert not ran
+
     def test_no_image_is_read_from_a_path_or_a_url(self, tmp_path: Path) -> None:
         file = tmp_path / "a.png"
         file.write_bytes(png())

@@ -52,11 +52,23 @@ def test_what_is_not_served_is_refused_with_a_way_out() -> None:
         ({"top_k": True}, "'top_k' must be of type int, not true"),
         ({"top_k": -1}, "between 0 and 10000"),
         ([1], "must be a JSON object"),
+        (
+            {"function_to_apply": "relu"},
+            "'function_to_apply' must be one of: sigmoid, softmax, none; it is \"relu\"",
+        ),
     ],
 )
 def test_a_parameter_that_is_not_allowed_is_refused(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("(", "\\(")):
         checked_parameters(task_named("text-classification"), given)
+
+
+@pytest.mark.parametrize("word", ["softmax", "NONE"])
+def test_words_that_transformers_knows_are_allowed(word: str) -> None:
+    given = {"function_to_apply": word}
+    assert checked_parameters(task_named("text-classification"), given)["function_to_apply"] == word
+    with pytest.raises(InputError, match="must be one of: none, simple"):
+        checked_parameters(task_named("token-classification"), {"aggregation_strategy": word + "x"})
 
 
 def test_no_client_asks_for_answers_without_end() -> None:

@@ -66,6 +66,12 @@ def test_transform_fn_receives_bytes_of_types_that_are_not_text(tmp_path: Path) 
     assert (body, kind) == (b"('hello', b'\\x00', 'image/png', 'text/plain')", "text/plain")
 
 
+def test_a_body_that_is_not_utf8_is_the_fault_of_the_client(tmp_path: Path) -> None:
+    code = user_code(tmp_path, LOADS + "def transform_fn(model, body, kind, accept):\n    return body\n")
+    with pytest.raises(InputError, match="not UTF-8: byte 1 cannot be read"):
+        code.answer(b"a\xff", "text/csv", "")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
