@@ -65,11 +65,11 @@ class Pages:
         self._feeds[key] = found  # the last one that was used is the last one to go
         spare = [
             other
-            for other, feed in self._feeds.items()
+            for other, feed in list(self._feeds.items())  # other threads add to it
             if not feed.is_open and other not in (key, ("runs", ""))
         ]
         for other in spare[:-MOST_FEEDS]:
-            del self._feeds[other]
+            self._feeds.pop(other, None)
         return found
 
     def _source(self, kind: str, what: str) -> Source:
@@ -240,7 +240,9 @@ def web_server(server: Server) -> uvicorn.Server:
             server.closing.set()  # it would wait for browsers that never hang up
             await super().shutdown(sockets)
 
-    return EndsStreams(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))
+    return EndsStreams(
+        uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off", ws="none")
+    )
 
 
 def check_installed() -> None:

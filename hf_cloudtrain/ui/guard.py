@@ -95,7 +95,9 @@ class Guard:
 
     def cookie(self, scope: Scope, given: str) -> str | None:
         """The cookie for a browser that has given the token; None where it is wrong."""
-        if self._token is None or not hmac.compare_digest(given.encode(), self._token.encode()):
+        # JSON may hold half of a surrogate pair, which UTF-8 does not.
+        given_bytes = given.encode(errors="surrogatepass")
+        if self._token is None or not hmac.compare_digest(given_bytes, self._token.encode()):
             return None
         return f"{_cookie_name(scope)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
 
@@ -120,7 +122,7 @@ class Guard:
                 "the address that `cloudtrain ui` printed, or start it with --host and that name."
             )
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return 403, f"Requests from the origin {origin[:200]!r} are not answered."
         is_open = scope["path"] in OPEN or scope["path"].startswith(OPEN[-1])
         if headers.get(b"sec-fetch-site") in ("cross-site", "same-site") and scope["path"] != "/":

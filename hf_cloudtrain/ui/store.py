@@ -87,9 +87,7 @@ class JobSource:
         host = record.submitted_by.get("host")
         reason = None if self._lines else "There is no log yet."
         if reason and host != platform.node():
-            reason = (
-                f"The log is not on this machine. On {host!r}, `cloudtrain job logs -f {record.id}` shows it."
-            )
+            reason = f"The log is not on this machine. On {shown(host, 80)!r}, `cloudtrain job logs -f {record.id}` shows it."
         facts: dict[str, object] = {
             "state": record.state,
             "reason": record.reason,

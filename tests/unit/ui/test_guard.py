@@ -75,6 +75,7 @@ class TestHosts:
         [
             {"Origin": "http://evil.example"},
             {"Origin": "null"},
+            {"Origin": "http://[evil"},
             {"Origin": "http://127.0.0.1:1"},
             {"Sec_Fetch_Site": "cross-site"},
             {"Sec_Fetch_Site": "same-site"},
@@ -129,7 +130,7 @@ class TestToken:
         assert "mnli" in str(closed_page.first("runs", Cookie=cookie)["runs"])
         assert closed_page.ask("/api/session", Cookie=cookie)[2] == '{"read":true,"act":true,"actions":true}'
 
-    @pytest.mark.parametrize("token", ["", "wrong", None, 7, TOKEN + "x", "\x00"])
+    @pytest.mark.parametrize("token", ["", "wrong", None, 7, TOKEN + "x", "\x00", "\ud800" * 16])
     def test_a_wrong_one_gets_none(self, closed_page: Served, token: object) -> None:
         status, headers, text = closed_page.ask("/api/session", {"token": token})
         assert status == 401
