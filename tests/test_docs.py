@@ -122,11 +122,12 @@ def test_the_page_has_no_entry_for_a_removed_command() -> None:
     assert documented == {" ".join(arguments) for arguments in COMMANDS}
 
 
-def test_each_environment_variable_is_documented() -> None:
+def test_each_environment_variable_is_documented_and_each_that_is_named_exists() -> None:
     names = {value for name, value in vars(env).items() if name.isupper() and isinstance(value, str)}
     assert "HF_CLOUDTRAIN_RUN_URL" in names
     text = "".join(page.read_text() for page in PAGES)
     assert {name for name in names if name not in text} == set()
+    assert set(re.findall(r"HF_CLOUDTRAIN_[A-Z0-9_]*[A-Z0-9]", text)) - names == set()
 
 
 SHOWN = [

@@ -1,15 +1,19 @@
-"""Training processes that start quickly, and a folder to submit jobs from."""
+"""Training processes that start quickly, a browser, and a folder to submit jobs from."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.browser import Browser
+from tests.conftest import missing
 from tests.integration._jobs import REPOSITORY, Desk
 from tests.integration._lab import Lab
 from tests.integration._zygote import Zygote
+from tests.servers import ServerMissingError
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +25,16 @@ def every_save_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def lab(zygote: Zygote, tmp_path: Path) -> Lab:
     return Lab(zygote, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            found = until_the_end.enter_context(Browser(tmp_path_factory.mktemp("browser")))
+        except ServerMissingError as error:
+            missing(str(error))
+        yield found
 
 
 @pytest.fixture

@@ -17,9 +17,7 @@ from hf_cloudtrain.report import page as page_module
 from hf_cloudtrain.report.live import write_page
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser, Page
-from tests.conftest import missing
 from tests.recorded import record_attempt, record_run
-from tests.servers import ServerMissingError
 
 DRAWN = "document.documentElement?.dataset.drawn === 'yes'"
 NOTE = "(document.getElementById('live')?.textContent ?? '')"
@@ -63,16 +61,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[:1] if part else data)
 
     def log_message(self, *arguments: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with contextlib.ExitStack() as until_the_end:
-        try:
-            found = until_the_end.enter_context(Browser(tmp_path_factory.mktemp("browser")))
-        except ServerMissingError as error:
-            missing(str(error))
-        yield found
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser, Page
-from tests.conftest import missing
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
-from tests.servers import ServerMissingError
 
 CHARTS = {"loss", "timeline", "goodput", "rate", "steptime", "commits", "metrics"}
 DRAWN = "document.documentElement.dataset.drawn === 'yes'"
@@ -34,16 +30,6 @@ TOO_WIDE = """[...document.querySelectorAll("body *")].filter((element) =>
 HOSTILE = (
     "</script><script>window.pwned = 1</script><img src=http://127.0.0.1:9/x onerror='window.pwned = 1'>"
 )
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with contextlib.ExitStack() as until_the_end:
-        try:
-            found = until_the_end.enter_context(Browser(tmp_path_factory.mktemp("browser")))
-        except ServerMissingError as error:
-            missing(str(error))
-        yield found
 
 
 def report(run: Path, output: Path) -> Path:

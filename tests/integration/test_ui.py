@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,22 +17,11 @@ from tests.conftest import missing
 from tests.integration.test_report import CHARTS, HOSTILE, MARKS, TOO_WIDE
 from tests.recorded import BEGAN, record_attempt, record_run, write
 from tests.served import DRAWN, SHOWN, Served, go
-from tests.servers import ServerMissingError
 
 AXE = Path(__file__).resolve().parents[2] / ".servers" / "node_modules" / "axe-core" / "axe.min.js"
 FINDINGS = """axe.run(document, {resultTypes: ["violations"]}).then((found) => found.violations
   .filter((rule) => ["serious", "critical"].includes(rule.impact))
   .map((rule) => `${rule.id}: ${rule.nodes.map((node) => node.html.slice(0, 200)).join(" | ")}`))"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with contextlib.ExitStack() as until_the_end:
-        try:
-            found = until_the_end.enter_context(Browser(tmp_path_factory.mktemp("browser")))
-        except ServerMissingError as error:
-            missing(str(error))
-        yield found
 
 
 @pytest.fixture
