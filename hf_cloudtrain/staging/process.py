@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -127,7 +128,7 @@ class WriterProcess:
             kept = (theirs.fileno(), self._memory.fd, lock)
             arguments = (theirs.fileno(), self._memory.fd, self._memory.capacity, os.getpid())
             try:
-                self._popen = subprocess.Popen(
+                popen = subprocess.Popen(
                     [*own_process.command(_START), *map(str, arguments)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -140,10 +141,19 @@ class WriterProcess:
             except BaseException:
                 ours.close()
                 raise
-        self._control = ours
-        threading.Thread(
-            target=self._listen, args=(ours, self._popen), name="cloudtrain-writer", daemon=True
-        ).start()
+        self._popen, self._control = popen, ours
+        try:
+            threading.Thread(
+                target=self._listen, args=(ours, popen), name="cloudtrain-writer", daemon=True
+            ).start()
+        except RuntimeError as error:  # no more threads
+            popen.kill()
+            popen.wait()
+            ours.close()
+            self._popen = None
+            raise OSError(
+                errno.EAGAIN, f"The process that writes checkpoints cannot be watched: {error}"
+            ) from None
 
     def _send(self, message: dict[str, Any]) -> None:
         # A writer that has died is noticed by the thread that listens.
@@ -206,6 +216,8 @@ class WriterProcess:
             self._start()
             self._send({"size": len(data)})
         except OSError as error:
-            failed(str(error))
-            self._job = None
-            self._changed.notify_all()
+            try:
+                failed(str(error))
+            finally:
+                self._job = None
+                self._changed.notify_all()

@@ -131,6 +131,35 @@ def test_a_program_that_cannot_be_started_is_an_error_and_holds_nothing(
     wait_for_writer(tmp_path)
 
 
+def test_without_threads_a_writer_is_an_error_and_holds_nothing(
+    memory: StagingMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(OSError, match="cannot be watched: no more threads"):
+        WriterProcess(tmp_path, memory)
+    assert len(os.listdir("/proc/self/fd")) == before
+    wait_for_no_writer(tmp_path)
+
+
+def test_a_save_whose_writer_cannot_be_replaced_is_lost_with_a_reason_and_no_wait_for_it_goes_on(
+    memory: StagingMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[str] = []
+    with writer_program("__import__('time').sleep(60)"):
+        process = WriterProcess(tmp_path, memory)
+    process._job = (b"", print, reasons.append)  # as if a save were under way
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    assert process.wait(60)
+    assert "no more threads" in reasons[0]
+    wait_for_no_writer(tmp_path)
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("no more threads")
+
+
 def ignored(pid: int, number: int) -> bool:
     """Whether a process ignores a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
