@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -288,6 +289,7 @@ def compared_curves(key: str, runs: Sequence[tuple[str, History]], smoothing: fl
         return None
     words = clean(key)[:60].replace("_", " ")
     figure = new_figure(traces, {"title": "step", "tickformat": ",d"}, {"title": safe(words)})
-    letters = "".join(char for char in key if char.isascii() and char.isalpha())[:40]
+    # Two metrics may differ in a digit only, or have no letter of ASCII.
+    chart = f"c{hashlib.sha256(key.encode(errors='replace')).hexdigest()[:16]}"
     title = f"{words.capitalize()}: {', '.join(lasts[:4])}"
-    return Chart(f"c{letters}{len(key)}", title, "Last values.", figure, 340, wide=key == "loss")
+    return Chart(chart, title, "Last values.", figure, 340, wide=key == "loss")

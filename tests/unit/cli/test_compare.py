@@ -18,7 +18,9 @@ from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.cli import tables
 from hf_cloudtrain.cli.curve import overlay
 from hf_cloudtrain.report import page
+from hf_cloudtrain.report.curves import compared_curves
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import History
 from tests.recorded import BEGAN, FACTS, record_attempt, record_run, write
 from tests.unit.cli.terminal import answer, cloudtrain
 
@@ -40,6 +42,19 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setattr("hf_cloudtrain.cli.compare.terminal_width", lambda: columns)
     monkeypatch.setattr("hf_cloudtrain.cli.output.terminal_width", lambda: columns, raising=False)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: type("Size", (), {"columns": columns})())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("eval_rouge1", "eval_rouge2"), ("정확도", "재현율"), ("a" * 41, "a" * 40 + "b")]
+)
+def test_each_metric_has_a_chart_of_its_own(one: str, other: str) -> None:
+    """A page finds the figure of a chart by its name."""
+    logs = [{"step": step, "attempt": 1, "time": 1.0, one: 0.5, other: 0.6} for step in (1, 2)]
+    history = History("run", [], logs, [], {})
+    charts = [compared_curves(key, [("run", history)]) for key in (one, other)]
+    names = [chart.name for chart in charts if chart is not None]
+    assert len(set(names)) == 2
+    assert all(re.fullmatch("[a-z][a-z0-9]*", name) for name in names), "they are ids of the page"
 
 
 class TestCompare:
