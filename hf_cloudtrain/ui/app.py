@@ -75,7 +75,7 @@ class Pages:
     def _source(self, kind: str, what: str) -> Source:
         makers: dict[str, Callable[[], Source]] = {
             "run": lambda: RunSource(self.places, what),
-            "compare": lambda: CompareSource(self.places, what.split(",")),
+            "compare": lambda: CompareSource(self.places, what.split("\n")),
             "jobs": lambda: JobsSource(self.places),
             "job": lambda: JobSource(self.places, what),
             "datasets": DatasetsSource,

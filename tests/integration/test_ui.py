@@ -125,7 +125,7 @@ def test_a_page_follows_the_run_and_a_zoom_stays_while_data_arrives(store: Path,
 def test_compare_jobs_and_datasets_are_drawn_and_fit_and_are_accessible(
     store: Path, browser: Browser, width: int, tmp_path: Path
 ) -> None:
-    for name, rate in (("mnli-a", "1e-4"), ("mnli-b", "3e-4")):
+    for name, rate in (("mnli-a", "1e-4"), ("lr=3e-4,bs=8", "3e-4")):
         facts = {"host": "gpu-07", "command": f"train.py --lr {rate}", "learning rate": rate}
         catalog = catalog_of(store, name)
         record_attempt(catalog, began=BEGAN, steps=range(1, 201), state="finished", facts=facts)

@@ -253,7 +253,7 @@ function runsPage() {
   }
   function choose() {
     compare.hidden = memory.chosen.size < 2;
-    compare.href = `#/compare/${encodeURIComponent([...memory.chosen].join(","))}`;
+    compare.href = `#/compare/${encodeURIComponent([...memory.chosen].join("\n"))}`;
     compare.textContent = `Compare ${memory.chosen.size} runs`;
   }
   body.addEventListener("change", ({ target }) => { memory.chosen[target.checked ? "add" : "delete"](target.dataset.id); choose(); });
