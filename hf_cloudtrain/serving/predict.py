@@ -141,7 +141,7 @@ def run(plan: Plan, processes: int, on_rows: Callable[[int], object]) -> None:
             held.enter_context(locked(plan.parts / "lock"))
         except BlockingIOError:
             raise ConfigurationError(
-                f"Another process predicts into {str(plan.out)!r}. Wait for it, or choose a different --output."
+                f"A different process is predicting into {str(plan.out)!r}. Wait for it, or choose a different --output."
             ) from None
         _check_same(plan)
         if processes == 1:

@@ -206,7 +206,7 @@ class TestInterrupted:
         os.kill(child.pid, signal.SIGSTOP)
         text = sentence("predict", str(model), str(data), "-o", str(out), *SHARD)
         assert text == (
-            f"Error: Another process predicts into {str(out)!r}. Wait for it, or choose a different --output.\n"
+            f"Error: A different process is predicting into {str(out)!r}. Wait for it, or choose a different --output.\n"
         )
         os.kill(child.pid, signal.SIGCONT)
         done(child)
@@ -238,7 +238,7 @@ class TestInterrupted:
         out = tmp_path / "out.csv"
         text = sentence("predict", str(model), str(data), "-o", str(out), *SHARD)
         assert text.startswith("Error: No space left on device: ")
-        assert text.endswith("What is done is kept: mend it, and run the same command again.\n")
+        assert text.endswith("What is done is kept: solve this, and run the same command again.\n")
         assert shards(out) == 3
         cloudtrain("predict", str(model), str(data), "-o", str(out), *SHARD)
         assert len(out.read_text().splitlines()) == ROWS + 1

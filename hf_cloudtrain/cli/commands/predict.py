@@ -71,7 +71,7 @@ def predict(
             if isinstance(error, ConfigurationError):
                 raise
             raise ConfigurationError(
-                f"{error.strerror or error}: {str(error.filename or plan.parts)!r}. What is done is kept: mend it, and run the same "
+                f"{error.strerror or error}: {str(error.filename or plan.parts)!r}. What is done is kept: solve this, and run the same "
                 "command again."
             ) from None
     found = scores(output, model, label)
