@@ -60,6 +60,7 @@ class TorchRecorder:
     def write_record(self, name: str, data: Any, size: int) -> None:
         """As `PyTorchFileWriter.write_record`: `data` is text, bytes, a storage, or an address."""
         if self._real is None:
+            self._begin()
             offset = self._copy(data, size)
             if offset is not None:
                 self._records.append((name, offset, size))
@@ -77,6 +78,7 @@ class TorchRecorder:
     def __exit__(self, *failure: object) -> None:
         if self._collects:
             gc.enable()
+        self._begin()
         if failure[0] is None and self._real is None:
             if self._memory.used - self._start >= SMALL_FILE:
                 self._copies.finish()
@@ -91,6 +93,11 @@ class TorchRecorder:
         self._memory.used = self._start
         if self._real is not None:
             self._real.__exit__(*failure)
+
+    def _begin(self) -> None:
+        """What is in memory now is not of this file: an object of the script may save a file of its own when it is pickled."""
+        if not self._records:
+            self._start = self._memory.used
 
     def _copy(self, data: Any, size: int) -> int | None:
         if isinstance(data, str):

@@ -307,6 +307,35 @@ def test_an_exception_within_a_save_leaves_nothing_staged(
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "is small"])
+def test_a_file_that_an_object_saves_while_it_is_pickled_stays_whole(
+    *, fails: bool, memory: StagingMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the file of the object itself is not staged."""
+    monkeypatch.setattr(recorders, "SMALL_FILE", FLOATS.nbytes)
+
+    class Saves:
+        def __reduce__(self) -> Any:
+            torch.save(FLOATS, folder / "beside.pt")
+            return (int, ())
+
+    class Stubborn:
+        def __reduce__(self) -> Any:
+            raise ZeroDivisionError("a bug of the user")
+
+    def write(folder: Path) -> None:
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            torch.save([Saves(), Stubborn() if fails else 5], folder / "state.pt")
+        torch.save(-FLOATS, folder / "last.pt")
+
+    folder = tmp_path / "checkpoint-5"
+    window = staged(write, folder, memory)
+    assert [file.path for file in window.files] == ["beside.pt", "last.pt"]
+    found = written_later(window, memory)
+    assert torch.equal(torch.load(io.BytesIO(found["beside.pt"])), FLOATS)
+    assert torch.equal(torch.load(io.BytesIO(found["last.pt"])), -FLOATS)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_garbage_collector_is_as_before(*, enabled: bool, memory: StagingMemory, tmp_path: Path) -> None:
     seen = []
