@@ -7,6 +7,7 @@ https://docs.docker.com/reference/cli/docker/container/run.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from hf_cloudtrain.jobs.node.folders import unmoved_folders
 from hf_cloudtrain.jobs.node.mounts import Mount, argv
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW, PYTHONPATH
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.launch.environment import FOLDER
 
@@ -36,6 +37,13 @@ done
 
 -1 means every process of the container; with `--pid=host` it would mean every process of the machine.
 """
+
+
+HOOK = f"""\
+PYTHONPATH={shlex.quote(FOLDER)}${{PYTHONPATH:+:$PYTHONPATH}}
+export PYTHONPATH
+"""
+"""Puts the hook of `cloudtrain launch` in front of the `PYTHONPATH` of the image, which this machine does not know."""
 
 
 def has_docker() -> bool:
@@ -81,10 +89,11 @@ def docker_argv(
         mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
         found += ["--mount", _mount_option(mount)]
     forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
-    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, plan.variables, [PYTHONPATH] * plan.launch)):
+    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, plan.variables)):
         found += ["--env", variable]
     name = container_name(submission)
-    return [*found, "--name", name, "--entrypoint", "sh", image, "-c", INIT, "sh", *command]
+    first = HOOK + INIT if plan.launch else INIT
+    return [*found, "--name", name, "--entrypoint", "sh", image, "-c", first, "sh", *command]
 
 
 def container_name(submission: Submission) -> str:

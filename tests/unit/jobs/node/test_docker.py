@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.jobs.node import docker
-from hf_cloudtrain.jobs.node.docker import INIT, docker_argv, has_docker, in_namespace_or_docker
+from hf_cloudtrain.jobs.node.docker import HOOK, INIT, docker_argv, has_docker, in_namespace_or_docker
 from hf_cloudtrain.jobs.node.folders import folder_mounts
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.submission import Submission
@@ -63,9 +63,20 @@ def test_the_hook_of_launch_is_mounted_at_its_own_path(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = docker_argv(submission_of("launch: auto"), "image", [], ["true"])
     assert f"type=bind,source={FOLDER},target={FOLDER},readonly" in found
-    assert "PYTHONPATH" in found
+    assert HOOK + INIT in found
+    assert "PYTHONPATH" not in found, "that of the machine means nothing in the image"
     assert "HF_CLOUDTRAIN_LAUNCH_NOTES" in found
-    assert "PYTHONPATH" not in docker_argv(submission_of(), "image", [], ["true"])
+    assert INIT in docker_argv(submission_of(), "image", [], ["true"])
+
+
+@pytest.mark.parametrize(("of_image", "expected"), [(None, FOLDER), ("/app/src", f"{FOLDER}:/app/src")])
+def test_the_hook_comes_before_the_pythonpath_of_the_image(of_image: str | None, expected: str) -> None:
+    image = {} if of_image is None else {"PYTHONPATH": of_image}
+    command = ["sh", "-c", HOOK + 'echo "$PYTHONPATH"']
+    done = subprocess.run(
+        command, env={"PATH": os.defpath, **image}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{expected}\n"
 
 
 def test_without_a_gpu_none_is_requested(
