@@ -79,14 +79,14 @@ class HookedTraining:
         args = self._trainer.args
         # Only events after `__init__` reach the callback; this one tells it which model is trained.
         self._cloud.on_init_end(args, self._trainer.state, self._trainer.control)
-        newest = _newest_in(str(args.output_dir))
-        path = os.path.abspath(str(given)) if given and given is not True else None
+        newest = newest_in(str(args.output_dir))
+        path = os.path.realpath(str(given)) if given and given is not True else None
         if any(self._ranks.each(lambda: path not in (None, newest), "look at resume_from_checkpoint")):
             self._warn("The script names the checkpoint %r, so training resumes from it.", str(given))
             return given
         restored = self._cloud.restore(args)
         if restored is not None:
-            if path not in (None, os.path.abspath(restored)):
+            if path not in (None, os.path.realpath(restored)):
                 self._warn(
                     "The script names %r, the newest checkpoint in its output folder; the run has a different one, from "
                     "which training resumes: %r.",
@@ -150,13 +150,13 @@ def why_left_alone(trainer: Any, trial: Any) -> str | None:
     return None
 
 
-def _newest_in(folder: str) -> str | None:
-    """The checkpoint that a script finds in an output folder, absolute."""
+def newest_in(folder: str) -> str | None:
+    """The checkpoint that a script finds in an output folder, absolute and without symbolic links, which scripts resolve or not."""
     from transformers import trainer_utils
 
     find: Callable[[str], str | None] = trainer_utils.get_last_checkpoint
     newest = find(folder) if os.path.isdir(folder) else None
-    return None if newest is None else os.path.abspath(newest)
+    return None if newest is None else os.path.realpath(newest)
 
 
 def _is_finished(checkpoint: str) -> bool:

@@ -62,7 +62,7 @@ def _hook(module: ModuleType) -> None:
         from hf_cloudtrain.launch import hooks
     except ImportError as error:
         _note("without-package", sys.executable)
-        message = "[hf_cloudtrain] %s is not hooked, because %s cannot import hf_cloudtrain (%s). Install it there.\n"
+        message = "[hf_cloudtrain] %s is not hooked, because %s cannot import hf_cloudtrain (%s). Install it there, in the version of `cloudtrain launch`.\n"
         sys.stderr.write(message % (module.__name__, sys.executable, error))
         return
     hooks.install(module)

@@ -13,6 +13,7 @@ from hf_cloudtrain.launch import marks
 from hf_cloudtrain.launch.before import Prepared, prepare
 from hf_cloudtrain.launch.marks import Marks, cut_off
 from hf_cloudtrain.launch.state_folders import FOLDER, name_of, path_of, unshare
+from hf_cloudtrain.launch.trainer import newest_in
 from tests.unit.cli.terminal import Run
 
 
@@ -151,3 +152,11 @@ class TestMarks:
         with Marks(here, 0, 1).saving(here / "step_1"):
             pass
         assert cut_off(here) is None
+
+
+def test_a_link_to_an_output_folder_leads_to_the_same_newest_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "out" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    newest = newest_in(str(tmp_path / "out"))
+    assert newest == newest_in(str(tmp_path / "disk" / "out"))
+    assert newest == str((tmp_path / "disk" / "out" / "checkpoint-4").resolve())
