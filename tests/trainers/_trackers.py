@@ -398,7 +398,7 @@ def out_of_order(name: str, folder: Path) -> dict[str, Any]:
         if path.is_file() and PASSWORD.encode() in path.read_bytes()
     ]
     told = bed.log("machine-0").count(
-        "The tracker mlflow did not start; the next try is in 5 minutes. Training goes on."
+        "The tracker mlflow did not start, and is tried again later. Training goes on."
     )
     return {"name": f"{name} 500", "code": code, "password": found, "told": told}
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 300.0
-"""From a start that failed to the next try: the service may be back, and a try may hold up training for seconds."""
+"""From a start that failed to the next try: the service may be back, and a try may hold up training for half a minute."""
+LONGEST_RETRY = 12
+"""So many times that, at most: the time doubles with each try."""
 _EVENTS = (
     "on_train_begin",
     "on_log",
@@ -108,6 +110,8 @@ class Report:
         self._is_started = False
         self._failed_at: float | None = None
         """When its start failed; it gets no events since then."""
+        self._failures = 0
+        """Starts that failed, one after the other."""
         self._guard = TrackerGuard(service.name)
         self._inner = {event: getattr(callback, event) for event in _EVENTS}
         for event in _EVENTS:
@@ -134,7 +138,9 @@ class Report:
             # An evaluation before the training belongs to the same tracker run.
             if self._is_started or self._start(args, state, control, live):
                 self._send(args, state, control, logs, live)
-        elif time.monotonic() - self._failed_at >= RETRY_SECONDS:
+        elif time.monotonic() - self._failed_at >= RETRY_SECONDS * min(
+            2 ** (self._failures - 1), LONGEST_RETRY
+        ):
             self._on_train_begin(args, state, control, **live)  # which sends this log, too: the state has it
 
     def _on_train_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
@@ -150,8 +156,8 @@ class Report:
 
     def _start(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> bool:
         """Start the tracker run, or go on with it; whether that was possible."""
-        self._is_started, self._failed_at = False, time.monotonic()
-        with self._guard(f"did not start; the next try is in {RETRY_SECONDS / 60:.0f} minutes"):
+        self._is_started, self._failures = False, self._failures + 1
+        with self._guard("did not start, and is tried again later"):
             folder = Path(str(args.output_dir)).absolute()
             named = self.run.run_url.rpartition("/")[2] or "run"
             start = TrackerStart(state.global_step, folder, named, args.run_name)
@@ -160,7 +166,8 @@ class Report:
             run = start_run(self.run.tracker_storage, self._service, start, begin, run=run, apart=apart)
             self._tracker_run = run
             self.run.tracker_pages[self._service.name] = page_of(self._service, run, self._guard)
-            self._is_started, self._failed_at = True, None
+            self._is_started, self._failures = True, 0
+        self._failed_at = None if self._is_started else time.monotonic()
         return self._is_started
 
     def _begin(
