@@ -84,9 +84,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], say: Callable[[
     try:
         process = subprocess.Popen(command, env=dict(environment), preexec_fn=_end_with_parent)  # noqa: PLW1509
     except FileNotFoundError:
-        is_script = command[0].endswith(".py") and os.path.exists(command[0])
-        hint = f" Write `python {command[0]}`." if is_script else ""
-        say(f"Error: the command {command[0]!r} was not found.{hint}")
+        say(f"Error: the command {command[0]!r} was not found. {_hint(command[0])}")
         return NOT_FOUND
     except OSError as error:
         hint = f" Write `python {command[0]}`." if command[0].endswith(".py") else ""
@@ -95,6 +93,14 @@ def _run(command: Sequence[str], environment: Mapping[str, str], say: Callable[[
     with _signals_passed_on(process.pid):
         code = process.wait()
     return code if code >= 0 else 128 - code
+
+
+def _hint(missing: str) -> str:
+    if missing.endswith(".py") and os.path.exists(missing):
+        return f"Write `python {missing}`."
+    if len(missing.split()) > 1:
+        return "Write its words after `--` without quotes around all of them."
+    return "Check its spelling, and that its environment is active."
 
 
 @contextlib.contextmanager

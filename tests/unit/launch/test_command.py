@@ -65,6 +65,7 @@ def test_a_signal_gives_the_exit_code_of_a_shell(url: str) -> None:
         (["--runurl", "x", "--", "true"], 2, "No such option: --runurl"),
         (["--run-url", "x"], 2, "Missing argument '-- COMMAND...'"),
         (["--run-url", "x", "--", "no-such-program"], 127, "Error: the command 'no-such-program' was not found."),
+        (["--run-url", "x", "--", "trl sft"], 127, "'trl sft' was not found. Write its words after `--` without quotes"),
         (["--run-url", "x", "--", "/"], 126, "Error: '/' cannot be executed (Permission denied)."),
         (["--run-url", "x", "--", __file__], 126, f"Write `python {__file__}`."),
     ],
