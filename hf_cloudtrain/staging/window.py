@@ -7,6 +7,7 @@ These functions are replaced while at least one window is open, and only then:
     safetensors.torch.serialize_file            looked up by `save_file` at each call
     shutil.rmtree                               Trainer deletes older checkpoints before the new one is on the disk
     os.rename, os.replace, shutil.copyfile      what is moved or copied must be on the disk
+    shutil.copytree                             the same
 
 Each acts for the thread that opened a window and for paths below the folder of its save, and calls the original otherwise.
 """
@@ -113,20 +114,26 @@ class Window:
             self.keep(staged)
         return staged is not None
 
+    def write_now(self, path: Any) -> None:
+        """For copies of folders: what is staged below a path is written now."""
+        absolute = path_of(path)
+        found = [] if absolute is None else [file for file in self.files if self._is_in(file, absolute)]
+        self.files = [file for file in self.files if file not in found]
+        self._is_writing = True
+        try:
+            for file in found:
+                write_file(Path(self.folder, file.path), file, self._memory)
+        finally:
+            self._is_writing = False
+
     def moves(self, source: Any, target: Any) -> None:
         """For `os.rename` and copies: what is staged below the source is written now, and what it replaces is not staged."""
-        for path, writes in ((source, True), (target, False)):
-            absolute = path_of(path)
-            if absolute is None or not absolute.startswith(self.folder + os.sep):
-                continue
-            found = [file for file in self.files if self._is_in(file, absolute)]
-            self.files = [file for file in self.files if file not in found]
-            self._is_writing = True
-            try:
-                for file in found if writes else ():
-                    write_file(Path(self.folder, file.path), file, self._memory)
-            finally:
-                self._is_writing = False
+        below = self.folder + os.sep
+        if (path_of(source) or "").startswith(below):
+            self.write_now(source)
+        absolute = path_of(target) or ""
+        if absolute.startswith(below):
+            self.files = [file for file in self.files if not self._is_in(file, absolute)]
 
     def _is_in(self, file: StagedFile, absolute: str) -> bool:
         return f"{os.path.join(self.folder, file.path)}{os.sep}".startswith(absolute + os.sep)
@@ -185,12 +192,22 @@ class _Seams:
 
     def _moving(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def move(source: Any, target: Any, *args: Any, **options: Any) -> Any:
+        def move(src: Any, dst: Any, *args: Any, **options: Any) -> Any:
             for window in self.windows():
-                window.moves(source, target)
-            return original(source, target, *args, **options)
+                window.moves(src, dst)
+            return original(src, dst, *args, **options)
 
         return move
+
+    def _copying(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def copytree(src: Any, dst: Any, *args: Any, **options: Any) -> Any:
+            for window in self.windows():
+                window.write_now(src)
+                window.write_now(dst)  # the copy may replace some of its files
+            return original(src, dst, *args, **options)
+
+        return copytree
 
     def _install(self) -> None:
         import safetensors.torch
@@ -228,6 +245,7 @@ class _Seams:
             (serialization, "_save", save_faster),
             (safetensors.torch, "serialize_file", serialize_file),
             (shutil, "rmtree", rmtree),
+            (shutil, "copytree", self._copying(shutil.copytree)),
             *((home, name, self._moving(getattr(home, name))) for home, name in _MOVES),
         ):
             self._replaced.append((home, name, getattr(home, name), ours))

@@ -65,7 +65,7 @@ def seams() -> list[object]:
             torch.serialization._save,
             safetensors.torch.serialize_file,
         ),
-        *(shutil.rmtree, shutil.copyfile, os.rename, os.replace),
+        *(shutil.rmtree, shutil.copyfile, shutil.copytree, os.rename, os.replace),
     ]
 
 
@@ -268,6 +268,37 @@ def test_a_folder_that_is_moved_is_written_first(window: Window, folder: Path) -
     os.rename(folder / "part", folder.parent / "elsewhere")
     assert torch.equal(torch.load(folder.parent / "elsewhere/a.pt"), DATA)
     assert names(window) == ["b.pt"]
+
+
+def test_a_folder_that_is_copied_is_written_first(window: Window, folder: Path) -> None:
+    (folder / "part").mkdir()
+    for name in ("part/a.pt", "b.pt"):
+        torch.save(DATA, folder / name)
+    shutil.copytree(folder / "part", folder.parent / "part")
+    assert torch.equal(torch.load(folder.parent / "part/a.pt"), DATA)
+    assert names(window) == ["b.pt"]
+    shutil.copytree(folder, folder.parent / "all")
+    assert torch.equal(torch.load(folder.parent / "all/b.pt"), DATA)
+
+
+def test_what_is_copied_into_the_folder_replaces_what_is_staged(window: Window, folder: Path) -> None:
+    other = folder.parent / "other"
+    other.mkdir()
+    torch.save(DATA + 1, other / "a.pt")
+    for name in ("a.pt", "b.pt"):
+        torch.save(DATA, folder / name)
+    shutil.copytree(other, folder, dirs_exist_ok=True)
+    assert torch.equal(torch.load(folder / "a.pt"), DATA + 1)
+    assert torch.equal(torch.load(folder / "b.pt"), DATA)
+    assert names(window) == []
+
+
+@pytest.mark.parametrize("name", ["os.rename", "os.replace", "shutil.copyfile"])
+def test_the_functions_keep_the_names_of_their_arguments(window: Window, folder: Path, name: str) -> None:
+    torch.save(DATA, folder / "a.pt")
+    home, _, function = name.partition(".")
+    getattr({"os": os, "shutil": shutil}[home], function)(src=folder / "a.pt", dst=folder / "b.pt")
+    assert torch.equal(torch.load(folder / "b.pt"), DATA)
 
 
 def test_a_tensor_that_a_thread_changes_meanwhile_gives_a_readable_file(
