@@ -41,6 +41,15 @@ OVER: frozenset[State] = frozenset(("preempted", "lost", "finished", "failed", "
 READERS = 16
 """Records that are read in parallel: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
 
+_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("engine", "run_url", "home", "state"), str),
+    **dict.fromkeys(("nodes", "nproc_per_node", "max_restarts", "restarts"), int),
+    **dict.fromkeys(("submitted_by", "submitter", "handle"), dict),
+    "created": (int, float),
+}
+"""Types of fields on which every list of jobs relies."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -155,7 +164,7 @@ class JobStore:
 
     def read(self, job_id: str) -> JobRecord:
         """The record of a job by its id, or of the newest job with a name. Raises NoJobError, ManifestError."""
-        if re.fullmatch(r"[A-Za-z0-9._-]{1,80}", job_id):
+        if re.fullmatch(_ID, job_id):
             try:
                 return _decode(self.storage.read(_path(job_id)), job_id)
             except FileNotFoundError:
@@ -234,4 +243,9 @@ def _decode(data: bytes, job_id: str) -> JobRecord:
         raise ManifestError(f"The {what} is damaged: {error}") from error
     if record.id != job_id:
         raise ManifestError(f"The {what} belongs to {record.id!r}.")
+    if not re.fullmatch(_ID, job_id):  # '..' would lead out of the folder of jobs
+        raise ManifestError(f"{job_id[:100]!r} is not the id of a job.")
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(record, name), kind)]
+    if wrong:
+        raise ManifestError(f"The {what} is damaged: the type of {wrong[0]!r} is wrong.")
     return record

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain.checkpoints.manifest import encode_record
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.jobs.records import OVER, JobRecord, JobStore, Start
 
@@ -106,6 +108,30 @@ def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_pat
     for name in ("bad-1", "bad-2", "bad-3"):
         with pytest.raises(ManifestError):
             store.read(name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"nodes": None}, {"created": "today"}, {"run_url": 5}, {"submitted_by": "ann"}, {"handle": None}],
+)
+def test_a_record_with_a_wrong_type_is_damaged(
+    store: JobStore, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    store.create("mnli", **FACTS)
+    record = store.create("qqp", **FACTS)
+    store.storage.write("records/qqp-1.json", encode_record({**dataclasses.asdict(record), **changes}))
+    assert [found.id for found in store.records()] == ["mnli-1"]
+    with pytest.raises(ManifestError, match=f"the type of '{next(iter(changes))}' is wrong"):
+        store.read("qqp")
+
+
+@pytest.mark.parametrize("job_id", ["..", ".", ".x-1", "-x-1"])
+def test_an_id_that_leads_out_of_the_folder_of_jobs_is_none(store: JobStore, job_id: str) -> None:
+    record = dataclasses.asdict(store.create("mnli", **FACTS))
+    store.storage.write(f"records/{job_id}.json", encode_record({**record, "id": job_id}))
+    assert [found.id for found in store.records()] == ["mnli-1"]
+    with pytest.raises((NoJobError, ManifestError)):
+        store.read(job_id)
 
 
 def test_a_key_of_a_newer_version_is_ignored(store: JobStore, tmp_path: Path) -> None:
