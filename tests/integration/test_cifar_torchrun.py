@@ -70,10 +70,12 @@ def test_cifar100_killed_and_resumed_in_an_empty_folder_equals_uninterrupted(
     for name, weights in plain["model"].items():
         assert torch.equal(resumed["model"][name], weights), name
 
+    uninterrupted = read_history(str(tmp_path / "plain-run"))
     losses, expected = (
-        {log["step"]: log["loss"] for log in found.logs}
-        for found in (history, read_history(str(tmp_path / "plain-run")))
+        {log["step"]: log["loss"] for log in found.logs if "loss" in log}
+        for found in (history, uninterrupted)
     )
+    assert {log["step"] for log in uninterrupted.logs if "rank1/loss" in log} == set(expected)
     assert list(expected) == list(range(1, STEPS + 1))
     assert losses.items() <= expected.items()  # what was not stored yet at the kill is lost
     assert losses.keys() >= set(range(killed.step + 1, STEPS + 1))
