@@ -27,7 +27,7 @@ except ModuleNotFoundError:
 
 KEEP_ALIVE = 15
 """Seconds that a connection may be idle, and that the head of a request may take."""
-LAME_DUCK = 1.0
+LAME_DUCK = 3.0
 """Seconds after SIGTERM in which clients with open connections still get answers, each with the advice to close."""
 BACKLOG = 2048
 
