@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import signal
 import socket
+import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -30,6 +33,18 @@ KEEP_ALIVE = 15
 LAME_DUCK = 3.0
 """Seconds after SIGTERM in which clients with open connections still get answers, each with the advice to close."""
 BACKLOG = 2048
+SO_ATTACH_FILTER = 26
+"""Of Linux's <asm-generic/socket.h>; Python's `socket` does not name it."""
+DROP_SYN = (
+    (0x30, 0, 0, 13),
+    (0x54, 0, 0, 0x12),
+    (0x15, 0, 1, 0x02),
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0xFFFFFFFF),
+)
+"""Of the flags in byte 13, SYN without ACK: drop; else keep."""
+HANDSHAKE = 0.2
+"""Seconds in which a connection that is half open may be completed."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -113,6 +128,9 @@ class Server(uvicorn.Server):
         """See the module."""
         await self._drain(lambda: bool(self.server_state.connections))
         for listening in sockets or []:
+            _drop_new_connections(listening)
+        await asyncio.sleep(HANDSHAKE)
+        for listening in sockets or []:
             await self._accept_waiting(listening)
         for server in self.servers:
             server.close()
@@ -138,6 +156,21 @@ class Server(uvicorn.Server):
     def _protocol(self) -> Any:
         kind: Any = self.config.http_protocol_class
         return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def _drop_new_connections(listening: socket.socket) -> None:
+    """Let the kernel drop each packet that asks for a new connection: the close would reset what is not accepted by then.
+
+    Its client asks again after a second, and is refused then, before it has sent a request. A connection that is half open may
+    be completed. The filter sees TCP headers: https://docs.kernel.org/networking/filter.html
+    """
+    if sys.platform != "linux":
+        return
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN)
+    kept = ctypes.create_string_buffer(program, len(program))
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        pointer = struct.pack("HP", len(DROP_SYN), ctypes.addressof(kept))
+        listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
 
 
 def _is_idle(connection: Any) -> bool:
