@@ -47,7 +47,7 @@ class Numbers:
     """The trainings of this process, in their order.
 
     Example:
-        >>> training = Numbers("s3://bucket/runs/sft").begin("/work/out")
+        >>> training = Numbers("s3://bucket/runs/sft").begin("/home/me/out")
         >>> training.number
         1
     """
