@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
@@ -143,4 +144,5 @@ def pin(pid: int, core: int) -> None:
     """Pin all threads of a process, and those that they start, to one core, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {core})
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread.name), {core})

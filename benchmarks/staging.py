@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,16 @@ def _rank_rows(stalls: list[float], memcpys: list[float]) -> list[Row]:
 
 
 def _bert(scale: Scale) -> torch.nn.Module:
-    """As for the stall of a save; in a quick run still so large that its files are staged."""
+    """As for the stall of a save; in a quick run still so large that its files are staged.
+
+    Loaded from a folder, as people have it: transformers compiles its table of weight names for the first model that it loads, or
+    else within the first save.
+    """
     small = BertConfig(vocab_size=2_000, hidden_size=256, num_hidden_layers=1, num_attention_heads=4)
-    return BertForSequenceClassification(small) if scale.quick else bert(scale)
+    model = BertForSequenceClassification(small) if scale.quick else bert(scale)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return BertForSequenceClassification.from_pretrained(folder)
 
 
 class ManyTensors(torch.nn.Module):

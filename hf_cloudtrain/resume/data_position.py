@@ -33,7 +33,7 @@ from hf_cloudtrain.resume.dataloaders import (
     share_generator,
 )
 from hf_cloudtrain.resume.loader_state import LoaderState
-from hf_cloudtrain.resume.random_state import RandomState, numpy_state, same_numpy_state
+from hf_cloudtrain.resume.random_state import HostRandom, RandomState
 from hf_cloudtrain.resume.watched_sampler import Fetch, Fetches, OrderCheck, fingerprint_text, watch
 
 
@@ -61,7 +61,7 @@ class DataPosition:
         self.to_read = 0
         """Batches that the caller has to read and discard first."""
         self.save_foreseen = False
-        """Whether a save follows the next step: then numpy's state is noted before the fetches of that step, too."""
+        """Whether a save follows the next step: then the host's states are noted before the fetches of that step, too."""
         self._base = getattr(dataloader, "base_dataloader", dataloader)
         self._loader_state = LoaderState(dataloader)
         self._way = self._loader_state.way
@@ -75,8 +75,8 @@ class DataPosition:
         self._drawn: RandomState | None = None
         """Before the order was drawn: between the two, torch draws the seed of the workers."""
         self._drawn_as_begun = False
-        self._numpy: Any = None
-        """numpy's state when it was last read; None requests a read before the next fetch."""
+        self._host: HostRandom | None = None
+        """Python's and numpy's states when they were last read; None requests a read before the next fetch."""
         self._resumed: dict[str, Any] | None = None
         """The record of the checkpoint, until the first batch of the resumed epoch."""
         self._order = OrderCheck()
@@ -138,7 +138,7 @@ class DataPosition:
         self._begun = RandomState.capture(generators_of(self._base))
         # A persistent pool of workers draws its seed once; a pool that is new in a later epoch must not move the states.
         self._drawn_as_begun = record is None and epoch > 0 and bool(self._base.persistent_workers)
-        self._numpy = None
+        self._host = None
 
     def settle(self) -> None:
         """Call it when a resumed epoch has returned its first batch: from now on the random states are those of the save."""
@@ -156,9 +156,9 @@ class DataPosition:
     def can_be_saved(self) -> bool:
         """Whether `state_dict` knows every random state before the next fetch."""
         fetch = self._next_fetch()
-        if fetch is None or fetch.random is None or fetch.random.numpy is not None:
+        if fetch is None or fetch.random is None or fetch.random.host is not None:
             return True
-        return same_numpy_state(numpy_state(), self._numpy)
+        return self._host is not None and self._host.is_now()
 
     def state_dict(self) -> dict[str, Any]:
         """The position after `batches`, as numbers, texts and tensors. Raises ConfigurationError before `begin`."""
@@ -166,8 +166,8 @@ class DataPosition:
             raise ConfigurationError("The position is unknown. Call begin() before state_dict().")
         fetch = self._next_fetch()
         before = fetch.random if fetch else None
-        if before is not None and before.numpy is None:
-            before = dataclasses.replace(before, numpy=numpy_state())
+        if before is not None and before.host is None:
+            before = dataclasses.replace(before, host=HostRandom.capture())
         return {
             "way": self._way,
             "epoch": self._epoch,
@@ -237,7 +237,7 @@ class DataPosition:
         elif self._drawn_as_begun and self._begun is not None:
             self._begun.restore(generators_of(self._base))
         self._drawn = RandomState.capture()
-        self._numpy = self._drawn.numpy
+        self._host = self._drawn.host
 
     def _draw_converted(self, resumed: dict[str, Any], drawn: RandomState) -> None:
         """Compare the order that follows with that of the old settings, and leave all random states as they were."""
@@ -258,8 +258,8 @@ class DataPosition:
             self._restore_random(self._resumed, skipped)
         random = stream = None
         if self._base.num_workers == 0:
-            random = RandomState.capture(numpy=self.save_foreseen or self._numpy is None)
-            self._numpy = self._numpy if random.numpy is None else random.numpy
+            random = RandomState.capture(host=self.save_foreseen or self._host is None)
+            self._host = self._host if random.host is None else random.host
             observed = self._loader_state.observed_stream
             stream = observed.state_dict() if observed is not None else None
         self._fetches.note(random, stream)
@@ -269,12 +269,12 @@ class DataPosition:
             self._order.check_skipped(self._fetches)
             if resumed["before_fetch"] is not None:
                 RandomState.from_record(resumed["before_fetch"]).restore()
-                self._numpy = None
+                self._host = None
         # As much was fetched before the save. Workers draw from states of their own: `settle` is soon enough.
         reached = self._fetches.count >= resumed["fetched"] and self._base.num_workers == 0
         if self._saved is not None and reached:
             self._saved.restore()
-            self._saved = self._numpy = None
+            self._saved = self._host = None
 
 
 def converted(record: dict[str, Any], *, batches: int, old: tuple[int, int]) -> dict[str, Any]:

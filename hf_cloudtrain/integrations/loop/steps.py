@@ -283,7 +283,7 @@ class EpochSteps:
         return self._save_steps is not None and step % self._save_steps == 0
 
     def _can_be_saved(self, position: DataPosition) -> bool:
-        """An unplanned save may lack numpy's state before the next fetch; then it comes a step later."""
+        """An unplanned save may lack the host's random states before the next fetch; then it comes a step later."""
         return all(self._run.ranks.each(position.can_be_saved, "look at its random states"))
 
     def _save_pending(self) -> None:

@@ -241,7 +241,7 @@ def _states(args: TrainingArguments, rank: int, step: int) -> dict[str, Any]:
 
     seed = derived_seed(args.seed, rank, step)
     state = RandomState.derived(seed)
-    states: dict[str, Any] = {"python": state.python, "numpy": state.numpy, "cpu": state.torch}
+    states: dict[str, Any] = {**vars(state.host), "cpu": state.torch}
     if torch.cuda.is_available():
         cuda = [
             torch.Generator(device=f"cuda:{index}").manual_seed(seed).get_state()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_cloudtrain.resume import random_state
-from hf_cloudtrain.resume.random_state import RandomState, numpy_state, same_numpy_state
+from hf_cloudtrain.resume.random_state import HostRandom, RandomState
 
 DRAWS: dict[str, Callable[[], Any]] = {
     "python": random.random,
@@ -51,13 +51,13 @@ def test_a_capture_does_not_change_with_later_draws() -> None:
     assert torch.equal(state.torch, before)
 
 
-def test_a_restore_does_not_change_numpy_if_it_was_left_out() -> None:
-    state = RandomState.capture(numpy=False)
-    assert state.numpy is None
-    np.random.rand()
-    now = numpy_state()
+def test_a_restore_changes_neither_python_nor_numpy_if_they_were_left_out() -> None:
+    state = RandomState.capture(host=False)
+    assert state.host is None
+    random.random(), np.random.rand()
+    now = HostRandom.capture()
     stored(state).restore()
-    assert same_numpy_state(now, numpy_state())
+    assert now.is_now()
 
 
 def test_generators_are_set_in_the_order_in_which_they_were_captured() -> None:
@@ -84,22 +84,25 @@ def test_a_generator_that_was_not_captured_is_not_changed() -> None:
         (lambda: None, True),
         (np.random.rand, False),
         (lambda: np.random.rand(2000), False),
-        (random.random, True),
+        (random.random, False),
         (lambda: torch.rand(1), True),
     ],
-    ids=["nothing", "one number of numpy", "more than its whole state", "python", "torch"],
+    ids=["nothing", "one number of numpy", "more than its whole state", "one number of Python", "torch"],
 )
-def test_same_numpy_state_detects_a_draw(draw: Callable[[], Any], same: bool) -> None:
-    before = numpy_state()
+def test_the_states_of_the_host_detect_a_draw(draw: Callable[[], Any], same: bool) -> None:
+    before = HostRandom.capture()
     draw()
-    assert same_numpy_state(before, numpy_state()) is same
+    assert before.is_now() is same
 
 
-def test_same_numpy_state_detects_a_draw_of_the_cached_gaussian_number() -> None:
-    np.random.standard_normal()
-    before = numpy_state()
-    np.random.standard_normal()  # changes nothing but the cached number
-    assert not same_numpy_state(before, numpy_state())
+@pytest.mark.parametrize(
+    "draw", [np.random.standard_normal, lambda: random.gauss(0, 1)], ids=["numpy", "Python"]
+)
+def test_the_states_of_the_host_detect_a_draw_of_the_cached_gaussian_number(draw: Callable[[], Any]) -> None:
+    draw()
+    before = HostRandom.capture()
+    draw()  # changes nothing but the cached number
+    assert not before.is_now()
 
 
 class TestDevice:
