@@ -139,7 +139,7 @@ async def _ask(
 ) -> tuple[int, bool]:
     """The status, and whether the server closes the connection."""
     body = json.dumps({"inputs": list(rows)}).encode()
-    head = f"POST /invocations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /invocations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     answer = (await reader.readuntil(b"\r\n\r\n")).lower()
     await reader.readexactly(int(answer.partition(b"content-length: ")[2].split(b"\r\n")[0]))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from hf_cloudtrain.runtime.listening import listen
 from hf_cloudtrain.ui import app
 from tests.browser import Page
 
@@ -26,7 +27,7 @@ class Served:
     def __init__(self, urls: Iterable[str], token: str | None = None, **settings: Any) -> None:
         self.pages = app.Pages(urls)
         host = settings.pop("host", "127.0.0.1")
-        listening = app.listen("127.0.0.1", 0)
+        listening = listen("127.0.0.1", 0)
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
         self._listening = listening

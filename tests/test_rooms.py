@@ -47,6 +47,13 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lifecycle", "inventory"),
         ("deletion",),
     ),
+    "serving": (
+        ("models",),
+        ("predict", "endpoints", "formats", "metrics"),
+        ("user_code", "batching"),
+        ("app",),
+        ("server",),
+    ),
     "cli": (
         ("tables", "curve"),
         ("output",),

@@ -9,6 +9,7 @@ In reading order:
 - `process_tree`: find and end the processes below this one; `own_process`: start one that runs code of this package
 - `tracebacks`: one short traceback for an expected error of ours
 - `redaction`: texts without credentials; `provenance`: host, versions and command line of a run
+- `listening`: the socket of a server on this machine, and which browsers may ask it
 - `patience`: a wait of more than a few seconds says what it waits for
 - `progress`: the progress bar of a transfer; `text`: sizes, times and durations for people
 - `values`: numbers and texts as JSON holds them

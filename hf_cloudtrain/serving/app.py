@@ -6,34 +6,32 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.errors import MissingExtraError
-from hf_cloudtrain.serving.batching import Batcher, BusyError
-from hf_cloudtrain.serving.formats import UnknownTypeError, accepted, decode, encode, media_type
+import anyio
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from hf_cloudtrain.runtime.listening import Doorkeeper, is_loopback
+from hf_cloudtrain.serving.batching import Batcher
+from hf_cloudtrain.serving.formats import MOST_ROWS, accepted, decode, encode, media_type
 from hf_cloudtrain.serving.metrics import Metrics
-from hf_cloudtrain.serving.predictor import Predictor, RowError
-from hf_cloudtrain.serving.tasks import InputError
+from hf_cloudtrain.serving.models.predictor import Predictor, RowError
+from hf_cloudtrain.serving.models.tasks import RequestError
 from hf_cloudtrain.serving.user_code import UserCode
 
-try:
-    from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
-except ModuleNotFoundError:
-    raise MissingExtraError(
-        "starlette is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
-    ) from None
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
 READ_ANYWAY = 256 * 2**20
 """Bytes of a body over the limit that are read and dropped, so that the client reads the answer and not a reset connection."""
-ROOM = 10_000
-"""Rows that may wait for the model."""
 GONE = 499
 """As nginx counts a request whose client has gone away. No client receives it."""
 
@@ -50,23 +48,16 @@ class Limits:
     """Rows of a batch."""
 
 
-class Refusal(Exception):  # noqa: N818 - it is an answer
-    """A request that is not answered with predictions."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
 class Service:
     """The application, and what its server asks it.
 
     Args:
         model: a loaded model, or the code of a checkpoint.
         facts: of the model, for `/metrics`.
+        host: the address that the server listens on. Where only this machine reaches it, pages of other sites are refused.
     """
 
-    def __init__(self, model: Predictor | UserCode, limits: Limits, facts: dict[str, str]) -> None:
+    def __init__(self, model: Predictor | UserCode, limits: Limits, facts: dict[str, str], host: str) -> None:
         self._model, self._limits = model, limits
         self._metrics = Metrics(facts)
         self._batcher: Batcher | None = None
@@ -78,6 +69,7 @@ class Service:
                 Route("/invocations", self._invocations, methods=["POST"]),
                 Route("/metrics", self._show_metrics),
             ],
+            middleware=[Middleware(_guarded, Doorkeeper(host))] if is_loopback(host) else [],
             lifespan=self._lifespan,
         )
 
@@ -88,22 +80,27 @@ class Service:
             if isinstance(self._model, Predictor)
             else (self._code, 1)
         )
-        self._batcher = Batcher(work, self._metrics, largest=largest, room=ROOM)
+        self._batcher = Batcher(work, self._metrics, largest=largest, room=MOST_ROWS)
+        self._metrics.waiting.set_function(lambda: self._ready.waiting)
         yield
 
+    @property
+    def _ready(self) -> Batcher:
+        assert self._batcher is not None
+        return self._batcher
+
     async def _ping(self, request: Request) -> Response:
-        is_well = self._batcher is None or self._batcher.is_alive
-        text = "stopping" if self.is_draining else "ok" if is_well else "the model has ended"
+        text = "stopping" if self.is_draining else "ok" if self._ready.is_alive else "the model has ended"
         return self._closing(PlainTextResponse(f"{text}\n", 200 if text == "ok" else 503))
 
     async def _show_metrics(self, request: Request) -> Response:
-        text = self._metrics.text(self._batcher.waiting if self._batcher else 0)
-        return self._closing(PlainTextResponse(text, media_type="text/plain; version=0.0.4"))
+        return self._closing(Response(self._metrics.text(), media_type="text/plain; version=0.0.4"))
 
     async def _invocations(self, request: Request) -> Response:
         begun = time.perf_counter()
         response = await self._answered(request)
-        self._metrics.request(response.status_code, time.perf_counter() - begun)
+        self._metrics.requests.labels(response.status_code).inc()
+        self._metrics.request_seconds.observe(time.perf_counter() - begun)
         return self._closing(response)
 
     def _closing(self, response: Response) -> Response:
@@ -112,26 +109,21 @@ class Service:
         return response
 
     async def _answered(self, request: Request) -> Response:
-        deadline = time.monotonic() + self._limits.seconds
+        body = None
         try:
-            kind = media_type(request.headers.get("content-type", ""))
-            accept = request.headers.get("accept", "")
-            body = await _in_time(self._body(request), deadline, 408, "The body did not arrive")
-            work = self._predicted if isinstance(self._model, Predictor) else self._transformed
-            content, kind, status = await _in_time(
-                _while_there(request, work(body, kind, accept)), deadline, 504, "The model did not answer"
+            with anyio.fail_after(self._limits.seconds):
+                kind = media_type(request.headers.get("content-type", ""))
+                body = await self._body(request)
+                work = self._predicted if isinstance(self._model, Predictor) else self._transformed
+                content, kind = await work(request, body, kind, request.headers.get("accept", ""))
+                return Response(content, media_type=kind)
+        except RequestError as error:
+            return _refused(error.status, str(error))
+        except TimeoutError:
+            status, what = (
+                (408, "The body did not arrive") if body is None else (504, "The model did not answer")
             )
-            return Response(content, status, media_type=kind)
-        except UnknownTypeError as error:
-            return _refused(415, str(error))
-        except InputError as error:
-            return _refused(400, str(error))
-        except BusyError:
-            return _refused(503, "Too many rows wait. Try again.", {"retry-after": "1"})
-        except Refusal as refusal:
-            # What is left of a body would be read as the next request.
-            headers = {"connection": "close"} if refusal.status in (408, 413) else {}
-            return _refused(refusal.status, str(refusal), headers)
+            return _refused(status, f"{what} within the time of a request.")
         except ClientDisconnect:
             return _refused(GONE, "The client has gone away.")
 
@@ -145,63 +137,68 @@ class Service:
             elif size > READ_ANYWAY:
                 break
         if size > self._limits.body:
-            raise Refusal(413, f"The body is larger than the {self._limits.body} bytes that are read.")
+            raise RequestError(f"The body is larger than the {self._limits.body} bytes that are read.", 413)
         return bytes(body)
 
-    async def _predicted(self, body: bytes, kind: str, accept: str) -> tuple[bytes, str, int]:
+    async def _predicted(self, request: Request, body: bytes, kind: str, accept: str) -> tuple[bytes, str]:
         assert isinstance(self._model, Predictor)
-        assert self._batcher is not None
         accepted(accept)  # before the work
         asked = decode(body, kind, self._model.task)
-        answers = await self._batcher.answer(asked.rows, self._model.parameters(asked.parameters))
+        work = self._ready.answer(asked.rows, self._model.parameters(asked.parameters))
+        answers = await _while_there(request, work)
         failed = [answer for answer in answers if isinstance(answer, RowError)]
-        self._metrics.rows(len(answers) - len(failed), len(failed))
+        self._metrics.rows.labels("answered").inc(len(answers) - len(failed))
+        self._metrics.rows.labels("failed").inc(len(failed))
         if failed and len(failed) == len(answers):
-            raise Refusal(400 if all(row.is_input for row in failed) else 500, failed[0].text)
-        return (*encode(answers, accept), 200)
+            raise RequestError(failed[0].text, 400 if all(row.is_input for row in failed) else 500)
+        return encode(answers, accept)
 
-    async def _transformed(self, body: bytes, kind: str, accept: str) -> tuple[bytes, str, int]:
-        assert self._batcher is not None
-        (answer,) = await self._batcher.answer([(body, kind, accept)], {})
-        if isinstance(answer, Exception):
+    async def _transformed(self, request: Request, body: bytes, kind: str, accept: str) -> tuple[bytes, str]:
+        (answer,) = await _while_there(request, self._ready.answer([(body, kind, accept)], {}))
+        if isinstance(answer, RequestError):
             raise answer
-        return (*answer, 200)
+        content, kind = answer
+        return content, kind
 
     def _code(self, requests: Sequence[tuple[bytes, str, str]], _: dict[str, Any]) -> list[Any]:
         """The answer of the code to one request, or its error."""
         assert isinstance(self._model, UserCode)
         try:
             return [self._model.answer(*requests[0])]
-        except InputError as error:
+        except RequestError as error:
             return [error]
         except Exception as error:
             logger.exception("The code of the checkpoint failed.")
             text = f"The code of the checkpoint failed. {type(error).__name__}: {error}"
-            return [Refusal(500, text[:500])]
+            return [RequestError(text[:500], 500)]
 
 
-async def _in_time(work: Awaitable[Any], deadline: float, status: int, what: str) -> Any:
-    try:
-        return await asyncio.wait_for(work, max(0.0, deadline - time.monotonic()))
-    except asyncio.TimeoutError:
-        raise Refusal(status, f"{what} within the time of a request.") from None
-
-
-async def _while_there(request: Request, work: Awaitable[Any]) -> Any:
+async def _while_there(request: Request, work: asyncio.Future[list[Any]]) -> list[Any]:
     """The result of the work; it is cancelled if the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(
-        request.receive()
-    )  # the body is read, so the next message is the end of the connection
+    # The body is read, so the next message is the end of the connection.
+    gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
             raise ClientDisconnect
-        return task.result()
+        return work.result()
     finally:
         gone.cancel()
-        task.cancel()
+        work.cancel()
 
 
-def _refused(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+def _refused(status: int, text: str) -> Response:
+    headers = {"retry-after": "1"} if status == 503 else {}
+    if status in (408, 413):  # what is left of a body would be read as the next request
+        headers["connection"] = "close"
     return JSONResponse({"error": text}, status, headers)
+
+
+def _guarded(app: ASGIApp, doorkeeper: Doorkeeper) -> ASGIApp:
+    """The application behind a doorkeeper."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = doorkeeper.refusal(scope["headers"]) if scope["type"] == "http" else None
+        await (app if refusal is None else _refused(403, refusal))(scope, receive, send)
+
+    return answer

@@ -10,21 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_cloudtrain.serving.metrics import Metrics
-from hf_cloudtrain.serving.predictor import RowError
+from hf_cloudtrain.serving.models.predictor import RowError
+from hf_cloudtrain.serving.models.tasks import RequestError
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[Sequence[Any], dict[str, Any]], list[Any]]
-
-
-class BusyError(Exception):
-    """So many rows wait already that this request is refused."""
 
 
 class _Waiting:
@@ -35,7 +31,6 @@ class _Waiting:
         self.answers: list[Any] = list(rows)  # of a row that failed while it was read, its error
         self.queue = deque((i, row) for i, row in enumerate(rows) if not isinstance(row, RowError))
         self.open = len(self.queue)
-        self.is_dropped = False
         self.done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
 
@@ -65,26 +60,24 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Rows that wait."""
-        return sum(len(request.queue) for request in tuple(self._requests) if not request.is_dropped)
+        return sum(len(request.queue) for request in tuple(self._requests) if not request.done.done())
 
-    async def answer(self, rows: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
-        """The answers, in order. If the caller is cancelled, rows that still wait are dropped.
+    def answer(self, rows: Sequence[Any], parameters: dict[str, Any]) -> asyncio.Future[list[Any]]:
+        """The answers, in order. If the future is cancelled, rows that still wait are dropped.
 
         Raises:
-            BusyError: too many rows wait.
+            RequestError: too many rows wait.
         """
         request = _Waiting(rows, parameters)
         if not request.open:
-            return request.answers
+            request.done.set_result(request.answers)
+            return request.done
         with self._changed:
-            if self._requests and self.waiting + request.open > self._room:
-                raise BusyError
+            if self.waiting + request.open > self._room:
+                raise RequestError("Too many rows wait. Try again.", 503)
             self._requests.append(request)
             self._changed.notify()
-        try:
-            return await request.done
-        finally:
-            request.is_dropped = True
+        return request.done
 
     def _run(self) -> None:
         while True:
@@ -92,23 +85,23 @@ class Batcher:
                 while not (batch := self._next_batch()):
                     self._changed.wait()
             rows = [row for _, _, row in batch]
-            begun = time.perf_counter()
+            self._metrics.batch_rows.observe(len(rows))
             try:
-                answers = self._work(rows, batch[0][0].parameters)
+                with self._metrics.batch_seconds.time():
+                    answers = self._work(rows, batch[0][0].parameters)
             except Exception:
                 logger.exception("A batch of %d rows failed.", len(rows))
                 answers = [RowError("The server failed; its log says why.", is_input=False)] * len(rows)
-            self._metrics.batch(len(rows), time.perf_counter() - begun)
             self._loop.call_soon_threadsafe(_deliver, batch, answers)
 
     def _next_batch(self) -> list[tuple[_Waiting, int, Any]]:
         """Rows with equal parameters: one of each request in turn, beginning with the request that has waited longest."""
-        while self._requests and (self._requests[0].is_dropped or not self._requests[0].queue):
+        while self._requests and (self._requests[0].done.done() or not self._requests[0].queue):
             self._requests.popleft()
         if not self._requests:
             return []
         parameters = self._requests[0].parameters
-        turn = [r for r in self._requests if r.parameters == parameters and not r.is_dropped and r.queue]
+        turn = [r for r in self._requests if r.parameters == parameters and not r.done.done() and r.queue]
         batch: list[tuple[_Waiting, int, Any]] = []
         while turn and len(batch) < self._largest:
             now = turn[: self._largest - len(batch)]

@@ -18,21 +18,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
-from hf_cloudtrain.serving.app import Limits, Service
+import uvicorn
 
-try:
-    import uvicorn
-except ModuleNotFoundError:
-    raise MissingExtraError(
-        "uvicorn is not installed, which a server needs: pip install 'hf_cloudtrain[serve]'"
-    ) from None
+from hf_cloudtrain.runtime.listening import BACKLOG
+from hf_cloudtrain.serving.app import Limits, Service
 
 KEEP_ALIVE = 15
 """Seconds that a connection may be idle, and that the head of a request may take."""
 LAME_DUCK = 3.0
 """Seconds after SIGTERM in which clients with open connections still get answers, each with the advice to close."""
-BACKLOG = 2048
 SO_ATTACH_FILTER = 26
 """Of Linux's <asm-generic/socket.h>; Python's `socket` does not name it."""
 DROP_SYN = (
@@ -45,25 +39,6 @@ DROP_SYN = (
 """Of the flags in byte 13, SYN without ACK: drop; else keep."""
 HANDSHAKE = 0.2
 """Seconds in which a connection that is half open may be completed."""
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """The socket of a server. Raises ConfigurationError: the port is taken, or the host is not this machine's."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigurationError(f"--host {host!r} cannot be used: {error.strerror}.") from None
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((host, port))
-        found.listen(BACKLOG)  # at once: two servers could bind, but not listen
-    except OSError as error:
-        found.close()
-        raise ConfigurationError(
-            f"Port {port} of {host!r} cannot be used: {error.strerror}. Pass a different --port; 0 takes a free one."
-        ) from None
-    return found
 
 
 class Server(uvicorn.Server):

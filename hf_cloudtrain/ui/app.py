@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gzip
 import json
 import socket
@@ -11,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError, NoJobError
+from hf_cloudtrain.errors import CloudTrainError, NoCheckpointError, NoJobError
 from hf_cloudtrain.report import page
 from hf_cloudtrain.report.page import check_extra_installed, plotly_script, shown
 from hf_cloudtrain.ui import actions
@@ -214,21 +213,6 @@ class Server:
             return Response("There is no such file.", 404, media_type="text/plain")
         path, kind = FILES[name]
         return Response(path.read_bytes(), 200, {"cache-control": "no-cache"}, kind)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ConfigurationError, with what to do, where it cannot."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            reason = "a different program has it"
-        raise ConfigurationError(
-            f"Cannot listen on {host!r}, port {port}: {reason}. Choose a different port with --port, or any free one with "
-            "--port 0."
-        ) from None
 
 
 def web_server(server: Server) -> uvicorn.Server:

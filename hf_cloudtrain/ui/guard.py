@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
-import socket
 from http.cookies import SimpleCookie
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.runtime.listening import Doorkeeper
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,10 +62,7 @@ class Guard:
         self._reading = reading
         self._headers = {"content-security-policy": policy, **HEADERS}
         self._session = secrets.token_urlsafe(32)
-        names = {host, "localhost"}
-        if not is_loopback(host):
-            names |= {socket.gethostname(), socket.getfqdn()}
-        self._names = {name.lower() for name in names}
+        self._doorkeeper = Doorkeeper(host)
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """The application with the guard before it."""
@@ -114,18 +109,11 @@ class Guard:
         return found is not None and hmac.compare_digest(found.value.encode(), self._session.encode())
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "")
-        if not self._is_ours(host):
-            return 403, (
-                f"The host {host[:200]!r} is not this server's. A name that leads here by DNS may be an attack; open the page by "
-                "the address that `cloudtrain ui` printed, or start it with --host and that name."
-            )
-        origin = headers.get(b"origin")
-        if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            return 403, f"Requests from the origin {origin[:200]!r} are not answered."
+        if (refusal := self._doorkeeper.refusal(scope["headers"])) is not None:
+            return 403, refusal
         is_open = scope["path"] in OPEN or scope["path"].startswith(OPEN[-1])
-        if headers.get(b"sec-fetch-site") in ("cross-site", "same-site") and scope["path"] != "/":
+        site = dict(scope["headers"]).get(b"sec-fetch-site")
+        if site in (b"cross-site", b"same-site") and scope["path"] != "/":
             return 403, "Requests from the page of a different site are not answered."
         is_action = scope["method"] not in ("GET", "HEAD")
         if (self._reading or is_action) and not is_open and not self.has_token(scope):
@@ -134,28 +122,6 @@ class Guard:
                 "The token is missing or wrong. `cloudtrain ui` printed it with the address of the page.",
             )
         return None
-
-    def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names us: an IP address (which no DNS answer can forge), or one of our names, with any port."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in self._names:
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or not all(map(is_loopback, self._names))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _cookie_name(scope: Scope) -> str:

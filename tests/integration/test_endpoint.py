@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from hf_cloudtrain.serving import sagemaker
-from hf_cloudtrain.serving.source import Wish, model_of_checkpoint
+from hf_cloudtrain.serving.endpoints import sagemaker
+from hf_cloudtrain.serving.models.source import Wish, model_of_checkpoint
 from tests import tiny_models
 from tests.integration._jobs import Desk
 from tests.integration._serve import Served, committed, folder_with

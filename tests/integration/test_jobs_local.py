@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -18,6 +20,8 @@ from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.storage.client import Storage
 from tests.integration._jobs import REPOSITORY, Desk, python, value_after
+from tests.integration._serve import Served
+from tests.integration._zygote import Zygote
 from tests.servers import MotoServer
 
 SECRET = "sesame-7f3a"
@@ -307,7 +311,9 @@ def test_an_unknown_job_is_an_error_that_names_the_nearest(desk: Desk) -> None:
 
 
 @pytest.mark.slow
-def test_the_job_in_the_readme_is_the_one_of_the_example_and_runs(desk: Desk) -> None:
+def test_the_job_in_the_readme_is_the_one_of_the_example_and_ends_in_a_served_model(
+    desk: Desk, zygote: Zygote
+) -> None:
     """With fewer steps; no line of it depends on this machine."""
     page = (REPOSITORY / "README.md").read_text()
     shown = page.split("```yaml\n")[1].split("```")[0]
@@ -319,6 +325,12 @@ def test_the_job_in_the_readme_is_the_one_of_the_example_and_runs(desk: Desk) ->
     assert desk.status("glue")["run"]["step"] == 20
     assert desk.record("glue").nproc_per_node == 2
     assert not (REPOSITORY / "examples" / "glue" / "ckpt").exists()
+    *_, serve, curl = re.findall(r"^\$ (.*?)(?:  +#.*)?$", page.split("```yaml\n")[1], re.MULTILINE)
+    assert (serve, curl.startswith("curl -d '")) == ("cloudtrain serve glue", True)
+    served = Served(zygote, *shlex.split(serve)[2:])
+    status, answer = served.ask(shlex.split(curl)[2].encode(), "application/x-www-form-urlencoded")
+    assert (status, set(answer[0])) == (200, {"label", "score"})
+    assert f"Serving checkpoint-20 of {desk.record('glue').run_url!r}" in served.stop()
 
 
 def test_a_port_in_use_is_reported(desk: Desk) -> None:

@@ -145,7 +145,7 @@ class TestDoor:
         out.unlink()
         record = answer("predict", str(model), str(tmp_path / "numbers.jsonl"), "-o", str(out))
         assert (record["rows"], record["failed"]) == (1, 1)
-        assert out.read_text().splitlines()[1] == '7,,,"An input must be a text, not a number."'
+        assert out.read_text().splitlines()[1] == '7,,,"An input must be a text, not 7."'
 
     def test_other_tasks_have_their_answer_as_json(self, tmp_path: Path) -> None:
         tokens = folder_with(tmp_path / "tokens", tiny_models.files("BertForTokenClassification"))
@@ -224,7 +224,7 @@ class TestInterrupted:
     def test_on_a_full_disk_nothing_that_is_done_is_lost(
         self, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from hf_cloudtrain.serving import predict as batches
+        from hf_cloudtrain.serving.predict import shards as batches
 
         write, calls = batches.write_whole, []
 

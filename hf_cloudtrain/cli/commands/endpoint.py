@@ -18,7 +18,7 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.runtime.text import time_text
 
 if TYPE_CHECKING:
-    from hf_cloudtrain.serving.endpoints import Endpoint, Endpoints, State
+    from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
 
 app = typer.Typer(
     help="Serve models until they are deleted: on this machine, or by SageMaker.",
@@ -74,8 +74,9 @@ def create(
 
     Returns when the endpoint answers.
     """
-    from hf_cloudtrain.serving.endpoints import Endpoint, Endpoints, State, absolute, create_local
-    from hf_cloudtrain.serving.source import Wish
+    from hf_cloudtrain.serving.endpoints.local import absolute, create_local
+    from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
+    from hf_cloudtrain.serving.models.source import Wish
 
     if engine not in ("local", "sagemaker"):
         raise typer.BadParameter(f"--engine {engine!r} must be one of: local, sagemaker.")
@@ -94,7 +95,7 @@ def create(
         )
     else:
         from hf_cloudtrain.jobs.engines.sagemaker.api import configured_region
-        from hf_cloudtrain.serving import sagemaker
+        from hf_cloudtrain.serving.endpoints import sagemaker
 
         machine = sagemaker.Machine(role, image, instance_type, instances, serverless_mb)
         aws_name = name if dry_run else sagemaker.aws_name(name)
@@ -117,7 +118,7 @@ def create(
 @app.command("list", epilog=examples("endpoint list --json"))
 def list_(as_json: Json = False) -> None:
     """List the endpoints of the store."""
-    from hf_cloudtrain.serving.endpoints import Endpoints, State
+    from hf_cloudtrain.serving.endpoints.records import Endpoints, State
 
     endpoints = Endpoints()
     records = []
@@ -141,7 +142,7 @@ def list_(as_json: Json = False) -> None:
 @app.command(epilog=examples("endpoint view nsmc"))
 def view(name: Name, as_json: Json = False) -> None:
     """Show how an endpoint is, and where its log is."""
-    from hf_cloudtrain.serving.endpoints import Endpoints
+    from hf_cloudtrain.serving.endpoints.records import Endpoints
 
     endpoints = Endpoints()
     endpoint = endpoints.read(name)
@@ -164,8 +165,9 @@ def invoke(
     as_json: Json = False,
 ) -> None:
     """Send one request to an endpoint and print the answer."""
-    from hf_cloudtrain.serving import sagemaker
-    from hf_cloudtrain.serving.endpoints import Endpoints, invoke_local
+    from hf_cloudtrain.serving.endpoints import sagemaker
+    from hf_cloudtrain.serving.endpoints.local import invoke_local
+    from hf_cloudtrain.serving.endpoints.records import Endpoints
 
     endpoint = Endpoints().read(name)
     data = (
@@ -182,8 +184,9 @@ def invoke(
 @app.command(epilog=examples("endpoint delete nsmc", "endpoint delete nsmc --yes"))
 def delete(name: Name, dry_run: DryRun = False, yes: Yes = False, as_json: Json = False) -> None:
     """Delete an endpoint and all that was made for it. The run and its checkpoints stay."""
-    from hf_cloudtrain.serving import sagemaker
-    from hf_cloudtrain.serving.endpoints import Endpoints, delete_local
+    from hf_cloudtrain.serving.endpoints import sagemaker
+    from hf_cloudtrain.serving.endpoints.local import delete_local
+    from hf_cloudtrain.serving.endpoints.records import Endpoints
 
     endpoints = Endpoints()
     endpoint = endpoints.read(name)
@@ -202,8 +205,8 @@ def _file(path: str) -> bytes:
 
 
 def _state(endpoints: Endpoints, endpoint: Endpoint) -> State:
-    from hf_cloudtrain.serving import sagemaker
-    from hf_cloudtrain.serving.endpoints import look_local
+    from hf_cloudtrain.serving.endpoints import sagemaker
+    from hf_cloudtrain.serving.endpoints.local import look_local
 
     return look_local(endpoints, endpoint) if endpoint.engine == "local" else sagemaker.look(endpoint)
 

@@ -57,16 +57,16 @@ def predict(
     """
     from tqdm import tqdm
 
-    from hf_cloudtrain.serving import predict as batches
-    from hf_cloudtrain.serving.scores import ERROR, scores
-    from hf_cloudtrain.serving.source import Wish
+    from hf_cloudtrain.serving.models.source import Wish
+    from hf_cloudtrain.serving.predict import shards
+    from hf_cloudtrain.serving.predict.scores import ERROR, scores
 
     table = _table(data)
     model = found_model(run, checkpoint, best, Wish(processor=processor, base=base, task=task))
-    plan = batches.plan(model, table, column, label, output, shard=shard, batch=batch)
+    plan = shards.plan(model, table, column, label, output, shard=shard, batch=batch)
     with tqdm(desc="Predicting", unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
-            batches.run(plan, processes, bar.update)
+            shards.run(plan, processes, bar.update)
         except OSError as error:
             if isinstance(error, ConfigurationError):
                 raise

@@ -12,7 +12,7 @@ from hf_cloudtrain.cli.output import print_json, say, transfer
 from hf_cloudtrain.cli.runs import open_run
 
 if TYPE_CHECKING:
-    from hf_cloudtrain.serving.source import Model, Wish
+    from hf_cloudtrain.serving.models.source import Model, Wish
 
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run code/inference.py of the checkpoint, on this machine.")
@@ -65,10 +65,14 @@ def serve(
     POST /invocations takes JSON, JSON Lines and CSV as SageMaker's containers do; GET /ping and GET /metrics tell how the
     server is. SIGTERM or Ctrl-C stops it, after all requests are answered.
     """
+    from hf_cloudtrain.report.page import check_extra_installed
+    from hf_cloudtrain.runtime.listening import listen
+
+    check_extra_installed("The server", "serve", "starlette", "uvicorn", "prometheus_client")
     from hf_cloudtrain.serving.app import Limits, Service
-    from hf_cloudtrain.serving.predictor import load
-    from hf_cloudtrain.serving.server import Server, listen
-    from hf_cloudtrain.serving.source import Wish
+    from hf_cloudtrain.serving.models.loading import load
+    from hf_cloudtrain.serving.models.source import Wish
+    from hf_cloudtrain.serving.server import Server
     from hf_cloudtrain.serving.user_code import UserCode
 
     with listen(host, port) as listening:
@@ -76,7 +80,7 @@ def serve(
         limits = Limits(int(max_body * 2**20), max_seconds, max_batch)
         name = "code/inference.py" if model.task is None else model.task.name
         predictor = UserCode(model) if model.runs_code else load(model)
-        server = Server(Service(predictor, limits, {"model": model.title, "task": name}), limits)
+        server = Server(Service(predictor, limits, {"model": model.title, "task": name}, host), limits)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         if as_json:
             print_json({"url": url, "model": model.title, "task": name}, line=True)
@@ -90,7 +94,7 @@ def serve(
 
 def found_model(run: str, checkpoint: str | None, best: bool, wish: Wish) -> Model:
     """The model that a user names: in a local folder, or of a run, downloaded and verified."""
-    from hf_cloudtrain.serving.source import is_model_folder, model_of_checkpoint, model_of_folder
+    from hf_cloudtrain.serving.models.source import is_model_folder, model_of_checkpoint, model_of_folder
 
     if is_model_folder(run):
         if checkpoint is not None or best:

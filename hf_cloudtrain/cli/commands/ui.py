@@ -38,17 +38,18 @@ def ui(
 
     The page reads storage, so it shows the runs of all machines. Ctrl-C ends it.
     """
-    from hf_cloudtrain.ui import app, guard
+    from hf_cloudtrain.runtime.listening import is_loopback, listen
+    from hf_cloudtrain.ui import app
 
     app.check_installed()
     own = env.ui_token()
-    reading = own is not None or not guard.is_loopback(host)
+    reading = own is not None or not is_loopback(host)
     token = own or secrets.token_urlsafe(24) if reading or actions else None
     pages = app.Pages([url_of(url) for url in urls] if urls else [runs_url()])
     server = app.Server(pages, host, token, reading=reading, may_act=actions)
     with (
         messages_hidden(below=logging.ERROR),
-        app.listen(host, port) as listening,
+        listen(host, port) as listening,
     ):  # pages show damaged records
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listening.getsockname()[1]}/"

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain.serving.batching import Batcher, BusyError
+from hf_cloudtrain.serving.batching import Batcher
 from hf_cloudtrain.serving.metrics import Metrics
-from hf_cloudtrain.serving.predictor import RowError
+from hf_cloudtrain.serving.models.predictor import RowError
+from hf_cloudtrain.serving.models.tasks import RequestError
 
 
 class Model:
@@ -121,8 +122,9 @@ def test_a_request_is_refused_when_too_many_rows_wait() -> None:
         waiting = asyncio.ensure_future(batcher.answer(list("abcd"), {}))
         await turn()
         assert batcher.waiting == 4
-        with pytest.raises(BusyError):
-            await batcher.answer(["e"], {})
+        with pytest.raises(RequestError, match="Too many rows wait") as caught:
+            batcher.answer(["e"], {})
+        assert caught.value.status == 503
         model.holds.set()
         assert (await blocker, await waiting) == (["X"], list("ABCD"))
 

@@ -10,15 +10,15 @@ from hf_cloudtrain.serving.formats import (
     CSV,
     JSON,
     LINES,
+    MOST_ROWS,
     Request,
-    UnknownTypeError,
     accepted,
     decode,
     encode,
     media_type,
 )
-from hf_cloudtrain.serving.predictor import RowError
-from hf_cloudtrain.serving.tasks import InputError, task_named
+from hf_cloudtrain.serving.models.predictor import RowError
+from hf_cloudtrain.serving.models.tasks import RequestError, task_named
 
 TEXT, IMAGE = task_named("text-classification"), task_named("image-classification")
 
@@ -34,6 +34,7 @@ TEXT, IMAGE = task_named("text-classification"), task_named("image-classificatio
         (CSV, 'a\n"b, ""c"""\n\n', ["a", 'b, "c"']),
         (CSV, "id,inputs\r\n1,a\r\n2,b\r\n", ["a", "b"]),
         (CSV, "", []),
+        (LINES, '{"inputs": "a\u2028b"}\r\n"c"\r\n', ["a\u2028b", "c"]),
     ],
 )
 def test_a_body_has_rows(kind: str, body: str, rows: list[object]) -> None:
@@ -60,7 +61,7 @@ def test_the_parameters_of_a_body() -> None:
     ],
 )
 def test_a_body_that_is_wrong_as_a_whole_is_refused(kind: str, body: bytes, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(RequestError, match=message):
         decode(body, kind, TEXT)
 
 
@@ -79,7 +80,7 @@ def test_a_row_of_a_table_with_too_few_columns_fails_alone() -> None:
 
 def test_the_file_of_an_image_is_one_row_for_models_of_images_only() -> None:
     assert decode(b"\x89PNG", "image/png", IMAGE).rows == [b"\x89PNG"]
-    with pytest.raises(UnknownTypeError, match=r"'image/png' is not read\. Send one of: application/json"):
+    with pytest.raises(RequestError, match=r"'image/png' is not read\. Send one of: application/json"):
         decode(b"\x89PNG", "image/png", TEXT)
 
 
@@ -87,7 +88,7 @@ def test_the_type_of_a_body() -> None:
     assert media_type("Application/JSON; charset=UTF-8") == JSON
     assert media_type("application/x-ndjson") == LINES
     assert media_type("") == JSON
-    with pytest.raises(UnknownTypeError, match=r"'cp949' is not read\. Send UTF-8"):
+    with pytest.raises(RequestError, match=r"'cp949' is not read\. Send UTF-8"):
         media_type("text/csv; charset=cp949")
 
 
@@ -95,7 +96,7 @@ def test_the_type_of_an_answer() -> None:
     assert [accepted(name) for name in ("", "*/*", "text/html, text/csv;q=0.9", "application/jsonl")] == [
         *(JSON, JSON, CSV, LINES)
     ]
-    with pytest.raises(UnknownTypeError, match="'text/html' is not written"):
+    with pytest.raises(RequestError, match="'text/html' is not written"):
         accepted("text/html")
 
 
@@ -105,5 +106,35 @@ def test_answers_in_each_type() -> None:
     assert (json.loads(body), kind) == ([{"label": "\uac00,", "score": 0.5}, {"error": "no"}], JSON)
     assert [json.loads(line) for line in encode(answers, LINES)[0].splitlines()] == json.loads(body)
     assert encode(answers, CSV) == ('label,score,error\n"\uac00,",0.5,\n,,no\n'.encode(), CSV)
-    with pytest.raises(UnknownTypeError, match="not a table"):
+    with pytest.raises(RequestError, match="not a table"):
         encode([[{"label": "a", "score": 1.0}]], CSV)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (JSON, json.dumps([1] * (MOST_ROWS + 1))),
+        (JSON, json.dumps({"inputs": ["a"] * (MOST_ROWS + 1)})),
+        (LINES, '"a"\n' * (MOST_ROWS + 1)),
+        (LINES, "\n" * (MOST_ROWS + 1)),
+        (CSV, "a\n" * (MOST_ROWS + 1)),
+        (CSV, "inputs\n" + "a\n" * (MOST_ROWS + 1)),
+        (CSV, "inputs\n" + "\n" * (MOST_ROWS + 1)),
+    ],
+)
+def test_a_request_has_a_limit_of_rows(kind: str, body: str) -> None:
+    with pytest.raises(RequestError, match=r"more than the 10,000 rows that are read") as caught:
+        decode(body.encode(), kind, TEXT)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (JSON, json.dumps(["a"] * MOST_ROWS)),
+        (LINES, '"a"\n' * MOST_ROWS),
+        (CSV, "inputs\n" + "a\n" * MOST_ROWS),
+    ],
+)
+def test_as_many_rows_as_the_limit_are_read(kind: str, body: str) -> None:
+    assert len(decode(body.encode(), kind, TEXT).rows) == MOST_ROWS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.serving.source import Model
-from hf_cloudtrain.serving.tasks import InputError
+from hf_cloudtrain.serving.models.source import Model
+from hf_cloudtrain.serving.models.tasks import RequestError
 from hf_cloudtrain.serving.user_code import UserCode
 
 LOADS = "from pathlib import Path\ndef model_fn(folder):\n    return Path(folder, 'word.txt').read_text()\n"
@@ -40,7 +40,7 @@ def test_predict_fn_with_json_on_both_sides(tmp_path: Path) -> None:
         b'{"hello": [1, 2]}',
         "application/json",
     )
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(RequestError, match="not JSON"):
         code.answer(b"{", "application/json", "")
 
 
@@ -68,7 +68,7 @@ def test_transform_fn_receives_bytes_of_types_that_are_not_text(tmp_path: Path) 
 
 def test_a_body_that_is_not_utf8_is_the_fault_of_the_client(tmp_path: Path) -> None:
     code = user_code(tmp_path, LOADS + "def transform_fn(model, body, kind, accept):\n    return body\n")
-    with pytest.raises(InputError, match="not UTF-8: byte 1 cannot be read"):
+    with pytest.raises(RequestError, match="not UTF-8: byte 1 cannot be read"):
         code.answer(b"a\xff", "text/csv", "")
 
 

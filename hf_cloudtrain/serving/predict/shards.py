@@ -12,25 +12,24 @@ an uninterrupted one on the same machine.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.runtime.files import locked, temp_suffix, write_whole
-from hf_cloudtrain.serving import tables
-from hf_cloudtrain.serving.predictor import Predictor, RowError, load
-from hf_cloudtrain.serving.scores import ERROR, LABEL, label_column
-from hf_cloudtrain.serving.source import Model
-from hf_cloudtrain.serving.tasks import task_named
+from hf_cloudtrain.serving.models.loading import load
+from hf_cloudtrain.serving.models.predictor import Predictor, RowError
+from hf_cloudtrain.serving.models.source import Model
+from hf_cloudtrain.serving.predict import tables
+from hf_cloudtrain.serving.predict.scores import ERROR, LABEL, label_column
 from hf_cloudtrain.storage.digest import file_digest
 
 if TYPE_CHECKING:
@@ -98,28 +97,27 @@ def plan(
         ConfigurationError: columns are missing, or the output exists.
     """
     files = tuple(tables.files_of(data))
+    there = tables.columns_of(files)
     tables.kind_of(out)
-    found = Plan(model, files, _input_columns(files, column), out, shard, batch)
+    found = Plan(model, files, _input_columns(files[0], there, column), out, shard, batch)
     if out.exists() and not found.parts.is_dir():
         raise ConfigurationError(f"{str(out)!r} exists. Remove it, or choose a different --output.")
-    label_column(tables.columns_of(files), label)
-    taken = {LABEL, SCORE, ERROR, OTHER} & set(tables.columns_of(files))
-    if taken:
+    label_column(there, label)
+    if taken := {LABEL, SCORE, ERROR, OTHER} & set(there):
         raise ConfigurationError(
             f"The data already has a column {min(taken)!r}, which the predictions would get. Rename or drop it."
         )
     return found
 
 
-def _input_columns(files: Sequence[Path], named: str | None) -> tuple[str, ...]:
-    there = tables.columns_of(files)
+def _input_columns(file: Path, there: Sequence[str], named: str | None) -> tuple[str, ...]:
     wanted = named.split(",") if named else [name for name in COLUMNS if name in there][:1]
     missing = [name for name in wanted if name not in there]
     if missing or not 1 <= len(wanted) <= 2:
         what = f"has no column {missing[0]!r}" if missing else "has none of the columns " + ", ".join(COLUMNS)
         raise ConfigurationError(
-            f"{str(files[0])!r} {what}. Its columns are: {', '.join(there)}. Pass the input's: --column NAME, or NAME,NAME "
-            "for pairs of texts."
+            f"{str(file)!r} {what}. Its columns are: {', '.join(there)}. Pass the input's: --column NAME, or NAME,NAME for pairs "
+            "of texts."
         )
     return tuple(wanted)
 
@@ -215,9 +213,7 @@ def _predicted(predictor: Predictor, table: pa.Table, plan: Plan) -> pa.Table:
             answers[place] = answer
     errors = [answer.text if isinstance(answer, RowError) else None for answer in answers]
     whole = [None if isinstance(answer, RowError) else answer for answer in answers]
-    if plan.model.task is not None and plan.model.task.name.endswith(
-        ("text-classification", "image-classification")
-    ):
+    if predictor.task.name in ("text-classification", "image-classification"):
         best = [answer[0] if isinstance(answer, list) else answer for answer in whole]
         table = table.append_column(LABEL, pa.array([row and row["label"] for row in best], pa.string()))
         table = table.append_column(SCORE, pa.array([row and row["score"] for row in best], pa.float64()))
@@ -242,27 +238,15 @@ def _input(value: Any) -> Any:
 
 
 def _in_processes(plan: Plan, processes: int, on_rows: Callable[[int], object]) -> None:
-    task = plan.model.task
-    assert task is not None
-    model = {**dataclasses.asdict(plan.model), "folder": str(plan.model.folder.absolute()), "task": task.name}
-    work = {
-        "model": model,
-        "data": [str(path.absolute()) for path in plan.data],
-        "columns": plan.columns,
-        "out": str(plan.out.absolute()),
-        "shard": plan.shard,
-        "batch": plan.batch,
-    }
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    command = [sys.executable, "-m", "hf_cloudtrain.serving.predict", json.dumps(work)]
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    running = [
-        subprocess.Popen([*command, str(rank), str(processes)], env=environment) for rank in range(processes)
-    ]
+    start = multiprocessing.get_context("spawn")
+    running = [start.Process(target=_one_of, args=(plan, rank, processes)) for rank in range(processes)]
     seen: set[Path] = set()
     try:
+        for process in running:
+            process.start()
         while True:
-            codes = [process.poll() for process in running]
+            connection.wait([process.sentinel for process in running if process.is_alive()], POLL)
+            codes = [process.exitcode for process in running]
             for path in {*plan.parts.glob("[0-9]*.json")} - seen:
                 seen.add(path)
                 on_rows(int(json.loads(path.read_bytes())["rows"]))
@@ -273,11 +257,27 @@ def _in_processes(plan: Plan, processes: int, on_rows: Callable[[int], object]) 
                 )
             if None not in codes:
                 return
-            time.sleep(POLL)
     finally:
         for process in running:
-            process.kill()
-            process.wait()
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def _one_of(plan: Plan, rank: int, processes: int) -> None:
+    """What one of several processes does."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent(_: int) -> None:
+        if not parent.is_alive():
+            sys.exit("The command was killed, so this process ends; the same command continues.")
+
+    try:
+        _predict_shards(plan, rank, processes, end_with_parent)
+    except (CloudTrainError, OSError) as error:
+        sys.exit(f"Error: {error}")
 
 
 def _merge(plan: Plan) -> None:
@@ -300,35 +300,3 @@ def _merge(plan: Plan) -> None:
     beside = plan.parts / "whole.tmp"
     tables.write(parts(), schema, beside, tables.kind_of(plan.out))
     os.replace(beside, plan.out)
-
-
-def main() -> None:
-    """One of several processes."""
-    work, rank, processes = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    given = {
-        **work["model"],
-        "folder": Path(work["model"]["folder"]),
-        "task": task_named(work["model"]["task"]),
-    }
-    mine = Plan(
-        Model(**given),
-        tuple(map(Path, work["data"])),
-        tuple(work["columns"]),
-        Path(work["out"]),
-        work["shard"],
-        work["batch"],
-    )
-    parent = os.getppid()
-
-    def end_with_parent(_: int) -> None:
-        if os.getppid() != parent:
-            sys.exit("The command was killed, so this process ends; the same command continues.")
-
-    try:
-        _predict_shards(mine, rank, processes, end_with_parent)
-    except (CloudTrainError, OSError) as error:
-        sys.exit(f"Error: {error}")
-
-
-if __name__ == "__main__":
-    main()

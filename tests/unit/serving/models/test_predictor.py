@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.serving.predictor import Predictor, RowError, load
-from hf_cloudtrain.serving.source import Wish, model_of_folder
+from hf_cloudtrain.serving.models.loading import load
+from hf_cloudtrain.serving.models.predictor import Predictor, RowError
+from hf_cloudtrain.serving.models.source import Wish, model_of_folder
 from tests import tiny_models
 
 
@@ -42,6 +43,13 @@ def answers(predictor: Predictor, *rows: Any, **parameters: Any) -> list[Any]:
     return found
 
 
+def near(answer: dict[str, Any] | list[dict[str, Any]], expected: Any) -> bool:
+    """Whether labels are equal and scores almost: a batch adds in a different order."""
+    if isinstance(answer, list):
+        return len(answer) == len(expected) and all(map(near, answer, expected))
+    return bool(answer["label"] == expected["label"] and abs(answer["score"] - expected["score"]) < 1e-6)
+
+
 def png(color: str = "red", size: int = 9) -> bytes:
     from PIL import Image
 
@@ -59,13 +67,42 @@ class TestText:
         assert answers(predictor, "bad")[0]["label"] == many[1]["label"]
         assert answers(predictor, "bad")[0]["score"] == pytest.approx(many[1]["score"], abs=1e-6)
 
+    def test_a_batch_has_the_answers_of_transformers_own_pipeline(self, tmp_path: Path) -> None:
+        from transformers import pipeline
+
+        make: Any = pipeline
+        own = make("text-classification", model=str(folder(tmp_path, "BertForSequenceClassification")))
+        predictor = load(model_of_folder(tmp_path / "BertForSequenceClassification", Wish()))
+        rows = [
+            "a good film",
+            {"text": "a", "text_pair": "bad film"},
+            "bad",
+            {"text": "it was good", "text_pair": "a film"},
+        ]
+        for parameters in ({}, {"top_k": 2}, {"function_to_apply": "sigmoid"}):
+            found = answers(predictor, *rows, **parameters)
+            for row, answer in zip(rows, found, strict=True):
+                expected = own(row, **parameters)
+                expected = (
+                    expected[0] if isinstance(expected, list) and "top_k" not in parameters else expected
+                )
+                assert near(answer, expected)
+
+    def test_a_model_without_padding_takes_one_row_at_a_time(self, tmp_path: Path) -> None:
+        target = folder(tmp_path, "BertForSequenceClassification")
+        tokenizer = tiny_models.tokenizer()
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(target)
+        predictor = load(model_of_folder(target, Wish()))
+        assert [set(row) for row in answers(predictor, "good", "a bad film")] == [{"label", "score"}] * 2
+
     def test_a_bad_row_does_not_fail_the_others(self, tmp_path: Path) -> None:
         predictor = loaded(tmp_path, "BertForSequenceClassification")
         rows = ["good", 7, None, "\ud800", {"txt": "a"}, {"text": 1}, ["a"], "bad"]
         found = answers(predictor, *rows)
         assert [isinstance(row, RowError) for row in found] == [False, *[True] * 6, False]
         assert all(row.is_input for row in found[1:-1])
-        assert found[1].text == "An input must be a text, not a number."
+        assert found[1].text == "An input must be a text, not 7."
 
     def test_a_row_that_fails_in_the_model_does_not_fail_the_others(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -73,10 +110,10 @@ class TestText:
         predictor = loaded(tmp_path, "BertForSequenceClassification")
         preprocess = predictor._pipeline.preprocess
 
-        def fails(text: str, **more: Any) -> Any:
-            if text == "film":
+        def fails(texts: list[str], **more: Any) -> Any:
+            if "film" in texts:
                 raise RuntimeError("odd word")
-            return preprocess(text, **more)
+            return preprocess(texts, **more)
 
         monkeypatch.setattr(predictor._pipeline, "preprocess", fails)
         found = answers(predictor, *["good"] * 9, "film", *["bad"] * 6)
@@ -117,13 +154,33 @@ class TestOtherTasks:
 
     def test_a_text_without_a_mask_fails_alone(self, tmp_path: Path) -> None:
         found = answers(loaded(tmp_path, "BertForMaskedLM"), "a film", "a [MASK] film")
-        assert "mask" in found[0].text
+        assert found[0] == RowError("The text must have the mask '[MASK]'.", is_input=True)
         assert len(found[1]) == 5
+
+    def test_no_more_guesses_than_words(self, tmp_path: Path) -> None:
+        predictor = loaded(tmp_path, "BertForMaskedLM")
+        assert len(answers(predictor, "a [MASK] film", top_k=10_000)[0]) == predictor._config.vocab_size
 
     def test_generation(self, tmp_path: Path) -> None:
         predictor = loaded(tmp_path, "GPT2LMHeadModel")
         found = answers(predictor, "a good", "the", max_new_tokens=3)
         texts = [row[0]["generated_text"] for row in found]
+        hottest = {
+            "do_sample": True,
+            "temperature": 100,
+            "top_p": 1,
+            "top_k": 10_000,
+            "repetition_penalty": 10,
+        }
+        coldest = {
+            "do_sample": True,
+            "temperature": 0.01,
+            "top_p": 1e-9,
+            "top_k": 1,
+            "repetition_penalty": 0.1,
+        }
+        for extreme in (hottest, coldest):
+            assert not isinstance(answers(predictor, "a good", max_new_tokens=3, **extreme)[0], RowError)
         assert [texts[0].startswith("a good"), texts[1].startswith("the")] == [True, True]
         long, empty = answers(predictor, "good " * 30, "", max_new_tokens=3)
         assert "with max_new_tokens=3 it must have between 1 and 30" in long.text

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_cloudtrain.errors import ConfigurationError
 
-MAX_NEW_TOKENS = 1024
-"""Tokens that a client may ask for in one answer."""
-CLIENTS_MAX = 10_000
-"""Largest number that a client may set for any other parameter."""
-CHOICES = {
-    "function_to_apply": ("sigmoid", "softmax", "none"),
-    "aggregation_strategy": ("none", "simple", "first", "average", "max"),
-}
-"""What a client may set where transformers knows only some words."""
+
+class RequestError(ValueError):
+    """A request, or a row of one, that is not answered; the message says why.
+
+    Args:
+        status: of HTTP.
+    """
+
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-class InputError(ValueError):
-    """What a client sent cannot be answered; the message says why."""
+class Parameters(BaseModel):
+    """What clients may set, in the limits in which transformers computes. Everything else that a pipeline takes stays the server's."""
+
+    model_config = ConfigDict(strict=True)
+
+    top_k: int = Field(1, ge=1, le=10_000)
+    function_to_apply: Literal["sigmoid", "softmax", "none"] = "none"
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "none"
+    max_new_tokens: int = Field(1, ge=1, le=1024)
+    do_sample: bool = False
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    return_full_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,22 +50,21 @@ class Task:
     model_class: str
     peft_type: str | None
     """Its name in the record of an adapter."""
-    parameters: Mapping[str, type | tuple[type, ...]]
-    """What a client may set, and of which type. Everything else that a pipeline takes stays the server's."""
+    parameters: tuple[str, ...] = ()
+    """What a client may set of `Parameters`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     batches: bool = True
     """Whether rows may share a batch. A pipeline that returns the padding's features, or needs it on the left, takes one at a time."""
     reads_images: bool = False
 
 
-_NUMBER = (int, float)
 TASKS = (
     Task(
         "text-classification",
         ("ForSequenceClassification",),
         "AutoModelForSequenceClassification",
         "SEQ_CLS",
-        {"top_k": int, "function_to_apply": str},
+        ("top_k", "function_to_apply"),
         {"truncation": True},
     ),
     Task(
@@ -58,14 +72,14 @@ TASKS = (
         ("ForTokenClassification",),
         "AutoModelForTokenClassification",
         "TOKEN_CLS",
-        {"aggregation_strategy": str},
+        ("aggregation_strategy",),
     ),
     Task(
         "image-classification",
         ("ForImageClassification",),
         "AutoModelForImageClassification",
         None,
-        {"top_k": int, "function_to_apply": str},
+        ("top_k", "function_to_apply"),
         reads_images=True,
     ),
     Task(
@@ -73,7 +87,7 @@ TASKS = (
         ("ForMaskedLM",),
         "AutoModelForMaskedLM",
         None,
-        {"top_k": int},
+        ("top_k",),
         {"tokenizer_kwargs": {"truncation": True}},
     ),
     Task(
@@ -81,15 +95,10 @@ TASKS = (
         ("ForCausalLM", "LMHeadModel"),
         "AutoModelForCausalLM",
         "CAUSAL_LM",
-        {
-            "max_new_tokens": int,
-            "do_sample": bool,
-            "temperature": _NUMBER,
-            "top_k": int,
-            "top_p": _NUMBER,
-            "repetition_penalty": _NUMBER,
-            "return_full_text": bool,
-        },
+        (
+            *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
+            "return_full_text",
+        ),
         {"max_new_tokens": 64},
         batches=False,
     ),
@@ -98,8 +107,7 @@ TASKS = (
         ("Model",),
         "AutoModel",
         "FEATURE_EXTRACTION",
-        {},
-        {"truncation": True},
+        defaults={"truncation": True},
         batches=False,
     ),
 )
@@ -122,10 +130,8 @@ def task_named(name: str) -> Task:
     for task in TASKS:
         if task.name == name:
             return task
-    known = [task.name for task in TASKS]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" The nearest is {near[0]!r}." if near else ""
-    raise ConfigurationError(f"--task {name[:50]!r} must be one of: {', '.join(known)}.{hint}")
+    known = ", ".join(task.name for task in TASKS)
+    raise ConfigurationError(f"--task {name[:50]!r} must be one of: {known}.")
 
 
 def adapter_task(peft_type: object, title: str) -> Task:
@@ -144,36 +150,25 @@ def checked_parameters(task: Task, given: object) -> dict[str, Any]:
     """The parameters of a request, over the defaults of the task.
 
     Raises:
-        InputError: a name, a type or a number that is not allowed.
+        RequestError: a name, a type or a value that is not allowed.
     """
     if given is None:
         return dict(task.defaults)
     if not isinstance(given, dict):
-        raise InputError(f"'parameters' must be a JSON object, not {_short(given)}.")
-    for name, value in given.items():
+        raise RequestError(f"'parameters' must be a JSON object, not {short(given)}.")
+    for name in given:
         if name not in task.parameters:
-            near = difflib.get_close_matches(str(name), task.parameters, n=1)
-            hint = f" The nearest is {near[0]!r}." if near else ""
-            known = ", ".join(sorted(task.parameters)) or "none"
-            raise InputError(f"Unknown parameter {_short(name)}.{hint} Those of {task.name} are: {known}.")
-        kind = task.parameters[name]
-        is_number = isinstance(value, bool) and kind is not bool
-        if is_number or not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise InputError(
-                f"Parameter {name!r} must be of type {' or '.join(k.__name__ for k in kinds)}, not {_short(value)}."
-            )
-        words = CHOICES.get(name)
-        if words is not None and str(value).lower() not in words:
-            raise InputError(f"Parameter {name!r} must be one of: {', '.join(words)}; it is {_short(value)}.")
-        most = MAX_NEW_TOKENS if name == "max_new_tokens" else CLIENTS_MAX
-        if isinstance(value, (int, float)) and not 0 <= value <= most:
-            raise InputError(f"Parameter {name!r} must be between 0 and {most}, not {_short(value)}.")
-    return {**task.defaults, **given}
-
-
-def _short(value: object) -> str:
+            known = ", ".join(task.parameters) or "none"
+            raise RequestError(f"Unknown parameter {short(name)}. Those of {task.name} are: {known}.")
     try:
-        return json.dumps(value)[:100]
-    except (TypeError, ValueError):
-        return repr(value)[:100]
+        found = Parameters.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        text = f"Parameter {first['loc'][0]!r}: {first['msg']}, not {short(first['input'])}."
+        raise RequestError(text) from None
+    return {**task.defaults, **found.model_dump(exclude_unset=True)}
+
+
+def short(value: object) -> str:
+    """A value for messages."""
+    return json.dumps(value, default=repr)[:100]

@@ -10,7 +10,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError
-from hf_cloudtrain.serving.source import Wish, is_model_folder, model_of_checkpoint, model_of_folder
+from hf_cloudtrain.serving.models.source import Wish, is_model_folder, model_of_checkpoint, model_of_folder
 from tests.unit.cli.terminal import Run, damage
 
 CONFIG = {"architectures": ["BertForSequenceClassification"]}

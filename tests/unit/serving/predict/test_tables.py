@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.serving import tables
+from hf_cloudtrain.serving.predict import tables
 
 
 def rows_of(path: Path, size: int = 2) -> list[dict[str, object]]:
@@ -50,10 +50,10 @@ def test_json_lines_keep_their_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"a,b\n1\n", "row 2 has 1 columns, and the header has 2"),
+        ("a.csv", b"a,b\n1\n", "CSV parse error: Expected 2 columns, got 1: 1"),
         ("a.csv", b"a,a\n1,2\n", "two columns have the same name"),
         ("a.csv", b"a\n\xff\n", "codec can't decode"),
-        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", b"[1]\n", "row 1 is not a JSON object"),
         ("a.jsonl", b"{\n", "cannot be read: Expecting property name"),
         ("a.parquet", b"nonsense", "cannot be read: Parquet"),
     ],

@@ -14,14 +14,14 @@ from botocore.validate import ParamValidator
 
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines.sagemaker import api
-from hf_cloudtrain.serving import sagemaker
-from hf_cloudtrain.serving.endpoints import Endpoint, Endpoints, State
-from hf_cloudtrain.serving.source import Model
-from hf_cloudtrain.serving.tasks import task_named
+from hf_cloudtrain.serving.endpoints import sagemaker
+from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
+from hf_cloudtrain.serving.models.source import Model
+from hf_cloudtrain.serving.models.tasks import task_named
 from tests.unit.cli.terminal import answer, cloudtrain, sentence
 from tests.unit.jobs.engines.sagemaker._requests import session
 
-GOLDEN = Path(__file__).parents[2] / "data" / "sagemaker_endpoint_requests.yml"
+GOLDEN = Path(__file__).parents[3] / "data" / "sagemaker_endpoint_requests.yml"
 ROLE = "arn:aws:iam::111122223333:role/serving"
 IMAGE = "763104351884.dkr.ecr.us-east-1.amazonaws.com/huggingface-pytorch-inference:2.6.0"
 URL = "s3://bucket/store/endpoints/nsmc/model.tar.gz"

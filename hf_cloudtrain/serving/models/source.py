@@ -23,8 +23,8 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import store_token
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError
-from hf_cloudtrain.serving.tasks import Task, adapter_task, task_named, task_of
-from hf_cloudtrain.serving.untrusted import INDEX, WEIGHTS, check_adapter, check_index
+from hf_cloudtrain.serving.models.tasks import Task, adapter_task, task_named, task_of
+from hf_cloudtrain.serving.models.untrusted import INDEX, WEIGHTS, check_adapter, check_index
 from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import META
 

@@ -1,10 +1,11 @@
 """Tables of inputs and of predictions: parquet, CSV and JSON Lines, read in chunks and written from parts.
 
-The columns of the input are kept as they are: those of a CSV stay text, so that '007' does not become 7.
+The columns of the input are kept as they are: those of a CSV stay text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,48 +93,43 @@ def _table(path: Path) -> pa.Table:
     with _named_errors(path):
         if kind_of(path) == "csv":
             return _csv_table(path)
-        rows = []
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is not a JSON object")
-                    rows.append(row)
+            rows = [json.loads(line) for line in lines if line.strip()]
+        odd = [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]
+        if odd:
+            raise ValueError(f"row {odd[0]} is not a JSON object")
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
 
 def _csv_table(path: Path) -> pa.Table:
+    """All values as texts, so that '007' does not become 7."""
     import pyarrow as pa
+    from pyarrow import csv as arrow
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"row {number} has {len(row)} columns, and the header has {len(header)}")
-    if len(set(header)) < len(header):
+        names = next(csv.reader(file), [])
+    if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    return pa.table(
-        {name: pa.array([row[at] for row in rows], pa.string()) for at, name in enumerate(header)}
+    return arrow.read_csv(
+        path,
+        parse_options=arrow.ParseOptions(newlines_in_values=True),
+        convert_options=arrow.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+        ),
     )
 
 
-class _named_errors:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     """Names the file in an error about its content."""
+    import pyarrow as pa
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, (ValueError, csv.Error, pa.ArrowException, RecursionError)):
-            text = " ".join(str(error).split())[:300]
-            raise ConfigurationError(f"{str(self._path)!r} cannot be read: {text}.") from None
+    try:
+        yield
+    except (ValueError, csv.Error, pa.ArrowException, RecursionError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"{str(path)!r} cannot be read: {text}.") from None
 
 
 def write(parts: Iterable[pa.Table], schema: pa.Schema, path: Path, kind: str) -> None:

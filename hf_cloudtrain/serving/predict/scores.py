@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.serving import tables
-from hf_cloudtrain.serving.source import Model
+from hf_cloudtrain.serving.models.source import Model
+from hf_cloudtrain.serving.predict import tables
 
 LABELS = ("label", "labels")
 LABEL, ERROR = "predicted_label", "predicted_error"
@@ -23,9 +24,9 @@ class Scores:
 
     rows: int
     failed: int
-    labelled: int
-    accuracy: float | None
-    f1: float | None
+    labelled: int = 0
+    accuracy: float | None = None
+    f1: float | None = None
     """The mean over the labels."""
 
 
@@ -38,24 +39,24 @@ def scores(out: Path, model: Model, label: str | None) -> Scores:
     Raises:
         ConfigurationError: the column does not exist.
     """
-    names = tables.columns_of([out])
-    column = label or next((name for name in LABELS if name in names), None)
-    if column is not None and column not in names:
-        raise ConfigurationError(f"The data has no column {column!r}. Its columns are: {', '.join(names)}.")
-    labels = _labels(model)
-    pairs: Counter[tuple[str, str | None]] = Counter()
+    column, names = label_column(tables.columns_of([out]), label), _names(model)
+    pairs: Counter[tuple[str, str]] = Counter()
     rows = failed = 0
     for table in tables.chunks([out], 10_000):
         rows += table.num_rows
         failed += sum(error not in (None, "") for error in table[ERROR].to_pylist())
         if column is not None and LABEL in table.column_names:
-            truth = [labels.get(str(value), str(value)) for value in table[column].to_pylist()]
+            truth = [names.get(str(value), str(value)) for value in table[column].to_pylist()]
             pairs.update(zip(truth, table[LABEL].to_pylist(), strict=True))
-    right = sum(count for (truth, found), count in pairs.items() if truth == found)
-    total = sum(pairs.values())
-    if not total:
-        return Scores(rows, failed, 0, None, None)
-    return Scores(rows, failed, total, right / total, _f1(pairs))
+    if not pairs:
+        return Scores(rows, failed)
+    there, said = (Counter[str]() for _ in range(2))
+    for (right, found), count in pairs.items():
+        there[right] += count
+        said[found] += count
+    hits = {one: pairs[one, one] for one in there}
+    f1 = mean(2 * hits[one] / (there[one] + said[one]) for one in there)
+    return Scores(rows, failed, there.total(), sum(hits.values()) / there.total(), f1)
 
 
 def label_column(names: Sequence[str], label: str | None) -> str | None:
@@ -66,17 +67,7 @@ def label_column(names: Sequence[str], label: str | None) -> str | None:
     return column
 
 
-def _f1(pairs: Counter[tuple[str, str | None]]) -> float:
-    found = []
-    for label in {truth for truth, _ in pairs}:
-        right = pairs[label, label]
-        said = sum(count for (_, other), count in pairs.items() if other == label)
-        there = sum(count for (truth, _), count in pairs.items() if truth == label)
-        found.append(2 * right / (said + there))
-    return sum(found) / len(found)
-
-
-def _labels(model: Model) -> dict[str, str]:
+def _names(model: Model) -> dict[str, str]:
     """The names of the labels by their number, as the model's configuration has them."""
     try:
         record = json.loads((model.folder / "config.json").read_bytes())

@@ -22,8 +22,8 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines.sagemaker import api
-from hf_cloudtrain.serving.endpoints import Endpoint, Endpoints, State
-from hf_cloudtrain.serving.source import Model
+from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
+from hf_cloudtrain.serving.models.source import Model
 from hf_cloudtrain.storage.client import Storage
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,87 @@
+"""Records of endpoints come from a store that other people may write to."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from hf_cloudtrain.checkpoints.manifest import encode_record
+from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.serving.endpoints.local import invoke_local
+from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints
+
+
+@pytest.fixture
+def endpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Endpoints:
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+    return Endpoints()
+
+
+def written(endpoints: Endpoints, tmp_path: Path, **changes: object) -> None:
+    """The record of the endpoint nsmc, as someone else has written it."""
+    record = {"name": "nsmc", "engine": "local", "model": "x", "created": 0.0, "handle": {}, **changes}
+    (tmp_path / "store" / "endpoints").mkdir(parents=True)
+    (tmp_path / "store" / "endpoints" / "nsmc.json").write_bytes(encode_record(record))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"engine": "slurm"},
+        {"handle": "job-1"},
+        {"handle": None},
+        {"handle": {"pid": "1"}},
+        {"handle": {"job": "training-7"}},
+        {"handle": {"job": "endpoint-other-1"}},
+        {"handle": {"job": ["endpoint-nsmc-1"]}},
+        {"handle": {"url": "http://localhost.evil.example:80"}},
+        {"handle": {"url": "http://127.0.0.1:80@evil.example"}},
+        {"handle": {"url": "http://127.0.0.2:80"}},
+        {"handle": {"url": "127.0.0.1:80"}},
+        {"engine": "sagemaker", "handle": {"name": "other-0123abcd", "region": "eu-west-1"}},
+        {"engine": "sagemaker", "handle": {"name": "nsmc", "region": "eu-west-1"}},
+        {"engine": "sagemaker", "handle": {"name": "nsmc-0123abcd", "region": "evil.example/"}},
+    ],
+)
+def test_a_record_that_names_what_create_does_not_make_is_damaged(
+    endpoints: Endpoints, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """`endpoint delete nsmc` would delete it, and `endpoint invoke nsmc` send a request there."""
+    written(endpoints, tmp_path, **changes)
+    with pytest.raises(ManifestError, match="The record of the endpoint 'nsmc' is damaged"):
+        endpoints.read("nsmc")
+
+
+@pytest.mark.parametrize(
+    ("engine", "handle"),
+    [
+        ("local", {}),
+        ("local", {"job": "endpoint-nsmc-12", "url": "http://127.0.0.1:8080"}),
+        ("sagemaker", {"name": "nsmc-0123abcd", "region": "eu-west-1"}),
+    ],
+)
+def test_what_create_writes_is_read(
+    endpoints: Endpoints, tmp_path: Path, engine: str, handle: dict[str, str]
+) -> None:
+    written(endpoints, tmp_path, engine=engine, handle=handle)
+    assert endpoints.read("nsmc").handle == handle
+
+
+def test_the_address_that_create_records_is_asked() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connected, _ = listening.accept()
+            with connected:
+                connected.recv(10_000)
+                connected.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        handle = {"url": f"http://127.0.0.1:{listening.getsockname()[1]}"}
+        assert invoke_local(Endpoint("nsmc", "local", "x", 0.0, handle), b"{}", "", "") == b"[]"
+        thread.join(10)
