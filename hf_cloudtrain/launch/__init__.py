@@ -20,6 +20,7 @@ In reading order:
 - `numbering`    which run a training belongs to, where one script trains several times
 - `notes`        what the processes below a command tell it, and what it says at the end if nothing was hooked
 - `before`       what is restored and tidied before the command starts
+- `afterwards`   what is safe where the command failed, and what the same command does
 - `command`      runs the command: signals are passed on, its exit code is kept
 
 Nothing is hooked in any other process, and nothing is installed. Jobs with `launch: auto` use the same variables. It imports

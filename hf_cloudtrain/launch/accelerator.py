@@ -29,6 +29,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import is_whole
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
+from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, PreemptedExit, RunHasCheckpointsError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle, is_used
 from hf_cloudtrain.integrations.messages import show_messages
@@ -86,6 +87,9 @@ class SavedStates:
         show_messages()
         self._accelerator, self._steps = accelerator, steps
         self._is_main = bool(accelerator.is_main_process)
+        project = accelerator.project_configuration
+        # Accelerate deletes folders of the script where it names them.
+        self._limit = (project.automatic_checkpoint_naming and project.total_limit) or None
         self._home = home_of(folder)
         numbers = Numbers.of_this_process(run_url)
         training = numbers.began(numbers.begin(str(self._home)))
@@ -156,6 +160,7 @@ class SavedStates:
         if self._lifecycle is not None:
             return
         lifecycle = AttemptLifecycle.of(self._url, self._home, layout=StateFolders, advice=ADVICE)
+        lifecycle.checkpointer.policy = Policy(self._limit)
         step = 0
         if loaded is not None:
             step, lifecycle.restored = loaded.step, loaded

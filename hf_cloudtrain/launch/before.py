@@ -54,7 +54,7 @@ def prepare(run_url: str, command: Sequence[str], say: Callable[[str], None]) ->
         CorruptCheckpointError: all states are damaged.
     """
     catalog = Catalog(Storage(run_url, env.storage_options(None)))
-    home = _home_here(catalog)
+    home = home_here(catalog)
     if home is not None:
         _tidy(catalog, home, say)
     problems = []
@@ -101,7 +101,7 @@ def _in_checkpoint_folder(run_url: str, newest: Manifest) -> Prepared:
     return Prepared(variables=named)
 
 
-def _home_here(catalog: Catalog) -> Path | None:
+def home_here(catalog: Catalog) -> Path | None:
     """The output folder of the newest attempt, if that ran on this machine and left something there."""
     numbers = catalog.attempts.numbers()
     if not numbers:

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
+from hf_cloudtrain.errors import PreemptedExit
+from hf_cloudtrain.launch.afterwards import what_is_safe
 from hf_cloudtrain.launch.before import newest_attempt, prepare
 from hf_cloudtrain.launch.environment import hooked, is_off
 from hf_cloudtrain.launch.notes import read_notes, why_nothing
@@ -23,6 +25,8 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit codes of a shell: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/V3_chap02.html#tag_19_08_02."""
 IGNORES_HOOK = "IES"
 """Options of python that leave `PYTHONPATH` or `sitecustomize` out."""
+TAKES_VALUE = "--check-hash-based-pycs"
+"""The long option of python that has a value."""
 
 
 def run(
@@ -60,23 +64,34 @@ def run(
         if code in (NOT_FOUND, NOT_EXECUTABLE):
             return code
         notes = read_notes(path)
-    reason = why_nothing(notes)
+    reason, told = why_nothing(notes), {note.what for note in notes}
     if reason is not None and newest_attempt(run_url) == before:  # no script has used the package itself
         say(f"`cloudtrain launch` has hooked no training, so nothing was uploaded: {reason}.")
-    is_stored = not any(note.what == "not-stored" for note in notes)
-    return code if is_stored else code or 1
+    elif code not in (0, PreemptedExit.CODE) and "refused" not in told:
+        say(what_is_safe(run_url, notes, code))
+    return code if "not-stored" not in told else code or 1
 
 
 def ignoring_option(command: Sequence[str]) -> str | None:
     """The option with which a Python does not read the hook, such as `-I`; None without one."""
-    name = os.path.basename(command[0])
-    if not name.startswith("python"):
+    words = iter(command)
+    if not os.path.basename(next(words)).startswith("python"):
         return None
-    for word in command[1:]:
-        if not word.startswith("-") or word.startswith(("-c", "-m", "--", "-W", "-X")):
+    for word in words:
+        if word == TAKES_VALUE:
+            next(words, None)
+            continue
+        if not word.startswith("-") or word.startswith("--") or word == "-":
             return None
-        if any(letter in word for letter in IGNORES_HOOK):
-            return word
+        for at, letter in enumerate(word[1:], 2):
+            if letter in IGNORES_HOOK:
+                return word
+            if letter in "cm":  # what follows is the program's
+                return None
+            if letter in "WX":  # its value is the rest of the word, or the next one
+                if at == len(word):
+                    next(words, None)
+                break
     return None
 
 

@@ -5,6 +5,7 @@ Left alone a Trainer that never saves, that has a callback of this package, or t
 Resumed    from the newest checkpoint of the run where the script names none, or names "the newest of this output folder" (True,
            or what `get_last_checkpoint` finds): that folder is on one disk, which may be behind the run, and its newest
            checkpoint may be half-written. A different checkpoint that the script names is used as it is
+Limited    by the `save_total_limit` of the script, on storage as on its disk: it has no other line to say it in
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class HookedTraining:
         found = self._ranks.agree(lambda: numbers.begin(folder), "find the run of this training")
         self._training = numbers.began(found)
         self._url = numbers.url_of(self._training.number)
-        self._cloud = CloudTrainCallback(self._url)
+        self._limit = trainer.args.save_total_limit if (trainer.args.save_total_limit or 0) > 0 else None
+        self._cloud = CloudTrainCallback(self._url, save_total_limit=self._limit)
 
     @classmethod
     @short_traceback
@@ -126,10 +128,11 @@ class HookedTraining:
             return
         number = self._training.number
         logger.info(
-            "`cloudtrain launch` has hooked the train() of %s%s: its checkpoints go to %s.",
+            "`cloudtrain launch` has hooked the train() of %s%s: its checkpoints go to %s%s.",
             type(self._trainer).__name__,
             "" if number == 1 else f", training {number} of this launch",
             shown_url(self._url),
+            "" if self._limit is None else f", where save_total_limit={self._limit} holds, too",
         )
 
 

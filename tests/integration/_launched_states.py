@@ -45,6 +45,7 @@ def run(
     cut_off: bool = False,
     breaks_storage_at: int | None = None,
     automatic: bool = False,
+    limit: int | None = None,
     notes: str | None = None,
     **_: Any,
 ) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def run(
         only_main: whether rank 0 alone saves.
         cut_off: whether the kill comes while the state is written.
         breaks_storage_at: step after which nothing more can be stored.
+        limit: how many folders Accelerate keeps, where it names them.
     """
     upload_queue.MAX_WAITING = 1000
     marks.SILENCE = silence
@@ -65,7 +67,7 @@ def run(
     if run_url is not None:
         _launch(run_url, notes)
     set_seed(1)
-    configuration = ProjectConfiguration(automatic_checkpoint_naming=automatic)
+    configuration = ProjectConfiguration(automatic_checkpoint_naming=automatic, total_limit=limit)
     accelerator = Accelerator(
         cpu=True, project_dir="project" if automatic else None, project_config=configuration
     )

@@ -89,6 +89,14 @@ def test_a_script_that_refuses_an_output_folder_with_files_starts_again_after_a_
     assert train(lab, "first").value["step"] == 12
 
 
+def test_the_limit_of_the_script_holds_on_storage_over_all_attempts(lab: Lab) -> None:
+    killed(lab, "first", kill_at=10, committed=8, save_total_limit=2)
+    assert lab.keys() == ["000001-0000000004", "000001-0000000008"]
+    child = train(lab, "second", save_total_limit=2)
+    assert f"its checkpoints go to {lab.run_url}, where save_total_limit=2 holds, too." in child.log
+    assert lab.keys() == ["000001-0000000008", "000002-0000000012"]
+
+
 def test_a_complete_run_trains_nothing_and_the_script_goes_on(lab: Lab) -> None:
     train(lab, "first")
     again = train(lab, "second")

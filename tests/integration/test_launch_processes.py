@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -55,15 +56,18 @@ class Machine:
         wanted = len(self.commits) + commits
         process = self.start(*command)
         try:
-            deadline = time.monotonic() + PATIENCE
-            while len(self.commits) < wanted:
-                assert process.poll() is None, self.log
-                assert time.monotonic() < deadline, self.log
-                time.sleep(0.02)
+            self.wait_for_commits(process, wanted)
             time.sleep(moment)
             assert process.poll() is None, "it was too fast for the kill"
         finally:
             kill_family(process)
+
+    def wait_for_commits(self, process: psutil.Popen, wanted: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while len(self.commits) < wanted:
+            assert process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.02)
 
     @property
     def commits(self) -> list[str]:
@@ -94,6 +98,24 @@ def test_a_plain_script_is_killed_and_goes_on_in_an_empty_folder(machines: list[
     catalog = Catalog(Storage(second.run_url))
     assert catalog.checkpoints()[-1].step == 48
     assert problems(catalog) == []
+
+
+def test_a_training_that_the_system_kills_tells_what_is_safe(machines: list[Machine]) -> None:
+    _, first, _, _ = machines
+    process = first.start(SCRIPT, "out", "0.2")
+    try:
+        first.wait_for_commits(process, 1)
+        for child in process.children():
+            child.kill()
+        assert process.wait(PATIENCE) == 128 + signal.SIGKILL
+    finally:
+        kill_family(process)
+    last = first.log.splitlines()[-1]
+    newest = Catalog(Storage(first.run_url)).checkpoints()[-1]
+    assert last.startswith(
+        f"The command was ended by SIGKILL. {newest.title} is safe in {first.run_url!r}, and the same command "
+        "resumes from it."
+    )
 
 
 def test_a_script_with_the_functions_finds_its_checkpoint_folder_restored(

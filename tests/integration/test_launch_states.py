@@ -136,6 +136,14 @@ def test_folders_that_accelerate_names_itself(lab: Lab) -> None:
     assert not (lab.machine("first") / "project" / "checkpoints" / "_cloudtrain").exists()
 
 
+@pytest.mark.parametrize(("automatic", "steps"), [(True, [10, 12]), (False, [2, 4, 6, 8, 10, 12])])
+def test_the_limit_of_accelerate_holds_on_storage_where_it_does_on_the_disk(
+    lab: Lab, automatic: bool, steps: list[int]
+) -> None:
+    train(lab, "first", automatic=automatic, limit=2)
+    assert lab.steps() == steps
+
+
 def test_train_loop_is_left_alone(lab: Lab) -> None:
     child = train(lab, "first", "loop")
     assert "cloudtrain launch" not in child.log

@@ -19,7 +19,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.env import RUN_URL
 from hf_cloudtrain.storage.client import Storage
-from tests.trainers._commands import FETCHED, Command
+from tests.trainers._commands import FETCHED, SAVE_STEPS, Command
 
 PATIENCE = 300.0
 """Seconds for a start of a command: imports of torch, transformers and trl on a loaded machine."""
@@ -131,13 +131,13 @@ def _kill_in_training(
 ) -> None:
     """SIGKILL at a random moment after a random one of the first commits, to all processes of the command at once."""
     catalog, deadline = Catalog(Storage(url)), time.monotonic() + PATIENCE
-    commits = chosen.randint(1, 4)
+    step = SAVE_STEPS * chosen.randint(1, 4)  # not their number: the command may keep few
     try:
-        while len(catalog.checkpoints()) < commits:
+        while not any(key.step >= step for key in catalog.checkpoints()):
             if process.poll() is not None:
                 raise CommandError(f"ended before it was killed: {process.returncode}\n{_tail(folder)}")
             if time.monotonic() > deadline:
-                raise CommandError(f"no checkpoint was committed within {PATIENCE:.0f} s\n{_tail(folder)}")
+                raise CommandError(f"step {step} was not committed within {PATIENCE:.0f} s\n{_tail(folder)}")
             time.sleep(0.02)
         time.sleep(chosen.uniform(0, 0.2))
     finally:

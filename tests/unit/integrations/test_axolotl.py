@@ -14,8 +14,10 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from hf_cloudtrain import CloudTrainCallback
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.env import RUN_URL
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.storage.client import Storage
 from tests.unit.integrations.trainer.test_exactness import Data, Model
 
 NAME = "hf_cloudtrain.integrations.axolotl"
@@ -33,7 +35,12 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def train(plugin: Any, folder: Path, machine: str, steps: int = 2, **config: Any) -> Any:
     """As axolotl does it; returns its configuration at the end."""
     cfg = SimpleNamespace(
-        **{"cloudtrain_run_url": str(folder / "run"), "resume_from_checkpoint": None, **config}
+        **{
+            "cloudtrain_run_url": str(folder / "run"),
+            "resume_from_checkpoint": None,
+            "save_total_limit": None,
+            **config,
+        }
     )
     args = TrainingArguments(
         str(folder / machine),
@@ -67,10 +74,15 @@ def test_a_checkpoint_in_the_configuration_wins_and_a_warning_says_so(
     assert f"The configuration names the checkpoint {named!r}" in caplog.text
 
 
+def test_the_limit_of_the_configuration_holds_on_storage(plugin: Any, tmp_path: Path) -> None:
+    train(plugin, tmp_path, "first", 6, save_total_limit=1)
+    assert [key.step for key in Catalog(Storage(str(tmp_path / "run"))).checkpoints()] == [6]
+
+
 def test_the_run_url_may_come_from_the_environment_and_one_must_be_there(
     plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = SimpleNamespace(cloudtrain_run_url=None)
+    cfg = SimpleNamespace(cloudtrain_run_url=None, save_total_limit=None)
     with pytest.raises(ConfigurationError, match="No run URL was given"):
         plugin.add_callbacks_pre_trainer(cfg, None)
     monkeypatch.setenv(RUN_URL, str(tmp_path))

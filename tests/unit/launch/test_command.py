@@ -103,6 +103,13 @@ def test_python_that_reads_no_hook_is_named_before_it_runs(url: str) -> None:
         (["python", "-m", "torch.distributed.run", "-S"], None),
         (["python", "train.py", "-I"], None),
         (["python", "-WIgnore", "train.py"], None),
+        (["python", "-W", "ignore", "-I", "train.py"], "-I"),
+        (["python", "-W", "-I", "train.py"], None),
+        (["python", "-uX", "importtime", "-bE", "train.py"], "-bE"),
+        (["python", "-Ximporttime", "-S"], "-S"),
+        (["python", "--check-hash-based-pycs", "always", "-I", "train.py"], "-I"),
+        (["python", "-uc", "pass", "-I"], None),
+        (["python", "-", "-I"], None),
         (["trl", "sft", "-I"], None),
     ],
 )
