@@ -15,6 +15,7 @@ complete.json                         that training is over before its last plan
 progress/000003.json                  heartbeat
 steps/000003-0001.jsonl               step and metric records
 trackers/mlflow-0001.json             exclusive create: the tracker run of this run, see tracking/services/runs.py
+events/tensorboard-0001/…             the event files of that tracker run, see tracking/services/event_files.py
 actions/1795000000000-1f2e3d4c.json   what a user did to the run from a web page
 
 Beside that folder:
@@ -41,4 +42,5 @@ PAGE = "index.html"
 PAGE_MARK = b'<meta name="generator" content="cloudtrain'
 """Tells a page of ours from a file of the user with the same name."""
 TRACKERS = f"{META}/trackers"
+EVENTS = f"{META}/events"
 ACTIONS = f"{META}/actions"

@@ -34,6 +34,7 @@ from hf_cloudtrain.report.notebook import LiveCard
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.urls import shown_url
 from hf_cloudtrain.tracking.exit_record import Outcome, forget_end, outcome_of, record_end
+from hf_cloudtrain.tracking.services.event_files import EventFiles
 from hf_cloudtrain.tracking.tracker import StepTracker
 
 _lifecycles: dict[tuple[Any, ...], AttemptLifecycle] = {}
@@ -64,6 +65,8 @@ class AttemptLifecycle:
         """Whether the run starts over, although it may have checkpoints."""
         self.tracker_pages: dict[str, str] = {}
         """Where users find the tracker runs (W&B, MLflow …), by service; in the heartbeat."""
+        self.tracker_files: dict[str, EventFiles] = {}
+        """Files of tracker runs that are part of the run, by service."""
         self.flushes: list[Callable[[float], None]] = []
         """What sends, before an emergency save leaves, what trackers have not sent, given the seconds that are left."""
         self.is_leaving = False
@@ -186,6 +189,7 @@ class AttemptLifecycle:
                 uploads=checkpointer.uploads,
                 ownership=checkpointer.ownership,
                 pages=self.tracker_pages,
+                files=self.tracker_files,
             )
             self.tracker.start()
             if self.has_page:

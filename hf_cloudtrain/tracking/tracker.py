@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hf_cloudtrain import env
@@ -30,6 +31,7 @@ from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 from hf_cloudtrain.runtime.values import finite, recordable, utf8
 from hf_cloudtrain.tracking.records import StepRecords, encode_lines
+from hf_cloudtrain.tracking.services.event_files import EventFiles
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class StepTracker:
         uploads: the state of this process's uploads, read at each heartbeat.
         ownership: whether the attempt is still the newest; once it is not, the state is `overtaken`.
         pages: where users find its tracker runs, by service; read at each heartbeat.
+        files: event files of its tracker runs, by service; stored after each save.
         rank: one other than 0 records what it logs, and sends no heartbeat.
 
     Example:
@@ -76,6 +79,7 @@ class StepTracker:
         uploads: UploadStatus | None = None,
         ownership: Ownership | None = None,
         pages: dict[str, str] | None = None,
+        files: dict[str, EventFiles] | None = None,
         rank: int = 0,
     ) -> None:
         self.step = first_step
@@ -86,6 +90,7 @@ class StepTracker:
         self._samples_per_step = samples_per_step
         self._uploads = uploads or UploadStatus()
         self._pages = {} if pages is None else pages
+        self._files = {} if files is None else files
         self._commit_lag: float | None = None
         self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -252,13 +257,16 @@ class StepTracker:
             now = time.monotonic()
             with self._turn:
                 self._note_uploads()
+            saved = False
             if closed or now >= self._next_flush(last_flush):
-                self._flush_now, last_flush = False, now
+                saved, self._flush_now, last_flush = self._flush_now or closed, False, now
                 self._store(self._store_records)
             if closed or now >= next_beat:
                 next_beat = now + self._interval
                 if not self._rank:
                     self._store(self._write_heartbeat)
+            if saved:
+                self._store(partial(self._store_files, to_their_end=closed))
             if closed:
                 return
             if not self._closed:
@@ -276,6 +284,14 @@ class StepTracker:
 
     def _write_heartbeat(self) -> None:
         self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
+
+    def _store_files(self, *, to_their_end: bool) -> None:
+        """A part of each; the rest of a large one has to wait for the next heartbeat, except at the end."""
+        for files in list(self._files.values()):
+            while (more := files.store()) and to_their_end:
+                pass
+            if more:
+                self._flush_now = True
 
     def _next_flush(self, last: float) -> float:
         return last + min(self._interval, SAVE_FLUSH_SECONDS if self._flush_now else self._interval)

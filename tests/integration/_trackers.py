@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import GeneralTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hf_cloudtrain import CloudTrainCallback
+from hf_cloudtrain.checkpoints.paths import EVENTS
 from hf_cloudtrain.integrations.trainer import reports
 from hf_cloudtrain.tracking.services.service import (
     TrackerContent,
@@ -164,6 +167,41 @@ def train(
     if added_later:
         arguments |= {"parts": "none", "prepare": partial(_add, arguments["run_url"])}
     return _attempts.train(**{"report_to": "notebook", **arguments})
+
+
+class Histograms(TrainerCallback):
+    """What a script sends to Trainer's own writer; a kill has to wait until that of a save is stored."""
+
+    def __init__(self, trainer: Any, run_url: str | None, committed: int) -> None:
+        self.trainer, self.run_url, self.committed = trainer, run_url, committed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        callbacks = self.trainer.callback_handler.callbacks
+        writer = next(one.tb_writer for one in callbacks if hasattr(one, "tb_writer"))
+        writer.add_histogram("weights", np.arange(9.0) * state.global_step, state.global_step)
+        if 0 < self.committed < state.global_step:
+            _attempts.wait_until(lambda: self.committed in histograms_in(Path(self.run_url, EVENTS)))
+
+
+def histograms_in(folder: Path) -> list[int]:
+    """The steps of all histograms in the event files below a folder, as TensorBoard shows them."""
+    steps: list[int] = []
+    for run in {path.parent for path in folder.rglob("events.out.tfevents.*")}:
+        found = EventAccumulator(str(run), size_guidance={"histograms": 0})
+        found.Reload()
+        if "weights" in found.Tags()["histograms"]:
+            steps += [event.step for event in found.Histograms("weights")]
+    return steps
+
+
+def train_with_histograms(*, run_url: str, committed: int = 0, **arguments: Any) -> dict[str, Any]:
+    """An attempt that sends a histogram at each step."""
+
+    def prepare(trainer: Any) -> None:
+        trainer.add_callback(Histograms(trainer, run_url, committed))
+
+    given = {"report_to": "tensorboard", "prepare": prepare, **arguments}
+    return _attempts.train(run_url=run_url, committed=committed, **given)
 
 
 def _add(run_url: str, trainer: Any) -> None:

@@ -11,6 +11,7 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.paths import EVENTS
 from hf_cloudtrain.errors import PreemptedExit
 from hf_cloudtrain.integrations.loop.loop import TrainLoop
 from hf_cloudtrain.storage.client import Storage
@@ -18,6 +19,7 @@ from hf_cloudtrain.tracking import tracker
 from hf_cloudtrain.tracking.services import service
 from hf_cloudtrain.tracking.services.service import register_tracker
 from hf_cloudtrain.tracking.status import run_state
+from tests.faults.runs import wait_until
 from tests.integration._loops import KilledError, Rows, train
 from tests.integration._trackers import Notebook, NotebookService, NotebookTracker
 
@@ -115,6 +117,20 @@ def test_event_files_of_tensorboard_go_on(tmp_path: Path) -> None:
         attempt(tmp_path, "machine", kill, **here)
     attempt(tmp_path, "machine", **here)
     found = EventAccumulator(str(tmp_path / "logs" / "project"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == LOGGED
+
+
+def test_event_files_of_a_machine_that_is_gone_come_back(tmp_path: Path) -> None:
+    attempt(tmp_path, "one", 7, log_with="tensorboard", project_dir=tmp_path / "one")
+    storage = Storage(str(tmp_path / "run"))
+    wait_until(lambda: storage.list(EVENTS), "event files on storage")
+    attempt(tmp_path, "two", log_with="tensorboard", project_dir=tmp_path / "two")
+    first, second = (
+        {path.name for path in (tmp_path / name / "project").iterdir()} for name in ("one", "two")
+    )
+    assert first < second
+    found = EventAccumulator(str(tmp_path / "two" / "project"))
     found.Reload()
     assert [event.step for event in found.Scalars("loss")] == LOGGED
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_cloudtrain.checkpoints.paths import TRACKERS
+from hf_cloudtrain.checkpoints.paths import EVENTS, TRACKERS
 from hf_cloudtrain.tracking.status import run_state
 from tests.integration._lab import Lab
-from tests.integration._trackers import Notebook
+from tests.integration._trackers import Notebook, histograms_in
 
 MODULE = "tests.integration._trackers"
 STEPS = list(range(1, 13))
@@ -188,8 +188,20 @@ class TestTensorBoard:
 
     def test_on_a_new_machine_the_log_of_the_checkpoint_fills_the_curve(self, lab: Lab) -> None:
         lab.killed("one", kill_at=7, committed=4, report_to="tensorboard")
+        for info in lab.catalog.storage.list(EVENTS):
+            lab.catalog.storage.delete([info.path])
         lab.train("two", report_to="tensorboard")
         assert scalars(lab.machine("two")) == scalars_of(lab)
+
+    def test_histograms_of_machines_that_are_gone_come_back_once(self, lab: Lab) -> None:
+        told: dict[str, Any] = {"module": MODULE, "function": "train_with_histograms"}
+        lab.killed("one", kill_at=7, committed=4, **told)
+        lab.killed("two", kill_at=11, committed=8, **told)
+        lab.train("three", **told)
+        assert histograms_in(lab.machine("three")) == STEPS
+        assert scalars(lab.machine("three")) == scalars_of(lab)
+        assert histograms_in(Path(lab.run_url, EVENTS)) == STEPS, "the end is stored, too"
+        assert lab.manifest(3, 12).exact is True
 
 
 def scalars_of(lab: Lab) -> dict[str, list[tuple[int, float]]]:

@@ -65,15 +65,20 @@ class Bed:
 
     def train(self, machine: str, **arguments: Any) -> int:
         """One attempt in a process of its own; its exit code, negative for a signal."""
+        where = {"output_dir": str(self.folder / machine), "run_url": str(self.folder / "run")}
+        given = {"report_to": self.name, **where, **EVALUATED, **arguments}
+        return self.run(machine, lambda: _attempts.train(**given))
+
+    def run(self, machine: str, script: Callable[[], Any]) -> int:
+        """The same of any script."""
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 log = os.open(self.folder / f"{machine}.log", os.O_WRONLY | os.O_CREAT)
                 os.dup2(log, 1), os.dup2(log, 2)
-                where = {"output_dir": str(self.folder / machine), "run_url": str(self.folder / "run")}
                 os.chdir(self.folder)
-                _attempts.train(report_to=self.name, **{**where, **EVALUATED, **arguments})
+                script()
                 code = 0
             except SystemExit as error:
                 code = int(str(error.code or 0))
@@ -239,6 +244,35 @@ class WandbOnline(WandbOffline):
         self._server.stdout.close()
 
 
+class WandbShared(WandbOnline):
+    """One W&B run that the script starts, and in which two trainings log."""
+
+    def losses(self, step: int) -> int:
+        """How often it has a loss of a step."""
+        try:
+            rows = [row for run in self.runs().values() for row in run["history"]]
+        except (OSError, ValueError):  # it is being written
+            return 0
+        return sum("train/loss" in row and row.get(STEP) == step for row in rows)
+
+    def has(self, step: int) -> bool:
+        return self.losses(step) > 1
+
+    def train_twice(self, machine: str, **second: Any) -> int:
+        """One attempt of the script."""
+        run, folder = self.folder / "run", self.folder / machine
+
+        def script() -> None:
+            import wandb
+
+            wandb.init(project="huggingface", id="mine", resume="allow")
+            common: dict[str, Any] = {"report_to": self.name, **EVALUATED}
+            _attempts.train(output_dir=f"{folder}/one", run_url=str(run), **common)
+            _attempts.train(output_dir=f"{folder}/two", run_url=f"{run}/trainer-2", **common, **second)
+
+        return self.run(machine, script)
+
+
 BEDS: dict[str, type[Bed]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
@@ -384,6 +418,23 @@ def delete_of_mlflow() -> str:
     return str(run.info.run_id)
 
 
+def shared(folder: Path) -> dict[str, Any]:
+    """A script with two trainings and one W&B run, killed in the second one: which steps the service lacks, or has again."""
+    bed = WandbShared(folder, "shared")
+    kill: dict[str, Any] = {"kill_at": 12, "committed": 8, "callbacks": [Arrival(bed, 12)]}
+    assert bed.train_twice("machine-0", **kill) == -signal.SIGKILL, bed.log("machine-0")
+    assert bed.train_twice("machine-1") == 0, bed.log("machine-1")
+    counts = {step: bed.losses(step) for step in range(1, STEPS + 1)}
+    bed.close()
+    return {
+        "name": "wandb shared",
+        "runs": sorted(bed.runs()),
+        "lost": [step for step, count in counts.items() if count < 2],
+        "twice": [step for step, count in counts.items() if count > 2],
+        "told": "The wandb run mine holds a different training, too" in bed.log("machine-0"),
+    }
+
+
 def out_of_order(name: str, folder: Path) -> dict[str, Any]:
     """A server that answers nothing but 500, with a password in its URL: what is said, and where the password is."""
     bed = BEDS[name](folder, "500")
@@ -422,6 +473,6 @@ if __name__ == "__main__":
     results: list[Callable[[], dict[str, Any]]] = [partial(measure, name, where) for name in names or BEDS]
     if not names:
         results += [partial(deleted, name, where) for name in ("mlflow", "wandb")]
-        results.append(partial(out_of_order, "mlflow", where))
+        results += [partial(shared, where), partial(out_of_order, "mlflow", where)]
     for result in results:
         print("RESULT", json.dumps(result()), flush=True)

@@ -57,6 +57,13 @@ def test_a_run_that_the_service_has_deleted_is_followed_by_a_new_one_with_the_wh
     assert results[name] == {"name": name, "steps": list(range(1, 25)), "told": True}
 
 
+def test_two_trainings_in_one_run_of_the_user_lose_nothing(results: dict[str, Any]) -> None:
+    twice = list(range(9, 13))  # redone by the second one
+    found = results["wandb shared"]
+    assert (found["runs"], found["lost"], found["told"]) == (["mine"], [], True)
+    assert set(found["twice"]) <= set(twice)
+
+
 def test_a_server_that_answers_500_is_named_once_and_its_password_is_nowhere(results: dict[str, Any]) -> None:
     assert results["mlflow 500"] == {"name": "mlflow 500", "code": 0, "password": [], "told": 1}
 

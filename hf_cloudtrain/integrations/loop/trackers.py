@@ -16,6 +16,7 @@ from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.runtime.values import NOT_FINITE
 from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.tracking.services.choice import content_of, page_of, start_run
+from hf_cloudtrain.tracking.services.event_files import EventFiles
 from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.services.service import (
@@ -184,6 +185,9 @@ class _Tracker:
             run = start_run(self._lifecycle.checkpointer.storage, service, start, begin, apart=apart)
             (self._tracker,) = accelerator.trackers
             self._lifecycle.tracker_pages[self._name] = page_of(service, run, self._guard)
+            files = EventFiles.of(self._lifecycle.checkpointer.storage, service, run, self._guard)
+            if files is not None:
+                self._lifecycle.tracker_files[self._name] = files
             with self._guard("did not tell what it has"):
                 content = content_of(self._lifecycle.checkpointer.storage, service, run, step)
                 self._content, self._is_shared = content or TrackerContent(), content is None

@@ -23,6 +23,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.services.choice import content_of, page_of, start_run
+from hf_cloudtrain.tracking.services.event_files import EventFiles
 from hf_cloudtrain.tracking.services.guard import TrackerGuard
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.services.service import (
@@ -60,6 +61,8 @@ class ReportedRun(Protocol):
     run_url: str
     tracker_pages: dict[str, str]
     """Where users find the tracker runs, by service; filled here."""
+    tracker_files: dict[str, EventFiles]
+    """Files of tracker runs that are part of the run, by service; filled here."""
 
     @property
     def tracker_storage(self) -> Storage:
@@ -187,6 +190,9 @@ class Report:
     def _catch_up(self, args: Any, state: Any, control: Any, live: dict[str, Any]) -> None:
         run = self._tracker_run
         assert run is not None, "it has started"
+        files = EventFiles.of(self.run.tracker_storage, self._service, run, self._guard)
+        if files is not None:
+            self.run.tracker_files[self._service.name] = files
         content = content_of(self.run.tracker_storage, self._service, run, state.global_step)
         self._tracker_run = dataclasses.replace(run, is_new=False)  # what it holds from now on is of this run
         if content is not None:

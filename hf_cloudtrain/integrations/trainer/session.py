@@ -37,6 +37,7 @@ from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import normal_url
+from hf_cloudtrain.tracking.services.event_files import EventFiles
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -79,6 +80,8 @@ class Session:
         """Whether a page lives with the run."""
         self.tracker_pages: dict[str, str] = {}
         """Where users find the tracker runs, by service."""
+        self.tracker_files: dict[str, EventFiles] = {}
+        """Files of tracker runs that are part of the run, by service."""
         self._uploads = False
         self._lifecycle: AttemptLifecycle | None = None
         self._restored: tuple[Manifest, Conversion | None] | None = None
@@ -171,6 +174,7 @@ class Session:
         self._lifecycle.checkpointer.policy = self._policy
         self._lifecycle.has_page = self.has_page
         self._lifecycle.tracker_pages = self.tracker_pages
+        self._lifecycle.tracker_files = self.tracker_files
         return self._lifecycle
 
     def restore(self, args: TrainingArguments) -> Path | None:

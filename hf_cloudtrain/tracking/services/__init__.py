@@ -10,6 +10,7 @@ In reading order:
 - `service`      `TrackerService`: what a service must be able to do, and `register_tracker` for one more
 - `runs`         which tracker run belongs to the run, one small record on storage each
 - `choice`       whether an attempt goes on in the tracker run of the one before, and in which one if not
+- `event_files`  files of a tracker that are part of the run: stored while it trains, and restored
 - `guard`        an error of a tracker is logged once, and training goes on
 - `wandb`, `mlflow`, `trackio`, `tensorboard`  the four, each with the facts about its service
 

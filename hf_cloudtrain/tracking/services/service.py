@@ -119,6 +119,10 @@ class TrackerService:
         """What tells its run from all others of the service; called once it has started."""
         return tracker_id
 
+    def files(self, tracker_id: str) -> Path | None:
+        """The folder of event files that are part of the run, None without one; called once it has started."""
+        return None
+
     def sent(self, tracker_id: str) -> TrackerContent:
         """What its run holds; called once it has started."""
         return TrackerContent()

@@ -64,6 +64,15 @@ class TensorBoard(TrackerService):
         """The folder: two output folders may have event files in folders of one name."""
         return str(self._folder or tracker_id)
 
+    def files(self, tracker_id: str) -> Path | None:
+        """The folder, unless the user has given the callback a writer."""
+        return self._folder
+
+    def flush(self) -> None:
+        """Its writer writes every two minutes by itself."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def sent(self, tracker_id: str) -> TrackerContent:
         """The last step of each tag in the folder, where tensorboard itself is installed."""
         try:
