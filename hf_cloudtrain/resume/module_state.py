@@ -6,10 +6,12 @@ It is compared from the first step on, at the first, second, fourth … save: a 
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ _OF_TORCH = {name for name in vars(torch.nn.Module()) if name != "_buffers"} | {
 _NUMBERS, _CONTAINERS = (int, float, torch.Tensor), (list, tuple, dict, set, deque)
 _Key = str | tuple[str, type]
 """What was looked at: its name, or the path and class of a module."""
+_Seen = dict[_Key, Any]
+_FIRST, _ABSENT = itemgetter(0), itertools.repeat(object())
 _TRAINED = "which weights are trained"
 """Beside the names of attributes."""
 _COPIED = 1 << 20
@@ -40,69 +44,97 @@ class ModuleState:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._looker = Looker([model, *model.parameters(), *model.modules()])
-        self._before = dict(self._values())
+        self._modules = modules_in(model)
+        self._code = _code_of(self._modules)
+        # The checkpoint of an adapter has no buffer of the model.
+        self._buffers = "_buffers" if hasattr(model, "peft_config") else "_non_persistent_buffers_set"
+        self._parts = [_Part(*place, self._seen(*place), self._buffers) for place in self._named()]
+        self._used = self._used_by(self._code)
 
     def look(self) -> Exactness:
-        """Compare with the first step."""
-        now = dict(self._values())
-        for key in (*now, *(self._before.keys() - now.keys())):
-            before, after = self._before.get(key), now.get(key)
-            if not _same(before, after):
-                name = _name(key, before, after)
+        """Compare with the first step. Training waits for this, and most modules are only asked whether they can have changed."""
+        modules = modules_in(self._model)
+        if len(modules) == len(self._modules) and all(map(is_, modules, self._modules)):
+            parts, code = [part for part in self._parts if not part.is_unchanged()], self._code
+            places = [(part.path, part.module) for part in parts]
+        else:
+            parts, code = self._parts, _code_of(modules)
+            places = list(self._named())
+        before = _united(part.seen for part in parts) | self._used
+        now = _united(self._seen(*place) for place in places) | self._used_by(code)
+        for key in (*now, *(before.keys() - now.keys())):
+            one, other = before.get(key), now.get(key)
+            if not _same(one, other):
+                name = _name(key, one, other)
                 return Exactness.not_verified(f"{name} changes in training, and no checkpoint has it")
         return EXACT
 
-    def _values(self) -> Iterator[tuple[_Key, Any]]:
-        """A large model has thousands of modules, so names are written only for what has changed."""
-        kinds: set[type] = set()
-        is_adapted = hasattr(self._model, "peft_config")
+    def _named(self) -> Iterator[tuple[str, Any]]:
         for path, module in self._model.named_modules():
-            kind = type(module)
-            if kind.__module__.startswith("torch.distributed."):
-                continue
-            # The checkpoint of an adapter has no buffer of the model.
-            if names := module._buffers if is_adapted else module._non_persistent_buffers_set:
-                yield from self._buffers_of(path, module, names)
-            if module._forward_hooks or module._forward_pre_hooks:
-                for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                    if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
-                        yield from self._of_hook(hook, module)
-            own, values = is_of_the_script(kind.__module__), vars(module)
-            seen = {
-                name: self._looker.seen(values[name])
-                for name in sorted(values.keys() - _OF_TORCH)
-                if isinstance(values[name], _NUMBERS)
-                or (own and _may_keep(values[name]))
-                or is_generator(values[name])
-            }
-            if module._parameters:
-                seen[_TRAINED] = [one.requires_grad for one in module._parameters.values() if one is not None]
-            if seen:
-                yield (path, kind), seen
-            if own and kind not in kinds:
-                kinds.add(kind)
-                yield from self._used_by(module)
+            if not type(module).__module__.startswith("torch.distributed."):
+                yield path, module
 
-    def _buffers_of(self, path: str, module: Any, names: Iterable[str]) -> Iterator[tuple[_Key, Any]]:
-        for name in names:
+    def _seen(self, path: str, module: Any) -> _Seen:
+        found: _Seen = {}
+        for name in getattr(module, self._buffers):
             if (buffer := module._buffers.get(name)) is not None:
                 small = buffer.numel() <= _COPIED
-                yield (
-                    f"{path}.{name} of the model",
-                    buffer.detach().clone() if small else self._looker.seen(buffer),
-                )
+                look = buffer.detach().clone() if small else self._looker.seen(buffer)
+                found[f"{path}.{name} of the model"] = look
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if is_of_the_script(getattr(hook, "__module__", None) or type(hook).__module__):
+                for name, value in self._looker.look(hook).items():
+                    found[f"{name!r} of a hook of {type(module).__name__} of the model"] = value
+        values = vars(module)
+        seen = {name: self._looker.seen(values[name]) for name in _kept_by(module)}
+        if module._parameters:
+            seen[_TRAINED] = _trained(module)
+        if seen:
+            found[path, type(module)] = seen
+        return found
 
-    def _of_hook(self, hook: Any, module: Any) -> Iterator[tuple[_Key, Any]]:
-        for name, value in self._looker.look(hook).items():
-            yield f"{name!r} of a hook of {type(module).__name__} of the model", value
+    def _used_by(self, code: dict[type, list[types.FunctionType]]) -> _Seen:
+        """What the code of modules uses from outside."""
+        return {
+            f"{name!r}, which {kind.__name__} of the model uses,": value
+            for kind, functions in code.items()
+            for function in functions
+            for name, value in self._looker.used_by(function).items()
+        }
 
-    def _used_by(self, module: Any) -> Iterator[tuple[_Key, Any]]:
-        """What the code of a module uses from outside."""
-        found: Look = {}
-        for function in functions_of(getattr(type(module), "forward", None)):
-            found.update(self._looker.used_by(function))
-        for name, value in found.items():
-            yield f"{name!r}, which {type(module).__name__} of the model uses,", value
+
+class _Part:
+    """A module as it was when the first step began.
+
+    Args:
+        seen: what it looked like.
+        buffers: the attribute that has the names of its buffers that no checkpoint holds.
+    """
+
+    def __init__(self, path: str, module: Any, seen: _Seen, buffers: str) -> None:
+        self.path, self.module, self.seen = path, module, seen
+        held = vars(module)
+        self._buffers = buffers
+        self._changes_inside = bool(getattr(module, buffers)) or not all(
+            isinstance(held[name], (int, float)) for name in _kept_by(module)
+        )
+        own = {} if self._changes_inside else {n: value for n, value in held.items() if n not in _OF_TORCH}
+        self._names, self._held = [*own], [*own.values()]  # kept alive, so that no id is used again
+        self._size, self._trained = len(held), _trained(module)
+
+    def is_unchanged(self) -> bool:
+        """Whether nothing was assigned to it, and it holds nothing that changes in place. Takes 1 us, a look ten times as long."""
+        module = self.module
+        if self._changes_inside or getattr(module, self._buffers):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        held = vars(module)
+        return (
+            len(held) == self._size
+            and all(map(is_, map(held.get, self._names, _ABSENT), self._held))
+            and _trained(module) == self._trained
+        )
 
 
 class OptimizerState:
@@ -150,15 +182,20 @@ def bare_model(accelerator: Any, model: Any) -> Any:
 _BARE: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
 
 
+def modules_in(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """All modules, without their names: in a tenth of the time that `model.modules()` takes."""
+    found, seen = [model], {model}
+    for module in found:  # which grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 def tensors_in(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """All parameters and buffers; one that two modules share comes twice. In one pass, and without their names."""
-    left, seen = [model], set()
-    while left:
-        module = left.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        left.extend(child for child in module._modules.values() if child is not None)
+    for module in modules_in(model):
         for tensors in (module._parameters, module._buffers):
             yield from (tensor for tensor in tensors.values() if tensor is not None)
 
@@ -201,6 +238,35 @@ def schedule_rules(scheduler: Any) -> list[tuple[str, Any]]:
     rules = getattr(getattr(scheduler, "scheduler", scheduler), "lr_lambdas", ())
     kinds = (types.FunctionType, types.MethodType, functools.partial)
     return [("lr_lambda", rule) for rule in rules if isinstance(rule, kinds)]
+
+
+def _code_of(modules: Iterable[Any]) -> dict[type, list[types.FunctionType]]:
+    """The functions that modules of classes of the script run, by class."""
+    kinds = {type(module): None for module in modules}
+    return {
+        kind: list(functions_of(getattr(kind, "forward", None)))
+        for kind in kinds
+        if is_of_the_script(kind.__module__)
+    }
+
+
+def _kept_by(module: Any) -> list[str]:
+    """The attributes of a module that are looked at."""
+    own = is_of_the_script(type(module).__module__)
+    return [
+        name
+        for name, value in sorted(vars(module).items(), key=_FIRST)
+        if name not in _OF_TORCH
+        and (isinstance(value, _NUMBERS) or (own and _may_keep(value)) or is_generator(value))
+    ]
+
+
+def _trained(module: Any) -> list[bool]:
+    return [one.requires_grad for one in module._parameters.values() if one is not None]
+
+
+def _united(looks: Iterable[_Seen]) -> _Seen:
+    return {key: value for look in looks for key, value in look.items()}
 
 
 def _may_keep(value: Any) -> bool:

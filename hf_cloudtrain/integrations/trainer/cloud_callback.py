@@ -88,8 +88,10 @@ class CloudTrainCallback(TrainerCallback):
 
 def _to_all_parts(event: str) -> Callable[..., None]:
     def forward(self: CloudTrainCallback, *args: Any, **kwargs: Any) -> None:
-        # What begins first ends last: an emergency decides before the others look at what Trainer is about to do.
-        for part in self._parts if event == "on_train_begin" else reversed(self._parts):
+        # What begins first ends last: an emergency decides before the others look at what Trainer is about to do. A save is
+        # frozen before the tracker wakes its thread, which would take turns with the training.
+        forwards = event in ("on_train_begin", "on_save")
+        for part in self._parts if forwards else reversed(self._parts):
             getattr(part, event)(*args, **kwargs)
 
     return forward

@@ -16,7 +16,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cloudtrain.checkpoints.exactness import EXACT, Exactness
 from hf_cloudtrain.integrations.trainer.known_trainers import class_name
-from hf_cloudtrain.resume.module_state import ModuleState, OptimizerState, of_adapter, schedule_rules
+from hf_cloudtrain.resume.module_state import (
+    ModuleState,
+    OptimizerState,
+    of_adapter,
+    schedule_rules,
+    tensors_in,
+)
 from hf_cloudtrain.resume.script_code import may_draw, may_seed
 from hf_cloudtrain.resume.state_look import Looker, StateLook, changed, name_of, script_parts
 
@@ -63,6 +69,8 @@ class OutsideState:
         self._data = StateLook(self._looker, self._parts_of_data())
         self._code = self._of_code()
         self._modules, self._optimizer = ModuleState(model), OptimizerState(trainer.optimizer)
+        self._weights = [] if _finds_its_weights(trainer) else _names_of(model)
+        """Names of each tensor that Trainer loads by the names of the model."""
         self._saves = 0
         self._found = EXACT
 
@@ -153,10 +161,8 @@ class OutsideState:
             return EXACT
         if hasattr(trainer.model, "peft_config"):
             return of_adapter(trainer.model, _names_in(folder, staged, "adapter_model"))
-        if type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint:
-            return EXACT  # it finds its weights in its own way, and is in the table of those that were tested, or not verified
-        saved = _names_in(folder, staged)
-        missing = sorted(_names_of(trainer.model, saved)) if saved else []
+        saved = _names_in(folder, staged) if self._weights else set()
+        missing = sorted(names[0] for names in self._weights if saved.isdisjoint(names)) if saved else []
         if not missing:
             return EXACT
         return Exactness.no(
@@ -170,7 +176,7 @@ def _of_optimizer(trainer: Any) -> Exactness:
     if trainer.is_deepspeed_enabled or trainer.optimizer is None:
         return EXACT
     models = {id(model): model for model in (trainer.model, trainer.model_wrapped)}.values()
-    held = {id(one) for model in models for one in model.parameters()}
+    held = {id(one) for model in models for one in tensors_in(model)}
     foreign = [
         one for group in trainer.optimizer.param_groups for one in group["params"] if id(one) not in held
     ]
@@ -198,14 +204,26 @@ def _names_in(folder: Path, staged: dict[str, set[str]], name: str = "model") ->
         return set()
 
 
-def _names_of(model: Any, saved: set[str]) -> set[str]:
-    """Names of the model's tensors that are not in `saved`, under any of the names that share a tensor."""
-    state = model.state_dict(keep_vars=True)  # a detached copy of each tensor takes longer than the rest
-    if state.keys() <= saved:
-        return set()
+def _names_of(model: Any) -> list[list[str]]:
+    """Of each tensor in the state of a model, all names that it has."""
     by_memory: dict[Any, list[str]] = {}
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict(keep_vars=True).items():  # detached copies take longer than the rest
         if isinstance(tensor, torch.Tensor):
             key = (tensor.device, tensor.data_ptr()) if tensor.numel() else name
             by_memory.setdefault(key, []).append(name)
-    return {names[0] for names in by_memory.values() if not saved.intersection(names)}
+    return list(by_memory.values())
+
+
+def _finds_its_weights(trainer: Any) -> bool:
+    """Whether a trainer loads its weights in another way than by the names of its model.
+
+    Its class is in the table of those that were tested then, or not verified. Of a sharded model, asking for names is a
+    collective.
+    """
+    own = type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint
+    return bool(
+        own
+        or trainer.is_deepspeed_enabled
+        or trainer.is_fsdp_enabled
+        or hasattr(trainer.model, "peft_config")
+    )

@@ -50,14 +50,26 @@ class Outside(Net):
         return super().forward(x) * torch.rand((), generator=GENERATOR)
 
 
+class Bare(torch.nn.Module):
+    """Has nothing of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rand((), generator=GENERATOR)
+
+
+def renamed(net: Net, value: int) -> None:
+    del net.value
+    net.other = value
+
+
 def with_buffer(*, persistent: bool, size: int = 2) -> Net:
     net = Net()
     net.register_buffer("mean", torch.zeros(size), persistent=persistent)
     return net
 
 
-def hooked(chance: random.Random) -> Net:
-    net = Net()
+def hooked(chance: random.Random, net: Net | None = None) -> Net:
+    net = net or Net()
     net.layer.register_forward_hook(lambda module, args, output: output * chance.random())
     return net
 
@@ -98,6 +110,32 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
         lambda net: net(torch.ones(2)),
         "'chance' of a hook of Linear of the model",
     ),
+    "nothing before": (Net(), lambda net: setattr(net, "value", 1), "'value' of Net"),
+    "new": (Net(), lambda net: setattr(net, "other", 1), "'other' of Net"),
+    "gone": (Net(0), lambda net: delattr(net, "value"), "'value' of Net"),
+    "another name": (Net(), lambda net: renamed(net, 1), "'other' of Net"),
+    "of a library": (
+        torch.nn.Sequential(torch.nn.Dropout(0.1)),
+        lambda net: setattr(net[0], "p", 0.2),
+        "'p' of Dropout (0)",
+    ),
+    "late buffer": (
+        Net(),
+        lambda net: net.register_buffer("late", torch.zeros(1), persistent=False),
+        ".late of the model",
+    ),
+    "late hook": (Net(), lambda net: hooked(random.Random(0), net), "'chance' of a hook of Linear"),
+    "late module": (
+        Net(),
+        lambda net: net.add_module("late", torch.nn.Linear(1, 1)),
+        "'in_features' of Linear (late)",
+    ),
+    "module that is gone": (Net(), lambda net: delattr(net, "layer"), "'in_features' of Linear (layer)"),
+    "late code": (
+        torch.nn.Sequential(),
+        lambda net: net.add_module("late", Bare()),
+        "'GENERATOR', which Bare of the model uses, changes",
+    ),
     "within": (torch.nn.Sequential(Net(0)), lambda net: setattr(net[0], "value", 1), "'value' of Net (0)"),
 }
 
@@ -110,6 +148,29 @@ def test_what_changes_is_named(name: str) -> None:
     change(net)
     assert state.look().exact is None
     assert word in str(state.look())
+
+
+def test_a_module_that_is_replaced_by_an_equal_one_has_not_changed() -> None:
+    net = Net(0)
+    state = ModuleState(net)
+    net.layer = torch.nn.Linear(2, 2)
+    assert state.look().exact is True
+
+
+def test_only_modules_that_may_have_changed_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for it, and a large model has thousands of modules."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
+    model = transformers.BertModel(transformers.BertConfig(**sizes))
+    state, looked, see = ModuleState(model), [], ModuleState._seen
+
+    def seen(self: ModuleState, path: str, module: Any) -> Any:
+        looked.append(path)
+        return see(self, path, module)
+
+    monkeypatch.setattr(ModuleState, "_seen", seen)
+    model.eval()
+    assert state.look().exact is True
+    assert looked == ["embeddings"], "it has buffers of its own"
 
 
 def test_what_a_checkpoint_holds_may_change() -> None:

@@ -288,7 +288,13 @@ def test_the_names_in_a_file_that_is_not_written_yet_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[set[str]] = []
-    monkeypatch.setattr(outside_state, "_names_of", lambda model, saved: names.append(saved) or set())
+    names_in = outside_state._names_in
+
+    def noted(*where: Any) -> set[str]:
+        names.append(names_in(*where))
+        return names[-1]
+
+    monkeypatch.setattr(outside_state, "_names_in", noted)
     monkeypatch.setenv("HF_CLOUDTRAIN_ASYNC_SAVE", "1")
     large = Model(large=torch.nn.Parameter(torch.zeros(2**19)))  # smaller files are written at once
     trained(tmp_path, model=large, max_steps=2)
