@@ -7,7 +7,7 @@
     probe       the small object of a start that was killed while it checked the storage
 
 Claims, attempts and step records are never deleted: a process that wakes up after weeks must find its folder still its own,
-without files of other processes in it.
+without files of other processes in it. A run in a folder of this one is left alone: its own clean knows its attempts.
 
 The owner of an upload is known by its attempt's number; no clock but our own is trusted. An upload may go as soon as a newer
 attempt has committed a checkpoint: whatever its owner still commits sorts below that one. Otherwise it may go if nothing has
@@ -48,6 +48,8 @@ WATCH_SECONDS = 60.0
 """The shortest watch."""
 LONGEST_WATCH = 3600.0
 """The longest watch, whatever interval a heartbeat names."""
+_RECORDS = f"/{META}/"
+"""In the path of what a run in a folder of this run has recorded."""
 LOOKS = 20
 """How often the heartbeats are read during a watch."""
 
@@ -199,8 +201,7 @@ class Watch:
 class _Finder:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        uploads = _incomplete(catalog)
-        objects = catalog.storage.list("")
+        uploads, objects = _without_nested_runs(_incomplete(catalog), catalog.storage.list(""))
         # After the listing, so that what was committed in between is not a left-over.
         self._keys = catalog.checkpoints()
         self._named = NamedFolders(catalog).folders()
@@ -321,6 +322,18 @@ def _incomplete(catalog: Catalog) -> Sequence[IncompleteUpload]:
     except StorageError as error:  # a server that cannot list them, or a key that may not
         logger.warning("Cannot list unfinished uploads, so they are not cleaned. %s", error)
         return []
+
+
+def _without_nested_runs(
+    uploads: Sequence[IncompleteUpload], objects: Sequence[ObjectInfo]
+) -> tuple[list[IncompleteUpload], list[ObjectInfo]]:
+    """What is not below a folder that holds the records of a run of its own."""
+    paths = [*(upload.path for upload in uploads), *(info.path for info in objects)]
+    runs = tuple({f"{path.partition(_RECORDS)[0]}/" for path in paths if _RECORDS in path})
+    return (
+        [upload for upload in uploads if not upload.path.startswith(runs)],
+        [info for info in objects if not info.path.startswith(runs)],
+    )
 
 
 def _by_folder(items: Iterable[T]) -> dict[str, list[T]]:

@@ -186,6 +186,16 @@ class TestFind:
             ("file", "checkpoint-5", 4, True),
         }
 
+    @pytest.mark.parametrize("folder", ["checkpoint-5", "checkpoint-9.a1", "final", "elsewhere"])
+    def test_a_run_in_a_folder_of_this_one_is_left_alone(self, catalog: Catalog, folder: str) -> None:
+        """Its uploads may be under way, and this run knows nothing of its attempts."""
+        NamedFolders(catalog).begin("final", "nonce-1", 1)
+        nested = Catalog(FaultyStorage(f"{catalog.storage.url}/{folder}/nested"))
+        nested.attempts.begin(0.0, 0, None, {})
+        cut_off(nested, 1, 3)
+        assert not [left for left in find(catalog) if left.count]
+        assert [left.name for left in find(nested)] == ["checkpoint-3"]
+
     def test_an_interrupted_deletion_may_be_finished_at_once(
         self, catalog: Catalog, storage: FaultyStorage
     ) -> None:
