@@ -31,7 +31,7 @@ from hf_cloudtrain.jobs.node.mounts import Mount, check
 from hf_cloudtrain.jobs.node.node import node_argv
 from hf_cloudtrain.jobs.node.stopping import MARGIN
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, periflow_variables
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
 from hf_cloudtrain.jobs.supervisor import Supervisor
 from hf_cloudtrain.runtime.files import locked
@@ -71,9 +71,8 @@ class LocalEngine:
                 shell=shell,
             )
             text += f"node {rank}: {shlex.join([*node_argv(submission.home, HOST, PORT, 1), str(rank)])}\n"
-            text += "".join(
-                f"  {name}={shlex.quote(value)}\n" for name, value in plan.shown(environment).items()
-            )
+            shown = {**periflow_variables(plan.checkpoint_dir, 0), **plan.shown(environment)}
+            text += "".join(f"  {name}={shlex.quote(value)}\n" for name, value in shown.items())
         mounts = "".join(
             f"  {mount.target}  <- {mount.source}{' (read-only)' if mount.read_only else ''}\n"
             for mount in _all_mounts(submission)

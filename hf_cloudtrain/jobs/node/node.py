@@ -36,7 +36,7 @@ from hf_cloudtrain.jobs.node.folders import folder_mounts, real_checkpoint_dir
 from hf_cloudtrain.jobs.node.mounts import Mount
 from hf_cloudtrain.jobs.node.restore import move_newer, restore
 from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
-from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PROCESSED_ITERS
+from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, periflow_variables
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.launch.notes import read_notes, why_nothing
 from hf_cloudtrain.runtime.files import locked
@@ -172,11 +172,11 @@ class Node:
         """Put the newest checkpoint where the script expects it; gives the variables that say so, PeriFlow's too."""
         folder, seen = real_checkpoint_dir(self.submission), self.submission.job.checkpoint_dir
         if folder is None or seen is None:
-            return {PROCESSED_ITERS: "0"}
+            return periflow_variables(None, 0)
         choice = self.submission.restored_file(self.start)
         with exclusive(self.submission.home / "restore.lock", "is restoring the checkpoint"):
             key = restore(self.submission.run_url, folder, choice, lambda: self._start_over(folder))
-        found = {env.PERIFLOW_CHECKPOINT_DIR: seen, PROCESSED_ITERS: str(key.step if key else 0)}
+        found = periflow_variables(seen, key.step if key else 0)
         return {**found, env.RESTORED_CHECKPOINT: str(key)} if key else found
 
     def _start_over(self, folder: Path) -> None:

@@ -26,6 +26,17 @@ PERIFLOW = (env.PERIFLOW_CHECKPOINT_DIR, PROCESSED_ITERS)
 """PeriFlow's names of what its scripts read; a job's `env` may set them, because they are common names."""
 
 
+def periflow_variables(checkpoint_dir: str | None, step: int) -> dict[str, str]:
+    """What PeriFlow's scripts read, where the job does not set it.
+
+    Args:
+        checkpoint_dir: the checkpoint folder as the script sees it, if the job has one.
+        step: of the checkpoint in it; 0 without one.
+    """
+    folder = {} if checkpoint_dir is None else {env.PERIFLOW_CHECKPOINT_DIR: checkpoint_dir}
+    return {**folder, PROCESSED_ITERS: str(step)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Nodes, processes, and the variables of the job. Data only: it starts nothing."""

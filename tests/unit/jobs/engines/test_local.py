@@ -6,16 +6,15 @@ import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytest
 
 from hf_cloudtrain import env
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.engines import local
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_the_supervisor_is_started_elsewhere_and_with_the_variables_of_the_job(
@@ -38,6 +37,20 @@ def test_the_supervisor_is_started_elsewhere_and_with_the_variables_of_the_job(
     assert options["env"][env.CACHE] == str(tmp_path / "cache")
     assert env.RUN_URL not in options["env"]
     assert record.run_url == f"{tmp_path}/store/runs/toy-1", "the script runs elsewhere, too"
+
+
+@pytest.mark.parametrize(("own", "folder"), [("", "/workspace/ckpt"), ("env: {CKPT_DIR: /mine}", "'***'")])
+def test_a_dry_run_shows_the_variables_of_periflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, folder: str
+) -> None:
+    monkeypatch.setenv(env.STORE, str(tmp_path))
+    text = (
+        f"name: toy\n{own}\njob_setting: {{docker: {{command: echo}}}}\n"
+        "checkpoint: {output_checkpoint_dir: /workspace/ckpt}\n"
+    )
+    shown = local.LocalEngine().show(lifecycle.prepare(parse_job(text.encode()), JobStore())).splitlines()
+    assert f"  CKPT_DIR={folder}" in shown
+    assert "  PROCESSED_ITERS=0" in shown
 
 
 FACTS = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 0}
