@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import os
+import sys
 from typing import Any
 
 from hf_cloudtrain.errors import ConfigurationError
@@ -16,6 +18,11 @@ from hf_cloudtrain.integrations.loop.state import LoopState
 from hf_cloudtrain.integrations.loop.trackers import LoopTrackers
 
 logger = logging.getLogger(__name__)
+
+_WIDE = 100
+"""Columns of a terminal on which a bar has room for the time, the rate, and what was logged."""
+_NARROW_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+"""On a narrower one tqdm cuts the end of the line, where the newest values are."""
 
 
 class LoopReport:
@@ -170,7 +177,12 @@ def train_bar(epoch: int, phase: str, total: int | None, done: int, *, hidden: b
     """The bar of one pass over a loader, on a terminal and in notebooks: `[Epoch 0] [TRAIN]:  12%|█▏        | 520/4387`."""
     from tqdm.auto import tqdm
 
-    return tqdm(desc=f"[Epoch {epoch}] [{phase}]", total=total, initial=done, disable=hidden)
+    try:
+        narrow = os.get_terminal_size(sys.stderr.fileno()).columns < _WIDE
+    except (OSError, ValueError):  # not a terminal
+        narrow = False
+    form = _NARROW_BAR if narrow and total else None
+    return tqdm(desc=f"[Epoch {epoch}] [{phase}]", total=total, initial=done, disable=hidden, bar_format=form)
 
 
 def saves(save_steps: int | None, clock: object | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -142,6 +143,14 @@ class TestShown:
         text = capsys.readouterr().err.replace("\r", "\n")
         assert re.search(r"\[Epoch 0\] \[TRAIN\]:  12%\|█[^|]*\| 520/4387 \[", text)
         assert "loss=2.56, lr=7.8e-6]" in text
+
+    def test_a_terminal_of_80_columns_shows_all_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+        with train_bar(12, "TRAIN", 438_700, 52_000, hidden=False) as bar:
+            bar.set_postfix(shown({"loss": 2.5612, "lr": 7.8e-6}))
+            text = bar.format_meter(**{**bar.format_dict, "ncols": 80, "elapsed": 700.0, "rate": 53.5})
+        assert len(text) <= 80
+        assert text.endswith("loss=2.56, lr=7.8e-6]")
 
     def test_other_processes_show_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         with train_bar(0, "TRAIN", 2, 0, hidden=True) as bar:
