@@ -133,9 +133,10 @@ class Restorer:
         if not self._ranks.is_main:
             return
         url = self._catalog.storage.url
-        logger.warning("Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, url)
+        # The first line of the training says it to users.
+        logger.debug("Resuming from %s (attempt %d) of %r.", manifest.folder, manifest.attempt, url)
         if not manifest.exact:
-            logger.log(manifest.exactness.level, "%s", manifest.exactness.sentence)
+            logger.log(manifest.exactness.level, "%s: %s", manifest.folder, manifest.exactness.sentence)
 
 
 def _read_or_reason(catalog: Catalog, key: CheckpointKey) -> Manifest | str:
