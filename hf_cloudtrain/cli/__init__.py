@@ -32,7 +32,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_cloudtrain.cli import completion, streams
-from hf_cloudtrain.cli.arguments import examples
+from hf_cloudtrain.cli.arguments import examples, use_commands
 from hf_cloudtrain.cli.commands import (
     checkpoint,
     data,
@@ -51,6 +51,7 @@ from hf_cloudtrain.cli.commands import (
 from hf_cloudtrain.cli.output import fail, say, warnings_shown
 from hf_cloudtrain.cli.periflow import translated
 from hf_cloudtrain.errors import CloudTrainError, JobFileError
+from hf_cloudtrain.storage.silence import slow_requests_told
 
 
 def _text_of(error: OSError) -> object:
@@ -66,7 +67,7 @@ class _Root(TyperGroup):
         return super().resolve_command(ctx, args if ctx.resilient_parsing else translated(args))
 
     def invoke(self, ctx: Any) -> Any:
-        with warnings_shown():
+        with warnings_shown(), slow_requests_told(say):
             try:
                 return super().invoke(ctx)
             except JobFileError as error:
@@ -128,6 +129,7 @@ app.command(
 app.command("verify-resume", epilog=examples("verify-resume -- python train.py --max_steps 30"))(
     verify_resume.verify_resume
 )
+use_commands(app)
 
 
 def _show_version(wanted: bool) -> None:

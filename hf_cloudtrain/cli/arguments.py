@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
@@ -73,6 +74,43 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Delete it even if checkpoints are lost.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+
+
+class Command(TyperCommand):
+    """A command whose help calls an argument what its metavar says: typer adds the type, as in `{RUN}` and `RUN <str>`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words after the name of the command."""
+        return [str(self.options_metavar), *(_in_usage(one) for one in self.params if _is_argument(one))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The sections of arguments and options."""
+        params = self.get_params(ctx)
+        for title, wanted in (("Arguments", True), ("Options", False)):
+            found = [one for one in params if _is_argument(one) is wanted]
+            records = [(one, one.get_help_record(ctx)) for one in found]
+            rows = [((wanted and one.metavar) or row[0], row[1]) for one, row in records if row is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def use_commands(app: typer.Typer) -> None:
+    """Make every command of an app, and of its groups, a `Command`."""
+    for info in app.registered_commands:
+        info.cls = Command
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            use_commands(group.typer_instance)
+
+
+def _is_argument(param: Any) -> bool:
+    return bool(param.param_type_name == "argument")
+
+
+def _in_usage(argument: Any) -> str:
+    name = str(argument.metavar or argument.name.upper())
+    return name if argument.required or name.startswith("[") else f"[{name}]"
 
 
 def examples(*lines: str) -> str:

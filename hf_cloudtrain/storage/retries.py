@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from hf_cloudtrain.errors import CloudTrainError, StoragePermissionError, StorageUnavailableError
 from hf_cloudtrain.storage.failures import is_throttled
-from hf_cloudtrain.storage.silence import SilentError
+from hf_cloudtrain.storage.silence import SilentError, tell_slow
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Retries:
 
         `reconnect` drops the connection, so that the next attempt makes a new one.
         """
-        pauses = iter(PAUSES)
+        pauses, began = iter(PAUSES), time.monotonic()
         reconnects = {"silence", "credentials"}  # each of these causes is worth one new connection
         while True:
             if (quiet := self._quiet_until - time.monotonic()) > 0:
@@ -74,6 +74,8 @@ class Retries:
                 if pause is None:
                     raise ours from None
                 logger.debug("%s; trying again in about %s s", ours, pause)
+                waited = time.monotonic() - began + max(pause, min(retry_after(error), LONGEST_PAUSE))
+                tell_slow(f"{ours} Trying again.", waited)
                 if cause is None:
                     self._rest(error, pause)
             else:

@@ -1,13 +1,15 @@
-"""Requests that stay silent: without a byte or an answer for minutes they are given up."""
+"""Requests that stay silent: after seconds a command says so, and without a byte or an answer for minutes they are given up."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from hf_cloudtrain.errors import StorageUnavailableError
+from hf_cloudtrain.runtime import patience
 from hf_cloudtrain.runtime.threads import answer_in_time
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,39 @@ SILENT_RATE = 1e6
 
 SAY_AFTER = 60.0
 """Seconds of silence after which a warning says what is being waited for."""
+
+
+class _Listener:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._next, self._pause = say, 0.0, patience.PATIENCE
+
+    def tell(self, text: str) -> None:
+        """Say one thing at a time, and less and less often: requests are made in parallel, and a wait may take minutes."""
+        if (now := time.monotonic()) >= self._next:
+            self._pause *= 2
+            self._next = now + self._pause
+            self._say(text)
+
+
+_listeners: list[_Listener] = []
+
+
+@contextlib.contextmanager
+def slow_requests_told(say: Callable[[str], None]) -> Iterator[None]:
+    """Say in this block which request has no answer after some seconds. A training says it by other means."""
+    listener = _Listener(say)
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell_slow(text: str, seconds: float) -> None:
+    """Tell those who listen of a request without an answer for so many seconds, if that is long."""
+    if seconds > patience.PATIENCE:
+        for listener in _listeners:
+            listener.tell(text)
 
 
 class SilentError(StorageUnavailableError):
@@ -52,6 +87,7 @@ class ByteCount:
     def is_late(self, purpose: str) -> bool:
         """Whether the request was silent for too long."""
         silent = time.monotonic() - self._last_sign
+        tell_slow(f"Waiting {purpose}: no answer for {silent:.0f} s.", silent)
         if silent > SAY_AFTER and not self._warned:
             self._warned = True
             logger.warning("Waiting %s: no answer for %.0f s.", purpose, silent)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from hf_cloudtrain import env
+from hf_cloudtrain import cli, env
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.runtime import patience
+from hf_cloudtrain.storage.local_backend import LocalBackend
 from tests.unit.cli.terminal import ENTRY_POINT, ESC, Run, answer, cloudtrain, process, sentence
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
@@ -71,6 +75,24 @@ class TestHostileRecords:
         shown = process("checkpoint", "view", hostile.url, PYTHONIOENCODING="latin-1")
         assert shown.returncode == 0, shown.stderr
         assert "`-- \\u6a21\\u578b/" in shown.stdout
+
+
+def test_a_command_says_what_it_waits_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, is_told, list_ = list[str](), threading.Event(), LocalBackend.list
+
+    def tell(text: object) -> None:
+        said.append(str(text))
+        is_told.set()
+
+    def late(self: LocalBackend, prefix: str) -> Any:
+        assert is_told.wait(60)
+        return list_(self, prefix)
+
+    monkeypatch.setattr(patience, "PATIENCE", 0.01)
+    monkeypatch.setattr(LocalBackend, "list", late)
+    monkeypatch.setattr(cli, "say", tell)
+    assert "checkpoint-400" in cloudtrain("checkpoint", "list", run.url).stdout
+    assert re.fullmatch(r"Waiting to list 'file://.*': no answer for 0 s\.", said[0])
 
 
 class TestErrors:

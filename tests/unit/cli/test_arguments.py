@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 
+from hf_cloudtrain.cli import app
 from tests.unit.cli.terminal import Run, answer, cloudtrain, sentence
+
+
+def commands(group: Any = None, *words: str) -> Iterator[tuple[str, ...]]:
+    for name, one in (group or typer.main.get_command(app)).commands.items():
+        yield from commands(one, *words, name) if hasattr(one, "commands") else [(*words, name)]
+
+
+@pytest.mark.parametrize("words", [*commands()], ids=" ".join)
+def test_the_help_of_a_command_names_arguments_without_their_types(words: tuple[str, ...]) -> None:
+    text = cloudtrain(*words, "--help").stdout
+    assert not re.findall(r"<\w+>|\{", text.partition("\nOptions:")[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        ("checkpoint list", "[OPTIONS] RUN"),
+        ("checkpoint download", "[OPTIONS] [RUN] DIR"),
+        ("endpoint create", "[OPTIONS] NAME RUN"),
+        ("run list", "[OPTIONS] [URL]"),
+        ("job template", "[OPTIONS]"),
+    ],
+)
+def test_the_usage_of_a_command_has_its_arguments_as_documented(words: str, usage: str) -> None:
+    shown = cloudtrain(*words.split(), "--help").stdout.splitlines()[0]
+    assert shown.endswith(f"{words} {usage}")
 
 
 class TestWhichCheckpoint:

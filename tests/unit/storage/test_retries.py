@@ -13,6 +13,7 @@ from hf_cloudtrain import errors
 from hf_cloudtrain.storage import client
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.retries import PAUSES, retry_after
+from hf_cloudtrain.storage.silence import slow_requests_told
 from tests.unit.storage.fake_backend import FakeBackend, connected_to
 
 
@@ -60,6 +61,20 @@ class TestRetries:
             connected_to(monkeypatch, backend).write("record", b"x")
         assert not isinstance(raised.value, errors.StorageUnavailableError)
         assert (backend.calls, pauses) == (1, [])
+
+    def test_a_command_says_what_is_tried_again_once_that_takes_seconds(
+        self, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+    ) -> None:
+        class ThrottledError(ConnectionResetError):
+            response = SimpleNamespace(headers={"Retry-After": "9"})
+
+        said: list[str] = []
+        backend = FakeBackend(ConnectionResetError("reset"), ThrottledError("slow down"))
+        with slow_requests_told(said.append):
+            connected_to(monkeypatch, backend).write("record", b"x")
+        assert len(said) == 1, "the first pause is short"
+        assert said[0].startswith("Could not write 's3://bucket/run/record' (ThrottledError: slow down).")
+        assert said[0].endswith(" Trying again.")
 
     def test_interrupt_is_not_tried_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = FakeBackend(KeyboardInterrupt())  # type: ignore[arg-type]

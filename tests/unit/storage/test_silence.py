@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain import errors
-from hf_cloudtrain.runtime import threads
+from hf_cloudtrain.runtime import patience, threads
 from hf_cloudtrain.storage import client, silence
 from hf_cloudtrain.testing import FaultyStorage
 from tests.unit.storage.fake_backend import FakeBackend, connected_to
@@ -106,6 +106,25 @@ class TestSilence:
         faulty.heal()
         said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert said == [f"Waiting to write 'file://{tmp_path}/record': no answer for 0 s."]
+
+    def test_a_command_says_which_request_has_no_answer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(patience, "PATIENCE", 0.02)
+        faulty, said = FaultyStorage(f"file://{tmp_path}"), list[str]()
+        with silence.slow_requests_told(said.append):
+            faulty.write("fast", b"x")
+            assert not said
+            faulty.hang("write")
+            faulty.write("record", b"x")
+        faulty.heal()
+        assert said[0] == f"Waiting to write 'file://{tmp_path}/record': no answer for 0 s."
+        assert len(said) < 4, "less and less often"
+        count = len(said)
+        faulty.hang("write")
+        faulty.write("later", b"x")
+        faulty.heal()
+        assert len(said) == count
 
     def test_a_process_ends_although_a_request_hangs(self, tmp_path: Path) -> None:
         code = (
