@@ -182,10 +182,11 @@ class TestSave:
         assert found["difference"] == 0.0
         assert found["resumed_at"] == 8, "numpy drew in between, so it came a step later"
 
-    def test_an_unplanned_save_comes_at_once_where_numpy_draws_nothing(
+    def test_an_unplanned_save_comes_at_once_where_neither_numpy_nor_python_draws(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_loops.np.random, "rand", lambda: 0.5)
+        monkeypatch.setattr(_loops.random, "random", lambda: 0.5)
         asked: list[int] = []
 
         def ask(loop: TrainLoop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,39 @@ class TestModels:
         again, loop = train(tmp_path / "run", tmp_path / "two", losses=(), model=adapted(), resume_only=True)
         assert loop.global_step == 2
         assert same_weights(model, again)
+
+
+class TestBackground:
+    def test_replaced_checkpoints_are_deleted_by_the_end_of_the_process(self, tmp_path: Path) -> None:
+        *_, loop = _loops.train(tmp_path / "run", tmp_path / "out", _loops.Rows(20))
+        loop._folder._background._pool.shutdown()  # as the end of the process does
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-10"]
+        assert [path.name for path in (tmp_path / "out/_cloudtrain").glob("[bgl]*-*")] == []
+
+    def test_an_error_is_told_and_training_completes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*paths: Path) -> Path:
+            if threading.current_thread() is threading.main_thread():
+                return publish(*paths)
+            raise ValueError("a fault of ours")
+
+        monkeypatch.setattr("hf_cloudtrain.integrations.loop.folder.publish", broken)
+        *_, loop = _loops.train(tmp_path / "run", tmp_path / "out", _loops.Rows(20), save_steps=4)
+        assert loop.global_step == 10
+        assert (
+            "output folder may be incomplete; training continues. ValueError: a fault of ours" in caplog.text
+        )
+
+    def test_a_loop_that_outlives_the_main_thread_saves(self, tmp_path: Path) -> None:
+        def end_main_thread(loop: TrainLoop) -> None:
+            loop._folder._background._pool.shutdown()
+
+        train_all = _loops.train(
+            tmp_path / "run", tmp_path / "out", _loops.Rows(20), save_steps=4, before=end_main_thread
+        )
+        assert train_all[-1].global_step == 10
+        assert LoopState.read(tmp_path / "out" / "last").step == 10
 
 
 class TestPublish:

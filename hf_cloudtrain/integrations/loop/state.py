@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -216,8 +215,8 @@ def is_for_people(path: str) -> bool:
     return _RESUME_ONLY.fullmatch(path) is None and not path.startswith("optimizer")
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Make `target` (`best` or `last`) the model of a checkpoint. The previous one is removed when the new one is whole.
+def publish(folder: Path, target: Path) -> Path:
+    """Make `target` (`best` or `last`) the model of a checkpoint; returns where the previous one is now, to be deleted.
 
     It links rather than copies where the disk can, which takes no space and no time.
     """
@@ -233,12 +232,7 @@ def publish(folder: Path, target: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(target, gone)
     os.rename(beside, target)
-    remove_later(gone)
-
-
-def remove_later(folder: Path) -> None:
-    """Delete a folder in a thread: deleting gigabytes takes longer than a save may."""
-    threading.Thread(target=shutil.rmtree, args=(folder, True), name="cloudtrain-rm", daemon=True).start()
+    return gone
 
 
 def repair(output_dir: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -282,12 +281,10 @@ class TestPublish:
             "adapter_config.json",
             TRAINING_STATE,
         }
-        publish(second, tmp_path / "last")
+        previous = publish(second, tmp_path / "last")
         assert {path.name for path in (tmp_path / "last").iterdir()} == {TRAINING_STATE}
-        deadline = time.monotonic() + 30
-        while list((tmp_path / "_cloudtrain").iterdir()):  # removed in a thread
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert list((tmp_path / "_cloudtrain").iterdir()) == [previous]
+        assert LoopState.read(previous).step == 1
 
     def test_folders_within_are_published_too(self, tmp_path: Path) -> None:
         folder = written(tmp_path / "checkpoint-1")
