@@ -57,6 +57,9 @@ has 64 MB or more."""
 EXPERIMENT = "HF_CLOUDTRAIN_EXPERIMENT"
 """Name of the group of runs that a run belongs to, recorded with each attempt; jobs set it to their `experiment`.
 Default: none."""
+PRICE = "HF_CLOUDTRAIN_PRICE"
+"""Price of an hour of all machines of a training, a number in any currency; the pages show what its run has cost.
+Default: unknown."""
 PAGE = "HF_CLOUDTRAIN_PAGE"
 """Whether a page that lives with the run is written beside it, as `index.html`: `1` or `0`, for code that does not say.
 Default: `0`."""
@@ -179,6 +182,11 @@ def experiment() -> str | None:
     return os.environ.get(EXPERIMENT) or None
 
 
+def price() -> float | None:
+    """Price of an hour of all machines of the training, if it is known."""
+    return _seconds(PRICE, 0.0, "number") or None
+
+
 def page(argument: bool | None) -> bool:
     """Whether a page lives with the run, from the argument, else from `HF_CLOUDTRAIN_PAGE`."""
     return bool(_switch(PAGE, argument))
@@ -275,7 +283,7 @@ def _switch(name: str, argument: bool | None) -> bool | None:
     return text == "1"
 
 
-def _seconds(name: str, default: float) -> float:
+def _seconds(name: str, default: float, what: str = "number of seconds") -> float:
     text = os.environ.get(name)
     if not text:
         return default
@@ -284,5 +292,5 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 1e9:
-        raise ConfigurationError(f"{name}={text!r} must be a positive number of seconds.")
+        raise ConfigurationError(f"{name}={text!r} must be a positive {what}.")
     return value

@@ -31,7 +31,7 @@ class Served:
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
         self._listening = listening
-        self._server = app.web_server(app.Server(self.pages, host, token, **settings))
+        self._server = app.WebServer(app.Server(self.pages, host, token, **settings))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
 
     def __enter__(self) -> Served:  # noqa: PYI034 - typing.Self came with Python 3.11

@@ -64,7 +64,7 @@ def record() -> None:
                 "eta_seconds": 45.0,
                 "loss": 0.389,
                 "learning_rate": 2.2e-5,
-                "host": {"CPU %": 38, "GPU %": 97, "memory %": 61},
+                "host": {"cpu_percent": 38, "memory_percent": 61, "gpu_percent": 97},
             }
             catalog.attempts.write_progress(2, beat)
         norms = [

@@ -32,7 +32,7 @@ from hf_cloudtrain.jobs import deletion, lifecycle
 from hf_cloudtrain.jobs.inventory import this_machine
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.node.workspace import workspace_size
-from hf_cloudtrain.jobs.records import JobRecord, JobStore
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, job_columns, start_columns
 from hf_cloudtrain.jobs.spec.job import EngineName
 from hf_cloudtrain.jobs.spec.job_file import read_job
 from hf_cloudtrain.jobs.submission import Submission
@@ -44,27 +44,8 @@ POLL = 1.0
 LATE = 600.0
 """Seconds for data, setup and imports, after which a job that has not begun training is shown as stalled."""
 
-JOBS: Columns = {
-    "job": lambda job: job.id,
-    "experiment": lambda job: job.experiment,
-    "state": lambda job: job.state,
-    "engine": lambda job: job.engine,
-    ">nodes": lambda job: job.nodes,
-    ">processes": lambda job: job.nodes * job.nproc_per_node,
-    ">starts": lambda job: len(job.starts),
-    ">restarts": lambda job: job.restarts,
-    "created": lambda job: time_text(job.created),
-    "run": lambda job: name_of(job.run_url),
-}
+JOBS: Columns = {**job_columns(time_text), "run": lambda job: name_of(job.run_url)}
 SPARE = ("run", "processes", "nodes", "restarts", "starts", "engine", "created")
-STARTS: Columns = {
-    ">start": lambda start: start.number,
-    "began": lambda start: time_text(start.began),
-    "took": lambda start: duration_text(start.ended - start.began) if start.ended else None,
-    "outcome": lambda start: start.outcome or "running",
-    "exit codes": lambda start: " ".join("lost" if code is None else str(code) for code in start.exit_codes),
-    "reason": lambda start: start.reason,
-}
 ENDED = {"cancelled": "was cancelled", "preempted": "was preempted", "lost": "is lost"}
 """How a state reads in a sentence; "failed" and "finished" do as they are."""
 
@@ -121,6 +102,7 @@ def show_list(experiment: str | None, limit: int | None, as_json: bool) -> None:
     if not shown:
         say(f"No jobs in {store.url!r}. Start one with `cloudtrain job run -f job.yml`.")
         return
+    shown.sort(key=lambda job: job.experiment or "")  # those of one experiment are together
     grouped = any(job.experiment for job in shown)
     columns = {name: cell for name, cell in JOBS.items() if grouped or name != "experiment"}
     show_table(columns, shown, spare=SPARE)
@@ -158,7 +140,7 @@ def show_status(job_id: str, as_json: bool) -> None:
     if record.starts:
         typer.echo()
         starts = [dataclasses.replace(start, reason=titled(start.reason)) for start in record.starts]
-        show_table(STARTS, starts, spare=["took", "began"], prose="reason")
+        show_table(start_columns(time_text), starts, spare=["took", "began"], prose="reason")
     if record.state == "failed":
         _show_last_lines(record)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hf_cloudtrain.checkpoints import retention
-from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
 from hf_cloudtrain.cli.output import say, show_table
 from hf_cloudtrain.cli.tables import Columns
+from hf_cloudtrain.report.prune import PrunePlan
 from hf_cloudtrain.report.summary import CheckpointInfo, read_infos
-from hf_cloudtrain.runtime.text import count_text, size_text
+from hf_cloudtrain.runtime.text import size_text
 
 Row = tuple[CheckpointInfo, str]
 """A checkpoint, and what becomes of it."""
@@ -25,16 +23,8 @@ COLUMNS: Columns = {
 }
 
 
-class Plan:
-    """What a policy deletes from a run as it is now, and what it keeps."""
-
-    def __init__(self, catalog: Catalog, policy: retention.Policy) -> None:
-        self._catalog = catalog
-        keys, self.protected = retention.prunable(catalog, policy)
-        found = read_infos(catalog, keys)
-        self.going = [info for info in found if info.manifest]
-        self.damaged = [info for info in found if not info.manifest]
-        """They stay: which files are theirs cannot be read."""
+class Plan(PrunePlan):
+    """The same at a terminal."""
 
     def show(self) -> None:
         """The table on stdout."""
@@ -49,15 +39,15 @@ class Plan:
         if not self.going:
             say("Nothing to delete.")
         elif dry_run:
-            size = size_text(sum(found.manifest.size for found in self.going if found.manifest))
-            what = count_text(len(self.going), "checkpoint")
-            say(f"Dry run: {what} ({size}) would be deleted.")
+            say(f"Dry run: {self.going_text} would be deleted.")
 
-    def carry_out(self) -> list[CheckpointInfo]:
-        """Delete, oldest first; those that are gone now."""
-        for key in retiring(self._catalog):
-            finish_retiring(self._catalog, key)
-        return [found for found in self.going if self._retire(found)]
+    def delete(self) -> list[CheckpointInfo]:
+        """Delete, and say so of each; those that are gone now."""
+        gone = []
+        for found, reason in self.carry_out():
+            say(f"Kept {found.title}: {reason}" if reason else f"Deleted {found.title}.")
+            gone += [] if reason else [found]
+        return gone
 
     def record(self, gone: list[CheckpointInfo]) -> dict[str, Any]:
         """For `--json`."""
@@ -72,11 +62,5 @@ class Plan:
         yield from ((found, "delete") for found in self.going)
         yield from ((found, "keep: its manifest is damaged") for found in self.damaged)
         reasons = {str(key): reason for key, reason in self.protected.items()}
-        for found in read_infos(self._catalog, self.protected):
+        for found in read_infos(self.catalog, self.protected):
             yield found, f"keep: {reasons[found.key]}"
-
-    def _retire(self, found: CheckpointInfo) -> bool:
-        key = found.checkpoint_key
-        reason = retention.retire_unprotected(self._catalog, key) if key else None
-        say(f"Kept {found.title}: {reason}" if reason else f"Deleted {found.title}.")
-        return reason is None

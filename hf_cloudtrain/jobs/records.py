@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import re
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.manifest import decode_record, encode_record
 from hf_cloudtrain.errors import ManifestError, NoJobError
 from hf_cloudtrain.runtime.provenance import person
+from hf_cloudtrain.runtime.text import duration_text
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import is_local, local_path, normal_url
@@ -249,3 +251,36 @@ def _decode(data: bytes, job_id: str) -> JobRecord:
     if wrong:
         raise ManifestError(f"The {what} is damaged: the type of {wrong[0]!r} is wrong.")
     return record
+
+
+def job_columns(when: Callable[[float], object]) -> Mapping[str, Callable[[JobRecord], object]]:
+    """What a list of jobs shows: each heading, with `>` in front if it is right-aligned, and the function that takes its cell.
+
+    Args:
+        when: shows a time.
+    """
+    return {
+        "job": lambda job: job.id,
+        "experiment": lambda job: job.experiment,
+        "state": lambda job: job.state,
+        "engine": lambda job: job.engine,
+        ">nodes": lambda job: job.nodes,
+        ">processes": lambda job: job.nodes * job.nproc_per_node,
+        ">starts": lambda job: len(job.starts),
+        ">restarts": lambda job: job.restarts,
+        "created": lambda job: when(job.created),
+    }
+
+
+def start_columns(when: Callable[[float], object]) -> Mapping[str, Callable[[Start], object]]:
+    """The same of the starts of a job."""
+    return {
+        ">start": lambda start: start.number,
+        "began": lambda start: when(start.began),
+        "took": lambda start: duration_text(start.ended - start.began) if start.ended else None,
+        "outcome": lambda start: start.outcome or "running",
+        "exit codes": lambda start: " ".join(
+            "lost" if code is None else str(code) for code in start.exit_codes
+        ),
+        "reason": lambda start: start.reason,
+    }

@@ -1,6 +1,7 @@
 """The page of a run: one HTML file with its charts, attempts and checkpoints, written on request or while the run trains.
 
     summary     one checkpoint in short: its manifest, and whether it is the newest, the best or pinned (the CLI shows it too)
+    prune       which checkpoints a policy deletes: shown first, and then carried out
     figure      colours, layout, legend, escaping: what all charts share
     curves      charts over steps: loss, learning rate, step time, evaluations
     timeline    charts over time: attempts, where the time went, upload lag

@@ -13,6 +13,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.report.page import shown
 from hf_cloudtrain.report.still import still
 from hf_cloudtrain.runtime.text import duration_text
+from hf_cloudtrain.tracking.host import HOST_METRICS
 from hf_cloudtrain.tracking.status import ALIVE, RunState
 
 GOOD, BUSY, BAD, CALM = "#1d7d53", "#2563b8", "#b3261e", "#8a5a00"
@@ -85,6 +86,8 @@ def facts(now: RunState, goodput: float | None = None) -> list[str]:
         f"{left} left" if left and now.state in ALIVE else None,
         loss,
         None if goodput is None else f"goodput {goodput:.1%}",
+        None if now.learning_rate is None else f"learning rate {now.learning_rate:.3g}",
+        *(f"{HOST_METRICS[name]} {value:.0f} %" for name, value in now.host.items()),
         "no checkpoint on storage yet" if committed is None else f"checkpoint-{committed.step} is on storage",
     ]
     return [text for text in found if text]

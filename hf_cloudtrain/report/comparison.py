@@ -134,7 +134,7 @@ def _differences(names: list[str], runs: Sequence[Compared]) -> Table:
 
 
 def _table(title: str, names: list[str], rows: list[tuple[str, list[object]]], kind: str, text: str) -> Table:
-    cells = [
+    cells: list[list[tuple[str, ...]]] = [
         [(shown(key, 60), ""), *((("" if value is None else shown(value, 200)), kind) for value in values)]
         for key, values in rows
     ]

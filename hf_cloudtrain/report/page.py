@@ -51,10 +51,13 @@ MOST_TEXT = 2_000
 
 @dataclass
 class Table:
-    """Rows of (text, CSS class); classes are `number`, `mono`, `wrap`, `text` (mono, may wrap), and none."""
+    """Rows of (text, CSS class); classes are `number`, `mono`, `wrap`, `text` (mono, may wrap), and none.
+
+    On a live page a cell may have a third text, the address of a link.
+    """
 
     title: str
-    rows: list[list[tuple[str, str]]]
+    rows: list[list[tuple[str, ...]]]
     columns: list[tuple[str, str]] = field(default_factory=list)
     text: str = ""
 
@@ -241,16 +244,14 @@ class Report:
         return tables
 
     def _table(self, title: str, columns: Columns, records: Iterable[object], text: str) -> Table:
-        rows = []
+        rows: list[list[tuple[str, ...]]] = []
         for record in records:
             cells = [(cell_of(record), kind) for kind, cell_of in columns.values()]
             rows.append([("" if cell is None else self._shown(cell, 200), kind) for cell, kind in cells])
         return Table(title, rows, [(name, kind) for name, (kind, _) in columns.items()], text)
 
     def _fact_table(self, title: str, facts: dict[str, Any]) -> Table:
-        known = [(name, value) for name, value in facts.items() if value is not None][:MOST_FACTS]
-        rows = [[(self._shown(name, 60), ""), (self._shown(value), "text")] for name, value in known]
-        return Table(title, rows)
+        return fact_table(title, facts, self._secrets)
 
     def _shown(self, text: object, most: int = MOST_TEXT) -> str:
         return shown(text, most, self._secrets)
@@ -262,6 +263,37 @@ def shown(text: object, most: int = MOST_TEXT, secrets: tuple[str, ...] = ()) ->
     # so the first one leaves twice as much.
     cleaned = redact(clean(str(text)[: 2 * most]), secrets)
     return cleaned if len(cleaned) <= most else cleaned[: most - 1] + "…"
+
+
+def fact_table(title: str, facts: Mapping[str, object], secrets: tuple[str, ...] = ()) -> Table:
+    """A table of names and values; values that are None are left out."""
+    known = [(name, value) for name, value in facts.items() if value is not None][:MOST_FACTS]
+    rows: list[list[tuple[str, ...]]] = [
+        [(shown(name, 60, secrets), ""), (shown(value, MOST_TEXT, secrets), "text")] for name, value in known
+    ]
+    return Table(title, rows)
+
+
+def record_table(
+    title: str,
+    columns: Mapping[str, Callable[[Any], object]],
+    records: Iterable[object],
+    text: str = "",
+    prose: str | None = None,
+) -> Table:
+    """A table with columns as the command line has them: a heading with `>` in front is right-aligned, `prose` is wrapped."""
+    kinds = {
+        name.lstrip(">"): "number" if name.startswith(">") else "text" * (name == prose) for name in columns
+    }
+    found = [[cell_of(record) for cell_of in columns.values()] for record in records]
+    rows: list[list[tuple[str, ...]]] = [
+        [
+            ("" if cell is None else shown(cell, 300), kind)
+            for cell, kind in zip(row, kinds.values(), strict=True)
+        ]
+        for row in found
+    ]
+    return Table(title, rows, list(kinds.items()), text)
 
 
 def render(content: dict[str, Any], writer: str, *, is_over: bool = True) -> bytes:
@@ -280,7 +312,6 @@ def render(content: dict[str, Any], writer: str, *, is_over: bool = True) -> byt
     from markupsafe import Markup
 
     charts = content["charts"]
-    figures = {chart["name"]: chart["figure"] for chart in charts}
     now = time.time()
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("report.html"))
     page = template.render(
@@ -294,8 +325,8 @@ def render(content: dict[str, Any], writer: str, *, is_over: bool = True) -> byt
         style=Markup(_file("page.css")),  # noqa: S704 - our own files
         script=Markup(_file("charts.js")),  # noqa: S704
         live_script=Markup(_file("live.js")),  # noqa: S704
-        figures=Markup(_packed(json.dumps(figures, allow_nan=False), 6)),  # noqa: S704 - base64
-        plotly=Markup(_packed_plotly() if charts else ""),  # noqa: S704 - base64
+        records=Markup(_packed(json.dumps(charts, allow_nan=False))),  # noqa: S704 - base64
+        plotly=Markup(base64.b64encode(packed_plotly()).decode() if charts else ""),  # noqa: S704 - base64
     )
     return page.encode("utf-8", "replace")
 
@@ -342,13 +373,13 @@ def plotly_script() -> str:
 
 
 @functools.cache
-def _packed_plotly() -> str:
-    """The library, compressed to a third and base64-encoded."""
-    return _packed(plotly_script(), 9)
+def packed_plotly() -> bytes:
+    """The same, compressed to a third by gzip."""
+    return gzip.compress(plotly_script().encode(), mtime=0)
 
 
-def _packed(text: str, level: int) -> str:
-    return base64.b64encode(gzip.compress(text.encode(), level, mtime=0)).decode()
+def _packed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _file(name: str) -> str:

@@ -3,6 +3,7 @@
 Reading order:
 
 - `tracker`: times of steps, metrics and pauses, in memory; a thread of rank 0 stores them with the heartbeat;
+- `host`: how busy the machine is, for the heartbeat;
 - `records`: where the step and metric records are on storage;
 - `evidence`: how far an attempt came, by heartbeat, record, save and commit;
 - `history`: the records of all attempts joined to one history, without steps that were redone;

@@ -146,6 +146,16 @@ class History:
         return min(1.0, productive / wall) if wall > 0 and productive > 0 else None
 
     @property
+    def cost(self) -> float | None:
+        """The time of all attempts at the prices that they recorded; None if none has recorded one."""
+        found = [
+            price * max(0.0, info.last_seen - info.started) / 3600
+            for info in self.attempts
+            if (price := number(info.progress.get("price_per_hour"))) is not None
+        ]
+        return sum(found) if found else None
+
+    @property
     def save_seconds(self) -> float | None:
         """For how long a save of the newest attempt held up training, at last; None before the first one."""
         return number(self.attempts[-1].progress.get("save_seconds")) if self.attempts else None

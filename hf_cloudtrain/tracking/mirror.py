@@ -12,6 +12,7 @@ from hf_cloudtrain.storage.backend import ObjectInfo
 from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
 from hf_cloudtrain.storage.names import META
 
+BEST = f"{META}/best.json"
 NEWEST = 200
 """Checkpoints whose manifests a page about a run needs."""
 READERS = 16
@@ -46,14 +47,18 @@ class Mirror(Storage):
 
     def update(self, sizes: Mapping[str, int]) -> bool:
         """The same from a listing that was made already."""
-        changed = sizes != self._sizes
-        self._known = {
-            path: data
-            for path, data in self._known.items()
-            if path in sizes and (sizes[path] == self._sizes.get(path) or sizes[path] == len(data))
-        }
+        if sizes == self._sizes:
+            return False
+        for path, data in list(self._known.items()):
+            if sizes.get(path) != self._sizes.get(path) and sizes.get(path) != len(data):
+                self._known.pop(path, None)
+        self._known.pop(BEST, None)  # it may change without a new size, and never changes alone
         self._sizes = dict(sizes)
-        return changed
+        return True
+
+    def forget(self) -> None:
+        """Drop what is in memory; it is read again when it is asked for."""
+        self._known.clear()
 
     def fetch(self, path: str) -> bool:
         """Read an object again; whether it changed."""
@@ -73,8 +78,8 @@ class Mirror(Storage):
 
     def missing(self) -> list[str]:
         """Records that a page about the run needs, and that are not in memory."""
-        wanted = [path for path in self._sizes if path.startswith((ATTEMPTS, PROGRESS, STEPS, ACTIONS))]
-        wanted += [path for path in (f"{META}/best.json",) if path in self._sizes]
+        wanted = [path for path in list(self._sizes) if path.startswith((ATTEMPTS, PROGRESS, STEPS, ACTIONS))]
+        wanted += [BEST] if BEST in self._sizes else []
         keys = sorted(filter(None, map(CheckpointKey.named, self._names(CHECKPOINTS))))
         newest = {key.attempt: key for key in keys}.values()  # of each attempt
         wanted += [f"{CHECKPOINTS}/{key}.json" for key in {*keys[-NEWEST:], *newest}]
@@ -99,4 +104,4 @@ class Mirror(Storage):
         ]
 
     def _names(self, folder: str) -> Iterable[str]:
-        return (path[len(folder) + 1 : -5] for path in self._sizes if path.startswith(f"{folder}/"))
+        return (path[len(folder) + 1 : -5] for path in list(self._sizes) if path.startswith(f"{folder}/"))

@@ -11,6 +11,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.runtime.values import metric, number
+from hf_cloudtrain.tracking.host import HOST_METRICS
 
 ALIVE = ("started", "training")
 """States of an attempt that has not recorded its end."""
@@ -59,6 +60,8 @@ class RunState:
     last_seen: float | None = None
     """Its last heartbeat; its start if it has none."""
     heartbeat_age_seconds: float | None = None
+    host: dict[str, float] = dataclasses.field(default_factory=dict)
+    """How busy its machine is, as `host.HostMetrics` tells."""
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
     """Where its curves are in a tracker, by service: a URL, or the id of the tracker run."""
 
@@ -115,6 +118,7 @@ def run_state(catalog: Catalog, now: float | None = None) -> RunState:
         uploading_seconds=None if uploading is None else age(number(progress.get("last_saved_time")), now),
         last_seen=last_seen,
         heartbeat_age_seconds=age(last_seen, now),
+        host=host(progress),
         trackers=trackers(progress),
     )
 
@@ -133,6 +137,13 @@ def trackers(progress: dict[str, Any]) -> dict[str, str]:
     found = progress.get("trackers")
     pairs = list(found.items())[:MOST_TRACKERS] if isinstance(found, dict) else []
     return {name[:MOST_STATE]: page[:MOST_PAGE] for name, page in pairs if isinstance(page, str)}
+
+
+def host(progress: dict[str, Any]) -> dict[str, float]:
+    """How busy the machine is, from an untrusted heartbeat."""
+    found = progress.get("host")
+    pairs = ((name, number(found.get(name))) for name in HOST_METRICS) if isinstance(found, dict) else ()
+    return {name: value for name, value in pairs if value is not None}
 
 
 def losses(progress: dict[str, Any]) -> dict[str, Any]:

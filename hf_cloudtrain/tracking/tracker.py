@@ -30,6 +30,7 @@ from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 from hf_cloudtrain.runtime.values import finite, recordable, utf8
+from hf_cloudtrain.tracking.host import HostMetrics
 from hf_cloudtrain.tracking.records import StepRecords, encode_lines
 from hf_cloudtrain.tracking.services.event_files import EventFiles
 
@@ -91,6 +92,7 @@ class StepTracker:
         self._uploads = uploads or UploadStatus()
         self._pages = {} if pages is None else pages
         self._files = {} if files is None else files
+        self._host, self._price = HostMetrics(), env.price()
         self._commit_lag: float | None = None
         self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -234,6 +236,7 @@ class StepTracker:
             "tokens_per_second": self._tokens_per_second,
             "eta_seconds": left * mean if left is not None and mean is not None else None,
             "productive_seconds": self.productive_seconds,
+            "price_per_hour": self._price,
             "save_seconds": statistics.median(self._saves) if self._saves else None,
             "loss": loss,
             "loss_step": loss_step,
@@ -283,7 +286,7 @@ class StepTracker:
                 self._warned = True
 
     def _write_heartbeat(self) -> None:
-        self._catalog.attempts.write_progress(self._attempt, self.heartbeat())
+        self._catalog.attempts.write_progress(self._attempt, {**self.heartbeat(), "host": self._host.read()})
 
     def _store_files(self, *, to_their_end: bool) -> None:
         """A part of each; the rest of a large one has to wait for the next heartbeat, except at the end."""

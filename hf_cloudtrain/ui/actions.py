@@ -9,14 +9,13 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.deletion import finish_retiring, retiring
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, encode_record
 from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.records import JobStore
-from hf_cloudtrain.report.summary import read_infos
+from hf_cloudtrain.report.prune import PrunePlan
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import count_text, size_text
 from hf_cloudtrain.storage.client import Storage
@@ -60,27 +59,18 @@ def _pin(places: Places, asked: Asked) -> dict[str, Any]:
 
 def _prune(places: Places, asked: Asked) -> dict[str, Any]:
     """Without `sure`, only what would be deleted; with it, exactly the checkpoints that were shown."""
-    catalog = _catalog(places, asked)
-    keep = asked.get("keep")
-    policy = retention.Policy(keep if type(keep) is int else 0)
-    keys, kept = retention.prunable(catalog, policy)
-    going = [info for info in read_infos(catalog, keys) if info.manifest]
-    if asked.get("sure") != [info.key for info in going]:
-        size = size_text(sum(info.manifest.size for info in going if info.manifest))
-        rows = [[info.title, size_text(info.manifest.size)] for info in going if info.manifest]
+    catalog, keep = _catalog(places, asked), asked.get("keep", 0)
+    plan = PrunePlan(catalog, retention.Policy(keep))
+    going = [info.key for info in plan.going]
+    if asked.get("sure") != going:
         why = "The checkpoints have changed since they were shown. " if asked.get("sure") else ""
-        text = f"{why}{count_text(len(going), 'checkpoint')} ({size}) would be deleted; {len(kept)} more are protected."
-        return {"text": text, "going": [info.key for info in going], "rows": rows}
-    for left in retiring(catalog):
-        finish_retiring(catalog, left)
-    trouble = []
-    for info in going:
-        key = info.checkpoint_key
-        reason = retention.retire_unprotected(catalog, key) if key else None
-        trouble += [f"Kept {info.title}: {reason}"] if reason else []
-    gone = len(going) - len(trouble)
-    _note(catalog, f"deleted {count_text(gone, 'checkpoint')}, all but the newest {keep}")
-    return {"text": " ".join([f"Deleted {count_text(gone, 'checkpoint')}.", *trouble])}
+        text = f"{why}{plan.going_text} would be deleted; {len(plan.protected)} more are protected."
+        sizes = [f"{info.title}  {size_text(info.manifest.size)}" for info in plan.going if info.manifest]
+        return {"text": text, "going": going, "lines": sizes}
+    kept = [f"Kept {info.title}: {reason}" for info, reason in plan.carry_out() if reason]
+    gone = count_text(len(going) - len(kept), "checkpoint")
+    _note(catalog, f"deleted {gone}, all but the newest {keep}")
+    return {"text": " ".join([f"Deleted {gone}.", *kept])}
 
 
 def _cancel(places: Places, asked: Asked) -> dict[str, Any]:

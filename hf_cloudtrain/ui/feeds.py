@@ -17,12 +17,12 @@ SLOW_SECONDS = 4.0
 """Seconds after which a page says that the storage does not answer."""
 RETRY_SECONDS = 5.0
 """Seconds until a source is read again after an error."""
-QUEUE = 50
-"""Messages that wait for a slow browser; beyond, it receives the whole document again."""
+ALIVE_SECONDS = 15.0
+"""Between two messages without content: the server sees from a failed one that a browser is gone."""
 
 
 class Source(Protocol):
-    """What one page shows. A feed calls `turn` and `document` in a thread, never both at the same time."""
+    """What one page shows. A feed calls `turn` and `document` in threads, never two of them at the same time."""
 
     @property
     def version(self) -> int:
@@ -35,21 +35,6 @@ class Source(Protocol):
         """What the page shows, as JSON; `variant` is a setting of the page."""
 
 
-class _View:
-    def __init__(self) -> None:
-        self.document: dict[str, Any] | None = None
-        self.version: object = None
-        self.queues: set[asyncio.Queue[str]] = set()
-
-    def send(self, text: str) -> None:
-        for queue in self.queues:
-            if queue.full():
-                while not queue.empty():
-                    queue.get_nowait()
-                text = message(document=self.document)
-            queue.put_nowait(text)
-
-
 class Feed:
     """The versions of one page, for any number of browsers.
 
@@ -60,35 +45,50 @@ class Feed:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._views: dict[str, _View] = {}
+        self._followers = 0
         self._reader: asyncio.Task[None] | None = None
-        self._turn_lock = threading.Lock()
-        self._trouble: str | None = None
+        self._lock = threading.Lock()
+        """Held while the source is used: the turn of a reader that was cancelled may still run."""
         self._version: int | None = None
+        self._trouble: str | None = None
+        self._known: tuple[object, dict[str, Any]] | None = None
+        self._is_over = False
+        self._told: object = None
+        self._changed = asyncio.Event()
+        """Of the next change; each change has its own."""
 
     @property
     def is_open(self) -> bool:
         """Whether any browser follows it."""
-        return bool(self._views)
+        return self._followers > 0
+
+    def end(self) -> None:
+        """End all streams."""
+        self._is_over = True
+        self._tell()
 
     async def follow(self, variant: str = "") -> AsyncGenerator[str, None]:
-        """The document, and then each change of it, as JSON; the first follower starts the reader, the last one ends it."""
-        queue: asyncio.Queue[str] = asyncio.Queue(QUEUE)
-        view = self._views.setdefault(variant, _View())
-        view.queues.add(queue)
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._read())
+        """The document, and then each change of it, as JSON; the first follower starts the reader, the last one ends it.
+
+        After some seconds without a change it yields "".
+        """
+        self._followers += 1
+        self._reader = self._reader or asyncio.create_task(self._read())
+        sent: dict[str, Any] | None = None
         try:
-            if view.document is None and self._version is not None:  # a new variant of what is known
-                view.document = await asyncio.to_thread(self._document, variant)
-            yield message(document=view.document or {"loading": True})
-            while True:
-                yield await queue.get()
+            while not self._is_over:
+                changed = self._changed  # set by what happens from here on
+                sent, text = await asyncio.to_thread(self._next, variant, sent)
+                if text is not None:
+                    yield text
+                while not changed.is_set():
+                    try:
+                        await asyncio.wait_for(changed.wait(), ALIVE_SECONDS)
+                    except asyncio.TimeoutError:
+                        yield ""
         finally:
-            view.queues.discard(queue)
-            if not view.queues:
-                self._views.pop(variant, None)
-            if not self._views and self._reader is not None:
+            self._followers -= 1
+            if not self._followers and self._reader is not None:
                 self._reader.cancel()
                 self._reader = None
 
@@ -98,13 +98,19 @@ class Feed:
             turn = asyncio.create_task(asyncio.to_thread(self._turn))
             while not (await asyncio.wait({turn}, timeout=SLOW_SECONDS))[0]:
                 self._trouble = f"The storage has not answered for {time.monotonic() - began:.0f} s."
-                await self._publish()
-            pause = turn.result()
-            await self._publish()
-            await asyncio.sleep(pause)
+                self._tell()
+            self._tell()
+            await asyncio.sleep(turn.result())
+
+    def _tell(self) -> None:
+        told = self._version, self._trouble, self._is_over
+        if told != self._told:
+            self._told, changed = told, self._changed
+            self._changed = asyncio.Event()
+            changed.set()
 
     def _turn(self) -> float:
-        with self._turn_lock:  # the turn of a reader that was cancelled may still run
+        with self._lock:
             try:
                 pause = self._source.turn()
                 self._version, self._trouble = self._source.version, None
@@ -115,27 +121,27 @@ class Feed:
                 self._trouble = shown(f"{type(error).__name__}: {error}")
             return RETRY_SECONDS
 
-    async def _publish(self) -> None:
-        version = (self._version, self._trouble)
-        for variant, view in list(self._views.items()):
-            if view.version == version:
-                continue
-            before, view.version = view.document, version
-            after = await asyncio.to_thread(self._document, variant)
-            change = patch(before, after) if before else {"value": after}
-            view.document = after
-            if change is not None:
-                view.send(message(patch=change))
+    def _next(self, variant: str, sent: dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
+        """The document, and the message that makes it of what was sent; no message where they are equal."""
+        try:
+            document = self._document(variant)
+            change = None if sent is None else patch(sent, document)
+            if sent is not None and change is None:
+                return document, None
+            return document, message(document=document) if sent is None else message(patch=change)
+        except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
+            document = {"gone": shown(f"The page cannot be built: {error}"), "trouble": self._trouble}
+            return document, message(document=document)
 
     def _document(self, variant: str) -> dict[str, Any]:
-        if self._version is None:
-            return {"loading": True, "trouble": self._trouble}
-        try:
-            known = self._source.document(variant)
-            message(document=known)  # a value that JSON does not know would end the reader
-            return {**known, "trouble": self._trouble}
-        except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
-            return {"gone": shown(f"The page cannot be built: {error}"), "trouble": self._trouble}
+        trouble, version = self._trouble, self._version
+        if version is None:
+            return {"loading": True, "trouble": trouble}
+        known = self._known
+        if known is None or known[0] != (variant, version):
+            with self._lock:
+                known = self._known = (variant, self._version), self._source.document(variant)
+        return {**known[1], "trouble": trouble}
 
 
 def message(**content: Any) -> str:

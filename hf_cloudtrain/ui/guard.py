@@ -7,8 +7,11 @@ import hashlib
 import hmac
 import re
 import secrets
-from http.cookies import SimpleCookie
 from typing import TYPE_CHECKING
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse, Response
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.listening import Doorkeeper
@@ -68,62 +71,52 @@ class Guard:
         """The application with the guard before it."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._pass(app, scope, receive, send)
+            async def send_with_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = MutableHeaders(scope=message)
+                    headers.update(self._headers)
+                    headers.setdefault("cache-control", "no-store")
+                await send(message)
+
+            await (self._refusal(HTTPConnection(scope)) or app)(scope, receive, send_with_headers)
 
         return guarded
 
-    async def _pass(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in self._headers.items()]
-                message["headers"] = [*message["headers"], *own]
-            await send(message)
-
-        refusal = self._refusal(scope)
-        if refusal is None:
-            await app(scope, receive, send_with_headers)
-            return
-        status, text = refusal
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
-        await send_with_headers({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": text.encode()})
-
-    def cookie(self, scope: Scope, given: str) -> str | None:
+    def cookie(self, request: HTTPConnection, given: str) -> str | None:
         """The cookie for a browser that has given the token; None where it is wrong."""
-        # JSON may hold half of a surrogate pair, which UTF-8 does not.
-        given_bytes = given.encode(errors="surrogatepass")
-        if self._token is None or not hmac.compare_digest(given_bytes, self._token.encode()):
+        if self._token is None or not _same(given, self._token):
             return None
-        return f"{_cookie_name(scope)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
+        return f"{_cookie_name(request)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
 
-    def has_token(self, scope: Scope) -> bool:
+    def has_token(self, request: HTTPConnection) -> bool:
         """Whether a request has the token, as a header or by its cookie."""
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self.cookie(scope, bearer) is not None:
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self.cookie(request, bearer) is not None:
             return True
-        try:
-            found = SimpleCookie(headers.get(b"cookie", "")).get(_cookie_name(scope))
-        except Exception:  # noqa: BLE001 - a cookie of a different program may have any form
-            return False
-        return found is not None and hmac.compare_digest(found.value.encode(), self._session.encode())
+        return _same(request.cookies.get(_cookie_name(request), ""), self._session)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        if (refusal := self._doorkeeper.refusal(scope["headers"])) is not None:
-            return 403, refusal
-        is_open = scope["path"] in OPEN or scope["path"].startswith(OPEN[-1])
-        site = dict(scope["headers"]).get(b"sec-fetch-site")
-        if site in (b"cross-site", b"same-site") and scope["path"] != "/":
-            return 403, "Requests from the page of a different site are not answered."
-        is_action = scope["method"] not in ("GET", "HEAD")
-        if (self._reading or is_action) and not is_open and not self.has_token(scope):
-            return (
-                401,
-                "The token is missing or wrong. `cloudtrain ui` printed it with the address of the page.",
-            )
-        return None
+    def _refusal(self, request: HTTPConnection) -> Response | None:
+        scope, path = request.scope, request.scope["path"]
+        is_open = path in OPEN or path.startswith(OPEN[-1])
+        needs_token = not is_open and (self._reading or scope["method"] not in ("GET", "HEAD"))
+        status, text = 403, self._doorkeeper.refusal(scope["headers"])
+        if (
+            text is None
+            and request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+            and path != "/"
+        ):
+            text = "Requests from the page of a different site are not answered."
+        elif text is None and needs_token and not self.has_token(request):
+            status = 401
+            text = "The token is missing or wrong. `cloudtrain ui` printed it with the address of the page."
+        return None if text is None else PlainTextResponse(text, status)
 
 
-def _cookie_name(scope: Scope) -> str:
+def _cookie_name(request: HTTPConnection) -> str:
     """With the port: a browser sends a cookie to every port of a host."""
-    return f"cloudtrain-{(scope.get('server') or ('', 0))[1]}"
+    return f"cloudtrain-{(request.scope.get('server') or ('', 0))[1]}"
+
+
+def _same(given: str, secret: str) -> bool:
+    # JSON may hold half of a surrogate pair, which UTF-8 does not.
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), secret.encode())

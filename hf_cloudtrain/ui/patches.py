@@ -22,6 +22,8 @@ def patch(old: Any, new: Any) -> Patch | None:
         >>> patch({"step": 4, "loss": [3, 2]}, {"step": 5, "loss": [3, 2, 1]})
         {'keys': {'step': {'value': 5}, 'loss': {'keep': 2, 'rest': [1]}}, 'gone': []}
     """
+    if old is new:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         keys = {key: {"value": new[key]} for key in new if key not in old}
         both = ((key, patch(old[key], new[key])) for key in new if key in old)

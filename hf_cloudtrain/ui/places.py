@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError
@@ -51,3 +52,8 @@ class Places:
         except (CloudTrainError, OSError):  # without a store the run can still be shown
             return None
         return (found[-1], store.home(found[-1]) / "log") if found else None
+
+
+def address(kind: str, what: str) -> str:
+    """The address of a page, for a link."""
+    return f"#/{kind}/{quote(what, safe='')}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record
 from hf_cloudtrain.checkpoints.paths import ACTIONS, PROGRESS
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
 from hf_cloudtrain.jobs.logs import last_lines
+from hf_cloudtrain.report.card import facts
 from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.page import Report, shown, utc
 from hf_cloudtrain.report.reader import RunReader
@@ -29,37 +28,51 @@ from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
 from hf_cloudtrain.ui.places import Places
 
 RUNS_SECONDS = 5.0
-"""Between two listings of all runs, and at most a tenth of the time goes into them."""
+"""Between two listings of all runs, and at most a twentieth of the time goes into them: one request a second if one takes 50 ms."""
+COMPARE_SECONDS = 2.0
+"""Between two runs of a comparison, each of which takes at most two requests."""
 SMOOTHINGS = (0.0, 0.6, 0.9, 0.98)
 MOST_LINES = 12
 """Of the log of its job that a run page shows."""
-MOST_DETAILS = 2_000
-"""Runs of the list whose details are kept."""
+LIVE = ("attempt", "step", "total_steps")
+LISTED = ("step", "total_steps", "eta_seconds", "loss", "attempts", "checkpoints", "last_seen", "stalled")
 
 
 class RunsSource:
-    """The list of runs: one listing of everything, and the heartbeats of those that may be alive."""
+    """The list of runs: one listing of everything, the heartbeats of those that may be alive, and once who belongs together."""
 
     def __init__(self, places: Places) -> None:
         self.version = 0
         self._places = places
         self._mirrors: dict[str, Mirror] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._details: OrderedDict[str, tuple[object, dict[str, Any]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._experiments: dict[str, str] = {}
+        self._details: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def turn(self) -> float:
-        """List everything; read the heartbeats that may have changed."""
+        """List everything and read the heartbeats that may have changed; or read to which experiments new runs belong."""
         began = time.monotonic()
+        fresh = [run_id for run_id in self._records if run_id not in self._experiments]
+        if fresh:
+            (found,) = in_threads(self._experiment, (fresh, READERS))
+            self._experiments |= dict(zip(fresh, found, strict=True))
+            self._records = {
+                name: {**run, "experiment": self._experiments[name]} for name, run in self._records.items()
+            }
+            self.version += any(found)
+            return RUNS_SECONDS
         records: dict[str, dict[str, Any]] = {}
         for index, root in enumerate(self._places.roots):
-            found = [(root, f"{index}/{name}", *of_run) for name, of_run in run_listing(root).items()]
-            (read,) = in_threads(lambda run: self._record(*run), (found, READERS))
+            runs = [(root, f"{index}/{name}", *of_run) for name, of_run in run_listing(root).items()]
+            (read,) = in_threads(lambda run: self._record(*run), (runs, READERS))
             records |= {record["id"]: record for record in read}
         if records != self._records or not self.version:
             self._records, self.version = records, self.version + 1
-        self._mirrors = {run_id: mirror for run_id, mirror in self._mirrors.items() if run_id in records}
-        return max(RUNS_SECONDS, 10 * (time.monotonic() - began))
+        for known in (self._mirrors, self._experiments, self._details):
+            for run_id in known.keys() - records.keys():
+                known.pop(run_id)
+        is_new = len(self._experiments) < len(records)
+        return 0.0 if is_new else max(RUNS_SECONDS, 20 * (time.monotonic() - began))
 
     def document(self, variant: str) -> dict[str, Any]:
         """The runs by id."""
@@ -67,17 +80,15 @@ class RunsSource:
         return {"roots": roots, "runs": self._records}
 
     def details(self, run_id: str) -> dict[str, Any]:
-        """What takes the step records of a run: its loss curve and goodput. Asked for the rows that a person sees."""
-        root, name = self._places.find(run_id)
+        """What takes the step records of a run: its loss curve, goodput and cost. Asked for the rows that a person sees."""
         record, known = self._records.get(run_id), self._details.get(run_id)
         if record is None:
             raise NoCheckpointError(f"There is no run {run_id[:200]!r} on this page.")
         if known is None or known[0] != record:
-            known = (record, _details(Mirror(root, name)))
-        with self._lock:
-            self._details[run_id] = known
-            while len(self._details) > MOST_DETAILS:
-                self._details.popitem(last=False)
+            mirror = self._mirrors[run_id]
+            known = self._details[run_id] = record, _details(mirror)
+            if record["state"] not in ALIVE:
+                mirror.forget()
         return known[1]
 
     def _record(self, root: Storage, run_id: str, sizes: dict[str, int], size: int) -> dict[str, Any]:
@@ -85,8 +96,9 @@ class RunsSource:
         if mirror is None:
             mirror = self._mirrors[run_id] = Mirror(root, run_id.partition("/")[2])
         changed = mirror.update(sizes)
+        told = {"experiment": self._experiments.get(run_id, "")}
         if before is not None and not changed and before["state"] not in ALIVE:
-            return before
+            return before | told
         beats = sorted(path for path in sizes if path.startswith(f"{PROGRESS}/"))
         if beats:
             mirror.fetch(beats[-1])
@@ -95,38 +107,27 @@ class RunsSource:
             now = run_state(Catalog(mirror))
         except CloudTrainError as error:
             now, record["damaged"] = RunState(mirror.url, "damaged"), shown(error)
-        kept = (
-            "step",
-            "total_steps",
-            "eta_seconds",
-            "loss",
-            "attempts",
-            "checkpoints",
-            "last_seen",
-            "stalled",
-        )
         saved = CheckpointKey.named(str(now.last_committed))
-        record |= {"state": shown(now.state, 20), "size": size, "safe_step": saved and saved.step}
-        return finite(record | {name: getattr(now, name) for name in kept})  # type: ignore[no-any-return]
+        record |= {"state": shown(now.state, 20), "size": size, "safe_step": saved and saved.step, **told}
+        return finite(record | {name: getattr(now, name) for name in LISTED})  # type: ignore[no-any-return]
+
+    def _experiment(self, run_id: str) -> str:
+        try:
+            facts = Catalog(self._mirrors[run_id]).attempts.run_facts() or {}
+        except CloudTrainError:  # damaged
+            return ""
+        return shown(facts.get("experiment") or "", 60)
 
 
 def _details(mirror: Mirror) -> dict[str, Any]:
-    mirror.refresh()
     mirror.fetch_all(mirror.missing())
     catalog = Catalog(mirror)
-    history = history_of(catalog)
-    newest = catalog.newest()
+    history, newest = history_of(catalog), catalog.newest()
     losses = [(log["step"], metric(log.get("loss"))) for log in history.logs]
     return {
         "curve": sparkline([(step, loss) for step, loss in losses if loss is not None]),
         "goodput": history.goodput,
-        "experiment": shown(
-            next(
-                (info.facts["experiment"] for info in history.attempts[::-1] if "experiment" in info.facts),
-                "",
-            ),
-            60,
-        ),
+        "cost": history.cost,
         "safe_time": None if newest is None else catalog.read(newest).created,
     }
 
@@ -142,7 +143,7 @@ class RunSource:
         self._job: tuple[str, Path] | None = None
         self._log: list[str] = []
         self._logs = 0
-        self._contents: dict[str, tuple[Report, dict[str, Any]]] = {}
+        self._contents: dict[float, tuple[Report, dict[str, Any]]] = {}
 
     @property
     def version(self) -> int:
@@ -161,56 +162,39 @@ class RunSource:
 
     def document(self, variant: str) -> dict[str, Any]:
         """What the report has, and how the run stands now; `variant` is the smoothing of its curves."""
-        reader, report = self.reader, self.reader.report
+        reader, report, weight = self.reader, self.reader.report, smoothing(variant)
         if reader.gone is not None or report is None:
             return {"id": self._id, "gone": reader.gone or "It has no record yet."}
-        known = self._contents.get(variant)
+        known = self._contents.get(weight)
         if known is None or known[0] is not report:
-            known = self._contents[variant] = report, report.content(smoothing(variant))
-        state, skew = reader.state(), reader.skew
-        live = {
-            name: shown(value, 200) if isinstance(value, str) else value
-            for name, value in vars(state).items()
-        }
-        for age in ("heartbeat_age_seconds", "uploading_seconds"):
-            del live[age]  # it would change with each look; the page counts by the clock of this machine
-        live["last_seen"] = state.last_seen and state.last_seen + skew
+            known = self._contents[weight] = report, report.content(weight)
+        state, skew, url = reader.state(), reader.skew, shlex.quote(reader.mirror.url)
+        live = {name: getattr(state, name) for name in LIVE}
         side = "behind" if skew > 0 else "ahead of"
         clock = [f"The clock of the training machine is {abs(skew):.0f} s {side} this one."] if skew else []
+        actions = [self._action(info.path) for info in reader.mirror.list(ACTIONS)[-20:]][::-1]
+        logs = {"Log, the last lines": self._log, "Actions from this page": actions}
+        stalled = [f"The run looks stalled, {state.stalled}."] if state.stalled else []
+        notes = [note for note in known[1]["notes"] if not note.startswith("The run looks stalled")]
         return {
             **known[1],
-            **self._checkpoints(report),
             "id": self._id,
+            "facts": facts(state),
             "state": shown(state.state, 20),
-            "live": finite(live),
-            "host": self._host(state.attempt),
-            "notes": [*known[1]["notes"], *clock],
-            "job": self._job and self._job[0],
-            "log": self._log,
-            "actions": [self._action(info.path) for info in reader.mirror.list(ACTIONS)[-20:]][::-1],
-        }
-
-    def _checkpoints(self, report: Report) -> dict[str, Any]:
-        """What a page can say and do about the checkpoints in its table."""
-        url, whole = shlex.quote(self.reader.mirror.url), [info for info in report.found if info.manifest]
-        return {
-            "commands": {
+            "live": finite({**live, "last_seen": state.last_seen and state.last_seen + skew}),
+            "notes": [*stalled, *notes, *clock],
+            "checkpoints": {  # how commands name each, its key, and whether it is pinned
                 info.title: [
-                    f"cloudtrain checkpoint {verb} {url} {folder}-c {shlex.quote(info.title)}"
-                    for verb, folder in (("download", "out "), ("verify", ""), ("pin", ""), ("view", ""))
+                    f"{url} -c {shlex.quote(info.title)}",
+                    info.key,
+                    info.checkpoint_key in report.roles.pinned,
                 ]
-                for info in whole
+                for info in report.found
+                if info.manifest
             },
-            "keys": {info.title: info.key for info in whole},
-            "pinned": [info.title for info in whole if info.checkpoint_key in report.roles.pinned],
+            "job": self._job and self._job[0],
+            "logs": {title: lines for title, lines in logs.items() if lines},
         }
-
-    def _host(self, attempt: int | None) -> dict[str, Any]:
-        """The numbers about its machine that a heartbeat has."""
-        beat = (attempt and self.reader.catalog.attempts.read_progress(attempt)) or {}
-        host = beat.get("host")
-        found = host.items() if isinstance(host, dict) else ()
-        return {shown(name, 40): value for name, value in found if number(value) is not None}
 
     def _action(self, path: str) -> str:
         try:
@@ -241,7 +225,8 @@ class CompareSource:
             if reader.report is None:
                 reader.turn()
         self._turn += 1
-        return self._readers[self._turn % len(self._readers)].turn()
+        self._readers[self._turn % len(self._readers)].turn()
+        return COMPARE_SECONDS
 
     def document(self, variant: str) -> dict[str, Any]:
         """Charts with a curve for each run, and tables with a column for each."""

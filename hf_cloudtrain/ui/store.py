@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.datasets.store import DatasetStore, key_of
+from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.logs import last_lines
-from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
-from hf_cloudtrain.report.page import Table, shown, utc
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, job_columns, start_columns
+from hf_cloudtrain.report.page import fact_table, record_table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
-from hf_cloudtrain.runtime.text import count_text, duration_text, size_text
-from hf_cloudtrain.runtime.values import number
+from hf_cloudtrain.runtime.text import count_text, size_text
 from hf_cloudtrain.tracking.mirror import Mirror
-from hf_cloudtrain.ui.places import Places
+from hf_cloudtrain.ui.places import Places, address
 
 JOBS_SECONDS = 5.0
-LOG_SECONDS = 1.0
+LOG_SECONDS, RECORD_SECONDS = 1.0, 4.0
+"""Between two looks at the files of a job's log, and at its record."""
+FAR = ("skypilot", "sagemaker")
+"""Engines that keep the logs of a job themselves."""
+FAR_SECONDS = 30.0
+"""Between two questions to one of them: SkyPilot takes seconds to answer."""
 DATASETS_SECONDS = 15.0
 MOST_LINES = 400
 MOST_JOBS = 500
@@ -43,13 +53,22 @@ class JobsSource:
         return JOBS_SECONDS
 
     def document(self, variant: str) -> dict[str, Any]:
-        """A row for each job, the newest first."""
-        jobs = [job_row(record, self._places) for record in self._records[::-1][:MOST_JOBS]]
-        return {"store": shown(self._store.url), "jobs": jobs}
+        """A row for each job, the newest first; those of one experiment are together."""
+        jobs = sorted(self._records[: -MOST_JOBS - 1 : -1], key=lambda job: job.experiment or "")
+        columns = {**job_columns(utc), "run": lambda job: job.run_url}
+        if not any(job.experiment for job in jobs):
+            del columns["experiment"]
+        text = "Times are in UTC." if jobs else "There is none. Start one with cloudtrain job run -f job.yml."
+        table = record_table(f"Jobs in {shown(self._store.url)}", columns if jobs else {}, jobs, text)
+        for row, job in zip(table.rows, jobs, strict=True):
+            row[0] = (*row[0], address("job", job.id))
+            run = self._places.id_of(job.run_url)
+            row[-1] = row[-1] if run is None else (*row[-1], address("run", run))
+        return {"tables": [vars(table)]}
 
 
 class JobSource:
-    """One job, and the last lines of its nodes where their files are on this machine."""
+    """One job, and the last lines of its nodes: from files on this machine, or from an engine that keeps them."""
 
     def __init__(self, places: Places, job_id: str) -> None:
         self.version = 0
@@ -60,71 +79,67 @@ class JobSource:
         self._log = self._store.home(self._record.id) / "log"
         self._lines: dict[str, list[str]] = {}
         self._seen: dict[Path, tuple[int, float]] = {}
-        self._turns = 0
+        self._no_log = "There is no log yet."
+        self._record_due = self._far_due = -math.inf
 
     def turn(self) -> float:
-        """Look at the files, and every few seconds at the record."""
-        if self._turns % 4 == 0:
+        """Look at the files, every few seconds at the record, and less often ask an engine."""
+        now = time.monotonic()
+        if now >= self._record_due:
+            self._record_due = now + RECORD_SECONDS
             record = self._store.read(self._record.id)
-            self.version += record != self._record
+            self.version += record != self._record or not self.version
             self._record = record
-        self._turns += 1
         for path in sorted(self._log.glob("*.log"))[:65]:
             stat = path.stat()
             if self._seen.get(path) != (stat.st_size, stat.st_mtime):
                 self._seen[path] = stat.st_size, stat.st_mtime
-                lines = self._lines.get(path.stem, [])
-                self._lines[path.stem] = _joined(
-                    lines, [shown(line, 1_000) for line in last_lines(path, MOST_LINES)]
-                )
-                self.version += 1
-        self.version += self._turns == 1
+                self._note(path.stem, last_lines(path, MOST_LINES))
+        if self._record.engine in FAR and not self._seen and now >= self._far_due:
+            self._far_due = math.inf if self._record.is_over else now + FAR_SECONDS
+            try:
+                lines = lifecycle.starter(self._record).lines(self._record, None, follow=False)
+                self._note("log", deque(lines, MOST_LINES))
+            except (CloudTrainError, OSError) as error:
+                self._no_log, self.version = shown(error), self.version + 1
         return LOG_SECONDS
 
     def document(self, variant: str) -> dict[str, Any]:
         """The record as facts and starts, and the lines of each node."""
-        record = self._record
-        host = record.submitted_by.get("host")
-        reason = None if self._lines else "There is no log yet."
-        if reason and host != platform.node():
-            reason = f"The log is not on this machine. On {shown(host, 80)!r}, `cloudtrain job logs -f {record.id}` shows it."
-        facts: dict[str, object] = {
-            "state": record.state,
+        record, by = self._record, self._record.submitted_by
+        reason = None if self._lines else self._no_log
+        if reason and record.engine not in FAR and by.get("host") != platform.node():
+            reason = f"The log is not on this machine. On {shown(by.get('host'), 80)!r}, `cloudtrain job logs -f {record.id}` shows it."
+        facts = {
             "reason": record.reason,
             "engine": record.engine,
             "nodes": f"{record.nodes}, with {count_text(record.nproc_per_node, 'process')} each",
             "restarts": f"{record.restarts} of {record.max_restarts}",
             "experiment": record.experiment,
             "vm": record.vm,
-            "created (UTC)": utc(number(record.created) or 0.0),
-            "submitted by": f"{record.submitted_by.get('user')} on {record.submitted_by.get('host')}",
+            "created (UTC)": utc(record.created),
+            "submitted by": f"{by.get('user')} on {by.get('host')}",
             "run": record.run_url,
         }
-        rows = [[(name, ""), (shown(value), "text")] for name, value in facts.items() if value is not None]
-        starts = [
-            [
-                (str(start.number), "number"),
-                (utc(number(start.began) or 0.0), ""),
-                (_took(start), ""),
-                (shown(start.outcome or "running", 40), ""),
-                (" ".join("lost" if code is None else str(code) for code in start.exit_codes), ""),
-                (shown(start.reason or "", 300), "text"),
-            ]
-            for start in record.starts[-50:][::-1]
-        ]
-        heads = ("start", "began (UTC)", "took", "outcome", "exit codes", "reason")
-        kinds = ("number", "", "", "", "", "text")
-        tables = (
-            [Table("Starts, the newest first", starts, list(zip(heads, kinds, strict=True)))]
-            if starts
-            else []
+        starts = record.starts[:-51:-1]
+        text = "Times are in UTC." if starts else "There is none yet."
+        table = record_table(
+            "Starts, the newest first", start_columns(utc) if starts else {}, starts, text, "reason"
         )
         return {
-            **job_row(record, self._places),
-            "tables": [vars(table) for table in (Table("Job", rows), *tables)],
+            "id": shown(record.id, 80),
+            "state": shown(record.state, 20),
+            "is_over": record.is_over,
+            "run": self._places.id_of(record.run_url),
+            "tables": [vars(fact_table("Job", facts)), vars(table)],
             "logs": dict(self._lines),
             "no_log": reason,
         }
+
+    def _note(self, name: str, lines: Iterable[str]) -> None:
+        known = self._lines.get(name, [])
+        self._lines[name] = _joined(known, [shown(line, 1_000) for line in lines])
+        self.version += self._lines[name] != known
 
 
 class DatasetsSource:
@@ -138,21 +153,16 @@ class DatasetsSource:
     def turn(self) -> float:
         """Read the versions and the manifests of the newest."""
         known = {key_of(name, found[-1]): (name, found) for name, found in self._store.versions().items()}
-        rows = []
-        for info in read_infos(self._store.catalog, known):
-            name, versions = known[info.key]
-            manifest = info.manifest
-            cells: list[object] = [name, versions[-1], len(versions)]
-            cells += (
-                [len(manifest.files), size_text(manifest.size), utc(manifest.created)]
-                if manifest
-                else ["", "damaged", ""]
-            )
-            kinds = ("mono", "number", "number", "number", "number", "")
-            rows.append([(shown(cell, 200), kind) for cell, kind in zip(cells, kinds, strict=True)])
-        heads = ("dataset", "version", "versions", "files", "size", "stored (UTC)")
-        columns = list(zip(heads, ("", "number", "number", "number", "number", ""), strict=True))
-        table = vars(Table(f"Datasets in {shown(self._store.url)}", rows, columns))
+        columns = {
+            "dataset": lambda info: known[info.key][0],
+            ">version": lambda info: known[info.key][1][-1],
+            ">versions": lambda info: len(known[info.key][1]),
+            ">files": lambda info: info.manifest and len(info.manifest.files),
+            ">size": lambda info: size_text(info.manifest.size) if info.manifest else "damaged",
+            "stored (UTC)": lambda info: info.manifest and utc(info.manifest.created),
+        }
+        infos = read_infos(self._store.catalog, known)
+        table = vars(record_table(f"Datasets in {shown(self._store.url)}", columns, infos))
         if table != self._table:
             self._table, self.version = table, self.version + 1
         return DATASETS_SECONDS
@@ -160,29 +170,6 @@ class DatasetsSource:
     def document(self, variant: str) -> dict[str, Any]:
         """One table."""
         return {"tables": [self._table]}
-
-
-def _took(start: Start) -> str:
-    began, ended = number(start.began), number(start.ended)
-    return "" if began is None or ended is None else duration_text(ended - began) or ""
-
-
-def job_row(record: JobRecord, places: Places) -> dict[str, Any]:
-    """What the list shows of a job."""
-    return {
-        "id": shown(record.id, 80),
-        "state": shown(record.state, 20),
-        "engine": shown(record.engine, 20),
-        "experiment": record.experiment and shown(record.experiment, 60),
-        "nodes": record.nodes,
-        "processes": record.nodes * record.nproc_per_node,
-        "starts": len(record.starts),
-        "restarts": record.restarts,
-        "created": number(record.created),
-        "run_url": shown(record.run_url, 300),
-        "run": places.id_of(record.run_url),
-        "is_over": record.is_over,
-    }
 
 
 def _joined(before: list[str], now: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.report import page as page_module
 from hf_cloudtrain.report.live import write_page
 from hf_cloudtrain.storage.client import Storage
+from tests.accessibility import findings
 from tests.browser import Browser, Page
 from tests.recorded import record_attempt, record_run
 
@@ -102,6 +103,7 @@ def test_a_new_page_is_loaded_and_the_last_one_is_complete(
     assert "60 / 400" in page.ask("document.body.innerText")
     assert page.ask("document.scrollingElement.scrollWidth") == 390
     assert page.ask("document.documentElement.dataset.stale") == "no"
+    assert findings(page) == []
     page.ask("window.before = true")
     train(catalog, bucket, 400)  # three more attempts, the last of which finishes
     page.ask(LOOK)

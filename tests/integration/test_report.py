@@ -11,6 +11,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.storage.client import Storage
+from tests.accessibility import findings
 from tests.browser import Browser, Page
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 
@@ -44,16 +45,17 @@ def check_no_errors_or_requests(page: Page, path: Path) -> None:
     assert [url for url in page.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(
-    tmp_path: Path, browser: Browser, width: int
+    tmp_path: Path, browser: Browser, width: int, dark: bool
 ) -> None:
     record_run(Catalog(Storage(f"file://{tmp_path}/mnli")))
     path = report(tmp_path / "mnli", tmp_path / "report.html")
-    page = browser.open(path, width)
+    page = browser.open(path, width, dark=dark)
     page.wait(DRAWN)
     marks = page.ask(MARKS)
     assert set(marks) == CHARTS
+    assert findings(page) == []
     assert min(marks.values()) >= 3, marks
     assert page.ask("window.innerWidth") == width
     assert page.ask(TOO_WIDE) == []

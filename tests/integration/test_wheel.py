@@ -173,7 +173,7 @@ def test_the_wheel_contains_the_package_and_nothing_else(wheel: Path) -> None:
         "report/live.js",
         "report/page.css",
         "report/report.html",
-        "ui/static/page.css",
+        "ui/static/ui.css",
         "ui/static/page.html",
         "ui/static/page.js",
     )

@@ -293,7 +293,7 @@ def prune(
     if plan.going and not dry_run:
         confirm(f"Delete {count_text(len(plan.going), 'checkpoint')} from {catalog.storage.url!r}?", yes)
     plan.tell(dry_run=dry_run)
-    gone = [] if dry_run else plan.carry_out()
+    gone = [] if dry_run else plan.delete()
     if as_json:
         print_json({"run_url": catalog.storage.url, "dry_run": dry_run, **plan.record(gone)})
     if not dry_run and len(gone) < len(plan.going):

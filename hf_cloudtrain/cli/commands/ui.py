@@ -38,10 +38,12 @@ def ui(
 
     The page reads storage, so it shows the runs of all machines. Ctrl-C ends it.
     """
+    from hf_cloudtrain.report.page import check_extra_installed
     from hf_cloudtrain.runtime.listening import is_loopback, listen
+
+    check_extra_installed("The web page", "ui", "starlette", "uvicorn", "plotly")
     from hf_cloudtrain.ui import app
 
-    app.check_installed()
     own = env.ui_token()
     reading = own is not None or not is_loopback(host)
     token = own or secrets.token_urlsafe(24) if reading or actions else None
@@ -63,4 +65,4 @@ def ui(
                 say(f"It asks for the token in {env.UI_TOKEN}.")
             typer.echo(address)
         sys.stdout.flush()
-        app.web_server(server).run(sockets=[listening])
+        app.WebServer(server).run(sockets=[listening])

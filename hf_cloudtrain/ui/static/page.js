@@ -1,5 +1,5 @@
 // The live pages of `cloudtrain ui`. The server sends documents and what changes in them (ui/patches.py); this file shows them.
-// Texts become text nodes, never markup. report/charts.js draws the figures.
+// report/charts.js builds elements, of texts, never of markup, and draws the charts.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -7,15 +7,6 @@ const main = $("main"), told = document.documentElement.dataset;
 let stream = null, doc = null, page = null, session = {}, offset = 0, frame = 0;
 const now = () => performance.now() / 1000 + offset; // the server's clock: that of this machine may be wrong
 
-function h(tag, props = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== false && value != null) element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.filter((child) => child != null));
-  return element;
-}
 function apply(value, patch) {
   if ("value" in patch) return patch.value;
   if ("keep" in patch) return [...value.slice(0, patch.keep), ...patch.rest];
@@ -23,14 +14,6 @@ function apply(value, patch) {
   for (const key of patch.gone || []) delete value[key];
   return value;
 }
-// Builds what an element shows, only if the value has changed.
-function show(element, value, build) {
-  const text = JSON.stringify(value ?? null);
-  if (element.told === text) return;
-  element.told = text;
-  element.replaceChildren(...[build(value)].flat().filter((child) => child != null));
-}
-
 function duration(seconds) {
   if (seconds == null) return "";
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
@@ -46,11 +29,11 @@ function size(bytes) {
 }
 const count = (value) => (value == null ? "" : value.toLocaleString("en-US"));
 const short = (value) => (value == null ? "" : String(Number(value.toPrecision(4))));
-const since = (time, words = "ago") => h("time", { "data-at": time, "data-words": words }, time == null ? "" : `${duration(now() - time)} ${words}`);
+const since = (time) => (time == null ? "" : h("time", { "data-at": time }, `${duration(now() - time)} ago`));
 const badge = (state) => h("span", { class: `state ${state}` }, state);
 const to = (kind, id, text) => h("a", { href: `#/${kind}/${encodeURIComponent(id)}` }, text);
 setInterval(() => document.querySelectorAll("time[data-at]").forEach((element) => {
-  element.textContent = `${duration(now() - element.dataset.at)} ${element.dataset.words}`;
+  element.textContent = `${duration(now() - element.dataset.at)} ago`;
 }), 1000);
 
 // --- The stream of a page ----------------------------------------------------------------------------------------------
@@ -109,56 +92,42 @@ const SCALED = new Set(["loss", "gradnorm", "rate", "steptime", "throughput"]);
 
 // One at a time: the next document may come while the first is drawn.
 function charts(grid, records, isLog) {
-  drawing = drawing.then(() => drawAll(grid, records, isLog)).catch((error) => link(`The charts cannot be drawn: ${error}`, true));
-}
-async function drawAll(grid, records, isLog) {
-  for (const chart of grid.isConnected ? records : []) {
-    let section = grid.querySelector(`:scope > [data-chart="${chart.name}"]`);
-    if (!section) {
-      section = h("section", { "data-chart": chart.name }, h("h2"), h("p"), h("ul", { class: "legend" }), h("div", { class: "chart", id: chart.name, role: "img" }));
-      grid.insertBefore(section, grid.querySelector(":scope > [data-table]"));
-    }
-    section.className = chart.wide ? "wide" : "";
-    const [title, text, legend, area] = section.children;
-    show(title, chart.title, (words) => words);
-    show(text, chart.text, (words) => words);
-    show(legend, chart.legend.length > 1 || chart.name === "goodput" ? chart.legend : [], (entries) => entries.map(([shape, colour, words]) => {
-      const mark = h("i", { class: shape });
-      mark.style.color = colour;
-      return h("li", {}, mark, words);
-    }));
-    legend.hidden = !legend.children.length;
-    area.style.height = `${chart.height}px`;
-    area.setAttribute("aria-label", `${chart.title}. ${chart.text}`);
-    const version = JSON.stringify([chart.figure, isLog]);
-    if (area.told === version) continue;
-    area.told = version;
-    await plotly();
-    const figure = structuredClone(chart.figure); // plotly writes into what it draws
-    if (SCALED.has(chart.name) || grid.dataset.compare) {
-      if (isLog) figure.layout.yaxis = { ...figure.layout.yaxis, type: "log", rangemode: "normal" };
-      figure.layout.yaxis.uirevision = String(isLog); // a range of one scale means nothing on the other
-    }
-    await drawChart(area, figure);
-  }
-  grid.querySelectorAll(":scope > [data-chart]").forEach((section) => records.some((chart) => chart.name === section.dataset.chart) || section.remove());
-  told.drawn = "yes";
+  const settle = (chart, figure) => {
+    const axis = figure.layout.yaxis;
+    if (!SCALED.has(chart.name) && !grid.dataset.compare) return figure;
+    if (isLog) Object.assign(axis, { type: "log", rangemode: "normal" });
+    axis.uirevision = String(isLog); // a range of one scale means nothing on the other
+    return figure;
+  };
+  drawing = drawing.then(() => drawCharts(grid, records, plotly, settle)).then(() => { told.drawn = "yes"; }, (error) => link(`The charts cannot be drawn: ${error}`, true));
 }
 function tables(grid, records, first = () => null, version = null) {
   for (const [index, table] of records.entries()) {
     let section = grid.querySelector(`:scope > [data-table="${index}"]`);
     if (!section) grid.append((section = h("section", { "data-table": index })));
     section.className = table.columns.length ? "wide" : "";
+    const cell = ([text, kind, address], column) => h("td", { class: kind }, (column === 0 && first(table, text))
+      || (address ? h("a", { href: address }, text) : table.columns[column]?.[0] === "state" ? badge(text) : text));
     show(section, [table, version], () => [
       h("h2", {}, table.title), table.text ? h("p", {}, table.text) : null,
       scrolled(table.title, table.columns.length ? table.columns.map(([name, kind]) => h("th", { class: kind, scope: "col" }, name)) : null,
-        h("tbody", {}, ...table.rows.map((row) => h("tr", {}, ...row.map(([text, kind], column) => h("td", { class: kind }, (column === 0 && first(table, text)) || text)))))),
+        h("tbody", {}, ...table.rows.map((row) => h("tr", {}, ...row.map(cell))))),
     ]);
   }
   grid.querySelectorAll(":scope > [data-table]").forEach((section) => section.dataset.table < records.length || section.remove());
 }
 function scrolled(label, heads, body) {
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, h("table", {}, heads && h("thead", {}, h("tr", {}, ...heads)), body));
+}
+// Texts that grow: who has scrolled to the end follows.
+function logs(box, found) {
+  for (const [name, lines] of Object.entries(found)) {
+    let area = box.querySelector(`[data-log="${CSS.escape(name)}"]`);
+    if (!area) box.append(h("section", {}, h("h2", {}, name), (area = h("pre", { "data-log": name, tabindex: 0, role: "log", "aria-label": name }))));
+    const follows = area.scrollTop + area.clientHeight >= area.scrollHeight - 30;
+    show(area, lines, () => lines.join("\n"));
+    if (follows) area.scrollTop = area.scrollHeight;
+  }
 }
 function controls(redraw) {
   const smoothing = h("select", { id: "smoothing", onchange: () => page.open(smoothing.value) },
@@ -172,41 +141,39 @@ function controls(redraw) {
 // --- Pages -------------------------------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["run", "name", "name", (run) => [h("input", { type: "checkbox", class: "wide-only", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name), run.experiment ? h("span", { class: "note" }, ` ${run.experiment}`) : ""]],
+  ["run", "name", "name", (run) => [h("input", { type: "checkbox", class: "wide-only", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name)]],
   ["state", "state", "", (run) => [badge(run.state), run.stalled && run.state !== "killed" ? " stalled" : ""]],
   ["progress", "share", "", (run) => [run.total_steps ? h("progress", { value: run.step || 0, max: run.total_steps, "aria-label": `Progress of ${run.name}` }) : "", ` ${count(run.step)}${run.total_steps ? ` / ${count(run.total_steps)}` : ""}`]],
   ["left", "eta_seconds", "wide-only", (run) => duration(run.eta_seconds)],
   ["loss", "loss", "", (run) => [spark(run.curve), short(run.loss)]],
   ["goodput", "goodput", "number wide-only", (run) => (run.goodput == null ? "" : `${(100 * run.goodput).toFixed(1)} %`)],
-  ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), run.safe_time ? ", " : "", run.safe_time ? since(run.safe_time) : ""]],
+  ["cost", "cost", "number wide-only cost", (run) => (run.cost == null ? "" : run.cost.toFixed(2))],
+  ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), run.safe_time ? ", " : "", since(run.safe_time)]],
   ["attempts", "attempts", "number wide-only", (run) => count(run.attempts)],
   ["size", "size", "number wide-only", (run) => size(run.size)],
   ["last seen", "last_seen", "wide-only", (run) => since(run.last_seen)],
 ];
-function spark(curve) {
-  const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  for (const [name, value] of [["class", "spark"], ["viewBox", "0 0 120 24"], ["aria-hidden", "true"]]) svg.setAttribute(name, value);
-  path.setAttribute("d", curve || "");
-  svg.append(path);
-  return svg;
-}
+const spark = (curve) => h("svg", { class: "spark", viewBox: "0 0 120 24", "aria-hidden": "true" }, h("path", { d: curve || "" }));
 const memory = { filter: "", key: "last_seen", down: true, chosen: new Set(), details: new Map() };
-const PART = 100; // rows that a click adds: a thousand at once would take a phone a second
+const PART = 100; // rows that come at once: a thousand would take a phone a second
 
 function runsPage() {
   const rows = new Map(), body = h("tbody"), compare = h("a", { hidden: true }), amount = h("span", { role: "status" }), roots = h("div", { class: "url" });
   let most = PART, waiting = [], busy = 0;
   const filter = h("input", { type: "search", id: "filter", placeholder: "name, state, experiment", value: memory.filter, oninput: () => { memory.filter = filter.value; most = PART; draw(); } });
-  const more = h("button", { type: "button", hidden: true, onclick: () => { most += 5 * PART; draw(); } });
+  const more = h("button", { type: "button", hidden: true, onclick: () => { most += PART; draw(); } }, "Show more");
+  new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && more.click()).observe(more);
   const heads = COLUMNS.map(([title, key, kind]) => h("th", { class: kind.replace("name", ""), scope: "col", "data-key": key }, h("button", { type: "button", onclick: () => {
     memory.down = memory.key === key ? !memory.down : key !== "name";
     memory.key = key;
     draw();
   } }, title)));
+  const table = scrolled("Runs", heads, body);
   const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) { target.seen = isIntersecting; if (isIntersecting) waiting.push(target); }
     read();
   });
+  const rowOf = (key, build) => rows.get(key) || rows.set(key, build()).get(key);
   async function read() { // what takes the step records of a run, for the rows that are seen
     while (busy < 4 && waiting.length && body.isConnected) {
       const row = waiting.pop(), run = row.run, known = memory.details.get(run.id), version = `${run.step} ${run.state} ${run.checkpoints}`;
@@ -217,36 +184,38 @@ function runsPage() {
       busy -= 1;
       memory.details.set(run.id, { version, ...found });
       fill(row, row.run);
-      told.detailed = "yes";
+      if (found.cost != null) table.classList.add("priced");
     }
   }
   function fill(row, run) {
     row.run = run;
-    const { curve, goodput, safe_time, experiment } = memory.details.get(run.id) || {};
-    show(row, { ...run, curve, goodput, safe_time, experiment }, (all) => COLUMNS.map(([, , kind, cell]) => h("td", { class: kind }, ...[cell(all)].flat())));
+    show(row, { ...run, ...memory.details.get(run.id) }, (all) => COLUMNS.map(([, , kind, cell]) => h("td", { class: kind }, ...[cell(all)].flat())));
     row.querySelector("input").checked = memory.chosen.has(run.id);
     if (row.seen) waiting.push(row);
   }
   function draw() {
     if (!doc?.runs) return;
     const words = memory.filter.toLowerCase().split(/\s+/).filter(Boolean), all = Object.values(doc.runs), { key, down } = memory;
-    const value = (run) => (key === "share" ? (run.step || 0) / (run.total_steps || Infinity) : key === "goodput" ? memory.details.get(run.id)?.goodput : run[key]);
-    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state} ${memory.details.get(run.id)?.experiment || ""}`.toLowerCase().includes(word)));
+    const value = (run) => (key === "share" ? (run.step || 0) / (run.total_steps || Infinity) : run[key] ?? memory.details.get(run.id)?.[key]);
+    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state} ${run.experiment}`.toLowerCase().includes(word)));
     const { compare: byText } = new Intl.Collator("en", { numeric: true });
     found.sort((a, b) => {
       const [x, y] = [value(a), value(b)];
       const order = x == null || y == null ? (x == null) - (y == null) : (typeof x === "string" ? byText(x, y) : x - y) * (down ? -1 : 1);
-      return order || byText(a.name, b.name);
+      return !a.experiment - !b.experiment || byText(a.experiment, b.experiment) || order || byText(a.name, b.name);
     });
-    const shown = found.slice(0, most).map((run) => {
-      if (!rows.has(run.id)) { rows.set(run.id, h("tr")); seen.observe(rows.get(run.id)); }
-      fill(rows.get(run.id), run);
-      return rows.get(run.id);
+    let group = "";
+    const shown = found.slice(0, most).flatMap((run) => {
+      const row = rowOf(run.id, () => h("tr")), starts = run.experiment !== group;
+      if (!row.run) seen.observe(row);
+      fill(row, run);
+      group = run.experiment;
+      return starts ? [rowOf(`: ${group}`, () => h("tr", { class: "group" }, h("th", { colspan: COLUMNS.length, scope: "rowgroup" }, group || "without an experiment"))), row] : [row];
     });
     if (shown.length !== body.children.length || shown.some((row, index) => body.children[index] !== row)) body.replaceChildren(...shown);
+    table.classList.toggle("priced", all.some((run) => memory.details.get(run.id)?.cost != null));
     amount.textContent = `${count(found.length)} of ${count(all.length)} runs`;
     more.hidden = found.length <= most;
-    more.textContent = `Show ${count(Math.min(5 * PART, found.length - most))} more`;
     heads.forEach((head) => head.setAttribute("aria-sort", head.dataset.key === key ? (down ? "descending" : "ascending") : "none"));
     choose();
     read();
@@ -258,86 +227,59 @@ function runsPage() {
   }
   body.addEventListener("change", ({ target }) => { memory.chosen[target.checked ? "add" : "delete"](target.dataset.id); choose(); });
   start("Runs", "runs", "", (found) => { show(roots, found.roots, (urls) => urls.join(" · ")); draw(); },
-    h("header", {}, h("h1", {}, "Runs"), roots), h("div", { class: "bar" }, h("label", { for: "filter" }, "Filter"), filter, amount, compare), scrolled("Runs", heads, body), more);
+    h("header", {}, h("h1", {}, "Runs"), roots), h("div", { class: "bar" }, h("label", { for: "filter" }, "Filter"), filter, amount, compare), table, more);
 }
 
 function runPage(id) {
   const [head, notes, extra, grid] = ["header", "div", "div", "div"].map((tag, index) => h(tag, { class: ["head", "", "bar", "charts"][index] }));
-  const figures = h("dl", { class: "figures" }), acts = h("section", { hidden: true }), log = h("section", { hidden: true });
+  const figures = h("dl", { class: "figures" }), texts = h("div");
   const [bar, isLog] = controls(() => charts(grid, doc.charts, isLog()));
   plotly(); // it takes as long as the records of the run
   start("Run", "run", id, (run) => {
     const live = run.live;
     document.title = `${run.name}: ${run.state}`;
-    show(head, [run.name, run.run_url, live, run.host], () => [
+    show(head, [run.name, run.run_url, live, run.facts], () => [
       h("h1", {}, run.name), badge(run.state), h("div", { class: "url" }, run.run_url),
       live.total_steps ? h("progress", { value: live.step || 0, max: live.total_steps, "aria-label": "Progress" }) : null,
-      h("p", { class: "note" }, h("span", { id: "step" }, live.step == null ? "No step yet" : `Step ${count(live.step)}`), [
-        live.total_steps ? ` of ${count(live.total_steps)}` : "", live.eta_seconds ? `, ${duration(live.eta_seconds)} left` : "", live.loss == null ? "" : `, loss ${short(live.loss)}`,
-        live.learning_rate == null ? "" : `, learning rate ${short(live.learning_rate)}`, live.uploading ? ", a checkpoint is being uploaded" : "",
-        ...Object.entries(run.host).map(([name, value]) => `, ${name} ${short(value)}`)].join(""), ". Last heartbeat ", since(live.last_seen), "."),
+      h("p", { class: "note", id: "facts" }, `${run.facts.join(" · ")} · last heartbeat `, since(live.last_seen)),
     ]);
-    show(notes, [live.stalled && `The run looks stalled, ${live.stalled}.`, ...run.notes.filter((note) => !note.startsWith("The run looks stalled"))], (texts) => texts.filter(Boolean).map((text) => h("p", { class: "note" }, text)));
+    show(notes, run.notes, (found) => found.map((text) => h("p", { class: "note" }, text)));
     show(figures, run.key_figures, (found) => found.map(([name, value, detail]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), detail ? h("dd", {}, detail) : null)));
     show(extra, [run.job, run.state], () => [run.job ? to("job", run.job, `Log of the job ${run.job}`) : null,
       session.act && ["started", "training"].includes(run.state) ? danger("Save and stop", () => ask("/api/act", { run: id, action: "stop" })) : null,
       session.act ? h("button", { type: "button", class: "danger", onclick: () => prune(id) }, "Prune …") : null]);
     charts(grid, run.charts, isLog());
-    tables(grid, run.tables, (table, title) => (table.title.startsWith("Checkpoints") && run.commands[title]
-      ? h("button", { type: "button", "aria-haspopup": "dialog", onclick: () => checkpoint(id, run, title) }, title) : null), run.pinned);
-    log.hidden = !run.log.length;
-    show(log, run.log, (lines) => [h("h2", {}, "Log, the last lines"), h("pre", { tabindex: 0, role: "log", "aria-label": "Log" }, lines.join("\n"))]);
-    acts.hidden = !run.actions.length;
-    show(acts, run.actions, (lines) => [h("h2", {}, "Actions from this page"), h("pre", { tabindex: 0 }, lines.join("\n"))]);
-  }, head, notes, figures, extra, bar, grid, log, acts);
+    tables(grid, run.tables, (table, title) => (table.title.startsWith("Checkpoints") && run.checkpoints[title]
+      ? h("button", { type: "button", "aria-haspopup": "dialog", onclick: () => checkpoint(id, title, ...run.checkpoints[title]) }, title) : null), run.checkpoints);
+    logs(texts, run.logs);
+  }, head, notes, figures, extra, bar, grid, texts);
 }
 
 function comparePage(ids) {
-  const head = h("header"), legend = h("ul", { class: "legend" }), grid = h("div", { class: "charts", "data-compare": "yes" });
+  const head = h("header"), grid = h("div", { class: "charts", "data-compare": "yes" });
   const [bar, isLog] = controls(() => charts(grid, doc.charts, isLog()));
   start("Compare", "compare", ids, (found) => {
-    show(head, found.name, (name) => h("h1", {}, `Compare ${name}`));
-    show(legend, found.runs, (runs) => runs.map((run) => {
-      const mark = h("span", { class: "swatch" });
-      mark.style.color = run.colour;
-      return h("li", {}, mark, `${run.name} (${run.state}) ${run.url}`);
-    }));
+    show(head, [found.name, found.runs], () => [h("h1", {}, `Compare ${found.name}`), ...found.runs.map((run) => h("div", { class: "url" }, `${run.name} (${run.state}) ${run.url}`))]);
     charts(grid, found.charts, isLog());
     tables(grid, found.tables);
-  }, head, legend, bar, grid);
+  }, head, bar, grid);
 }
 
-function jobsPage() {
-  const body = h("tbody"), empty = h("p", { class: "note" });
-  const heads = [["job", ""], ["state", ""], ["engine", ""], ["experiment", "wide-only"], ["nodes", "number"], ["processes", "number wide-only"], ["starts", "number"], ["restarts", "number"], ["created", "wide-only"], ["run", ""]];
-  start("Jobs", "jobs", "", (found) => {
-    empty.textContent = found.jobs.length ? "" : `No jobs in ${found.store}. Start one with cloudtrain job run -f job.yml.`;
-    show(body, found.jobs, (jobs) => jobs.map((job) => h("tr", {}, ...[to("job", job.id, job.id), badge(job.state), job.engine, job.experiment || "", job.nodes, job.processes, job.starts, job.restarts, since(job.created),
-      job.run ? to("run", job.run, "open") : job.run_url].map((cell, index) => h("td", { class: heads[index][1] }, cell)))));
-  }, h("header", {}, h("h1", {}, "Jobs")), empty, scrolled("Jobs", heads.map(([name, kind]) => h("th", { class: kind, scope: "col" }, name)), body));
+function listPage(title, kind) {
+  const grid = h("div", { class: "charts" });
+  start(title, kind, "", (found) => tables(grid, found.tables), h("header", {}, h("h1", {}, title)), grid);
 }
 
 function jobPage(id) {
-  const head = h("header"), bar = h("div", { class: "bar" }), grid = h("div", { class: "charts" }), logs = h("div"), absent = h("p", { class: "note" });
+  const head = h("header"), bar = h("div", { class: "bar" }), grid = h("div", { class: "charts" }), texts = h("div"), absent = h("p", { class: "note" });
   start("Job", "job", id, (job) => {
     document.title = `${job.id}: ${job.state}`;
     show(head, [job.id, job.state], () => [h("h1", {}, job.id), badge(job.state)]);
     show(bar, [job.run, job.is_over], () => [job.run ? to("run", job.run, "Its run") : null, session.act && !job.is_over ? danger("Save and cancel", () => ask("/api/act", { action: "cancel", job: job.id })) : null]);
     tables(grid, job.tables);
     absent.textContent = job.no_log || "";
-    for (const [name, lines] of Object.entries(job.logs)) {
-      let area = logs.querySelector(`[data-log="${CSS.escape(name)}"]`);
-      if (!area) logs.append(h("section", {}, h("h2", {}, name), (area = h("pre", { "data-log": name, tabindex: 0, role: "log", "aria-label": `Log of ${name}` }))));
-      const follows = area.scrollTop + area.clientHeight >= area.scrollHeight - 30;
-      area.textContent = lines.join("\n");
-      if (follows) area.scrollTop = area.scrollHeight;
-    }
-  }, head, bar, grid, absent, logs);
-}
-
-function datasetsPage() {
-  const grid = h("div", { class: "charts" });
-  start("Datasets", "datasets", "", (found) => tables(grid, found.tables), h("header", {}, h("h1", {}, "Datasets")), grid);
+    logs(texts, job.logs);
+  }, head, bar, grid, absent, texts);
 }
 
 // --- Dialogs -----------------------------------------------------------------------------------------------------------
@@ -351,17 +293,17 @@ async function tell(answer) {
   dialog(h("p", { role: "status", class: found.error ? "trouble" : "" }, found.error || found.text));
 }
 const danger = (words, run) => h("button", { type: "button", class: "danger", onclick: () => dialog(h("p", {}, `${words}?`), h("button", { type: "button", class: "danger", onclick: () => tell(run()) }, words)) }, words);
-function checkpoint(id, run, title) {
-  const word = run.pinned.includes(title) ? "Unpin" : "Pin";
-  dialog(h("h2", {}, title), ...run.commands[title].map((line) => h("p", {}, h("code", {}, line))),
-    session.act && h("button", { type: "button", onclick: () => tell(ask("/api/act", { run: id, action: word.toLowerCase(), key: run.keys[title] })) }, word));
+function checkpoint(id, title, words, key, pinned) {
+  const word = pinned ? "Unpin" : "Pin", line = (verb) => h("p", {}, h("code", {}, `cloudtrain checkpoint ${verb} ${words}${verb === "download" ? " out" : ""}`));
+  dialog(h("h2", {}, title), ...["download", "verify", "pin", "view"].map(line),
+    session.act && h("button", { type: "button", onclick: () => tell(ask("/api/act", { run: id, action: word.toLowerCase(), key })) }, word));
 }
 function prune(id) {
   const keep = h("input", { type: "number", min: 1, value: 3, id: "keep" });
   const look = async (sure) => {
     const found = await ask("/api/act", { run: id, action: "prune", keep: Number(keep.value), sure });
     if (found.error || !found.going) return tell(found);
-    dialog(h("p", {}, found.text), h("pre", { tabindex: 0 }, found.rows.map((row) => row.join("  ")).join("\n")),
+    dialog(h("p", {}, found.text), h("pre", { tabindex: 0 }, found.lines.join("\n")),
       found.going.length && h("button", { type: "button", class: "danger", onclick: () => look(found.going) }, "Delete these"));
   };
   dialog(h("p", {}, h("label", { for: "keep" }, "Keep the newest "), keep), h("button", { type: "button", onclick: () => look() }, "Show what would be deleted"));
@@ -383,7 +325,7 @@ function route() {
   const [, kind = "", id = ""] = location.hash.split("/").map(decodeURIComponent);
   const above = { job: "jobs", run: "", compare: "" }[kind] ?? kind;
   document.querySelectorAll(".top a").forEach((anchor) => (anchor.hash === `#/${above}` ? anchor.setAttribute("aria-current", "page") : anchor.removeAttribute("aria-current")));
-  ({ run: runPage, compare: comparePage, jobs: jobsPage, job: jobPage, datasets: datasetsPage }[kind] || runsPage)(id);
+  ({ run: runPage, compare: comparePage, job: jobPage, jobs: () => listPage("Jobs", "jobs"), datasets: () => listPage("Datasets", "datasets") }[kind] || runsPage)(id);
 }
 async function begin() {
   const token = /^#token=(.+)$/.exec(location.hash);

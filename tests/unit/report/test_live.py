@@ -33,7 +33,7 @@ from tests.recorded import write as record
 
 @pytest.fixture
 def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_packed_plotly", lambda: "plotly")
+    monkeypatch.setattr(page, "packed_plotly", lambda: b"plotly")
 
 
 def text_at(catalog: Catalog) -> str:
@@ -170,9 +170,9 @@ class TestRenewal:
         catalog.storage.delete(["index.html"])
         page._renew(60)
         assert "The run is complete." in text_at(catalog)
-        packed = re.search(r'id="figures"[^>]*>(.*?)</script>', text_at(catalog), re.DOTALL)
+        packed = re.search(r'id="records"[^>]*>(.*?)</script>', text_at(catalog), re.DOTALL)
         assert packed
-        assert "loss" in json.loads(gzip.decompress(base64.b64decode(packed[1])))
+        assert json.loads(gzip.decompress(base64.b64decode(packed[1])))[0]["name"] == "loss"
 
     def test_a_process_that_hangs_is_ended(
         self, catalog: Catalog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

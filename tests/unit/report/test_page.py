@@ -31,7 +31,7 @@ from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 @pytest.fixture(autouse=True)
 def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 5 MB of plotly are tested in a browser (tests/integration/test_report.py)."""
-    monkeypatch.setattr("hf_cloudtrain.report.page._packed_plotly", lambda: "plotly")
+    monkeypatch.setattr("hf_cloudtrain.report.page.packed_plotly", lambda: b"plotly")
 
 
 def report(catalog: Catalog, output: Path, *words: str, code: int = 0) -> Any:
@@ -48,16 +48,16 @@ def page_of(catalog: Catalog, tmp_path: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """Its text, without tags, scripts and styles."""
-    body = re.sub(r"<(script|style|noscript)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    """Its text, without tags, scripts and styles; the charts are told in words where no script runs."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
 
 
 def figures_of(page: str) -> dict[str, Any]:
-    found = re.search(r'id="figures"[^>]*>(.*?)</script>', page, re.DOTALL)
+    found = re.search(r'id="records"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert found
-    figures: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(found[1])))
-    return figures
+    charts = json.loads(gzip.decompress(base64.b64decode(found[1])))
+    return {chart["name"]: chart["figure"] for chart in charts}
 
 
 def charts(catalog: Catalog) -> dict[str, Chart]:

@@ -50,9 +50,10 @@ def run(catalog: Catalog) -> Run:
 
 
 def packed_figures(html: bytes) -> Any:
-    found = re.search(rb'id="figures"[^>]*>(.*?)</script>', html, re.DOTALL)
+    found = re.search(rb'id="records"[^>]*>(.*?)</script>', html, re.DOTALL)
     assert found
-    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+    charts = json.loads(gzip.decompress(base64.b64decode(found[1])))
+    return {chart["name"]: chart["figure"] for chart in charts}
 
 
 class TestOneHome:
@@ -61,7 +62,7 @@ class TestOneHome:
     def test_report_page_beside_the_run_ui_and_notebook_show_the_same_figures(
         self, catalog: Catalog, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(page, "_packed_plotly", lambda: "plotly")
+        monkeypatch.setattr(page, "packed_plotly", lambda: b"plotly")
         expected = json.loads(json.dumps({one.name: one.figure for one in charts_of(history_of(catalog))}))
         Report(catalog).write(tmp_path / "report.html")
         write_page(catalog)

@@ -112,6 +112,18 @@ def test_goodput_is_productive_time_over_wall_time_including_restarts(catalog: C
     assert killed_and_resumed(catalog).goodput == pytest.approx((5 * 1.0 + 5 * 2.0) / (130.0 - 100.0))
 
 
+def test_the_cost_is_the_time_of_all_attempts_at_their_prices(catalog: Catalog) -> None:
+    assert killed_and_resumed(catalog).cost is None
+    for number, price in ((1, 3.6), (2, 7.2)):
+        beat = catalog.attempts.read_progress(number) or {}
+        catalog.attempts.write_progress(number, {**beat, "price_per_hour": price})
+    found = history_of(catalog)
+    first, second = (info.last_seen - info.started for info in found.attempts)
+    assert found.cost == pytest.approx((3.6 * first + 7.2 * second) / 3600)
+    catalog.attempts.write_progress(1, {"price_per_hour": "much"})
+    assert history_of(catalog).cost == pytest.approx(7.2 * second / 3600)
+
+
 def test_without_a_step_goodput_is_none(catalog: Catalog) -> None:
     assert history_of(catalog).goodput is None
     begin(catalog, started=100.0)

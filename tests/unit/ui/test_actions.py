@@ -63,7 +63,9 @@ def test_a_checkpoint_is_pinned_and_unpinned_and_the_page_shows_who_did_it(
     assert lines(catalog) == ["pinned checkpoint-200", "unpinned checkpoint-200"]
     source = RunSource(places, "0/mnli")
     source.turn()
-    assert ["unpinned checkpoint-200" in line for line in source.document("")["actions"]] == [True, False]
+    assert [
+        "unpinned checkpoint-200" in line for line in source.document("")["logs"]["Actions from this page"]
+    ] == [True, False]
 
 
 def test_prune_shows_first_and_deletes_exactly_what_was_shown(places: Places, catalog: Catalog) -> None:

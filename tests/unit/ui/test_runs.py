@@ -24,7 +24,7 @@ from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.ui import feeds
 from hf_cloudtrain.ui.places import Places
-from hf_cloudtrain.ui.runs import RunSource, RunsSource
+from hf_cloudtrain.ui.runs import CompareSource, RunSource, RunsSource
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
 from tests.served import Served, Stream
 
@@ -109,7 +109,49 @@ class TestRequests:
         history = source.reader.report and source.reader.report.history
         assert history is not None
         assert history.logs[-1]["step"] == 256
-        assert len(source.document("")["commands"]) == 11
+        assert len(source.document("")["checkpoints"]) == 11
+
+    def test_a_comparison_costs_one_request_a_second(
+        self, catalog: Catalog, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        catalogs = [Catalog(Storage(f"{store.url}/run-{number}")) for number in range(3)]
+        for other in catalogs:
+            record_attempt(other, began=time.time() - 120, steps=range(1, 151))
+        source = CompareSource(places, [f"0/run-{number}" for number in range(3)])
+        source.turn()
+        before, began = len(store.calls), clock.seconds
+        for number in range(75):
+            if number % 6 == 0 and number < 60:
+                for other in catalogs:
+                    lines = [
+                        {"kind": "log", "step": 151 + number, "time": time.time(), "metrics": {"loss": 0.5}}
+                    ]
+                    write(other, 1, lines, 2 + number)
+                    beat(other, 151 + number)
+            clock.seconds += source.turn()
+        assert clock.seconds - began >= 100
+        assert len(store.calls) - before <= clock.seconds - began
+        rows = {row[0][0]: [text for text, _ in row[1:]] for row in source.document("")["tables"][0]["rows"]}
+        assert rows["step"] == ["205", "205", "205"]
+
+    def test_a_row_of_the_list_that_trains_reads_only_what_is_new(
+        self, catalog: Catalog, places: Places, store: FaultyStorage
+    ) -> None:
+        record_attempt(catalog, began=time.time() - 120, steps=range(1, 151))
+        beat(catalog, 150, price_per_hour=3.6)
+        source = RunsSource(places)
+        source.turn()
+        assert source.details("0/mnli")["cost"] == pytest.approx(0.12, rel=0.1)
+        before = store.count("read")
+        write(catalog, 1, [{"kind": "log", "step": 155, "time": time.time(), "metrics": {"loss": 0.5}}], 2)
+        beat(catalog, 155)
+        source.turn()
+        source.turn()
+        first = source.details("0/mnli")["curve"]
+        assert store.count("read") - before == 3, "run.json, the heartbeat and the new records"
+        assert source.details("0/mnli")["curve"] == first
+        assert store.count("list") == 2
 
     def test_a_record_that_is_known_is_never_read_again(
         self, catalog: Catalog, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +197,7 @@ class TestRequests:
     ) -> None:
         for number in range(20):
             other = Catalog(Storage(f"{store.url}/deep/run-{number}"))
-            other.attempts.begin(time.time(), 0, None, {})
+            other.attempts.begin(time.time(), 0, None, {"experiment": "sweep"} if number == 3 else {})
             state = "training" if number == 7 else "finished"
             other.attempts.write_progress(1, {"time": time.time(), "state": state, "step": number})
         source = RunsSource(places)
@@ -163,10 +205,15 @@ class TestRequests:
         assert store.count("list") == 1
         assert store.count("read") == 20
         source.turn()
-        assert store.count("list") == 2
-        assert store.count("read") == 21
-        assert source.document("")["runs"]["0/deep/run-7"]["state"] == "training"
-        assert source.version == 1
+        assert (store.count("list"), store.count("read", "*/run.json")) == (1, 20)
+        runs = source.document("")["runs"]
+        assert runs["0/deep/run-7"]["state"] == "training"
+        assert {name: run["experiment"] for name, run in runs.items() if run["experiment"]} == {
+            "0/deep/run-3": "sweep"
+        }
+        source.turn()
+        assert (store.count("list"), store.count("read")) == (2, 41)
+        assert source.version == 2
 
     def test_a_heartbeat_sends_its_numbers_and_not_the_curves(self, catalog: Catalog, served: Served) -> None:
         record_attempt(catalog, began=time.time() - 120, steps=range(1, 151))
@@ -203,17 +250,22 @@ class TestContent:
         source = RunSource(places, "0/mnli")
         source.turn()
         found = source.document("")
-        assert found["commands"]["checkpoint-400"] == [
-            f"cloudtrain checkpoint {verb} {catalog.storage.url} {folder}-c checkpoint-400"
-            for verb, folder in (("download", "out "), ("verify", ""), ("pin", ""), ("view", ""))
+        assert found["checkpoints"]["checkpoint-400"] == [
+            f"{catalog.storage.url} -c checkpoint-400",
+            "000003-0000000400",
+            False,
         ]
 
     def test_host_metrics_of_a_heartbeat_are_shown(self, catalog: Catalog, places: Places) -> None:
         record_attempt(catalog, began=time.time() - 120, steps=range(1, 151))
-        beat(catalog, 150, host={"CPU %": 71.5, "memory %": 40, "rack": "b", "gpu": {"x": 1}})
+        beat(
+            catalog,
+            150,
+            host={"cpu_percent": 71.5, "gpu_percent": "97", "memory_percent": 40, "rack": {"x": 1}},
+        )
         source = RunSource(places, "0/mnli")
         source.turn()
-        assert source.document("")["host"] == {"CPU %": 71.5, "memory %": 40}
+        assert [fact for fact in source.document("")["facts"] if "%" in fact] == ["CPU 72 %", "memory 40 %"]
 
     def test_it_shows_the_last_lines_of_its_job(self, catalog: Catalog, places: Places) -> None:
         record_run(catalog)
@@ -221,14 +273,14 @@ class TestContent:
         job = JobStore().create("mnli", run_url=catalog.storage.url, **facts)
         source = RunSource(places, "0/mnli")
         source.turn()
-        assert (source.document("")["job"], source.document("")["log"]) == ("mnli-1", [])
+        assert (source.document("")["job"], source.document("")["logs"]) == ("mnli-1", {})
         log = JobStore().home(job.id) / "log" / "node-0.log"
         log.parent.mkdir(parents=True)
         log.write_text("".join(f"step {number}\n" for number in range(99)))
         version = source.version
         source.turn()
-        assert source.document("")["log"][-1] == "step 98"
-        assert len(source.document("")["log"]) == 12
+        (lines,) = source.document("")["logs"].values()
+        assert (len(lines), lines[-1]) == (12, "step 98")
         assert source.version > version
 
     def test_a_new_attempt_and_its_checkpoint_appear(
@@ -243,21 +295,16 @@ class TestContent:
             clock.seconds += source.turn()
         found = source.document("")
         assert found["live"]["attempt"] == 2
-        assert "checkpoint-100" in found["commands"]
+        assert "checkpoint-100" in found["checkpoints"]
 
     def test_details_of_the_list_come_from_the_step_records(self, catalog: Catalog, places: Places) -> None:
         record_run(catalog)
-        facts = {"experiment": "sweep-3"}
-        record_attempt(
-            catalog, began=BEGAN + 900, steps=range(401, 411), resumed_from=CheckpointKey(3, 400), facts=facts
-        )
         source = RunsSource(places)
         with pytest.raises(NoCheckpointError, match="no run '0/mnli' on this page"):
             source.details("0/mnli")
         source.turn()
         found = source.details("0/mnli")
         assert found["curve"].startswith("M0.0,1.0 ")
-        assert found["experiment"] == "sweep-3"
         assert found["goodput"] == pytest.approx(history_of(catalog).goodput)
         assert found["safe_time"] == catalog.read(CheckpointKey(3, 400)).created
 
@@ -288,7 +335,7 @@ class TestTrouble:
         source.turn()
         found = source.document("")
         assert any("1 manifest damaged" in note for note in found["notes"])
-        assert found["actions"] == ["damaged record"]
+        assert found["logs"] == {"Actions from this page": ["damaged record"]}
         assert "timeline" in [chart["name"] for chart in found["charts"]]
         everything.turn()
         assert everything.document("")["runs"]["0/mnli"]["attempts"] == 3
@@ -376,7 +423,7 @@ class TestDistrust:
         number = catalog.attempts.begin(BEGAN, 0, None, {"host": self.LONG, self.LONG: "x"}).number
         metrics = {f"eval_{self.LONG}": 0.5, "loss": 1.0, "note": self.LONG}
         write(catalog, number, [{"kind": "log", "step": 3, "time": BEGAN, "metrics": metrics}])
-        beat(catalog, 3, state=self.LONG, host={self.LONG: 1.0})
+        beat(catalog, 3, state=self.LONG, host={self.LONG: 1.0, "cpu_percent": self.LONG})
         everything, source = RunsSource(places), RunSource(places, "0/mnli")
         for found in (everything, source):
             found.turn()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_cloudtrain.datasets.store import DatasetStore
+from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.ui.places import Places
 from hf_cloudtrain.ui.store import DatasetsSource, JobSource, JobsSource
@@ -38,21 +40,19 @@ def test_jobs_of_all_engines_are_listed_and_their_changes_appear(store: JobStore
     job(store, "mrpc", engine="sagemaker", run_url="s3://elsewhere/runs/x", state="finished")
     source = JobsSource(places)
     source.turn()
-    newest, oldest = source.document("")["jobs"]
-    assert (oldest["id"], oldest["state"], oldest["processes"], oldest["experiment"]) == (
-        "mnli-1",
-        "running",
-        8,
-        "sweep",
-    )
-    assert oldest["run"] == "0/mnli-1"
-    assert (newest["engine"], newest["run"], newest["is_over"]) == ("sagemaker", None, True)
+    (table,) = source.document("")["tables"]
+    alone, grouped = table["rows"]
+    assert grouped[0] == ("mnli-1", "", "#/job/mnli-1")
+    assert [text for text, *_ in grouped[1:6]] == ["sweep", "running", "slurm", "2", "8"]
+    assert grouped[-1] == (store.below("runs", "mnli-1"), "", "#/run/0%2Fmnli-1")
+    assert [text for text, *_ in alone[1:4]] == ["", "finished", "sagemaker"]
+    assert alone[-1] == ("s3://elsewhere/runs/x", "")
     assert source.version == 1
     source.turn()
     assert source.version == 1
     store.write(record, state="failed", reason="It crashed.")
     source.turn()
-    assert source.document("")["jobs"][1]["state"] == "failed"
+    assert source.document("")["tables"][0]["rows"][1][2] == ("failed", "")
 
 
 def test_a_job_shows_its_starts_and_the_log_that_grows(store: JobStore, places: Places) -> None:
@@ -86,6 +86,36 @@ def test_a_job_shows_its_starts_and_the_log_that_grows(store: JobStore, places: 
         file.write("step 3\n")
     source.turn()
     assert source.document("")["logs"]["node-0"][-2:] == ["\\x1b[2Jstep 2", "step 3"]
+
+
+def test_the_log_that_an_engine_keeps_is_asked_for_every_half_minute(
+    store: JobStore, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked, lines = [0.0], [], ["step 1"]
+    monkeypatch.setattr("hf_cloudtrain.ui.store.time.monotonic", lambda: now[0])
+
+    def answer(self: object, record: JobRecord, node: int | None, follow: bool) -> Iterator[str]:
+        asked.append((record.id, node, follow))
+        if len(asked) == 1:
+            raise ConfigurationError("`sky` timed out after 60 s.")
+        return iter(lines)
+
+    monkeypatch.setattr("hf_cloudtrain.jobs.engines.skypilot.engine.SkypilotEngine.lines", answer)
+    record = job(store, "mnli", engine="skypilot", state="running")
+    source = JobSource(places, "mnli-1")
+    for _ in range(5):
+        source.turn()
+    assert source.document("")["no_log"] == "`sky` timed out after 60 s."
+    now[0] = 31.0
+    source.turn()
+    assert source.document("")["logs"] == {"log": ["step 1"]}
+    assert source.document("")["no_log"] is None
+    store.write(record, state="finished")
+    lines.append("step 2")
+    for now[0] in (62.0, 93.0, 124.0):
+        source.turn()
+    assert source.document("")["logs"] == {"log": ["step 1", "step 2"]}
+    assert asked == 3 * [("mnli-1", None, False)], "the log of a job that is over is read once more"
 
 
 def test_the_home_that_a_record_names_is_not_read(store: JobStore, places: Places, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_it_prints_its_address_answers_and_ends_at_ctrl_c(tmp_path: Path, action
         connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
         connection.request("GET", "/api/stream/runs")
         answer = connection.getresponse()
-        assert json.loads(answer.readline()[6:])["document"] == {"loading": True}
+        assert json.loads(answer.readline()[6:])["document"] == {"loading": True, "trouble": None}
         process.send_signal(signal.SIGINT)  # with a page open
         _, errors = process.communicate(timeout=20)
         connection.close()
@@ -57,7 +57,7 @@ def test_the_level_of_messages_is_that_of_before_when_it_ends(
     logger, levels = logging.getLogger("hf_cloudtrain"), []
     caplog.set_level(logging.INFO, logger.name)
     ended = {"run": lambda self, sockets: levels.append(logger.level)}
-    monkeypatch.setattr(ui, "web_server", lambda _: type("Ended", (), ended)())
+    monkeypatch.setattr(ui, "WebServer", lambda _: type("Ended", (), ended)())
     CliRunner().invoke(app, ["ui", str(tmp_path), "--port", "0"], catch_exceptions=False)
     assert [*levels, logger.level] == [logging.ERROR, logging.INFO]
 
@@ -65,7 +65,7 @@ def test_the_level_of_messages_is_that_of_before_when_it_ends(
 def test_json_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path))
     monkeypatch.setenv("HF_CLOUDTRAIN_UI_TOKEN", "a-token-of-24-characters")
-    monkeypatch.setattr(ui, "web_server", lambda _: type("Ended", (), {"run": lambda self, sockets: None})())
+    monkeypatch.setattr(ui, "WebServer", lambda _: type("Ended", (), {"run": lambda self, sockets: None})())
     result = CliRunner().invoke(app, ["ui", "--port", "0", "--json"], catch_exceptions=False)
     found = json.loads(result.stdout)
     assert found.pop("url").startswith("http://127.0.0.1:")
