@@ -37,6 +37,8 @@ from hf_cloudtrain import TrainLoop
 from hf_cloudtrain.integrations.loop.steps import EpochSteps
 
 RANK_SAVES = 30
+MEDIAN_TARGET, STEP_TARGET = 5.0, 25.0
+"""Milliseconds of a save of one rank; microseconds of a step."""
 
 
 def run(scale: Scale) -> list[Row]:
@@ -46,7 +48,7 @@ def run(scale: Scale) -> list[Row]:
         stalls = [_stall([save]) for save in saves]
         beside = f"{sum(save.beside_upload for save in saves)} of {len(saves)} beside an upload"
         rows = [
-            *stall_rows("stall of a save, in TrainLoop", stalls, beside),
+            *stall_rows("stall of a save, in TrainLoop", stalls, beside, MEDIAN_TARGET),
             share_row(
                 "stall beside Accelerate's save_state", stalls, "Accelerate", [save.own for save in saves]
             ),
@@ -198,7 +200,9 @@ def step_rows(place: Place, work: Workplace, stretch: int) -> list[Row]:
     micros = [(with_loop - alone) / stretch * 1e6 for alone, with_loop in pairs]
     alone = sorted(alone for alone, _ in pairs)[STRETCHES // 2] / stretch * 1e6
     return [
-        step_row("a step without a save, in TrainLoop", micros, f"Accelerate's loader {alone:.1f} us"),
+        step_row(
+            "a step without a save, in TrainLoop", micros, f"Accelerate's loader {alone:.1f} us", STEP_TARGET
+        ),
         operations_row("torch operations in a step of TrainLoop", operations),
     ]
 
