@@ -47,6 +47,7 @@ async function drawCharts(grid, charts, library, settle = (chart, figure) => fig
   for (const section of grid.querySelectorAll(":scope > [data-chart]")) {
     if (!charts.some((chart) => chart.name === section.dataset.chart)) section.remove();
   }
+  await new Promise((done) => setTimeout(done)); // the page is shown first: plotly.js takes a while
   await library();
   for (const [index, area] of areas.entries()) {
     const figure = settle(charts[index], structuredClone(charts[index].figure)); // plotly writes into what it draws

@@ -1,7 +1,7 @@
 """The page that lives with a run: `index.html` beside the run on storage, renewed while it trains.
 
     LivePage      in the training process, on rank 0: a thread that starts a process after a commit, at most once a minute
-    that process  reads the records of the run, writes the page, and ends: `main`
+    that process  reads the records of the run that are new, writes the page, and ends: `main`
 
 The process takes a second of a core, which the training's own process would feel in each step. Whatever happens to it, the
 training continues.
@@ -9,20 +9,24 @@ training continues.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.checkpoints.paths import PAGE
+from hf_cloudtrain.checkpoints.paths import PAGE, PROGRESS
 from hf_cloudtrain.checkpoints.run_deletion import deleted_by, is_page
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
@@ -31,6 +35,7 @@ from hf_cloudtrain.runtime import own_process
 from hf_cloudtrain.runtime.redaction import redact
 from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +82,9 @@ class LivePage:
 
     def __init__(self, storage: Storage, uploads: UploadStatus) -> None:
         url, options = storage.connection
-        self._job: dict[str, Any] = {"url": url, "options": options, "check": True}
+        self._job: dict[str, Any] = {"url": url, "options": options, "check": True, "records": None}
+        self._folder = ""
+        """Of the records that one process leaves for the next."""
         self._uploads = uploads
         self._turn = SafeTurn("The page of the run")
         self._told = False
@@ -89,6 +96,9 @@ class LivePage:
 
     def start(self) -> None:
         """Start the thread. The first page comes at once."""
+        with contextlib.suppress(OSError):  # without a folder each process reads everything
+            self._folder = tempfile.mkdtemp(prefix="cloudtrain-page-")
+            self._job["records"] = f"{self._folder}/records.zip"
         self._thread.start()
         before_exit(self._close_at_exit)
 
@@ -108,6 +118,8 @@ class LivePage:
         if last:
             with self._turn:
                 self._renew(LAST_SECONDS, kill=False)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _close_at_exit(self) -> None:
         self.close(last=True)
@@ -162,11 +174,12 @@ class LivePage:
         say("The page of the run was not renewed; training continues. %s", redact(reason)[:500])
 
 
-def write_page(catalog: Catalog, *, check: bool = True) -> int:
+def write_page(catalog: Catalog, *, check: bool = True, records: Path | None = None) -> int:
     """Write the page of a run beside it; its size in bytes.
 
     Args:
         check: whether to look at what is there.
+        records: file with the records that the last call has read, so that only new ones are read; it is written again.
 
     Raises:
         ConfigurationError: there is a file of that name which this package did not write.
@@ -176,7 +189,17 @@ def write_page(catalog: Catalog, *, check: bool = True) -> int:
         raise ConfigurationError(
             f"{storage.url.rstrip('/')}/{PAGE} was not written by this package. Move it, or train without page=True."
         )
-    page = Report(catalog).html(live=True)
+    mirror = Mirror(storage)
+    if records is not None:
+        mirror.load(records)
+    mirror.refresh()
+    for beat in mirror.list(PROGRESS)[-1:]:
+        mirror.fetch(beat.path)
+    mirror.fetch_all(mirror.missing())
+    page = Report(Catalog(mirror)).html(live=True)
+    if records is not None:
+        with contextlib.suppress(OSError):  # a full disk: the next call reads everything again
+            mirror.save(records)
     if deleted_by(catalog) is not None:
         return 0
     storage.write(PAGE, page, page=CONTENT_TYPE)
@@ -191,7 +214,8 @@ def main() -> None:
     os.nice(NICENESS)
     logging.disable()  # the training need not know of damaged records
     job: dict[str, Any] = json.load(sys.stdin)
+    records = Path(job["records"]) if job["records"] else None
     try:
-        write_page(Catalog(Storage(job["url"], job["options"])), check=job["check"])
+        write_page(Catalog(Storage(job["url"], job["options"])), check=job["check"], records=records)
     except CloudTrainError as error:
         sys.exit(" ".join(str(error).split()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS, ATTEMPTS, CHECKPOINTS, PROGRESS, STEPS
@@ -59,6 +62,18 @@ class Mirror(Storage):
     def forget(self) -> None:
         """Drop what is in memory; it is read again when it is asked for."""
         self._known.clear()
+
+    def save(self, file: Path) -> None:
+        """Write what is in memory to a file of this machine, for the next process."""
+        with zipfile.ZipFile(file, "w") as archive:
+            for path, data in self._known.items():
+                archive.writestr(path, data)
+
+    def load(self, file: Path) -> None:
+        """Read such a file; without one, or with a damaged one, the records are read again."""
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            self._known = {name: archive.read(name) for name in archive.namelist()}
+            self._sizes = {path: len(data) for path, data in self._known.items()}
 
     def fetch(self, path: str) -> bool:
         """Read an object again; whether it changed."""

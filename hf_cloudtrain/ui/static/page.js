@@ -234,7 +234,6 @@ function runPage(id) {
   const [head, notes, extra, grid] = ["header", "div", "div", "div"].map((tag, index) => h(tag, { class: ["head", "", "bar", "charts"][index] }));
   const figures = h("dl", { class: "figures" }), texts = h("div");
   const [bar, isLog] = controls(() => charts(grid, doc.charts, isLog()));
-  plotly(); // it takes as long as the records of the run
   start("Run", "run", id, (run) => {
     const live = run.live;
     document.title = `${run.name}: ${run.state}`;

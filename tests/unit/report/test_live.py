@@ -27,6 +27,7 @@ from hf_cloudtrain.integrations.functions.api import init
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
 from hf_cloudtrain.report import live, page
 from hf_cloudtrain.report.live import LivePage, write_page
+from hf_cloudtrain.testing import FaultyStorage
 from tests.recorded import BEGAN, record_attempt, record_run
 from tests.recorded import write as record
 
@@ -38,6 +39,13 @@ def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text_at(catalog: Catalog) -> str:
     return catalog.storage.read("index.html").decode()
+
+
+def content_at(catalog: Catalog) -> str:
+    """Key figures and tables."""
+    found = re.search(r'<dl class="figures">.*</table>', text_at(catalog), re.DOTALL)
+    assert found
+    return found[0]
 
 
 def commit(uploads: UploadStatus, step: int) -> None:
@@ -83,6 +91,32 @@ class TestPage:
         write_page(catalog)
         assert "pa55word-of-me" not in text_at(catalog)
         assert "train.py ***" in text_at(catalog)
+
+    def test_it_reads_again_only_what_is_new(self, tmp_path: Path) -> None:
+        store, records = FaultyStorage(f"file://{tmp_path}/mnli"), tmp_path / "records.zip"
+        catalog = Catalog(store)
+        record_run(catalog)
+        write_page(catalog, records=records)
+        before = len(store.calls)
+        write_page(catalog, check=False, records=records)
+        asked = [call.kind for call in store.calls[before:]]
+        assert asked.count("list") == 2, "everything, and whether the run was deleted meanwhile"
+        assert asked.count("read") == 3, "the heartbeat, which checkpoint is the best, and the newest attempt"
+        number = record_attempt(
+            catalog, began=BEGAN + 900, steps=range(401, 441), resumed_from=CheckpointKey(3, 400)
+        )
+        catalog.point("best", CheckpointKey(3, 400), 0.3)
+        before = len(store.calls)
+        write_page(catalog, check=False, records=records)
+        read = {call.path.rpartition("/")[2] for call in store.calls[before:] if call.kind == "read"}
+        assert read == {f"{number:06d}.json", f"{number:06d}-0001.jsonl", "best.json"}
+        found = content_at(catalog)
+        assert "checkpoint-400" in found
+        write_page(catalog)
+        assert content_at(catalog) == found
+        records.write_bytes(b"PK damaged")
+        write_page(catalog, records=records)
+        assert content_at(catalog) == found
 
     def test_a_file_of_the_user_with_its_name_stays(self, catalog: Catalog) -> None:
         record_run(catalog)
