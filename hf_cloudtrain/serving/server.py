@@ -42,9 +42,13 @@ HANDSHAKE = 0.2
 
 
 class Server(uvicorn.Server):
-    """See the module."""
+    """See the module.
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    Args:
+        on_ready: called when requests are answered, and a signal is.
+    """
+
+    def __init__(self, service: Service, limits: Limits, on_ready: Callable[[], object]) -> None:
         super().__init__(
             uvicorn.Config(
                 service.app,
@@ -59,9 +63,14 @@ class Server(uvicorn.Server):
                 ws="none",
             )
         )
-        self._service = service
+        self._service, self._on_ready = service, on_ready
         self._heads: dict[Any, tuple[int, float]] = {}
         """By connection without a request under way: the last request, and since when."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        self._on_ready()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -80,11 +80,15 @@ def serve(
         limits = Limits(int(max_body * 2**20), max_seconds, max_batch)
         name = "code/inference.py" if model.task is None else model.task.name
         predictor = UserCode(model) if model.runs_code else load(model)
-        server = Server(Service(predictor, limits, {"model": model.title, "task": name}, host), limits)
+        service = Service(predictor, limits, {"model": model.title, "task": name}, host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        if as_json:
-            print_json({"url": url, "model": model.title, "task": name}, line=True)
-        say(f"Serving {model.title} ({name}) at {url}. Stop it with Ctrl-C.")
+
+        def ready() -> None:
+            if as_json:
+                print_json({"url": url, "model": model.title, "task": name}, line=True)
+            say(f"Serving {model.title} ({name}) at {url}. Stop it with Ctrl-C.")
+
+        server = Server(service, limits, ready)
         server.run(sockets=[listening])
     if server.force_exit:
         say("Stopped at once, by the second signal. Requests that were under way got no answer.")

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 NO_LIMIT = 10**9
 """Above it, the length that a tokenizer names is not a limit."""
-SHORT = 32
-"""Characters; shorter texts are padded without loss of time."""
+MOST_PADDING = 2000
+"""Characters, of all texts of a group."""
 LARGEST_IMAGE = 50_000_000
 """Pixels. A small file may hold a picture of gigabytes."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -126,14 +126,16 @@ class Predictor:
 
 
 def _groups(rows: list[tuple[int, Any]]) -> list[list[tuple[int, Any]]]:
-    """Texts, or pairs of texts, of similar length: so none is padded to much more than twice its length."""
+    """Texts, or pairs of texts, in groups of similar length: padding costs as much as a text, and a group a call of the model."""
     groups: list[list[tuple[int, Any]]] = []
-    limit = (False, -1)
+    padding, last = 0, (False, 0)
     for size, row in sorted((_size(row), row) for row in rows):
-        if size > limit or size[0] is not limit[0]:
-            limit = (size[0], max(SHORT, 2 * size[1]))
+        padding += len(groups[-1]) * (size[1] - last[1]) if groups else 0
+        if not groups or padding > MOST_PADDING or size[0] is not last[0]:
+            padding = 0
             groups.append([])
         groups[-1].append(row)
+        last = size
     return groups
 
 
