@@ -23,6 +23,7 @@ from hf_cloudtrain.tracking.stop import request_stop
 from hf_cloudtrain.ui.places import Places
 
 Asked = Mapping[str, Any]
+Act = Callable[[Places, Asked], dict[str, Any]]
 
 
 def act(places: Places, asked: Asked) -> dict[str, Any]:
@@ -41,9 +42,7 @@ def _stop(places: Places, asked: Asked) -> dict[str, Any]:
     catalog = _catalog(places, asked)
     now = request_stop(catalog)
     _note(catalog, f"asked attempt {now.attempt} to save and stop")
-    return {
-        "text": f"Asked attempt {now.attempt} to save and stop. It reads the request with its next heartbeat."
-    }
+    return {"text": f"Asked attempt {now.attempt} to save and stop. It reads this with its next heartbeat."}
 
 
 def _pin(places: Places, asked: Asked) -> dict[str, Any]:
@@ -81,13 +80,7 @@ def _cancel(places: Places, asked: Asked) -> dict[str, Any]:
     return {"text": f"Asked {record.id} to save and end."}
 
 
-ACTS: dict[str, Callable[[Places, Asked], dict[str, Any]]] = {
-    "stop": _stop,
-    "pin": _pin,
-    "unpin": _pin,
-    "prune": _prune,
-    "cancel": _cancel,
-}
+ACTS: dict[str, Act] = {"stop": _stop, "pin": _pin, "unpin": _pin, "prune": _prune, "cancel": _cancel}
 
 
 def _catalog(places: Places, asked: Asked) -> Catalog:

@@ -127,9 +127,10 @@ class Server:
         query, kind = request.query_params, request.path_params["kind"]
         try:
             feed = await asyncio.to_thread(self.pages.feed, kind, query.get("id", "")[:4_000])
-            lines = _lines(feed, query.get("variant", "")[:20])
         except (CloudTrainError, OSError) as error:
-            lines = _lines_of_error(error)
+            gone = f"retry: 60000\ndata: {message(document={'gone': shown(error)})}\n\n"
+            return Response(gone, media_type="text/event-stream")
+        lines = _lines(feed, query.get("variant", "")[:20])
         return StreamingResponse(lines, 200, {"x-accel-buffering": "no"}, "text/event-stream")
 
     async def details(self, request: Request) -> Response:
@@ -157,7 +158,6 @@ class Server:
         return await self._answer(actions.act, self.pages.places, await _body(request))
 
     async def _answer(self, call: Callable[..., dict[str, Any]], *given: Any) -> Response:
-
         try:
             async with self._busy:
                 return JSONResponse(await asyncio.to_thread(call, *given))
@@ -186,10 +186,6 @@ async def _lines(feed: Feed, variant: str) -> AsyncGenerator[str, None]:
     async with contextlib.aclosing(feed.follow(variant)) as messages:
         async for text in messages:
             yield f"data: {text}\n\n" if text else ": alive\n\n"
-
-
-async def _lines_of_error(error: Exception) -> AsyncGenerator[str, None]:
-    yield f"retry: 60000\ndata: {message(document={'gone': shown(error)})}\n\n"
 
 
 async def _body(request: Request) -> dict[str, Any]:

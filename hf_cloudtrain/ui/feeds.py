@@ -124,24 +124,23 @@ class Feed:
     def _next(self, variant: str, sent: dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
         """The document, and the message that makes it of what was sent; no message where they are equal."""
         try:
-            document = self._document(variant)
-            change = None if sent is None else patch(sent, document)
-            if sent is not None and change is None:
-                return document, None
-            return document, message(document=document) if sent is None else message(patch=change)
+            document = {**self._document(variant), "trouble": self._trouble}
+            if sent is None:
+                return document, message(document=document)
+            change = patch(sent, document)
+            return document, None if change is None else message(patch=change)
         except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
             document = {"gone": shown(f"The page cannot be built: {error}"), "trouble": self._trouble}
             return document, message(document=document)
 
     def _document(self, variant: str) -> dict[str, Any]:
-        trouble, version = self._trouble, self._version
-        if version is None:
-            return {"loading": True, "trouble": trouble}
+        if self._version is None:
+            return {"loading": True}
         known = self._known
-        if known is None or known[0] != (variant, version):
+        if known is None or known[0] != (variant, self._version):
             with self._lock:
                 known = self._known = (variant, self._version), self._source.document(variant)
-        return {**known[1], "trouble": trouble}
+        return known[1]
 
 
 def message(**content: Any) -> str:

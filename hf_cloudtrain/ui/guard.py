@@ -100,11 +100,8 @@ class Guard:
         is_open = path in OPEN or path.startswith(OPEN[-1])
         needs_token = not is_open and (self._reading or scope["method"] not in ("GET", "HEAD"))
         status, text = 403, self._doorkeeper.refusal(scope["headers"])
-        if (
-            text is None
-            and request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
-            and path != "/"
-        ):
+        site = request.headers.get("sec-fetch-site")
+        if text is None and site in ("cross-site", "same-site") and path != "/":
             text = "Requests from the page of a different site are not answered."
         elif text is None and needs_token and not self.has_token(request):
             status = 401

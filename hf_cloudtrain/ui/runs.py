@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.page import Report, shown, utc
 from hf_cloudtrain.report.reader import RunReader
 from hf_cloudtrain.report.sparkline import sparkline
-from hf_cloudtrain.runtime.text import clean
+from hf_cloudtrain.runtime.text import clean, size_text
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.values import finite, metric, number
 from hf_cloudtrain.storage.client import Storage
@@ -34,7 +35,6 @@ COMPARE_SECONDS = 2.0
 SMOOTHINGS = (0.0, 0.6, 0.9, 0.98)
 MOST_LINES = 12
 """Of the log of its job that a run page shows."""
-LIVE = ("attempt", "step", "total_steps")
 LISTED = ("step", "total_steps", "eta_seconds", "loss", "attempts", "checkpoints", "last_seen", "stalled")
 
 
@@ -108,7 +108,8 @@ class RunsSource:
         except CloudTrainError as error:
             now, record["damaged"] = RunState(mirror.url, "damaged"), shown(error)
         saved = CheckpointKey.named(str(now.last_committed))
-        record |= {"state": shown(now.state, 20), "size": size, "safe_step": saved and saved.step, **told}
+        record |= {"state": shown(now.state, 20), "size": size, "size_text": size_text(size), **told}
+        record["safe_step"] = saved and saved.step
         return finite(record | {name: getattr(now, name) for name in LISTED})  # type: ignore[no-any-return]
 
     def _experiment(self, run_id: str) -> str:
@@ -169,9 +170,9 @@ class RunSource:
         if known is None or known[0] is not report:
             known = self._contents[weight] = report, report.content(weight)
         state, skew, url = reader.state(), reader.skew, shlex.quote(reader.mirror.url)
-        live = {name: getattr(state, name) for name in LIVE}
-        side = "behind" if skew > 0 else "ahead of"
-        clock = [f"The clock of the training machine is {abs(skew):.0f} s {side} this one."] if skew else []
+        live = {name: getattr(state, name) for name in ("attempt", "step", "total_steps")}
+        differs = f"{abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} this one."
+        clock = [f"The clock of the training machine is {differs}"] if skew else []
         actions = [self._action(info.path) for info in reader.mirror.list(ACTIONS)[-20:]][::-1]
         logs = {"Log, the last lines": self._log, "Actions from this page": actions}
         stalled = [f"The run looks stalled, {state.stalled}."] if state.stalled else []
@@ -212,7 +213,7 @@ class CompareSource:
         if not 1 <= len(run_ids) <= 12:
             raise ConfigurationError(f"{len(run_ids)} runs cannot be compared. Choose 2 to 12.")
         self._readers = [RunReader(Mirror(*places.find(run_id))) for run_id in run_ids]
-        self._turn = 0
+        self._next = itertools.cycle(self._readers)
 
     @property
     def version(self) -> int:
@@ -224,8 +225,7 @@ class CompareSource:
         for reader in self._readers:
             if reader.report is None:
                 reader.turn()
-        self._turn += 1
-        self._readers[self._turn % len(self._readers)].turn()
+        next(self._next).turn()
         return COMPARE_SECONDS
 
     def document(self, variant: str) -> dict[str, Any]:

@@ -23,10 +23,6 @@ function duration(seconds) {
   }
   return parts.join(" ");
 }
-function size(bytes) {
-  const power = bytes < 1000 ? 0 : Math.min(5, Math.floor(Math.log10(bytes) / 3));
-  return bytes == null ? "" : power ? `${(bytes / 1000 ** power).toFixed(1)} ${"kMGTP"[power - 1]}B` : `${bytes} B`;
-}
 const count = (value) => (value == null ? "" : value.toLocaleString("en-US"));
 const short = (value) => (value == null ? "" : String(Number(value.toPrecision(4))));
 const since = (time) => (time == null ? "" : h("time", { "data-at": time }, `${duration(now() - time)} ago`));
@@ -150,7 +146,7 @@ const COLUMNS = [
   ["cost", "cost", "number wide-only cost", (run) => (run.cost == null ? "" : run.cost.toFixed(2))],
   ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), run.safe_time ? ", " : "", since(run.safe_time)]],
   ["attempts", "attempts", "number wide-only", (run) => count(run.attempts)],
-  ["size", "size", "number wide-only", (run) => size(run.size)],
+  ["size", "size", "number wide-only", (run) => run.size_text],
   ["last seen", "last_seen", "wide-only", (run) => since(run.last_seen)],
 ];
 const spark = (curve) => h("svg", { class: "spark", viewBox: "0 0 120 24", "aria-hidden": "true" }, h("path", { d: curve || "" }));
