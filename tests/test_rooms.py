@@ -82,6 +82,9 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
 PUBLIC = {"__init__"}
 """Hands on names of all rooms, so it is on top of them."""
 
+MOST_OF_UI = 1_500
+"""Lines of the live pages, with their script and style."""
+
 CLIENTS = {"adlfs", "aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "obstore", "opendal", "s3fs"}
 CLIENT_ROOM = "storage"
 ASKS_AWS = "jobs/engines/sagemaker/api.py"
@@ -306,3 +309,10 @@ def module_of(path: Path) -> str:
     """The dotted name below the package; a room's `__init__` is the room, the package's own is `__init__`."""
     parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def test_the_live_pages_stay_small() -> None:
+    files = [
+        path for path in (ROOT / PACKAGE / "ui").rglob("*") if path.suffix in (".py", ".js", ".css", ".html")
+    ]
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_OF_UI
