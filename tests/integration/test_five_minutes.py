@@ -32,11 +32,10 @@ def test_the_lines_of_the_readme_end_in_the_page_of_the_run(
     zygote: Zygote, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = README.read_text().split("## Five minutes")[1].split("\n## ")[0]
-    install, new, first, second, ui = re.findall(r"^\$ (.*?)(?:  +#.*)?$", section, re.MULTILINE)
+    install, new, enter, first, second, ui = re.findall(r"^\$ (.*?)(?:  +#.*)?$", section, re.MULTILINE)
     assert install == "pip install '.[ui]'"
-    make, _, enter = new.partition(" && ")
     monkeypatch.chdir(tmp_path)
-    made = CliRunner().invoke(app, shlex.split(make)[1:], catch_exceptions=False)
+    made = CliRunner().invoke(app, shlex.split(new)[1:], catch_exceptions=False)
     assert made.exit_code == 0, made.output
     project = tmp_path / enter.removeprefix("cd ")
 
