@@ -128,6 +128,7 @@ def test_a_script_with_the_functions_finds_its_checkpoint_folder_restored(
     first.run_until_killed("train.py", "40", "0.1", commits=1, moment=0.2)
     second.run("train.py", "40", "0")
     assert "begins at 0" not in second.log
+    assert ", attempt 2: resumes from checkpoint-" in second.log
     assert f"ends with {value_after(40)!r}" in second.log
     assert "has hooked no training" not in second.log
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from hf_cloudtrain.checkpoints.attempts import Attempts
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.env import RUN_URL
@@ -52,14 +51,14 @@ def measure(command: Command, root: Path, chosen: random.Random) -> Outcome:
     first = _machine(command, root / "first")
     _kill_in_training(_start(command, first, url), first, url, chosen)
     first.rename(root / "gone")  # with its machine: nothing there is found again
+    catalog = Catalog(Storage(url))
+    newest = catalog.checkpoints()[-1]
+    manifest = catalog.read(newest)  # the second start may delete it
     second = _machine(command, root / "second")
     _finish(_start(command, second, url), second)
-    storage = Storage(url)
-    attempts = Attempts(storage)
-    resumed = attempts.read(max(attempts.numbers())).resumed_from
-    if resumed is None:
-        raise CommandError(f"the second start began at step 0\n{_tail(second)}")
-    manifest = Catalog(storage).read(resumed)
+    resumed = catalog.attempts.read(max(catalog.attempts.numbers())).resumed_from
+    if resumed != newest:
+        raise CommandError(f"the second start began at {resumed}, not at {newest}\n{_tail(second)}")
     return Outcome(
         difference=difference(
             _weights(plain, command.weights), _weights(second, command.resumed_weights or command.weights)

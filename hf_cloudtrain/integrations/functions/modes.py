@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempt_checks import Advice
 from hf_cloudtrain.checkpoints.exactness import Exactness
 from hf_cloudtrain.checkpoints.in_place import InPlace
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Position
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, Position
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.integrations.functions.async_writes import AsyncWrites
@@ -170,7 +171,7 @@ class RemoteRun(Mode):
                 "torchrun."
             )
         if self._restored is not None:
-            ranks.agree(self._check_restored, f"find {self._restored}")
+            lifecycle.restored = ranks.agree(partial(self._find, self._restored), f"find {self._restored}")
         lifecycle.begin(step, total=self._total, saves="saves at each upload_checkpoint()")
         lifecycle.track(first_step=step, total_steps=self._total)
         if (queue := lifecycle.checkpointer.upload_queue) is not None:
@@ -292,23 +293,24 @@ class RemoteRun(Mode):
                 self._lifecycle.checkpointer.restored_before(self._restored)
         return self._lifecycle
 
-    def _check_restored(self) -> None:
-        """The launcher's key may be wrong, or not the newest any more."""
+    def _find(self, key: CheckpointKey) -> Manifest:
+        """What the launcher has restored. Its key may be wrong, or not the newest any more."""
         catalog = self._open().checkpointer.catalog
         keys = catalog.checkpoints()
-        if self._restored not in keys:
+        if key not in keys:
             raise ConfigurationError(
-                f"{env.RESTORED_CHECKPOINT}={str(self._restored)!r} is not a checkpoint of {catalog.storage.url!r}. Unset "
+                f"{env.RESTORED_CHECKPOINT}={str(key)!r} is not a checkpoint of {catalog.storage.url!r}. Unset "
                 "it, and call hf_cloudtrain.restore() after init()."
             )
-        if self._restored != keys[-1]:
+        if key != keys[-1]:
             logger.warning(
                 "Training resumes from %s, which %s names, but the newest checkpoint of %r is %s.",
-                self._restored,
+                key,
                 env.RESTORED_CHECKPOINT,
                 catalog.storage.url,
                 keys[-1],
             )
+        return catalog.read(key)
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self._lifecycle is not None:
