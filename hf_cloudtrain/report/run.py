@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, decode_record
 from hf_cloudtrain.checkpoints.run_deletion import deleted_by
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
 from hf_cloudtrain.report.card import BOX, card, trouble_card
@@ -48,7 +48,7 @@ class Run:
     As the last value of a notebook's cell it shows a card: state, progress, loss.
 
     Args:
-        run_url: any fsspec URL, a folder, or the name of a run in the store; None takes `HF_CLOUDTRAIN_RUN_URL`.
+        run_url: any fsspec URL, a folder, or the name of a run or a job in the store; None takes `HF_CLOUDTRAIN_RUN_URL`.
         storage_options: for fsspec; None takes `HF_CLOUDTRAIN_STORAGE_OPTIONS`.
 
     Raises:
@@ -305,11 +305,26 @@ def _look(reader: RunReader, url: str) -> tuple[str, float | None]:
 
 
 def _in_store(run: str, options: dict[str, Any]) -> str:
-    """The URL of a run of the store that is called by its name; anything else as it is."""
+    """The URL of a run of the store that is called by its name, or by that of its job; anything else as it is."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run) or os.path.exists(run):
         return run
-    below = f"{normal_url(env.store(None)).rstrip('/')}/runs/{run}"
-    return below if Catalog(Storage(below, options)).attempts.numbers() else run
+    store = normal_url(env.store(None)).rstrip("/")
+    if Catalog(Storage(f"{store}/runs/{run}", options)).attempts.numbers():
+        return f"{store}/runs/{run}"
+    return _run_of_job(Storage(f"{store}/jobs", options), run) or run
+
+
+def _run_of_job(jobs: Storage, name: str) -> str | None:
+    """The run of a job by its id, or of the newest job with a name, as its record says (jobs/records.py)."""
+    ids = [info.path.removeprefix("records/").removesuffix(".json") for info in jobs.list("records")]
+    numbers = {
+        int(number): job_id for job_id in ids if (number := job_id.removeprefix(f"{name}-")).isdecimal()
+    }
+    job_id = name if name in ids else numbers[max(numbers)] if numbers else None
+    if job_id is None:
+        return None
+    found = decode_record(jobs.read(f"records/{job_id}.json"), f"record of the job {job_id}").get("run_url")
+    return found if isinstance(found, str) else None
 
 
 def _plot(figures: dict[str, dict[str, Any]], name: str) -> Any:

@@ -24,6 +24,7 @@ from hf_cloudtrain.errors import (
     NoCheckpointError,
     StorageUnavailableError,
 )
+from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.report import page
 from hf_cloudtrain.report import run as run_module
 from hf_cloudtrain.report.card import card
@@ -142,6 +143,19 @@ class TestRun:
         assert Run("glue-2").status.state == "waiting"
         (tmp_path / "glue-1").mkdir()
         assert Run("glue-1").status.state == "waiting", "a folder here comes first"
+
+    def test_the_name_of_a_job_is_the_run_of_the_newest_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
+        monkeypatch.chdir(tmp_path)
+        facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+        for number in range(10):
+            JobStore().create("glue", run_url=f"{tmp_path}/elsewhere/{number}", **facts)
+        record_run(Catalog(Storage(tmp_path / "elsewhere" / "9")))
+        assert Run("glue").status.step == Run("glue-10").status.step == 400
+        assert Run("glue-9").url.endswith("/elsewhere/8")
+        assert Run("glu").status.state == "waiting"
 
     def test_watch_renews_one_card_until_the_run_is_over(
         self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
