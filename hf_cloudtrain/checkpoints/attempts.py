@@ -198,12 +198,7 @@ class Attempts:
 
 def run_urls(storage: Storage) -> list[str]:
     """Names of the runs below a storage, found by their records. Costs one listing of everything below."""
-    return list(run_sizes(storage))
-
-
-def run_sizes(storage: Storage) -> dict[str, int]:
-    """The same, each with the bytes of all that it stores."""
-    return {name: size for name, (_, size) in run_listing(storage).items() if name}
+    return [name for name in run_listing(storage) if name]
 
 
 def run_listing(storage: Storage) -> dict[str, tuple[dict[str, int], int]]:

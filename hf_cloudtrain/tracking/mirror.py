@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hf_cloudtrain.checkpoints.attempts import run_listing
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS, ATTEMPTS, CHECKPOINTS, PROGRESS, STEPS
 from hf_cloudtrain.errors import ObjectNotFoundError
@@ -120,3 +121,13 @@ class Mirror(Storage):
 
     def _names(self, folder: str) -> Iterable[str]:
         return (path[len(folder) + 1 : -5] for path in list(self._sizes) if path.startswith(f"{folder}/"))
+
+
+def mirrors_below(storage: Storage) -> dict[str, tuple[Mirror, int]]:
+    """A mirror of each run at or below a URL, by name, and the bytes that the run stores, from one listing."""
+    found = {}
+    for name, (sizes, size) in run_listing(storage).items():
+        mirror = Mirror(storage, name)
+        mirror.update(sizes)
+        found[name] = mirror, size
+    return found

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from hf_cloudtrain import env
-from hf_cloudtrain.checkpoints.attempts import run_sizes
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.run_deletion import DELETED
 from hf_cloudtrain.checkpoints.titles import Titles
@@ -22,8 +21,8 @@ from hf_cloudtrain.runtime.text import clean as clean_text
 from hf_cloudtrain.runtime.text import size_text, time_text
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.values import number
-from hf_cloudtrain.storage.backend import ObjectInfo
-from hf_cloudtrain.storage.client import MAX_RECORD_READ, Storage
+from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.mirror import Mirror, mirrors_below
 from hf_cloudtrain.tracking.status import RunState, run_state
 
 app = typer.Typer(
@@ -65,16 +64,14 @@ def list_(
 ) -> None:
     """List the runs of the store, or below a URL. Runs of one experiment are together."""
     storage = Storage(url or runs_url(), env.storage_options(None))
-    sizes = run_sizes(storage)
-    if not sizes:
+    found = {name: run for name, run in mirrors_below(storage).items() if name}
+    if not found:
         say(f"No runs below {storage.url!r}.")
         if Catalog(storage).attempts.numbers():
             say(f"It is a run itself. Show it with `cloudtrain run status {storage.url}`.")
         elif url is None:
             say(f"List those elsewhere with `cloudtrain run list URL`. The store is set by {env.STORE}.")
-    (records,) = in_threads(
-        lambda name: _run_record(_Below(storage, name), name, sizes[name]), (list(sizes), RUNS_AT_ONCE)
-    )
+    (records,) = in_threads(lambda name: _run_record(*found[name], name), (list(found), RUNS_AT_ONCE))
     for record in records:
         if record["damaged"]:
             say(f"Warning: {record['damaged']}")
@@ -232,24 +229,6 @@ def delete(run: RunArgument, force: Force = False, yes: Yes = False, as_json: Js
         print_json(record)
 
 
-class _Below(Storage):
-    """A run below a storage that is open: a connection of its own for each of hundreds of runs would take minutes."""
-
-    def __init__(self, parent: Storage, name: str) -> None:
-        super().__init__(parent.url)
-        self.url = f"{parent.url.rstrip('/')}/{name}"
-        self._parent = parent
-        self._name_below = name
-
-    def read(self, path: str, max_bytes: int = MAX_RECORD_READ) -> bytes:
-        return self._parent.read(f"{self._name_below}/{path}", max_bytes)
-
-    def list(self, prefix: str) -> list[ObjectInfo]:
-        skip = len(self._name_below) + 1
-        found = self._parent.list(f"{self._name_below}/{prefix}")
-        return [ObjectInfo(info.path[skip:], info.size) for info in found]
-
-
 def _with_groups(columns: Columns, records: list[dict[str, Any]]) -> Columns:
     """The columns, without that of the experiments if no run has one."""
     if any(record["experiment"] for record in records):
@@ -257,8 +236,8 @@ def _with_groups(columns: Columns, records: list[dict[str, Any]]) -> Columns:
     return {name: cell for name, cell in columns.items() if name != "experiment"}
 
 
-def _run_record(storage: Storage, name: str, size: int) -> dict[str, Any]:
-    """What two listings and three small records tell about a run; the records of its steps are not read."""
+def _run_record(storage: Mirror, size: int, name: str) -> dict[str, Any]:
+    """What the listing and three small records tell about a run; the records of its steps are not read."""
     catalog = Catalog(storage)
     damaged = None
     now, facts = RunState(storage.url, "damaged"), {}
