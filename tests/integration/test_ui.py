@@ -12,6 +12,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.storage.client import Storage
+from hf_cloudtrain.tracking.history import history_of
 from tests.accessibility import findings
 from tests.browser import Browser, Page
 from tests.integration.test_report import CHARTS, HOSTILE, MARKS, TOO_WIDE
@@ -155,6 +156,39 @@ def test_compare_jobs_and_datasets_are_drawn_and_fit_and_are_accessible(
             file.write("step 2\n")
         page.wait("document.querySelector('[data-log=node-0]').textContent.endsWith('step 2')")
         assert page.ask("window.pwned === undefined && document.images.length === 0")
+        page.close()
+
+
+def test_runs_of_one_experiment_are_together_and_cost_is_shown_where_it_is_known(
+    store: Path, browser: Browser
+) -> None:
+    for name, experiment in (("a", "sweep-2"), ("b", None), ("c", "sweep-10"), ("d", "sweep-2")):
+        facts = {"experiment": experiment} if experiment else {}
+        catalog = catalog_of(store, name)
+        record_attempt(
+            catalog, began=BEGAN, steps=range(1, 61), state="finished", facts={"host": "h", **facts}
+        )
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(served.url, 1280)
+        page.wait("document.querySelectorAll('tr.group').length === 3")
+        rows = (
+            "[...document.querySelectorAll('tbody tr')].map((row) => row.querySelector('th, a').textContent)"
+        )
+        assert page.ask(rows) == ["sweep-2", "a", "d", "sweep-10", "c", "without an experiment", "b"]
+        cost = "getComputedStyle(document.querySelector('th[data-key=cost]')).display"
+        page.wait("document.querySelectorAll('.spark path[d^=M]').length === 4")
+        assert page.ask(cost) == "none"
+        catalog = catalog_of(store, "b")
+        found = catalog.attempts.read_progress(1) or {}
+        catalog.attempts.write_progress(1, {**found, "price_per_hour": 60.0, "step": 61})
+        page.wait(f"{cost} !== 'none'")
+        page.wait(f"document.querySelector('tbody').innerText.includes('{history_of(catalog).cost:.2f}')")
+        page.ask("document.querySelector('th[data-key=name] button').click()")
+        assert page.ask(rows) == ["sweep-2", "a", "d", "sweep-10", "c", "without an experiment", "b"]
+        page.ask("document.querySelector('th[data-key=name] button').click()")
+        assert page.ask(rows)[:3] == ["sweep-2", "d", "a"]
+        assert findings(page) == []
+        assert page.complaints == []
         page.close()
 
 

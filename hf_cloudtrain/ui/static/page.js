@@ -126,6 +126,7 @@ function logs(box, found) {
   }
 }
 function controls(redraw) {
+  fetch("/static/plotly.js", { priority: "low" }); // into the browser's cache, while the records are read
   const smoothing = h("select", { id: "smoothing", onchange: () => page.open(smoothing.value) },
     ...[["0.0", "none"], ["0.6", "a little"], ["0.9", "medium"], ["0.98", "strong"]].map(([value, words]) => h("option", { value }, words)));
   const isLog = () => log.getAttribute("aria-pressed") === "true";
