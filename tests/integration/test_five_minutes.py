@@ -1,4 +1,4 @@
-"""The five minutes of the README, line by line: they end in the page of a run that was interrupted and resumed."""
+"""The five minutes of the README, line by line: they end in the page of a run that was resumed, and in its served model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hf_cloudtrain.cli import app
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser
 from tests.faults.runs import wait_until
+from tests.integration._serve import Served
 from tests.integration._zygote import Zygote
 from tests.integration.test_report import MARKS
 from tests.served import DRAWN, SHOWN
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_the_lines_of_the_readme_end_in_the_page_of_the_run(
+def test_the_lines_of_the_readme_end_in_the_page_of_the_run_and_in_a_served_model(
     zygote: Zygote, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = README.read_text().split("## Five minutes")[1].split("\n## ")[0]
-    install, new, enter, first, second, ui = re.findall(r"^\$ (.*?)(?:  +#.*)?$", section, re.MULTILINE)
-    assert install == "pip install '.[ui]'"
+    lines = re.findall(r"^\$ (.*?)(?:  +#.*)?$", section, re.MULTILINE)
+    install, new, enter, first, second, ui, copy, serve, curl = lines
+    assert install == "pip install '.[ui,serve]'"
     monkeypatch.chdir(tmp_path)
     made = CliRunner().invoke(app, shlex.split(new)[1:], catch_exceptions=False)
     assert made.exit_code == 0, made.output
@@ -67,3 +69,9 @@ def test_the_lines_of_the_readme_end_in_the_page_of_the_run(
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
+
+    subprocess.run(copy, shell=True, cwd=project, check=True)
+    served = Served(zygote, str(project / shlex.split(serve)[2]), *shlex.split(serve)[3:])
+    status, answer = served.ask(shlex.split(curl)[2].encode(), "application/x-www-form-urlencoded")
+    assert (status, [row["label"] for row in answer]) == (200, ["first half", "second half"])
+    served.stop()
