@@ -34,6 +34,7 @@ from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state, state_of
 Columns = Mapping[str, tuple[str, Callable[[Any], object]]]
 """A table: each heading, the CSS class of its cells (as in `Table`), and the function that takes its cell."""
 
+CellsOf = Mapping[str, Callable[[Any], object]]
 PAGE_NEEDS = ("report", "jinja2", "plotly")
 """The extra, and its packages."""
 OVER = ("finished", "stopped", "failed", "overtaken")
@@ -160,6 +161,11 @@ class Report:
             ("Attempts", f"{len(history.attempts):,}", _hosts(history.attempts)),
             ("Steps redone", redone, f"{duration_text(spent)} of work lost" if spent else ""),
             ("Last commit", newest, utc(last) if last else ""),
+            *(
+                []
+                if history.cost is None
+                else [("Cost", f"{history.cost:,.2f}", "at the price of its machines")]
+            ),
         ]
 
     def _attempt_table(self) -> Table:
@@ -237,10 +243,11 @@ class Report:
             }
             started = self.history.attempts[-1].facts  # mostly the same, and shown beside it
             facts |= {name: value for name, value in manifest.origin.items() if started.get(name) != value}
-            tables.append(self._fact_table(f"How {manifest.folder} was saved", facts))
+            tables.append(fact_table(f"How {manifest.folder} was saved", facts, self._secrets))
         newest = self.history.attempts[-1]
         if newest.facts:
-            tables.append(self._fact_table(f"How attempt {newest.number} was started", newest.facts))
+            title = f"How attempt {newest.number} was started"
+            tables.append(fact_table(title, newest.facts, self._secrets))
         return tables
 
     def _table(self, title: str, columns: Columns, records: Iterable[object], text: str) -> Table:
@@ -249,9 +256,6 @@ class Report:
             cells = [(cell_of(record), kind) for kind, cell_of in columns.values()]
             rows.append([("" if cell is None else self._shown(cell, 200), kind) for cell, kind in cells])
         return Table(title, rows, [(name, kind) for name, (kind, _) in columns.items()], text)
-
-    def _fact_table(self, title: str, facts: dict[str, Any]) -> Table:
-        return fact_table(title, facts, self._secrets)
 
     def _shown(self, text: object, most: int = MOST_TEXT) -> str:
         return shown(text, most, self._secrets)
@@ -275,11 +279,7 @@ def fact_table(title: str, facts: Mapping[str, object], secrets: tuple[str, ...]
 
 
 def record_table(
-    title: str,
-    columns: Mapping[str, Callable[[Any], object]],
-    records: Iterable[object],
-    text: str = "",
-    prose: str | None = None,
+    title: str, columns: CellsOf, records: Iterable[object], text: str = "", prose: str = ""
 ) -> Table:
     """A table with columns as the command line has them: a heading with `>` in front is right-aligned, `prose` is wrapped."""
     kinds = {

@@ -157,7 +157,7 @@ const PART = 100; // rows that come at once: a thousand would take a phone a sec
 function runsPage() {
   const rows = new Map(), body = h("tbody"), compare = h("a", { hidden: true }), amount = h("span", { role: "status" }), roots = h("div", { class: "url" });
   let most = PART, waiting = [], busy = 0;
-  const filter = h("input", { type: "search", id: "filter", placeholder: "name, state, experiment", value: memory.filter, oninput: () => { memory.filter = filter.value; most = PART; draw(); } });
+  const filter = h("input", { type: "search", id: "filter", size: 24, placeholder: "name, state, experiment", value: memory.filter, oninput: () => { memory.filter = filter.value; most = PART; draw(); } });
   const more = h("button", { type: "button", hidden: true, onclick: () => { most += PART; draw(); } }, "Show more");
   new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && more.click()).observe(more);
   const heads = COLUMNS.map(([title, key, kind]) => h("th", { class: kind.replace("name", ""), scope: "col", "data-key": key }, h("button", { type: "button", onclick: () => {

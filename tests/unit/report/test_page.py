@@ -22,7 +22,7 @@ from hf_cloudtrain.report import curves
 from hf_cloudtrain.report.charts import charts_of
 from hf_cloudtrain.report.curves import MOST_POINTS
 from hf_cloudtrain.report.figure import Chart
-from hf_cloudtrain.report.page import MOST_CHECKPOINTS
+from hf_cloudtrain.report.page import MOST_CHECKPOINTS, Report
 from hf_cloudtrain.report.timeline import time_spent
 from hf_cloudtrain.tracking.history import history_of
 from tests.recorded import BEGAN, commit, record_attempt, record_run, write
@@ -401,6 +401,16 @@ class TestCharts:
         assert thin == sorted(thin)
         assert {point[1] for point in thin} >= {0.0, 96.0}
         assert curves._thin(curve[:100], 100) == curve[:100]
+
+
+def test_what_a_run_has_cost_is_told_where_prices_are_known(catalog: Catalog) -> None:
+    record_run(catalog)
+    assert "Cost" not in [name for name, *_ in Report(catalog).content()["key_figures"]]
+    beat = catalog.attempts.read_progress(3) or {}
+    catalog.attempts.write_progress(3, {**beat, "price_per_hour": 3600.0})
+    seconds = beat["time"] - BEGAN - 520
+    (cost,) = (value for name, value, _ in Report(catalog).content()["key_figures"] if name == "Cost")
+    assert float(cost.replace(",", "")) == pytest.approx(seconds, abs=10)
 
 
 class TestLivePages:
