@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.cli import app
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.history import history_of
 from tests.accessibility import findings
 from tests.browser import Browser, Page
+from tests.faults.runs import wait_until
 from tests.integration.test_report import CHARTS, HOSTILE, MARKS, TOO_WIDE
 from tests.recorded import BEGAN, record_attempt, record_run, write
 from tests.served import DRAWN, SHOWN, Served, go
@@ -104,6 +108,12 @@ def test_a_page_follows_the_run_and_a_zoom_stays_while_data_arrives(store: Path,
         page.wait("document.querySelector('#loss').data.some((trace) => trace.opacity === 0.25)")
         page.ask("[...document.querySelectorAll('.bar button')].at(-1).click()")
         page.wait("document.querySelector('#loss').layout.xaxis.range[1] > 150")
+        look = "document.dispatchEvent(new Event('visibilitychange'))"
+        page.ask(f"Object.defineProperty(document, 'hidden', {{value: true, configurable: true}}); {look}")
+        wait_until(lambda: not served.pages.feed("run", "0/mnli").is_open, "a hidden page to cost no request")
+        beat(catalog, 170)
+        page.ask(f"delete document.hidden; {look}")
+        page.wait("document.querySelector('#facts').textContent.includes('step 170 of 400')")
         assert page.complaints == []
         page.close()
 
@@ -129,7 +139,11 @@ def test_compare_jobs_and_datasets_are_drawn_and_fit_and_are_accessible(
     with Served([str(store / "runs")]) as served:
         page = browser.open(served.url, width, dark=dark)
         page.wait(SHOWN)
-        page.ask("document.querySelectorAll('tbody input').forEach((box) => box.click())")
+        boxes = "[...document.querySelectorAll('tbody input')]"
+        assert page.ask(f"{boxes}.every((box) => box.checkVisibility())"), (
+            "a person can choose on a phone too"
+        )
+        page.ask(f"{boxes}.forEach((box) => box.click())")
         assert page.ask("document.querySelector('.bar a').textContent") == "Compare 2 runs"
         go(page, page.ask("document.querySelector('.bar a').hash"))
         page.wait(DRAWN)
@@ -188,6 +202,60 @@ def test_runs_of_one_experiment_are_together_and_cost_is_shown_where_it_is_known
         page.ask("document.querySelector('th[data-key=name] button').click()")
         assert page.ask(rows)[:3] == ["sweep-2", "d", "a"]
         assert findings(page) == []
+        assert page.complaints == []
+        page.close()
+
+
+def press(page: Page, key: str) -> None:
+    number, text = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "Escape": (27, "")}[key]
+    given = {"key": key, "windowsVirtualKeyCode": number}
+    page.call("Input.dispatchKeyEvent", type="keyDown", text=text, **given)
+    page.call("Input.dispatchKeyEvent", type="keyUp", **given)
+
+
+def tab_to(page: Page, text: str) -> None:
+    """Press Tab until the element with that text has the focus."""
+    for _ in range(60):
+        press(page, "Tab")
+        if page.ask("document.activeElement.textContent") == text:
+            return
+    raise AssertionError(f"Tab does not lead to {text!r}")
+
+
+def test_the_keyboard_leads_everywhere_and_the_commands_of_a_checkpoint_work(
+    store: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    catalog = catalog_of(store, "mnli")
+    record_run(catalog)
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(served.url, 1280)
+        page.call("Page.bringToFront")
+        page.wait(SHOWN)
+        press(page, "Tab")
+        assert page.ask("document.activeElement.textContent") == "Skip to content"
+        press(page, "Enter")
+        assert page.ask("document.activeElement.id") == "main"
+        tab_to(page, "mnli")
+        press(page, "Enter")
+        page.wait(f"location.hash.startsWith('#/run/') && {DRAWN}")
+        tab_to(page, "Log scale")
+        press(page, " ")
+        page.wait("document.querySelector('#loss').layout.yaxis.type === 'log'")
+        tab_to(page, "checkpoint-400")
+        press(page, "Enter")
+        commands = page.ask("[...document.querySelectorAll('dialog code')].map((code) => code.textContent)")
+        press(page, "Escape")
+        assert not page.ask("document.querySelector('dialog').open")
+        assert page.ask("document.activeElement.textContent") == "checkpoint-400"
+        results = {}
+        for command in commands:
+            program, group, verb, *words = shlex.split(command)
+            results[verb] = CliRunner().invoke(app, [group, verb, *words])
+            assert (program, results[verb].exit_code in (0, 1)) == ("cloudtrain", True), results[verb].output
+        assert sorted(results) == ["download", "pin", "verify", "view"]
+        assert results["pin"].exit_code == results["view"].exit_code == 0
+        page.wait("document.body.innerText.includes('newest, pinned')")
         assert page.complaints == []
         page.close()
 

@@ -138,7 +138,7 @@ function controls(redraw) {
 // --- Pages -------------------------------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["run", "name", "name", (run) => [h("input", { type: "checkbox", class: "wide-only", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name)]],
+  ["run", "name", "name", (run) => [h("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name)]],
   ["state", "state", "", (run) => [badge(run.state), run.stalled && run.state !== "killed" ? " stalled" : ""]],
   ["progress", "share", "", (run) => [run.total_steps ? h("progress", { value: run.step || 0, max: run.total_steps, "aria-label": `Progress of ${run.name}` }) : "", ` ${count(run.step)}${run.total_steps ? ` / ${count(run.total_steps)}` : ""}`]],
   ["left", "eta_seconds", "wide-only", (run) => duration(run.eta_seconds)],

@@ -105,16 +105,16 @@ class TestCompare:
     def test_a_page_with_all_curves(
         self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(page, "_packed_plotly", lambda: "plotly")
+        monkeypatch.setattr(page, "packed_plotly", lambda: b"plotly")
         target = tmp_path / "compare.html"
         result = cloudtrain("run", "compare", "glue-1", "glue-2", "-o", str(target))
         assert result.stdout.splitlines()[-1] == str(target)
         html = target.read_text()
         assert "<h1>glue-1 and glue-2</h1>" in html
-        packed = re.search(r'id="figures"[^>]*>(.*?)</script>', html, re.DOTALL)
+        packed = re.search(r'id="records"[^>]*>(.*?)</script>', html, re.DOTALL)
         assert packed
-        figures: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed[1])))
-        assert [trace["name"] for trace in next(iter(figures.values()))["data"]] == ["glue-1", "glue-2"]
+        charts: list[dict[str, Any]] = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+        assert [trace["name"] for trace in charts[0]["figure"]["data"]] == ["glue-1", "glue-2"]
 
     def test_names_and_metrics_of_storage_do_not_move_the_cursor(self, store: Path, tmp_path: Path) -> None:
         catalog = Catalog(Storage(store / "runs" / "bad"))

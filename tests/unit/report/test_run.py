@@ -39,6 +39,8 @@ from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.tracking.status import RunState
 from hf_cloudtrain.tracking.tracker import StepTracker
+from hf_cloudtrain.ui.places import Places
+from hf_cloudtrain.ui.runs import RunSource
 from tests.recorded import BEGAN, record_attempt, record_run, write
 
 HOSTILE = "</div><script>alert(1)</script>\"'><img src=x onerror=alert(1)>\x1b[2J"
@@ -71,8 +73,9 @@ class TestOneHome:
         assert packed_figures((tmp_path / "report.html").read_bytes()) == expected
         assert packed_figures(catalog.storage.read("index.html")) == expected
         assert json.loads(json.dumps(run.figures)) == expected
-        # What `cloudtrain ui` sends to its page.
-        served = {one["name"]: one["figure"] for one in Report(catalog).content()["charts"]}
+        source = RunSource(Places([catalog.storage.url]), "0")
+        source.turn()
+        served = {one["name"]: one["figure"] for one in source.document("")["charts"]}
         assert json.loads(json.dumps(served)) == expected
         assert still(expected["loss"]) in run._repr_html_()
 

@@ -90,3 +90,18 @@ def test_a_submission_that_is_refused_today_is_an_error_that_says_what_to_do(tmp
     (tmp_path / "job.json").write_text('{"job": {"name": "old", "run_url": "s3:/bucket/run"}}')
     with pytest.raises(ConfigurationError, match="Submit the job file again"):
         Submission.load_here(tmp_path)
+
+
+def test_jobs_of_one_experiment_are_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.STORE, str(tmp_path))
+    store = JobStore()
+    facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3, "run_url": str(tmp_path)}
+    store.write(store.create("a", **facts), state="finished")
+    assert "experiment" not in cloudtrain("job", "list").stdout.splitlines()[0]
+    for name, experiment in (("b", "warmup"), ("c", None), ("d", "warmup")):
+        store.write(store.create(name, experiment=experiment, **facts), state="finished")
+    head, *rows = cloudtrain("job", "list").stdout.splitlines()
+    assert "experiment" in head.split()
+    assert [row.split()[0] for row in rows] == ["a-1", "c-1", "b-1", "d-1"]
+    found = json.loads(cloudtrain("job", "list", "--experiment", "warmup", "--json").stdout)["jobs"]
+    assert [job["id"] for job in found] == ["b-1", "d-1"]

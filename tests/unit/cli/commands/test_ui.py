@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from hf_cloudtrain.cli import app
@@ -71,6 +72,26 @@ def test_json_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.pop("url").startswith("http://127.0.0.1:")
     assert found == {"needs_token": True, "actions": False}
     assert "a-token" not in result.output
+
+
+def test_where_other_machines_reach_the_page_reading_needs_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ui.Server] = []
+    monkeypatch.setattr(
+        ui,
+        "WebServer",
+        lambda server: asked.append(server) or type("Ended", (), {"run": lambda self, sockets: None})(),
+    )
+    words = ["ui", str(tmp_path), "--host", "0.0.0.0", "--port", "0", "--json"]
+    found = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)
+    address, _, token = found["url"].partition("#token=")
+    assert (address[:15], found["needs_token"]) == ("http://0.0.0.0:", True)
+    (server,) = asked
+    client = TestClient(server.app, base_url="http://10.0.0.7")
+    assert client.get("/api/details?id=0/x").status_code == 401
+    headers = {"Authorization": f"Bearer {token}"}
+    assert client.get("/api/details?id=0/x", headers=headers).status_code == 404
 
 
 def test_a_port_that_is_taken_is_named_with_what_to_do(
