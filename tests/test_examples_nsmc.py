@@ -17,7 +17,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ElectraConfig,
+    ElectraForPreTraining,
+)
 
 from hf_cloudtrain.tracking.history import read_history
 from tests.conftest import missing
@@ -269,6 +274,25 @@ class TestTrainer:
         _by_trainer(reviews, tmp_path / "machine-2", tmp_path / "cut")
         _assert_resumed(tmp_path)
 
+    def test_a_pretrained_model_is_fine_tuned_and_served(self, reviews, tmp_path, zygote, monkeypatch):
+        monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
+        tokenizer = _make_tokenizer([text for _, text, _ in _generated(160, seed=160)])
+        sizes = {"embedding_size": 16, "hidden_size": 16, "intermediate_size": 16}
+        shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
+        pretrained = ElectraForPreTraining(ElectraConfig(**sizes, **shape))
+        for piece in (pretrained, tokenizer):
+            piece.save_pretrained(tmp_path / "electra")
+        frozen = ["--model", str(tmp_path / "electra"), "--learning_rate", "0", "--num_train_epochs", "1"]
+        metrics = _by_trainer(reviews, tmp_path / "out", tmp_path / "run", *frozen)
+        saved = load_file(tmp_path / "out" / "best" / "model.safetensors")
+        name = "electra.encoder.layer.0.output.dense.weight"
+        assert torch.equal(saved[name], pretrained.state_dict()[name]), "it began with the given weights"
+        served = Served(zygote, str(tmp_path / "run"))
+        where = ["--data_dir", str(reviews), "--url", f"http://127.0.0.1:{served.port}"]
+        found = importlib.import_module("label").main(where)
+        served.stop()
+        assert found["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-12)
+
 
 class TestLoop:
     def test_trains_and_its_best_model_labels_sentences(self, whole, tmp_path, capsys):
@@ -395,9 +419,9 @@ def _make_tokenizer(texts: list[str], size: int = 100):
     return importlib.import_module("nsmc_tokenizer").make_tokenizer(texts, 64, size)
 
 
-def _by_trainer(reviews: Path, out: Path, run: Path) -> Metrics:
+def _by_trainer(reviews: Path, out: Path, run: Path, *more: str) -> Metrics:
     steps = ["--save_steps", "7", "--eval_steps", "7", "--num_train_epochs", "2"]
-    options = [*steps, *FAST, "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
+    options = [*steps, *FAST, "--per_device_train_batch_size", "8", "--disable_tqdm", "true", *more]
     folders = ["--data_dir", str(reviews), "--output_dir", str(out), "--run_url", f"file://{run}"]
     metrics: Metrics = importlib.import_module("train_trainer").main([*folders, *options])
     return metrics

@@ -2,6 +2,7 @@
 
     python examples/nsmc/train_trainer.py --data_dir nsmc --run_url s3://bucket/runs/nsmc
     python examples/nsmc/train_trainer.py --data_dir nsmc --subset 20000               # one minute, no run
+    python examples/nsmc/train_trainer.py --data_dir nsmc --model monologg/koelectra-small-v3-discriminator --learning_rate 5e-5
 
 All options of `TrainingArguments` work too. train_loop.py trains the same model in a loop on Accelerate.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nsmc_data import LengthGroupedSampler, Splits, load_splits
-from nsmc_model import BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_LENGTH, WARMUP, make_model
+from nsmc_model import BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_LENGTH, WARMUP, load_pretrained, make_model
 from nsmc_tokenizer import check_vocabulary, encode, make_tokenizer
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -53,6 +54,9 @@ class NsmcArguments:
         default=None, metadata={"help": "Train on N reviews only, test on a third of N."}
     )
     max_length: int = field(default=MAX_LENGTH, metadata={"help": "Truncate reviews to this many tokens."})
+    model: str | None = field(
+        default=None, metadata={"help": "Fine-tune this model of the Hub, or of a folder."}
+    )
     run_url: str | None = field(default=None, metadata={"help": "Such as s3://bucket/nsmc"})  # cloud: option
 
 
@@ -76,9 +80,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
 
     reviews = load_splits(nsmc_args.data_dir, subset=nsmc_args.subset, seed=args.seed)
-    tokenizer = make_tokenizer(reviews.train["document"], nsmc_args.max_length)
+    if nsmc_args.model:
+        model, tokenizer = load_pretrained(nsmc_args.model, nsmc_args.max_length)
+    else:
+        tokenizer = make_tokenizer(reviews.train["document"], nsmc_args.max_length)
+        model = make_model(tokenizer, nsmc_args.max_length)
     data = Splits(*(encode(rows, tokenizer) for rows in reviews))
-    model = make_model(tokenizer, nsmc_args.max_length)
 
     run_url = nsmc_args.run_url or os.getenv("HF_CLOUDTRAIN_RUN_URL")  # cloud: without it a local run
     cloud = CloudTrainCallback(run_url) if run_url else None  # cloud: one line to name the run

@@ -95,6 +95,7 @@ def test_a_chat_model_is_answered_with_the_commands_that_serve_it(run: Run, wher
     text = refusal(run, {**MODEL, "config.json": config, where: template})
     fetch = f"cloudtrain checkpoint download {run.url} chat -c 000001-0000000005"
     assert f"`{fetch} && vllm serve chat/checkpoint-5`" in text
+    assert f"`{fetch} && transformers serve chat/checkpoint-5`" in text
     assert "\n" not in text
 
 
