@@ -74,7 +74,7 @@ class Window:
         _seams.remove(self)
 
     def relative(self, file: Any) -> str | None:
-        """The path of a file below the folder; None for any other, and where writing it fails as always."""
+        """The path of a file below the folder; None for any other, behind a link, and where writing it fails as always."""
         path = path_of(file)
         if (
             path is None
@@ -83,7 +83,9 @@ class Window:
             or not os.path.isdir(os.path.dirname(path))
         ):
             return None
-        return os.path.relpath(path, self.folder)
+        relative = os.path.relpath(path, self.folder)
+        real = os.path.join(os.path.realpath(self.folder), relative)
+        return relative if os.path.realpath(path) == real else None
 
     def keep(self, file: StagedFile) -> None:
         """Take a complete file."""
@@ -115,7 +117,7 @@ class Window:
         return staged is not None
 
     def write_now(self, path: Any) -> None:
-        """For copies of folders: what is staged below a path is written now."""
+        """What is staged below a path is written now."""
         absolute = path_of(path)
         found = [] if absolute is None else [file for file in self.files if self._is_in(file, absolute)]
         self.files = [file for file in self.files if file not in found]
@@ -128,11 +130,9 @@ class Window:
 
     def moves(self, source: Any, target: Any) -> None:
         """For `os.rename` and copies: what is staged below the source is written now, and what it replaces is not staged."""
-        below = self.folder + os.sep
-        if (path_of(source) or "").startswith(below):
-            self.write_now(source)
+        self.write_now(source)
         absolute = path_of(target) or ""
-        if absolute.startswith(below):
+        if absolute.startswith(self.folder + os.sep):
             self.files = [file for file in self.files if not self._is_in(file, absolute)]
 
     def _is_in(self, file: StagedFile, absolute: str) -> bool:

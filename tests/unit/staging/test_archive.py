@@ -73,6 +73,16 @@ def test_torch_writes_what_is_not_certain(path: str, sizes: list[int], options: 
     assert suits("state.pt", [5], OPTIONS)
 
 
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_the_archives_of_this_writer_end_below_4_gib(alignment: int, tmp_path: Path) -> None:
+    """Also with the longest name of a file and the most records: then no size and no offset needs a field of 8 bytes."""
+    path, count = tmp_path / ("n" * 252 + ".pt"), 2_000
+    records = [(f"data/{10_000 + at}", b"x", 1) for at in range(count)]
+    write_archive(path, records, "0" * 20, alignment)
+    beyond = path.stat().st_size / count - (1 + 512 + alignment)  # what `suits` does not count
+    assert archive.LIMIT + max(0, beyond) * archive.MOST_RECORDS < 2**32 - 1
+
+
 @pytest.mark.parametrize("change", ["different bytes", "no such class"])
 def test_torch_writes_all_if_it_writes_in_a_different_way(
     change: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ ENDS = {
 @pytest.mark.parametrize("way", ENDS)
 @pytest.mark.parametrize("stands_still", [False, True])
 def test_what_was_staged_is_committed(way: str, stands_still: bool, tmp_path: Path) -> None:
-    """Also by a writer that begins its work after the end."""
+    """Also by a writer that begins its work after the end. The script has no `__main__` guard, as a notebook has none."""
     end, code = ENDS[way]
     out, url = tmp_path / "out", f"file://{tmp_path}/run"
     # It goes on by itself: an orderly end waits for it.
@@ -48,8 +49,11 @@ machine.start()
 machine.save(5)
 {end}
 """
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, script], env=variables, capture_output=True, text=True, check=False
     )
     assert ended.returncode == code, ended.stderr
     wait_for_no_writer(out)

@@ -13,6 +13,7 @@ import pytest
 
 from hf_cloudtrain.checkpoints.local_home import wait_for_writer
 from hf_cloudtrain.staging import process as process_module
+from hf_cloudtrain.staging.job import StagedFile, WriteJob
 from hf_cloudtrain.staging.memory import StagingMemory
 from hf_cloudtrain.staging.process import WriterProcess
 from hf_cloudtrain.storage.names import LOCAL
@@ -116,6 +117,23 @@ def test_the_lock_is_held_from_the_start_and_free_after_the_end(
     (tmp_path / LOCAL / "saving/left").mkdir(parents=True)
     wait_for_writer(tmp_path)
     assert not (tmp_path / LOCAL / "saving").exists()
+
+
+def test_a_long_description_is_handed_over_while_the_writer_stands_still(
+    memory: StagingMemory, tmp_path: Path
+) -> None:
+    """It has 10,000 parameters with AdamW. A socket would take a tenth of it, and hold up the training for the rest."""
+    parts = [(f"data/{number}", 64 * number, 12) for number in range(30_000)]
+    job = WriteJob(str(tmp_path), "/gone", "/gone", [StagedFile("optimizer.pt", "torch", parts)], entry="")
+    reasons: list[str] = []
+    process = WriterProcess(tmp_path, memory)
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    process.write(job, done=print, failed=reasons.append)
+    assert process.is_busy
+    os.kill(process.pid or 0, signal.SIGCONT)
+    assert process.wait(60)
+    assert "The folder was removed while it was written" in reasons[0], "so it was read to its end"
+    process.end()
 
 
 def test_a_program_that_cannot_be_started_is_an_error_and_holds_nothing(

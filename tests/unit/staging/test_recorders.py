@@ -73,6 +73,10 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=8, **sizes))
 
 
+def compiled(model: torch.nn.Module | None = None) -> Any:
+    return torch.compile(Tied() if model is None else model, backend="eager")
+
+
 def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2))
 
@@ -158,7 +162,8 @@ STAGED: dict[str, Callable[[], Write]] = {
     "random states": lambda: of(random_states(), "rng_state.pth"),
     "training arguments": lambda: of(TrainingArguments(output_dir="out", use_cpu=True), "training_args.bin"),
     "optimizer": lambda: of(trained_optimizer().state_dict(), "optimizer.pt"),
-    "2,000 tensors": lambda: of(trained_optimizer(700).state_dict(), "optimizer.pt"),
+    "10,000 parameters": lambda: of(trained_optimizer(10_000).state_dict(), "optimizer.pt"),
+    "compiled": lambda: of(compiled().state_dict()),
     "save as bound at import": lambda: lambda folder: save(FLOATS, folder / "state.pt"),
     "other protocol": lambda: of(FLOATS, pickle_protocol=4),
     "not ASCII": lambda: of(FLOATS, "größe-체크.pt"),
@@ -182,6 +187,7 @@ STAGED: dict[str, Callable[[], Write]] = {
     "save_pretrained: tied": lambda: gpt2().save_pretrained,
     "save_pretrained: shards": lambda: lambda folder: bert().save_pretrained(folder, max_shard_size="4KB"),
     "save_pretrained: LoRA": lambda: lora,
+    "save_pretrained: compiled": lambda: lambda folder: compiled(bert()).save_pretrained(folder),
 }
 """Each makes its values, and returns what writes them into a folder."""
 

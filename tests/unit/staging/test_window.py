@@ -75,9 +75,33 @@ def test_only_files_below_the_folder_are_staged(window: Window, folder: Path) ->
         path.parent.mkdir(exist_ok=True)
         torch.save(DATA, path)
         assert torch.equal(torch.load(path), DATA)
-    (folder / "link").symlink_to(folder.parent / "other")
     save_file({"a": DATA}, folder / "a.safetensors")
     assert names(window) == ["a.safetensors"]
+
+
+def test_a_file_behind_a_link_is_written_where_the_link_leads(window: Window, folder: Path) -> None:
+    """A relative link leads nowhere while the folder waits for the writer under a different name."""
+    other = folder.parent / "other"
+    other.mkdir()
+    (folder / "folder").symlink_to("../other")
+    (folder / "file.pt").symlink_to("../other/linked.pt")
+    torch.save(DATA, folder / "folder/a.pt")
+    save_file({"a": DATA}, folder / "folder/a.safetensors")
+    torch.save(DATA, folder / "file.pt")
+    torch.save(DATA, folder / "own.pt")
+    assert names(window) == ["own.pt"]
+    assert sorted(os.listdir(other)) == ["a.pt", "a.safetensors", "linked.pt"]
+    assert (folder / "file.pt").is_symlink()
+
+
+def test_a_folder_that_is_reached_by_a_link_is_staged(memory: StagingMemory, folder: Path) -> None:
+    """As an output folder on a different disk."""
+    (folder.parent / "out").symlink_to(folder.parent, target_is_directory=True)
+    window = Window(f"{folder.parent}/out/checkpoint-5", memory)
+    window.open()
+    torch.save(DATA, folder.parent / "out/checkpoint-5/a.pt")
+    window.close()
+    assert names(window) == ["a.pt"]
 
 
 def test_a_folder_that_is_given_with_dots_is_the_same_folder(memory: StagingMemory, folder: Path) -> None:
@@ -268,6 +292,9 @@ def test_a_folder_that_is_moved_is_written_first(window: Window, folder: Path) -
     os.rename(folder / "part", folder.parent / "elsewhere")
     assert torch.equal(torch.load(folder.parent / "elsewhere/a.pt"), DATA)
     assert names(window) == ["b.pt"]
+    os.rename(folder, folder.parent / "final")
+    assert torch.equal(torch.load(folder.parent / "final/b.pt"), DATA)
+    assert names(window) == []
 
 
 def test_a_folder_that_is_copied_is_written_first(window: Window, folder: Path) -> None:
