@@ -66,7 +66,7 @@ def run(
         notes = read_notes(path)
     reason, told = why_nothing(notes), {note.what for note in notes}
     if reason is not None and newest_attempt(run_url) == before:  # no script has used the package itself
-        say(f"`cloudtrain launch` has hooked no training, so nothing was uploaded: {reason}.")
+        say(f"`cloudtrain launch` has hooked no training, so it uploaded nothing: {reason}.")
     elif code not in (0, PreemptedExit.CODE) and "refused" not in told:
         say(what_is_safe(run_url, notes, code))
     return code if "not-stored" not in told else code or 1

@@ -72,8 +72,9 @@ def why_nothing(notes: list[Note]) -> str | None:
         return "neither Trainer.train() nor Accelerator.save_state() was called"
     pythons = len({note.pid for note in notes if note.what == "python"})
     if pythons:
-        processes = "a Python process" if pythons == 1 else f"{pythons} Python processes"
-        return f"it ran {processes}, but none of them imported Trainer or Accelerate"
+        if pythons == 1:
+            return "it ran a Python process, which imported neither Trainer nor Accelerate"
+        return f"it ran {pythons} Python processes, but none of them imported Trainer or Accelerate"
     if "off" in found:
         return f"{env.LAUNCH} is 'off'"
     return (

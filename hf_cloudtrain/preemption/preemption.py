@@ -27,6 +27,7 @@ from hf_cloudtrain.preemption.save_clock import SaveClock
 from hf_cloudtrain.preemption.signals import SignalWatch
 from hf_cloudtrain.preemption.sources import Notice, NoticeWatcher, default_sources, pending
 from hf_cloudtrain.runtime.ranks import Ranks
+from hf_cloudtrain.runtime.text import size_text
 from hf_cloudtrain.runtime.threads import answer_in_time
 from hf_cloudtrain.tracking.exit_record import Outcome, record_end
 
@@ -225,7 +226,7 @@ class Preemption:
             else "it may not be on storage in time; what is missing then stays in the outbox of this machine"
         )
         return (
-            f"{plan} The last save took {self.save_seconds:.1f} s, and {size / 1e6:.0f} MB at {rate / 1e6:.0f} MB/s take "
+            f"{plan} The last save took {self.save_seconds:.1f} s, and {size_text(size)} at {size_text(round(rate))}/s take "
             f"{size / rate:.1f} s, so {verdict}."
         )
 

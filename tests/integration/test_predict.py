@@ -136,6 +136,11 @@ class TestDoor:
         assert "Dataset 'nothing' does not exist" in sentence(
             "predict", str(model), "nothing", "-o", "out.csv"
         )
+        typed = sentence("predict", str(model), "nothing.CSV", "-o", "out.csv")
+        assert typed.startswith("Error: 'nothing.CSV' does not exist. Name a file or folder of this machine")
+
+    def test_the_name_of_the_output_is_checked_before_a_model_is_downloaded(self, data: Path) -> None:
+        assert "'out.txt' must end in" in sentence("predict", "s3://nobucket/x", str(data), "-o", "out.txt")
 
     def test_a_row_that_fails_does_not_fail_the_others(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").write_text('{"text": "good"}\n{"text": null}\n{"text": "bad"}\n')

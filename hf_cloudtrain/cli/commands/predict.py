@@ -12,7 +12,7 @@ import typer
 from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument
 from hf_cloudtrain.cli.commands.serve import Base, Processor, TaskName, found_model
 from hf_cloudtrain.cli.output import print_json, say, show_facts, transfer
-from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
 from hf_cloudtrain.runtime.text import count_text
 
 
@@ -58,9 +58,10 @@ def predict(
     from tqdm import tqdm
 
     from hf_cloudtrain.serving.models.source import Wish
-    from hf_cloudtrain.serving.predict import shards
+    from hf_cloudtrain.serving.predict import shards, tables
     from hf_cloudtrain.serving.predict.scores import ERROR, scores
 
+    tables.kind_of(output)
     table = _table(data)
     model = found_model(run, checkpoint, best, Wish(processor=processor, base=base, task=task))
     plan = shards.plan(model, table, column, label, output, shard=shard, batch=batch)
@@ -94,14 +95,21 @@ def _table(data: str) -> Path:
         return Path(data)
     name, _, below = data.partition("/")
     name, _, version = name.partition("@")
+    missing = ConfigurationError(
+        f"{data!r} does not exist. Name a file or folder of this machine, or a dataset of the store (`cloudtrain data list`)."
+    )
     if data.startswith(("/", ".", "~")) or "://" in data or (version and not version.isdecimal()):
-        raise ConfigurationError(
-            f"{data!r} does not exist. Name a file or folder of this machine, or a dataset of the store (`cloudtrain data list`)."
-        )
+        raise missing
     from hf_cloudtrain.datasets.store import DatasetStore
+    from hf_cloudtrain.serving.predict.tables import KINDS
 
     store = DatasetStore()
-    dataset = store.find(name, int(version) if version else None)
+    try:
+        dataset = store.find(name, int(version) if version else None)
+    except NoDatasetError:
+        if Path(data).suffix.lower() in KINDS:  # the name of a file, not of a dataset
+            raise missing from None
+        raise
     with transfer(f"Downloading {name}", dataset.manifest.size) as progress:
         folder = store.local_copy(dataset, on_bytes=progress.add)
     if below and not (folder / below).exists():

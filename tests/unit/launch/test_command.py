@@ -15,7 +15,7 @@ from hf_cloudtrain.launch.command import ignoring_option
 from tests.unit.cli.terminal import ENTRY_POINT
 
 PATIENCE = 60.0
-NOTHING = "`cloudtrain launch` has hooked no training, so nothing was uploaded: "
+NOTHING = "`cloudtrain launch` has hooked no training, so it uploaded nothing: "
 
 
 def launch(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def test_output_and_exit_code_of_a_command_are_kept_and_nothing_hooked_is_said(u
     done = launch("--run-url", url, "--", sys.executable, "-c", "print('out'); raise SystemExit(7)")
     assert (done.returncode, done.stdout) == (7, "out\n")
     assert done.stderr == (
-        f"{NOTHING}it ran a Python process, but none of them imported Trainer or Accelerate.\n"
+        f"{NOTHING}it ran a Python process, which imported neither Trainer nor Accelerate.\n"
     )
     assert not Path(url).exists()
 

@@ -231,8 +231,13 @@ class TestTime:
         ("pace", "save_seconds", "text"),
         [
             (None, 1.0, "It is not known yet how long"),
-            ((100 * 10**6, 20e6), 2.0, "100 MB at 20 MB/s take 5.0 s, so it should be on storage in time"),
-            ((10**9, 20e6), 2.0, "1000 MB at 20 MB/s take 50.0 s, so it may not be on storage in time"),
+            (
+                (100 * 10**6, 20e6),
+                2.0,
+                "100.0 MB at 20.0 MB/s take 5.0 s, so it should be on storage in time",
+            ),
+            ((60_000, 9e4), 2.0, "60.0 kB at 90.0 kB/s take 0.7 s, so it should be on storage in time"),
+            ((10**9, 20e6), 2.0, "1.0 GB at 20.0 MB/s take 50.0 s, so it may not be on storage in time"),
         ],
     )
     def test_the_log_says_whether_the_upload_should_finish_in_time(
