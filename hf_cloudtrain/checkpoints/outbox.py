@@ -103,12 +103,8 @@ class Outbox:
                 found.append(entry)
         return sorted(found, key=lambda entry: entry.key, reverse=True)
 
-    def remove(self, entry: OutboxEntry, *, in_background: bool = False) -> None:
-        """Forget an entry that is committed or replaced. One that was saved again under its name stays.
-
-        Args:
-            in_background: free the space in a thread: for gigabytes, the disk takes longer than a save may.
-        """
+    def remove(self, entry: OutboxEntry) -> None:
+        """Forget an entry that is committed or replaced. One that was saved again under its name stays."""
         with self._moving():
             if self._was_saved_again(entry):
                 return
@@ -116,12 +112,7 @@ class Outbox:
             trash = self.folder / f".gone-{temp_suffix()}"
             with contextlib.suppress(FileNotFoundError):
                 os.rename(entry.home, trash)
-        if in_background:
-            threading.Thread(
-                target=shutil.rmtree, args=(trash, True), name="cloudtrain-rm", daemon=True
-            ).start()
-        else:
-            shutil.rmtree(trash, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def current(self, entry: OutboxEntry) -> OutboxEntry | None:
         """The entry as it is on the disk now, perhaps saved again under its name; None if it is gone."""

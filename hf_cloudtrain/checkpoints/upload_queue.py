@@ -6,7 +6,7 @@ are retired. Before the first byte and right before the commit the sender checks
 then the queue stops, and the outbox keeps what is left.
 
 Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as long as
-one entry. No collective ever runs here.
+one entry; `cloudtrain-background` removes entries that were replaced. No collective ever runs here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hf_cloudtrain.errors import (
     StorageUnavailableError,
 )
 from hf_cloudtrain.runtime.progress import Bar, Progress
-from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
+from hf_cloudtrain.runtime.threads import Background, SafeTurn, before_exit
 from hf_cloudtrain.storage.retries import jittered
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ MAX_WAITING = 2
 """Uncommitted checkpoints that a host keeps: the one under way, and the newest."""
 PAUSES = (5.0, 15.0, 30.0, 60.0)
 """Seconds between tries of an entry that failed, jittered; the last is repeated."""
+SETTLE_SECONDS = 1.0
+"""Longest wait for the removal of entries that were replaced, at the end."""
 _BY_KEY = attrgetter("key")
 
 
@@ -92,6 +94,8 @@ class UploadQueue:
         self._gave_up = False
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="cloudtrain-upload", daemon=True)
+        self._dropping = Background("The removal of checkpoints that were replaced")
+        """No part of a save: on a busy machine it takes longer than the rest."""
 
     def start(self) -> None:
         """Begin with what the outbox holds for this run."""
@@ -181,6 +185,7 @@ class UploadQueue:
                     self._changed.wait(0.1)  # short turns, so that Ctrl-C is noticed
                 shown.update()
         self._hurry, self._deadline = False, None
+        self._dropping.settle(min(SETTLE_SECONDS, max(0.0, deadline - time.monotonic())))
         pending = self.pending()
         if pending:
             self._gave_up = True
@@ -235,12 +240,12 @@ class UploadQueue:
         if not self._keep_all and len(self._waiting) > limit:
             for entry in self._retention.policy.superseded(self._waiting, newest, limit):
                 self._waiting.remove(entry)
-                self._drop(entry)
+                self._dropping.add(partial(self._drop, entry))
 
     def _drop_held(self) -> None:
         if self._held is not None and self._held in self._waiting:
             self._waiting.remove(self._held)
-            self._drop(self._held)
+            self._dropping.add(partial(self._drop, self._held))
         self._held = None
 
     def _drop(self, entry: OutboxEntry) -> None:
@@ -248,7 +253,7 @@ class UploadQueue:
             "%s is not uploaded: uploads are slower than saves, and a newer checkpoint has replaced it.",
             entry.title,
         )
-        self._outbox.remove(entry, in_background=True)
+        self._outbox.remove(entry)
 
     def _work(self) -> None:
         failures, turn = 0, SafeTurn("The upload queue")

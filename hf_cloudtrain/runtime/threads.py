@@ -1,4 +1,4 @@
-"""Work in threads of this process: in parallel, with a time limit, in turns that survive errors, or before the process ends."""
+"""Work in threads of this process: in parallel, with a time limit, in turns that survive errors, later, or before the end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -83,6 +84,48 @@ class SafeTurn:
         say("%s met an unexpected error and continues, as does the training: %s", self._what, text)
         logger.debug("The unexpected error", exc_info=error)
         return True
+
+
+class Background:
+    """Does one work after another in a daemon thread of its own; their errors are logged.
+
+    The start of a thread waits until that thread runs, which takes milliseconds on a busy machine. Here only the first work
+    waits for it.
+
+    Args:
+        what: what the thread does, as the subject of a warning.
+
+    Example:
+        >>> background = Background("The removal of old files")
+        >>> background.add(partial(shutil.rmtree, folder, True))
+        >>> background.settle(1.0)
+    """
+
+    def __init__(self, what: str) -> None:
+        self._turn = SafeTurn(what)
+        self._works: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._pid = 0
+
+    def add(self, work: Callable[[], object]) -> None:
+        """Let it be done after those before."""
+        if self._pid != os.getpid():  # the first one, or the first of a fork
+            self._pid, self._works = os.getpid(), SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(self._works,), name="cloudtrain-background", daemon=True
+            ).start()
+        self._works.put(work)
+
+    def settle(self, timeout: float) -> None:
+        """Wait for what was added so far, as many seconds at most."""
+        if self._pid == os.getpid():
+            done = threading.Event()
+            self.add(done.set)
+            done.wait(timeout)
+
+    def _work(self, works: SimpleQueue[Callable[[], object]]) -> None:
+        while True:
+            with self._turn:
+                works.get()()
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:

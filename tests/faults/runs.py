@@ -62,6 +62,9 @@ class Machine:
             flush(self.checkpointer.catalog, self.checkpointer.outbox, Progress())
 
     def waiting(self) -> list[CheckpointKey]:
+        """What is in the outbox, once what was replaced is gone."""
+        if self.checkpointer.upload_queue is not None:
+            self.checkpointer.upload_queue._dropping.settle(DEADLINE)
         return [entry.key for entry in self.checkpointer.outbox.entries()]
 
     def stop(self) -> None:

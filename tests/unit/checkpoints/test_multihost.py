@@ -47,6 +47,8 @@ class Host:
         self.checkpointer.wait(seconds)
 
     def waiting(self) -> list[int]:
+        assert self.checkpointer.upload_queue is not None
+        self.checkpointer.upload_queue._dropping.settle(DEADLINE)
         return [entry.key.step for entry in self.checkpointer.outbox.entries()]
 
     def is_busy(self) -> bool:

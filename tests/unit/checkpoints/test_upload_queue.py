@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,7 +106,30 @@ def test_at_most_two_entries_wait_and_the_older_is_dropped(disk: Disk) -> None:
         upload_queue.submit(disk.entry(step))
         seen.append(steps_waiting(upload_queue))
     assert seen == [[(1, 1)], [(1, 2), (1, 1)], [(1, 3), (1, 2)]]
-    assert [entry.key.step for entry in disk.outbox.entries()] == [3, 2]
+    wait_until(
+        lambda: [entry.key.step for entry in disk.outbox.entries()] == [3, 2], "the removal of the first"
+    )
+
+
+def test_a_save_does_not_wait_for_the_removal_of_one_that_it_replaces(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed, remove, may_remove = list[OutboxEntry](), disk.outbox.remove, threading.Event()
+
+    def late(entry: OutboxEntry) -> None:
+        assert may_remove.wait(DEADLINE)
+        remove(entry)
+        removed.append(entry)
+
+    monkeypatch.setattr(disk.outbox, "remove", late)
+    upload_queue = UploadQueue(disk.catalog, disk.outbox, UploadStatus())
+    entries = [disk.entry(step) for step in (1, 2, 3)]
+    for entry in entries:
+        upload_queue.submit(entry)
+    assert not removed
+    may_remove.set()
+    upload_queue._dropping.settle(DEADLINE)
+    assert removed == entries[:1]
 
 
 def test_entries_of_an_earlier_attempt_are_never_dropped(disk: Disk) -> None:

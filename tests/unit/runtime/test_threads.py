@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
+from functools import partial
 
 import pytest
 
-from hf_cloudtrain.runtime.threads import SafeTurn, answer_in_time
+from hf_cloudtrain.runtime.threads import Background, SafeTurn, answer_in_time
 
 
 class Data:
@@ -62,3 +64,16 @@ def test_a_safe_turn_names_each_kind_of_error_once(caplog: pytest.LogCaptureFixt
 def test_a_safe_turn_ends_where_the_process_ends(error: BaseException) -> None:
     with pytest.raises(type(error)), SafeTurn("The heartbeat"):
         raise error
+
+
+def test_background_work_is_done_in_order_and_survives_errors(caplog: pytest.LogCaptureFixture) -> None:
+    done, may_begin, background = list[int](), threading.Event(), Background("The removal")
+    background.settle(0.0)
+    for work in (may_begin.wait, {}.popitem, partial(done.append, 1), partial(done.append, 2)):
+        background.add(work)
+    background.settle(0.0)
+    assert done == [], "nothing waits for it"
+    may_begin.set()
+    background.settle(60.0)
+    assert done == [1, 2]
+    assert "The removal met an unexpected error and continues, as does the training: KeyError" in caplog.text
