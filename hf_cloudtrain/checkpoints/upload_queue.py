@@ -240,20 +240,13 @@ class UploadQueue:
         if not self._keep_all and len(self._waiting) > limit:
             for entry in self._retention.policy.superseded(self._waiting, newest, limit):
                 self._waiting.remove(entry)
-                self._dropping.add(partial(self._drop, entry))
+                self._dropping.add(partial(_drop, self._outbox, entry))
 
     def _drop_held(self) -> None:
         if self._held is not None and self._held in self._waiting:
             self._waiting.remove(self._held)
-            self._dropping.add(partial(self._drop, self._held))
+            self._dropping.add(partial(_drop, self._outbox, self._held))
         self._held = None
-
-    def _drop(self, entry: OutboxEntry) -> None:
-        logger.warning(
-            "%s is not uploaded: uploads are slower than saves, and a newer checkpoint has replaced it.",
-            entry.title,
-        )
-        self._outbox.remove(entry)
 
     def _work(self) -> None:
         failures, turn = 0, SafeTurn("The upload queue")
@@ -363,3 +356,11 @@ def not_stored(pending: list[OutboxEntry], output_dir: Path, last_error: CloudTr
         f"Not on storage yet: {names}. {'It is' if len(pending) == 1 else 'They are'} kept on this machine; finish "
         f"with `cloudtrain checkpoint flush {output_dir}` or by starting the run again here.{reason}"
     )
+
+
+def _drop(outbox: Outbox, entry: OutboxEntry) -> None:
+    logger.warning(
+        "%s is not uploaded: uploads are slower than saves, and a newer checkpoint has replaced it.",
+        entry.title,
+    )
+    outbox.remove(entry)
