@@ -54,10 +54,11 @@ import hf_cloudtrain
 names = [module.name for module in pkgutil.walk_packages(hf_cloudtrain.__path__, "hf_cloudtrain.")]
 # What needs more than the package, with what its error names: a server is a class of uvicorn's, a plug-in one of axolotl's.
 more = {
-    "hf_cloudtrain.serving.app": "No module named 'anyio'",
+    "hf_cloudtrain.serving.app": "No module named 'starlette'",
     "hf_cloudtrain.serving.batching": "No module named 'prometheus_client'",
     "hf_cloudtrain.serving.metrics": "No module named 'prometheus_client'",
     "hf_cloudtrain.serving.server": "No module named 'uvicorn'",
+    "hf_cloudtrain.ui.app": "No module named 'uvicorn'",
     "hf_cloudtrain.integrations.axolotl": "No module named 'axolotl'",
 }
 for name in names:
