@@ -59,6 +59,7 @@ more = {
     "hf_cloudtrain.serving.metrics": "No module named 'prometheus_client'",
     "hf_cloudtrain.serving.server": "No module named 'uvicorn'",
     "hf_cloudtrain.ui.app": "No module named 'uvicorn'",
+    "hf_cloudtrain.ui.guard": "No module named 'starlette'",
     "hf_cloudtrain.integrations.axolotl": "No module named 'axolotl'",
 }
 for name in names:
