@@ -17,5 +17,5 @@ show the same page, and none reads while no browser shows it. In reading order:
 - `static/`: one HTML page with its script and its style; plotly.js comes from the installed package
 
 It draws nothing itself: charts and tables are those of `report/`, as JSON. It may import `report`, `jobs` and the rooms
-below; starlette and uvicorn are imported late, because they are an extra.
+below. `app` and `guard` need starlette and uvicorn, which are an extra.
 """
