@@ -104,6 +104,13 @@ def test_a_complete_run_trains_nothing_and_the_script_goes_on(lab: Lab) -> None:
     assert lab.difference("second", "first") == 0.0
 
 
+def test_a_tracker_that_is_not_installed_is_the_error_of_trainer(lab: Lab) -> None:
+    child = lab.start("first", module=LAUNCHED, report_to="clearml")
+    assert child.wait() == 1
+    assert "ClearMLCallback requires" in child.log
+    assert lab.catalog.attempts.numbers() == []
+
+
 class TestSeveralTrainings:
     @pytest.mark.parametrize("skips", [False, True])
     def test_each_has_a_run_of_its_own_also_where_a_restart_skips_the_first(

@@ -22,6 +22,7 @@ from tests.unit.cli.terminal import ENTRY_POINT
 
 SCRIPT = str(Path(__file__).with_name("_plain_script.py"))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "1"]
 PATIENCE = 300.0
 
 
@@ -88,10 +89,15 @@ def machines(tmp_path: Path) -> list[Machine]:
     return [Machine(tmp_path / name, str(tmp_path / "run")) for name in ("plain", "first", "second", "third")]
 
 
-def test_a_plain_script_is_killed_and_goes_on_in_an_empty_folder(machines: list[Machine]) -> None:
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["python", "accelerate launch"]
+)
+def test_a_plain_script_is_killed_and_goes_on_in_an_empty_folder(
+    machines: list[Machine], launcher: list[str]
+) -> None:
     _, first, second, _ = machines
-    first.run_until_killed(SCRIPT, "out", "0.2", commits=1, moment=0.3)
-    second.run(SCRIPT, "out")
+    first.run_until_killed(*launcher, SCRIPT, "out", "0.2", commits=1, moment=0.3)
+    second.run(*launcher, SCRIPT, "out")
     assert "has hooked the train() of Trainer" in first.log
     assert ", attempt 2: resumes from checkpoint-" in second.log
     assert "has hooked no training" not in second.log

@@ -42,6 +42,7 @@ ENDS: dict[str, dict[str, Any]] = {
     },
     "only the best is saved": {**LOAD_BEST, "save_strategy": "best"},
     "loader processes": {"dataloader_num_workers": 1},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
 }
 
 
