@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,8 +34,11 @@ WIDE = 100_000
 
 
 def say(text: object) -> None:
-    """Write a message to stderr."""
-    typer.echo(clean(text), err=True)
+    """Write a message to stderr; on a terminal, lines end between words and outside of commands."""
+    message = clean(text)
+    if sys.stderr.isatty():
+        message = tables.message(message, shutil.get_terminal_size().columns)
+    typer.echo(message, err=True)
 
 
 def fail(text: object) -> NoReturn:

@@ -12,6 +12,7 @@ Outside of a terminal a table is as wide as its content.
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -30,6 +31,8 @@ LONG_NAME = 32
 """Columns of a first cell that no other column makes room for."""
 NARROWEST = 16
 """Columns below which no text is wrapped."""
+JOINED = "\0"
+"""Stands for a space that no line ends at; messages have no control characters."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,17 @@ def _line(cells: dict[str, str], widths: dict[str, int], right: set[str]) -> str
 def _padded(text: str, width: int, right: bool = False) -> str:
     spaces = " " * max(0, width - _length(text))
     return spaces + text if right else text + spaces
+
+
+def message(text: str, width: int) -> str:
+    """The text in lines that end between words. A command in backticks is one word, so that it can be copied."""
+    spaced = re.sub(r"`[^`\n]*`", lambda command: command[0].replace(" ", JOINED), text)
+    lines = [
+        line
+        for long in spaced.split("\n")
+        for line in (_wrapped(long, width) if len(long) > width else [long])
+    ]
+    return "\n".join(lines).replace(JOINED, " ")
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:

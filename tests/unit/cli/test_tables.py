@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import time
 from typing import Any
 
@@ -14,7 +16,7 @@ from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.jobs.inventory import Found, Vm
 from hf_cloudtrain.jobs.records import JobStore, Start
-from tests.unit.cli.terminal import Run, cloudtrain
+from tests.unit.cli.terminal import ENTRY_POINT, Run, cloudtrain
 
 NAME = "bert-large-uncased-whole-word-masking-on-all-of-glue-long-12"
 REASON = "Node 0 ended with exit code 1: RuntimeError in the 12th step, after a checkpoint was committed."
@@ -143,3 +145,28 @@ def test_a_command_fits_80_columns_with_long_names(
     assert long == [], "a line with several words is wrapped by the terminal in the middle of one"
     assert name in words_of(shown) or not name
     assert set(words_of(shown)) <= set(everything), "a word is broken"
+
+
+def test_a_message_ends_its_lines_between_words_and_keeps_commands_whole() -> None:
+    url = "s3://bucket/" + "x" * 30
+    text = f"There is no run at '{url}'. `cloudtrain run list` shows those that exist.\nSecond line."
+    assert tables.message(text, 40).split("\n") == [
+        "There is no run at",
+        f"'{url}'.",
+        "`cloudtrain run list` shows those that",
+        "exist.",
+        "Second line.",
+    ]
+
+
+def test_an_error_fits_a_terminal_of_80_columns() -> None:
+    ours, its = os.openpty()
+    words = [str(ENTRY_POINT), "run", "status", "s3:/bucket/runs/mrpc"]
+    with os.fdopen(its, "wb"), os.fdopen(ours, "rb", buffering=0) as terminal:
+        subprocess.run(
+            words, env={**os.environ, "COLUMNS": "80"}, stdout=its, stderr=its, check=False, timeout=60
+        )
+        lines = terminal.read(10_000).decode().split("\r\n")
+    assert lines[0].startswith("Error: 's3:/bucket/runs/mrpc' cannot be used as a URL: ")
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 80
