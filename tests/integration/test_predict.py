@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny_models
-from tests.integration._serve import MODULE, committed, folder_with
+from tests.integration._serve import MODULE, Served, committed, folder_with
 from tests.integration._zygote import Child, Zygote
 from tests.unit.cli.terminal import Run, answer, cloudtrain, sentence
 
@@ -105,6 +105,38 @@ class TestDoor:
         record = answer("predict", run.url, "films@1/test.csv", "-o", str(out), "--column", "first,second")
         assert (record["rows"], record["labelled"], record["accuracy"]) == (2, 0, None)
         assert [json.loads(line)["n"] for line in out.read_text().splitlines()] == ["007", "008"]
+
+    def test_an_adapter_predicts_and_is_served_with_its_base_model(
+        self, zygote: Zygote, model: Path, data: Path, tmp_path: Path
+    ) -> None:
+        import peft
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        network = AutoModelForSequenceClassification.from_pretrained(model)
+        adapted = peft.get_peft_model(
+            network, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["value"])
+        )
+        with torch.no_grad():
+            next(weights for name, weights in adapted.named_parameters() if "lora_B" in name).add_(1.0)
+        adapted.save_pretrained(tmp_path / "adapter")
+        files = {**tiny_models.files("BertForSequenceClassification")}
+        del files["model.safetensors"]
+        files |= {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+        run = Run(tmp_path / "run", tmp_path / "out")
+        run.begin()
+        run.save(1, 4, files)
+        found = {}
+        for name, source in (("adapted", run.url), ("base", str(model))):
+            out = tmp_path / f"{name}.parquet"
+            cloudtrain("predict", source, str(data), "-o", str(out))
+            found[name] = pq.read_table(out)["predicted_score"].to_pylist()
+        assert found["adapted"] != found["base"]
+        served = Served(zygote, run.url)
+        status, rows = served.ask({"inputs": pq.read_table(data)["text"].to_pylist()})
+        served.stop()
+        assert status == 200
+        assert [row["score"] for row in rows] == pytest.approx(found["adapted"], abs=1e-6)
 
     @pytest.mark.parametrize(
         ("words", "expected"),

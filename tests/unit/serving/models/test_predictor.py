@@ -290,7 +290,7 @@ class TestAdapter:
         network = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=5, ignore_mismatched_sizes=True
         )
-        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], **how)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["value"], **how)
         adapted = peft.get_peft_model(network, config)
         with torch.no_grad():
             for name, weights in adapted.named_parameters():
