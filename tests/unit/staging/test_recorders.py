@@ -16,8 +16,11 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file, save_model
 from torch import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.serialization import config as torch_config
 from transformers import (
     BertConfig,
@@ -357,6 +360,23 @@ def test_the_garbage_collector_is_as_before(*, enabled: bool, memory: StagingMem
         assert (gc.isenabled(), seen) == (enabled, [False])
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_tensors_of_a_mesh_are_byte_identical(
+    mesh: DeviceMesh, memory: StagingMemory, tmp_path: Path
+) -> None:
+    write = of({"shard": distribute_tensor(FLOATS, mesh, [Shard(0)]), "plain": FLOATS})
+    plain = written(write, tmp_path / "plain/checkpoint-5")
+    window = staged(write, tmp_path / "ours/checkpoint-5", memory)
+    assert written_later(window, memory) == plain
 
 
 def test_a_tensor_that_changes_later_was_copied(memory: StagingMemory, tmp_path: Path) -> None:
