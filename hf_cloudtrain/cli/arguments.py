@@ -169,7 +169,10 @@ def newest(catalog: Catalog) -> CheckpointKey:
     key = catalog.newest()
     if key is None:
         catalog.attempts.check_any()
-        raise NoCheckpointError(f"The run {catalog.storage.url!r} has no checkpoint yet.")
+        url = catalog.storage.url
+        raise NoCheckpointError(
+            f"The run {url!r} has no checkpoint yet. See how far it is: `cloudtrain run status {url}`."
+        )
     return key
 
 

@@ -277,3 +277,11 @@ def keys_of(value: Any) -> Iterator[str]:
             yield key
             if key not in ("metrics", "origin", "facts"):
                 yield from keys_of(item)
+
+
+def test_serving_a_run_without_a_checkpoint_names_the_next_command(tmp_path: Path) -> None:
+    run = Run(tmp_path / "begun", tmp_path / "work")
+    run.begin()
+    assert sentence("serve", run.url).endswith(
+        f"has no checkpoint yet. See how far it is: `cloudtrain run status {run.url}`.\n"
+    )
