@@ -18,8 +18,10 @@ from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import verify
+from hf_cloudtrain.checkpoints.frozen import OutboxEntry
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.errors import ManifestError
 from hf_cloudtrain.storage.client import Storage
 from tests.chaos._kill import Aim
 from tests.faults.staged import wait_for_no_writer
@@ -95,6 +97,18 @@ class Tally:
         """Every broken promise, as text."""
         apart = [f"the weights of a run differ by {value}" for value in self.differences if value != 0.0]
         return [*self.wrong_picks, *self.lost, *self.broken, *self.stuck, *apart]
+
+
+def _whole_in(outbox: Path) -> set[CheckpointKey]:
+    """Entries that a killed process left whole and without their name.
+
+    The next start adopts one if its maker has ended. The number of that process may be in use again by then: no promise.
+    """
+    found = set()
+    for left in outbox.glob(".*"):
+        with contextlib.suppress(OSError, ManifestError):
+            found.add(OutboxEntry.read(left).key)
+    return found
 
 
 class Chaos:
@@ -210,6 +224,7 @@ class Chaos:
     def _attempt(self, run: Run) -> bool:
         """Run one attempt; returns whether it reached the end of the training."""
         accepted = {entry.key for entry in Outbox(run.machine).entries()}
+        whole = _whole_in(Outbox(run.machine).folder)
         before = run.catalog.attempts.numbers()
         state = run.folder / "state"
         for path in (state, run.folder / STAGED, run.folder / KILLED):
@@ -234,7 +249,7 @@ class Chaos:
             self.tally.writers += writer_killed
             self.tally.phases.update([given["phase"]] if writer_killed and given else phases_of(state))
         self._check_staged(run, may_lose=bool(code) and writer_killed)
-        self._check(run, accepted, before, child.log)
+        self._check(run, accepted, whole, before, child.log)
         return code == 0
 
     def _draw(self, run: Run, accepted: set[CheckpointKey]) -> str:
@@ -284,7 +299,14 @@ class Chaos:
             if not any(key >= last for key in kept):
                 self.tally.lost.append(f"{last} was handed over to the writer")
 
-    def _check(self, run: Run, accepted: set[CheckpointKey], before: list[int], log: str) -> None:
+    def _check(
+        self,
+        run: Run,
+        accepted: set[CheckpointKey],
+        whole: set[CheckpointKey],
+        before: list[int],
+        log: str,
+    ) -> None:
         tally, catalog = self.tally, run.catalog
         keys = set(catalog.checkpoints())
         new = keys - run.seen
@@ -313,7 +335,7 @@ class Chaos:
             f"{key} was accepted and not committed" for key in sorted(accepted - keys) if stays(key)
         ]
         # The one it chose may be deleted by now, and accepted ones may have been committed before it chose.
-        there = seen | keys | (accepted & {attempt.resumed_from})
+        there = seen | keys | ((accepted | whole) & {attempt.resumed_from})
         newest = max((key for key in there if key.attempt < attempt.number), default=None)
         if newest is not None:
             tally.overtaken += any(key < newest and key.step > newest.step for key in before_this)
