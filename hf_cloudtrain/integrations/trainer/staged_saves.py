@@ -63,6 +63,8 @@ class TrainerSaves(StagedSaves):
                 return "the trainer is not one of transformers"
             if args.push_to_hub:
                 return "push_to_hub=True reads each checkpoint as soon as it is saved"
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                return f"{'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} writes the model in parts, on every rank"
             return None
 
         models = [] if trainer is None else [trainer.model]

@@ -160,15 +160,23 @@ def test_the_last_save_is_an_ordinary_one(checkpointer: Checkpointer, writers: L
     assert not is_staged(checkpointer, should_training_stop=True)
 
 
+def _trainer(**changes: bool) -> Any:
+    return SimpleNamespace(
+        **{"model": torch.nn.Linear(2, 2), "is_fsdp_enabled": False, "is_deepspeed_enabled": False, **changes}
+    )
+
+
 @pytest.mark.parametrize(
     ("trainer", "push", "reason"),
     [
-        (SimpleNamespace(model=torch.nn.Linear(2, 2)), False, None),
-        (SimpleNamespace(model=torch.nn.Linear(2, 2)), True, "push_to_hub=True reads each checkpoint"),
+        (_trainer(), False, None),
+        (_trainer(), True, "push_to_hub=True reads each checkpoint"),
+        (_trainer(is_fsdp_enabled=True), False, "FSDP writes the model in parts"),
+        (_trainer(is_deepspeed_enabled=True), False, "DeepSpeed writes the model in parts"),
         (None, False, "the trainer is not one of transformers"),
     ],
 )
-def test_a_push_to_the_hub_and_a_trainer_of_a_different_library_keep_ordinary_saves(
+def test_a_push_to_the_hub_a_sharded_model_and_a_trainer_of_a_different_library_keep_ordinary_saves(
     checkpointer: Checkpointer,
     writers: LateWriters,
     monkeypatch: pytest.MonkeyPatch,
