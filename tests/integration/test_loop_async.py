@@ -121,7 +121,7 @@ def test_what_cannot_be_written_is_said_and_leaves_the_one_before(
     def inside(loop: Any) -> None:
         if loop.global_step == 5:  # the save of step 4 has failed
             loop._folder._staged.settle()
-            loop._folder._background.join()
+            loop._folder._finish()
             local.append(sorted(path.name for path in out.glob("checkpoint-*")))
             local.append(json.loads((out / "last" / "training_state.json").read_text())["step"])
 

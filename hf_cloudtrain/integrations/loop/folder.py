@@ -13,8 +13,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from hf_cloudtrain.resume.data_position import DataPosition
 from hf_cloudtrain.resume.random_state import RandomState
 from hf_cloudtrain.resume.topology import Conversion
 from hf_cloudtrain.runtime.files import temp_suffix
+from hf_cloudtrain.runtime.threads import Background, before_exit
 from hf_cloudtrain.staging.pickling import FAST_PICKLE
 from hf_cloudtrain.storage.names import LOCAL
 
@@ -111,7 +111,8 @@ class LoopFolder:
         """The checkpoint that was restored or saved last, and older ones that may not be removed yet."""
         self._token = ""
         self._staged: StagedSaves | None = None
-        self._background = _Background()
+        self._background = Background("What keeps the output folder up to date")
+        before_exit(self._finish)
         self._gone: list[Path] = []
         """Folders that are to be deleted, which takes longer for gigabytes than a save may."""
 
@@ -162,7 +163,7 @@ class LoopFolder:
         staged = self._staged
         if staged is not None:
             staged.settle()
-        self._background.join()  # it reads the folder that is removed now, and waits for the same files
+        self._finish()  # it reads the folder that is removed now, and waits for the same files
         self._ours = [path for path in self._ours if path.exists()]
         try:
             if staged is not None and not last:
@@ -186,11 +187,11 @@ class LoopFolder:
         )
         if self._ranks.is_main:
             self._publish_later(state, folder, ("last", "best") if best else ("last",))
-        self._background.start(self._delete)
+        self._background.add(self._delete)
 
     def complete(self, state: LoopState) -> None:
         """At the end: write `last/`, `best/` and `log.json`, where a different machine saved what they show. On rank 0."""
-        self._background.join()
+        self._finish()
         if self._ours and _nonce_in(self._output_dir / "last") != state.nonce:
             self._publish(self._ours[-1], "last")
         self._write_log(state)
@@ -198,7 +199,7 @@ class LoopFolder:
             self._download_best(state.best_step, state.best_nonce)
         if self._staged is not None:
             self._staged.end()
-        self._background.start(self._delete)
+        self._background.add(self._delete)
 
     def _publish_later(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
         """Write what people look at: within an epoch while training continues, at its end before the script does."""
@@ -211,9 +212,12 @@ class LoopFolder:
             self._write_log(log)
 
         log = dataclasses.replace(state, log=list(state.log))
-        self._background.start(publish_all, joined=True)
+        self._background.add(publish_all)
         if state.batches == 0 and folder.exists():
-            self._background.join()
+            self._finish()
+
+    def _finish(self) -> None:
+        self._background.settle(threading.TIMEOUT_MAX)
 
     def _download_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog
@@ -320,36 +324,6 @@ class LoopFolder:
     def _refusal(self) -> str | None:
         kind = str(getattr(self._accelerator.distributed_type, "value", ""))
         return f"{kind} writes the model" if kind in _SHARDED else None
-
-
-class _Background:
-    """Work in one thread, in order, which the end of the process waits for. A thread for each would cost a save 2 ms to start."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudtrain-show")
-        self._joined: Future[None] | None = None
-
-    def start(self, work: Callable[[], None], *, joined: bool = False) -> None:
-        """Do this after what was started before. `joined` is what `join` waits for."""
-        try:
-            future = self._pool.submit(work)
-        except RuntimeError:  # the main thread has ended, and this one goes on
-            work()
-            return
-        future.add_done_callback(_tell)
-        self._joined = future if joined else self._joined
-
-    def join(self) -> None:
-        """Wait until it is done."""
-        if self._joined is not None:
-            wait([self._joined])
-
-
-def _tell(future: Future[None]) -> None:
-    if (error := future.exception()) is not None:
-        logger.error(
-            "The output folder may be incomplete; training continues. %s: %s", type(error).__name__, error
-        )
 
 
 def _record_of(folder: Path, rank: int) -> dict[str, Any]:
