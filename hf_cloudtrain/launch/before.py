@@ -26,6 +26,7 @@ from hf_cloudtrain.launch.marks import cut_off
 from hf_cloudtrain.launch.state_folders import FOLDER, home_of, move_aside, path_of, put
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import LOCAL
+from hf_cloudtrain.storage.urls import is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,11 @@ def prepare(run_url: str, command: Sequence[str], say: Callable[[str], None]) ->
     if home is not None:
         _tidy(catalog, home, say)
     problems = []
-    for key in reversed(catalog.known_checkpoints()):
+    keys = catalog.known_checkpoints()
+    if not keys and not is_local(catalog.storage.url):
+        # A bucket that does not exist looks like a new run, and the command may import for half a minute before it saves.
+        catalog.storage.check()
+    for key in reversed(keys):
         manifest = catalog.read(key)
         if FOLDER not in manifest.origin:
             return _in_checkpoint_folder(run_url, manifest)

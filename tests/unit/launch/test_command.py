@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.launch.command import ignoring_option
+from tests.servers import MotoServer
 from tests.unit.cli.terminal import ENTRY_POINT
 
 PATIENCE = 60.0
@@ -51,6 +53,24 @@ def test_the_run_may_come_from_the_environment_and_two_dashes_may_be_left_out(ur
         HF_CLOUDTRAIN_RUN_URL=url,
     )
     assert (done.returncode, done.stdout) == (0, f"{url}\n")
+
+
+def test_a_bucket_that_does_not_exist_is_an_error_before_the_command_starts(
+    moto: MotoServer, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    done = launch(
+        "--run-url",
+        "s3://no-such-bucket-of-ours/run",
+        "--",
+        "touch",
+        str(begun),
+        HF_CLOUDTRAIN_STORAGE_OPTIONS=json.dumps(moto.storage_options),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no-such-bucket-of-ours" in done.stderr
+    assert "does not exist" in done.stderr
+    assert not begun.exists()
 
 
 def test_a_signal_gives_the_exit_code_of_a_shell(url: str) -> None:
