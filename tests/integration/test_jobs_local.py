@@ -405,7 +405,9 @@ def test_launch_auto_restarts_a_script_without_our_code_from_its_newest_checkpoi
 def test_launch_auto_says_on_each_node_that_it_has_hooked_nothing(desk: Desk) -> None:
     desk.write(f"{sys.executable} -c pass", "launch: auto")
     desk.run("--wait", code=1)
-    assert "has hooked no training on this node: it ran a Python process, but none" in desk.log("toy-1")
+    assert "has hooked no training on this node: it ran a Python process, which imported neither" in desk.log(
+        "toy-1"
+    )
     desk.write(python("train.py", "5", "0"), "launch: auto")
     desk.run("--wait")
     assert "has hooked no training" not in desk.log("toy-2")

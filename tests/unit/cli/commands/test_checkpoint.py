@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -276,8 +277,13 @@ class TestDelete:
     def test_asks_on_a_terminal(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, code: int
     ) -> None:
-        terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-        monkeypatch.setattr("hf_cloudtrain.cli.output.sys", terminal)
+        class Terminal:
+            stdin = SimpleNamespace(isatty=lambda: True)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(sys, name)
+
+        monkeypatch.setattr("hf_cloudtrain.cli.output.sys", Terminal())
         result = cloudtrain("checkpoint", "delete", run.url, "-c", "100", typed=typed, code=code)
         assert "Delete checkpoint-100 (2 files" in result.stderr
         assert ("000001-0000000100" in run.committed()) == (code != 0)
