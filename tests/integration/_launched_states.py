@@ -101,6 +101,8 @@ def run(
             time.sleep(30)
     if result and accelerator.is_main_process:
         save_file(accelerator.unwrap_model(model).state_dict(), result)
+    # A DistributedDataParallel that outlives its process group may hang with gloo (docs/troubleshooting.md).
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
     return {"first": first, "folders": sorted(os.listdir("."))}
 
