@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,11 @@ def _csv_table(path: Path) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv as arrow
 
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
+        rows = (row for row in csv.reader(file, strict=True) if row)
+        names = next(rows, [])
+        deque(rows, 0)  # raises at a quote that is not closed; Arrow reads all rows after it as one value
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
     return arrow.read_csv(

@@ -36,6 +36,11 @@ def test_a_csv_keeps_its_texts(tmp_path: Path) -> None:
     assert (tmp_path / "b.csv").read_text() == text
 
 
+def test_a_blank_line_before_the_header_keeps_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n\nid\n007\n")
+    assert rows_of(tmp_path / "a.csv") == [{"id": "007"}]
+
+
 def test_json_lines_keep_their_values(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "2020-01-01", "n": {"x": [1]}}\n\n{"text": "b", "n": null, "more": 1}\n')
@@ -52,6 +57,7 @@ def test_json_lines_keep_their_values(tmp_path: Path) -> None:
     [
         ("a.csv", b"a,b\n1\n", "CSV parse error: Expected 2 columns, got 1: 1"),
         ("a.csv", b"a,a\n1,2\n", "two columns have the same name"),
+        ("a.csv", b'text,label\na,1\nb,"2\nc,3\nd,4', "unexpected end of data"),
         ("a.csv", b"a\n\xff\n", "codec can't decode"),
         ("a.jsonl", b"[1]\n", "row 1 is not a JSON object"),
         ("a.jsonl", b"{\n", "cannot be read: Expecting property name"),
