@@ -15,7 +15,7 @@ complete.json                         that training is over before its last plan
 progress/000003.json                  heartbeat
 steps/000003-0001.jsonl               step and metric records
 trackers/mlflow-0001.json             exclusive create: the tracker run of this run, see tracking/services/runs.py
-events/tensorboard-0001/…             the event files of that tracker run, see tracking/services/event_files.py
+events/tensorboard-9f86d081/…         the event files of that tracker run, see tracking/services/event_files.py
 actions/1795000000000-1f2e3d4c.json   what a user did to the run from a web page
 
 Beside that folder:

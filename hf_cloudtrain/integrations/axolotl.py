@@ -46,9 +46,10 @@ class CloudTrainPlugin(BasePlugin):  # type: ignore[misc]  # axolotl is not inst
     @short_traceback
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[CloudTrainCallback]:
         """Join the Trainer before it is made, so that no event is missed."""
-        # A configuration has no other place for the limit on storage; 0 is none.
+        # A configuration has no other place for the limit on storage; for transformers, 0 and less are none.
+        limit = cfg.save_total_limit or 0
         self._cloud = CloudTrainCallback(
-            cfg.cloudtrain_run_url, save_total_limit=cfg.save_total_limit or None
+            cfg.cloudtrain_run_url, save_total_limit=limit if limit > 0 else None
         )
         return [self._cloud]
 

@@ -89,7 +89,8 @@ class SavedStates:
         self._is_main = bool(accelerator.is_main_process)
         project = accelerator.project_configuration
         # Accelerate deletes folders of the script where it names them.
-        self._limit = (project.automatic_checkpoint_naming and project.total_limit) or None
+        limit = (project.automatic_checkpoint_naming and project.total_limit) or 0
+        self._limit = limit if limit > 0 else None
         self._home = home_of(folder)
         numbers = Numbers.of_this_process(run_url)
         training = numbers.began(numbers.begin(str(self._home)))

@@ -34,7 +34,7 @@ def what_is_safe(run_url: str, notes: Sequence[Note], code: int) -> str:
     deadline = time.monotonic() + PATIENCE
     try:
         safe = answer_in_time(lambda: _safe(url), lambda: time.monotonic() > deadline)
-    except (CloudTrainError, TimeoutError) as error:
+    except (CloudTrainError, OSError) as error:  # the exit code of the command matters more
         safe = f"The storage does not tell what is safe: {error}"
     return f"{_ended(code)} {safe}"
 

@@ -115,7 +115,9 @@ class _Part:
         self.path, self.module, self.seen = path, module, seen
         held = vars(module)
         self._buffers = buffers
-        self._changes_inside = bool(getattr(module, buffers)) or not all(
+        # A hook may remove itself, and keep state that the script's next start has not.
+        inside = getattr(module, buffers) or module._forward_hooks or module._forward_pre_hooks
+        self._changes_inside = bool(inside) or not all(
             isinstance(held[name], (int, float)) for name in _kept_by(module)
         )
         own = {} if self._changes_inside else {n: value for n, value in held.items() if n not in _OF_TORCH}

@@ -27,7 +27,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.runtime.threads import SafeTurn, before_exit
 from hf_cloudtrain.runtime.values import finite, recordable, utf8
 from hf_cloudtrain.tracking.host import HostMetrics
@@ -92,7 +92,7 @@ class StepTracker:
         self._uploads = uploads or UploadStatus()
         self._pages = {} if pages is None else pages
         self._files = {} if files is None else files
-        self._host, self._price = HostMetrics(), env.price()
+        self._host, self._price = HostMetrics(), _price()
         self._commit_lag: float | None = None
         self._ownership = ownership
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -120,7 +120,7 @@ class StepTracker:
         self._closed = False
         self._flush_now = False
         self._interval = env.heartbeat()
-        self._warned = False
+        self._warned: set[str] = set()
         self._turn = SafeTurn("The heartbeat")
         self._thread = threading.Thread(target=self._beat, name="cloudtrain-heartbeat", daemon=True)
 
@@ -268,22 +268,22 @@ class StepTracker:
                 next_beat = now + self._interval
                 if not self._rank:
                     self._store(self._write_heartbeat)
-            if saved:
-                self._store(partial(self._store_files, to_their_end=closed))
+            if saved and not (self._ownership and self._ownership.overtaken_by):
+                self._store(partial(self._store_files, to_their_end=closed), "event files of a tracker")
             if closed:
                 return
             if not self._closed:
                 self._wake.wait(max(0.0, min(next_beat, self._next_flush(last_flush)) - time.monotonic()))
 
-    def _store(self, write: Callable[[], None]) -> None:
-        """Call `write`, which may fail: the other one still has its turn, and each has its next one."""
+    def _store(self, write: Callable[[], None], what: str = "the heartbeat") -> None:
+        """Call `write`, which may fail: the others still have their turn, and each has its next one."""
         with self._turn:
             try:
                 write()
             except CloudTrainError as error:
-                say = logger.debug if self._warned else logger.warning
-                say("Cannot store the heartbeat: %s", error)
-                self._warned = True
+                say = logger.debug if what in self._warned else logger.warning
+                say("Cannot store %s: %s", what, error)
+                self._warned.add(what)
 
     def _write_heartbeat(self) -> None:
         self._catalog.attempts.write_progress(self._attempt, {**self.heartbeat(), "host": self._host.read()})
@@ -339,3 +339,11 @@ def _step_lines(steps: list[tuple[int, float]], samples: int | None) -> list[dic
 
 def _text(key: CheckpointKey | None) -> str | None:
     return None if key is None else str(key)
+
+
+def _price() -> float | None:
+    try:
+        return env.price()
+    except ConfigurationError as error:  # not worth the end of a training
+        logger.warning("%s The pages show no cost.", error)
+        return None

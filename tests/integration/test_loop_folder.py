@@ -304,7 +304,7 @@ class TestModels:
 class TestBackground:
     def test_replaced_checkpoints_are_deleted_by_the_end_of_the_process(self, tmp_path: Path) -> None:
         *_, loop = _loops.train(tmp_path / "run", tmp_path / "out", _loops.Rows(20))
-        loop._folder._finish()  # as the end of the process does
+        loop._folder._end()  # as the end of the process does
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-10"]
         assert [path.name for path in (tmp_path / "out/_cloudtrain").glob("[bgl]*-*")] == []
 

@@ -47,6 +47,8 @@ from hf_cloudtrain.storage.names import LOCAL
 
 logger = logging.getLogger(__name__)
 
+SETTLE_SECONDS = 10.0
+"""How long the end of a process waits for what is deleted; the next start deletes the rest."""
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """Kinds of training in which every rank writes a part of the model, by code of its own."""
 
@@ -112,7 +114,8 @@ class LoopFolder:
         self._token = ""
         self._staged: StagedSaves | None = None
         self._background = Background("What keeps the output folder up to date")
-        before_exit(self._finish)
+        self._removal = Background("The removal of checkpoints that were replaced")
+        before_exit(self._end)
         self._gone: list[Path] = []
         """Folders that are to be deleted, which takes longer for gigabytes than a save may."""
 
@@ -187,7 +190,7 @@ class LoopFolder:
         )
         if self._ranks.is_main:
             self._publish_later(state, folder, ("last", "best") if best else ("last",))
-        self._background.add(self._delete)
+        self._removal.add(self._delete)
 
     def complete(self, state: LoopState) -> None:
         """At the end: write `last/`, `best/` and `log.json`, where a different machine saved what they show. On rank 0."""
@@ -199,7 +202,7 @@ class LoopFolder:
             self._download_best(state.best_step, state.best_nonce)
         if self._staged is not None:
             self._staged.end()
-        self._background.add(self._delete)
+        self._removal.add(self._delete)
 
     def _publish_later(self, state: LoopState, folder: Path, names: tuple[str, ...]) -> None:
         """Write what people look at: within an epoch while training continues, at its end before the script does."""
@@ -210,6 +213,7 @@ class LoopFolder:
             for name in names:
                 self._publish(folder, name)
             self._write_log(log)
+            self._removal.add(self._delete)
 
         log = dataclasses.replace(state, log=list(state.log))
         self._background.add(publish_all)
@@ -218,6 +222,10 @@ class LoopFolder:
 
     def _finish(self) -> None:
         self._background.settle(threading.TIMEOUT_MAX)
+
+    def _end(self) -> None:
+        self._finish()
+        self._removal.settle(SETTLE_SECONDS)
 
     def _download_best(self, step: int, nonce: str) -> None:
         catalog = self._checkpointer.catalog

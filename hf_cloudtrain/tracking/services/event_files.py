@@ -1,7 +1,7 @@
 """Event files of a tracker are part of the run: stored while it trains, and back on disk where it resumes.
 
-<run URL>/.cloudtrain/events/tensorboard-0001/events.out.tfevents.1790000000.host.17.0             its first 4 MiB
-<run URL>/.cloudtrain/events/tensorboard-0001/events.out.tfevents.1790000000.host.17.0.part0002    what follows
+<run URL>/.cloudtrain/events/tensorboard-9f86d081/events.out.tfevents.1790000000.host.17.0             its first 4 MiB
+<run URL>/.cloudtrain/events/tensorboard-9f86d081/events.out.tfevents.1790000000.host.17.0.part0002    what follows
 
 Object stores cannot append, so the newest part of a file is written again until it is large enough. Each part ends with a whole
 record, so `tensorboard --logdir` can read the parts where they are. A restore joins them.
@@ -10,10 +10,12 @@ record, so `tensorboard --logdir` can read the parts where they are. A restore j
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,7 +82,8 @@ class EventFiles:
 
     def __init__(self, storage: Storage, run: TrackerRun, folder: Path, flush: Callable[[], None]) -> None:
         self._storage = storage
-        self._top = f"{EVENTS}/{run.service}-{run.number:04d}"
+        # By its id: a folder that holds a different training, too, is recorded again, under the next number.
+        self._top = f"{EVENTS}/{run.service}-{hashlib.sha256(run.id.encode()).hexdigest()[:8]}"
         self._folder = folder
         self._flush = flush
         self._began = time.time() - CLOCK_SECONDS
@@ -131,8 +134,10 @@ class EventFiles:
         name = path.relative_to(self._folder).as_posix()
         try:
             found = path.lstat()
-            is_old = name not in self._stored and found.st_mtime < self._began
-            if is_old or path.is_symlink() or _without_part(clean_path(name)) != name:
+            is_foreign = name not in self._stored and (
+                found.st_mtime < self._began or _is_of_another(path.name)
+            )
+            if is_foreign or path.is_symlink() or _without_part(clean_path(name)) != name:
                 return False
             stored = self._stored.setdefault(name, _Stored())
             if found.st_size <= stored.size:
@@ -169,6 +174,13 @@ class EventFiles:
                 continue
             if whole := [parts[path] for path in names]:
                 yield name, whole
+
+
+def _is_of_another(name: str) -> bool:
+    """Whether a different process writes this file: trainings may share a folder. `…tfevents.<seconds>.<host>.<process>.<number>`."""
+    return (
+        re.search(r"\.\d+\.\d+$", name) is not None and f".{socket.gethostname()}.{os.getpid()}." not in name
+    )
 
 
 def _part(name: str, number: int) -> str:

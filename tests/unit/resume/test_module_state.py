@@ -110,6 +110,11 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
         lambda net: net(torch.ones(2)),
         "'chance' of a hook of Linear of the model",
     ),
+    "hook that removes itself": (
+        hooked(random.Random(0)),
+        lambda net: net.layer._forward_hooks.clear(),
+        "'chance' of a hook of Linear of the model",
+    ),
     "nothing before": (Net(), lambda net: setattr(net, "value", 1), "'value' of Net"),
     "new": (Net(), lambda net: setattr(net, "other", 1), "'other' of Net"),
     "gone": (Net(0), lambda net: delattr(net, "value"), "'value' of Net"),

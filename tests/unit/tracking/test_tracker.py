@@ -470,3 +470,13 @@ def test_records_are_stored_at_least_with_each_heartbeat_after_a_save_too(
     assert tracker._next_flush(100.0) == pytest.approx(100.2)
     tracker._interval = 15.0
     assert tracker._next_flush(100.0) == pytest.approx(102.0)
+
+
+@pytest.mark.parametrize("value", ["0", "$2.5", "-1"])
+def test_a_price_that_is_no_number_is_told_and_does_not_end_the_training(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_CLOUDTRAIN_PRICE", value)
+    assert module._price() is None
+    assert f"HF_CLOUDTRAIN_PRICE={value!r}" in caplog.text
+    assert "The pages show no cost." in caplog.text

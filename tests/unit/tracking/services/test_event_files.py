@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from hf_cloudtrain.tracking.services.event_files import EventFiles
 from hf_cloudtrain.tracking.services.runs import TrackerRun
 
 RUN = TrackerRun("tensorboard", "runs/one", 1)
-TOP = f"{EVENTS}/tensorboard-0001"
-NAME = "events.out.tfevents.1790000000.host.17.0"
+TOP = f"{EVENTS}/tensorboard-{hashlib.sha256(b'runs/one').hexdigest()[:8]}"
+NAME = f"events.out.tfevents.1790000000.{socket.gethostname()}.{os.getpid()}.0"
+OF_ANOTHER = "events.out.tfevents.1790000000.host.17.0"
 
 
 @pytest.fixture
@@ -138,10 +141,22 @@ def test_a_file_of_this_machine_stays_and_its_rest_is_stored(
     assert steps(tmp_path / "two") == [1, 2]
 
 
+def test_a_folder_that_is_recorded_again_under_the_next_number_comes_back(
+    storage: Storage, tmp_path: Path
+) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / NAME).write_bytes((0).to_bytes(8, "little") + bytes(8))
+    files(storage, folder).store()
+    shared = TrackerRun("tensorboard", RUN.id, 2, is_shared=True)
+    EventFiles(storage, shared, tmp_path / "new machine", lambda: None).fetch()
+    assert (tmp_path / "new machine" / NAME).exists()
+
+
 def test_only_event_files_of_this_training_are_stored(storage: Storage, tmp_path: Path) -> None:
     folder = tmp_path / "one"
     record = (0).to_bytes(8, "little") + bytes(8)
-    for name in (NAME, f"images/{NAME}", "notes.txt", ".env", f"{NAME}.old"):
+    for name in (NAME, OF_ANOTHER, f"images/{NAME}", "notes.txt", ".env", f"{NAME}.old"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(record)
     os.utime(folder / f"{NAME}.old", (0, 0))
