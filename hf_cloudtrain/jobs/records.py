@@ -44,13 +44,22 @@ READERS = 16
 """Records that are read in parallel: a request to a cloud takes 30 ms or more, and a store may have hundreds."""
 
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_Kinds = Mapping[str, type | tuple[type, ...]]
+_KINDS: _Kinds = {
     **dict.fromkeys(("engine", "run_url", "home", "state"), str),
     **dict.fromkeys(("nodes", "nproc_per_node", "max_restarts", "restarts"), int),
     **dict.fromkeys(("submitted_by", "submitter", "handle"), dict),
+    **dict.fromkeys(("experiment", "vm", "reason"), (str, type(None))),
     "created": (int, float),
 }
 """Types of fields on which every list of jobs relies."""
+_START_KINDS: _Kinds = {
+    "number": int,
+    "began": (int, float),
+    "ended": (int, float, type(None)),
+    **dict.fromkeys(("outcome", "reason"), (str, type(None))),
+}
+"""The same of each start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +256,16 @@ def _decode(data: bytes, job_id: str) -> JobRecord:
         raise ManifestError(f"The {what} belongs to {record.id!r}.")
     if not re.fullmatch(_ID, job_id):  # '..' would lead out of the folder of jobs
         raise ManifestError(f"{job_id[:100]!r} is not the id of a job.")
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(getattr(record, name), kind)]
+    parts: list[tuple[object, _Kinds]] = [
+        (record, _KINDS),
+        *((start, _START_KINDS) for start in record.starts),
+    ]
+    wrong = [
+        name
+        for part, kinds in parts
+        for name, kind in kinds.items()
+        if not isinstance(getattr(part, name), kind)
+    ]
     if wrong:
         raise ManifestError(f"The {what} is damaged: the type of {wrong[0]!r} is wrong.")
     return record

@@ -112,7 +112,16 @@ def test_a_store_with_a_damaged_record_shows_the_others(store: JobStore, tmp_pat
 
 @pytest.mark.parametrize(
     "changes",
-    [{"nodes": None}, {"created": "today"}, {"run_url": 5}, {"submitted_by": "ann"}, {"handle": None}],
+    [
+        {"nodes": None},
+        {"created": "today"},
+        {"run_url": 5},
+        {"submitted_by": "ann"},
+        {"handle": None},
+        {"experiment": 5},
+        {"reason": []},
+        {"vm": {}},
+    ],
 )
 def test_a_record_with_a_wrong_type_is_damaged(
     store: JobStore, tmp_path: Path, changes: dict[str, object]
@@ -121,6 +130,18 @@ def test_a_record_with_a_wrong_type_is_damaged(
     record = store.create("qqp", **FACTS)
     store.storage.write("records/qqp-1.json", encode_record({**dataclasses.asdict(record), **changes}))
     assert [found.id for found in store.records()] == ["mnli-1"]
+    with pytest.raises(ManifestError, match=f"the type of '{next(iter(changes))}' is wrong"):
+        store.read("qqp")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"number": "1"}, {"began": "x"}, {"ended": "x"}, {"outcome": 5}, {"reason": 5}]
+)
+def test_a_start_with_a_wrong_type_damages_its_record(store: JobStore, changes: dict[str, object]) -> None:
+    record = dataclasses.asdict(store.create("qqp", **FACTS))
+    starts = [{"number": 1, "began": 5.0, **changes}]
+    store.storage.write("records/qqp-1.json", encode_record({**record, "starts": starts}))
+    assert store.records() == []
     with pytest.raises(ManifestError, match=f"the type of '{next(iter(changes))}' is wrong"):
         store.read("qqp")
 
