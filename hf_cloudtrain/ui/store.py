@@ -84,7 +84,7 @@ class JobSource:
 
     def turn(self) -> float:
         """Look at the files, every few seconds at the record, and less often ask an engine."""
-        now = time.monotonic()
+        now, is_first = time.monotonic(), not self.version
         if now >= self._record_due:
             self._record_due = now + RECORD_SECONDS
             record = self._store.read(self._record.id)
@@ -95,11 +95,13 @@ class JobSource:
             if self._seen.get(path) != (stat.st_size, stat.st_mtime):
                 self._seen[path] = stat.st_size, stat.st_mtime
                 self._note(path.stem, last_lines(path, MOST_LINES))
-        if self._record.engine in FAR and not self._seen and now >= self._far_due:
-            self._far_due = math.inf if self._record.is_over else now + FAR_SECONDS
+        has_far_log = self._record.engine in FAR and self._record.handle and not self._seen
+        if has_far_log and now >= self._far_due and not is_first:  # the page has the record by then
+            self._far_due = now + FAR_SECONDS
             try:
                 lines = lifecycle.starter(self._record).lines(self._record, None, follow=False)
                 self._note("log", deque(lines, MOST_LINES))
+                self._far_due = math.inf if self._record.is_over else self._far_due
             except (CloudTrainError, OSError) as error:
                 self._no_log, self.version = shown(error), self.version + 1
         return LOG_SECONDS
@@ -122,10 +124,8 @@ class JobSource:
             "run": record.run_url,
         }
         starts = record.starts[:-51:-1]
-        text = "Times are in UTC." if starts else "There is none yet."
-        table = record_table(
-            "Starts, the newest first", start_columns(utc) if starts else {}, starts, text, "reason"
-        )
+        columns, text = (start_columns(utc), "Times are in UTC.") if starts else ({}, "There is none yet.")
+        table = record_table("Starts, the newest first", columns, starts, text, "reason")
         return {
             "id": shown(record.id, 80),
             "state": shown(record.state, 20),

@@ -91,18 +91,20 @@ def test_a_job_shows_its_starts_and_the_log_that_grows(store: JobStore, places: 
 def test_the_log_that_an_engine_keeps_is_asked_for_every_half_minute(
     store: JobStore, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, asked, lines = [0.0], [], ["step 1"]
+    now, asked, lines, fails = [0.0], [], ["step 1"], [1]
     monkeypatch.setattr("hf_cloudtrain.ui.store.time.monotonic", lambda: now[0])
 
     def answer(self: object, record: JobRecord, node: int | None, follow: bool) -> Iterator[str]:
         asked.append((record.id, node, follow))
-        if len(asked) == 1:
+        if len(asked) in fails:
             raise ConfigurationError("`sky` timed out after 60 s.")
         return iter(lines)
 
     monkeypatch.setattr("hf_cloudtrain.jobs.engines.skypilot.engine.SkypilotEngine.lines", answer)
-    record = job(store, "mnli", engine="skypilot", state="running")
+    record = job(store, "mnli", engine="skypilot", state="running", handle={"job": 1})
     source = JobSource(places, "mnli-1")
+    source.turn()
+    assert (source.version, asked) == (1, []), "the page shows the record before an engine is asked"
     for _ in range(5):
         source.turn()
     assert source.document("")["no_log"] == "`sky` timed out after 60 s."
@@ -112,10 +114,21 @@ def test_the_log_that_an_engine_keeps_is_asked_for_every_half_minute(
     assert source.document("")["no_log"] is None
     store.write(record, state="finished")
     lines.append("step 2")
-    for now[0] in (62.0, 93.0, 124.0):
+    fails.append(3)
+    for now[0] in (62.0, 93.0, 124.0, 155.0):
         source.turn()
     assert source.document("")["logs"] == {"log": ["step 1", "step 2"]}
-    assert asked == 3 * [("mnli-1", None, False)], "the log of a job that is over is read once more"
+    assert asked == 4 * [("mnli-1", None, False)], "the log of a job that is over is read once more"
+
+
+def test_no_engine_is_asked_for_the_log_of_a_job_that_it_does_not_have_yet(
+    store: JobStore, places: Places
+) -> None:
+    job(store, "mnli", engine="skypilot")
+    source = JobSource(places, "mnli-1")
+    for _ in range(2):
+        source.turn()
+    assert source.document("")["no_log"] == "There is no log yet."
 
 
 def test_the_home_that_a_record_names_is_not_read(store: JobStore, places: Places, tmp_path: Path) -> None:
