@@ -6,16 +6,19 @@ sky queue | logs | down           the only job of a cluster that is started once
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, cast
 
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.runtime.redaction import redact
@@ -127,6 +130,34 @@ def start(argv: Sequence[str], variables: Mapping[str, str] | None = None) -> su
         text=True,
         errors="replace",
     )
+
+
+def lines(argv: Sequence[str], patience: float | None) -> Iterator[str]:
+    """The output of a command as it arrives. The end of the iteration ends the command.
+
+    Args:
+        argv: the command.
+        patience: seconds that it may be silent; None: as long as it runs.
+
+    Raises:
+        ConfigurationError: it was silent for too long.
+    """
+    with start(argv) as process:
+        output = cast("IO[str]", process.stdout).fileno()
+        text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), True)
+        rest = ""
+        try:
+            while select.select([output], [], [], patience)[0]:
+                data = os.read(output, 2**16)
+                *whole, rest = (rest + text.decode(data, final=not data)).split("\n")
+                yield from whole
+                if not data:
+                    yield from [rest] if rest else []
+                    return
+            process.kill()
+            raise ConfigurationError(f"`{shlex.join(argv)}` printed nothing for {patience:g} s.")
+        finally:
+            process.terminate()
 
 
 def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -112,14 +112,10 @@ class SkypilotEngine:
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From SkyPilot's own log of the job."""
         argv = [*SkyJob(record.handle).logs_argv, "--follow" if follow else "--no-follow", "--tail", "0"]
-        with client.start(argv) as process:
-            try:
-                for line in process.stdout or ():
-                    shown = client.node_line(line, record.nodes, node_rank)
-                    if shown is not None:
-                        yield shown
-            finally:
-                process.terminate()  # ends the reading, not the job
+        for line in client.lines(argv, None if follow else client.PATIENCE):  # its end is not that of the job
+            shown = client.node_line(line, record.nodes, node_rank)
+            if shown is not None:
+                yield shown
 
 
 def _status(record: JobRecord, row: dict[str, Any]) -> EngineStatus:

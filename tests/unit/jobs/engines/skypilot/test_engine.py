@@ -349,6 +349,16 @@ class TestCommands:
         list(SKYPILOT.lines(record, None, follow=True))
         assert sky.calls[-1] == "jobs logs 12 --follow --tail 0"
 
+    def test_a_log_command_that_hangs_is_ended(
+        self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky)
+        monkeypatch.setattr(module.client, "PATIENCE", 0.2)
+        (sky.folder / "bin" / "sky").write_text("#!/bin/sh\nexec tail -f /dev/null\n")
+        with pytest.raises(ConfigurationError, match=r"`sky jobs logs 12 .*` printed nothing for 0\.2 s\."):
+            list(SKYPILOT.lines(record, None, follow=False))
+
     @pytest.mark.parametrize(
         ("lines", "command"),
         [((), "jobs cancel -y 12"), (("skypilot: {managed: false}",), "down -y x-1")],
