@@ -153,8 +153,7 @@ class Server:
     async def act(self, request: Request) -> Response:
         """An action; the guard has checked the token."""
         if not self._may_act:
-            text = "Actions are off. `cloudtrain ui --actions` allows them."
-            return JSONResponse({"error": text}, 403)
+            return JSONResponse({"error": "Actions are off. `cloudtrain ui --actions` allows them."}, 403)
         return await self._answer(actions.act, self.pages.places, await _body(request))
 
     async def _answer(self, call: Callable[..., dict[str, Any]], *given: Any) -> Response:
@@ -195,8 +194,7 @@ async def _body(request: Request) -> dict[str, Any]:
         data += part
         if len(data) > MOST_BODY:
             return {}
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(data)
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
+    return {}

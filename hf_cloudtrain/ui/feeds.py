@@ -17,6 +17,8 @@ SLOW_SECONDS = 4.0
 """Seconds after which a page says that the storage does not answer."""
 RETRY_SECONDS = 5.0
 """Seconds until a source is read again after an error."""
+WAIT_SECONDS = 1.0
+"""That a follower waits for a turn: the threads are shared by all pages."""
 ALIVE_SECONDS = 15.0
 """Between two messages without content: the server sees from a failed one that a browser is gone."""
 
@@ -105,8 +107,7 @@ class Feed:
     def _tell(self) -> None:
         told = self._version, self._trouble, self._is_over
         if told != self._told:
-            self._told, changed = told, self._changed
-            self._changed = asyncio.Event()
+            self._told, changed, self._changed = told, self._changed, asyncio.Event()
             changed.set()
 
     def _turn(self) -> float:
@@ -124,7 +125,7 @@ class Feed:
     def _next(self, variant: str, sent: dict[str, Any] | None) -> tuple[dict[str, Any], str | None]:
         """The document, and the message that makes it of what was sent; no message where they are equal."""
         try:
-            document = {**self._document(variant), "trouble": self._trouble}
+            document = {**self._document(variant, sent), "trouble": self._trouble}
             if sent is None:
                 return document, message(document=document)
             change = patch(sent, document)
@@ -133,13 +134,18 @@ class Feed:
             document = {"gone": shown(f"The page cannot be built: {error}"), "trouble": self._trouble}
             return document, message(document=document)
 
-    def _document(self, variant: str) -> dict[str, Any]:
+    def _document(self, variant: str, sent: dict[str, Any] | None) -> dict[str, Any]:
         if self._version is None:
             return {"loading": True}
         known = self._known
         if known is None or known[0] != (variant, self._version):
-            with self._lock:
+            if not self._lock.acquire(timeout=WAIT_SECONDS):
+                self._told = None  # so that the end of the turn wakes this follower, even without a change
+                return sent or {"loading": True}
+            try:
                 known = self._known = (variant, self._version), self._source.document(variant)
+            finally:
+                self._lock.release()
         return known[1]
 
 

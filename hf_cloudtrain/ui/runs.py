@@ -170,6 +170,7 @@ class RunSource:
         if known is None or known[0] is not report:
             known = self._contents[weight] = report, report.content(weight)
         state, skew, url = reader.state(), reader.skew, shlex.quote(reader.mirror.url)
+        pinned = report.roles.pinned
         live = {name: getattr(state, name) for name in ("attempt", "step", "total_steps")}
         differs = f"{abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} this one."
         clock = [f"The clock of the training machine is {differs}"] if skew else []
@@ -185,11 +186,7 @@ class RunSource:
             "live": finite({**live, "last_seen": state.last_seen and state.last_seen + skew}),
             "notes": [*stalled, *notes, *clock],
             "checkpoints": {  # how commands name each, its key, and whether it is pinned
-                info.title: [
-                    f"{url} -c {shlex.quote(info.title)}",
-                    info.key,
-                    info.checkpoint_key in report.roles.pinned,
-                ]
+                info.title: [f"{url} -c {shlex.quote(info.title)}", info.key, info.checkpoint_key in pinned]
                 for info in report.found
                 if info.manifest
             },

@@ -29,8 +29,7 @@ FAR = ("skypilot", "sagemaker")
 FAR_SECONDS = 30.0
 """Between two questions to one of them: SkyPilot takes seconds to answer."""
 DATASETS_SECONDS = 15.0
-MOST_LINES = 400
-MOST_JOBS = 500
+MOST_LINES, MOST_JOBS = 400, 500
 
 
 class JobsSource:
