@@ -70,6 +70,8 @@ class Predictor:
                 good.append((index, self._prepared(row, parameters)))
             except RequestError as error:
                 found[index] = RowError(str(error), is_input=True)
+            except Exception as error:  # noqa: BLE001 - of a tokenizer, say
+                found[index] = _failed(error)
         for group in [good] if self.task.reads_images else _groups(good):
             answers = self._run([row for _, row in group], parameters)
             for (index, _), answer in zip(group, answers, strict=True):
@@ -89,8 +91,7 @@ class Predictor:
             return [plain(answer) for answer in found]
         except Exception as error:  # noqa: BLE001 - any row, any model: the error is the answer
             if len(rows) == 1:
-                logger.warning("A row has no answer. %s: %s", type(error).__name__, error)
-                return [RowError(f"{type(error).__name__}: {error}"[:500], is_input=False)]
+                return [_failed(error)]
         # Halves, so that one bad row of many costs few calls.
         middle = len(rows) // 2
         return [*self._run(rows[:middle], parameters), *self._run(rows[middle:], parameters)]
@@ -123,6 +124,11 @@ class Predictor:
                 f"The text has {tokens} tokens; with max_new_tokens={parameters['max_new_tokens']} it must have between 1 "
                 f"and {most}."
             )
+
+
+def _failed(error: Exception) -> RowError:
+    logger.warning("A row has no answer. %s: %s", type(error).__name__, error)
+    return RowError(f"{type(error).__name__}: {error}"[:500], is_input=False)
 
 
 def _groups(rows: list[tuple[int, Any]]) -> list[list[tuple[int, Any]]]:

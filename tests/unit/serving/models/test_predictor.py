@@ -157,6 +157,20 @@ class TestOtherTasks:
         assert found[0] == RowError("The text must have the mask '[MASK]'.", is_input=True)
         assert len(found[1]) == 5
 
+    def test_a_row_that_the_tokenizer_cannot_read_fails_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        predictor = loaded(tmp_path, "BertForMaskedLM")
+        prepared = predictor._prepared
+
+        def fail(row: Any, parameters: dict[str, Any]) -> Any:
+            return prepared(row, parameters) if row != "bad" else {}["bad"]
+
+        monkeypatch.setattr(predictor, "_prepared", fail)
+        found = answers(predictor, "bad", "a [MASK] film")
+        assert found[0] == RowError("KeyError: 'bad'", is_input=False)
+        assert len(found[1]) == 5
+
     def test_no_more_guesses_than_words(self, tmp_path: Path) -> None:
         predictor = loaded(tmp_path, "BertForMaskedLM")
         assert len(answers(predictor, "a [MASK] film", top_k=10_000)[0]) == predictor._config.vocab_size
