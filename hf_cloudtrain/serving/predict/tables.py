@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"}
 """By the end of a name."""
+LONGEST_ROW = 64 * 2**20
+"""Bytes of a CSV that Arrow reads at once; a row must fit."""
 
 
 def kind_of(path: Path) -> str:
@@ -117,6 +119,7 @@ def _csv_table(path: Path) -> pa.Table:
         raise ValueError("two columns have the same name")
     return arrow.read_csv(
         path,
+        read_options=arrow.ReadOptions(block_size=LONGEST_ROW),
         parse_options=arrow.ParseOptions(newlines_in_values=True),
         convert_options=arrow.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False

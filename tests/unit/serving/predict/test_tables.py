@@ -41,6 +41,12 @@ def test_a_blank_line_before_the_header_keeps_the_texts(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv") == [{"id": "007"}]
 
 
+def test_a_long_text_in_a_csv_is_read(tmp_path: Path) -> None:
+    long = "x" * 3_000_000
+    (tmp_path / "a.csv").write_text(f"text,id\na,1\n{long},2\nb,3\n")
+    assert rows_of(tmp_path / "a.csv")[1] == {"text": long, "id": "2"}
+
+
 def test_json_lines_keep_their_values(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "2020-01-01", "n": {"x": [1]}}\n\n{"text": "b", "n": null, "more": 1}\n')
