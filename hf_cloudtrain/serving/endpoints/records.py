@@ -87,6 +87,8 @@ class Endpoints:
             endpoint = Endpoint(**{key: value for key, value in found.items() if key in known})
             if endpoint.name != name or not _names_its_own(endpoint):
                 raise TypeError("it is not about this endpoint.")
+            if not isinstance(endpoint.created, (int, float)):
+                raise TypeError("the type of 'created' is wrong.")
             return endpoint
         except FileNotFoundError:
             raise ConfigurationError(

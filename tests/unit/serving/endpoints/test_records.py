@@ -32,6 +32,7 @@ def written(endpoints: Endpoints, tmp_path: Path, **changes: object) -> None:
     [
         {"name": "other"},
         {"engine": "slurm"},
+        {"created": "today"},
         {"handle": "job-1"},
         {"handle": None},
         {"handle": {"pid": "1"}},
