@@ -31,6 +31,7 @@ NO_CONTROLLER = ("No in-progress managed jobs", "All managed jobs should have fi
 """Errors of a controller that does not run, because no job does (sky/jobs/server/core.py)."""
 JOB_ID = re.compile(r"job(?: submitted,)? ID: *(\d+)", re.IGNORECASE)
 """How a launch prints the number of its job (sky/utils/ux_utils.py)."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # "(worker1, rank=1, pid=4321, ip=10.0.0.5) text", and "(mnli-2, pid=4321) text" with a single node.
 _NODE_LINE = re.compile(r"\((?:[\w.-]+, rank=(?P<rank>\d+)|[\w.-]+), pid=\d+(?:, ip=[^)]*)?\) ?(?P<text>.*)")
@@ -41,12 +42,21 @@ class SkyJob:
 
     Args:
         handle: of the job's record: `managed`, `name` (of the job, or of its cluster) and `job`, its number, if known.
+
+    Raises:
+        ConfigurationError: the handle has something else, which `sky` could read as an option.
     """
 
     def __init__(self, handle: Mapping[str, Any]) -> None:
-        self._managed = bool(handle["managed"])
-        self._name = str(handle["name"])
+        self._managed = bool(handle.get("managed"))
+        self._name = str(handle.get("name", ""))
         self._number: int | None = handle.get("job")
+        has_number = self._number is None or (isinstance(self._number, int) and self._number >= 0)
+        if not _NAME.fullmatch(self._name) or not has_number:
+            raise ConfigurationError(
+                f"{str(dict(handle))[:200]!r} does not name a job of SkyPilot: its record is damaged, or SkyPilot has not "
+                "accepted the job yet."
+            )
 
     def row(self) -> dict[str, Any] | None:
         """The job in SkyPilot's table; None if it is not there. Raises ConfigurationError."""

@@ -349,6 +349,25 @@ class TestCommands:
         list(SKYPILOT.lines(record, None, follow=True))
         assert sky.calls[-1] == "jobs logs 12 --follow --tail 0"
 
+    @pytest.mark.parametrize(
+        "handle",
+        [
+            {},
+            {"managed": False, "name": "--all", "job": None},
+            {"managed": True, "name": "x-1", "job": "--all"},
+            {"managed": True, "name": "x-1", "job": -1},
+        ],
+    )
+    def test_a_handle_that_sky_could_read_as_an_option_is_refused(
+        self, sky: FakeSky, store: JobStore, handle: dict[str, object]
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), handle=handle)
+        calls = sky.calls
+        with pytest.raises(ConfigurationError, match="does not name a job of SkyPilot"):
+            list(SKYPILOT.lines(record, None, follow=False))
+        assert sky.calls == calls
+
     def test_a_log_command_that_hangs_is_ended(
         self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
