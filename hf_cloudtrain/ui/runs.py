@@ -12,7 +12,7 @@ from hf_cloudtrain.checkpoints.attempts import run_listing
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record
 from hf_cloudtrain.checkpoints.paths import ACTIONS, PROGRESS
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, ManifestError, NoCheckpointError
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.report.card import facts
 from hf_cloudtrain.report.comparison import Compared, comparison
@@ -115,8 +115,8 @@ class RunsSource:
     def _experiment(self, run_id: str) -> str:
         try:
             facts = Catalog(self._mirrors[run_id]).attempts.run_facts() or {}
-        except CloudTrainError:  # damaged
-            return ""
+        except (ManifestError, NoCheckpointError, FileNotFoundError, PermissionError):
+            return ""  # after any other error a later turn reads it again
         return shown(facts.get("experiment") or "", 60)
 
 

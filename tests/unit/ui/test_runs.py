@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain.checkpoints.attempts import Attempts
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS
-from hf_cloudtrain.errors import NoCheckpointError
+from hf_cloudtrain.errors import NoCheckpointError, StorageUnavailableError
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.report import reader
 from hf_cloudtrain.report.charts import charts_of
@@ -214,6 +215,24 @@ class TestRequests:
         source.turn()
         assert (store.count("list"), store.count("read")) == (2, 41)
         assert source.version == 2
+
+    def test_an_experiment_that_the_storage_does_not_tell_is_read_again(
+        self, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = Catalog(Storage(f"{store.url}/deep/run-3"))
+        run.attempts.begin(time.time(), 0, None, {"experiment": "sweep"})
+        source = RunsSource(places)
+        source.turn()
+
+        def fail(attempts: Attempts) -> None:
+            raise StorageUnavailableError("The storage does not answer.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Attempts, "run_facts", fail)
+            with pytest.raises(StorageUnavailableError):
+                source.turn()
+        source.turn()
+        assert source.document("")["runs"]["0/deep/run-3"]["experiment"] == "sweep"
 
     def test_a_heartbeat_sends_its_numbers_and_not_the_curves(self, catalog: Catalog, served: Served) -> None:
         record_attempt(catalog, began=time.time() - 120, steps=range(1, 151))
