@@ -87,9 +87,10 @@ def create(
 
         if dry_run:
             raise typer.BadParameter("--dry-run shows the requests to SageMaker. Pass --engine sagemaker.")
-        given = {"--checkpoint": checkpoint, "--base": base, "--processor": processor, "--task": task}
+        folders = {"--base": base and absolute(base), "--processor": processor and absolute(processor)}
+        given = {"--checkpoint": checkpoint, "--task": task, **folders}
         words = [absolute(run), *(["--best"] if best else []), *(["--trust-code"] if trust_code else [])]
-        words += [word for option, value in given.items() if value for word in (option, absolute(value))]
+        words += [word for option, value in given.items() if value for word in (option, value)]
         made = create_local(
             endpoints, Endpoint(name, "local", model.title, time.time()), words, port or free_port(), say
         )
