@@ -473,7 +473,7 @@ def test_records_are_stored_at_least_with_each_heartbeat_after_a_save_too(
 
 
 @pytest.mark.parametrize("value", ["0", "$2.5", "-1"])
-def test_a_price_that_is_no_number_is_told_and_does_not_end_the_training(
+def test_a_price_that_is_not_a_number_is_told_and_does_not_end_the_training(
     value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_CLOUDTRAIN_PRICE", value)
