@@ -168,7 +168,14 @@ def test_only_event_files_of_this_training_are_stored(storage: Storage, tmp_path
 
 
 @pytest.mark.parametrize(
-    "path", [f"../../{NAME}", f"_cloudtrain/{NAME}", "model.safetensors", f"{NAME}/x", f"{NAME}.part0002"]
+    "path",
+    [
+        f"../../{OF_ANOTHER}",
+        f"_cloudtrain/{OF_ANOTHER}",
+        "model.safetensors",
+        f"{OF_ANOTHER}/x",
+        f"{OF_ANOTHER}.part0002",
+    ],
 )
 def test_what_else_is_there_is_not_written_to_this_disk(
     tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
