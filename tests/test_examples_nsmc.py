@@ -27,6 +27,7 @@ from transformers import (
 from hf_cloudtrain.tracking.history import read_history
 from tests.conftest import missing
 from tests.integration._serve import Served
+from tests.integration._zygote import Zygote
 from tests.unit.cli.terminal import answer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "nsmc"
@@ -287,10 +288,7 @@ class TestTrainer:
         saved = load_file(tmp_path / "out" / "best" / "model.safetensors")
         name = "electra.encoder.layer.0.output.dense.weight"
         assert torch.equal(saved[name], pretrained.state_dict()[name]), "it began with the given weights"
-        served = Served(zygote, str(tmp_path / "run"))
-        where = ["--data_dir", str(reviews), "--url", f"http://127.0.0.1:{served.port}"]
-        found = importlib.import_module("label").main(where)
-        served.stop()
+        found = _labelled(zygote, reviews, str(tmp_path / "run"))
         assert found["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-12)
 
 
@@ -358,15 +356,16 @@ class TestServed:
         monkeypatch.chdir(tmp_path)
         metrics = whole(way)
         run = str(tmp_path / "whole")
-        served = Served(zygote, run, "--best")
-        where = ["--data_dir", str(reviews), "--url", f"http://127.0.0.1:{served.port}", "--rows", "7"]
-        found = importlib.import_module("label").main(where)
-        served.stop()
+        found = _labelled(zygote, reviews, run, "--best")
         importlib.import_module("nsmc_data").load_file(reviews, "test").to_parquet(tmp_path / "test.parquet")
         predicted = answer("predict", run, "test.parquet", "-o", "out.parquet", "--best")
         offline = metrics["test_accuracy" if way == "trainer" else "accuracy"]
         assert found["reviews"] == predicted["rows"] == TINY["test"]
         assert found["accuracy"] == predicted["accuracy"] == pytest.approx(offline, abs=1e-12)
+        local = _labelled(zygote, reviews, str(tmp_path / "machine-1" / "best"))
+        assert local["accuracy"] == found["accuracy"], (
+            "the folder of the training needs neither run nor --trust-code"
+        )
 
     def test_an_endpoint_that_is_not_there_is_named(self, reviews, tmp_path, monkeypatch, capfd):
         monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path / "store"))
@@ -433,6 +432,15 @@ def _by_loop(reviews: Path, out: Path, run: Path, *more: str) -> Metrics:
     metrics: Metrics = importlib.import_module("train_loop").main([*folders, *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     return metrics
+
+
+def _labelled(zygote: Zygote, reviews: Path, *what: str) -> Metrics:
+    """What label.py finds of the test reviews through a server."""
+    served = Served(zygote, *what)
+    where = ["--data_dir", str(reviews), "--url", f"http://127.0.0.1:{served.port}", "--rows", "7"]
+    found: Metrics = importlib.import_module("label").main(where)
+    served.stop()
+    return found
 
 
 def _cut(whole: Path, cut: Path) -> None:

@@ -57,6 +57,53 @@ def shards(out: Path) -> int:
     return len(list(out.with_name(f"{out.name}.parts").glob("[0-9]*.json")))
 
 
+def train_adapter(way: str, base: Path, run: str, texts: list[str]) -> list[float]:
+    """Train a LoRA adapter over a base model, and return the trained model's score of each text."""
+    import peft
+    import torch
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from hf_cloudtrain import CloudTrainCallback, TrainLoop
+
+    torch.manual_seed(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    adapted: Any = peft.get_peft_model(
+        network, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["value"])
+    )
+    rows: Any = [{**tokenizer(text), "labels": at % 3} for at, text in enumerate(texts)]
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    output_dir = f"{run}-output"
+    if way == "trainer":
+        quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+        args = transformers.TrainingArguments(
+            output_dir, max_steps=6, save_steps=3, learning_rate=0.1, use_cpu=True, **quiet
+        )
+        given: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [CloudTrainCallback(run)]}
+        transformers.Trainer(adapted, args, collate, rows, **given).train()
+    else:
+        accelerator = Accelerator(cpu=True, project_dir=output_dir)
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.1)
+        adapted, optimizer, loader = accelerator.prepare(
+            adapted, optimizer, torch.utils.data.DataLoader(rows, 16, collate_fn=collate)
+        )
+        loop = TrainLoop(accelerator, run, num_epochs=1, output_dir=output_dir, processing_class=tokenizer)
+        loop.resume()
+        for _ in loop.epochs():
+            for batch in loop.steps(loader):
+                accelerator.backward(adapted(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            loop.end_epoch({"loss": 0.0})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        scores: list[float] = adapted.eval()(**batch).logits.softmax(-1).amax(-1).tolist()
+    return scores
+
+
 def wait_for(condition: Any, child: Child) -> None:
     deadline = time.monotonic() + 60
     while not condition() and child.poll() is None:
@@ -106,33 +153,20 @@ class TestDoor:
         assert (record["rows"], record["labelled"], record["accuracy"]) == (2, 0, None)
         assert [json.loads(line)["n"] for line in out.read_text().splitlines()] == ["007", "008"]
 
-    def test_an_adapter_predicts_and_is_served_with_its_base_model(
-        self, zygote: Zygote, model: Path, data: Path, tmp_path: Path
+    @pytest.mark.parametrize("way", ["trainer", "loop"])
+    def test_an_adapter_that_was_trained_predicts_and_is_served_with_its_base_model(
+        self, zygote: Zygote, model: Path, data: Path, tmp_path: Path, way: str
     ) -> None:
-        import peft
-        import torch
-        from transformers import AutoModelForSequenceClassification
-
-        network = AutoModelForSequenceClassification.from_pretrained(model)
-        adapted = peft.get_peft_model(
-            network, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["value"])
-        )
-        with torch.no_grad():
-            next(weights for name, weights in adapted.named_parameters() if "lora_B" in name).add_(1.0)
-        adapted.save_pretrained(tmp_path / "adapter")
-        files = {**tiny_models.files("BertForSequenceClassification")}
-        del files["model.safetensors"]
-        files |= {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-        run = Run(tmp_path / "run", tmp_path / "out")
-        run.begin()
-        run.save(1, 4, files)
+        run = str(tmp_path / "run")
+        expected = train_adapter(way, model, run, pq.read_table(data)["text"].to_pylist())
         found = {}
-        for name, source in (("adapted", run.url), ("base", str(model))):
+        for name, source in (("adapted", run), ("base", str(model))):
             out = tmp_path / f"{name}.parquet"
             cloudtrain("predict", source, str(data), "-o", str(out))
             found[name] = pq.read_table(out)["predicted_score"].to_pylist()
-        assert found["adapted"] != found["base"]
-        served = Served(zygote, run.url)
+        assert found["adapted"] == pytest.approx(expected, abs=1e-5)
+        assert found["base"] != pytest.approx(expected, abs=1e-2), "training changed the answers"
+        served = Served(zygote, run)
         status, rows = served.ask({"inputs": pq.read_table(data)["text"].to_pylist()})
         served.stop()
         assert status == 200
