@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import time
+from typing import TYPE_CHECKING
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempts import run_urls
@@ -19,6 +20,9 @@ from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpoi
 from hf_cloudtrain.runtime.threads import answer_in_time
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import normal_url, shown_url
+
+if TYPE_CHECKING:
+    from hf_cloudtrain.jobs.records import JobRecord
 
 NAMES_SECONDS = 3.0
 """Seconds for the names that an error suggests."""
@@ -57,6 +61,17 @@ def url_of(run: str) -> str:
     if is_here or "/" in run or os.path.exists(run):
         return run
     raise NoCheckpointError(_unknown(run))
+
+
+def job_of(run_url: str) -> JobRecord | None:
+    """The job of this store that writes to a run and may start a new attempt; None if the store does not answer."""
+    from hf_cloudtrain.jobs import lifecycle
+    from hf_cloudtrain.jobs.records import JobStore
+
+    try:
+        return lifecycle.writer_of(run_url, JobStore())
+    except (CloudTrainError, OSError):
+        return None
 
 
 def runs_url() -> str:

@@ -59,9 +59,9 @@ class LocalCopy:
         Raises:
             CorruptCheckpointError: a file on storage differs from its manifest. StorageError, OSError
         """
-        if not self._is_untouched():
+        if not self.is_untouched():
             with exclusive(self._home / "lock", f"is downloading the dataset {self._manifest.folder!r}"):
-                if not self._is_untouched():
+                if not self.is_untouched():
                     self._download(on_bytes)
         with contextlib.suppress(OSError):  # it belongs to a different user
             os.utime(self._record)  # when the copy was last used, for a clean-up by age
@@ -85,7 +85,7 @@ class LocalCopy:
         here = set(fresh_files(self._folder, 0))
         return here == {file.path for file in self._manifest.files} and is_whole(self._folder, self._manifest)
 
-    def _is_untouched(self) -> bool:
+    def is_untouched(self) -> bool:
         """Whether all files have the sizes, inodes and times that they had when they were verified, and no file is new."""
         try:
             record = decode_record(self._record.read_bytes(), "record of a local copy")

@@ -28,7 +28,7 @@ from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.start_failure import alike
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.jobs.verdict import CANCELLED, Verdict, exit_records, judge
+from hf_cloudtrain.jobs.verdict import CANCELLED, Verdict, judge, made_progress
 from hf_cloudtrain.storage.client import Storage
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Supervisor:
         """What stopped the job: `CANCELLED`, or the name of a signal."""
         self._stopped_at = 0.0
         self._idle = 0
-        """Starts in a row that made no step."""
+        """Starts in a row that made no step and served nothing."""
         self._error: str | None = None
         """How the last start failed, if it made no step."""
         self._query: threading.Thread | None = None
@@ -132,8 +132,8 @@ class Supervisor:
         """The verdict on a start, within the limits on restarts."""
         progress = self._progress(known)
         verdict = judge(self._submission, number, codes, self._stopped_by, failure, progress.get("state"))
-        saved = any(end.get("saved") for end in exit_records(self._submission, number))
-        self._idle = 0 if saved or progress.get("productive_seconds") else self._idle + 1
+        has_progress = made_progress(self._submission, number) or progress.get("productive_seconds")
+        self._idle = 0 if has_progress else self._idle + 1
         restarts, reason = self._record.restarts, verdict.reason or ""
         before, self._error = self._error, verdict.error if self._idle and known is not None else None
         if verdict.is_crash and verdict.state is None and alike(self._error, before):

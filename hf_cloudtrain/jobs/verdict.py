@@ -100,6 +100,11 @@ def exit_records(submission: Submission, number: int) -> list[dict[str, Any]]:
     return [read_end(submission.exit_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
 
 
+def made_progress(submission: Submission, number: int) -> bool:
+    """Whether the script of a start has saved, or served."""
+    return any(end.get("saved") or end.get("served") for end in exit_records(submission, number))
+
+
 def _failed(
     submission: Submission,
     number: int,
@@ -116,6 +121,8 @@ def _failed(
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
     if all(code == 0 for code in codes):
+        if any(end.get("served") for end in exit_records(submission, number)):
+            return Verdict(None, "failed", "The server ended with exit code 0.", is_crash=True)
         return Verdict(
             "failed",
             "failed",

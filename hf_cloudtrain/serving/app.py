@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 READ_ANYWAY = 256 * 2**20
 """Bytes of a body over the limit that are read and dropped, so that the client reads the answer and not a reset connection."""
+MOST_HELD = 256 * 2**20
+"""Bytes of all bodies that are read or wait for the model."""
 GONE = 499
 """As nginx counts a request whose client has gone away. No client receives it."""
 
@@ -61,6 +63,7 @@ class Service:
         self._model, self._limits = model, limits
         self._metrics = Metrics(facts)
         self._batcher: Batcher | None = None
+        self._held = 0
         self.is_draining = False
         """Whether the server is about to stop: balancers send nothing new after `/ping` says so."""
         self.app = Starlette(
@@ -109,36 +112,40 @@ class Service:
         return response
 
     async def _answered(self, request: Request) -> Response:
-        body = None
+        body = bytearray()
+        is_read = False
         try:
             with anyio.fail_after(self._limits.seconds):
                 kind = media_type(request.headers.get("content-type", ""))
-                body = await self._body(request)
+                await self._read(request, body)
+                is_read = True
                 work = self._predicted if isinstance(self._model, Predictor) else self._transformed
-                content, kind = await work(request, body, kind, request.headers.get("accept", ""))
+                content, kind = await work(request, bytes(body), kind, request.headers.get("accept", ""))
                 return Response(content, media_type=kind)
         except RequestError as error:
             return _refused(error.status, str(error))
         except TimeoutError:
-            status, what = (
-                (408, "The body did not arrive") if body is None else (504, "The model did not answer")
-            )
+            status, what = (504, "The model did not answer") if is_read else (408, "The body did not arrive")
             return _refused(status, f"{what} within the time of a request.")
         except ClientDisconnect:
             return _refused(GONE, "The client has gone away.")
+        finally:
+            self._held -= len(body)
 
-    async def _body(self, request: Request) -> bytes:
-        body = bytearray()
-        size = 0
+    async def _read(self, request: Request, body: bytearray) -> None:
+        size, is_full = 0, False
         async for piece in request.stream():
             size += len(piece)
-            if size <= self._limits.body:
+            is_full = is_full or self._held + len(piece) > max(MOST_HELD, self._limits.body)
+            if size <= self._limits.body and not is_full:
                 body += piece
+                self._held += len(piece)
             elif size > READ_ANYWAY:
                 break
         if size > self._limits.body:
             raise RequestError(f"The body is larger than the {self._limits.body} bytes that are read.", 413)
-        return bytes(body)
+        if is_full:
+            raise RequestError("The bodies of too many requests wait. Try again.", 503)
 
     async def _predicted(self, request: Request, body: bytes, kind: str, accept: str) -> tuple[bytes, str]:
         assert isinstance(self._model, Predictor)
@@ -189,7 +196,7 @@ async def _while_there(request: Request, work: asyncio.Future[list[Any]]) -> lis
 
 def _refused(status: int, text: str) -> Response:
     headers = {"retry-after": "1"} if status == 503 else {}
-    if status in (408, 413):  # what is left of a body would be read as the next request
+    if status in (408, 413, 503):  # what is left of a body would be read as the next request
         headers["connection"] = "close"
     return JSONResponse({"error": text}, status, headers)
 

@@ -2,7 +2,8 @@
 
     event loop: Batcher.answer ──> waiting requests ──> one thread: model ──> the futures of the requests
 
-A batch takes one row of each waiting request in turn, so a request of thousands of rows does not hold up the small ones.
+A batch takes one row of each waiting request in turn, and those that gave rows wait behind the others. So a request of thousands of
+rows does not hold up the small ones, whatever their parameters.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class Batcher:
             now = turn[: self._largest - len(batch)]
             batch += [(request, *request.queue.popleft()) for request in now]
             turn = [request for request in turn if request.queue]
+        served = {id(request) for request, _, _ in batch}
+        self._requests = deque(sorted(self._requests, key=lambda request: id(request) in served))
         return batch
 
 

@@ -136,6 +136,7 @@ def _of_lines(text: str) -> Request:
 
 def _of_csv(text: str) -> Request:
     """The column `inputs`, or the only column of a table without a header."""
+    csv.field_size_limit(2**31 - 1)  # the body is limited
     try:
         records = csv.reader(io.StringIO(text, newline=""), strict=True)
         table = [row for row in _limited(records, MOST_ROWS + 1) if row]
@@ -166,7 +167,7 @@ def _limited(rows: Iterable[Any], most: int = MOST_ROWS) -> list[Any]:
 def decoded(body: bytes) -> str:
     """A body as text. Raises RequestError."""
     try:
-        return body.decode()
+        return body.decode("utf-8-sig")  # Excel writes a mark of the byte order
     except UnicodeDecodeError as error:
         raise RequestError(f"The body is not UTF-8: byte {error.start} cannot be read.") from None
 

@@ -64,6 +64,8 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._on_ready = service, on_ready
+        self.was_cut_off = False
+        """Whether requests were under way when the time for the end was over."""
         self._heads: dict[Any, tuple[int, float]] = {}
         """By connection without a request under way: the last request, and since when."""
 
@@ -119,7 +121,9 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await self._drain(lambda: any(map(_is_idle, self.server_state.connections)))
+        begun = time.monotonic()
         await super().shutdown(sockets)
+        self.was_cut_off = time.monotonic() - begun >= (self.config.timeout_graceful_shutdown or 0)
 
     async def _drain(self, is_busy: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LAME_DUCK

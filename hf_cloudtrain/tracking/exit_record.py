@@ -6,7 +6,7 @@ Launchers turn every exit code into 1, so this goes to the file that `HF_CLOUDTR
      "saved": "000002-0000000150", "committed": "000002-0000000150"}
 
 `outcome` is `finished`, `stopped`, `preempted`, `overtaken` or `failed`; `committed` is the newest checkpoint that this
-process knows to be committed. Each host has its own file.
+process knows to be committed. Each host has its own file. That of a server is `{"served": true}` once it answers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
         "saved": None if saved is None else str(saved),
         "committed": None if committed is None else str(committed),
     }
+    _write(name, record)
+
+
+def record_served() -> None:
+    """Write into the exit file, if one is configured, that this process answers requests: its start did not fail."""
+    if name := env.exit_file():
+        _write(name, {"served": True})
+
+
+def _write(name: str, record: dict[str, Any]) -> None:
     path = Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,18 +54,27 @@ def servers(port: str) -> list[psutil.Process]:
 
 
 class TestLocal:
-    def test_is_restarted_after_a_crash_and_deleted_without_a_trace(self, store: Desk, model: Path) -> None:
+    def test_is_restarted_after_each_crash_and_deleted_without_a_trace(
+        self, store: Desk, model: Path
+    ) -> None:
         made = answer("endpoint", "create", "nsmc", str(model))
         assert made["state"] == "in service"
         port = made["handle"]["url"].rpartition(":")[2]
         asked = cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout
         assert [set(row) for row in json.loads(asked)] == [{"label", "score"}] * 2
-        (server,) = servers(port)
-        os.kill(server.pid, signal.SIGKILL)
-        wait_until(lambda: [found for found in servers(port) if found.pid != server.pid])
-        wait_until(lambda: answer("endpoint", "view", "nsmc")["state"] == "in service")
-        assert answer("endpoint", "view", "nsmc")["reason"] == "1 restarts"
+        for ending, times in (
+            (signal.SIGKILL, "1 restart"),
+            (signal.SIGKILL, "2 restarts"),
+            (signal.SIGTERM, "3 restarts"),
+        ):
+            (server,) = servers(port)
+            os.kill(server.pid, ending)
+            wait_until(lambda server=server: [found for found in servers(port) if found.pid != server.pid])
+            wait_until(lambda: answer("endpoint", "view", "nsmc")["state"] == "in service")
+            assert answer("endpoint", "view", "nsmc")["reason"] == times
         assert cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout == asked
+        log = cloudtrain("job", "logs", made["handle"]["job"]).stdout
+        assert log.count(f"Serving {str(model)!r} (text-classification) at {made['handle']['url']}.") == 4
         cloudtrain("endpoint", "delete", "nsmc", "--yes")
         assert servers(port) == []
         assert answer("endpoint", "list")["endpoints"] == []

@@ -205,8 +205,44 @@ class TestDoor:
         typed = sentence("predict", str(model), "nothing.CSV", "-o", "out.csv")
         assert typed.startswith("Error: 'nothing.CSV' does not exist. Name a file or folder of this machine")
 
-    def test_the_name_of_the_output_is_checked_before_a_model_is_downloaded(self, data: Path) -> None:
-        assert "'out.txt' must end in" in sentence("predict", "s3://nobucket/x", str(data), "-o", "out.txt")
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["-o", "out.txt"], "'out.txt' must end in"),
+            (["-o", "out.csv", "--column", "txt"], "has no column 'txt'"),
+            (["-o", "out.csv", "--label", "lable"], "has no column 'lable'"),
+        ],
+        ids=["output", "column", "label"],
+    )
+    def test_what_the_user_typed_is_checked_before_a_model_is_downloaded(
+        self, data: Path, words: list[str], expected: str
+    ) -> None:
+        assert expected in sentence("predict", "s3://nobucket/x", str(data), *words)
+
+    def test_two_labels_without_names_are_scored(self, tmp_path: Path) -> None:
+        """transformers leaves the names that it gives itself out of config.json."""
+        files = dict(tiny_models.files("BertForSequenceClassification", num_labels=2, id2label=None))
+        assert b"id2label" not in files["config.json"]
+        model = folder_with(tmp_path / "two", files)
+        (tmp_path / "data.csv").write_text("text,label\n" + "good film,0\nbad film,1\n" * 4 + "a,-1\n")
+        out = tmp_path / "out.csv"
+        record = answer("predict", str(model), str(tmp_path / "data.csv"), "-o", str(out))
+        said = [line.split(",")[2] for line in out.read_text().splitlines()[1:9]]
+        right = [label == f"LABEL_{number % 2}" for number, label in enumerate(said)]
+        assert any(right)
+        assert (record["labelled"], record["unlabelled"], record["accuracy"]) == (8, 1, sum(right) / 8)
+
+    def test_without_a_terminal_a_line_from_time_to_time_shows_the_progress(
+        self, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("hf_cloudtrain.cli.commands.predict.SAY_EVERY", 0.0)
+        out = tmp_path / "out.parquet"
+        result = cloudtrain("predict", str(model), str(data), "-o", str(out), "--shard", "40")
+        assert result.stderr.splitlines()[:3] == [
+            "Predicted 40 of 96 rows.",
+            "Predicted 80 of 96 rows.",
+            "Predicted 96 of 96 rows.",
+        ]
 
     def test_a_row_that_fails_does_not_fail_the_others(self, model: Path, tmp_path: Path) -> None:
         (tmp_path / "data.jsonl").write_text('{"text": "good"}\n{"text": null}\n{"text": "bad"}\n')

@@ -74,38 +74,43 @@ def create(
 
     Returns when the endpoint answers.
     """
+    from hf_cloudtrain.jobs.engines.sagemaker.api import configured_region
+    from hf_cloudtrain.serving.endpoints import sagemaker
     from hf_cloudtrain.serving.endpoints.local import absolute, create_local
-    from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
+    from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State, check_name
     from hf_cloudtrain.serving.models.source import Wish
 
     if engine not in ("local", "sagemaker"):
         raise typer.BadParameter(f"--engine {engine!r} must be one of: local, sagemaker.")
-    model = found_model(run, checkpoint, best, Wish(trust_code, processor, base, task))
+    if engine == "local" and dry_run:
+        raise typer.BadParameter("--dry-run shows the requests to SageMaker. Pass --engine sagemaker.")
     endpoints = Endpoints()
+    check_name(name)
+    if not dry_run:
+        endpoints.check_free(name)
+    machine = sagemaker.Machine(role, image, instance_type, instances, serverless_mb)
+    region = configured_region() if engine == "sagemaker" else None
+    if engine == "sagemaker" and not dry_run:  # before a download that may take long
+        sagemaker.check(machine, endpoints.jobs.url, region)
+    model = found_model(run, checkpoint, best, Wish(trust_code, processor, base, task))
     if engine == "local":
         from hf_cloudtrain.jobs.engines.local import free_port
 
-        if dry_run:
-            raise typer.BadParameter("--dry-run shows the requests to SageMaker. Pass --engine sagemaker.")
+        # The checkpoint that was found: after a restart, the newest or the best may be a different one.
         folders = {"--base": base and absolute(base), "--processor": processor and absolute(processor)}
-        given = {"--checkpoint": checkpoint, "--task": task, **folders}
-        words = [absolute(run), *(["--best"] if best else []), *(["--trust-code"] if trust_code else [])]
+        given = {"--checkpoint": model.checkpoint, "--task": task, **folders}
+        words = [model.run, *(["--trust-code"] if trust_code else [])]
         words += [word for option, value in given.items() if value for word in (option, value)]
         made = create_local(
             endpoints, Endpoint(name, "local", model.title, time.time()), words, port or free_port(), say
         )
     else:
-        from hf_cloudtrain.jobs.engines.sagemaker.api import configured_region
-        from hf_cloudtrain.serving.endpoints import sagemaker
-
-        machine = sagemaker.Machine(role, image, instance_type, instances, serverless_mb)
         aws_name = name if dry_run else sagemaker.aws_name(name)
         asked = sagemaker.requests(aws_name, model, machine, sagemaker.data_url(endpoints, name))
-        region = configured_region()
         if dry_run:
             _show_requests(asked)
             return
-        sagemaker.check(model, machine, endpoints.jobs.url, region)
+        sagemaker.check(machine, endpoints.jobs.url, region, model)
         handle = {"region": region, "name": aws_name}
         with tempfile.TemporaryDirectory(prefix="cloudtrain-endpoint-") as work:
             packed = Path(work, sagemaker.ARCHIVE)
@@ -124,14 +129,15 @@ def list_(as_json: Json = False) -> None:
     endpoints = Endpoints()
     records = []
     for name in endpoints.names():
+        endpoint: Endpoint | None = None
         try:
             endpoint = endpoints.read(name)
             state = _state(endpoints, endpoint)
-        except ConfigurationError:
-            continue  # deleted meanwhile, or its engine's packages are missing
         except CloudTrainError as error:
+            if endpoint is None and isinstance(error, ConfigurationError):
+                continue  # deleted meanwhile
             state = State("unknown", str(error))
-        records.append(_record(endpoint, state))
+        records.append(_record(name, endpoint, state))
     if as_json:
         print_json({"store": endpoints.jobs.url, "endpoints": records})
     elif records:
@@ -170,11 +176,15 @@ def invoke(
     from hf_cloudtrain.serving.endpoints.local import invoke_local
     from hf_cloudtrain.serving.endpoints.records import Endpoints
 
-    endpoint = Endpoints().read(name)
+    endpoints = Endpoints()
+    endpoint = endpoints.read(name)
     data = (
         sys.stdin.buffer.read() if body == "-" else _file(body[1:]) if body.startswith("@") else body.encode()
     )
-    answer = (invoke_local if endpoint.engine == "local" else sagemaker.invoke)(endpoint, data, kind, accept)
+    if endpoint.engine == "local":
+        answer = invoke_local(endpoints, endpoint, data, kind, accept)
+    else:
+        answer = sagemaker.invoke(endpoint, data, kind, accept)
     text = answer.decode(errors="replace")
     if as_json:
         print_json({"endpoint": name, "answer": text})
@@ -212,13 +222,14 @@ def _state(endpoints: Endpoints, endpoint: Endpoint) -> State:
     return look_local(endpoints, endpoint) if endpoint.engine == "local" else sagemaker.look(endpoint)
 
 
-def _record(endpoint: Endpoint, state: State) -> dict[str, Any]:
-    facts = {"name": endpoint.name, "state": state.word, "reason": state.reason, "engine": endpoint.engine}
-    return {**facts, "model": endpoint.model, "created": endpoint.created, "handle": endpoint.handle}
+def _record(name: str, endpoint: Endpoint | None, state: State) -> dict[str, Any]:
+    """What is shown of an endpoint; None: its record is damaged."""
+    facts = {field: getattr(endpoint, field, None) for field in ("engine", "model", "created", "handle")}
+    return {"name": name, "state": state.word, "reason": state.reason, **facts}
 
 
 def _show(endpoint: Endpoint, state: State, as_json: bool) -> None:
-    record = _record(endpoint, state)
+    record = _record(endpoint.name, endpoint, state)
     if as_json:
         print_json(record)
         return

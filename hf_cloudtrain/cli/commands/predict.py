@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,9 @@ from hf_cloudtrain.cli.commands.serve import Base, Processor, TaskName, found_mo
 from hf_cloudtrain.cli.output import print_json, say, show_facts, transfer
 from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
 from hf_cloudtrain.runtime.text import count_text
+
+SAY_EVERY = 30.0
+"""Seconds between two lines about the progress, without a terminal."""
 
 
 def predict(
@@ -55,19 +59,17 @@ def predict(
     All columns are kept, and predictions added. If the command is interrupted, run it again: it continues, and ends in the
     same bytes. Prints accuracy and F1 if the data has labels.
     """
-    from tqdm import tqdm
-
     from hf_cloudtrain.serving.models.source import Wish
-    from hf_cloudtrain.serving.predict import shards, tables
+    from hf_cloudtrain.serving.predict import shards
     from hf_cloudtrain.serving.predict.scores import ERROR, scores
 
-    tables.kind_of(output)
-    table = _table(data)
+    shards.check_output(output)
+    read = shards.data_of(_table(data), column, label)
     model = found_model(run, checkpoint, best, Wish(processor=processor, base=base, task=task))
-    plan = shards.plan(model, table, column, label, output, shard=shard, batch=batch)
-    with tqdm(desc="Predicting", unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    plan = shards.Plan(model, read, output, shard, batch)
+    with _Progress(read.rows) as progress:
         try:
-            shards.run(plan, processes, bar.update)
+            labels = shards.run(plan, processes, progress.add)
         except OSError as error:
             if isinstance(error, ConfigurationError):
                 raise
@@ -75,10 +77,12 @@ def predict(
                 f"{error.strerror or error}: {str(error.filename or plan.parts)!r}. What is done is kept: solve this, and run the same "
                 "command again."
             ) from None
-    found = scores(output, model, label)
+    found = scores(output, labels, label)
     say(f"Wrote {count_text(found.rows, 'row')} with the predictions of {model.title} to {str(output)!r}.")
     if found.failed:
         say(f"Warning: {count_text(found.failed, 'row')} could not be predicted; column {ERROR!r} says why.")
+    if found.unlabelled:
+        say(f"{count_text(found.unlabelled, 'row')} without a label: not in the scores.")
     if as_json:
         print_json({"output": str(output.absolute()), "model": model.title, **dataclasses.asdict(found)})
     else:
@@ -87,6 +91,35 @@ def predict(
             for name, value in (("accuracy", found.accuracy), ("F1", found.f1))
         }
         show_facts({"rows": found.rows, "failed": found.failed, **facts})
+
+
+class _Progress:
+    """Rows that are predicted: a bar on a terminal, and elsewhere a line from time to time."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._total, self._done, self._said = total, 0, time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc="Predicting", unit=" rows", total=total, file=sys.stderr, disable=not self._is_terminal
+        )
+
+    def __enter__(self) -> _Progress:  # noqa: PYI034 - typing.Self needs Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, rows: int, is_old: bool) -> None:
+        """Count the rows of a shard; those of an earlier start are not in the speed."""
+        self._done += rows
+        if is_old:
+            self._bar.initial += rows
+        self._bar.update(rows)
+        if not self._is_terminal and time.monotonic() - self._said > SAY_EVERY:
+            self._said = time.monotonic()
+            say(f"Predicted {self._done:,} of {count_text(self._total, 'row')}.")
 
 
 def _table(data: str) -> Path:

@@ -14,9 +14,9 @@ from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli import completion
 from hf_cloudtrain.cli.arguments import DryRun, Force, Json, RunArgument, Yes, examples
 from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts, show_table
-from hf_cloudtrain.cli.runs import open_run, runs_url
+from hf_cloudtrain.cli.runs import job_of, open_run, runs_url
 from hf_cloudtrain.cli.tables import Columns
-from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError
+from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 from hf_cloudtrain.runtime.text import clean as clean_text
 from hf_cloudtrain.runtime.text import size_text, time_text
 from hf_cloudtrain.runtime.threads import in_threads
@@ -137,22 +137,15 @@ def watch(run: RunArgument, as_json: Json = False) -> None:
     from hf_cloudtrain.cli import watch as actions
 
     catalog = open_run(run)
-    now = actions.watch(catalog, as_json=as_json, awaited=lambda: _job_of(catalog.storage.url))
+    now = actions.watch(catalog, as_json=as_json, awaited=lambda: _awaited(catalog.storage.url))
     if now.state in ("failed", "overtaken"):
         what = "failed" if now.state == "failed" else "was overtaken by a newer attempt"
         fail(f"Attempt {now.attempt} of {now.run_url!r} {what}.")
 
 
-def _job_of(run_url: str) -> str | None:
-    """The job of this store that writes to a run and may start a new attempt."""
-    from hf_cloudtrain.jobs import lifecycle
-    from hf_cloudtrain.jobs.records import JobStore
-
-    try:
-        record = lifecycle.writer_of(run_url, JobStore())
-    except (CloudTrainError, OSError):  # without a store the run can still be watched
-        return None
-    return None if record is None else f"Job {record.id} is {record.state}"
+def _awaited(run_url: str) -> str | None:
+    job = job_of(run_url)
+    return None if job is None else f"Job {job.id} is {job.state}"
 
 
 @app.command(epilog=examples("run report RUN -o report.html"))

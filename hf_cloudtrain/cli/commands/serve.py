@@ -9,9 +9,12 @@ import typer
 
 from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument, chosen
 from hf_cloudtrain.cli.output import print_json, say, transfer
-from hf_cloudtrain.cli.runs import open_run
+from hf_cloudtrain.cli.runs import job_of, open_run
+from hf_cloudtrain.errors import ManifestError, NoCheckpointError
 
 if TYPE_CHECKING:
+    from hf_cloudtrain.checkpoints.catalog import Catalog
+    from hf_cloudtrain.checkpoints.manifest import Manifest
     from hf_cloudtrain.serving.models.source import Model, Wish
 
 TrustCode = Annotated[
@@ -74,6 +77,7 @@ def serve(
     from hf_cloudtrain.serving.models.source import Wish
     from hf_cloudtrain.serving.server import Server
     from hf_cloudtrain.serving.user_code import UserCode
+    from hf_cloudtrain.tracking.exit_record import record_served
 
     with listen(host, port) as listening:
         model = found_model(run, checkpoint, best, Wish(trust_code, processor, base, task))
@@ -84,6 +88,7 @@ def serve(
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
         def ready() -> None:
+            record_served()
             if as_json:
                 print_json({"url": url, "model": model.title, "task": name}, line=True)
             say(f"Serving {model.title} ({name}) at {url}. Stop it with Ctrl-C.")
@@ -92,6 +97,8 @@ def serve(
         server.run(sockets=[listening])
     if server.force_exit:
         say("Stopped at once, by the second signal. Requests that were under way got no answer.")
+    elif server.was_cut_off:
+        say("Stopped. Requests were still under way when the time for the end was over; they got no answer.")
     else:
         say("Stopped. Every accepted request was answered.")
 
@@ -107,8 +114,35 @@ def found_model(run: str, checkpoint: str | None, best: bool, wish: Wish) -> Mod
             )
         return model_of_folder(Path(run), wish)
     catalog = open_run(run)
-    manifest = chosen(catalog, checkpoint, best)
+    manifest = _manifest(catalog, checkpoint, best)
     with transfer(f"Downloading {manifest.folder}", manifest.size) as progress:
         model = model_of_checkpoint(catalog, manifest, wish, on_bytes=progress.add)
     say(f"Verified {model.title}.")
     return model
+
+
+def _manifest(catalog: Catalog, checkpoint: str | None, best: bool) -> Manifest:
+    from hf_cloudtrain.serving.models.source import before, manifest_of_copy
+
+    try:
+        return chosen(catalog, checkpoint, best)
+    except NoCheckpointError as error:
+        copy = None if checkpoint is None else manifest_of_copy(catalog, checkpoint)
+        if copy is not None:
+            say(f"{error} Serving the verified copy on this machine.")
+            return copy
+        job = None if catalog.checkpoints() else job_of(catalog.storage.url)
+        if job is None:
+            raise
+        raise NoCheckpointError(
+            f"Job {job.id} is {job.state}, and has no checkpoint yet. Watch it with `cloudtrain run watch {catalog.storage.url}`; its "
+            f"log: `cloudtrain job logs -f {job.id}`."
+        ) from None
+    except ManifestError as error:
+        keys = catalog.checkpoints()
+        if checkpoint is not None:
+            keys = [
+                key for key in keys if checkpoint in (str(key), str(key.step)) or key.may_be_in(checkpoint)
+            ]
+        key = catalog.pointer("best") if best else keys[-1] if keys else None
+        raise ManifestError(f"{error} {before(catalog, key)}") from None

@@ -243,8 +243,8 @@ class Node:
             raise _Stopped
 
     def _outcome(self) -> str | None:
-        found = read_end(self.submission.exit_file(self.rank, self.start))
-        return None if found is None else str(found.get("outcome"))
+        found = (read_end(self.submission.exit_file(self.rank, self.start)) or {}).get("outcome")
+        return None if found is None else str(found)
 
     def _record(self, ending: Ending) -> None:
         path = self.submission.node_file(self.rank, self.start)

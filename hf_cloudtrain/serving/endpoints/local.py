@@ -14,14 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoJobError
 from hf_cloudtrain.jobs import deletion, lifecycle
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.jobs.spec.job import Job
 from hf_cloudtrain.jobs.submission import Submission
+from hf_cloudtrain.runtime.text import count_text
 from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
 
 RESTARTS = 10_000
+GRACE = "80"
+"""Seconds for the end of a server, in which a request may take 60."""
 POLL = 0.3
 PATIENCE = 600.0
 """Seconds for a download and the start of a server, or for its end."""
@@ -45,6 +49,7 @@ def create_local(
             "name": f"endpoint-{endpoint.name}",
             "job_setting": {"docker": {"command": command}},
             "max_restarts": RESTARTS,
+            "env": {env.GRACE: GRACE},
         }
     )
     endpoints.add(endpoint)
@@ -87,12 +92,15 @@ def look_local(endpoints: Endpoints, endpoint: Endpoint) -> State:
     is_ready = False
     with contextlib.suppress(OSError):
         is_ready = _request(endpoint, "GET", "/ping", None, {}, 5.0)[0] == 200
-    restarts = f"{record.restarts} restarts" if record.restarts else None
+    restarts = count_text(record.restarts, "restart") if record.restarts else None
     return State("in service" if is_ready else "starting", restarts)
 
 
-def invoke_local(endpoint: Endpoint, body: bytes, kind: str, accept: str) -> bytes:
+def invoke_local(endpoints: Endpoints, endpoint: Endpoint, body: bytes, kind: str, accept: str) -> bytes:
     """The answer to a request. Raises CloudTrainError with the server's own error."""
+    state = look_local(endpoints, endpoint)
+    if state.word in ("failed", "gone"):  # a different program may have the port now
+        raise CloudTrainError(f"The endpoint {endpoint.name!r} does not run. {state.reason}")
     try:
         status, answer = _request(
             endpoint, "POST", "/invocations", body, {"content-type": kind, "accept": accept}, 120.0

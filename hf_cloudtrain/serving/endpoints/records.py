@@ -52,17 +52,16 @@ class Endpoints:
         self.jobs = JobStore()
         self._storage = Storage(self.jobs.below("endpoints"), env.storage_options(None))
 
+    def check_free(self, name: str) -> None:
+        """Raise ConfigurationError if a name is taken."""
+        if name in self.names():
+            raise _taken(name)
+
     def add(self, endpoint: Endpoint) -> None:
         """Make the record. Raises ConfigurationError: the name is taken or not valid."""
-        if not re.fullmatch(NAME, endpoint.name):
-            raise ConfigurationError(
-                f"{endpoint.name[:100]!r} is not a valid name of an endpoint. Use up to 40 letters, digits and single '-'."
-            )
+        check_name(endpoint.name)
         if not self._storage.create(f"{endpoint.name}.json", encode_record(dataclasses.asdict(endpoint))):
-            raise ConfigurationError(
-                f"There is an endpoint {endpoint.name!r} already. Delete it (`cloudtrain endpoint delete {endpoint.name}`), or "
-                "choose a different name."
-            )
+            raise _taken(endpoint.name)
 
     def write(self, endpoint: Endpoint) -> None:
         """Write the record again."""
@@ -96,6 +95,20 @@ class Endpoints:
             ) from None
         except (AttributeError, KeyError, TypeError) as error:
             raise ManifestError(f"The record of the endpoint {name!r} is damaged: {error}") from None
+
+
+def _taken(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"There is an endpoint {name!r} already. Delete it (`cloudtrain endpoint delete {name}`), or choose a different name."
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigurationError if an endpoint cannot have a name."""
+    if not re.fullmatch(NAME, name):
+        raise ConfigurationError(
+            f"{name[:100]!r} is not a valid name of an endpoint. Use up to 40 letters, digits and single '-'."
+        )
 
 
 def _names_its_own(endpoint: Endpoint) -> bool:

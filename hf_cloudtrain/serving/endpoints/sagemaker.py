@@ -53,20 +53,26 @@ class Machine:
     serverless_mb: int | None = None
 
 
-def check(model: Model, machine: Machine, store: str, region: str | None) -> None:
-    """Raise ConfigurationError with everything that keeps SageMaker from serving a model, one line each."""
-    found = "\n".join([*_problems(model, machine, store), *api.missing_here(region)])
+def check(machine: Machine, store: str, region: str | None, model: Model | None = None) -> None:
+    """Raise ConfigurationError with everything that keeps SageMaker from serving a model, one line each.
+
+    Args:
+        model: None if it is not downloaded yet.
+    """
+    found = "\n".join([*_problems(machine, store, model), *api.missing_here(region)])
     if found:
-        raise ConfigurationError(f"SageMaker cannot serve {model.title}:\n{found}")
+        raise ConfigurationError(f"SageMaker cannot serve {model.title if model else 'a model'}:\n{found}")
 
 
-def _problems(model: Model, machine: Machine, store: str) -> Iterator[str]:
+def _problems(machine: Machine, store: str, model: Model | None) -> Iterator[str]:
     if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/?[\w+=,.@/-]+", machine.role, re.ASCII):
         yield f"--role {machine.role!r} is not the ARN of a role, such as 'arn:aws:iam::111122223333:role/serving'."
     if not re.match(r"\d{12}\.dkr\.ecr[a-z0-9.-]*\.[a-z0-9.-]+/", machine.image):
         yield f"--image {machine.image!r} is not in ECR. docs/endpoints.md says where the images of Hugging Face are."
     if not store.startswith(("s3://", "s3a://")):
         yield f"The store {store!r} is not on S3. Set one: export {env.STORE}=s3://bucket/store"
+    if model is None:
+        return
     if model.base is not None:
         yield "The container loads no adapters. Merge it (merge_and_unload), and save the model by name."
     if model.processor is not None:
@@ -144,6 +150,13 @@ def create(
                 )
             on_wait("Waiting until it is in service; this takes minutes.")
             time.sleep(POLL)
+    except KeyboardInterrupt:
+        logger.warning(
+            "The endpoint %r may be at AWS, and cost money. See it with `cloudtrain endpoint view %s`; delete it with `cloudtrain "
+            "endpoint delete %s`.",
+            *[endpoint.name] * 3,
+        )
+        raise
     except Exception:
         try:
             delete(endpoints, endpoint)

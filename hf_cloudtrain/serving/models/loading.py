@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_cloudtrain.errors import ConfigurationError, MissingExtraError
 from hf_cloudtrain.serving.models.predictor import Predictor, RowError
-from hf_cloudtrain.serving.models.source import Model
+from hf_cloudtrain.serving.models.source import ADAPTER, Model
 from hf_cloudtrain.serving.models.tasks import Task, checked_parameters
 from hf_cloudtrain.serving.models.untrusted import check_config, no_pickles
 
@@ -62,6 +62,7 @@ def load(model: Model) -> Predictor:
 def _network(model: Model) -> Any:
     """The model, or its base with the adapter merged into it; in evaluation mode, with no weight left to chance."""
     import transformers
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     assert model.task is not None
     source = model.base or str(model.folder)
@@ -70,6 +71,11 @@ def _network(model: Model) -> Any:
     if model.base is not None:
         given.update(_head_of_adapter(model))
     what = f"its base model {source!r}" if model.base else "its weights"
+    if _loaded(model, what, lambda: find_adapter_config_file(source)) is not None:
+        raise ConfigurationError(
+            f"{model.title}: {what} cannot be loaded, because it is an adapter itself ({ADAPTER}). Merge it into its own base "
+            "model (merge_and_unload), and pass the result: --base FOLDER_OR_NAME"
+        )
     _check_config(model, source, what)
     network, info = _loaded(
         model, what, lambda: kind.from_pretrained(source, output_loading_info=True, **given)

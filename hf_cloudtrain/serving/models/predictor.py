@@ -54,6 +54,11 @@ class Predictor:
             if isinstance(positions, int) and positions > 2:
                 tokenizer.model_max_length = positions - 2
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The names of the labels by their number."""
+        return {str(number): str(name) for number, name in self._config.id2label.items()}
+
     def parameters(self, given: object) -> dict[str, Any]:
         """The parameters of a request. Raises RequestError."""
         found = checked_parameters(self.task, given)

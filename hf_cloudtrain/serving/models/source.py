@@ -8,7 +8,9 @@ downloaded, unless the user trusts the code of the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -22,13 +24,17 @@ from hf_cloudtrain.checkpoints.download import download
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import store_token
-from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError
+from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
+from hf_cloudtrain.runtime.files import write_whole
 from hf_cloudtrain.serving.models.tasks import Task, adapter_task, task_named, task_of
 from hf_cloudtrain.serving.models.untrusted import INDEX, WEIGHTS, check_adapter, check_index
 from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import META
 
 USER_CODE = "code/inference.py"
+ADAPTER = "adapter_config.json"
+MANIFEST = "manifest.json"
+"""The manifest beside a copy."""
 READ = (WEIGHTS, ".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken")
 """Endings of the files that a model and its tokenizer are read from. No pickle is one of them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,6 +63,10 @@ class Model:
     processor: str | None = None
     """Where the tokenizer or image processor is read from."""
     runs_code: bool = False
+    run: str = ""
+    """The URL of its run, or its folder: with `checkpoint`, what `cloudtrain serve` is given for the same model."""
+    checkpoint: str | None = None
+    """Its key in the run."""
 
 
 @dataclass(frozen=True)
@@ -76,36 +86,57 @@ def model_of_checkpoint(
     *,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Model:
-    """The model of a checkpoint, whose files all processes of this machine share.
+    """The model of a checkpoint, whose files all processes of this machine share; without the run, once they are here.
 
     Raises:
         ConfigurationError: it cannot be served; the message says what to do.
         CorruptCheckpointError: a file differs from the manifest; the message names the checkpoint before.
     """
-    title = f"{manifest.folder} of {catalog.storage.url!r}"
+    url, key = catalog.storage.url, manifest.key
     names = [entry.path for entry in manifest.files]
+    fetch = f"cloudtrain checkpoint download {url} chat -c {key} && "
+
+    def look(folder: Path) -> Model:
+        title = f"{manifest.folder} of {url!r}"
+        return _look(folder, names, title, wish, fetch=fetch, local=f"chat/{_local_name(manifest)}")
+
+    files = [entry for entry in manifest.files if wish.trust_code or entry.path.endswith(READ)]
+    home = _copies(catalog) / f"{key}-{manifest.nonce[:8]}-{'whole' if wish.trust_code else 'model'}"
+    copy = LocalCopy(catalog, dataclasses.replace(manifest, files=tuple(files)), manifest.folder, home)
     try:
-        with tempfile.TemporaryDirectory(prefix="cloudtrain-look-") as work:
-            small = [
-                entry
-                for entry in manifest.files
-                if (entry.path.endswith((".json", ".jinja")) and entry.size <= SMALL)
-                or (entry.path.endswith(INDEX) and entry.size <= LARGEST_INDEX)
-            ]
-            look = Path(work, "look")
-            download(catalog, dataclasses.replace(manifest, files=tuple(small)), look)
-            fetch = f"cloudtrain checkpoint download {catalog.storage.url} chat -c {manifest.key} && "
-            found = _look(look, names, title, wish, fetch=fetch, local=f"chat/{_local_name(manifest)}")
-        files = [e for e in manifest.files if found.runs_code or e.path.endswith(READ)]
-        wanted = dataclasses.replace(manifest, files=tuple(files))
-        kind = "whole" if found.runs_code else "model"
-        home = Path(
-            env.cache(None), "models", store_token(catalog), f"{manifest.key}-{manifest.nonce[:8]}-{kind}"
-        )
-        folder = LocalCopy(catalog, wanted, manifest.folder, home).ensure(on_bytes)
+        if not copy.is_untouched():
+            with tempfile.TemporaryDirectory(prefix="cloudtrain-look-") as work:
+                small = [
+                    entry
+                    for entry in manifest.files
+                    if (entry.path.endswith((".json", ".jinja")) and entry.size <= SMALL)
+                    or (entry.path.endswith(INDEX) and entry.size <= LARGEST_INDEX)
+                ]
+                download(catalog, dataclasses.replace(manifest, files=tuple(small)), Path(work, "look"))
+                look(Path(work, "look"))
+        folder = copy.ensure(on_bytes)
+        if not (home / MANIFEST).exists():
+            with contextlib.suppress(OSError):  # it belongs to a different user
+                write_whole(home / MANIFEST, manifest.encode())
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{error} {_before(catalog, manifest)}") from None
-    return dataclasses.replace(found, folder=folder)
+        raise CorruptCheckpointError(f"{error} {before(catalog, CheckpointKey.named(key))}") from None
+    return dataclasses.replace(look(folder), run=url, checkpoint=key)
+
+
+def manifest_of_copy(catalog: Catalog, key: str) -> Manifest | None:
+    """The manifest of a checkpoint whose files are on this machine, although the run may be deleted.
+
+    Args:
+        key: of the checkpoint.
+    """
+    for path in _copies(catalog).glob(f"{glob.escape(key)}-*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ManifestError):
+            return Manifest.parse(path.read_bytes(), key)
+    return None
+
+
+def _copies(catalog: Catalog) -> Path:
+    return Path(env.cache(None), "models", store_token(catalog))
 
 
 def model_of_folder(folder: Path, wish: Wish) -> Model:
@@ -115,13 +146,14 @@ def model_of_folder(folder: Path, wish: Wish) -> Model:
         ConfigurationError: it cannot be served; the message says what to do.
     """
     title = repr(str(folder))
-    return _look(folder, list(fresh_files(folder, 0)), title, wish, fetch="", local=str(folder))
+    found = _look(folder, list(fresh_files(folder, 0)), title, wish, fetch="", local=str(folder))
+    return dataclasses.replace(found, run=str(folder.absolute()))
 
 
 def is_model_folder(path: str) -> bool:
     """Whether a path is a folder with a model, and not a run."""
     folder = Path(path)
-    holds = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", USER_CODE))
+    holds = any((folder / name).is_file() for name in ("config.json", ADAPTER, USER_CODE))
     return "://" not in path and holds and not (folder / META).is_dir()
 
 
@@ -137,7 +169,7 @@ def _look(folder: Path, names: list[str], title: str, wish: Wish, *, fetch: str,
     for name in names:
         if name.endswith(INDEX) and "/" not in name:
             check_index(_record(folder / name, title), set(names), title)
-    if "adapter_config.json" in names and "adapter_model.safetensors" in names:
+    if ADAPTER in names:
         return _adapter(folder, names, title, wish)
     task = task_named(wish.task) if wish.task else task_of(_architecture(folder, title), title)
     if task.name == "text-generation" and _is_chat(folder, names):
@@ -172,7 +204,12 @@ def _check_weights(names: Iterable[str], title: str) -> None:
 
 
 def _adapter(folder: Path, names: list[str], title: str, wish: Wish) -> Model:
-    record = _record(folder / "adapter_config.json", title)
+    if "adapter_model.safetensors" not in names:
+        raise ConfigurationError(
+            f"{title} has {ADAPTER} and no 'adapter_model.safetensors', so transformers would load what that names instead of the "
+            "model. Serve a folder without it."
+        )
+    record = _record(folder / ADAPTER, title)
     task = task_named(wish.task) if wish.task else adapter_task(record.get("task_type"), title)
     base = wish.base or record.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -231,9 +268,8 @@ def _local_name(manifest: Manifest) -> str:
     return f"checkpoint-{manifest.step}" if is_checkpoint else manifest.key.rpartition("-")[0]
 
 
-def _before(catalog: Catalog, manifest: Manifest) -> str:
+def before(catalog: Catalog, key: CheckpointKey | None) -> str:
     """What to serve in place of a damaged checkpoint."""
-    key = CheckpointKey.named(manifest.key)
     older = [other for other in catalog.checkpoints() if key is not None and other < key]
     if not older:
         return "There is no checkpoint before it."

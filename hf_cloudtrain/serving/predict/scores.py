@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.serving.models.source import Model
 from hf_cloudtrain.serving.predict import tables
 
 LABELS = ("label", "labels")
 LABEL, ERROR = "predicted_label", "predicted_error"
 """Columns that a prediction adds."""
+UNLABELLED = ("", "nan", "-1")
+"""Labels of rows without one, in tables and in GLUE, unless the model knows a label of this name."""
 
 
 @dataclass(frozen=True)
@@ -25,38 +26,46 @@ class Scores:
     rows: int
     failed: int
     labelled: int = 0
+    unlabelled: int = 0
+    """Rows whose label is missing (null, or GLUE's -1), if the data has labels."""
     accuracy: float | None = None
     f1: float | None = None
     """The mean over the labels."""
 
 
-def scores(out: Path, model: Model, label: str | None) -> Scores:
+def scores(out: Path, names: Mapping[str, str], label: str | None) -> Scores:
     """Count the rows of an output, and compare its predictions with its labels.
 
     Args:
+        names: of the model's labels, by their number.
         label: the column of the labels, as names or numbers; None: `label` or `labels`, if there is one.
 
     Raises:
         ConfigurationError: the column does not exist.
     """
-    column, names = label_column(tables.columns_of([out]), label), _names(model)
+    column = label_column(tables.look([out])[0], label)
     pairs: Counter[tuple[str, str]] = Counter()
-    rows = failed = 0
+    known = frozenset(names.values())
+    rows = failed = unlabelled = 0
     for table in tables.chunks([out], 10_000):
         rows += table.num_rows
         failed += sum(error not in (None, "") for error in table[ERROR].to_pylist())
         if column is not None and LABEL in table.column_names:
-            truth = [names.get(str(value), str(value)) for value in table[column].to_pylist()]
-            pairs.update(zip(truth, table[LABEL].to_pylist(), strict=True))
+            both = zip(table[column].to_pylist(), table[LABEL].to_pylist(), strict=True)
+            counted = [
+                (truth, said) for value, said in both if (truth := _truth(value, names, known)) is not None
+            ]
+            unlabelled += table.num_rows - len(counted)
+            pairs.update(counted)
     if not pairs:
-        return Scores(rows, failed)
-    there, said = (Counter[str]() for _ in range(2))
+        return Scores(rows, failed, 0, unlabelled)
+    there, predicted = (Counter[str]() for _ in range(2))
     for (right, found), count in pairs.items():
         there[right] += count
-        said[found] += count
+        predicted[found] += count
     hits = {one: pairs[one, one] for one in there}
-    f1 = mean(2 * hits[one] / (there[one] + said[one]) for one in there)
-    return Scores(rows, failed, there.total(), sum(hits.values()) / there.total(), f1)
+    f1 = mean(2 * hits[one] / (there[one] + predicted[one]) for one in there)
+    return Scores(rows, failed, there.total(), unlabelled, sum(hits.values()) / there.total(), f1)
 
 
 def label_column(names: Sequence[str], label: str | None) -> str | None:
@@ -67,10 +76,10 @@ def label_column(names: Sequence[str], label: str | None) -> str | None:
     return column
 
 
-def _names(model: Model) -> dict[str, str]:
-    """The names of the labels by their number, as the model's configuration has them."""
-    try:
-        record = json.loads((model.folder / "config.json").read_bytes())
-        return {str(number): str(name) for number, name in record["id2label"].items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
+def _truth(value: object, names: Mapping[str, str], known: frozenset[str]) -> str | None:
+    """The name of the label that the data has for a row; None if it has none."""
+    text = str(int(value) if isinstance(value, bool) else value)
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column with nulls has floats
+    if text in known:
+        return text
+    return None if value is None or text in UNLABELLED else names.get(text, text)

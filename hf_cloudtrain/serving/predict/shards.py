@@ -2,7 +2,7 @@
 
     OUT.parts/plan.json           what is predicted: the digests of data and model, and how the rows are cut into shards
     OUT.parts/00007.arrow         the rows of one shard, with their predictions
-    OUT.parts/00007.json          its manifest: rows and digest; a shard without one does not exist
+    OUT.parts/00007.json          its manifest: digest, and the names of labels; a shard without one does not exist
     OUT                           all shards, in order; then OUT.parts is removed
 
 A shard is predicted in the same batches whenever and wherever that happens, so an interrupted prediction ends in the same bytes as
@@ -43,71 +43,95 @@ POLL = 0.1
 
 
 @dataclass(frozen=True)
+class Data:
+    """The tables that are read.
+
+    Args:
+        root: the folder that the files are in.
+        files: read in this order.
+        columns: of the input: one, or two for pairs of texts.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    columns: tuple[str, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is predicted.
 
     Args:
-        data: tables, read in this order.
-        columns: of the input: one, or two for pairs of texts.
-        out: the file with the predictions.
         shard: rows of a shard.
         batch: rows of a batch.
     """
 
     model: Model
-    data: tuple[Path, ...]
-    columns: tuple[str, ...]
+    data: Data
     out: Path
     shard: int
     batch: int
 
     @property
+    def count(self) -> int:
+        """Shards."""
+        return -(-self.data.rows // self.shard)
+
+    def rows(self, index: int) -> int:
+        """Rows of a shard."""
+        return min(self.shard, self.data.rows - index * self.shard)
+
+    @property
     def parts(self) -> Path:
         """The folder of the shards."""
-        return self.out.with_name(f"{self.out.name}.parts")
+        return _parts(self.out)
 
     def part(self, index: int) -> Path:
-        """The rows of a shard; its manifest lies beside it."""
+        """The rows of a shard."""
         return self.parts / f"{index:05d}.arrow"
+
+    def manifest(self, index: int) -> Path:
+        """The manifest of a shard."""
+        return self.parts / f"{index:05d}.json"
 
     def encode(self) -> dict[str, Any]:
         """What must be the same for a prediction to be continued."""
         assert self.model.task is not None
         model = sorted(path for path in self.model.folder.iterdir() if path.is_file())
         return {
-            "format": 1,
-            "data": {path.name: file_digest(path) for path in self.data},
+            "format": 2,
+            "data": {
+                path.relative_to(self.data.root).as_posix(): file_digest(path) for path in self.data.files
+            },
             "model": {path.name: file_digest(path) for path in model},
             "task": self.model.task.name,
             "base": self.model.base,
             "processor": self.model.processor,
-            "columns": list(self.columns),
+            "columns": list(self.data.columns),
             "kind": tables.kind_of(self.out),
             "shard": self.shard,
             "batch": self.batch,
         }
 
 
-def plan(
-    model: Model, data: Path, column: str | None, label: str | None, out: Path, *, shard: int, batch: int
-) -> Plan:
-    """Decide what is predicted, before anything is loaded or written.
+def data_of(path: Path, column: str | None, label: str | None) -> Data:
+    """What is read of a table or a folder of tables, before anything is loaded or written.
 
     Raises:
-        ConfigurationError: columns are missing, or the output exists.
+        ConfigurationError: it has no rows, columns are missing, or it has one that a prediction adds.
     """
-    files = tuple(tables.files_of(data))
-    there = tables.columns_of(files)
-    tables.kind_of(out)
-    found = Plan(model, files, _input_columns(files[0], there, column), out, shard, batch)
-    if out.exists() and not found.parts.is_dir():
-        raise ConfigurationError(f"{str(out)!r} exists. Remove it, or choose a different --output.")
+    files = tuple(tables.files_of(path))
+    there, rows = tables.look(files)
+    columns = _input_columns(files[0], there, column)
     label_column(there, label)
+    if not rows:
+        raise ConfigurationError(f"{str(path)!r} has no rows, so there is nothing to predict.")
     if taken := {LABEL, SCORE, ERROR, OTHER} & set(there):
         raise ConfigurationError(
             f"The data already has a column {min(taken)!r}, which the predictions would get. Rename or drop it."
         )
-    return found
+    return Data(path if path.is_dir() else path.parent, files, columns, rows)
 
 
 def _input_columns(file: Path, there: Sequence[str], named: str | None) -> tuple[str, ...]:
@@ -122,17 +146,18 @@ def _input_columns(file: Path, there: Sequence[str], named: str | None) -> tuple
     return tuple(wanted)
 
 
-def run(plan: Plan, processes: int, on_rows: Callable[[int], object]) -> None:
-    """Predict all shards that are not committed, and write the output.
+def run(plan: Plan, processes: int, on_rows: Callable[[int, bool], object]) -> dict[str, str]:
+    """Predict all shards that are not committed, and write the output; returns the names of the labels by their number.
 
     Args:
         processes: that predict at once.
-        on_rows: receives the rows of each shard as it is committed, those of earlier starts too.
+        on_rows: receives the rows of each shard as it is committed, and whether an earlier start did it.
 
     Raises:
-        ConfigurationError: a different prediction is under way at this output, in this process's place or before.
+        ConfigurationError: the output exists, or a different prediction is under way there, in this process's place or before.
         CloudTrainError: a process failed. OSError: the disk is full; the same command continues.
     """
+    check_output(plan.out)
     plan.parts.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
@@ -142,12 +167,29 @@ def run(plan: Plan, processes: int, on_rows: Callable[[int], object]) -> None:
                 f"A different process is predicting into {str(plan.out)!r}. Wait for it, or choose a different --output."
             ) from None
         _check_same(plan)
-        if processes == 1:
-            _predict_shards(plan, 0, 1, on_rows)
-        else:
-            _in_processes(plan, processes, on_rows)
-        _merge(plan)
+        for left in plan.parts.glob(".*"):  # of a process that was killed
+            left.unlink()
+        todo = []
+        for index in range(plan.count):
+            if _is_committed(plan, index):
+                on_rows(plan.rows(index), True)
+            else:
+                todo.append(index)
+                plan.manifest(index).unlink(missing_ok=True)  # damaged
+        if min(processes, len(todo)) > 1:
+            _in_processes(plan, todo, min(processes, len(todo)), on_rows)
+        elif todo:
+            _predict_shards(plan, todo, lambda index: on_rows(plan.rows(index), False))
+        labels = _merge(plan)
         shutil.rmtree(plan.parts)
+        return labels
+
+
+def check_output(out: Path) -> None:
+    """Raise ConfigurationError if the output exists, or is not a table."""
+    tables.kind_of(out)
+    if out.exists() and not _parts(out).is_dir():
+        raise ConfigurationError(f"{str(out)!r} exists. Remove it, or choose a different --output.")
 
 
 def _check_same(plan: Plan) -> None:
@@ -167,40 +209,51 @@ def _check_same(plan: Plan) -> None:
         )
 
 
-def _predict_shards(plan: Plan, rank: int, processes: int, on_rows: Callable[[int], object]) -> None:
-    predictor: Predictor | None = None
-    for index, table in enumerate(tables.chunks(plan.data, plan.shard)):
-        if index % processes == rank:
-            if not _is_committed(plan, index):
-                predictor = predictor or load(plan.model)
-                _commit(plan, index, _predicted(predictor, table, plan))
-            on_rows(table.num_rows)
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _predict_shards(plan: Plan, todo: Sequence[int], on_commit: Callable[[int], object]) -> None:
+    predictor = load(plan.model)
+    for index, table in enumerate(tables.chunks(plan.data.files, plan.shard)):
+        if index in todo:
+            _commit(plan, index, _predicted(predictor, table, plan), predictor.labels)
+            on_commit(index)
+        if index == todo[-1]:
+            return
 
 
 def _is_committed(plan: Plan, index: int) -> bool:
-    part = plan.part(index)
     try:
-        return bool(json.loads(part.with_suffix(".json").read_bytes())["digest"] == file_digest(part))
+        return bool(_record(plan, index)["digest"] == file_digest(plan.part(index)))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _commit(plan: Plan, index: int, table: pa.Table) -> None:
+def _record(plan: Plan, index: int) -> Any:
+    return json.loads(plan.manifest(index).read_bytes())
+
+
+def _commit(plan: Plan, index: int, table: pa.Table, labels: dict[str, str]) -> None:
     import pyarrow as pa
 
     part = plan.part(index)
     beside = part.with_name(f".{part.name}-{temp_suffix()}")
-    with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(beside, part)
-    record = {"rows": table.num_rows, "digest": file_digest(part)}
-    write_whole(part.with_suffix(".json"), json.dumps(record).encode())
+    try:
+        with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(beside, part)
+    except BaseException:  # on a full disk, each try would leave one more file
+        beside.unlink(missing_ok=True)
+        raise
+    record = {"digest": file_digest(part), "labels": labels}
+    write_whole(plan.manifest(index), json.dumps(record).encode())
 
 
 def _predicted(predictor: Predictor, table: pa.Table, plan: Plan) -> pa.Table:
     import pyarrow as pa
 
-    rows = _rows(table, plan.columns)
+    rows = _rows(table, plan.data.columns)
     answers: list[Any] = [None] * len(rows)
     # Rows of similar length share a batch: less padding. The order depends on the rows alone.
     order = sorted(range(len(rows)), key=lambda at: (len(str(rows[at])), at))
@@ -237,19 +290,22 @@ def _input(value: Any) -> Any:
     return value.get("bytes") if isinstance(value, dict) and "bytes" in value else value
 
 
-def _in_processes(plan: Plan, processes: int, on_rows: Callable[[int], object]) -> None:
+def _in_processes(
+    plan: Plan, todo: Sequence[int], processes: int, on_rows: Callable[[int, bool], object]
+) -> None:
     start = multiprocessing.get_context("spawn")
-    running = [start.Process(target=_one_of, args=(plan, rank, processes)) for rank in range(processes)]
-    seen: set[Path] = set()
+    shares = [todo[rank::processes] for rank in range(processes)]
+    running = [start.Process(target=_one_of, args=(plan, share, processes)) for share in shares]
+    waiting = set(todo)
     try:
         for process in running:
             process.start()
         while True:
             connection.wait([process.sentinel for process in running if process.is_alive()], POLL)
             codes = [process.exitcode for process in running]
-            for path in {*plan.parts.glob("[0-9]*.json")} - seen:
-                seen.add(path)
-                on_rows(int(json.loads(path.read_bytes())["rows"]))
+            for index in [index for index in waiting if plan.manifest(index).exists()]:
+                waiting.remove(index)
+                on_rows(plan.rows(index), False)
             if any(codes):
                 raise CloudTrainError(
                     f"A process ended with exit code {max(code for code in codes if code)}; its error is above. What is done is "
@@ -264,7 +320,7 @@ def _in_processes(plan: Plan, processes: int, on_rows: Callable[[int], object]) 
                 process.join()
 
 
-def _one_of(plan: Plan, rank: int, processes: int) -> None:
+def _one_of(plan: Plan, todo: Sequence[int], processes: int) -> None:
     """What one of several processes does."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     parent = multiprocessing.parent_process()
@@ -275,28 +331,27 @@ def _one_of(plan: Plan, rank: int, processes: int) -> None:
             sys.exit("The command was killed, so this process ends; the same command continues.")
 
     try:
-        _predict_shards(plan, rank, processes, end_with_parent)
+        _predict_shards(plan, todo, end_with_parent)
     except (CloudTrainError, OSError) as error:
         sys.exit(f"Error: {error}")
 
 
-def _merge(plan: Plan) -> None:
+def _merge(plan: Plan) -> dict[str, str]:
     import pyarrow as pa
 
     def parts() -> Iterator[pa.Table]:
-        for index in range(count):
+        for index in range(plan.count):
             with pa.memory_map(str(plan.part(index))) as source:
                 yield pa.ipc.open_file(source).read_all()
 
-    count = sum(1 for _ in tables.chunks(plan.data, plan.shard))
-    if not count:
-        raise ConfigurationError(f"{str(plan.data[0])!r} has no rows, so there is nothing to predict.")
-    for index in range(count):
+    for index in range(plan.count):
         if not _is_committed(plan, index):
             raise CloudTrainError(
-                f"Shard {index} of {count} was damaged on the disk. Run the same command again."
+                f"Shard {index} of {plan.count} was damaged on the disk. Run the same command again."
             )
     schema = pa.unify_schemas([table.schema for table in parts()], promote_options="permissive")
     beside = plan.parts / "whole.tmp"
     tables.write(parts(), schema, beside, tables.kind_of(plan.out))
+    labels: dict[str, str] = _record(plan, 0)["labels"]
     os.replace(beside, plan.out)
+    return labels

@@ -51,13 +51,19 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-def columns_of(files: Sequence[Path]) -> list[str]:
-    """The names of the columns of the first file."""
+def look(files: Sequence[Path]) -> tuple[list[str], int]:
+    """The names of the columns of the first file, and the rows of all files."""
     import pyarrow.parquet as pq
 
-    if kind_of(files[0]) == "parquet":
-        return list(pq.read_schema(files[0]).names)
-    return list(_table(files[0]).column_names)
+    found = []
+    for path in files:
+        with _named_errors(path):
+            if kind_of(path) == "parquet":
+                found.append((pq.read_schema(path).names, pq.read_metadata(path).num_rows))
+            else:
+                table = _table(path)
+                found.append((table.column_names, table.num_rows))
+    return list(found[0][0]), sum(rows for _, rows in found)
 
 
 def chunks(files: Sequence[Path], size: int) -> Iterator[pa.Table]:

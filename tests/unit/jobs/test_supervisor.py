@@ -159,6 +159,22 @@ def test_the_same_failure_twice_before_any_step_ends_the_job(
     assert ("failed alike before their first step: KeyError: 'a'" in (last.reason or "")) == (starts == 2)
 
 
+def test_a_server_that_served_is_restarted_after_the_same_failure(
+    run: Callable[..., tuple[JobRecord, Nodes]], submission: Submission
+) -> None:
+    """It makes no steps; what ends it may be the same each time, such as a driver."""
+    submission.log.mkdir(parents=True)
+
+    def served(code: int) -> Any:
+        submission.node_log(0).write_text("KeyError: 'a'\n")
+        return [{"served": True}, None], (code, code)
+
+    last, _ = run(functools.partial(served, 1), functools.partial(served, 0), functools.partial(served, 1))
+    assert (last.state, last.restarts) == ("failed", 2)
+    assert "the limit set by 'max_restarts'" in (last.reason or "")
+    assert last.starts[1].reason == "The server ended with exit code 0."
+
+
 def test_a_job_that_finishes_after_a_crash_is_finished(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:
     last, _ = run(CRASH, ([FINISHED, None], (0, 0)))
     assert (last.state, last.restarts, last.reason) == ("finished", 1, None)

@@ -10,8 +10,8 @@ import pytest
 
 from hf_cloudtrain.checkpoints.manifest import encode_record
 from hf_cloudtrain.errors import ManifestError
-from hf_cloudtrain.serving.endpoints.local import invoke_local
-from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints
+from hf_cloudtrain.serving.endpoints import local
+from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
 
 
 @pytest.fixture
@@ -72,7 +72,10 @@ def test_what_create_writes_is_read(
     assert endpoints.read("nsmc").handle == handle
 
 
-def test_the_address_that_create_records_is_asked() -> None:
+def test_the_address_that_create_records_is_asked(
+    endpoints: Endpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "look_local", lambda *given: State("in service"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer() -> None:
@@ -84,5 +87,6 @@ def test_the_address_that_create_records_is_asked() -> None:
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         handle = {"url": f"http://127.0.0.1:{listening.getsockname()[1]}"}
-        assert invoke_local(Endpoint("nsmc", "local", "x", 0.0, handle), b"{}", "", "") == b"[]"
+        asked = Endpoint("nsmc", "local", "x", 0.0, handle)
+        assert local.invoke_local(endpoints, asked, b"{}", "", "") == b"[]"
         thread.join(10)

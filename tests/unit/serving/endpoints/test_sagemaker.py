@@ -70,7 +70,7 @@ def test_everything_that_is_wrong_is_said_at_once(model: Model) -> None:
     bad = sagemaker.Machine("me", "ubuntu")
     adapter = Model(model.folder, "checkpoint-5", model.task, base="bert", processor="bert")
     with pytest.raises(ConfigurationError) as caught:
-        sagemaker.check(adapter, bad, "/home/me/store", None)
+        sagemaker.check(bad, "/home/me/store", None, adapter)
     lines = str(caught.value).splitlines()
     assert lines[0] == "SageMaker cannot serve checkpoint-5:"
     for said in (
