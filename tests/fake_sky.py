@@ -92,6 +92,7 @@ class FakeSky:
             (self.folder / f"{what}.code").write_text(str(code))
 
     def lists(self, *rows: dict[str, Any]) -> None:
+        rows = tuple({"job_name": "x-1", **row} for row in rows)
         self.prints("queue", "Hint: a newer version is there.\n" + json.dumps(list(rows), indent=2) + "\n")
 
     @property

@@ -47,7 +47,8 @@ def home(store: JobStore, job_id: str, record: JobRecord | None) -> Path:
     if record is None or own.exists():
         return own
     try:
-        is_ours = Submission.load(record.home).store == store.url
+        found = Submission.load(record.home)
+        is_ours = (found.store, found.id) == (store.url, record.id)
     except (OSError, ValueError):
         is_ours = False
     return Path(record.home) if is_ours else own

@@ -248,7 +248,8 @@ def cancel(store: JobStore, job_id: str) -> JobRecord:
     except CloudTrainError as error:
         logger.warning("%s", error)  # a running supervisor sees the mark without its engine
     if record.is_over:
-        raise ConfigurationError(f"The job {record.id!r} is over: {record.state}.")
+        reason = f" {record.reason}" if record.state == "lost" else ""
+        raise ConfigurationError(f"The job {record.id!r} is over: {record.state}.{reason}")
     store.ask_to_cancel(record.id)
     engine(record.engine).cancel(record, store)
     return record

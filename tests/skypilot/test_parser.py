@@ -41,7 +41,7 @@ def lines_of_the_engine(folder: Path) -> list[str]:
         monkeypatch.setenv("TOKEN", "hunter2")
         for managed in ("true", "false"):
             sky.prints("launch", "Managed Job ID: 12\n")
-            sky.prints("queue", "[]" if managed == "true" else "{}")
+            sky.prints("queue", '[{"job_id": 12, "job_name": "x-1"}]' if managed == "true" else "{}")
             store = JobStore(str(folder / managed))
             job = (f"skypilot: {{managed: {managed}}}", "env: {TOKEN: }")
             record = dataclasses.replace(submitted(store, sky, *job), run_url=str(folder / "run"))

@@ -120,14 +120,19 @@ def delete_local(endpoints: Endpoints, endpoint: Endpoint) -> None:
     """Stop the server, which answers what it has accepted, and delete the job and the record."""
     jobs = endpoints.jobs
     with contextlib.suppress(NoJobError):
-        job = jobs.read(_job(endpoint)).id
+        record = jobs.read(_job(endpoint))
+        if record.engine != "local":
+            raise ConfigurationError(
+                f"The job {record.id!r} of the endpoint {endpoint.name!r} has the engine {record.engine!r}, not 'local': its "
+                f"record is damaged. Nothing was deleted. Look at it with `cloudtrain job view {record.id}`."
+            )
+        job = record.id
         with contextlib.suppress(ConfigurationError):  # it is over
             lifecycle.cancel(jobs, job)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:  # the supervisor writes that the job is over, and exits a moment later
-                record = deletion.find(jobs, job)
-                deletion.delete(jobs, job, deletion.home(jobs, job, record))
+                deletion.delete(jobs, job, deletion.home(jobs, job, deletion.find(jobs, job)))
                 break
             except ConfigurationError:
                 if time.monotonic() > deadline:

@@ -13,6 +13,8 @@ from hf_cloudtrain.cli import delete
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, State
+from hf_cloudtrain.jobs.spec.job_file import parse_job
+from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.storage.client import Storage
 from tests.unit.cli.terminal import Run, answer, cloudtrain, sentence
 
@@ -228,6 +230,17 @@ class TestJobDelete:
         cloudtrain("job", "delete", "glue-1", "--yes")
         assert not home.exists()
         assert "No job 'glue-1'" in sentence("job", "delete", "glue-1", "--yes")
+
+    def test_of_a_record_with_the_folder_of_a_different_job_leaves_that_folder(self, store: JobStore) -> None:
+        victim = make_job(store, "preempted")
+        job = parse_job(b"name: glue\njob_setting: {docker: {command: 'true'}}\n")
+        Submission(job, job.plan(), victim.id, victim.run_url, store.url, Path(victim.home)).save()
+        forged = make_job(store, "finished")
+        shutil.rmtree(forged.home)
+        store.write(forged, home=victim.home)
+        cloudtrain("job", "delete", forged.id, "--yes")
+        assert store.ids() == [victim.id]
+        assert (Path(victim.home) / "log" / "node-0.log").exists()
 
     def test_in_a_copy_of_a_store_leaves_the_folder_of_the_original(
         self, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

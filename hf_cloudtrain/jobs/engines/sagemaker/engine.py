@@ -107,9 +107,23 @@ class SagemakerEngine:
         return now
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Ask SageMaker to stop the job: it sends SIGTERM, and SIGKILL after 120 s."""
-        if "training_job" in record.handle:
-            api.stop(str(record.handle["region"]), str(record.handle["training_job"]))
+        """Ask SageMaker to stop the job: it sends SIGTERM, and SIGKILL after 120 s.
+
+        Raises:
+            ConfigurationError: the record, which is untrusted, names a training job that is not this job's.
+        """
+        name = record.handle.get("training_job")
+        if name is None:
+            return
+        number = record.handle.get("number")
+        own = requests.training_job_name(store.url, record.id, number if isinstance(number, int) else 1)
+        if name != own:
+            raise ConfigurationError(
+                f"The record of the job {record.id!r} names the training job {str(name)[:100]!r}, but this job's in the store "
+                f"{store.url!r} is {own!r}: the record is damaged, or the job was submitted with a different store. Nothing was "
+                f"stopped. Set {env.STORE} to the store of its submission, or stop the training job in the SageMaker console."
+            )
+        api.stop(str(record.handle["region"]), own)
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From CloudWatch Logs, where each container has a stream."""

@@ -80,7 +80,7 @@ def request(
     """
     job, block = submission.job, submission.job.sagemaker
     found: dict[str, Any] = {
-        "TrainingJobName": training_job_name(submission, number),
+        "TrainingJobName": training_job_name(submission.store, submission.id, number),
         "RoleArn": block.role or "<missing: role>",
         "AlgorithmSpecification": {
             "TrainingImage": job.job_setting.docker.image or "<missing: image>",
@@ -111,11 +111,11 @@ def request(
     return found
 
 
-def training_job_name(submission: Submission, number: int = 1) -> str:
+def training_job_name(store: str, job_id: str, number: int = 1) -> str:
     """A name that SageMaker accepts (letters, digits, single '-', at most 63), and that no other store's job has."""
-    digest = hashlib.sha256(f"{submission.store}\n{submission.id}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{store}\n{job_id}".encode()).hexdigest()[:8]
     end = f"-{digest}" if number == 1 else f"-{digest}-{number}"
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", submission.id)
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", job_id)
     return stem[: 63 - len(end)].strip("-") + end
 
 

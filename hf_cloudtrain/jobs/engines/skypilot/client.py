@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.engines.skypilot.task import cluster_name, task_name
+from hf_cloudtrain.jobs.records import JobRecord
 from hf_cloudtrain.runtime.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ NO_CONTROLLER = ("No in-progress managed jobs", "All managed jobs should have fi
 """Errors of a controller that does not run, because no job does (sky/jobs/server/core.py)."""
 JOB_ID = re.compile(r"job(?: submitted,)? ID: *(\d+)", re.IGNORECASE)
 """How a launch prints the number of its job (sky/utils/ux_utils.py)."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # "(worker1, rank=1, pid=4321, ip=10.0.0.5) text", and "(mnli-2, pid=4321) text" with a single node.
 _NODE_LINE = re.compile(r"\((?:[\w.-]+, rank=(?P<rank>\d+)|[\w.-]+), pid=\d+(?:, ip=[^)]*)?\) ?(?P<text>.*)")
@@ -41,29 +42,29 @@ class SkyJob:
     """A job that SkyPilot has.
 
     Args:
-        handle: of the job's record: `managed`, `name` (of the job, or of its cluster) and `job`, its number, if known.
+        record: untrusted. Its handle has `managed`, `name` (of the job, or of its cluster) and `job`, its number, if known.
 
     Raises:
-        ConfigurationError: the handle has something else, which `sky` could read as an option.
+        ConfigurationError: the handle names a different job, or something that `sky` could read as an option.
     """
 
-    def __init__(self, handle: Mapping[str, Any]) -> None:
+    def __init__(self, record: JobRecord) -> None:
+        handle = record.handle
         self._managed = bool(handle.get("managed"))
-        self._name = str(handle.get("name", ""))
+        self._name = task_name(record.id) if self._managed else cluster_name(record.id)
         self._number: int | None = handle.get("job")
         has_number = self._number is None or (isinstance(self._number, int) and self._number >= 0)
-        if not _NAME.fullmatch(self._name) or not has_number:
+        if handle.get("name") != self._name or not has_number:
             raise ConfigurationError(
-                f"{str(dict(handle))[:200]!r} does not name a job of SkyPilot: its record is damaged, or SkyPilot has not "
-                "accepted the job yet."
+                f"{str(dict(handle))[:200]!r} does not name SkyPilot's job {self._name!r}: the record of the job {record.id!r} "
+                "is damaged, or SkyPilot has not accepted the job yet. List SkyPilot's jobs with `sky jobs queue`, and its "
+                "clusters with `sky status`."
             )
 
     def row(self) -> dict[str, Any] | None:
         """The job in SkyPilot's table; None if it is not there. Raises ConfigurationError."""
         if self._managed:
-            rows = [
-                row for row in managed_jobs() if self._number is not None or row.get("job_name") == self._name
-            ]
+            rows = [row for row in managed_jobs() if row.get("job_name") == self._name]
         else:
             rows = _json(["sky", "queue", self._name, "-o", "json"], "{").get(self._name, [])
         rows = [row for row in rows if self._number in (None, row.get("job_id"))]
@@ -81,6 +82,11 @@ class SkyJob:
         """Cancel it, or take its cluster down. Raises ConfigurationError."""
         if not self._managed:
             run(["sky", "down", "-y", self._name])
+            return
+        if self.row() is None:
+            logger.warning(
+                "SkyPilot no longer has the job %r with this number; nothing was cancelled there.", self._name
+            )
             return
         which = ["-n", self._name] if self._number is None else [str(self._number)]
         try:

@@ -92,7 +92,7 @@ class SkypilotEngine:
         """What SkyPilot says now; None before it has the job. Raises ConfigurationError if it does not answer."""
         if record.is_over or not record.handle:
             return None
-        row = SkyJob(record.handle).row()
+        row = SkyJob(record).row()
         return _forgotten(record) if row is None else _status(record, row)
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
@@ -100,18 +100,19 @@ class SkypilotEngine:
 
         SkyPilot gives a job that it cancels no time to save, so the request goes through the run's storage.
         """
+        job = SkyJob(record) if record.handle else None
         record = store.write(record, state="stopping")
-        if not record.handle:  # SkyPilot never had it
+        if job is None:  # SkyPilot never had it
             return
         try:
             _stop_run(record, Submission.load(record.home).plan.grace)
         except (CloudTrainError, OSError, ValueError) as error:
             logger.warning("The run could not be asked to save: %s", error)
-        SkyJob(record.handle).end()
+        job.end()
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From SkyPilot's own log of the job."""
-        argv = [*SkyJob(record.handle).logs_argv, "--follow" if follow else "--no-follow", "--tail", "0"]
+        argv = [*SkyJob(record).logs_argv, "--follow" if follow else "--no-follow", "--tail", "0"]
         for line in client.lines(argv, None if follow else client.PATIENCE):  # its end is not that of the job
             shown = client.node_line(line, record.nodes, node_rank)
             if shown is not None:
@@ -134,7 +135,7 @@ def _status(record: JobRecord, row: dict[str, Any]) -> EngineStatus:
 def _verdict(record: JobRecord) -> EngineStatus | None:
     """What node 0 printed at its end: SkyPilot calls every job a success that must not be started again."""
     try:
-        output = client.answer([*SkyJob(record.handle).logs_argv, "--no-follow", "--tail", "200"]).stdout
+        output = client.answer([*SkyJob(record).logs_argv, "--no-follow", "--tail", "200"]).stdout
         lines = [client.node_line(line, 1, None) or "" for line in output.splitlines()]
         verdict = next(line for line in reversed(lines) if line.startswith(VERDICT))
         found = json.loads(verdict[len(VERDICT) :])
@@ -156,7 +157,7 @@ def _forgotten(record: JobRecord) -> EngineStatus:
     is_its_own = isinstance(written, (int, float)) and written > record.created - CLOCK_SKEW
     state = ENDS.get(str(progress.get("state"))) if is_its_own else None
     if state is None:
-        logs = shlex.join(SkyJob(record.handle).logs_argv)
+        logs = shlex.join(SkyJob(record).logs_argv)
         return EngineStatus(
             "lost", f"SkyPilot no longer knows it, and its run has recorded no end. See `{logs}`."
         )

@@ -38,6 +38,8 @@ class SlurmSilentError(SlurmError):
 class SlurmJob:
     """What Slurm knows about a job."""
 
+    name: str
+    """What sbatch called it: the id of our job."""
     state: str
     """Such as `PENDING`. While Slurm takes the nodes back it is `COMPLETING`, whatever follows."""
     reason: str
@@ -126,6 +128,7 @@ def parse_job(text: str) -> SlurmJob | None:
     if "JobState" not in pairs:
         return None
     return SlurmJob(
+        name=pairs.get("JobName", ""),
         state=pairs["JobState"],
         reason=pairs.get("Reason", "None"),
         restarts=int(pairs.get("Restarts") or 0),

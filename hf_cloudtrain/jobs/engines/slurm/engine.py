@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -115,32 +116,32 @@ class SlurmEngine:
 
     def look(self, record: JobRecord) -> EngineStatus | None:
         """What Slurm says where the supervisor cannot: before it runs, and after Slurm has ended it."""
-        number = record.handle.get("job")
+        number = _number(record)
         if record.is_over or number is None:
             return None
-        job = self._client.job(str(number))
+        job = self._job(number, record)
         if job is None:
-            reason = (
-                f"Slurm no longer knows job {number}, and no record says how it ended. {record.resume_hint}"
+            return EngineStatus(
+                "lost",
+                f"Slurm has no job {number} named {record.id!r} any more, and no record says how it ended. {record.resume_hint}",
             )
-            return EngineStatus("lost", reason)
         return status_of(record, job)
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
         """Take the job out of the queue. One that runs is asked to save, and its supervisor enforces the grace."""
-        number = record.handle.get("job")
+        number = _number(record)
         if number is None:
             return
         try:
-            job = self._client.job(str(number))
+            job = self._job(number, record)
             if job is not None and job.state != "RUNNING":
-                call("scancel", "--state=PENDING", str(number))  # also one that is about to be queued again
-                job = self._client.job(str(number))
+                call("scancel", "--state=PENDING", number)  # also one that is about to be queued again
+                job = self._job(number, record)
             if job is not None and job.state == "CANCELLED":
                 reason = f"Cancelled by {CANCEL} while it was queued."
                 store.write(store.read(record.id), state="cancelled", reason=reason)
             elif job is not None and job.state == "RUNNING":
-                call("scancel", "--batch", "--signal=USR1", str(number))
+                call("scancel", "--batch", "--signal=USR1", number)
         except SlurmSilentError as error:
             # The supervisor sees the cancel mark by itself.
             logger.warning(
@@ -148,6 +149,11 @@ class SlurmEngine:
             )
         except SlurmError as error:
             logger.info("%s", error)  # the job has ended in the meantime
+
+    def _job(self, number: str, record: JobRecord) -> SlurmJob | None:
+        """What Slurm knows about a job; None if it has forgotten it, or if the number is that of a different job."""
+        job = self._client.job(number)
+        return job if job is not None and job.name == record.id else None
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From the nodes' files. Slurm is asked every few seconds whether a job still exists."""
@@ -165,6 +171,17 @@ class SlurmEngine:
             return status is not None and status.state in OVER
 
         return follow_nodes(record, node_rank, follow, is_over)
+
+
+def _number(record: JobRecord) -> str | None:
+    """The number of its Slurm job, from its record, which is untrusted. Raises ConfigurationError: it is not a number."""
+    number = record.handle.get("job")
+    if number is None or re.fullmatch("[0-9]+", str(number)):
+        return None if number is None else str(number)
+    raise ConfigurationError(
+        f"{str(number)[:100]!r} is not the number of a Slurm job: the record of the job {record.id!r} is damaged. Find the "
+        f"job with `squeue --name={record.id}`."
+    )
 
 
 def status_of(record: JobRecord, job: SlurmJob) -> EngineStatus | None:

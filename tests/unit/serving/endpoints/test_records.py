@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.checkpoints.manifest import encode_record
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.serving.endpoints import local
 from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
 
@@ -55,6 +55,19 @@ def test_a_record_that_names_what_create_does_not_make_is_damaged(
     written(endpoints, tmp_path, **changes)
     with pytest.raises(ManifestError, match="The record of the endpoint 'nsmc' is damaged"):
         endpoints.read("nsmc")
+
+
+def test_a_job_record_of_a_different_engine_is_not_cancelled(endpoints: Endpoints, tmp_path: Path) -> None:
+    """`endpoint delete nsmc` would stop what the handle names there."""
+    written(endpoints, tmp_path)
+    facts = {"engine": "slurm", "nodes": 1, "nproc_per_node": 1, "max_restarts": 0}
+    job = endpoints.jobs.create("endpoint-nsmc", **facts, handle={"job": "7"})
+    with pytest.raises(
+        ConfigurationError, match=r"'slurm', not 'local': .* `cloudtrain job view endpoint-nsmc-1`"
+    ):
+        local.delete_local(endpoints, endpoints.read("nsmc"))
+    assert not endpoints.jobs.is_cancelled(job.id)
+    assert (endpoints.names(), endpoints.jobs.ids()) == (["nsmc"], [job.id])
 
 
 @pytest.mark.parametrize(

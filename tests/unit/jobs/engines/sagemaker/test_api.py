@@ -11,16 +11,45 @@ import pytest
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines.sagemaker import api
 from hf_cloudtrain.jobs.engines.sagemaker.engine import ENGINE
-from hf_cloudtrain.jobs.engines.sagemaker.request import request
+from hf_cloudtrain.jobs.engines.sagemaker.request import request, training_job_name
 from hf_cloudtrain.jobs.records import JobStore
 from tests.unit.jobs.engines.sagemaker._aws import DESCRIBED, HANDLE, Stubbed
 from tests.unit.jobs.engines.sagemaker._requests import SMALL, WHOLE, record_of, submission
 
 
+def cancel_small(tmp_path: Path) -> None:
+    store = JobStore(str(tmp_path))
+    handle = {**HANDLE, "training_job": training_job_name(store.url, "small-1")}
+    ENGINE.cancel(record_of(submission(SMALL), handle=handle), store)
+
+
 def test_cancel_stops_the_training_job(stubbed: dict[str, Stubbed], tmp_path: Path) -> None:
-    stubbed["sagemaker"].stub.add_response("stop_training_job", {}, {"TrainingJobName": "whole-1"})
-    ENGINE.cancel(record_of(submission(SMALL), handle=HANDLE), JobStore(str(tmp_path)))
-    ENGINE.cancel(record_of(submission(SMALL)), JobStore(str(tmp_path)))  # SageMaker never had it
+    store = JobStore(str(tmp_path))
+    for number in (1, 2):
+        name = training_job_name(store.url, "small-1", number)
+        handle = {"training_job": name, "region": "us-east-1", "number": number}
+        stubbed["sagemaker"].stub.add_response("stop_training_job", {}, {"TrainingJobName": name})
+        ENGINE.cancel(record_of(submission(SMALL), handle=handle), store)
+    ENGINE.cancel(record_of(submission(SMALL)), store)  # SageMaker never had it
+
+
+def test_cancel_stops_no_training_job_of_the_account_but_the_jobs_own(
+    stubbed: dict[str, Stubbed], tmp_path: Path
+) -> None:
+    store = JobStore(str(tmp_path))
+    for name, number in (
+        ("the-training-of-a-colleague", 1),
+        (training_job_name(store.url, "other-1"), 1),
+        (training_job_name(store.url, "small-1"), 2),
+        (training_job_name("s3://other/store", "small-1"), "1"),
+        (["small-1"], None),
+    ):
+        handle = {"training_job": name, "region": "us-east-1", "number": number}
+        with pytest.raises(
+            ConfigurationError, match=r"Nothing was stopped\. Set HF_CLOUDTRAIN_STORE"
+        ) as error:
+            ENGINE.cancel(record_of(submission(SMALL), handle=handle), store)
+        assert str(name) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +63,7 @@ def test_cancel_of_a_job_that_is_over_or_gone_is_fine(
     stubbed: dict[str, Stubbed], tmp_path: Path, said: str
 ) -> None:
     stubbed["sagemaker"].stub.add_client_error("stop_training_job", "ValidationException", said)
-    ENGINE.cancel(record_of(submission(SMALL), handle=HANDLE), JobStore(str(tmp_path)))
+    cancel_small(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +85,8 @@ def test_a_refusal_says_what_to_do(
 ) -> None:
     stubbed["sagemaker"].stub.add_client_error("stop_training_job", code, said)
     with pytest.raises(CloudTrainError) as error:
-        ENGINE.cancel(record_of(submission(SMALL), handle=HANDLE), JobStore(str(tmp_path)))
-    assert "stop the training job 'whole-1'" in str(error.value)
+        cancel_small(tmp_path)
+    assert "stop the training job 'small-1-" in str(error.value)
     assert advice in str(error.value)
     assert said[:20] in str(error.value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from typing import Any
@@ -15,6 +14,7 @@ from tests.unit.jobs.engines.sagemaker._requests import (
     DATA,
     MANIFEST,
     SMALL,
+    STORE,
     WHOLE,
     breaches,
     model,
@@ -91,10 +91,9 @@ def test_what_sagemaker_would_refuse_is_refused_before_the_request(
 @pytest.mark.parametrize("name", ["a", "mnli.v2_final", "x" * 63, "a--b..c__d", "A-" * 30 + "b"])
 def test_a_name_is_valid_for_sagemaker_and_unique_to_the_store(name: str) -> None:
     pattern = model().shape_for("TrainingJobName").metadata["pattern"]
-    item = dataclasses.replace(submission(SMALL), id=f"{name}-12")
-    names = [training_job_name(item, number) for number in (1, 2, 1000)]
-    names.append(training_job_name(dataclasses.replace(item, store="s3://other/store")))
-    names.append(training_job_name(dataclasses.replace(item, id=f"{name}-13")))
+    names = [training_job_name(STORE, f"{name}-12", number) for number in (1, 2, 1000)]
+    names.append(training_job_name("s3://other/store", f"{name}-12"))
+    names.append(training_job_name(STORE, f"{name}-13"))
     assert len(set(names)) == len(names)
     for found in names:
         assert re.fullmatch(pattern, found), found

@@ -326,6 +326,8 @@ class TestCommands:
         assert SKYPILOT.look(store.read("x-1")) == EngineStatus(
             "cancelled", "Stopped by `cloudtrain job cancel`."
         )
+        (sky.folder / "queue.code").unlink()
+        sky.lists({"job_id": 12, "status": "RUNNING"})
         sky.prints("other", "PermissionError: not yours\n", code=1)
         with pytest.raises(ConfigurationError, match="not yours"):
             SKYPILOT.cancel(record, store)
@@ -356,17 +358,38 @@ class TestCommands:
             {"managed": False, "name": "--all", "job": None},
             {"managed": True, "name": "x-1", "job": "--all"},
             {"managed": True, "name": "x-1", "job": -1},
+            {"managed": True, "name": "of-a-colleague", "job": 7},
+            {"managed": False, "name": "of-a-colleague", "job": None},
+            {"managed": True, "name": ["x-1"], "job": 7},
         ],
     )
-    def test_a_handle_that_sky_could_read_as_an_option_is_refused(
+    def test_a_handle_of_a_different_job_or_with_an_option_is_refused(
         self, sky: FakeSky, store: JobStore, handle: dict[str, object]
     ) -> None:
         sky.prints("launch", LAUNCHED)
         record = dataclasses.replace(submitted(store, sky), handle=handle)
         calls = sky.calls
-        with pytest.raises(ConfigurationError, match="does not name a job of SkyPilot"):
+        with pytest.raises(
+            ConfigurationError, match=r"does not name SkyPilot's job 'x-1': .* `sky jobs queue`"
+        ):
             list(SKYPILOT.lines(record, None, follow=False))
+        if handle:  # without one SkyPilot never had it
+            with pytest.raises(ConfigurationError, match="does not name SkyPilot's job 'x-1'"):
+                SKYPILOT.cancel(record, store)
         assert sky.calls == calls
+
+    def test_a_number_of_a_different_job_is_not_cancelled(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "run"))
+        sky.lists({"job_id": 12, "job_name": "of-a-colleague", "status": "RUNNING"})
+        status = SKYPILOT.look(record)
+        assert status is not None
+        assert status.state == "lost"
+        SKYPILOT.cancel(record, store)
+        assert not any(call.startswith("jobs cancel") for call in sky.calls)
+        assert "SkyPilot no longer has the job 'x-1'" in caplog.text
 
     def test_a_log_command_that_hangs_is_ended(
         self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
@@ -387,6 +410,7 @@ class TestCommands:
     ) -> None:
         sky.prints("launch", LAUNCHED)
         record = submitted(store, sky, *lines)
+        sky.lists({"job_id": 12, "status": "RUNNING"})
         SKYPILOT.cancel(dataclasses.replace(record, run_url=str(tmp_path / "run")), store)
         assert store.read("x-1").state == "stopping"
         assert sky.calls[-1] == command
@@ -403,6 +427,7 @@ class TestCommands:
         catalog = Catalog(Storage(record.run_url))
         attempt = catalog.attempts.begin(0.0, 0, None, {}).number
         catalog.attempts.write_progress(attempt, {"state": "training"})
+        sky.lists({"job_id": 12, "status": "RUNNING"})
         calls_before_it_ended: list[str] = []
 
         def look(seconds: float) -> None:

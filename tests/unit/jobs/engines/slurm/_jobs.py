@@ -18,5 +18,7 @@ def submission(more: str = "", home: str = "/shared/jobs/toy-1") -> Submission:
 
 
 def slurm_job(**changes: object) -> SlurmJob:
-    job = SlurmJob("RUNNING", "None", 0, "0:0", began=100.0, ended=1900.0, limit=1800.0, preempted=None)
+    job = SlurmJob(
+        "toy-1", "RUNNING", "None", 0, "0:0", began=100.0, ended=1900.0, limit=1800.0, preempted=None
+    )
     return dataclasses.replace(job, **changes)  # type: ignore[arg-type]

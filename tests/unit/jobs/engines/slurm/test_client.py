@@ -44,7 +44,8 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, expected: float) -> 
 def test_a_job_is_read_from_one_line_of_scontrol() -> None:
     job = parse_job(SHOWN)
     assert job is not None
-    assert (job.state, job.reason, job.restarts, job.exit_code, job.limit) == (
+    assert (job.name, job.state, job.reason, job.restarts, job.exit_code, job.limit) == (
+        "mnli-1",
         "RUNNING",
         "None",
         2,

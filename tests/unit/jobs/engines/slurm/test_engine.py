@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from hf_cloudtrain.errors import ConfigurationError
-from hf_cloudtrain.jobs.engines.slurm import engine
+from hf_cloudtrain.jobs.engines.slurm import client, engine
 from hf_cloudtrain.jobs.engines.slurm.client import SlurmJob
 from hf_cloudtrain.jobs.engines.slurm.engine import SlurmEngine, script, status_of
-from hf_cloudtrain.jobs.records import JobRecord, Start
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
 from tests.unit.jobs.engines.slurm._jobs import slurm_job, submission
@@ -129,6 +129,44 @@ def test_slurms_state_adds_to_the_record_what_no_supervisor_could_write(
 ) -> None:
     status = status_of(record(tmp_path, state=state, reason="Why."), job)
     assert (None if status is None else (status.state, status.reason)) == expected
+
+
+def test_a_number_that_slurm_has_given_to_a_different_job_cancels_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown = "JobId=7 JobName={} JobState={} Reason=None Restarts=0 ExitCode=0:0 StartTime=N/A EndTime=N/A TimeLimit=1"
+    calls: list[tuple[str, ...]] = []
+    for name, state in (("toy-1", "RUNNING"), ("other-1", "RUNNING"), ("other-1", "PENDING")):
+
+        def call(*command: str, answer: str = shown.format(name, state)) -> str:
+            calls.append(command)
+            return answer
+
+        monkeypatch.setattr(client, "call", call)
+        monkeypatch.setattr(engine, "call", call)
+        forged = record(tmp_path, state="running", handle={"job": "7"})
+        SlurmEngine().cancel(forged, JobStore(str(tmp_path)))
+        status = SlurmEngine().look(forged)
+        assert (status is None) == (name == "toy-1")
+        if status is not None:
+            assert status.state == "lost"
+            assert "no job 7 named 'toy-1' any more" in (status.reason or "")
+    assert [command for command in calls if command[0] == "scancel"] == [
+        ("scancel", "--batch", "--signal=USR1", "7")
+    ]
+
+
+@pytest.mark.parametrize("number", ["--all", "7 8", "", "7_1", ["7"], -7, "\u0667"])
+def test_a_number_that_is_not_one_does_not_reach_slurm(
+    number: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(client, "call", lambda *command: pytest.fail(f"{command} was called"))
+    monkeypatch.setattr(engine, "call", lambda *command: pytest.fail(f"{command} was called"))
+    forged = record(tmp_path, state="running", handle={"job": number})
+    with pytest.raises(ConfigurationError, match=r"is damaged\. Find the job with `squeue --name=toy-1`"):
+        SlurmEngine().look(forged)
+    with pytest.raises(ConfigurationError, match="is not the number of a Slurm job"):
+        SlurmEngine().cancel(forged, JobStore(str(tmp_path)))
 
 
 def test_a_job_that_fails_before_its_supervisor_writes_names_the_disk_or_the_last_line_of_the_log(
