@@ -85,6 +85,9 @@ PUBLIC = {"__init__"}
 MOST_OF_UI = 1_500
 """Lines of the live pages, with their script and style."""
 
+MOST_OF_SERVING = {"": 900, "models": 950, "predict": 650, "endpoints": 520}
+"""Lines of the server and of the rooms in it (docs/decisions/0017): none above 1,200, and none may grow much."""
+
 CLIENTS = {"adlfs", "aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "obstore", "opendal", "s3fs"}
 CLIENT_ROOM = "storage"
 ASKS_AWS = "jobs/engines/sagemaker/api.py"
@@ -309,6 +312,18 @@ def module_of(path: Path) -> str:
     """The dotted name below the package; a room's `__init__` is the room, the package's own is `__init__`."""
     parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("room", MOST_OF_SERVING, ids=lambda room: room or "server")
+def test_the_server_and_the_rooms_in_it_stay_small(room: str) -> None:
+    files = (ROOT / PACKAGE / "serving" / room).glob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_OF_SERVING[room] <= 1_200
+
+
+def test_serving_has_no_room_without_a_limit() -> None:
+    assert {path.parent.name for path in (ROOT / PACKAGE / "serving").rglob("*/*.py")} == {
+        *MOST_OF_SERVING
+    } - {""}
 
 
 def test_the_live_pages_stay_small() -> None:

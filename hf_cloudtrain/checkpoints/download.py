@@ -212,4 +212,6 @@ def check_space(folder: Path, size: int, target: Path) -> None:
     try:
         check_free_space(folder, size, repr(str(target)), spare=SPARE_SPACE)
     except OSError as error:
-        raise StorageError(f"{error.strerror}.") from None
+        full = StorageError(f"{error.strerror}.")
+        full.errno = error.errno  # as an argument, it would stand in front of the message
+        raise full from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -20,11 +21,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download, is_whole
 from hf_cloudtrain.checkpoints.frozen import AcceptedFile
 from hf_cloudtrain.checkpoints.manifest import Manifest, decode_record, encode_record
-from hf_cloudtrain.errors import ManifestError
+from hf_cloudtrain.errors import ManifestError, StorageError
 from hf_cloudtrain.runtime.files import locked, write_whole
 from hf_cloudtrain.storage.folder_files import fresh_files
 from hf_cloudtrain.storage.names import LOCAL
@@ -59,10 +61,16 @@ class LocalCopy:
         Raises:
             CorruptCheckpointError: a file on storage differs from its manifest. StorageError, OSError
         """
-        if not self.is_untouched():
-            with exclusive(self._home / "lock", f"is downloading the dataset {self._manifest.folder!r}"):
-                if not self.is_untouched():
-                    self._download(on_bytes)
+        try:
+            if not self.is_untouched():
+                with exclusive(self._home / "lock", f"is downloading {self._manifest.folder!r}"):
+                    if not self.is_untouched():
+                        self._download(on_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            text = error if error.strerror is None else f"{error.strerror}: {error.filename!r}."
+            raise StorageError(f"{text} {env.CACHE} sets the folder of the copies.") from None
         with contextlib.suppress(OSError):  # it belongs to a different user
             os.utime(self._record)  # when the copy was last used, for a clean-up by age
         return self._folder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.serving.endpoints import sagemaker
 from hf_cloudtrain.serving.models.source import Wish, model_of_checkpoint
 from tests import tiny_models
@@ -73,6 +77,9 @@ class TestLocal:
             wait_until(lambda: answer("endpoint", "view", "nsmc")["state"] == "in service")
             assert answer("endpoint", "view", "nsmc")["reason"] == times
         assert cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout == asked
+        assert (
+            Submission.load(JobStore().read(made["handle"]["job"]).home).plan.grace == 80
+        )  # a request may take 60
         log = cloudtrain("job", "logs", made["handle"]["job"]).stdout
         assert log.count(f"Serving {str(model)!r} (text-classification) at {made['handle']['url']}.") == 4
         cloudtrain("endpoint", "delete", "nsmc", "--yes")
@@ -93,28 +100,62 @@ class TestLocal:
         assert answer("job", "list")["jobs"] == []
 
 
+CODE = """
+import json
+from helper import double
+
+def model_fn(folder):
+    return json.load(open(folder + "/config.json"))["num_attention_heads"]
+
+def predict_fn(data, heads):
+    return {"heads": heads, "twice": double(data["inputs"])}
+"""
+
+
 class TestContainer:
-    def test_the_archive_is_all_that_a_container_needs(
-        self, zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As SageMaker does: unpack into /opt/ml/model, set HF_TASK, load by `pipeline`. The folder is an imitation."""
+    """As SageMaker does: unpack into /opt/ml/model, set the variables, load. The folder is an imitation."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setenv("HF_CLOUDTRAIN_CACHE", str(tmp_path / "cache"))
         run = Run(tmp_path / "run", tmp_path / "out")
         run.begin()
-        committed(run, 4)
-        model = model_of_checkpoint(run.catalog, run.catalog.read(run.catalog.checkpoints()[0]), Wish())
+        return run
+
+    def unpacked(self, run: Run, wish: Wish, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+        """The folder and the variables of the container."""
+        model = model_of_checkpoint(run.catalog, run.catalog.read(run.catalog.checkpoints()[0]), wish)
         sagemaker.archive(model, tmp_path / "model.tar.gz")
         folder = tmp_path / "opt" / "ml" / "model"
         with tarfile.open(tmp_path / "model.tar.gz") as archive:
             archive.extractall(folder, filter="data")
         machine = sagemaker.Machine("role", "image")
-        variables = sagemaker.requests("x", model, machine, "s3://x")["create_model"]["PrimaryContainer"][
-            "Environment"
-        ]
+        asked = sagemaker.requests("x", model, machine, "s3://x")["create_model"]["PrimaryContainer"]
+        return folder, asked["Environment"]
+
+    def test_the_archive_is_all_that_a_container_needs(
+        self, zygote: Zygote, run: Run, tmp_path: Path
+    ) -> None:
+        committed(run, 4)
+        folder, variables = self.unpacked(run, Wish(), tmp_path)
         child = zygote.start(__name__, "container", model_dir=str(folder), env=variables)
         assert child.wait() == 0, child.log
         served = Served(zygote, str(folder))
         assert served.ask({"inputs": ["a good film"]})[1][0]["label"] == child.value[0]["label"]
+        served.stop()
+
+    def test_the_code_of_a_trusted_checkpoint_answers_there_as_here(
+        self, zygote: Zygote, run: Run, tmp_path: Path
+    ) -> None:
+        helper = b"def double(value):\n    return 2 * value\n"
+        committed(run, 4, **{"code/inference.py": CODE.encode(), "code/helper.py": helper})
+        folder, variables = self.unpacked(run, Wish(trust_code=True), tmp_path)
+        assert variables == {}, "the code decides, and not HF_TASK"
+        child = zygote.start(__name__, "container_with_code", model_dir=str(folder), body='{"inputs": 21}')
+        assert child.wait() == 0, child.log
+        assert child.value == {"heads": 2, "twice": 42}
+        served = Served(zygote, str(folder), "--trust-code")
+        assert served.ask({"inputs": 21}) == (200, child.value)
         served.stop()
 
 
@@ -124,3 +165,13 @@ def container(model_dir: str) -> Any:
 
     make: Any = pipeline
     return make(os.environ["HF_TASK"], model=model_dir)("a good film")
+
+
+def container_with_code(model_dir: str, body: str) -> Any:
+    """The same with `code/inference.py`, which has no input_fn and no output_fn: JSON is read and written.
+
+    https://github.com/aws/sagemaker-huggingface-inference-toolkit, handler_service.py
+    """
+    sys.path.insert(0, str(Path(model_dir, "code")))
+    module = importlib.import_module("inference")
+    return json.loads(json.dumps(module.predict_fn(json.loads(body), module.model_fn(model_dir))))

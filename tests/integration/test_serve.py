@@ -230,6 +230,22 @@ class TestClients:
         assert "cloudtrain_serve_waiting_rows 0.0\n" in shared.get("/metrics")[1]
         assert shared.ask({"inputs": "good"})[0] == 200
 
+    def test_the_bodies_of_all_requests_have_a_limit(self, zygote: Zygote, checkpoints: Run) -> None:
+        served = Served(zygote, checkpoints.url, "--max-body", "256", "--max-seconds", "30")
+        body = b'{"inputs": "good"' + b" " * 200_000_000 + b"}"
+        with contextlib.closing(served.connect()) as slow:
+            slow.putrequest("POST", "/invocations")
+            slow.putheader("content-length", str(len(body)))
+            slow.endheaders()
+            slow.send(body[:-1])
+            assert served.ask(b'{"inputs": "good"}')[0] == 200
+            status, answer = served.ask(body)
+            assert (status, answer["error"]) == (503, "The bodies of too many requests wait. Try again.")
+            slow.send(body[-1:])
+            assert read(slow)[0] == 200
+        assert served.ask(body)[0] == 200
+        served.stop()
+
     def test_a_request_that_takes_too_long_is_given_up(self, zygote: Zygote, tmp_path: Path) -> None:
         run = Run(tmp_path / "run", tmp_path / "out")
         run.begin()

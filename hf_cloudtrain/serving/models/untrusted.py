@@ -11,7 +11,6 @@ import contextlib
 import pickle
 from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
-from unittest import mock
 
 from hf_cloudtrain.errors import ConfigurationError
 
@@ -71,5 +70,9 @@ def no_pickles() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise pickle.UnpicklingError("It is a pickle, which may run code. Only safetensors are read.")
 
-    with mock.patch.object(torch, "load", refuse):
+    load = torch.load
+    setattr(torch, "load", refuse)  # noqa: B010 - mypy forbids the assignment
+    try:
         yield
+    finally:
+        setattr(torch, "load", load)  # noqa: B010

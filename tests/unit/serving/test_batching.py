@@ -79,6 +79,24 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
     assert with_batcher(test).batches == [["x"], ["a", "s", "b", "c"], ["d", "e", "f", "g"], ["h"]]
 
 
+def test_a_large_request_does_not_hold_up_a_small_one_with_other_parameters() -> None:
+    async def test(model: Model, batcher: Batcher) -> None:
+        blocker = asyncio.ensure_future(batcher.answer(["x"], {}))
+        await model.is_working()
+        large = asyncio.ensure_future(batcher.answer(list("abcdefghij"), {"k": 1}))
+        second = asyncio.ensure_future(batcher.answer(list("klmno"), {"k": 1}))
+        small = asyncio.ensure_future(batcher.answer(["s"], {"k": 2}))
+        await turn()
+        model.holds.set()
+        assert await small == ["S"]
+        assert await large == list("ABCDEFGHIJ")
+        assert await second == list("KLMNO")
+        await blocker
+
+    batches = with_batcher(test).batches
+    assert batches[:4] == [["x"], ["a", "k", "b", "l"], ["s"], ["c", "m", "d", "n"]]
+
+
 def test_rows_with_different_parameters_share_no_batch() -> None:
     async def test(model: Model, batcher: Batcher) -> None:
         blocker = asyncio.ensure_future(batcher.answer(["x"], {}))

@@ -78,6 +78,20 @@ def test_a_row_of_a_table_with_too_few_columns_fails_alone() -> None:
     assert rows[1] == RowError("The row has 1 columns, and the header has 2.", is_input=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [(CSV, b"inputs,id\na,1"), (JSON, b'["a"]'), (LINES, b'"a"')],
+    ids=["csv", "json", "lines"],
+)
+def test_a_mark_of_the_byte_order_is_not_part_of_the_text(kind: str, body: bytes) -> None:
+    """Excel writes one; with it, the name of the first column would not be found."""
+    assert decode(b"\xef\xbb\xbf" + body, kind, TEXT).rows == ["a"]
+
+
+def test_a_field_of_a_table_may_be_as_long_as_the_body() -> None:
+    assert decode(b"inputs\n" + b"a" * 200_000, CSV, TEXT).rows == ["a" * 200_000]
+
+
 def test_the_file_of_an_image_is_one_row_for_models_of_images_only() -> None:
     assert decode(b"\x89PNG", "image/png", IMAGE).rows == [b"\x89PNG"]
     with pytest.raises(RequestError, match=r"'image/png' is not read\. Send one of: application/json"):

@@ -333,6 +333,16 @@ class TestAdapter:
             load(model_of_folder(adapter, Wish()))
         assert "label" in answers(load(model_of_folder(adapter, Wish(base=str(moved)))), "good")[0]
 
+    def test_a_base_model_that_is_an_adapter_itself_is_refused(self, tmp_path: Path) -> None:
+        """transformers would load the model that its record names, which nothing has checked."""
+        adapter, _ = self.made(tmp_path)
+        record = json.dumps({"base_model_name_or_path": "evil/model", "peft_type": "LORA"})
+        (tmp_path / "BertForSequenceClassification" / "adapter_config.json").write_text(record)
+        with pytest.raises(
+            ConfigurationError, match=r"its base model '.*' cannot be loaded, because it is an adapter"
+        ):
+            load(model_of_folder(adapter, Wish()))
+
     def test_a_base_model_with_pickled_shards_is_refused(self, tmp_path: Path) -> None:
         import torch
         from safetensors.torch import load_file

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError
+from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, StorageError
 from hf_cloudtrain.serving.models.source import Wish, is_model_folder, model_of_checkpoint, model_of_folder
+from hf_cloudtrain.testing import FaultyDisk
 from tests.unit.cli.terminal import Run, damage
 
 CONFIG = {"architectures": ["BertForSequenceClassification"]}
@@ -63,6 +66,29 @@ def test_a_second_start_downloads_nothing(run: Run, monkeypatch: pytest.MonkeyPa
     first = model_of_checkpoint(run.catalog, manifest, Wish())
     (run.folder / "checkpoint-5" / "model.safetensors").unlink()
     assert model_of_checkpoint(run.catalog, manifest, Wish()) == first
+
+
+@pytest.mark.parametrize("how", ["before", "during"])
+def test_a_full_disk_names_the_variable_that_moves_the_copies(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A later start downloads the rest."""
+    run.save(1, 5, MODEL)
+    manifest = run.catalog.read(CheckpointKey(1, 5))
+    with monkeypatch.context() as patch, contextlib.ExitStack() as held:
+        if how == "before":
+            disk = shutil.disk_usage(tmp_path)
+
+            def usage(path: object) -> Any:
+                return disk._replace(free=2**20) if "cache" in str(path) else disk
+
+            patch.setattr(shutil, "disk_usage", usage)
+        else:
+            held.enter_context(FaultyDisk(tmp_path / "cache", at=12))
+        with pytest.raises(StorageError, match=r"HF_CLOUDTRAIN_CACHE sets the folder of the copies\.$"):
+            model_of_checkpoint(run.catalog, manifest, Wish())
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert model_of_checkpoint(run.catalog, manifest, Wish()).task is not None
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(run: Run) -> None:
@@ -141,6 +167,10 @@ def test_a_missing_tokenizer_or_image_processor_is_named(run: Run, tmp_path: Pat
             "names '/srv/other/model.safetensors', which is not one of its safetensors",
         ),
         ({"model.safetensors.index.json": b"{}"}, "names 'None', which is not one"),
+        (
+            {"adapter_config.json": b'{"base_model_name_or_path": "evil/model"}'},
+            "has adapter_config.json and no 'adapter_model.safetensors', so transformers would load what that names",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(run: Run, changes: dict[str, bytes | None], message: str) -> None:
