@@ -45,8 +45,7 @@ class AttemptLifecycle:
 
     Example:
         >>> lifecycle = AttemptLifecycle.of("s3://bucket/runs/mrpc", Path("out"))
-        >>> lifecycle.begin(0)
-        >>> lifecycle.track(first_step=0, total_steps=1_000)
+        >>> lifecycle.begin(0, total=1_000)
         >>> lifecycle.listen()
         >>> while not lifecycle.must_stop(): ...     # train a step
         >>> lifecycle.finish()
@@ -140,15 +139,19 @@ class AttemptLifecycle:
         check_notices: bool = True,
         interrupted: Outcome = "stopped",
         total: int | None = None,
+        samples: int | None = None,
         saves: str = "saves when the script asks",
+        tracks: bool = True,
     ) -> Attempt:
-        """Start an attempt at `step`.
+        """Start an attempt at `step`, and its heartbeat.
 
         Args:
             started_over: the framework starts over by itself, as with a smaller batch after running out of memory.
             check_notices: whether a pending notice stops it.
             total: steps in all; None if unknown.
+            samples: in one step; None if unknown.
             saves: how often it saves, for the first line.
+            tracks: whether it has a heartbeat.
             interrupted: how an earlier attempt ended that is still under way: in a notebook, the process survives an exception.
         """
         for lifecycle in self._of_same_run():
@@ -157,7 +160,12 @@ class AttemptLifecycle:
         if check_notices:
             check_no_pending_notice(self.checkpointer)
         used(self.checkpointer.storage.url)
-        attempt = self.checkpointer.begin(step, started_over=started_over)
+        earlier = self.checkpointer.attempt
+        try:
+            attempt = self.checkpointer.begin(step, started_over=started_over)
+        finally:  # what fails now is recorded as the end of the attempt
+            if tracks and self.checkpointer.attempt is not earlier:
+                self._track(first_step=step, total_steps=total, samples_per_step=samples)
         self.is_leaving = self.is_over = False
         first_line(self.checkpointer, step=step, total=total, restored=self.restored, saves=saves)
         return attempt
@@ -173,19 +181,14 @@ class AttemptLifecycle:
             self._close_tracker(outcome)
             self.tracker = None
 
-    def track(
-        self, *, first_step: int, total_steps: int | None, samples_per_step: int | None = None
-    ) -> StepTracker | None:
-        """Start the heartbeat of the attempt, once; the tracker on rank 0."""
-        checkpointer = self.checkpointer
-        attempt = checkpointer.attempt
-        if self.tracker is None and attempt is not None and checkpointer.ranks.is_main:
+    def _track(self, **expected: Any) -> None:
+        """Start the heartbeat of the attempt, on rank 0."""
+        checkpointer, attempt = self.checkpointer, self.checkpointer.attempt
+        if attempt is not None and checkpointer.ranks.is_main:
             self.tracker = StepTracker(
                 checkpointer.catalog,
                 attempt.number,
-                first_step=first_step,
-                total_steps=total_steps,
-                samples_per_step=samples_per_step,
+                **expected,
                 uploads=checkpointer.uploads,
                 ownership=checkpointer.ownership,
                 pages=self.tracker_pages,
@@ -196,7 +199,6 @@ class AttemptLifecycle:
                 self._page = LivePage(checkpointer.storage, checkpointer.uploads)
                 self._page.start()
             self._card = LiveCard.of(checkpointer.catalog, attempt.number, self.tracker)
-        return self.tracker
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Record metrics of this rank, once the attempt has begun: those of ranks other than 0 by themselves."""

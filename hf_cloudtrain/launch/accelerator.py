@@ -167,7 +167,6 @@ class SavedStates:
             step, lifecycle.restored = loaded.step, loaded
             lifecycle.checkpointer.restored_before(CheckpointKey(loaded.attempt, loaded.step))
         lifecycle.begin(step, saves="saves when the script calls save_state()")
-        lifecycle.track(first_step=step, total_steps=None)
         self._lifecycle = lifecycle
         self._steps.on_step = self._track
         self._listen()

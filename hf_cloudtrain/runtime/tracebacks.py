@@ -1,4 +1,4 @@
-"""Short tracebacks: an error of ours ends a script with the user's line and one sentence."""
+"""Short tracebacks: an error of ours, or Ctrl-C, ends a script with the user's line and one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def short_traceback(function: F) -> F:
-    """Decorate a public function or constructor: a CloudTrainError leaves it without inner frames and without causes.
+    """Decorate a public function or constructor: a CloudTrainError or Ctrl-C leaves it without inner frames and causes.
 
     The whole traceback goes to the log at DEBUG level. Any other exception is a bug and keeps its traceback.
     """
@@ -23,7 +23,7 @@ def short_traceback(function: F) -> F:
     def public(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except CloudTrainError as error:
+        except (CloudTrainError, KeyboardInterrupt) as error:
             logger.debug("Full traceback of the error below:", exc_info=error)
             raise error.with_traceback(None) from None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -127,9 +128,9 @@ class StepTracker:
     def start(self) -> None:
         """Start the thread that writes the heartbeats."""
         self._thread.start()
-        before_exit(self._close_as_failed)
+        before_exit(self._close_at_exit)
 
-    def expect(self, total_steps: int, samples_per_step: int | None) -> None:
+    def expect(self, total_steps: int | None, samples_per_step: int | None) -> None:
         """Correct what was expected of the training, as its first steps show it."""
         self._total_steps, self._samples_per_step = total_steps, samples_per_step
 
@@ -211,8 +212,8 @@ class StepTracker:
                 "The metric %s is not recorded: it is %s. Report numbers and texts only.", shown, error
             )
 
-    def _close_as_failed(self) -> None:
-        self.close("failed")
+    def _close_at_exit(self) -> None:
+        self.close("stopped" if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) else "failed")
 
     def heartbeat(self) -> dict[str, Any]:
         """The content of `progress/<attempt>.json` now. Rates are per second over the last 50 steps, times in seconds."""

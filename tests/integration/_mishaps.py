@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hf_cloudtrain import CloudTrainCallback
 from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
+from hf_cloudtrain.integrations.trainer.evidence import EvidenceCallback
 from hf_cloudtrain.runtime import patience
 from hf_cloudtrain.storage import retries
 from hf_cloudtrain.storage.client import Storage
@@ -81,6 +83,19 @@ def zombie(at: int, run_url: str, **arguments: Any) -> Any:
     catalog = Catalog(Storage(run_url))
     callbacks = [CallAt(at, lambda: wait_until(lambda: catalog.attempts.overtaken_by(1) is not None))]
     return train(run_url=run_url, callbacks=callbacks, **arguments)
+
+
+def ctrl_c(where: str, **arguments: Any) -> Any:
+    """Ctrl-C while a checkpoint is restored (`restore`), or when the attempt has just begun (`begin`)."""
+    thing, name = {"restore": (Storage, "download"), "begin": (EvidenceCallback, "gather")}[where]
+    plain = getattr(thing, name)
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*given, **options)
+
+    with mock.patch.object(thing, name, interrupted):
+        return train(**arguments)
 
 
 def out_of_memory(at: int, **arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -584,6 +585,21 @@ class TestEnd:
         with pytest.raises(KeyboardInterrupt):
             cell(3)
         assert cell(None) == list(range(8, 20))
+
+    def test_ctrl_c_before_the_first_step_is_recorded_as_the_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(loop: TrainLoop, dataloader: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(TrainLoop, "steps", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(tmp_path / "run", tmp_path / "out", Rows(20))
+        del caught
+        gc.collect()  # the traceback keeps the generator of the loop
+        beat = Catalog(Storage(str(tmp_path / "run"))).attempts.read_progress(1)
+        assert beat is not None
+        assert (beat["state"], beat["step"]) == ("stopped", 0)
 
     def test_ending_an_epoch_twice_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         once = TrainLoop.end_epoch

@@ -173,7 +173,6 @@ class RemoteRun(Mode):
         if self._restored is not None:
             lifecycle.restored = ranks.agree(partial(self._find, self._restored), f"find {self._restored}")
         lifecycle.begin(step, total=self._total, saves="saves at each upload_checkpoint()")
-        lifecycle.track(first_step=step, total_steps=self._total)
         if (queue := lifecycle.checkpointer.upload_queue) is not None:
             self._writes = queue.late = AsyncWrites(lifecycle.checkpointer, self._async_save)
 

@@ -64,7 +64,7 @@ class LoopReport:
         bar.set_postfix(shown({**means, **({} if rate is None else {"lr": rate})}), refresh=False)
         self._record(step, {**means, **({} if rate is None else {"learning_rate": rate})})
 
-    def expect(self, total_steps: int, samples_per_step: int | None) -> None:
+    def expect(self, total_steps: int | None, samples_per_step: int | None) -> None:
         """The training has so many steps in all."""
         if (tracker := self._lifecycle.tracker) is not None:
             tracker.expect(total_steps, samples_per_step)

@@ -127,11 +127,7 @@ class EpochSteps:
         self._length = length(dataloader)
         run.optimizers.begin_epoch(position.batches, resumed=position.batches > 0)
         run.total_steps = total_steps(run.accelerator, dataloader, run.num_epochs)
-        run.lifecycle.track(
-            first_step=run.state.step,
-            total_steps=run.total_steps,
-            samples_per_step=samples_per_step(run.accelerator, dataloader),
-        )
+        run.report.expect(run.total_steps, samples_per_step(run.accelerator, dataloader))
         run.unseen &= safely(lambda: run.begin_to_look(dataloader))
         for loader in run.accelerator._dataloaders:
             if loader is not dataloader:

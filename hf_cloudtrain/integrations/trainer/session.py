@@ -29,7 +29,7 @@ from hf_cloudtrain.integrations.trainer.checks import (
 from hf_cloudtrain.integrations.trainer.complete import CompleteRun, record_completion
 from hf_cloudtrain.integrations.trainer.forgotten import ForgottenCallback
 from hf_cloudtrain.integrations.trainer.identity import Identity
-from hf_cloudtrain.integrations.trainer.position import EpochLength
+from hf_cloudtrain.integrations.trainer.position import EpochLength, step_samples
 from hf_cloudtrain.integrations.trainer.reports import find_reports
 from hf_cloudtrain.integrations.trainer.state import Record, RestoredState
 from hf_cloudtrain.preemption.preemption import Preemption
@@ -72,6 +72,8 @@ class Session:
         """The model, arguments and data of this process."""
         self.listens = False
         """Whether a callback of this session waits for notices."""
+        self.tracks = False
+        """Whether a callback of this session tracks the steps."""
         self.clock: SaveClock | None = None
         """When a save by time is due."""
         self.last_save: LastSave | None = None
@@ -257,9 +259,11 @@ class Session:
             lifecycle.begin(
                 state.global_step,
                 total=state.max_steps,
+                samples=step_samples(args, state),
                 saves=_saves(args, state, self.clock),
                 started_over=interrupted and args.auto_find_batch_size,
                 check_notices=self.listens,
+                tracks=self.tracks,
                 interrupted="failed",
             )
             self._begun, self._ended = state, False

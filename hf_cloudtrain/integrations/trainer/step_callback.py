@@ -9,7 +9,6 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 
-from hf_cloudtrain.integrations.trainer.position import step_samples
 from hf_cloudtrain.integrations.trainer.session import Session
 from hf_cloudtrain.report import live
 from hf_cloudtrain.runtime.tracebacks import short_traceback
@@ -37,16 +36,13 @@ class StepTrackerCallback(TrainerCallback):
         page: bool | None = None,
     ) -> None:
         self._session = Session.of(run_url, storage_options, fresh=fresh, page=live.is_wanted(page))
+        self._session.tracks = True
         self._tracker: StepTracker | None = None
 
     @short_traceback
     def on_train_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Start the heartbeat on rank 0."""
-        self._tracker = self._session.begin(args, state).track(
-            first_step=state.global_step,
-            total_steps=state.max_steps,
-            samples_per_step=step_samples(args, state),
-        )
+        self._tracker = self._session.begin(args, state).tracker
 
     def on_step_begin(self, args: TrainingArguments, state: State, control: Control, **kwargs: Any) -> None:
         """Note the time."""

@@ -124,7 +124,7 @@ def delete_local(endpoints: Endpoints, endpoint: Endpoint) -> None:
         if record.engine != "local":
             raise ConfigurationError(
                 f"The job {record.id!r} of the endpoint {endpoint.name!r} has the engine {record.engine!r}, not 'local': its "
-                f"record is damaged. Nothing was deleted. Look at it with `cloudtrain job view {record.id}`."
+                f"record is damaged. Nothing was deleted. Look at it with `cloudtrain job status {record.id}`."
             )
         job = record.id
         with contextlib.suppress(ConfigurationError):  # it is over

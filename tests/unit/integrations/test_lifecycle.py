@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,7 @@ class TestAnAttempt:
     def test_that_ends_is_recorded_in_the_exit_file_and_the_heartbeat(
         self, lifecycle: AttemptLifecycle, tmp_path: Path
     ) -> None:
-        lifecycle.begin(0)
-        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.begin(0, total=4)
         lifecycle.listen()
         save(lifecycle, 4)
         lifecycle.finish()
@@ -143,8 +143,7 @@ class TestAnAttempt:
 
     def test_that_saved_nothing_has_failed(self, lifecycle: AttemptLifecycle, tmp_path: Path) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        lifecycle.begin(0)
-        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.begin(0, total=4)
         lifecycle.listen()
         with pytest.raises(NotCommittedError):
             lifecycle.finish()
@@ -164,14 +163,12 @@ class TestAnAttempt:
         self, lifecycle: AttemptLifecycle
     ) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        lifecycle.begin(0)
-        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.begin(0, total=4)
         lifecycle.listen()
+        first = lifecycle.tracker
         lifecycle.begin(0, started_over=True, interrupted="failed")
-        assert lifecycle.tracker is None
+        assert lifecycle.tracker is not first
         assert signal.getsignal(signal.SIGTERM) is before
-        lifecycle.track(first_step=0, total_steps=4)
-        assert lifecycle.track(first_step=0, total_steps=4) is lifecycle.tracker, "one tracker an attempt"
         lifecycle.interrupt(lifecycle.checkpointer.attempt)
         assert states(lifecycle) == ["failed", "stopped"]
 
@@ -179,8 +176,7 @@ class TestAnAttempt:
         self, lifecycle: AttemptLifecycle, tmp_path: Path
     ) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        lifecycle.begin(0)
-        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.begin(0, total=4)
         lifecycle.listen()
         other = AttemptLifecycle.of(str(tmp_path / "run"), tmp_path / "other")
         other.begin(0, started_over=True, interrupted="failed")
@@ -188,6 +184,25 @@ class TestAnAttempt:
         assert states(lifecycle)[0] == "failed"
         assert signal.getsignal(signal.SIGTERM) is before
         other.close()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no space")])
+    def test_that_cannot_begin_to_train_ends_with_the_process(
+        self, lifecycle: AttemptLifecycle, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def fails(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(lifecycle.checkpointer.local, "begin", fails)
+        with pytest.raises(type(error)):
+            lifecycle.begin(0, total=4)
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+        assert lifecycle.tracker is not None
+        lifecycle.tracker._close_at_exit()
+        assert states(lifecycle) == ["stopped" if isinstance(error, KeyboardInterrupt) else "failed"]
+
+    def test_tracks_no_steps_where_no_callback_does(self, lifecycle: AttemptLifecycle) -> None:
+        lifecycle.begin(0, total=4, tracks=False)
+        assert lifecycle.tracker is None
 
     def test_listens_once(self, lifecycle: AttemptLifecycle) -> None:
         before = signal.getsignal(signal.SIGTERM)
@@ -215,8 +230,7 @@ class TestAnAttempt:
 
 class TestANotice:
     def test_leads_to_one_decision_and_the_way_out(self, lifecycle: AttemptLifecycle, tmp_path: Path) -> None:
-        lifecycle.begin(0)
-        lifecycle.track(first_step=0, total_steps=4)
+        lifecycle.begin(0, total=4)
         assert not lifecycle.must_stop(), "nothing waits for notices yet"
         lifecycle.listen()
         assert not lifecycle.must_stop()

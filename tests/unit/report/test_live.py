@@ -324,8 +324,8 @@ class TestWanted:
         monkeypatch.setattr(LivePage, "close", lambda self, *, last: closed.append(last))
         lifecycle = AttemptLifecycle.of(str(tmp_path / "run"), tmp_path / "out")
         lifecycle.has_page = True
-        lifecycle.begin(0)
-        tracker = lifecycle.track(first_step=0, total_steps=10)
+        lifecycle.begin(0, total=10)
+        tracker = lifecycle.tracker
         assert tracker is not None
         lifecycle.end(outcome)
         lifecycle.close()

@@ -1,4 +1,4 @@
-"""An expected error of ours leaves a public function with one frame; a bug keeps its whole traceback."""
+"""An expected error of ours, or Ctrl-C, leaves a public function with one frame; a bug keeps its whole traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 
 
-def fail(error: Exception) -> None:
+def fail(error: BaseException) -> None:
     try:
         raise KeyError("of a client")
     except KeyError as cause:
@@ -21,20 +21,29 @@ def fail(error: Exception) -> None:
 
 
 @short_traceback
-def public(error: Exception) -> None:
+def public(error: BaseException) -> None:
     """Documented."""
     in_threads(fail, ([error], 1))
 
 
-def test_an_error_of_ours_has_no_inner_frames_and_no_causes() -> None:
-    with pytest.raises(StorageError) as raised:
-        public(StorageError("Could not write."))
+@pytest.mark.parametrize(
+    ("error", "last"),
+    [
+        (StorageError("Could not write."), "hf_cloudtrain.errors.StorageError: Could not write.\n"),
+        (KeyboardInterrupt(), "KeyboardInterrupt\n"),
+    ],
+)
+def test_an_error_of_ours_and_ctrl_c_have_no_inner_frames_and_no_causes(
+    error: BaseException, last: str
+) -> None:
+    with pytest.raises(type(error)) as raised:
+        public(error)
     shown = traceback.format_exception(raised.value)
     assert [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)] == [
-        "test_an_error_of_ours_has_no_inner_frames_and_no_causes",
+        "test_an_error_of_ours_and_ctrl_c_have_no_inner_frames_and_no_causes",
         "public",
     ]
-    assert shown[-1] == "hf_cloudtrain.errors.StorageError: Could not write.\n"
+    assert shown[-1] == last
     assert "of a client" not in "".join(shown)
 
 

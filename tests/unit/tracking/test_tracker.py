@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import sys
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
@@ -309,6 +310,20 @@ def test_heartbeats_continue_until_close_and_end_with_its_state(
     assert (beat["state"], beat["step"]) == ("finished", 501)
     tracker.close("failed")
     assert machines.catalog.attempts.read_progress(3) == beat, "only the first close counts"
+
+
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt(), "stopped"), (OSError(), "failed")])
+def test_an_attempt_that_the_end_of_the_process_ends_says_whether_it_was_ctrl_c(
+    tracker: StepTracker,
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    state: str,
+) -> None:
+    tracker.start()
+    monkeypatch.setattr(sys, "last_value", error, raising=False)
+    tracker._close_at_exit()
+    assert (machines.catalog.attempts.read_progress(3) or {}).get("state") == state
 
 
 def test_records_survive_an_outage(

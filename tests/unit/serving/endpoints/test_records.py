@@ -63,7 +63,7 @@ def test_a_job_record_of_a_different_engine_is_not_cancelled(endpoints: Endpoint
     facts = {"engine": "slurm", "nodes": 1, "nproc_per_node": 1, "max_restarts": 0}
     job = endpoints.jobs.create("endpoint-nsmc", **facts, handle={"job": "7"})
     with pytest.raises(
-        ConfigurationError, match=r"'slurm', not 'local': .* `cloudtrain job view endpoint-nsmc-1`"
+        ConfigurationError, match=r"'slurm', not 'local': .* `cloudtrain job status endpoint-nsmc-1`"
     ):
         local.delete_local(endpoints, endpoints.read("nsmc"))
     assert not endpoints.jobs.is_cancelled(job.id)
