@@ -2,8 +2,9 @@
 
     .venv/bin/python -m benchmarks.first_paint
 
-For each page: milliseconds from the navigation until its content and all charts are there, seconds of a core that the server and
-the browser's main thread need until then, and what does not depend on the machine: elements, and points of curves.
+For each page: milliseconds from the navigation until its first content (of the list, the names), all content, the first chart and
+all charts are there, seconds of a core that the server and the browser's main thread need until then, and what does not depend on
+the machine: elements, and points of curves. And of the page beside the long run, `index.html`: seconds to write it, and its size.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.report.live import write_page
 from hf_cloudtrain.storage.client import Storage
 from tests.browser import Browser
 from tests.recorded import BEGAN, write
 from tests.served import DRAWN, SHOWN, Served
 
 NOTE_TIMES = """new MutationObserver(() => {
-  for (const name of ["shown", "drawn"]) {
-    if (document.documentElement?.dataset[name] === "yes") window[name] ??= Math.round(performance.now());
-  }
+  const note = (name, is) => { if (is) window[name] ??= Math.round(performance.now()); };
+  for (const name of ["shown", "drawn"]) note(name, document.documentElement?.dataset[name] === "yes");
+  note("first", document.querySelector("tbody tr, dl div"));
+  note("chart", document.querySelector(".js-plotly-plot"));
 }).observe(document, { subtree: true, attributes: true, childList: true })"""
 COUNTS = """({
   elements: document.querySelectorAll("*").length,
@@ -72,11 +75,11 @@ def measure(browser: Browser, served: Served, fragment: str, until: str) -> dict
     page.wait(f"document.documentElement && {until}")
     server = time.process_time() - began
     found = {metric["name"]: metric["value"] for metric in page.call("Performance.getMetrics")["metrics"]}
-    times, counts = page.ask("[window.shown, window.drawn]"), page.ask(COUNTS)
+    times = page.ask("[window.first, window.shown, window.chart, window.drawn]")
+    counts = page.ask(COUNTS)
     page.close()
     return {
-        "content ms": times[0],
-        "charts ms": times[1],
+        **dict(zip(("first ms", "content ms", "first chart ms", "charts ms"), times, strict=True)),
         "server s": round(server, 2),
         "browser s": round(found["TaskDuration"], 2),
         **counts,
@@ -92,6 +95,9 @@ def main() -> None:
             for _ in range(3):
                 with Served([f"{folder}/{name}"]) as served:
                     print(name, json.dumps(measure(browser, served, fragment, until)), flush=True)
+        began = time.perf_counter()
+        size = write_page(Catalog(Storage(f"{folder}/long/long")))
+        print(f"index.html of 100,000 steps: {time.perf_counter() - began:.1f} s, {size / 1e6:.1f} MB")
         print(f"load {os.getloadavg()[0]:.1f}")
 
 

@@ -238,12 +238,13 @@ def _two_ranks(place: Place, work: Workplace, scale: Scale) -> tuple[list[float]
 
 def _rank(rank: int, place: Place, rendezvous: str, scale: Scale) -> None:
     logging.getLogger("hf_cloudtrain").setLevel(logging.ERROR)
+    model = _bert(scale)  # before there is a group, in which only rank 0 would save its folder
     # As torchrun sets them; the group uses a file, so that no port is needed.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=RANKS)
-    mine = _train(_bert(scale), place, Path(rendezvous, "ranks"), scale.pick(SAVES, 6))
+    mine = _train(model, place, Path(rendezvous, "ranks"), scale.pick(SAVES, 6))
     of_all: list[Any] = [None] * RANKS
     dist.all_gather_object(of_all, mine.times)
     if rank == 0:

@@ -36,6 +36,7 @@ def record_attempt(
     lag: float = 8.0,
     stall_at: int | None = None,
     facts: dict[str, str] | None = None,
+    decay_steps: float = 120.0,
 ) -> int:
     """One attempt that did `steps`: a save and an evaluation every `save_steps`; returns its number."""
     number = catalog.attempts.begin(began, steps.start - 1, resumed_from, facts or FACTS).number
@@ -49,7 +50,7 @@ def record_attempt(
         now += seconds
         lines.append({"kind": "steps", "first": step, "seconds": [round(seconds, 6)], "time": now})
         if step % log_steps == 0:
-            loss = 2.5 * math.exp(-step / 120) + 0.2 + 0.05 * math.sin(step * 1.7)
+            loss = 2.5 * math.exp(-step / decay_steps) + 0.2 + 0.05 * math.sin(step * 1.7)
             rate = 1e-4 * (1 - step / total)
             lines.append({"kind": "log", "step": step, "time": now, "loss": loss, "learning_rate": rate})
         if step % save_steps == 0:

@@ -40,11 +40,11 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "jobs": (
         ("spec", "submission"),
-        ("records", "logs"),
+        ("records", "logs", "inventory"),
         ("node",),
         ("gang", "start_failure", "verdict", "supervisor"),
         ("engines",),
-        ("lifecycle", "inventory"),
+        ("lifecycle",),
         ("deletion",),
     ),
     "serving": (

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -34,6 +35,7 @@ def record() -> None:
     for index, rate in enumerate(RATES):
         catalog = Catalog(Storage(f"{STORE}/runs/mnli-lr-{rate}"))
         facts = {**FACTS, "host": f"gpu-0{index + 3}", "command": f"train.py --learning_rate {rate}"}
+        decay = 300 / (index + 1.5)
         began, last = now - (320 if index == len(RATES) - 1 else 900 + 60 * index), index == len(RATES) - 1
         first = record_attempt(
             catalog,
@@ -41,6 +43,7 @@ def record() -> None:
             steps=range(1, 231 if last else 401),
             facts=facts,
             state="training" if last else "finished",
+            decay_steps=decay,
         )
         if last:
             resumed = CheckpointKey(first, 200)
@@ -51,6 +54,7 @@ def record() -> None:
                 steps=range(201, 311),
                 resumed_from=resumed,
                 facts={**facts, "host": "gpu-12"},
+                decay_steps=decay,
             )
             beat = {
                 "attempt": 2,
@@ -98,6 +102,11 @@ def main() -> None:
             page = browser.open(f"{served.url}#/run/0%2Fmnli-lr-3e-4", 1180, 900)
             page.wait(DRAWN)
             take(page, "run")
+            page.close()
+            runs = quote("\n".join(f"0/mnli-lr-{rate}" for rate in RATES), safe="")
+            page = browser.open(f"{served.url}#/compare/{runs}", 1180, 620)
+            page.wait(DRAWN)
+            take(page, "compare")
             page.close()
             page = browser.open(f"{served.url}#/run/0%2Fmnli-lr-3e-4", 390, 844, dark=True)
             page.wait(DRAWN)

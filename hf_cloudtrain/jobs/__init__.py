@@ -21,10 +21,10 @@ Files and rooms, in reading order:
 - `engines`: one module or folder for each engine. A room with its own README.
 - `logs`: the output of the nodes, followed or its last lines.
 - `deletion`: deletes a job that is over; its run stays.
-- `inventory`: the machine types that `cloudtrain vm list` shows.
+- `inventory`: the machine types that `cloudtrain vm list` shows, and what they cost.
 
-Import order inside the room: `spec`, `submission` < `records`, `logs` < `node` < `gang`, `start_failure`, `verdict`, `supervisor` < `engines`
-< `lifecycle`, `inventory` < `deletion`. Outside it imports `preemption`, `tracking`, `datasets`, `checkpoints`, `storage`, `env`,
+Import order inside the room: `spec`, `submission` < `records`, `logs`, `inventory` < `node` < `gang`, `start_failure`, `verdict`, `supervisor`
+< `engines` < `lifecycle` < `deletion`. Outside it imports `preemption`, `tracking`, `datasets`, `checkpoints`, `storage`, `env`,
 `runtime`
 and `errors`, and nothing of `integrations` or `cli`.
 """

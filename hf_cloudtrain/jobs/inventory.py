@@ -1,13 +1,16 @@
 """The machine types that a job can use: this machine, Slurm's partitions, the user's own list, and SkyPilot's catalog.
 
     find(cloud="azure", gpu="v100") -> Found    starts nothing; a source that fails is reported in one sentence
+    price_of("azure-16gb-v100-4g-eastus", is_rented=True) -> 12.24
 
 The sources are `nvidia-smi`, `sinfo`, `vms.yml` in the store, and the price files of SkyPilot below `~/.sky/catalogs`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 import os
 import platform
 import re
@@ -60,17 +63,26 @@ class Vm:
     quota: str | None = None
     """How many machines there are, or are available."""
     is_spot: bool = False
+    price: float | None = field(default=None, compare=False)
+    """Of an hour of one machine: in SkyPilot's catalog in US dollars."""
 
     @property
     def vm(self) -> str | None:
         """Its name in a job file; None where a part of the name is unknown."""
-        if not self.gpu or not self.gpus or not self.memory_gb:
+        machine = self.machine
+        if machine is None:
             return None
-        machine = Machine(self.cloud, self.memory_gb, self.gpu, self.gpus, self.region, self.is_spot)
         try:
             return str(machine) if Machine.parse(str(machine)) == machine else None
         except ConfigurationError:
             return None
+
+    @property
+    def machine(self) -> Machine | None:
+        """The parts of its name; None where one is unknown."""
+        if not self.gpu or not self.gpus or not self.memory_gb:
+            return None
+        return Machine(self.cloud, self.memory_gb, self.gpu, self.gpus, self.region, self.is_spot)
 
     @property
     def device(self) -> str:
@@ -116,6 +128,20 @@ def find(cloud: str | None = None, gpu: str | None = None) -> Found:
                 wanted = wanted[:MAX_CATALOG_ROWS]
             found.vms += wanted
     return found
+
+
+def price_of(vm: str, *, is_rented: bool) -> float | None:
+    """Price of an hour of one machine of a type: by `vms.yml`, or if SkyPilot rents it, by SkyPilot's catalog.
+
+    None where neither has a price, or cannot be read: `cloudtrain vm list` says why.
+    """
+    machine = Machine.parse(vm)
+    for source in (user_list, skypilot) if is_rented else (user_list,):
+        with contextlib.suppress(ConfigurationError, StorageError, OSError):
+            for offer in source():
+                if offer.price is not None and offer.machine == machine:
+                    return offer.price
+    return None
 
 
 # --- This machine ------------------------------------------------------------------------------------------------------
@@ -225,7 +251,8 @@ def user_list() -> list[Vm]:
 
 def _vm(listed: ListedVm) -> Vm:
     vm, quota = Machine.parse(listed.vm), None if listed.quota is None else str(listed.quota)
-    return Vm("vms.yml", vm.cloud, vm.region, vm.gpu, vm.gpus, vm.memory_gb, None, quota, vm.is_spot)
+    shape = vm.cloud, vm.region, vm.gpu, vm.gpus, vm.memory_gb
+    return Vm("vms.yml", *shape, None, quota, vm.is_spot, listed.price)
 
 
 def _vms_file() -> tuple[bytes | None, str]:
@@ -262,11 +289,14 @@ def skypilot() -> list[Vm]:
         raise ConfigurationError(
             "SkyPilot has not downloaded its catalog yet. Run `sky show-gpus` to download it."
         )
-    found: dict[Vm, None] = {}
+    found: dict[Vm, Vm] = {}
     for path in files:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            found.update(dict.fromkeys(_catalog(path.parent.name, csv.DictReader(file))))
-    return sorted(found, key=lambda vm: (vm.cloud, vm.gpu or "", vm.gpus, vm.region, vm.is_spot))
+            for vm in _catalog(path.parent.name, csv.DictReader(file)):
+                known = found.setdefault(vm, vm)
+                if known.price is None or (vm.price is not None and vm.price < known.price):
+                    found[vm] = vm  # of several instances with these GPUs, SkyPilot takes the cheapest
+    return sorted(found.values(), key=lambda vm: (vm.cloud, vm.gpu or "", vm.gpus, vm.region, vm.is_spot))
 
 
 def _catalog(cloud: str, rows: Iterable[dict[str, str]]) -> Iterator[Vm]:
@@ -285,7 +315,16 @@ def _catalog(cloud: str, rows: Iterable[dict[str, str]]) -> Iterator[Vm]:
         memory = int(match[2]) if match else _memory(gpu, round(int(size[1]) / 1024) if size else None)
         for is_spot, price in ((False, "Price"), (True, "SpotPrice")):
             if row.get(price):
-                yield Vm("skypilot", cloud, region, gpu, int(count), memory, is_spot=is_spot)
+                cost = _price(row[price])
+                yield Vm("skypilot", cloud, region, gpu, int(count), memory, is_spot=is_spot, price=cost)
+
+
+def _price(text: str) -> float | None:
+    try:
+        price = float(text)
+    except ValueError:
+        return None
+    return price if 0 < price < math.inf else None
 
 
 def _output(argv: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines import Engine, EngineStatus, engine
+from hf_cloudtrain.jobs.inventory import price_of
 from hf_cloudtrain.jobs.node.workspace import copy_workspace
 from hf_cloudtrain.jobs.records import JobRecord, JobStore
 from hf_cloudtrain.jobs.spec.job import EngineName, Job
@@ -68,7 +69,7 @@ def prepare(
     job_id = store.next_id(job.name)
     return Submission(
         job=job,
-        plan=plan,
+        plan=dataclasses.replace(plan, price=_price(job, plan.nodes)),
         id=job_id,
         run_url=job.run_url or store.below("runs", job_id),
         store=store.url,
@@ -207,25 +208,28 @@ def _failure_recorded(store: JobStore, record: JobRecord) -> Iterator[None]:
         raise
 
 
-def look(store: JobStore, record: JobRecord) -> JobRecord:
-    """A record with what its engine knows now. A final state is written to the store, except `lost`."""
+def glance(record: JobRecord) -> JobRecord:
+    """A record with what its engine knows now; nothing is written. Raises CloudTrainError, OSError: the engine does not answer."""
     if record.is_over:
         return record
     status = _interrupted(record) or engine(record.engine).look(record)
-    if status is None or (status.state, status.reason) == (record.state, record.reason):
-        return record
-    current = dataclasses.replace(record, state=status.state, reason=status.reason)
+    return record if status is None else dataclasses.replace(record, state=status.state, reason=status.reason)
+
+
+def look(store: JobStore, record: JobRecord) -> JobRecord:
+    """The same; a final state is written to the store, except `lost`."""
+    current = glance(record)
     # A lost job may come back, after its disk was mounted again or the clock was set.
-    if not current.is_over or status.state == "lost":
+    if current == record or not current.is_over or current.state == "lost":
         return current
     latest = store.read(record.id)
     if latest.is_over:
         return latest  # its supervisor wrote this, and exited, after the record was read
     starts = tuple(
-        start if start.ended else dataclasses.replace(start, ended=time.time(), outcome=status.state)
+        start if start.ended else dataclasses.replace(start, ended=time.time(), outcome=current.state)
         for start in latest.starts
     )
-    return store.write(latest, state=status.state, reason=status.reason, starts=starts)
+    return store.write(latest, state=current.state, reason=current.reason, starts=starts)
 
 
 def _interrupted(record: JobRecord) -> EngineStatus | None:
@@ -265,6 +269,12 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
         return None
     name, _, version = job.data.name.partition("@")
     return DatasetStore(store.url).find(name, int(version) if version else None).version
+
+
+def _price(job: Job, nodes: int) -> float | None:
+    """Of an hour of all machines of a job, if it is known."""
+    price = None if job.vm is None else price_of(job.vm, is_rented=job.engine == "skypilot")
+    return None if price is None else nodes * price
 
 
 def writer_of(run_url: str, store: JobStore) -> JobRecord | None:

@@ -32,6 +32,7 @@ from hf_cloudtrain.runtime.text import duration_text
 from hf_cloudtrain.runtime.threads import in_threads
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.urls import is_local, local_path, normal_url
+from hf_cloudtrain.tracking.mirror import Mirror
 
 State = Literal[
     "queued", "starting", "running", "stopping", "preempted", "lost", "finished", "failed", "cancelled"
@@ -225,6 +226,14 @@ class JobStore:
         # Other stores have jobs with the same ids, and so has this folder itself, which is the default store.
         digest = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()
         return Path(env.own_folder(), "jobs", digest[:12], job_id)
+
+
+class KnownJobs(JobStore):
+    """The jobs of the store, of which each record is read once until a listing shows a different size of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storage = self.mirror = Mirror(self.storage, top="records")
 
 
 def _path(job_id: str) -> str:

@@ -13,6 +13,7 @@ from hf_cloudtrain import env
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.spec.job import Job
 from hf_cloudtrain.jobs.spec.node_plan import Plan
+from hf_cloudtrain.runtime.values import number
 
 FILE = "job.json"
 SUPERVISOR_LOCK = "supervisor.lock"
@@ -89,7 +90,12 @@ class Submission:
         job = self.job.model_dump(mode="json", exclude_none=True)
         job["env"] = dict.fromkeys(self.job.env)
         plan = self.plan
-        shape = {"nodes": plan.nodes, "nproc_per_node": plan.nproc_per_node, "grace": plan.grace}
+        shape = {
+            "nodes": plan.nodes,
+            "nproc_per_node": plan.nproc_per_node,
+            "grace": plan.grace,
+            "price": plan.price,
+        }
         return {**{name: getattr(self, name) for name in _PLAIN}, **shape, "code": self.code, "job": job}
 
     @classmethod
@@ -121,7 +127,8 @@ class Submission:
             job = job.model_copy(update={"env": {**job.env, env.GRACE: f"{record['grace']:g}"}})
         shape = record["nodes"], record["nproc_per_node"]
         launch = job.launch == "auto"
-        plan = Plan(*shape, job.checkpoint_dir, job.env, record["grace"], job.experiment, launch)
+        price = number(record.get("price"))
+        plan = Plan(*shape, job.checkpoint_dir, job.env, record["grace"], job.experiment, launch, price)
         plain = {name: record[name] for name in _PLAIN}
         # A job that was submitted before its folder kept its name starts at the mount path.
         return cls(job=job, plan=plan, home=home, code=record.get("code", ""), **plain)

@@ -10,6 +10,7 @@
     comparison  several runs: their curves on one axis, their differences
     page        key figures, tables and charts, put into `report.html`
     reader      a run read again and again while a person looks at it: few requests, only new records
+    row         one run in a list of runs
     live        the page that lives with a run, written by a process of its own
     still       a figure as SVG without a script
     card        state, progress and loss of a run in a notebook

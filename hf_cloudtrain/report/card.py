@@ -35,13 +35,13 @@ BOX = (
 PILL = "border:1px solid;border-radius:9px;padding:0 8px;margin-left:6px"
 
 
-def card(now: RunState, figure: dict[str, Any] | None = None, goodput: float | None = None) -> str:
+def card(now: RunState, figure: dict[str, Any] | None = None, goodput: str | None = None) -> str:
     """The card of a run at one moment.
 
     Args:
         now: its state.
         figure: of its loss, as `charts_of` has it.
-        goodput: a share; None if it is not known.
+        goodput: as a text, such as '97.1%'; None if it is not known.
 
     Example:
         >>> IPython.display.HTML(card(run_state(catalog)))
@@ -71,7 +71,7 @@ def trouble_card(run_url: str, error: Exception) -> str:
     )
 
 
-def facts(now: RunState, goodput: float | None = None) -> list[str]:
+def facts(now: RunState, goodput: str | None = None) -> list[str]:
     """What is known of a run, in a few words each."""
     committed = None if now.last_committed is None else CheckpointKey.named(now.last_committed)
     step = None if now.step is None else f"step {now.step:,}"
@@ -85,7 +85,7 @@ def facts(now: RunState, goodput: float | None = None) -> list[str]:
         seconds and f"{seconds} per step",
         f"{left} left" if left and now.state in ALIVE else None,
         loss,
-        None if goodput is None else f"goodput {goodput:.1%}",
+        None if goodput is None else f"goodput {goodput}",
         None if now.learning_rate is None else f"learning rate {now.learning_rate:.3g}",
         *(f"{HOST_METRICS[name]} {value:.0f} %" for name, value in now.host.items()),
         "no checkpoint on storage yet" if committed is None else f"checkpoint-{committed.step} is on storage",

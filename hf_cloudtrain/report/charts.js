@@ -13,12 +13,27 @@ function h(tag, props = {}, ...children) {
   return element;
 }
 
-// Build what an element shows, only if the value has changed.
+// Build what an element shows, only if the value has changed. What has the keyboard keeps it, if the new content has the same.
 function show(element, value, build = (text) => text) {
   const text = JSON.stringify(value ?? null);
   if (element.told === text) return;
   element.told = text;
+  const held = document.activeElement;
+  const alike = () => [...element.querySelectorAll(held?.tagName ?? "body")].filter((one) => one.textContent === held.textContent);
+  const index = alike().indexOf(held);
   element.replaceChildren(...[build(value)].flat().filter((child) => child != null));
+  if (index >= 0) (alike()[index] ?? alike()[0])?.focus({ preventScroll: true });
+}
+
+// '3 d 4 h', '59 s'
+function duration(seconds) {
+  if (seconds == null) return "";
+  if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
+  const parts = [];
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]) {
+    if (seconds >= length && parts.length < 2) { parts.push(`${Math.floor(seconds / length)} ${unit}`); seconds %= length; } else if (parts.length) break;
+  }
+  return parts.join(" ");
 }
 
 // The sections of charts, in front of the tables: `chart` is a Chart.record() of hf_cloudtrain/report/figure.py.

@@ -11,6 +11,7 @@ from typing import Any
 from hf_cloudtrain.report.curves import compared_curves
 from hf_cloudtrain.report.figure import COLOURS
 from hf_cloudtrain.report.page import Report, Table, render, shown, write_file
+from hf_cloudtrain.runtime.redaction import secrets_of_environment
 from hf_cloudtrain.runtime.values import number
 
 MOST_CHARTS = 12
@@ -98,13 +99,7 @@ def _last_metrics(names: list[str], runs: Sequence[Compared], metrics: list[str]
     rows: list[tuple[str, list[object]]] = [
         ("state", [run.report.state.state for run in runs]),
         ("step", [f"{run.report.history.attempts[-1].last_step:,}" for run in runs]),
-        (
-            "goodput",
-            [
-                None if run.report.history.goodput is None else f"{run.report.history.goodput:.1%}"
-                for run in runs
-            ],
-        ),
+        ("goodput", [run.report.history.goodput_text for run in runs]),
     ]
     for key in dict.fromkeys(metrics):
         values = [
@@ -134,8 +129,12 @@ def _differences(names: list[str], runs: Sequence[Compared]) -> Table:
 
 
 def _table(title: str, names: list[str], rows: list[tuple[str, list[object]]], kind: str, text: str) -> Table:
+    hidden = secrets_of_environment()
     cells: list[list[tuple[str, ...]]] = [
-        [(shown(key, 60), ""), *((("" if value is None else shown(value, 200)), kind) for value in values)]
+        [
+            (shown(key, 60, hidden), ""),
+            *((("" if value is None else shown(value, 200, hidden)), kind) for value in values),
+        ]
         for key, values in rows
     ]
     return Table(title, cells, [("", ""), *((name, kind) for name in names)], text)

@@ -18,14 +18,12 @@
     sessionStorage.setItem("cloudtrain-page", JSON.stringify({ url: location.href, written, difference }));
   } catch { /* a page without storage, as in a frame */ }
 
-  const span = (seconds) => seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min`
-    : seconds < 129600 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
   const tell = () => {
     const age = Math.max(0, Date.now() - difference - written);
     note.textContent = age > limit
-      ? `Last written ${span(age / 1000)} ago (${stamp}), and it should be renewed every ${span(note.dataset.renewed)}: the run was ` +
+      ? `Last written ${duration(age / 1000)} ago (${stamp}), and it should be renewed every ${duration(note.dataset.renewed)}: the run was ` +
         "probably killed, or its machine cannot reach the storage. "
-      : `Live: last written ${span(age / 1000)} ago (${stamp}). `;
+      : `Live: last written ${duration(age / 1000)} ago (${stamp}). `;
     note.textContent += trouble || (zoomed ? "It waits to be reloaded until you zoom out (double-click)." : "It reloads itself.");
     document.documentElement.dataset.stale = age > limit ? "yes" : "no";
   };

@@ -150,22 +150,17 @@ class Report:
         eta = f", {duration_text(state.eta_seconds)} left" if state.eta_seconds else ""
         last = max((commit.committed for commit in history.commits.values()), default=None)
         newest = f"step {self.roles.keys[-1].step:,}" if self.roles.keys else "none"
-        good = "none" if history.goodput is None else f"{history.goodput:.1%}"
-        good = f"at least {good}" if history.is_goodput_bound and history.goodput is not None else good
+        cost = f"{'at least ' if history.is_cost_bound else ''}{history.cost or 0.0:,.2f}"
         redone = f"at least {lost:,}" if history.is_redone_bound else f"{lost:,}"
         began = min(info.started for info in history.attempts)
         return [
             ("Steps", done, rate + eta),
             ("Wall time", duration_text(history.wall_seconds) or "0 s", f"since {utc(began)}"),
-            ("Goodput", good, "of it in steps that count"),
+            ("Goodput", history.goodput_text or "none", "of it in steps that count"),
             ("Attempts", f"{len(history.attempts):,}", _hosts(history.attempts)),
             ("Steps redone", redone, f"{duration_text(spent)} of work lost" if spent else ""),
             ("Last commit", newest, utc(last) if last else ""),
-            *(
-                []
-                if history.cost is None
-                else [("Cost", f"{history.cost:,.2f}", "at the price of its machines")]
-            ),
+            *([] if history.cost is None else [("Cost", cost, "at the price of its machines")]),
         ]
 
     def _attempt_table(self) -> Table:

@@ -19,12 +19,41 @@ from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
 
 BEAT_SECONDS = 1.5
 """Between two reads of the heartbeat: a new step is seen within two seconds."""
-OTHER_SECONDS = 3.0
-"""Between two other requests. Both together are one request a second."""
+OTHER_SECONDS = 3.5
+"""Between two other requests. Both together, with a look for the job of the run at times, are one request a second."""
 LEAST_SKEW = 3.0
-"""Seconds by which the clocks of two machines differ before it is taken into account: a heartbeat is read late, too."""
+"""Seconds by which the clocks of two machines differ before it is taken into account: a heartbeat is stored late, too."""
+SHORT_GAP = 30.0
+"""Seconds between two reads after which a heartbeat of a plausible age shows that the clocks agree."""
 LIST_SECONDS = 6.0
 """Between two listings."""
+MOST_DUE = 100
+"""Requests that a page may make up for after it was hidden."""
+
+
+class ClockSkew:
+    """By how many seconds the clock of a training machine is behind ours: a heartbeat that changes between two reads tells it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """0 while nothing is known, or the difference is too small to matter."""
+        self.last_read = -math.inf
+        """When the heartbeat was read, by the monotonic clock."""
+
+    def note(self, mirror: Mirror, path: str) -> bool:
+        """Read a heartbeat again; whether it changed."""
+        gap, self.last_read = time.monotonic() - self.last_read, time.monotonic()
+        if not mirror.fetch(path):
+            return False
+        with contextlib.suppress(CloudTrainError):
+            beat = number(decode_record(mirror.read(path), "heartbeat").get("time"))
+            skew = 0.0 if beat is None else time.time() - beat
+            # It was written at some time since the read before, so an age up to the gap tells nothing of the clock.
+            if not -LEAST_SKEW <= skew <= gap + LEAST_SKEW:
+                self.seconds = skew
+            elif gap <= SHORT_GAP:
+                self.seconds = 0.0
+        return True
 
 
 class RunReader:
@@ -32,6 +61,7 @@ class RunReader:
 
     Args:
         mirror: of the run.
+        other_seconds: seconds between two requests beside those for heartbeats; None: `OTHER_SECONDS`.
 
     Example:
         >>> reader = RunReader(Mirror(storage))
@@ -40,8 +70,9 @@ class RunReader:
         ...     print(reader.state().step, reader.report.history.goodput)
     """
 
-    def __init__(self, mirror: Mirror) -> None:
+    def __init__(self, mirror: Mirror, other_seconds: float | None = None) -> None:
         self.mirror = mirror
+        self._other_seconds = other_seconds or OTHER_SECONDS
         self.catalog = Catalog(mirror)
         self.report: Report | None = None
         """Of the last records that could be read."""
@@ -49,10 +80,10 @@ class RunReader:
         """Why there is no run now, if so."""
         self.version = 0
         """Changes with the report, and with how the run stands."""
-        self.skew = 0.0
-        """Seconds by which the clock of the training machine is behind ours, as far as that is known."""
+        self._clock = ClockSkew()
         self._last_other = self._last_list = -math.inf
         self._pending: list[str] = []
+        self._due = 0.0
         self._has_new_beat = False
         self._told: RunState | None = None
 
@@ -61,14 +92,15 @@ class RunReader:
         if self.report is None:
             self.mirror.refresh()
             self.mirror.fetch_all(self.mirror.missing())
-            self._last_list = time.monotonic()
+            self._last_list = self._last_other = self._clock.last_read = time.monotonic()
             self._rebuild()
-            return BEAT_SECONDS
+            return BEAT_SECONDS if self.report else OTHER_SECONDS
         if self.state().state in (*ALIVE, "killed"):
             self._read_beat()
-        if time.monotonic() - self._last_other >= OTHER_SECONDS:
-            self._last_other = time.monotonic()
-            self._read_other()
+        waited, self._last_other = time.monotonic() - self._last_other, time.monotonic()
+        self._due = min(MOST_DUE, self._due + waited / self._other_seconds)
+        if self._due >= 1:
+            self._due -= self._read_other(int(self._due))
         told = dataclasses.replace(self.state(), heartbeat_age_seconds=None, uploading_seconds=None)
         if told != self._told:
             self._told, self.version = told, self.version + 1
@@ -76,39 +108,43 @@ class RunReader:
                 self._rebuild()  # whether an attempt was killed is a question of time
         return BEAT_SECONDS
 
+    @property
+    def skew(self) -> float:
+        """Seconds by which the clock of the training machine is behind ours, as far as that is known."""
+        return self._clock.seconds
+
     def state(self) -> RunState:
         """How the run stands now; no request."""
         return run_state(self.catalog, time.time() - self.skew)
 
     def _read_beat(self) -> None:
-        """Read the newest heartbeat. Only one that changes before our eyes tells how far the clock of its machine is off."""
         beats = [info.path for info in self.mirror.list(PROGRESS)]
-        if not beats or not self.mirror.fetch(beats[-1]):
-            return
-        self._has_new_beat = True
-        with contextlib.suppress(CloudTrainError):
-            beat = number(decode_record(self.mirror.read(beats[-1]), "heartbeat").get("time"))
-            skew = 0.0 if beat is None else time.time() - beat
-            self.skew = skew if abs(skew) > LEAST_SKEW else 0.0
+        if beats and self._clock.note(self.mirror, beats[-1]):
+            self._has_new_beat = True
 
-    def _read_other(self) -> None:
-        """One request: the records of the steps, what a listing has shown, or a new listing."""
-        steps = [info.path for info in self.mirror.list(STEPS)]
+    def _read_other(self, most: int) -> int:
+        """The records of the steps, or a new listing, or up to `most` records that it has shown; how many requests it took."""
+        steps = [info.path for info in self.mirror.list(STEPS) if "rank" not in info.path]
         if self._has_new_beat and steps:
             self._has_new_beat = False
             self._last_list = -math.inf  # the same heartbeat may tell of a new checkpoint
             if self.mirror.fetch(steps[-1]) and not self._pending:
                 self._rebuild()
-        elif self._pending:
-            self.mirror.fetch(self._pending.pop())
-            if not self._pending:
+            return 1
+        if self._pending:
+            reading, self._pending = self._pending[-most:], self._pending[:-most]
+            self.mirror.fetch_all(reading)
+            if not self._pending:  # before that, the report would read what is left, all at once
                 self._rebuild()
-        elif time.monotonic() - self._last_list >= LIST_SECONDS:
+            return len(reading)
+        if time.monotonic() - self._last_list >= LIST_SECONDS:
             self._last_list = time.monotonic()
             changed = self.mirror.refresh()
             self._pending = [path for path in self.mirror.missing() if not path.startswith(f"{PROGRESS}/")]
             if changed and not self._pending:
                 self._rebuild()
+            return 1
+        return 0
 
     def _rebuild(self) -> None:
         self.version += 1

@@ -205,7 +205,7 @@ class Run:
         except CloudTrainError as error:
             return trouble_card(self.url, error)
         chart = loss_chart(history)
-        return card(now, None if chart is None else chart.figure, history.goodput)
+        return card(now, None if chart is None else chart.figure, history.goodput_text)
 
     def _read(self) -> History:
         return history_of(self._catalog)
@@ -300,7 +300,7 @@ def _look(reader: RunReader, url: str) -> tuple[str, float | None]:
     history = reader.report.history
     chart = loss_chart(history)
     is_over = now.is_over and reader.report.state.state == now.state
-    text = card(now, None if chart is None else chart.figure, history.goodput)
+    text = card(now, None if chart is None else chart.figure, history.goodput_text)
     return text, None if is_over else pause
 
 

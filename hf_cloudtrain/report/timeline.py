@@ -95,7 +95,7 @@ def time_chart(history: History) -> Chart | None:
     x = {"title": "% of the time since the run began", "range": [0, 100], "showgrid": False}
     figure = new_figure(traces, x, {"visible": False}, barmode="stack")
     figure["layout"]["margin"]["l"] = 14
-    goodput = "none" if history.goodput is None else f"{history.goodput:.1%}"
+    goodput = history.goodput_text or "none"
     text = "From the start of the first attempt to the last sign of life, including restarts."
     if spent.get("stall"):
         text += " Stalls are slow steps and are part of the goodput."

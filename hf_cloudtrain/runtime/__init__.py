@@ -12,7 +12,7 @@ In reading order:
 - `listening`: the socket of a server on this machine, and which browsers may ask it
 - `patience`: a wait of more than a few seconds says what it waits for
 - `progress`: the progress bar of a transfer; `text`: sizes, times and durations for people
-- `values`: numbers and texts as JSON holds them
+- `values`: numbers and texts as JSON holds them; `patches`: what changed between two documents of JSON
 
 Imports only `errors`.
 """

@@ -51,4 +51,6 @@ def duration_text(seconds: float | None) -> str | None:
         if left >= length and len(parts) < 2:
             parts.append(f"{left // length} {unit}")
             left %= length
+        elif parts:
+            break  # '2 h', not '2 h 1 s'
     return " ".join(parts)

@@ -6,6 +6,7 @@ Reading order:
 - `host`: how busy the machine is, for the heartbeat;
 - `records`: where the step and metric records are on storage;
 - `evidence`: how far an attempt came, by heartbeat, record, save and commit;
+- `stretches`: when each step was finished, and the times in which none was;
 - `history`: the records of all attempts joined to one history, without steps that were redone;
 - `status`: how a run stands now, from its newest heartbeat alone;
 - `mirror`: the records of a run in memory, read once each;

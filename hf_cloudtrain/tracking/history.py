@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from hf_cloudtrain import env
@@ -21,24 +19,7 @@ from hf_cloudtrain.storage.client import READS_AT_ONCE, Storage
 from hf_cloudtrain.tracking.evidence import gather, is_step
 from hf_cloudtrain.tracking.records import StepRecords, decode_lines, metrics_of
 from hf_cloudtrain.tracking.status import state_of
-
-SLOW_STEP = 10.0
-"""A step that takes at least a second and so many times the median is a stall."""
-SLOW_STEP_SECONDS = 1.0
-MOST_STRETCHES = 500
-"""Pauses, and stalls, of one attempt that are kept: the longest."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A time of one attempt in which no step was finished."""
-
-    why: str
-    """`start`, `evaluation`, `save`, `pause`, or `stall`: a step that took far longer than the others."""
-    step: int
-    """The last finished step; of a stall, the slow one. In the attempt's own step numbers."""
-    began: float
-    seconds: float
+from hf_cloudtrain.tracking.stretches import StepClock, Stretch, longest
 
 
 @dataclass(frozen=True)
@@ -90,6 +71,16 @@ class AttemptInfo:
     samples_per_step: int | None = None
     untimed_steps: int = 0
     """Kept steps whose time was not recorded, so that `productive_seconds` is a lower bound."""
+
+    @property
+    def seconds(self) -> float:
+        """From its start to its last sign of life."""
+        return max(0.0, self.last_seen - self.started)
+
+    @property
+    def price(self) -> float | None:
+        """Of an hour of all its machines, in the currency of the user; None if it was not told."""
+        return number(self.progress.get("price_per_hour"))
 
 
 INTERRUPTED = ("preempted", "failed")
@@ -146,14 +137,21 @@ class History:
         return min(1.0, productive / wall) if wall > 0 and productive > 0 else None
 
     @property
+    def goodput_text(self) -> str | None:
+        """'97.1%', or 'at least 97.1%'."""
+        text = None if self.goodput is None else f"{self.goodput:.1%}"
+        return f"at least {text}" if text and self.is_goodput_bound else text
+
+    @property
     def cost(self) -> float | None:
         """The time of all attempts at the prices that they recorded; None if none has recorded one."""
-        found = [
-            price * max(0.0, info.last_seen - info.started) / 3600
-            for info in self.attempts
-            if (price := number(info.progress.get("price_per_hour"))) is not None
-        ]
+        found = [info.price * info.seconds / 3600 for info in self.attempts if info.price is not None]
         return sum(found) if found else None
+
+    @property
+    def is_cost_bound(self) -> bool:
+        """Whether it has cost more: an attempt recorded no price, or was killed some time after its last sign of life."""
+        return any(info.was_killed or info.price is None for info in self.attempts)
 
     @property
     def save_seconds(self) -> float | None:
@@ -164,7 +162,7 @@ class History:
     def interruption_seconds(self) -> float | None:
         """From one interruption of the run to the next, on average; None without one."""
         count = sum(info.was_killed or info.state in INTERRUPTED for info in self.attempts)
-        ran = sum(max(0.0, info.last_seen - info.started) for info in self.attempts)
+        ran = sum(info.seconds for info in self.attempts)
         return ran / count if count else None
 
     @property
@@ -269,9 +267,9 @@ class _Joiner:
             add = kinds.get(str(record.get("kind")))
             if add is not None:
                 add(record)
-        clock = _Clock(info, self._anchors, self._seconds)
+        clock = StepClock(info.started, info.last_seen, self._anchors, self._seconds)
         info.kept_until = clock.time_of(self._limit) if self._limit >= info.first_step else info.started
-        stretches = [*_longest(info.stretches), *_longest(clock.stalls())]
+        stretches = [*longest(info.stretches), *longest(clock.stalls())]
         info.stretches = sorted(stretches, key=lambda stretch: stretch.began)
         self._add_untimed()
 
@@ -356,43 +354,6 @@ class _Joiner:
         """That step was finished at `time`; the next one started at `until`."""
         if time > 0:
             self._anchors.append((step, time, until))
-
-
-class _Clock:
-    """When each step of an attempt was finished, from the times in its records and the durations of the steps."""
-
-    def __init__(
-        self, info: AttemptInfo, anchors: list[tuple[int, float, float]], seconds: dict[int, float]
-    ) -> None:
-        self._info = info
-        self._anchors = sorted(anchors)
-        self._seconds = seconds
-        self._steps = sorted(seconds)
-        self._sums = [0.0, *accumulate(seconds[step] for step in self._steps)]
-
-    def time_of(self, step: float) -> float:
-        """When a step was finished, within the attempt."""
-        last = bisect_right(self._anchors, (step, math.inf, math.inf)) - 1
-        anchor, done, next_began = self._anchors[max(0, last)]
-        after = bisect_right(self._steps, anchor), bisect_right(self._steps, step)
-        time = next_began + self._sums[after[1]] - self._sums[after[0]] if after[1] > after[0] else done
-        return min(max(time, self._info.started), self._info.last_seen)
-
-    def stalls(self) -> list[Stretch]:
-        """The steps that took far longer than the others."""
-        if len(self._steps) < 2:
-            return []
-        usual = sorted(self._seconds.values())[len(self._seconds) // 2]
-        limit = max(SLOW_STEP_SECONDS, SLOW_STEP * usual)
-        return [
-            Stretch("stall", step, max(self._info.started, self.time_of(step) - seconds), seconds)
-            for step, seconds in self._seconds.items()
-            if seconds > limit
-        ]
-
-
-def _longest(stretches: list[Stretch]) -> list[Stretch]:
-    return sorted(stretches, key=lambda stretch: -stretch.seconds)[:MOST_STRETCHES]
 
 
 def _float(value: Any) -> float:

@@ -1,6 +1,6 @@
 """The live web page of `cloudtrain ui`: runs, jobs and datasets as they are on storage, in any browser.
 
-    records -> tracking/mirror -> source (runs, store) -> feed -> patches -> browser (static/page.js)
+    records -> tracking/mirror -> source (runs, store) -> feed -> patch -> browser (static/page.js)
                                       report/ reads the run, and makes its charts and tables
 
 It reads only records on storage, so it shows the runs of all engines and machines. One feed reads for all browsers that
@@ -9,7 +9,6 @@ show the same page, and none reads while no browser shows it. In reading order:
 - `places`: the folders whose runs are shown, and the job of a run
 - `runs`: the list, one run, several compared
 - `store`: jobs, one job with its log, datasets
-- `patches`: what changed between two versions of a document
 - `feeds`: one reader for all browsers of a page
 - `actions`: stop, pin, prune and cancel, with a record in the run
 - `guard`: hosts, origins, the token, and the headers of security

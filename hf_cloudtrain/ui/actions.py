@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, encode_record
 from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.checkpoints.titles import Titles
-from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.report.prune import PrunePlan
+from hf_cloudtrain.report.summary import CheckpointInfo
 from hf_cloudtrain.runtime.provenance import person
 from hf_cloudtrain.runtime.text import count_text, size_text
 from hf_cloudtrain.storage.client import Storage
@@ -63,21 +65,31 @@ def _prune(places: Places, asked: Asked) -> dict[str, Any]:
     going = [info.key for info in plan.going]
     if asked.get("sure") != going:
         why = "The checkpoints have changed since they were shown. " if asked.get("sure") else ""
-        text = f"{why}{plan.going_text} would be deleted; {len(plan.protected)} more are protected."
+        stay = f"{len(plan.protected)} more are protected, {len(plan.damaged)} damaged."
+        text = f"{why}{plan.going_text} would be deleted; {stay}"
         sizes = [f"{info.title}  {size_text(info.manifest.size)}" for info in plan.going if info.manifest]
         return {"text": text, "going": going, "lines": sizes}
-    kept = [f"Kept {info.title}: {reason}" for info, reason in plan.carry_out() if reason]
-    gone = count_text(len(going) - len(kept), "checkpoint")
-    _note(catalog, f"deleted {gone}, all but the newest {keep}")
+    done: list[tuple[CheckpointInfo, str | None]] = []
+    try:
+        done.extend(plan.carry_out())
+    finally:  # also of those before an error
+        kept = [f"Kept {info.title}: {reason}" for info, reason in done if reason]
+        gone = count_text(len(done) - len(kept), "checkpoint")
+        _note(catalog, f"deleted {gone}, all but the newest {keep}")
     return {"text": " ".join([f"Deleted {gone}.", *kept])}
 
 
-def _cancel(places: Places, asked: Asked) -> dict[str, Any]:
-    record = lifecycle.cancel(JobStore(), str(asked.get("job")))
-    run_id = places.id_of(record.run_url)
-    if run_id is not None:
-        _note(_catalog(places, {"run": run_id}), f"asked the job {record.id} to end")
-    return {"text": f"Asked {record.id} to save and end."}
+def _cancel(_places: Places, asked: Asked) -> dict[str, Any]:
+    record, noted = lifecycle.cancel(JobStore(), str(asked.get("job"))), ""
+    try:
+        catalog = Catalog(Storage(record.run_url, env.storage_options(None)))
+        catalog.attempts.check_any()
+        _note(catalog, f"asked the job {record.id} to end")
+    except NoCheckpointError:
+        pass  # it has not begun its run
+    except (CloudTrainError, OSError) as error:
+        noted = f" Its run has no line of this: {error}"
+    return {"text": f"Asked {record.id} to save and end.{noted}"}
 
 
 ACTS: dict[str, Act] = {"stop": _stop, "pin": _pin, "unpin": _pin, "prune": _prune, "cancel": _cancel}

@@ -8,6 +8,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -37,6 +38,7 @@ MOST_FEEDS = 12
 """Pages whose records stay in memory without a browser, so that going back is fast."""
 MOST_BODY = 64 * 2**10
 DETAILS_AT_ONCE = 4
+THREADS = 64
 GUESS_SECONDS = 0.5
 """That a wrong token costs."""
 
@@ -128,14 +130,15 @@ class Server:
         try:
             feed = await asyncio.to_thread(self.pages.feed, kind, query.get("id", "")[:4_000])
         except (CloudTrainError, OSError) as error:
-            gone = f"retry: 60000\ndata: {message(document={'gone': shown(error)})}\n\n"
+            gone = f"retry: 60000\ndata: {message(document={'gone': shown(error)}, final=True)}\n\n"
             return Response(gone, media_type="text/event-stream")
         lines = _lines(feed, query.get("variant", "")[:20])
         return StreamingResponse(lines, 200, {"x-accel-buffering": "no"}, "text/event-stream")
 
     async def details(self, request: Request) -> Response:
         """What a row of the list shows beside the heartbeat."""
-        return await self._answer(self.pages.runs.details, request.query_params.get("id", ""))
+        async with self._busy:
+            return await self._answer(self.pages.runs.details, request.query_params.get("id", ""))
 
     async def session(self, request: Request) -> Response:
         """What this browser may do; or the token in exchange for a cookie."""
@@ -158,11 +161,12 @@ class Server:
 
     async def _answer(self, call: Callable[..., dict[str, Any]], *given: Any) -> Response:
         try:
-            async with self._busy:
-                return JSONResponse(await asyncio.to_thread(call, *given))
+            return JSONResponse(await asyncio.to_thread(call, *given))
         except (CloudTrainError, OSError) as error:
             status = 404 if isinstance(error, (NoCheckpointError, NoJobError)) else 400
             return JSONResponse({"error": shown(error)}, status)
+        except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
+            return JSONResponse({"error": shown(f"{type(error).__name__}: {error}")}, 500)
 
 
 class WebServer(uvicorn.Server):
@@ -173,6 +177,11 @@ class WebServer(uvicorn.Server):
             uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off", ws="none")
         )
         self._pages = server.pages
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As it is, with threads for all pages: those that wait for a storage must not keep the others from answering."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As it is, after the streams have ended: it would wait for browsers that never hang up."""

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.report.page import shown
-from hf_cloudtrain.ui.patches import patch
+from hf_cloudtrain.runtime.patches import patch
 
 SLOW_SECONDS = 4.0
 """Seconds after which a page says that the storage does not answer."""
 RETRY_SECONDS = 5.0
 """Seconds until a source is read again after an error."""
+LEAST_PAUSE = 0.2
+"""Seconds between two turns, however long one takes."""
 WAIT_SECONDS = 1.0
 """That a follower waits for a turn: the threads are shared by all pages."""
 ALIVE_SECONDS = 15.0
@@ -102,7 +104,8 @@ class Feed:
                 self._trouble = f"The storage has not answered for {time.monotonic() - began:.0f} s."
                 self._tell()
             self._tell()
-            await asyncio.sleep(turn.result())
+            pause = turn.result()
+            await asyncio.sleep(max(min(pause, LEAST_PAUSE), pause - (time.monotonic() - began)))
 
     def _tell(self) -> None:
         told = self._version, self._trouble, self._is_over

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
 from hf_cloudtrain import env
 from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError
-from hf_cloudtrain.jobs.records import JobStore
+from hf_cloudtrain.jobs.records import KnownJobs
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.storage.names import clean_path
 
@@ -24,6 +25,8 @@ class Places:
 
     def __init__(self, urls: Iterable[str]) -> None:
         self.roots = [Storage(url, env.storage_options(None)) for url in urls]
+        self._jobs: KnownJobs | None = None
+        self._lock = threading.Lock()
 
     def find(self, run_id: str) -> tuple[Storage, str]:
         """The storage and the name below it of a run, by what the list calls it: '0/mnli'. Raises NoCheckpointError."""
@@ -47,11 +50,13 @@ class Places:
     def job_of(self, run_id: str) -> tuple[str, Path] | None:
         """The newest job that writes to a run, and the folder of its log on this machine; None without one."""
         try:
-            store = JobStore()
-            found = [record.id for record in store.records() if self.id_of(record.run_url) == run_id]
+            with self._lock:
+                self._jobs = self._jobs or KnownJobs()
+                self._jobs.mirror.refresh()
+                found = [record.id for record in self._jobs.records() if self.id_of(record.run_url) == run_id]
+                return (found[-1], self._jobs.home(found[-1]) / "log") if found else None
         except (CloudTrainError, OSError):  # without a store the run can still be shown
             return None
-        return (found[-1], store.home(found[-1]) / "log") if found else None
 
 
 def address(kind: str, what: str) -> str:

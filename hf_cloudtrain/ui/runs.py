@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.attempts import run_listing
-from hf_cloudtrain.checkpoints.catalog import Catalog
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, decode_record
-from hf_cloudtrain.checkpoints.paths import ACTIONS, PROGRESS
-from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, ManifestError, NoCheckpointError
+from hf_cloudtrain.checkpoints.manifest import decode_record
+from hf_cloudtrain.checkpoints.paths import ACTIONS
+from hf_cloudtrain.errors import (
+    CloudTrainError,
+    ConfigurationError,
+    NoCheckpointError,
+)
 from hf_cloudtrain.jobs.logs import last_lines
 from hf_cloudtrain.report.card import facts
 from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.page import Report, shown, utc
 from hf_cloudtrain.report.reader import RunReader
-from hf_cloudtrain.report.sparkline import sparkline
-from hf_cloudtrain.runtime.text import clean, size_text
+from hf_cloudtrain.report.row import Row
+from hf_cloudtrain.runtime.text import clean
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.runtime.values import finite, metric, number
-from hf_cloudtrain.storage.client import Storage
-from hf_cloudtrain.tracking.history import history_of
+from hf_cloudtrain.runtime.values import finite, number
 from hf_cloudtrain.tracking.mirror import READERS, Mirror
-from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
+from hf_cloudtrain.tracking.status import ALIVE
 from hf_cloudtrain.ui.places import Places
 
 RUNS_SECONDS = 5.0
 """Between two listings of all runs, and at most a twentieth of the time goes into them: one request a second if one takes 50 ms."""
+NAMES_SECONDS = 0.05
+"""In which a page gets what is known of new runs, before more is read."""
+JOB_SECONDS = 30.0
+"""Between two looks for the job of a run."""
 COMPARE_SECONDS = 2.0
 """Between two runs of a comparison, each of which takes at most two requests."""
+OVER_TURNS = 8
+"""Of so many turns of a comparison, one reads a run that does not train."""
 SMOOTHINGS = (0.0, 0.6, 0.9, 0.98)
 MOST_LINES = 12
 """Of the log of its job that a run page shows."""
-LISTED = ("step", "total_steps", "eta_seconds", "loss", "attempts", "checkpoints", "last_seen", "stalled")
 
 
 class RunsSource:
@@ -44,93 +51,56 @@ class RunsSource:
     def __init__(self, places: Places) -> None:
         self.version = 0
         self._places = places
-        self._mirrors: dict[str, Mirror] = {}
+        self._rows: dict[str, Row] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._experiments: dict[str, str] = {}
-        self._details: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._listed: dict[str, tuple[dict[str, int], int]] | None = None
+        """By the last listing, until the heartbeats are read: the sizes of its records by run, and of all it stores."""
 
     def turn(self) -> float:
-        """List everything and read the heartbeats that may have changed; or read to which experiments new runs belong."""
-        began = time.monotonic()
-        fresh = [run_id for run_id in self._records if run_id not in self._experiments]
-        if fresh:
-            (found,) = in_threads(self._experiment, (fresh, READERS))
-            self._experiments |= dict(zip(fresh, found, strict=True))
-            self._records = {
-                name: {**run, "experiment": self._experiments[name]} for name, run in self._records.items()
-            }
-            self.version += any(found)
+        """List everything and read the heartbeats that may have changed; or read to which experiments new runs belong.
+
+        The first turn only lists, so that the names of a thousand runs are on the page before their states.
+        """
+        began, is_first = time.monotonic(), not self.version
+        fresh = [row for row in self._rows.values() if row.experiment is None]
+        if fresh and self._listed is None:
+            in_threads(Row.read_experiment, (fresh, READERS))
+            self._publish()
             return RUNS_SECONDS
-        records: dict[str, dict[str, Any]] = {}
-        for index, root in enumerate(self._places.roots):
-            runs = [(root, f"{index}/{name}", *of_run) for name, of_run in run_listing(root).items()]
-            (read,) = in_threads(lambda run: self._record(*run), (runs, READERS))
-            records |= {record["id"]: record for record in read}
-        if records != self._records or not self.version:
-            self._records, self.version = records, self.version + 1
-        for known in (self._mirrors, self._experiments, self._details):
-            for run_id in known.keys() - records.keys():
-                known.pop(run_id)
-        is_new = len(self._experiments) < len(records)
-        return 0.0 if is_new else max(RUNS_SECONDS, 20 * (time.monotonic() - began))
+        listed = self._listed or self._list()
+        self._listed = listed if is_first else None
+        if not is_first:
+            in_threads(lambda run: self._rows[run].update(*listed[run]), (list(listed), READERS))
+        self._publish()
+        is_new = any(row.experiment is None for row in self._rows.values())
+        return NAMES_SECONDS if is_new else max(RUNS_SECONDS, 20 * (time.monotonic() - began))
 
     def document(self, variant: str) -> dict[str, Any]:
-        """The runs by id."""
+        """The runs by id; after the first listing, only their names."""
         roots = [shown(root.url) for root in self._places.roots]
-        return {"roots": roots, "runs": self._records}
+        return {"roots": roots, "runs": self._records, "loading": self.version == 1}
 
     def details(self, run_id: str) -> dict[str, Any]:
         """What takes the step records of a run: its loss curve, goodput and cost. Asked for the rows that a person sees."""
-        record, known = self._records.get(run_id), self._details.get(run_id)
-        if record is None:
+        row = self._rows.get(run_id)
+        if row is None or "state" not in row.record:
             raise NoCheckpointError(f"There is no run {run_id[:200]!r} on this page.")
-        if known is None or known[0] != record:
-            mirror = self._mirrors[run_id]
-            known = self._details[run_id] = record, _details(mirror)
-            if record["state"] not in ALIVE:
-                mirror.forget()
-        return known[1]
+        return row.details()
 
-    def _record(self, root: Storage, run_id: str, sizes: dict[str, int], size: int) -> dict[str, Any]:
-        mirror, before = self._mirrors.get(run_id), self._records.get(run_id)
-        if mirror is None:
-            mirror = self._mirrors[run_id] = Mirror(root, run_id.partition("/")[2])
-        changed = mirror.update(sizes)
-        told = {"experiment": self._experiments.get(run_id, "")}
-        if before is not None and not changed and before["state"] not in ALIVE:
-            return before | told
-        beats = sorted(path for path in sizes if path.startswith(f"{PROGRESS}/"))
-        if beats:
-            mirror.fetch(beats[-1])
-        record: dict[str, Any] = {"id": run_id, "name": shown(run_id.partition("/")[2] or mirror.url, 200)}
-        try:
-            now = run_state(Catalog(mirror))
-        except CloudTrainError as error:
-            now, record["damaged"] = RunState(mirror.url, "damaged"), shown(error)
-        saved = CheckpointKey.named(str(now.last_committed))
-        record |= {"state": shown(now.state, 20), "size": size, "size_text": size_text(size), **told}
-        record["safe_step"] = saved and saved.step
-        return finite(record | {name: getattr(now, name) for name in LISTED})  # type: ignore[no-any-return]
+    def _list(self) -> dict[str, tuple[dict[str, int], int]]:
+        listed, rows = {}, {}
+        for index, root in enumerate(self._places.roots):
+            for name, run in run_listing(root).items():
+                run_id = f"{index}/{name}"
+                listed[run_id] = run
+                rows[run_id] = self._rows.get(run_id) or Row(Mirror(root, name), shown(name or root.url, 200))
+        self._rows = rows
+        return listed
 
-    def _experiment(self, run_id: str) -> str:
-        try:
-            facts = Catalog(self._mirrors[run_id]).attempts.run_facts() or {}
-        except (ManifestError, NoCheckpointError, FileNotFoundError, PermissionError):
-            return ""  # after any other error a later turn reads it again
-        return shown(facts.get("experiment") or "", 60)
-
-
-def _details(mirror: Mirror) -> dict[str, Any]:
-    mirror.fetch_all(mirror.missing())
-    catalog = Catalog(mirror)
-    history, newest = history_of(catalog), catalog.newest()
-    losses = [(log["step"], metric(log.get("loss"))) for log in history.logs]
-    return {
-        "curve": sparkline([(step, loss) for step, loss in losses if loss is not None]),
-        "goodput": history.goodput,
-        "cost": history.cost,
-        "safe_time": None if newest is None else catalog.read(newest).created,
-    }
+    def _publish(self) -> None:
+        records = {run_id: {"id": run_id, **row.record} for run_id, row in self._rows.items()}
+        if records != self._records or self.version < 2:
+            self._records, self.version = records, self.version + 1
 
 
 class RunSource:
@@ -142,6 +112,7 @@ class RunSource:
         self._places = places
         self._id = run_id
         self._job: tuple[str, Path] | None = None
+        self._job_due = -math.inf
         self._log: list[str] = []
         self._logs = 0
         self._contents: dict[float, tuple[Report, dict[str, Any]]] = {}
@@ -153,7 +124,8 @@ class RunSource:
 
     def turn(self) -> float:
         """Read what is due. The log is a file here, if it is shown: no request to the storage."""
-        if self.reader.report is None:
+        if time.monotonic() >= self._job_due:
+            self._job_due = time.monotonic() + JOB_SECONDS
             self._job = self._places.job_of(self._id)
         if self._job is not None:
             log = [shown(line, 400) for line in last_lines(self._job[1] / "node-0.log", MOST_LINES)]
@@ -209,8 +181,10 @@ class CompareSource:
     def __init__(self, places: Places, run_ids: list[str]) -> None:
         if not 1 <= len(run_ids) <= 12:
             raise ConfigurationError(f"{len(run_ids)} runs cannot be compared. Choose 2 to 12.")
-        self._readers = [RunReader(Mirror(*places.find(run_id))) for run_id in run_ids]
+        seconds = COMPARE_SECONDS * len(run_ids)
+        self._readers = [RunReader(Mirror(*places.find(run_id)), seconds) for run_id in run_ids]
         self._next = itertools.cycle(self._readers)
+        self._turns = 0
 
     @property
     def version(self) -> int:
@@ -218,17 +192,23 @@ class CompareSource:
         return sum(reader.version for reader in self._readers)
 
     def turn(self) -> float:
-        """Read one of the runs; the first time all of them."""
+        """Read one of the runs that train, and at times one that does not; the first time all of them."""
         for reader in self._readers:
             if reader.report is None:
                 reader.turn()
-        next(self._next).turn()
+        self._turns += 1
+        for reader in itertools.islice(self._next, len(self._readers)):
+            if reader.state().state in ALIVE or self._turns % OVER_TURNS == 0:
+                break
+        reader.turn()
         return COMPARE_SECONDS
 
     def document(self, variant: str) -> dict[str, Any]:
         """Charts with a curve for each run, and tables with a column for each."""
         found = [(reader.mirror.url, reader.report) for reader in self._readers]
-        return comparison([Compared(url, report) for url, report in found if report], smoothing(variant))
+        gone = [f"{shown(reader.mirror.url)}: {reader.gone}" for reader in self._readers if reader.gone]
+        compared = [Compared(url, report) for url, report in found if report]
+        return {**comparison(compared, smoothing(variant)), "notes": gone}
 
 
 def smoothing(variant: str) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
+import subprocess
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -14,11 +16,10 @@ from hf_cloudtrain.datasets.store import DatasetStore, key_of
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.logs import last_lines
-from hf_cloudtrain.jobs.records import JobRecord, JobStore, job_columns, start_columns
+from hf_cloudtrain.jobs.records import JobRecord, JobStore, KnownJobs, job_columns, start_columns
 from hf_cloudtrain.report.page import fact_table, record_table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
 from hf_cloudtrain.runtime.text import count_text, size_text
-from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.ui.places import Places, address
 
 JOBS_SECONDS = 5.0
@@ -29,24 +30,24 @@ FAR = ("skypilot", "sagemaker")
 FAR_SECONDS = 30.0
 """Between two questions to one of them: SkyPilot takes seconds to answer."""
 DATASETS_SECONDS = 15.0
-MOST_LINES, MOST_JOBS = 400, 500
+MOST_LINES, MOST_JOBS, MOST_URL = 400, 500, 2_000
 
 
 class JobsSource:
-    """The jobs of the store by their records, whatever engine runs them; no engine is asked."""
+    """The jobs of the store by their records, whatever engine runs them."""
 
     def __init__(self, places: Places) -> None:
         self.version = 0
         self._places = places
-        self._store = JobStore()
-        self._store.storage = self._mirror = Mirror(self._store.storage, top="records")
+        self._store = KnownJobs()
         self._records: list[JobRecord] = []
 
     def turn(self) -> float:
-        """List the records; read those that are new or not over."""
-        self._mirror.refresh()
-        self._mirror.fetch_all(f"records/{record.id}.json" for record in self._records if not record.is_over)
-        records = self._store.records()
+        """List the records; read those that are new or not over. A job of this machine may have ended without a record."""
+        mirror = self._store.mirror
+        mirror.refresh()
+        mirror.fetch_all(f"records/{record.id}.json" for record in self._records if not record.is_over)
+        records = [lifecycle.glance(job) if job.engine == "local" else job for job in self._store.records()]
         if records != self._records or not self.version:
             self._records, self.version = records, self.version + 1
         return JOBS_SECONDS
@@ -79,14 +80,22 @@ class JobSource:
         self._lines: dict[str, list[str]] = {}
         self._seen: dict[Path, tuple[int, float]] = {}
         self._no_log = "There is no log yet."
-        self._record_due = self._far_due = -math.inf
+        self._looked = self._record, self._record
+        """The stored record at the last look, and what its engine made of it."""
+        self._record_due = self._far_due = self._look_due = -math.inf
 
     def turn(self) -> float:
         """Look at the files, every few seconds at the record, and less often ask an engine."""
         now, is_first = time.monotonic(), not self.version
         if now >= self._record_due:
             self._record_due = now + RECORD_SECONDS
-            record = self._store.read(self._record.id)
+            stored = record = self._store.read(self._record.id)
+            if stored.engine == "local" or (now >= self._look_due and not is_first):
+                self._look_due = now + FAR_SECONDS
+                with contextlib.suppress(CloudTrainError, OSError, subprocess.SubprocessError):
+                    self._looked = stored, lifecycle.glance(stored)
+            if stored == self._looked[0]:
+                record = self._looked[1]
             self.version += record != self._record or not self.version
             self._record = record
         for path in sorted(self._log.glob("*.log"))[:65]:
@@ -129,7 +138,7 @@ class JobSource:
             "id": shown(record.id, 80),
             "state": shown(record.state, 20),
             "is_over": record.is_over,
-            "run": self._places.id_of(record.run_url),
+            "run": self._places.id_of(record.run_url[:MOST_URL]),
             "tables": [vars(fact_table("Job", facts)), vars(table)],
             "logs": dict(self._lines),
             "no_log": reason,

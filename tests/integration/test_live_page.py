@@ -88,20 +88,21 @@ def train(catalog: Catalog, bucket: Bucket, steps: int, **more: object) -> None:
     bucket.page = catalog.storage.read("index.html")
 
 
-def open_page(browser: Browser, bucket: Bucket, width: int = 1280) -> Page:
-    page = browser.open(bucket.url, width)
+def open_page(browser: Browser, bucket: Bucket, width: int = 1280, *, dark: bool = False) -> Page:
+    page = browser.open(bucket.url, width, dark=dark)
     page.wait(DRAWN)
     page.wait(f"{NOTE}.startsWith('Live: last written') || {NOTE}.startsWith('Last written')")
     return page
 
 
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)])
 def test_a_new_page_is_loaded_and_the_last_one_is_complete(
-    catalog: Catalog, bucket: Bucket, browser: Browser
+    catalog: Catalog, bucket: Bucket, browser: Browser, width: int, dark: bool
 ) -> None:
     train(catalog, bucket, 60)
-    page = open_page(browser, bucket, 390)
+    page = open_page(browser, bucket, width, dark=dark)
     assert "60 / 400" in page.ask("document.body.innerText")
-    assert page.ask("document.scrollingElement.scrollWidth") == 390
+    assert page.ask("document.scrollingElement.scrollWidth") == width
     assert page.ask("document.documentElement.dataset.stale") == "no"
     assert findings(page) == []
     page.ask("window.before = true")

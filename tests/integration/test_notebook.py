@@ -29,6 +29,50 @@ while step < {total}:
         open("ck/state", "w").write(str(step))
         ct.upload_checkpoint()
 """
+MODEL = """
+import time
+import torch
+import hf_cloudtrain as ct
+from hf_cloudtrain.report import notebook
+notebook.DRAW_SECONDS = 0.1
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x, labels=None):
+        time.sleep(0.02)
+        return {{"loss": self.layer(x).square().mean()}}
+
+rows = [{{"x": torch.ones(2), "labels": torch.ones(1)}}] * 400_000
+"""
+TRAINER = (
+    MODEL
+    + """
+from transformers import Trainer, TrainingArguments
+arguments = TrainingArguments("out", max_steps={total}, per_device_train_batch_size=4, logging_steps=1,
+                              save_steps={total}, report_to=[], disable_tqdm=True, use_cpu=True)
+Trainer(Model(), arguments, train_dataset=rows, callbacks=[ct.CloudTrainCallback({url!r})]).train()
+"""
+)
+LOOP = (
+    MODEL
+    + """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model = Model()
+model, optimizer, loader = accelerator.prepare(
+    model, torch.optim.SGD(model.parameters(), 0.01), torch.utils.data.DataLoader(rows, batch_size=4))
+loop = ct.TrainLoop(accelerator, {url!r}, num_epochs=1, save_steps={total}, logging_steps=1, output_dir="out")
+for epoch in loop.epochs():
+    for batch in loop.steps(loader):
+        loss = model(**batch)["loss"]
+        accelerator.backward(loss)
+        optimizer.step(); optimizer.zero_grad()
+        loop.log(loss=loss)
+"""
+)
 WAIT_SECONDS = 120
 
 
@@ -80,11 +124,12 @@ def errors(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one["content"] for one in messages if one["msg_type"] == "error"]
 
 
+@pytest.mark.parametrize("code", [TRAIN, TRAINER, LOOP], ids=["functions", "Trainer", "TrainLoop"])
 def test_the_card_of_a_cell_that_trains_renews_itself_and_one_line_ends_an_interrupted_cell(
-    kernel: Kernel, tmp_path: Path
+    kernel: Kernel, tmp_path: Path, code: str
 ) -> None:
     url = str(tmp_path / "run")
-    messages = kernel.run(TRAIN.format(total=100_000, url=url), interrupt_after=5)
+    messages = kernel.run(code.format(total=100_000, url=url), interrupt_after=5)
     (error,) = errors(messages)
     assert error["ename"] == "PreemptedError"
     (line,) = error["traceback"]

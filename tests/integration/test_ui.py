@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.cli import app
 from hf_cloudtrain.datasets.store import DatasetStore
+from hf_cloudtrain.errors import StorageUnavailableError
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.history import history_of
@@ -73,9 +75,9 @@ def test_the_list_and_a_run_are_drawn_and_fit_and_are_accessible(
         page.close()
 
 
-def beat(catalog: Catalog, step: int) -> None:
+def beat(catalog: Catalog, step: int, **more: object) -> None:
     record = {"attempt": 1, "state": "training", "time": time.time(), "step": step, "total_steps": 400}
-    catalog.attempts.write_progress(1, record)
+    catalog.attempts.write_progress(1, {**record, **more})
 
 
 def test_a_page_follows_the_run_and_a_zoom_stays_while_data_arrives(store: Path, browser: Browser) -> None:
@@ -197,12 +199,67 @@ def test_runs_of_one_experiment_are_together_and_cost_is_shown_where_it_is_known
         catalog.attempts.write_progress(1, {**found, "price_per_hour": 60.0, "step": 61})
         page.wait(f"{cost} !== 'none'")
         page.wait(f"document.querySelector('tbody').innerText.includes('{history_of(catalog).cost:.2f}')")
+        costs = page.ask(
+            "[...document.querySelectorAll('td.cost')].map((cell) => cell.textContent).filter(Boolean)"
+        )
+        assert costs == [f"{history_of(catalog).cost:.2f}"], "without '≥': the run has ended"
         page.ask("document.querySelector('th[data-key=name] button').click()")
         assert page.ask(rows) == ["sweep-2", "a", "d", "sweep-10", "c", "without an experiment", "b"]
         page.ask("document.querySelector('th[data-key=name] button').click()")
         assert page.ask(rows)[:3] == ["sweep-2", "d", "a"]
         assert findings(page) == []
         assert page.complaints == []
+        page.close()
+
+
+def test_the_keyboard_and_the_place_in_a_table_stay_while_it_changes(store: Path, browser: Browser) -> None:
+    catalog = catalog_of(store, "mnli")
+    record_attempt(catalog, began=time.time() - 110, steps=range(1, 151))
+    beat(catalog, 150)
+    with Served([str(store / "runs")]) as served:
+        page = browser.open(f"{served.url}#/run/0%2Fmnli", 390)
+        page.wait(DRAWN)
+        page.ask(
+            "window.button = [...document.querySelectorAll('td button')].at(-1); window.area = button.closest('.scroll');"
+            "button.focus(); area.scrollLeft = 90; true"
+        )
+        name = page.ask("button.textContent")
+        assert page.ask("area.scrollLeft") == 90
+        retention.pin(catalog, catalog.checkpoints()[-1])
+        page.wait("!button.isConnected")
+        assert page.ask("document.activeElement.textContent") == name
+        assert page.ask("[area.isConnected, area.scrollLeft]") == [True, 90]
+        page.ask("location.hash = ''; document.documentElement.dataset.shown = ''")
+        page.wait(SHOWN)
+        page.ask("window.box = document.querySelector('tbody input'); box.focus(); true")
+        beat(catalog, 160)
+        page.wait("!box.isConnected")
+        assert page.ask("document.activeElement.dataset.id") == "0/mnli"
+        assert page.complaints == []
+        page.close()
+
+
+def test_a_row_asks_again_for_what_could_not_be_read(store: Path, browser: Browser) -> None:
+    catalog = catalog_of(store, "mnli")
+    record_attempt(catalog, began=time.time() - 110, steps=range(1, 151))
+    beat(catalog, 150)
+    with Served([str(store / "runs")]) as served:
+        asked: list[str] = []
+        details = served.pages.runs.details
+
+        def fails_once(run_id: str) -> dict[str, object]:
+            asked.append(run_id)
+            if len(asked) == 1:
+                raise StorageUnavailableError("The storage does not answer.")
+            return details(run_id)
+
+        served.pages.runs.details = fails_once  # type: ignore[method-assign]
+        page = browser.open(served.url, 1280)
+        page.wait(SHOWN)
+        wait_until(lambda: len(asked) == 1, "the row to ask")
+        catalog.attempts.write_progress(1, {**(catalog.attempts.read_progress(1) or {}), "loss": 0.125})
+        page.wait("document.querySelector('.spark path')?.getAttribute('d')?.startsWith('M')")
+        assert len(asked) == 2
         page.close()
 
 
@@ -286,6 +343,58 @@ def test_hostile_names_and_metrics_are_text(store: Path, browser: Browser) -> No
         assert page.ask("window.pwned === undefined && document.images.length === 0")
         assert page.ask(TOO_WIDE) == []
         assert page.complaints == []
+        page.close()
+
+
+def test_a_browser_whose_token_has_become_old_is_asked_for_the_new_one(store: Path, browser: Browser) -> None:
+    record_run(catalog_of(store, "mnli"))
+    token = "a-token-of-24-characters"
+    with Served([str(store / "runs")], token, reading=True) as served:
+        page = browser.open(f"{served.url}#token={token}", 1280)
+        page.wait(SHOWN)
+        page.call("Network.clearBrowserCookies")  # as after a start of the server with a new token
+        served.pages.end()
+        page.wait("document.documentElement.dataset.shown === 'login'")
+        page.close()
+
+
+def test_what_is_not_there_is_said_once_and_the_server_is_not_blamed(store: Path, browser: Browser) -> None:
+    record_run(catalog_of(store, "mnli"))
+    with Served([str(store / "runs")]) as served:
+        for address, words in {
+            "#/run/7%2Fx": "There is no run '7/x' on this page.",
+            "#/job/absent-1": "No job 'absent-1'",
+            "#/run/%": "on this page",
+        }.items():
+            page = browser.open(f"{served.url}{address}", 1280)
+            page.wait("document.querySelector('.trouble') !== null")
+            assert words in page.ask("document.querySelector('.trouble').textContent")
+            later = "new Promise((done) => setTimeout(() => done(document.getElementById('link').className), 400))"
+            assert page.ask(later) == ""
+            assert page.complaints == []
+            page.close()
+
+
+def test_trackers_are_linked_and_a_browser_without_the_token_is_told_of_actions(
+    store: Path, browser: Browser
+) -> None:
+    catalog = catalog_of(store, "mnli")
+    record_attempt(catalog, began=time.time() - 110, steps=range(1, 151))
+    beat(catalog, 150, trackers={"wandb": "https://wandb.example/x", "mlflow": "run 7"})
+    with Served([str(store / "runs")], "a-token-of-24-characters", may_act=True) as served:
+        page = browser.open(f"{served.url}#/run/0%2Fmnli", 1280)
+        page.wait(DRAWN)
+        assert page.ask("[...document.querySelectorAll('header .url')].map((line) => line.textContent)")[
+            1:
+        ] == [
+            "wandb: https://wandb.example/x",
+            "mlflow: run 7",
+        ]
+        assert page.ask("document.querySelector('header .url a').href") == "https://wandb.example/x"
+        page.ask(
+            "[...document.querySelectorAll('.bar button')].find((one) => one.textContent.startsWith('Enter')).click()"
+        )
+        page.wait("document.documentElement.dataset.shown === 'login'")
         page.close()
 
 

@@ -34,6 +34,8 @@ LISTED: Columns = {
     "Device": _device,
     "Quota": lambda vm: vm.quota,
 }
+PRICE: Columns = {">Price/h": lambda vm: None if vm.price is None else f"{vm.price:,.2f}"}
+"""Of one machine, where a source has prices: SkyPilot's are in US dollars."""
 
 
 @app.callback(help=HELP)
@@ -70,7 +72,8 @@ def list_(
             }
         )
     elif found.vms:
-        show_framed(LISTED, found.vms, spare=["Cloud", "Region", "Quota"])
+        columns = {**LISTED, **PRICE} if any(vm.price for vm in found.vms) else LISTED
+        show_framed(columns, found.vms, spare=["Cloud", "Region", "Quota"])
     else:
         say("No machine matches.")
     if found.omitted:

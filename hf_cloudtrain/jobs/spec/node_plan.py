@@ -53,6 +53,8 @@ class Plan:
     """The group that the run belongs to."""
     launch: bool = False
     """Whether the command gets the hook of `cloudtrain launch`."""
+    price: float | None = None
+    """Of an hour of all nodes, if it is known; a job's own `HF_CLOUDTRAIN_PRICE` goes before it."""
 
     @property
     def world_size(self) -> int:
@@ -126,7 +128,10 @@ class Plan:
             contract[env.EXPERIMENT] = self.experiment
         if self.checkpoint_dir is not None:
             contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
+        is_told = self.price is None or (shell or {}).get(env.PRICE)
+        known = {} if is_told else {env.PRICE: f"{self.price:g}"}
         found = {
+            **known,
             **self.own_variables(shell or {}),
             **{name: str(value) for name, value in contract.items()},
         }

@@ -15,12 +15,13 @@ FILE = "vms.yml"
 
 
 class ListedVm(BaseModel):
-    """One machine type, and how many machines of it there are."""
+    """One machine type, how many machines of it there are, and the price of an hour of one, in any currency."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     vm: Annotated[str, AfterValidator(check_vm)]
     quota: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    price: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _VmsFile(BaseModel):

@@ -1,4 +1,4 @@
-// The live pages of `cloudtrain ui`. The server sends documents and what changes in them (ui/patches.py); this file shows them.
+// The live pages of `cloudtrain ui`. The server sends documents and what changes in them (runtime/patches.py); this file shows them.
 // report/charts.js builds elements, of texts, never of markup, and draws the charts.
 "use strict";
 
@@ -13,15 +13,6 @@ function apply(value, patch) {
   for (const [key, change] of Object.entries(patch.items || patch.keys)) value[key] = apply(value[key], change);
   for (const key of patch.gone || []) delete value[key];
   return value;
-}
-function duration(seconds) {
-  if (seconds == null) return "";
-  if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
-  const parts = [];
-  for (const [unit, length] of [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]) {
-    if (seconds >= length && parts.length < 2) { parts.push(`${Math.floor(seconds / length)} ${unit}`); seconds %= length; }
-  }
-  return parts.join(" ");
 }
 const count = (value) => (value == null ? "" : value.toLocaleString("en-US"));
 const short = (value) => (value == null ? "" : String(Number(value.toPrecision(4))));
@@ -43,8 +34,15 @@ function open(kind, id, variant) {
     doc = message.patch ? apply(doc, message.patch) : message.document;
     frame ||= requestAnimationFrame(render);
     link("live");
+    if (message.final) close(); // there is nothing to wait for
   };
-  stream.onerror = () => link("The server does not answer. Trying again.", true);
+  stream.onerror = async () => {
+    link("The server does not answer. Trying again.", true);
+    if (stream?.readyState !== EventSource.CLOSED) return;
+    close(); // a refusal, after which a browser does not try again: the token may be an old one
+    session = await ask("/api/session");
+    if (session.read === false) login(); else setTimeout(() => stream || document.hidden || page?.open(), 5e3);
+  };
 }
 function close() {
   stream?.close();
@@ -59,7 +57,7 @@ function render() {
   if (!doc || !page) return;
   show(page.trouble, doc.gone || doc.trouble, (text) => text && h("p", { class: "trouble", role: "alert" }, text));
   page.loading.hidden = !doc.loading || Boolean(doc.trouble);
-  if (!doc.loading && !doc.gone) page.render(doc);
+  if ((!doc.loading || doc.runs) && !doc.gone) page.render(doc);
   told.shown = doc.loading ? "" : "yes";
 }
 // A hidden page costs no requests, and a browser keeps only six streams open.
@@ -75,15 +73,17 @@ function start(title, kind, id, draw, ...parts) {
   page.open();
 }
 async function ask(path, body) {
-  const answer = await fetch(path, body && { method: "POST", body: JSON.stringify(body) });
-  const text = await answer.text();
-  try { return text ? JSON.parse(text) : {}; } catch { return { error: text }; }
+  let text = "";
+  try {
+    text = await (await fetch(path, body && { method: "POST", body: JSON.stringify(body) })).text();
+    return text ? JSON.parse(text) : {};
+  } catch (error) { return { error: text || `The server does not answer: ${error.message}.` }; }
 }
 
 // --- Charts and tables, as report/ made them ---------------------------------------------------------------------------
 
 let library = null, drawing = Promise.resolve();
-const plotly = () => (library ||= new Promise((done, failed) => document.head.append(h("script", { src: "/static/plotly.js", onload: done, onerror: failed }))));
+const plotly = () => (library ||= new Promise((done, failed) => document.head.append(h("script", { src: "/static/plotly.js", onload: done, onerror: () => { library = null; failed("plotly.js was not loaded"); } }))));
 const SCALED = new Set(["loss", "gradnorm", "rate", "steptime", "throughput"]);
 
 // One at a time: the next document may come while the first is drawn.
@@ -100,21 +100,22 @@ function charts(grid, records, isLog) {
 function tables(grid, records, first = () => null, version = null) {
   for (const [index, table] of records.entries()) {
     let section = grid.querySelector(`:scope > [data-table="${index}"]`);
-    if (!section) grid.append((section = h("section", { "data-table": index })));
+    if (!section) grid.append((section = h("section", { "data-table": index }, h("h2"), h("p"), scrolled("", h("tr"), h("tbody")))));
     section.className = table.columns.length ? "wide" : "";
+    const [title, text, area] = section.children, [head, body] = area.querySelectorAll("thead, tbody");
     const cell = ([text, kind, address], column) => h("td", { class: kind }, (column === 0 && first(table, text))
       || (address ? h("a", { href: address }, text) : table.columns[column]?.[0] === "state" ? badge(text) : text));
-    show(section, [table, version], () => [
-      h("h2", {}, table.title), table.text ? h("p", {}, table.text) : null,
-      scrolled(table.title, table.columns.length ? table.columns.map(([name, kind]) => h("th", { class: kind, scope: "col" }, name)) : null,
-        h("tbody", {}, ...table.rows.map((row) => h("tr", {}, ...row.map(cell))))),
-    ]);
+    show(title, table.title);
+    show(text, table.text);
+    text.hidden = !table.text;
+    area.setAttribute("aria-label", table.title);
+    head.hidden = !table.columns.length;
+    show(head.firstChild, table.columns, (columns) => columns.map(([name, kind]) => h("th", { class: kind, scope: "col" }, name)));
+    show(body, [table.rows, version], () => table.rows.map((row) => h("tr", {}, ...row.map(cell))));
   }
   grid.querySelectorAll(":scope > [data-table]").forEach((section) => section.dataset.table < records.length || section.remove());
 }
-function scrolled(label, heads, body) {
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, h("table", {}, heads && h("thead", {}, h("tr", {}, ...heads)), body));
-}
+const scrolled = (label, heads, body) => h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, h("table", {}, h("thead", {}, heads), body));
 // Texts that grow: who has scrolled to the end follows.
 function logs(box, found) {
   for (const [name, lines] of Object.entries(found)) {
@@ -138,17 +139,17 @@ function controls(redraw) {
 // --- Pages -------------------------------------------------------------------------------------------------------------
 
 const COLUMNS = [
-  ["run", "name", "name", (run) => [h("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name)]],
-  ["state", "state", "", (run) => [badge(run.state), run.stalled && run.state !== "killed" ? " stalled" : ""]],
+  ["run", "name", "name", (run) => [h("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, "data-id": run.id }), " ", to("run", run.id, run.name), run.damaged ? h("p", { class: "note" }, run.damaged) : ""]],
+  ["state", "state", "", (run) => [run.state && badge(run.state), run.stalled && run.state !== "killed" ? " stalled" : ""]],
   ["progress", "share", "", (run) => [run.total_steps ? h("progress", { value: run.step || 0, max: run.total_steps, "aria-label": `Progress of ${run.name}` }) : "", ` ${count(run.step)}${run.total_steps ? ` / ${count(run.total_steps)}` : ""}`]],
-  ["left", "eta_seconds", "wide-only", (run) => duration(run.eta_seconds)],
+  ["left", "eta_seconds", "", (run) => duration(run.eta_seconds)],
   ["loss", "loss", "", (run) => [spark(run.curve), short(run.loss)]],
-  ["goodput", "goodput", "number wide-only", (run) => (run.goodput == null ? "" : `${(100 * run.goodput).toFixed(1)} %`)],
-  ["cost", "cost", "number wide-only cost", (run) => (run.cost == null ? "" : run.cost.toFixed(2))],
-  ["last safe step", "safe_step", "wide-only", (run) => [count(run.safe_step), run.safe_time ? ", " : "", since(run.safe_time)]],
-  ["attempts", "attempts", "number wide-only", (run) => count(run.attempts)],
-  ["size", "size", "number wide-only", (run) => run.size_text],
-  ["last seen", "last_seen", "wide-only", (run) => since(run.last_seen)],
+  ["goodput", "goodput", "number", (run) => (run.goodput == null ? "" : `${run.is_goodput_bound ? "≥ " : ""}${(100 * run.goodput).toFixed(1)} %`)],
+  ["cost", "cost", "number cost", (run) => (run.cost == null ? "" : `${run.is_cost_bound ? "≥ " : ""}${run.cost.toFixed(2)}`)],
+  ["last safe step", "safe_step", "", (run) => [count(run.safe_step), run.safe_time ? ", " : "", since(run.safe_time)]],
+  ["attempts", "attempts", "number", (run) => count(run.attempts)],
+  ["size", "size", "number", (run) => run.size_text],
+  ["last seen", "last_seen", "", (run) => since(run.last_seen)],
 ];
 const spark = (curve) => h("svg", { class: "spark", viewBox: "0 0 120 24", "aria-hidden": "true" }, h("path", { d: curve || "" }));
 const memory = { filter: "", key: "last_seen", down: true, chosen: new Set(), details: new Map() };
@@ -165,7 +166,7 @@ function runsPage() {
     memory.key = key;
     draw();
   } }, title)));
-  const table = scrolled("Runs", heads, body);
+  const table = scrolled("Runs", h("tr", {}, ...heads), body);
   const seen = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) { target.seen = isIntersecting; if (isIntersecting) waiting.push(target); }
     read();
@@ -173,13 +174,14 @@ function runsPage() {
   const rowOf = (key, build) => rows.get(key) || rows.set(key, build()).get(key);
   async function read() { // what takes the step records of a run, for the rows that are seen
     while (busy < 4 && waiting.length && body.isConnected) {
-      const row = waiting.pop(), run = row.run, known = memory.details.get(run.id), version = `${run.step} ${run.state} ${run.checkpoints}`;
-      if (!row.seen || known?.version === version) continue;
+      const row = waiting.pop(), run = row.run, known = memory.details.get(run.id), version = [run.step, run.state, run.checkpoints, run.safe_step, run.attempts, Math.floor(run.last_seen / 60)].join();
+      if (!row.seen || !run.state || known?.version === version) continue;
       memory.details.set(run.id, { ...known, version });
       busy += 1;
-      const found = await ask(`/api/details?id=${encodeURIComponent(run.id)}`).catch(() => ({}));
+      const found = await ask(`/api/details?id=${encodeURIComponent(run.id)}`);
       busy -= 1;
-      memory.details.set(run.id, { version, ...found });
+      if (found.error) setTimeout(() => { memory.details.set(run.id, known ?? {}); fill(row, row.run); read(); }, 5e3); // and ask again
+      else memory.details.set(run.id, { version, ...found });
       fill(row, row.run);
       if (found.cost != null) table.classList.add("priced");
     }
@@ -209,9 +211,11 @@ function runsPage() {
       group = run.experiment;
       return starts ? [rowOf(`: ${group}`, () => h("tr", { class: "group" }, h("th", { colspan: COLUMNS.length, scope: "rowgroup" }, group || "without an experiment"))), row] : [row];
     });
+    const held = document.activeElement;
     if (shown.length !== body.children.length || shown.some((row, index) => body.children[index] !== row)) body.replaceChildren(...shown);
+    if (held !== document.activeElement) held.focus({ preventScroll: true });
     table.classList.toggle("priced", all.some((run) => memory.details.get(run.id)?.cost != null));
-    amount.textContent = `${count(found.length)} of ${count(all.length)} runs`;
+    show(amount, `${count(found.length)} of ${count(all.length)} runs`);
     more.hidden = found.length <= most;
     heads.forEach((head) => head.setAttribute("aria-sort", head.dataset.key === key ? (down ? "descending" : "ascending") : "none"));
     choose();
@@ -234,8 +238,9 @@ function runPage(id) {
   start("Run", "run", id, (run) => {
     const live = run.live;
     document.title = `${run.name}: ${run.state}`;
-    show(head, [run.name, run.run_url, live, run.facts], () => [
+    show(head, [run.name, run.run_url, live, run.facts, run.trackers], () => [
       h("h1", {}, run.name), badge(run.state), h("div", { class: "url" }, run.run_url),
+      ...run.trackers.map(({ service, url, page: words }) => h("div", { class: "url" }, `${service}: `, url ? h("a", { href: url, rel: "noopener noreferrer" }, words) : words)),
       live.total_steps ? h("progress", { value: live.step || 0, max: live.total_steps, "aria-label": "Progress" }) : null,
       h("p", { class: "note", id: "facts" }, `${run.facts.join(" · ")} · last heartbeat `, since(live.last_seen)),
     ]);
@@ -243,7 +248,8 @@ function runPage(id) {
     show(figures, run.key_figures, (found) => found.map(([name, value, detail]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), detail ? h("dd", {}, detail) : null)));
     show(extra, [run.job, run.state], () => [run.job ? to("job", run.job, `Log of the job ${run.job}`) : null,
       session.act && ["started", "training"].includes(run.state) ? danger("Save and stop", () => ask("/api/act", { run: id, action: "stop" })) : null,
-      session.act ? h("button", { type: "button", class: "danger", onclick: () => prune(id) }, "Prune …") : null]);
+      session.act ? h("button", { type: "button", class: "danger", onclick: () => prune(id) }, "Prune …") : null,
+      session.actions && !session.act ? h("button", { type: "button", onclick: () => login() }, "Enter the token for actions") : null]);
     charts(grid, run.charts, isLog());
     tables(grid, run.tables, (table, title) => (table.title.startsWith("Checkpoints") && run.checkpoints[title]
       ? h("button", { type: "button", "aria-haspopup": "dialog", onclick: () => checkpoint(id, title, ...run.checkpoints[title]) }, title) : null), run.checkpoints);
@@ -252,13 +258,14 @@ function runPage(id) {
 }
 
 function comparePage(ids) {
-  const head = h("header"), grid = h("div", { class: "charts", "data-compare": "yes" });
+  const head = h("header"), notes = h("div"), grid = h("div", { class: "charts", "data-compare": "yes" });
   const [bar, isLog] = controls(() => charts(grid, doc.charts, isLog()));
   start("Compare", "compare", ids, (found) => {
     show(head, [found.name, found.runs], () => [h("h1", {}, `Compare ${found.name}`), ...found.runs.map((run) => h("div", { class: "url" }, `${run.name} (${run.state}) ${run.url}`))]);
+    show(notes, found.notes, (words) => words.map((text) => h("p", { class: "trouble" }, text)));
     charts(grid, found.charts, isLog());
     tables(grid, found.tables);
-  }, head, bar, grid);
+  }, head, notes, bar, grid);
 }
 
 function listPage(title, kind) {
@@ -318,7 +325,7 @@ function login(error = "") {
 }
 
 function route() {
-  const [, kind = "", id = ""] = location.hash.split("/").map(decodeURIComponent);
+  const [, kind = "", id = ""] = location.hash.split("/").map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
   const above = { job: "jobs", run: "", compare: "" }[kind] ?? kind;
   document.querySelectorAll(".top a").forEach((anchor) => (anchor.hash === `#/${above}` ? anchor.setAttribute("aria-current", "page") : anchor.removeAttribute("aria-current")));
   ({ run: runPage, compare: comparePage, job: jobPage, jobs: () => listPage("Jobs", "jobs"), datasets: () => listPage("Datasets", "datasets") }[kind] || runsPage)(id);
@@ -335,6 +342,7 @@ async function begin() {
 }
 window.addEventListener("hashchange", () => {
   if (/^#token=/.test(location.hash)) begin();
-  else if (location.hash !== "#main" && session.read) { $("dialog").close(); route(); main.focus(); }
+  else if (session.read) { $("dialog").close(); route(); main.focus(); }
 });
+document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
 begin();

@@ -65,7 +65,7 @@ def shown(*words: str) -> list[str]:
     if not lines:
         return []
     assert all(cell_len(line) <= 80 for line in result.stdout.splitlines())
-    header = lines.index("VM Cloud Region Device Quota")
+    header = next(index for index, line in enumerate(lines) if line.startswith("VM "))
     return [line for line in lines[header + 1 :] if re.match(r"\w", line)]
 
 
@@ -260,12 +260,12 @@ class TestSkypilot:
         machines.catalog("old", AZURE, version="v9")
         machines.catalog("copy", AZURE, version="v9.2026-01")
         assert shown()[1:] == [
-            "aws-16gb-v100-4g-us-east-1 aws us-east-1 V100",
-            "aws-16gb-v100-4g-us-east-1-spot aws us-east-1 V100",
-            "aws-32gb-v100-8g-us-east-1 aws us-east-1 V100",
-            "azure eastus 8 x MI300X",
-            "azure-16gb-v100-4g-eastus azure eastus V100",
-            "azure-16gb-v100-4g-eastus-spot azure eastus V100",
+            "aws-16gb-v100-4g-us-east-1 aws us-east-1 V100 12.24",
+            "aws-16gb-v100-4g-us-east-1-spot aws us-east-1 V100 3.70",
+            "aws-32gb-v100-8g-us-east-1 aws us-east-1 V100 31.20",
+            "azure eastus 8 x MI300X 48.00",
+            "azure-16gb-v100-4g-eastus azure eastus V100 12.24",
+            "azure-16gb-v100-4g-eastus-spot azure eastus V100 1.20",
         ]
         assert len(shown("--cloud", "AZURE", "--gpu", "v100")) == 2
         assert Machine.parse(shown("--cloud", "azure", "--gpu", "v100")[1].split()[0]).is_spot
@@ -279,6 +279,29 @@ class TestSkypilot:
         result = CliRunner().invoke(app, ["vm", "list"])
         assert "1 more of SkyPilot's catalog are not shown" in result.stderr
         assert listed()["left_out"] == 1
+
+    def test_a_price_is_the_users_own_or_that_of_the_cheapest_offer(self, machines: Machines) -> None:
+        spot = "aws-16gb-v100-4g-us-east-1-spot"
+        assert inventory.price_of(spot, is_rented=True) is None
+        row = AWS.splitlines()[2]
+        machines.catalog(
+            "aws", AWS + "".join(f"{row}\n".replace("3.7", price) for price in ("nan", "3.5", "5"))
+        )
+        assert inventory.price_of(spot, is_rented=True) == 3.5
+        assert inventory.price_of(spot, is_rented=False) is None, (
+            "SkyPilot's price is that of SkyPilot's machines"
+        )
+        machines.own(f"vms:\n- vm: {spot}\n  price: 2\n- vm: rack-80gb-h100-8g-berlin\n")
+        assert inventory.price_of(spot, is_rented=True) == inventory.price_of(spot, is_rented=False) == 2.0
+        assert inventory.price_of("rack-80gb-h100-8g-berlin", is_rented=False) is None
+        assert [vm["price"] for vm in listed("--cloud", "aws", "--gpu", "v100")["vms"]] == [
+            2.0,
+            12.24,
+            3.5,
+            31.2,
+        ]
+        machines.own("vms:\n- vm: x\n  price: -1\n")
+        assert inventory.price_of(spot, is_rented=True) == 3.5
 
     def test_a_skypilot_without_a_catalog_is_reported(self, machines: Machines) -> None:
         machines.program("sky", "")

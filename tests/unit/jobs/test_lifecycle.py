@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,26 @@ def test_periflows_files_are_two_nodes_of_four_processes_on_every_engine(
     assert f"with engine {engine_name}: 2 nodes of 4 processes" in result.stdout
     assert store.ids() == []
     assert not (tmp_path / "store" / "jobs").exists()
+
+
+def test_the_script_is_told_the_price_of_all_machines_of_the_job(
+    store: JobStore, engine: FakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "vms.yml").write_text("vms:\n- vm: rack-80gb-h100-2g-berlin\n  price: 2.5\n")
+    text = TEXT.format(engine="local") + "vm: rack-80gb-h100-2g-berlin\nlocal: {nodes: 3}\n"
+    found: list[str | None] = []
+    for job in (text, text + "env: {HF_CLOUDTRAIN_PRICE: '7'}\n", TEXT.format(engine="local")):
+        record = submitted(store, job)
+        plan = Submission.load(Path(record.home)).plan  # as a node has it
+        place = {"master_addr": "host", "master_port": 1, "run_url": record.run_url, "exit_file": "exit"}
+        for shell in ({}, {"HF_CLOUDTRAIN_PRICE": "9"}):
+            variables = {"HF_CLOUDTRAIN_PRICE": "7"} if "env" in job else {}
+            own = dataclasses.replace(plan, variables=variables)
+            found.append(own.environment(0, **place, shell=shell).get("HF_CLOUDTRAIN_PRICE"))  # type: ignore[arg-type]
+    assert found == ["7.5", None, "7", "7", None, None], (
+        "the job's own price, then the shell's, then that of the machines"
+    )
 
 
 def test_an_engine_that_cannot_start_a_job_leaves_a_record_that_says_so(

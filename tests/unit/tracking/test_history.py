@@ -121,7 +121,20 @@ def test_the_cost_is_the_time_of_all_attempts_at_their_prices(catalog: Catalog) 
     first, second = (info.last_seen - info.started for info in found.attempts)
     assert found.cost == pytest.approx((3.6 * first + 7.2 * second) / 3600)
     catalog.attempts.write_progress(1, {"price_per_hour": "much"})
-    assert history_of(catalog).cost == pytest.approx(7.2 * second / 3600)
+    found = history_of(catalog)
+    assert found.cost == pytest.approx(7.2 * second / 3600)
+    assert found.is_cost_bound, "the first attempt has no price"
+
+
+def test_a_killed_attempt_has_cost_more_than_its_last_sign_of_life_tells(catalog: Catalog) -> None:
+    begin(catalog, started=100.0)
+    catalog.attempts.write_progress(
+        1, {"time": 200.0, "state": "training", "step": 7, "price_per_hour": 36.0}
+    )
+    killed = history_of(catalog)
+    assert (killed.cost, killed.is_cost_bound) == (pytest.approx(1.0), True)
+    alive = history_of(catalog, now=201.0)
+    assert (alive.cost, alive.is_cost_bound) == (pytest.approx(1.0), False)
 
 
 def test_without_a_step_goodput_is_none(catalog: Catalog) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_cloudtrain.checkpoints import retention
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.checkpoints.retention import pins
-from hf_cloudtrain.errors import CloudTrainError
+from hf_cloudtrain.errors import CloudTrainError, StorageUnavailableError
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.ui.actions import act
@@ -73,7 +74,7 @@ def test_prune_shows_first_and_deletes_exactly_what_was_shown(places: Places, ca
     plan = act(places, asked)
     before = catalog.checkpoints()
     assert plan["going"] == [str(key) for key in before[:-2] if key != CheckpointKey(2, 200)]
-    assert "5 checkpoints (2.2 GB) would be deleted; 1 more are protected." in plan["text"]
+    assert "5 checkpoints (2.2 GB) would be deleted; 1 more are protected, 0 damaged." in plan["text"]
     assert lines(catalog) == []
     assert catalog.checkpoints() == before
     changed = act(places, {**asked, "sure": plan["going"][1:]})
@@ -108,13 +109,36 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
     assert lines(catalog) == []
 
 
-def test_cancel_asks_the_job_and_notes_it_in_its_run(
+def test_a_deletion_that_fails_half_way_is_noted_with_what_it_deleted(
     places: Places, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    going = act(places, {"action": "prune", "run": "0/mnli", "keep": 2})["going"]
+    retire, done = retention.retire_unprotected, []
+
+    def fails_second(catalog: Catalog, key: CheckpointKey) -> str | None:
+        if done:
+            raise StorageUnavailableError("The storage does not answer.")
+        done.append(key)
+        return retire(catalog, key)
+
+    monkeypatch.setattr(retention, "retire_unprotected", fails_second)
+    with pytest.raises(StorageUnavailableError):
+        act(places, {"action": "prune", "run": "0/mnli", "keep": 2, "sure": going})
+    assert lines(catalog) == ["deleted 1 checkpoint, all but the newest 2"]
+
+
+@pytest.mark.parametrize("where", ["a run of this page", "a different folder", "a run that has not begun"])
+def test_cancel_asks_the_job_and_notes_it_in_its_run(
+    places: Places, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    run = catalog if where == "a run of this page" else Catalog(Storage(f"file://{tmp_path}/else/where"))
+    if where == "a different folder":
+        run.attempts.begin(time.time(), 0, None, {})
     store = JobStore()
     facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
-    record = store.create("mnli", run_url=catalog.storage.url, state="running", **facts)
+    record = store.create("mnli", run_url=run.storage.url, state="running", **facts)
     monkeypatch.setattr("hf_cloudtrain.jobs.lifecycle.look", lambda store, record: record)
     assert act(places, {"action": "cancel", "job": record.id})["text"] == "Asked mnli-1 to save and end."
     assert store.is_cancelled(record.id)
-    assert lines(catalog) == ["asked the job mnli-1 to end"]
+    noted = [] if where == "a run that has not begun" else ["asked the job mnli-1 to end"]
+    assert lines(run) == noted

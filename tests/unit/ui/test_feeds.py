@@ -8,7 +8,7 @@ import json
 import threading
 from typing import Any
 
-import pytest  # noqa: TC002 - as every test
+import pytest
 
 from hf_cloudtrain.ui import feeds
 from hf_cloudtrain.ui.feeds import Feed
@@ -55,3 +55,33 @@ def test_a_follower_does_not_wait_for_a_turn_that_takes_long(monkeypatch: pytest
     found = asyncio.run(follow())
     assert found[0]["document"]["loading"]
     assert "b" in json.dumps(found[-1]["patch"]), "the end of the turn brings the document"
+
+
+def test_the_time_of_a_turn_is_part_of_its_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a storage that takes its time does not delay what a page shows further."""
+    now, slept = [0.0], []
+
+    class Timed:
+        version = 1
+
+        def turn(self) -> float:
+            now[0] += 1.2 if len(slept) == 0 else 4.0
+            return 1.5
+
+        def document(self, variant: str) -> dict[str, Any]:
+            return {}
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise asyncio.CancelledError
+
+    async def read() -> None:
+        feed = Feed(Timed())
+        monkeypatch.setattr(feeds.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(feeds.asyncio, "sleep", sleep)
+        with contextlib.suppress(asyncio.CancelledError):
+            await feed._read()
+
+    asyncio.run(read())
+    assert slept == pytest.approx([0.3, feeds.LEAST_PAUSE])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from hf_cloudtrain.checkpoints.attempts import Attempts
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
 from hf_cloudtrain.checkpoints.paths import ACTIONS
-from hf_cloudtrain.errors import NoCheckpointError, StorageUnavailableError
+from hf_cloudtrain.errors import NoCheckpointError, StoragePermissionError, StorageUnavailableError
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.report import reader
 from hf_cloudtrain.report.charts import charts_of
@@ -143,6 +144,7 @@ class TestRequests:
         beat(catalog, 150, price_per_hour=3.6)
         source = RunsSource(places)
         source.turn()
+        source.turn()
         assert source.details("0/mnli")["cost"] == pytest.approx(0.12, rel=0.1)
         before = store.count("read")
         write(catalog, 1, [{"kind": "log", "step": 155, "time": time.time(), "metrics": {"loss": 0.5}}], 2)
@@ -202,9 +204,14 @@ class TestRequests:
             state = "training" if number == 7 else "finished"
             other.attempts.write_progress(1, {"time": time.time(), "state": state, "step": number})
         source = RunsSource(places)
+        assert 0 < source.turn() < 0.1, "time to send the names"
+        assert (store.count("list"), store.count("read")) == (1, 0)
+        names = source.document("")
+        assert names["loading"]
+        assert names["runs"]["0/deep/run-7"] == {"id": "0/deep/run-7", "name": "deep/run-7", "experiment": ""}
         source.turn()
-        assert store.count("list") == 1
-        assert store.count("read") == 20
+        assert (store.count("list"), store.count("read")) == (1, 20)
+        assert not source.document("")["loading"]
         source.turn()
         assert (store.count("list"), store.count("read", "*/run.json")) == (1, 20)
         runs = source.document("")["runs"]
@@ -214,7 +221,7 @@ class TestRequests:
         }
         source.turn()
         assert (store.count("list"), store.count("read")) == (2, 41)
-        assert source.version == 2
+        assert source.version == 3
 
     def test_an_experiment_that_the_storage_does_not_tell_is_read_again(
         self, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +229,7 @@ class TestRequests:
         run = Catalog(Storage(f"{store.url}/deep/run-3"))
         run.attempts.begin(time.time(), 0, None, {"experiment": "sweep"})
         source = RunsSource(places)
+        source.turn()
         source.turn()
 
         def fail(attempts: Attempts) -> None:
@@ -322,6 +330,9 @@ class TestContent:
         with pytest.raises(NoCheckpointError, match="no run '0/mnli' on this page"):
             source.details("0/mnli")
         source.turn()
+        with pytest.raises(NoCheckpointError, match="no run '0/mnli' on this page"):
+            source.details("0/mnli")  # only its name is known
+        source.turn()
         found = source.details("0/mnli")
         assert found["curve"].startswith("M0.0,1.0 ")
         assert found["goodput"] == pytest.approx(history_of(catalog).goodput)
@@ -357,7 +368,9 @@ class TestTrouble:
         assert found["logs"] == {"Actions from this page": ["damaged record"]}
         assert "timeline" in [chart["name"] for chart in found["charts"]]
         everything.turn()
+        everything.turn()
         assert everything.document("")["runs"]["0/mnli"]["attempts"] == 3
+        assert everything.details("0/mnli")["safe_time"] is None, "its manifest is damaged"
 
     @pytest.mark.parametrize(
         ("error", "words"),
@@ -416,6 +429,122 @@ class TestTrouble:
         )
         assert not any("stalled" in note for note in found["notes"])
 
+    def test_a_heartbeat_that_is_seen_late_does_not_count_as_a_different_clock(
+        self, catalog: Catalog, places: Places, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        record_attempt(catalog, began=time.time() - 4_000, steps=range(1, 151))
+        beat(catalog, 150, time=time.time() - 3_600)
+        source = RunSource(places, "0/mnli")
+        source.turn()
+        clock.seconds += 3_600  # the tab was hidden
+        beat(catalog, 400, time=time.time() - 1_800, state="finished")
+        source.turn()
+        found = source.document("")
+        assert source.reader.skew == 0
+        assert abs(found["live"]["last_seen"] - (time.time() - 1_800)) < 5
+        assert not any("clock" in note for note in found["notes"])
+
+    def test_a_page_that_was_hidden_makes_up_for_what_it_did_not_read(
+        self, catalog: Catalog, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        record_attempt(catalog, began=time.time() - 120, steps=range(1, 151))
+        source = RunSource(places, "0/mnli")
+        source.turn()
+        for step in range(200, 240):
+            commit(catalog, CheckpointKey(1, step), time.time())
+        beat(catalog, 240)
+        clock.seconds += 600
+        for _ in range(4):
+            clock.seconds += source.turn()
+        assert "checkpoint-239" in source.document("")["checkpoints"]
+
+    @pytest.mark.parametrize("behind", [600.0, -600.0])
+    def test_a_clock_that_differs_kills_no_run_in_the_list(
+        self, catalog: Catalog, places: Places, behind: float
+    ) -> None:
+        record_attempt(catalog, began=time.time() - behind - 200, steps=range(1, 151))
+        source = RunsSource(places)
+        for step in (150, 151, 152):
+            beat(catalog, step, time=time.time() - behind)
+            source.turn()
+        source.turn()
+        record = source.document("")["runs"]["0/mnli"]
+        assert record["state"] == "training"
+        assert abs(record["last_seen"] - time.time()) < 5
+
+    def test_a_run_that_may_not_be_read_is_named_and_the_others_are_shown(
+        self, catalog: Catalog, places: Places, store: FaultyStorage
+    ) -> None:
+        other = Catalog(Storage(f"{store.url}/other"))
+        for run in (catalog, other):
+            run.attempts.begin(time.time(), 0, None, {"experiment": "sweep"})
+            run.attempts.write_progress(1, {"time": time.time(), "state": "finished", "step": 7})
+        store.fail("read", StoragePermissionError("403 Forbidden"), path="mnli/*", times=100)
+        source = RunsSource(places)
+        for _ in range(3):
+            source.turn()
+        runs = source.document("")["runs"]
+        assert runs["0/other"]["state"] == "finished"
+        assert runs["0/mnli"]["state"] == "damaged"
+        assert "403 Forbidden" in runs["0/mnli"]["damaged"]
+        store.heal()
+        source.turn()
+        assert source.document("")["runs"]["0/mnli"]["state"] == "finished"
+
+    def test_a_run_that_is_deleted_while_it_is_compared_is_named(
+        self, catalog: Catalog, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        record_run(catalog)
+        record_run(Catalog(Storage(str(tmp_path / "runs" / "other"))))
+        source = CompareSource(places, ["0/mnli", "0/other"])
+        source.turn()
+        assert source.document("")["notes"] == []
+        shutil.rmtree(tmp_path / "runs" / "other")
+        for _ in range(40):
+            clock.seconds += source.turn()
+        (note,) = source.document("")["notes"]
+        assert "other: There is no run at" in note
+
+    def test_of_compared_runs_those_that_train_are_read_often(
+        self, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        runs = [Catalog(Storage(f"{store.url}/run-{number}")) for number in range(6)]
+        for run in runs:
+            record_attempt(run, began=time.time() - 120, steps=range(1, 151), state="finished")
+        beat(runs[4], 150)
+        source = CompareSource(places, [f"0/run-{number}" for number in range(6)])
+        source.turn()
+        before, began = store.count("read", "run-4/*/progress/*"), clock.seconds
+        for _ in range(16):
+            clock.seconds += source.turn()
+        assert store.count("read", "run-4/*/progress/*") - before >= 13, f"in {clock.seconds - began} s"
+
+    def test_a_run_that_has_not_begun_costs_no_more_than_one_that_trains(
+        self, places: Places, store: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        jobs, facts = JobStore(), {"engine": "slurm", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
+        for number in range(20):
+            jobs.create("mnli", run_url=f"{store.url}/run-{number}", state="queued", **facts)
+        counted = FaultyStorage(jobs.below("jobs"))
+        monkeypatch.setattr(
+            "hf_cloudtrain.jobs.records.Mirror", lambda parent, **more: Mirror(counted, **more)
+        )
+        source = RunSource(places, "0/run-3")
+        source.turn()
+        assert "There is no run" in source.document("")["gone"]
+        before, began = len(store.calls) + len(counted.calls), clock.seconds
+        for _ in range(40):
+            clock.seconds += source.turn()
+        assert len(store.calls) + len(counted.calls) - before <= clock.seconds - began
+        Catalog(Storage(f"{store.url}/run-3")).attempts.begin(time.time(), 0, None, {})
+        clock.seconds += source.turn()
+        assert source.document("")["job"] == "mnli-4"
+
     @pytest.mark.parametrize(
         "run_id", ["", "0", "1/x", "-1/x", "0/../secret", "0/.cloudtrain", "x/y", "0//etc", "٣/x", "9" * 99]
     )
@@ -444,6 +573,7 @@ class TestDistrust:
         write(catalog, number, [{"kind": "log", "step": 3, "time": BEGAN, "metrics": metrics}])
         beat(catalog, 3, state=self.LONG, host={self.LONG: 1.0, "cpu_percent": self.LONG})
         everything, source = RunsSource(places), RunSource(places, "0/mnli")
+        everything.turn()
         for found in (everything, source):
             found.turn()
             text = json.dumps(found.document(""))

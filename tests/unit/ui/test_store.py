@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs.engines import EngineStatus
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
+from hf_cloudtrain.runtime.process_tree import this_process
 from hf_cloudtrain.ui.places import Places
 from hf_cloudtrain.ui.store import DatasetsSource, JobSource, JobsSource
 
@@ -86,6 +89,53 @@ def test_a_job_shows_its_starts_and_the_log_that_grows(store: JobStore, places: 
         file.write("step 3\n")
     source.turn()
     assert source.document("")["logs"]["node-0"][-2:] == ["\\x1b[2Jstep 2", "step 3"]
+
+
+def test_a_job_whose_supervisor_is_gone_is_lost_on_both_pages(store: JobStore, places: Places) -> None:
+    gone = {**this_process(), "pid": 2**22 + 1}
+    record = job(store, "mnli", engine="local", state="running", handle=gone)
+    jobs, source = JobsSource(places), JobSource(places, record.id)
+    jobs.turn()
+    source.turn()
+    ((row,),) = (table["rows"] for table in jobs.document("")["tables"])
+    assert ("lost", "") in row
+    assert source.document("")["state"] == "lost"
+    assert any(
+        "supervisor process has disappeared" in value for _, value in cells(source.document("")["tables"][0])
+    )
+    assert store.read(record.id).state == "running", "a page writes nothing"
+
+
+def test_an_engine_that_knows_more_than_the_record_is_asked_every_half_minute(
+    store: JobStore, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = [0.0], []
+
+    class Engine:
+        def look(self, record: JobRecord) -> EngineStatus:
+            asked.append(now[0])
+            if len(asked) == 2:
+                raise ConfigurationError("SkyPilot does not answer.")
+            return EngineStatus("running", None)
+
+        def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
+            yield "a line"
+
+    monkeypatch.setattr("hf_cloudtrain.jobs.lifecycle.engine", lambda name: Engine())
+    monkeypatch.setattr("hf_cloudtrain.ui.store.time.monotonic", lambda: now[0])
+    record = job(store, "mnli", engine="skypilot", state="queued", handle={"job": 3})
+    source = JobSource(places, record.id)
+    source.turn()
+    assert source.document("")["state"] == "queued"
+    for now[0] in range(2, 75):
+        source.turn()
+    assert source.document("")["state"] == "running"
+    assert len(asked) == 3
+    assert min(after - before for before, after in itertools.pairwise(asked)) >= 30
+    store.write(record, state="failed", reason="It crashed.")
+    for now[0] in range(75, 80):
+        source.turn()
+    assert source.document("")["state"] == "failed"
 
 
 def test_the_log_that_an_engine_keeps_is_asked_for_every_half_minute(

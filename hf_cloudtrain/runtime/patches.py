@@ -5,7 +5,7 @@
     {"items": {index: patch}}             of a list of objects with as many entries as before
     {"keep": n, "rest": [..]}             of a list: the first n entries stay, the rest follows
 
-`apply` in static/page.js is the other half.
+`apply` in ui/static/page.js is the other half.
 """
 
 from __future__ import annotations

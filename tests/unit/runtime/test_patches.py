@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_cloudtrain.ui.patches import patch
+from hf_cloudtrain.runtime.patches import patch
 from tests.served import applied
 
 VALUES = st.recursive(
