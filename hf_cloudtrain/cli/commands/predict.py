@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -15,6 +15,9 @@ from hf_cloudtrain.cli.commands.serve import Base, Processor, TaskName, found_mo
 from hf_cloudtrain.cli.output import print_json, say, show_facts, transfer
 from hf_cloudtrain.errors import ConfigurationError, NoDatasetError
 from hf_cloudtrain.runtime.text import count_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 SAY_EVERY = 30.0
 """Seconds between two lines about the progress, without a terminal."""
@@ -97,27 +100,27 @@ class _Progress:
     """Rows that are predicted: a bar on a terminal, and elsewhere a line from time to time."""
 
     def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
         self._total, self._done, self._said = total, 0, time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc="Predicting", unit=" rows", total=total, file=sys.stderr, disable=not self._is_terminal
-        )
+        self._bar: tqdm[NoReturn] | None = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc="Predicting", unit=" rows", total=total)
 
     def __enter__(self) -> _Progress:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def add(self, rows: int, is_old: bool) -> None:
         """Count the rows of a shard; those of an earlier start are not in the speed."""
         self._done += rows
-        if is_old:
-            self._bar.initial += rows
-        self._bar.update(rows)
-        if not self._is_terminal and time.monotonic() - self._said > SAY_EVERY:
+        if self._bar is not None:
+            self._bar.initial += rows if is_old else 0
+            self._bar.update(rows)
+        elif time.monotonic() - self._said > SAY_EVERY:
             self._said = time.monotonic()
             say(f"Predicted {self._done:,} of {count_text(self._total, 'row')}.")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_cloudtrain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 class RequestError(ValueError):
@@ -24,22 +26,6 @@ class RequestError(ValueError):
         self.status = status
 
 
-class Parameters(BaseModel):
-    """What clients may set, in the limits in which transformers computes. Everything else that a pipeline takes stays the server's."""
-
-    model_config = ConfigDict(strict=True)
-
-    top_k: int = Field(1, ge=1, le=10_000)
-    function_to_apply: Literal["sigmoid", "softmax", "none"] = "none"
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "none"
-    max_new_tokens: int = Field(1, ge=1, le=1024)
-    do_sample: bool = False
-    temperature: float = Field(1.0, ge=0.01, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
-    return_full_text: bool = True
-
-
 @dataclass(frozen=True)
 class Task:
     """A task of transformers' `pipeline`."""
@@ -51,7 +37,7 @@ class Task:
     peft_type: str | None
     """Its name in the record of an adapter."""
     parameters: tuple[str, ...] = ()
-    """What a client may set of `Parameters`."""
+    """What a client may set, see `_limits`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     batches: bool = True
     """Whether rows may share a batch. A pipeline that returns the padding's features, or needs it on the left, takes one at a time."""
@@ -146,6 +132,29 @@ def adapter_task(peft_type: object, title: str) -> Task:
     )
 
 
+@functools.cache
+def _limits() -> type[BaseModel]:
+    """What clients may set. A function, because most processes need no pydantic, and importing it takes time."""
+    from pydantic import BaseModel, ConfigDict, Field
+
+    class Parameters(BaseModel):
+        """The limits in which transformers computes. Everything else that a pipeline takes stays the server's."""
+
+        model_config = ConfigDict(strict=True)
+
+        top_k: int = Field(1, ge=1, le=10_000)
+        function_to_apply: Literal["sigmoid", "softmax", "none"] = "none"
+        aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "none"
+        max_new_tokens: int = Field(1, ge=1, le=1024)
+        do_sample: bool = False
+        temperature: float = Field(1.0, ge=0.01, le=100)
+        top_p: float = Field(1.0, gt=0, le=1)
+        repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+        return_full_text: bool = True
+
+    return Parameters
+
+
 def checked_parameters(task: Task, given: object) -> dict[str, Any]:
     """The parameters of a request, over the defaults of the task.
 
@@ -160,8 +169,10 @@ def checked_parameters(task: Task, given: object) -> dict[str, Any]:
         if name not in task.parameters:
             known = ", ".join(task.parameters) or "none"
             raise RequestError(f"Unknown parameter {short(name)}. Those of {task.name} are: {known}.")
+    from pydantic import ValidationError
+
     try:
-        found = Parameters.model_validate(given)
+        found = _limits().model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         text = f"Parameter {first['loc'][0]!r}: {first['msg']}, not {short(first['input'])}."

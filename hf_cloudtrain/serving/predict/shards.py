@@ -268,12 +268,13 @@ def _predicted(predictor: Predictor, table: pa.Table, plan: Plan) -> pa.Table:
     whole = [None if isinstance(answer, RowError) else answer for answer in answers]
     if predictor.task.name in ("text-classification", "image-classification"):
         best = [answer[0] if isinstance(answer, list) else answer for answer in whole]
-        table = table.append_column(LABEL, pa.array([row and row["label"] for row in best], pa.string()))
-        table = table.append_column(SCORE, pa.array([row and row["score"] for row in best], pa.float64()))
+        table = table.append_column(LABEL, tables.texts([row and row["label"] for row in best]))
+        scores = tables.texts([row and repr(row["score"]) for row in best])
+        table = table.append_column(SCORE, scores.cast(pa.float64()))
     else:
         texts = [None if answer is None else json.dumps(answer, ensure_ascii=False) for answer in whole]
-        table = table.append_column(OTHER, pa.array(texts, pa.string()))
-    return table.append_column(ERROR, pa.array(errors, pa.string()))
+        table = table.append_column(OTHER, tables.texts(texts))
+    return table.append_column(ERROR, tables.texts(errors))
 
 
 def _rows(table: pa.Table, columns: Sequence[str]) -> list[Any]:

@@ -83,6 +83,15 @@ def chunks(files: Sequence[Path], size: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting, promote_options="permissive").combine_chunks()
 
 
+def texts(values: Sequence[str | None]) -> pa.Array:
+    """A column. For a list, `pa.array` would import pandas, which takes time at each start."""
+    import pyarrow as pa
+
+    column = pa.lib.StringBuilder()
+    column.append_values(values)
+    return column.finish()
+
+
 def _pieces(files: Iterable[Path], size: int) -> Iterator[pa.Table]:
     import pyarrow as pa
     import pyarrow.parquet as pq

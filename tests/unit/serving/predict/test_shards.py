@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,26 @@ def stopped_after(plan: Plan, count: int) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         shards.run(plan, 1, stop)
+
+
+def test_a_start_imports_neither_pandas_nor_pydantic(data: Path, tmp_path: Path) -> None:
+    """They take as long as many rows, at each start."""
+    plan_of(data)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from tests.unit.serving.predict.test_shards import Predictor, plan_of, shards\n"
+        "shards.load = Predictor\n"
+        f"shards.run(plan_of(Path({str(data)!r})), 1, lambda rows, is_old: None)\n"
+        "print({'pandas', 'pydantic', 'torch'} & set(sys.modules))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == "set()\n"
 
 
 def test_rows_are_counted_before_anything_is_predicted(data: Path, predictor: Predictor) -> None:
