@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,25 @@ from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.cli import completion
 from hf_cloudtrain.cli.output import say
-from hf_cloudtrain.errors import ManifestError, NoCheckpointError
+from hf_cloudtrain.errors import ConfigurationError, ManifestError, NoCheckpointError
 
 EXAMPLE_RUN = "s3://bucket/runs/mrpc"
 """What `RUN` stands for in the examples of the help texts."""
 
 WHICH = "Step (500), folder (checkpoint-500.a3, final) or key (000003-0000000500)"
+
+
+def page_file(path: Path | None) -> Path | None:
+    """The file of a page, before the runs are read. Raises ConfigurationError: it cannot be written there."""
+    if path is not None and path.is_dir():
+        raise ConfigurationError(f"{str(path)!r} is a folder. Name a file in it: -o {path / 'report.html'}")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigurationError(
+            f"The folder {str(path.parent)!r} does not exist, so {str(path)!r} cannot be written. Create the folder (`mkdir -p "
+            f"{shlex.quote(str(path.parent))}`), or choose a different path."
+        )
+    return path
+
 
 RunUrl = Annotated[
     str,

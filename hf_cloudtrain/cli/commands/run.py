@@ -12,7 +12,7 @@ from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.run_deletion import DELETED
 from hf_cloudtrain.checkpoints.titles import Titles
 from hf_cloudtrain.cli import completion
-from hf_cloudtrain.cli.arguments import DryRun, Force, Json, RunArgument, Yes, examples
+from hf_cloudtrain.cli.arguments import DryRun, Force, Json, RunArgument, Yes, examples, page_file
 from hf_cloudtrain.cli.output import fail, of_total, print_json, say, show_facts, show_table
 from hf_cloudtrain.cli.runs import job_of, open_run, runs_url
 from hf_cloudtrain.cli.tables import Columns
@@ -151,9 +151,9 @@ def _awaited(run_url: str) -> str | None:
 @app.command(epilog=examples("run report RUN -o report.html"))
 def report(
     run: RunArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.", callback=page_file)
+    ] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Write an HTML page about a run.
@@ -184,7 +184,9 @@ def compare(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write an HTML page with all curves."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write an HTML page with all curves.", callback=page_file
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

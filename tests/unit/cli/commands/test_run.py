@@ -175,3 +175,18 @@ class TestRunList:
             ["cola", "started"],
             ["mrpc", "killed"],
         ]
+
+
+class TestPageFile:
+    @pytest.mark.parametrize("words", [("run", "report", "no-such"), ("run", "compare", "no-such", "glue-2")])
+    def test_a_folder_that_does_not_exist_is_named_before_the_run_is_read(
+        self, words: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        text = sentence(*words, "-o", str(tmp_path / "my pages" / "x.html"))
+        assert text.startswith(f"Error: The folder '{tmp_path}/my pages' does not exist")
+        assert f"(`mkdir -p '{tmp_path}/my pages'`), or choose a different path." in text
+        assert not (tmp_path / "my pages").exists()
+
+    def test_a_folder_is_not_a_file(self, tmp_path: Path) -> None:
+        text = sentence("run", "report", "no-such", "-o", str(tmp_path))
+        assert f"'{tmp_path}' is a folder. Name a file in it: -o {tmp_path}/report.html" in text
