@@ -5,7 +5,7 @@ only when it is committed, or when a newer one has replaced it before its upload
 are retired. Before the first byte and right before the commit the sender checks whether a newer attempt has begun (law 6);
 then the queue stops, and the outbox keeps what is left.
 
-Threads: `cloudtrain-upload` waits for work and sleeps between tries; `cloudtrain-io` threads move bytes and live as long as
+Threads: `cloudtrain-upload` waits for work, sleeps between tries, and rests after the end of an attempt; `cloudtrain-io` threads move bytes and live as long as
 one entry; `cloudtrain-background` removes entries that were replaced. No collective ever runs here.
 """
 
@@ -92,7 +92,7 @@ class UploadQueue:
         self._hurry = False
         """Whether a thread waits for the end."""
         self._gave_up = False
-        self._stopping = False
+        self._stopping = self._rests = False
         self._thread = threading.Thread(target=self._work, name="cloudtrain-upload", daemon=True)
         self._dropping = Background("The removal of checkpoints that were replaced")
         """No part of a save: on a busy machine it takes longer than the rest."""
@@ -108,7 +108,7 @@ class UploadQueue:
         with self._changed:
             self._ownership = ownership
             self._gave_up = False
-            self._changed.notify_all()
+            self._wake()
 
     def submit(self, entry: OutboxEntry, *, hold: bool = False) -> None:
         """Hand over an accepted entry; returns at once.
@@ -125,7 +125,7 @@ class UploadQueue:
                 self._retention.note_best(entry.key)
             self._held = entry if hold else None
             self._drop_superseded(entry)
-            self._changed.notify_all()
+            self._wake()
 
     def takes_late(
         self,
@@ -189,11 +189,8 @@ class UploadQueue:
         pending = self.pending()
         if pending:
             self._gave_up = True
-            raise (
-                self.overtaken_error()
-                if self._is_overtaken()
-                else NotCommittedError(self._not_stored(pending))
-            )
+            error = NotCommittedError(self._not_stored(pending))
+            raise self.overtaken_error() if self._is_overtaken() else error
 
     def overtaken_error(self) -> OvertakenError:
         """What to raise once a newer attempt has begun: names what is kept here, which `drain` need not repeat."""
@@ -273,13 +270,22 @@ class UploadQueue:
 
     def _take(self) -> OutboxEntry | None:
         with self._changed:
-            while (not (ready := self._ready()) or self._is_overtaken()) and not self._stopping:
+            while not (ready := self._ready()) or self._is_overtaken() or self._stopping:
+                self._rests = self._stopping or (self._ownership is None and not self._waiting)
+                if self._rests:
+                    self._dropping.close()
+                    return None
                 self._changed.wait()
-            if self._stopping:
-                return None
             self._current = self._choose(ready)
             self._waiting.remove(self._current)
             return self._current
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        if self._rests:
+            self._rests = False
+            self._thread = threading.Thread(target=self._work, name=self._thread.name, daemon=True)
+            self._thread.start()
 
     def _ready(self) -> list[OutboxEntry]:
         return [entry for entry in self._waiting if entry is not self._held or self._hurry]
@@ -314,11 +320,9 @@ class UploadQueue:
             self._changed.notify_all()
 
     def _failed(self, entry: OutboxEntry, error: Exception, failures: int) -> None:
-        ours = (
-            error
-            if isinstance(error, CloudTrainError)
-            else StorageUnavailableError(f"{type(error).__name__}: {error}")
-        )
+        ours: CloudTrainError = StorageUnavailableError(f"{type(error).__name__}: {error}")
+        if isinstance(error, CloudTrainError):
+            ours = error
         local = isinstance(error, FileNotFoundError) and not isinstance(error, CloudTrainError)
         if local or isinstance(error, CorruptCheckpointError):
             entry_now = self._outbox.current(entry)

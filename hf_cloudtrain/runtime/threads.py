@@ -90,7 +90,7 @@ class Background:
     """Does one work after another in a daemon thread of its own; their errors are logged.
 
     The start of a thread waits until that thread runs, which takes milliseconds on a busy machine. Here only the first work
-    waits for it.
+    waits for it. The thread ends when this object is closed, or is garbage.
 
     Args:
         what: what the thread does, as the subject of a warning.
@@ -103,17 +103,25 @@ class Background:
 
     def __init__(self, what: str) -> None:
         self._turn = SafeTurn(what)
-        self._works: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._works: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._pid = 0
+        self._lock = threading.Lock()
 
     def add(self, work: Callable[[], object]) -> None:
         """Let it be done after those before."""
-        if self._pid != os.getpid():  # the first one, or the first of a fork
-            self._pid, self._works = os.getpid(), SimpleQueue()
-            threading.Thread(
-                target=self._work, args=(self._works,), name="cloudtrain-background", daemon=True
-            ).start()
-        self._works.put(work)
+        with self._lock:
+            if self._pid != os.getpid():  # the first one, or the first of a fork
+                self._pid, self._works = os.getpid(), SimpleQueue()
+                given = self._works, self._turn  # and not `self`, which the thread would keep alive
+                threading.Thread(target=_do, args=given, name="cloudtrain-background", daemon=True).start()
+                weakref.finalize(self, self._works.put, None).atexit = False
+            self._works.put(work)
+
+    def close(self) -> None:
+        """End the thread after the work that was added; later work starts a new one."""
+        with self._lock:
+            self._pid = 0
+            self._works.put(None)
 
     def settle(self, timeout: float) -> None:
         """Wait for what was added so far, as many seconds at most."""
@@ -122,10 +130,12 @@ class Background:
             self.add(done.set)
             done.wait(timeout)
 
-    def _work(self, works: SimpleQueue[Callable[[], object]]) -> None:
-        while True:
-            with self._turn:
-                works.get()()
+
+def _do(works: SimpleQueue[Callable[[], object] | None], turn: SafeTurn) -> None:
+    while (work := works.get()) is not None:
+        with turn:
+            work()
+        del work  # it may keep the Background alive
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -586,6 +587,12 @@ class TestEnd:
             cell(3)
         assert cell(None) == list(range(8, 20))
 
+    def test_loops_that_have_ended_leave_no_thread(self, tmp_path: Path) -> None:
+        before = set(threading.enumerate())
+        loops = [train(tmp_path / f"run{at}", tmp_path / f"out{at}", Rows(20))[2] for at in range(3)]
+        wait_until(lambda: not ours(set(threading.enumerate()) - before), "the end of the threads")
+        assert len(loops) == 3, "a notebook keeps them"
+
     def test_ctrl_c_before_the_first_step_is_recorded_as_the_end(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -739,3 +746,7 @@ def _killed(folder: Path, step: int, size: int = 20, **arguments: Any) -> None:
 def _manifests(run: Path) -> list[Any]:
     catalog = Catalog(Storage(str(run)))
     return [catalog.read(key) for key in catalog.checkpoints()]
+
+
+def ours(threads: set[threading.Thread]) -> list[str]:
+    return [thread.name for thread in threads if thread.name.startswith("cloudtrain-")]

@@ -33,8 +33,9 @@ VARIABLES = [
     "DB_PASSWORD",
     "BASIC_AUTH",
 ]
-secrets = st.text(string.ascii_letters + string.digits + "+/=_-", min_size=12, max_size=60).filter(
-    lambda text: text[0].isalpha() and not text.isalpha()
+# No part of a path in a traceback: it tries words from this code, such as 'hf_cloudtrai'.
+secrets = st.text(string.ascii_letters + string.digits + "+/=_-", min_size=10, max_size=58).map(
+    lambda text: f"Q{text}7"
 )
 
 

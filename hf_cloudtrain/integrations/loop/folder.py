@@ -193,7 +193,12 @@ class LoopFolder:
         self._removal.add(self._delete)
 
     def complete(self, state: LoopState) -> None:
-        """At the end: write `last/`, `best/` and `log.json`, where a different machine saved what they show. On rank 0."""
+        """At the end: write `last/`, `best/` and `log.json`, where a different machine saved what they show."""
+        self._ranks.agree(lambda: self._complete(state), "download the best checkpoint")
+        for background in (self._removal, self._background):
+            background.close()
+
+    def _complete(self, state: LoopState) -> None:
         self._finish()
         if self._ours and _nonce_in(self._output_dir / "last") != state.nonce:
             self._publish(self._ours[-1], "last")

@@ -17,6 +17,7 @@ from hf_cloudtrain.checkpoints.host_parts import HostParts
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
 from hf_cloudtrain.checkpoints.named_folders import NamedFolders
 from hf_cloudtrain.checkpoints.outbox import Outbox
+from hf_cloudtrain.checkpoints.ownership import Ownership
 from hf_cloudtrain.checkpoints.retention import Policy, Retention
 from hf_cloudtrain.checkpoints.upload_queue import UploadQueue
 from hf_cloudtrain.checkpoints.upload_status import UploadStatus
@@ -93,6 +94,24 @@ def test_the_newest_entry_follows_the_one_under_way(disk: Disk) -> None:
     disk.gate.set()
     upload_queue.wait(DEADLINE)
     assert disk.commits() == ["000001-0000000001", "000001-0000000003", "000001-0000000002"]
+
+
+def test_the_thread_rests_after_the_end_of_an_attempt_until_there_is_work_again(disk: Disk) -> None:
+    upload_queue = disk.upload_queue()
+    upload_queue.follow(Ownership(disk.catalog, disk.catalog.attempts.begin(0.0, 0, None, {})))
+    disk.storage.hold("upload", disk.gate)
+    upload_queue.submit(disk.entry(1))
+    upload_queue.follow(None)
+    first = upload_queue._thread
+    assert first.is_alive(), "it has work"
+    disk.gate.set()
+    first.join(DEADLINE)
+    assert not first.is_alive()
+    for step in (2, 3):
+        upload_queue.submit(disk.entry(step))
+        upload_queue.wait(DEADLINE)
+        upload_queue._thread.join(DEADLINE)
+    assert disk.commits() == [f"000001-000000000{step}" for step in (1, 2, 3)]
 
 
 def steps_waiting(upload_queue: UploadQueue) -> list[tuple[int, int]]:

@@ -77,3 +77,37 @@ def test_background_work_is_done_in_order_and_survives_errors(caplog: pytest.Log
     background.settle(60.0)
     assert done == [1, 2]
     assert "The removal met an unexpected error and continues, as does the training: KeyError" in caplog.text
+
+
+def background_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "cloudtrain-background"}
+
+
+def test_the_thread_of_a_background_ends_when_it_is_closed_and_later_work_starts_a_new_one() -> None:
+    before, done, background = background_threads(), list[int](), Background("The removal")
+    for number in (1, 2):
+        background.add(partial(done.append, number))
+        (thread,) = background_threads() - before
+        background.close()
+        thread.join(60.0)
+        assert not thread.is_alive()
+        assert done == list(range(1, number + 1)), "what was added before is done"
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.background = Background("The removal")
+        self.background.add(self.work)
+
+    def work(self) -> None: ...
+
+
+def test_the_thread_of_a_background_ends_when_its_owner_is_garbage() -> None:
+    before = background_threads()
+    owner = Owner()
+    owner.background.settle(60.0)
+    (thread,) = background_threads() - before
+    del owner
+    gc.collect()
+    thread.join(60.0)
+    assert not thread.is_alive()

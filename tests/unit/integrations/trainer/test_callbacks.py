@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from hf_cloudtrain import CheckpointUploadCallback, CloudTrainCallback, StepTrackerCallback
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError, PositionError, RunCompleteError, RunHasCheckpointsError
+from tests.faults.runs import wait_until, write_checkpoint
 
 
 @pytest.fixture
@@ -40,6 +42,26 @@ def test_trainer_creates_no_callback_again_on_resume() -> None:
     for kind in (CloudTrainCallback, CheckpointUploadCallback, StepTrackerCallback):
         assert issubclass(kind, TrainerCallback)
         assert not issubclass(kind, ExportableState)
+
+
+def test_trainings_that_have_ended_leave_no_thread(args: TrainingArguments, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    for number in range(3):
+        callback, state, control = (
+            CloudTrainCallback(str(tmp_path / f"run{number}")),
+            state_at(0),
+            TrainerControl(),
+        )
+        callback.on_train_begin(args, state, control, train_dataloader=loader(10, 2))
+        write_checkpoint(tmp_path / "out", 10)
+        state.global_step = 10
+        callback.on_save(args, state, control)
+        callback.on_train_end(args, state, control)
+
+    def left() -> list[str]:
+        return [thread.name for thread in set(threading.enumerate()) - before if "cloudtrain" in thread.name]
+
+    wait_until(lambda: not left(), "the end of the threads")
 
 
 EVENTS = sorted(name for name in dir(TrainerCallback) if name.startswith("on_"))
