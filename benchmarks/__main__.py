@@ -16,7 +16,7 @@ from benchmarks.report import PAGE, Row, machine, print_table, write_page
 
 NAMES = (
     *("stall", "staging", "peers", "interval", "start", "step", "loop", "functions"),
-    *("upload", "cpu", "restore", "training", "memory", "finding", "seam", "serve"),
+    *("upload", "cpu", "restore", "training", "memory", "finding", "seam", "serve", "predict"),
 )
 
 

@@ -36,8 +36,8 @@ START_TARGET = 1.0
 def run(scale: Scale) -> list[Row]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work, "model")
-        _write(folder)
-        rows = _texts(scale.pick(20_000, 500))
+        write_model(folder)
+        rows = texts(scale.pick(20_000, 500))
         bare, load = _bare(folder, rows)
         found = []
         begun = time.perf_counter()
@@ -65,7 +65,7 @@ def run(scale: Scale) -> list[Row]:
         return found
 
 
-def _write(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=WORDS,
@@ -83,7 +83,7 @@ def _write(folder: Path) -> None:
     )
 
 
-def _texts(count: int) -> list[str]:
+def texts(count: int) -> list[str]:
     chance = random.Random(2)
     lengths = [min(64, max(1, round(chance.lognormvariate(2.6, 0.6)))) for _ in range(count)]
     return [" ".join(f"w{chance.randrange(1, WORDS)}" for _ in range(length)) for length in lengths]

@@ -129,7 +129,7 @@ def _manifest(catalog: Catalog, checkpoint: str | None, best: bool) -> Manifest:
     except NoCheckpointError as error:
         copy = None if checkpoint is None else manifest_of_copy(catalog, checkpoint)
         if copy is not None:
-            say(f"{error} Serving the verified copy on this machine.")
+            say(f"{error} Using the verified copy on this machine.")
             return copy
         job = None if catalog.checkpoints() else job_of(catalog.storage.url)
         if job is None:

@@ -169,10 +169,11 @@ def test_a_server_that_served_is_restarted_after_the_same_failure(
         submission.node_log(0).write_text("KeyError: 'a'\n")
         return [{"served": True}, None], (code, code)
 
-    last, _ = run(functools.partial(served, 1), functools.partial(served, 0), functools.partial(served, 1))
+    last, _ = run(*[functools.partial(served, 1)] * 3)
     assert (last.state, last.restarts) == ("failed", 2)
     assert "the limit set by 'max_restarts'" in (last.reason or "")
-    assert last.starts[1].reason == "The server ended with exit code 0."
+    last, _ = run(functools.partial(served, 0), ([FINISHED, None], (0, 0)))
+    assert last.starts[0].reason == "The server ended with exit code 0."
 
 
 def test_a_job_that_finishes_after_a_crash_is_finished(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:

@@ -156,7 +156,7 @@ class TestServe:
         first = serve.found_model(trained.url, key, False, Wish())
         trained.folder.rename(trained.folder.with_name("deleted"))
         assert serve.found_model(trained.url, key, False, Wish()) == first
-        assert said[1].endswith("Serving the verified copy on this machine.")
+        assert said[1].endswith("Using the verified copy on this machine.")
         with pytest.raises(NoCheckpointError):
             serve.found_model(trained.url, str(CheckpointKey(1, 8)), False, Wish())
         with pytest.raises(NoCheckpointError):
