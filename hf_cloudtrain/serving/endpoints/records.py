@@ -41,7 +41,7 @@ class State:
     """How an endpoint is now."""
 
     word: str
-    """`in service`, `starting`, `deleting`, `failed` or `gone`."""
+    """`in service`, `starting`, `deleting`, `failed`, `gone` or `unknown`."""
     reason: str | None = None
 
 
