@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-import select
+import selectors
 import shlex
 import shutil
 import subprocess
@@ -158,12 +158,14 @@ def lines(argv: Sequence[str], patience: float | None) -> Iterator[str]:
     Raises:
         ConfigurationError: it was silent for too long.
     """
-    with start(argv) as process:
+    # Not `select.select`, which refuses file descriptors above 1023.
+    with start(argv) as process, selectors.DefaultSelector() as selector:
         output = cast("IO[str]", process.stdout).fileno()
+        selector.register(output, selectors.EVENT_READ)
         text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), True)
         rest = ""
         try:
-            while select.select([output], [], [], patience)[0]:
+            while selector.select(patience):
                 data = os.read(output, 2**16)
                 *whole, rest = (rest + text.decode(data, final=not data)).split("\n")
                 yield from whole

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
+import resource
+import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -400,6 +405,30 @@ class TestCommands:
         (sky.folder / "bin" / "sky").write_text("#!/bin/sh\nexec tail -f /dev/null\n")
         with pytest.raises(ConfigurationError, match=r"`sky jobs logs 12 .*` printed nothing for 0\.2 s\."):
             list(SKYPILOT.lines(record, None, follow=False))
+
+    def test_a_log_is_read_in_a_process_with_many_open_files(
+        self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such as `cloudtrain ui`."""
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky)
+        sky.prints("logs", "(head, rank=0, pid=12) loss 1.5\n")
+        start, limits = module.client.start, resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        def started(*argv: Any) -> subprocess.Popen[str]:
+            process = start(*argv)
+            assert process.stdout is not None
+            high = fcntl.fcntl(process.stdout.fileno(), fcntl.F_DUPFD_CLOEXEC, 2000)
+            process.stdout.close()
+            process.stdout = os.fdopen(high)
+            return process
+
+        monkeypatch.setattr(module.client, "start", started)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, limits[1]))
+        try:
+            assert list(SKYPILOT.lines(record, None, follow=False)) == ["loss 1.5"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
     @pytest.mark.parametrize(
         ("lines", "command"),
