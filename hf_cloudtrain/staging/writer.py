@@ -51,6 +51,10 @@ class Writer:
 
     def __init__(self, control: socket.socket, memory: StagingMemory, training: int) -> None:
         self._control = control
+        self._poll = (
+            select.poll()
+        )  # `select.select` refuses file descriptors above 1023, which a training may have
+        self._poll.register(control, select.POLLIN)
         self._memory = memory
         self._training = training
         self._received = b""
@@ -71,8 +75,7 @@ class Writer:
 
     def _next(self) -> dict[str, Any] | None:
         while b"\n" not in self._received:
-            readable, _, _ = select.select([self._control], [], [], LOOK)
-            if readable:
+            if self._poll.poll(1000 * LOOK):
                 try:
                     data = self._control.recv(65536)
                 except OSError:  # the training was killed before it had read what it was told

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Iterator
@@ -168,6 +170,19 @@ def test_the_end_of_the_training_is_noticed_although_a_fork_holds_the_socket(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         Writer(theirs, memory, training=1 if os.getppid() != 1 else 2).work()
+
+
+def test_a_training_with_many_open_files_has_a_writer(memory: StagingMemory) -> None:
+    """Its end of the socket has the number that it has in the training."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, limits[1]))
+    try:
+        ours, theirs = socket.socketpair()
+        with theirs, socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 2000)) as high:
+            ours.close()
+            Writer(high, memory, os.getppid()).work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_description_that_cannot_be_read_is_a_failed_save(memory: StagingMemory) -> None:
