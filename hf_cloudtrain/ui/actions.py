@@ -65,8 +65,8 @@ def _prune(places: Places, asked: Asked) -> dict[str, Any]:
     going = [info.key for info in plan.going]
     if asked.get("sure") != going:
         why = "The checkpoints have changed since they were shown. " if asked.get("sure") else ""
-        stay = f"{len(plan.protected)} more are protected, {len(plan.damaged)} damaged."
-        text = f"{why}{plan.going_text} would be deleted; {stay}"
+        damaged = f" {count_text(len(plan.damaged), 'damaged one')} will stay." if plan.damaged else ""
+        text = f"{why}{plan.going_text} would be deleted; {len(plan.protected)} more are protected.{damaged}"
         sizes = [f"{info.title}  {size_text(info.manifest.size)}" for info in plan.going if info.manifest]
         return {"text": text, "going": going, "lines": sizes}
     done: list[tuple[CheckpointInfo, str | None]] = []

@@ -74,7 +74,7 @@ def test_prune_shows_first_and_deletes_exactly_what_was_shown(places: Places, ca
     plan = act(places, asked)
     before = catalog.checkpoints()
     assert plan["going"] == [str(key) for key in before[:-2] if key != CheckpointKey(2, 200)]
-    assert "5 checkpoints (2.2 GB) would be deleted; 1 more are protected, 0 damaged." in plan["text"]
+    assert "5 checkpoints (2.2 GB) would be deleted; 1 more are protected." in plan["text"]
     assert lines(catalog) == []
     assert catalog.checkpoints() == before
     changed = act(places, {**asked, "sure": plan["going"][1:]})
@@ -107,6 +107,13 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
     with pytest.raises(CloudTrainError, match=words):
         act(places, asked)
     assert lines(catalog) == []
+
+
+def test_damaged_checkpoints_are_named_before_a_deletion(places: Places, catalog: Catalog) -> None:
+    for key in catalog.checkpoints()[:2]:
+        catalog.storage.write(f".cloudtrain/checkpoints/{key}.json", b"{oops")
+    text = act(places, {"action": "prune", "run": "0/mnli", "keep": 2})["text"]
+    assert text.endswith("more are protected. 2 damaged ones will stay."), text
 
 
 def test_a_deletion_that_fails_half_way_is_noted_with_what_it_deleted(
