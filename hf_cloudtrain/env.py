@@ -59,7 +59,7 @@ EXPERIMENT = "HF_CLOUDTRAIN_EXPERIMENT"
 Default: none."""
 PRICE = "HF_CLOUDTRAIN_PRICE"
 """Price of an hour of all machines of a training, a number in any currency; the pages show what its run has cost.
-Default: that of the job's machines, where `vms.yml` or SkyPilot's catalog has it."""
+Default: the price of the job's machines, if `vms.yml` or SkyPilot's catalog lists it."""
 PAGE = "HF_CLOUDTRAIN_PAGE"
 """Whether a page that lives with the run is written beside it, as `index.html`: `1` or `0`, for code that does not say.
 Default: `0`."""

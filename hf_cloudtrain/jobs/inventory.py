@@ -64,7 +64,7 @@ class Vm:
     """How many machines there are, or are available."""
     is_spot: bool = False
     price: float | None = field(default=None, compare=False)
-    """Of an hour of one machine: in SkyPilot's catalog in US dollars."""
+    """Hourly price of one machine; in US dollars if it comes from SkyPilot's catalog."""
 
     @property
     def vm(self) -> str | None:
@@ -130,15 +130,15 @@ def find(cloud: str | None = None, gpu: str | None = None) -> Found:
     return found
 
 
-def price_of(vm: str, *, is_rented: bool) -> float | None:
-    """Price of an hour of one machine of a type: by `vms.yml`, or if SkyPilot rents it, by SkyPilot's catalog.
+def price_of(vm: str, *, is_rented: bool, store: str | None = None) -> float | None:
+    """Hourly price of one machine of a type: by the `vms.yml` of a store, or if SkyPilot rents it, by SkyPilot's catalog.
 
-    None where neither has a price, or cannot be read: `cloudtrain vm list` says why.
+    None if neither lists a price or neither can be read; `cloudtrain vm list` shows the reason.
     """
     machine = Machine.parse(vm)
-    for source in (user_list, skypilot) if is_rented else (user_list,):
+    for is_catalog in (False, True) if is_rented else (False,):
         with contextlib.suppress(ConfigurationError, StorageError, OSError):
-            for offer in source():
+            for offer in skypilot(machine.cloud) if is_catalog else user_list(store):
                 if offer.price is not None and offer.machine == machine:
                     return offer.price
     return None
@@ -239,13 +239,13 @@ def _gres(text: str) -> Iterator[tuple[str, int]]:
 # --- The user's list ---------------------------------------------------------------------------------------------------
 
 
-def user_list() -> list[Vm]:
-    """The machine types in `vms.yml`, of the store or else of the home folder; empty without such a file.
+def user_list(store: str | None = None) -> list[Vm]:
+    """The machine types in `vms.yml`, of a store (default: `HF_CLOUDTRAIN_STORE`) or else of the home folder; empty without it.
 
     Raises:
         JobFileError: with all problems in it, by line. StorageError: the store fails.
     """
-    content, source = _vms_file()
+    content, source = _vms_file(store)
     return [_vm(listed) for listed in parse_vms(content, source)] if content is not None else []
 
 
@@ -255,10 +255,10 @@ def _vm(listed: ListedVm) -> Vm:
     return Vm("vms.yml", *shape, None, quota, vm.is_spot, listed.price)
 
 
-def _vms_file() -> tuple[bytes | None, str]:
-    store = Storage(env.store(None), env.storage_options(None))
+def _vms_file(store: str | None) -> tuple[bytes | None, str]:
+    storage = Storage(env.store(store), env.storage_options(None))
     try:
-        return store.read(FILE), f"{store.url}/{FILE}"
+        return storage.read(FILE), f"{storage.url}/{FILE}"
     except ObjectNotFoundError:
         pass
     path = Path(env.own_folder(), FILE)
@@ -272,11 +272,11 @@ def _vms_file() -> tuple[bytes | None, str]:
 # --- SkyPilot ----------------------------------------------------------------------------------------------------------
 
 
-def skypilot() -> list[Vm]:
-    """The machine types with GPUs in the downloaded part of SkyPilot's catalog; empty without SkyPilot.
+def skypilot(cloud: str | None = None) -> list[Vm]:
+    """The machine types with GPUs, of one cloud or all, in the downloaded part of SkyPilot's catalog; empty without SkyPilot.
 
     Raises:
-        ConfigurationError: SkyPilot has not downloaded its catalog yet. OSError: a file cannot be read.
+        ConfigurationError: SkyPilot has not downloaded its catalog yet, or it is damaged. OSError: a file cannot be read.
     """
     versions = Path(os.environ.get("SKY_RUNTIME_DIR") or "~", ".sky", "catalogs").expanduser()
     # A copy such as "v9.2026-01" is not a version.
@@ -291,11 +291,19 @@ def skypilot() -> list[Vm]:
         )
     found: dict[Vm, Vm] = {}
     for path in files:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for vm in _catalog(path.parent.name, csv.DictReader(file)):
-                known = found.setdefault(vm, vm)
-                if known.price is None or (vm.price is not None and vm.price < known.price):
-                    found[vm] = vm  # of several instances with these GPUs, SkyPilot takes the cheapest
+        if cloud is not None and path.parent.name != cloud:
+            continue
+        try:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                offers = list(_catalog(path.parent.name, csv.DictReader(file)))
+        except csv.Error as error:
+            raise ConfigurationError(
+                f"{str(path)!r} is not a table: {error}. Delete it: SkyPilot downloads it again."
+            ) from None
+        for vm in offers:
+            known = found.setdefault(vm, vm)
+            if known.price is None or (vm.price is not None and vm.price < known.price):
+                found[vm] = vm  # of several instances with these GPUs, SkyPilot takes the cheapest
     return sorted(found.values(), key=lambda vm: (vm.cloud, vm.gpu or "", vm.gpus, vm.region, vm.is_spot))
 
 
@@ -306,9 +314,9 @@ def _catalog(cloud: str, rows: Iterable[dict[str, str]]) -> Iterator[Vm]:
             count = float(row.get("AcceleratorCount") or 0)
         except ValueError:
             continue
-        if not name or not region or count < 1 or count != int(count):
+        if not name or not region or count < 1 or not count.is_integer():
             continue  # without a GPU, or with a part of one
-        match = re.fullmatch(r"(.+)-(\d+)GB", name)
+        match = re.fullmatch(r"(.+)-(\d{1,6})GB", name)
         gpu = (match[1] if match else name).lower()
         # JSON, Python or a plain name: it depends on the cloud.
         size = re.search(r"'SizeInMiB'\s*:\s*(\d{1,9})", (row.get("GpuInfo") or "").replace('"', "'"))

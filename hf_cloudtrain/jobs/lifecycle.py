@@ -69,7 +69,7 @@ def prepare(
     job_id = store.next_id(job.name)
     return Submission(
         job=job,
-        plan=dataclasses.replace(plan, price=_price(job, plan.nodes)),
+        plan=dataclasses.replace(plan, price=_price(job, plan.nodes, store)),
         id=job_id,
         run_url=job.run_url or store.below("runs", job_id),
         store=store.url,
@@ -209,7 +209,7 @@ def _failure_recorded(store: JobStore, record: JobRecord) -> Iterator[None]:
 
 
 def glance(record: JobRecord) -> JobRecord:
-    """A record with what its engine knows now; nothing is written. Raises CloudTrainError, OSError: the engine does not answer."""
+    """A record with what its engine knows now. Writes nothing. Raises CloudTrainError, OSError: the engine does not answer."""
     if record.is_over:
         return record
     status = _interrupted(record) or engine(record.engine).look(record)
@@ -217,7 +217,7 @@ def glance(record: JobRecord) -> JobRecord:
 
 
 def look(store: JobStore, record: JobRecord) -> JobRecord:
-    """The same; a final state is written to the store, except `lost`."""
+    """As `glance`; writes a final state to the store, except `lost`."""
     current = glance(record)
     # A lost job may come back, after its disk was mounted again or the clock was set.
     if current == record or not current.is_over or current.state == "lost":
@@ -271,9 +271,9 @@ def _dataset_version(job: Job, store: JobStore) -> int | None:
     return DatasetStore(store.url).find(name, int(version) if version else None).version
 
 
-def _price(job: Job, nodes: int) -> float | None:
-    """Of an hour of all machines of a job, if it is known."""
-    price = None if job.vm is None else price_of(job.vm, is_rented=job.engine == "skypilot")
+def _price(job: Job, nodes: int, store: JobStore) -> float | None:
+    """Hourly price of all machines of a job, if it is known."""
+    price = None if job.vm is None else price_of(job.vm, is_rented=job.engine == "skypilot", store=store.url)
     return None if price is None else nodes * price
 
 

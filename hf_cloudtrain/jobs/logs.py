@@ -89,6 +89,15 @@ def last_lines(path: Path, count: int) -> list[str]:
     return list(deque((_shown(line) for line in text.splitlines() if line.strip()), maxlen=count))
 
 
+def joined_lines(before: list[str], now: list[str], most: int) -> list[str]:
+    """Lines known so far with the last lines as they are now: what is new is added, up to four times `most`."""
+    for overlap in range(min(len(before), len(now)), 0, -1):
+        if before[-overlap:] == now[:overlap]:
+            joined = before + now[overlap:]
+            return joined if len(joined) <= 4 * most else joined[-most:]
+    return now
+
+
 class _Tail:
     def __init__(self, label: str, path: Path, opened: contextlib.ExitStack) -> None:
         self._opened = opened

@@ -229,11 +229,16 @@ class JobStore:
 
 
 class KnownJobs(JobStore):
-    """The jobs of the store, of which each record is read once until a listing shows a different size of it."""
+    """The jobs of the store, for reading: each record is read once, and again when a listing shows a different size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.storage = self.mirror = Mirror(self.storage, top="records")
+
+    def read(self, job_id: str) -> JobRecord:
+        """As it is on the store now."""
+        self.mirror.fetch(_path(job_id))
+        return super().read(job_id)
 
 
 def _path(job_id: str) -> str:

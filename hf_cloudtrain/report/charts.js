@@ -13,7 +13,7 @@ function h(tag, props = {}, ...children) {
   return element;
 }
 
-// Build what an element shows, only if the value has changed. What has the keyboard keeps it, if the new content has the same.
+// Build what an element shows, only if the value has changed. The focused element keeps the focus if the new content has the same one.
 function show(element, value, build = (text) => text) {
   const text = JSON.stringify(value ?? null);
   if (element.told === text) return;

@@ -20,40 +20,47 @@ from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
 BEAT_SECONDS = 1.5
 """Between two reads of the heartbeat: a new step is seen within two seconds."""
 OTHER_SECONDS = 3.5
-"""Between two other requests. Both together, with a look for the job of the run at times, are one request a second."""
+"""Between two other requests. Both together, with the periodic lookup of the run's job, are one request a second."""
 LEAST_SKEW = 3.0
 """Seconds by which the clocks of two machines differ before it is taken into account: a heartbeat is stored late, too."""
-SHORT_GAP = 30.0
-"""Seconds between two reads after which a heartbeat of a plausible age shows that the clocks agree."""
 LIST_SECONDS = 6.0
 """Between two listings."""
 MOST_DUE = 100
-"""Requests that a page may make up for after it was hidden."""
+"""Most overdue requests that a page sends after it was hidden."""
 
 
 class ClockSkew:
-    """By how many seconds the clock of a training machine is behind ours: a heartbeat that changes between two reads tells it."""
+    """By how many seconds the clock of a training machine is behind ours, measured from a heartbeat that changes between two reads.
+
+    Example:
+        >>> clock = ClockSkew()
+        >>> mirror.fetch(path)      # as often as one likes
+        >>> clock.look(mirror, path)
+        >>> run_state(catalog, time.time() - clock.seconds)
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         """0 while nothing is known, or the difference is too small to matter."""
-        self.last_read = -math.inf
-        """When the heartbeat was read, by the monotonic clock."""
+        self._looked = 0.0
+        self._beat: float | None = None
 
-    def note(self, mirror: Mirror, path: str) -> bool:
-        """Read a heartbeat again; whether it changed."""
-        gap, self.last_read = time.monotonic() - self.last_read, time.monotonic()
-        if not mirror.fetch(path):
-            return False
+    def look(self, mirror: Mirror, path: str) -> None:
+        """Take the time of a heartbeat that was just read."""
+        beat = None
         with contextlib.suppress(CloudTrainError):
             beat = number(decode_record(mirror.read(path), "heartbeat").get("time"))
-            skew = 0.0 if beat is None else time.time() - beat
-            # It was written at some time since the read before, so an age up to the gap tells nothing of the clock.
-            if not -LEAST_SKEW <= skew <= gap + LEAST_SKEW:
-                self.seconds = skew
-            elif gap <= SHORT_GAP:
-                self.seconds = 0.0
-        return True
+        gap, self._looked = time.monotonic() - self._looked, time.monotonic()
+        before, self._beat = self._beat, beat
+        if beat is None or before is None or beat == before:
+            return
+        # It was written at some time since the look before, so an age up to the gap does not indicate a clock difference.
+        skew = time.time() - beat
+        least, most = skew - gap - LEAST_SKEW, skew + LEAST_SKEW
+        if not least <= 0 <= most:
+            self.seconds = skew
+        elif not least <= self.seconds <= most:
+            self.seconds = 0.0
 
 
 class RunReader:
@@ -92,7 +99,9 @@ class RunReader:
         if self.report is None:
             self.mirror.refresh()
             self.mirror.fetch_all(self.mirror.missing())
-            self._last_list = self._last_other = self._clock.last_read = time.monotonic()
+            self._last_list = self._last_other = time.monotonic()
+            for beat in self.mirror.list(PROGRESS)[-1:]:
+                self._clock.look(self.mirror, beat.path)
             self._rebuild()
             return BEAT_SECONDS if self.report else OTHER_SECONDS
         if self.state().state in (*ALIVE, "killed"):
@@ -100,7 +109,8 @@ class RunReader:
         waited, self._last_other = time.monotonic() - self._last_other, time.monotonic()
         self._due = min(MOST_DUE, self._due + waited / self._other_seconds)
         if self._due >= 1:
-            self._due -= self._read_other(int(self._due))
+            done = self._read_other(int(self._due))
+            self._due = self._due - done if done else 1.0  # what is not needed now is not due later
         told = dataclasses.replace(self.state(), heartbeat_age_seconds=None, uploading_seconds=None)
         if told != self._told:
             self._told, self.version = told, self.version + 1
@@ -118,9 +128,9 @@ class RunReader:
         return run_state(self.catalog, time.time() - self.skew)
 
     def _read_beat(self) -> None:
-        beats = [info.path for info in self.mirror.list(PROGRESS)]
-        if beats and self._clock.note(self.mirror, beats[-1]):
-            self._has_new_beat = True
+        for beat in self.mirror.list(PROGRESS)[-1:]:
+            self._has_new_beat |= self.mirror.fetch(beat.path)
+            self._clock.look(self.mirror, beat.path)
 
     def _read_other(self, most: int) -> int:
         """The records of the steps, or a new listing, or up to `most` records that it has shown; how many requests it took."""

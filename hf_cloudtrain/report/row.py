@@ -1,4 +1,4 @@
-"""One run in a list of runs: what its heartbeat tells, and when it is asked for, what takes its step records."""
+"""One run in the list: its state from the heartbeat and, on request, what needs its step records."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from hf_cloudtrain.tracking.history import history_of
 from hf_cloudtrain.tracking.mirror import Mirror
 from hf_cloudtrain.tracking.status import ALIVE, RunState, run_state
 
+RECENT_SECONDS = 3600.0
+"""Seconds for which the heartbeat of a killed run is read again."""
 LISTED = ("step", "total_steps", "eta_seconds", "loss", "attempts", "checkpoints", "stalled")
 
 
@@ -45,6 +47,11 @@ class Row:
         self._details: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     @property
+    def is_read(self) -> bool:
+        """Whether more than its name is known."""
+        return bool(self._record)
+
+    @property
     def record(self) -> dict[str, Any]:
         """What is known of the run without its step records."""
         return {"name": self._name, **self._record, "experiment": self.experiment or ""}
@@ -56,16 +63,16 @@ class Row:
             sizes: of its records, by the new listing; `size`: of all that it stores, in bytes.
 
         Raises:
-            StorageUnavailableError: a row that cannot be read for a different reason says so itself.
+            StorageUnavailableError: the storage does not answer; any other error is shown in the row.
         """
-        changed = self._mirror.update(sizes)
-        if self._record and not changed and self._record["state"] not in (*ALIVE, "damaged"):
+        if not self._mirror.update(sizes) and not self._may_change():
             return
         beats = sorted(path for path in sizes if path.startswith(f"{PROGRESS}/"))
         found: dict[str, Any] = {}
         try:
             if beats:
-                self._clock.note(self._mirror, beats[-1])
+                self._mirror.fetch(beats[-1])
+                self._clock.look(self._mirror, beats[-1])
             now = run_state(Catalog(self._mirror), time.time() - self._clock.seconds)
         except StorageUnavailableError:
             raise
@@ -76,6 +83,12 @@ class Row:
         found |= {"safe_step": saved and saved.step, **{name: getattr(now, name) for name in LISTED}}
         found["last_seen"] = now.last_seen and now.last_seen + self._clock.seconds
         self._record = finite(found)
+
+    def _may_change(self) -> bool:
+        """Whether a heartbeat of the same size may tell more: a run that looks killed may have a clock that is behind ours."""
+        state, seen = self._record.get("state"), self._record.get("last_seen") or 0.0
+        is_fresh = state == "killed" and time.time() - seen < RECENT_SECONDS
+        return state in (None, *ALIVE, "damaged") or is_fresh
 
     def read_experiment(self) -> None:
         """Read to which group it belongs. Raises StorageUnavailableError."""

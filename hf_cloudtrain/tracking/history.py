@@ -79,8 +79,9 @@ class AttemptInfo:
 
     @property
     def price(self) -> float | None:
-        """Of an hour of all its machines, in the currency of the user; None if it was not told."""
-        return number(self.progress.get("price_per_hour"))
+        """Of an hour of all its machines, in the currency of the user; None if it was not recorded."""
+        price = number(self.progress.get("price_per_hour"))
+        return price if price is None or price >= 0 else None
 
 
 INTERRUPTED = ("preempted", "failed")
@@ -150,7 +151,7 @@ class History:
 
     @property
     def is_cost_bound(self) -> bool:
-        """Whether it has cost more: an attempt recorded no price, or was killed some time after its last sign of life."""
+        """Whether the cost is a lower bound: an attempt recorded no price, or was killed some time after its last heartbeat."""
         return any(info.was_killed or info.price is None for info in self.attempts)
 
     @property

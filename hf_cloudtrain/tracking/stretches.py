@@ -1,4 +1,4 @@
-"""When the steps of an attempt were finished, and the times in which none was."""
+"""When the steps of an attempt were finished, and the periods without a finished step."""
 
 from __future__ import annotations
 

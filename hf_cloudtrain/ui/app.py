@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -19,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hf_cloudtrain.errors import CloudTrainError, NoCheckpointError, NoJobError
+from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoCheckpointError, NoJobError
 from hf_cloudtrain.report import page
 from hf_cloudtrain.report.page import packed_plotly, plotly_script, shown
 from hf_cloudtrain.ui import actions
@@ -31,6 +32,8 @@ from hf_cloudtrain.ui.store import DatasetsSource, JobSource, JobsSource
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+
+logger = logging.getLogger(__name__)
 
 OURS, REPORT = Path(__file__).with_name("static"), Path(page.__file__).parent
 FILES = {path.name: path for path in (*OURS.iterdir(), REPORT / "charts.js", REPORT / "page.css")}
@@ -130,7 +133,8 @@ class Server:
         try:
             feed = await asyncio.to_thread(self.pages.feed, kind, query.get("id", "")[:4_000])
         except (CloudTrainError, OSError) as error:
-            gone = f"retry: 60000\ndata: {message(document={'gone': shown(error)}, final=True)}\n\n"
+            is_final = isinstance(error, (NoCheckpointError, NoJobError, ConfigurationError))
+            gone = f"retry: 5000\ndata: {message(document={'gone': shown(error)}, final=is_final)}\n\n"
             return Response(gone, media_type="text/event-stream")
         lines = _lines(feed, query.get("variant", "")[:20])
         return StreamingResponse(lines, 200, {"x-accel-buffering": "no"}, "text/event-stream")
@@ -165,7 +169,8 @@ class Server:
         except (CloudTrainError, OSError) as error:
             status = 404 if isinstance(error, (NoCheckpointError, NoJobError)) else 400
             return JSONResponse({"error": shown(error)}, status)
-        except Exception as error:  # noqa: BLE001 - a record of a form that was not foreseen
+        except Exception as error:  # a record with an unexpected structure
+            logger.debug("A request failed.", exc_info=True)
             return JSONResponse({"error": shown(f"{type(error).__name__}: {error}")}, 500)
 
 
@@ -179,7 +184,7 @@ class WebServer(uvicorn.Server):
         self._pages = server.pages
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As it is, with threads for all pages: those that wait for a storage must not keep the others from answering."""
+        """As it is, with more threads, so that pages that wait for a storage do not block the others."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         await super().startup(sockets)
 

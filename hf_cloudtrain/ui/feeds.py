@@ -18,7 +18,7 @@ SLOW_SECONDS = 4.0
 RETRY_SECONDS = 5.0
 """Seconds until a source is read again after an error."""
 LEAST_PAUSE = 0.2
-"""Seconds between two turns, however long one takes."""
+"""Shortest pause between two turns, in seconds."""
 WAIT_SECONDS = 1.0
 """That a follower waits for a turn: the threads are shared by all pages."""
 ALIVE_SECONDS = 15.0
@@ -104,8 +104,9 @@ class Feed:
                 self._trouble = f"The storage has not answered for {time.monotonic() - began:.0f} s."
                 self._tell()
             self._tell()
-            pause = turn.result()
-            await asyncio.sleep(max(min(pause, LEAST_PAUSE), pause - (time.monotonic() - began)))
+            pause, took = turn.result(), time.monotonic() - began
+            is_short = took < pause and self._trouble is None
+            await asyncio.sleep(max(min(pause, LEAST_PAUSE), pause - took) if is_short else pause)
 
     def _tell(self) -> None:
         told = self._version, self._trouble, self._is_over

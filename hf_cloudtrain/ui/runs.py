@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 import time
@@ -10,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cloudtrain.checkpoints.attempts import run_listing
-from hf_cloudtrain.checkpoints.manifest import decode_record
-from hf_cloudtrain.checkpoints.paths import ACTIONS
 from hf_cloudtrain.errors import (
-    CloudTrainError,
     ConfigurationError,
     NoCheckpointError,
 )
@@ -23,9 +19,9 @@ from hf_cloudtrain.report.comparison import Compared, comparison
 from hf_cloudtrain.report.page import Report, shown, utc
 from hf_cloudtrain.report.reader import RunReader
 from hf_cloudtrain.report.row import Row
-from hf_cloudtrain.runtime.text import clean
 from hf_cloudtrain.runtime.threads import in_threads
-from hf_cloudtrain.runtime.values import finite, number
+from hf_cloudtrain.runtime.values import finite
+from hf_cloudtrain.tracking.actions import newest_actions
 from hf_cloudtrain.tracking.mirror import READERS, Mirror
 from hf_cloudtrain.tracking.status import ALIVE
 from hf_cloudtrain.ui.places import Places
@@ -33,13 +29,13 @@ from hf_cloudtrain.ui.places import Places
 RUNS_SECONDS = 5.0
 """Between two listings of all runs, and at most a twentieth of the time goes into them: one request a second if one takes 50 ms."""
 NAMES_SECONDS = 0.05
-"""In which a page gets what is known of new runs, before more is read."""
+"""Seconds to send what is known of new runs before more is read."""
 JOB_SECONDS = 30.0
-"""Between two looks for the job of a run."""
+"""Seconds between two lookups of a run's job."""
 COMPARE_SECONDS = 2.0
 """Between two runs of a comparison, each of which takes at most two requests."""
 OVER_TURNS = 8
-"""Of so many turns of a comparison, one reads a run that does not train."""
+"""One in this many turns of a comparison reads a run that is not training."""
 SMOOTHINGS = (0.0, 0.6, 0.9, 0.98)
 MOST_LINES = 12
 """Of the log of its job that a run page shows."""
@@ -62,17 +58,17 @@ class RunsSource:
         The first turn only lists, so that the names of a thousand runs are on the page before their states.
         """
         began, is_first = time.monotonic(), not self.version
-        fresh = [row for row in self._rows.values() if row.experiment is None]
-        if fresh and self._listed is None:
+        fresh = [row for row in self._rows.values() if row.is_read and row.experiment is None]
+        if fresh:
             in_threads(Row.read_experiment, (fresh, READERS))
             self._publish()
             return RUNS_SECONDS
-        listed = self._listed or self._list()
+        listed = self._list() if self._listed is None else self._listed
         self._listed = listed if is_first else None
         if not is_first:
             in_threads(lambda run: self._rows[run].update(*listed[run]), (list(listed), READERS))
         self._publish()
-        is_new = any(row.experiment is None for row in self._rows.values())
+        is_new = is_first or any(row.experiment is None for row in self._rows.values())
         return NAMES_SECONDS if is_new else max(RUNS_SECONDS, 20 * (time.monotonic() - began))
 
     def document(self, variant: str) -> dict[str, Any]:
@@ -83,7 +79,7 @@ class RunsSource:
     def details(self, run_id: str) -> dict[str, Any]:
         """What takes the step records of a run: its loss curve, goodput and cost. Asked for the rows that a person sees."""
         row = self._rows.get(run_id)
-        if row is None or "state" not in row.record:
+        if row is None or not row.is_read:
             raise NoCheckpointError(f"There is no run {run_id[:200]!r} on this page.")
         return row.details()
 
@@ -126,7 +122,9 @@ class RunSource:
         """Read what is due. The log is a file here, if it is shown: no request to the storage."""
         if time.monotonic() >= self._job_due:
             self._job_due = time.monotonic() + JOB_SECONDS
-            self._job = self._places.job_of(self._id)
+            job = self._places.job_of(self._id) or self._job
+            self._logs += job != self._job
+            self._job = job
         if self._job is not None:
             log = [shown(line, 400) for line in last_lines(self._job[1] / "node-0.log", MOST_LINES)]
             self._logs += log != self._log
@@ -146,7 +144,8 @@ class RunSource:
         live = {name: getattr(state, name) for name in ("attempt", "step", "total_steps")}
         differs = f"{abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} this one."
         clock = [f"The clock of the training machine is {differs}"] if skew else []
-        actions = [self._action(info.path) for info in reader.mirror.list(ACTIONS)[-20:]][::-1]
+        noted = newest_actions(reader.mirror)
+        actions = [shown(f"{utc(one[0])} UTC: {one[1]}", 300) if one else "damaged record" for one in noted]
         logs = {"Log, the last lines": self._log, "Actions from this page": actions}
         stalled = [f"The run looks stalled, {state.stalled}."] if state.stalled else []
         notes = [note for note in known[1]["notes"] if not note.startswith("The run looks stalled")]
@@ -166,14 +165,6 @@ class RunSource:
             "logs": {title: lines for title, lines in logs.items() if lines},
         }
 
-    def _action(self, path: str) -> str:
-        try:
-            record = decode_record(self.reader.mirror.read(path), "record of an action")
-        except CloudTrainError:
-            return "damaged record"
-        moment = utc(number(record.get("time")) or 0.0)
-        return shown(f"{moment} UTC: {clean(record.get('action'))}, by {clean(record.get('user'))}", 300)
-
 
 class CompareSource:
     """Several runs: each is read in its turn."""
@@ -183,8 +174,8 @@ class CompareSource:
             raise ConfigurationError(f"{len(run_ids)} runs cannot be compared. Choose 2 to 12.")
         seconds = COMPARE_SECONDS * len(run_ids)
         self._readers = [RunReader(Mirror(*places.find(run_id)), seconds) for run_id in run_ids]
-        self._next = itertools.cycle(self._readers)
         self._turns = 0
+        self._read_in: dict[RunReader, int] = {}
 
     @property
     def version(self) -> int:
@@ -192,14 +183,16 @@ class CompareSource:
         return sum(reader.version for reader in self._readers)
 
     def turn(self) -> float:
-        """Read one of the runs that train, and at times one that does not; the first time all of them."""
-        for reader in self._readers:
-            if reader.report is None:
+        """Read the run that was not read for the longest time, mostly of those that train; the first time all of them."""
+        if not self._turns:
+            for reader in self._readers:
                 reader.turn()
         self._turns += 1
-        for reader in itertools.islice(self._next, len(self._readers)):
-            if reader.state().state in ALIVE or self._turns % OVER_TURNS == 0:
-                break
+        alive = [reader for reader in self._readers if reader.report and reader.state().state in ALIVE]
+        others = [reader for reader in self._readers if reader not in alive]
+        group = others if not alive or (others and self._turns % OVER_TURNS == 0) else alive
+        reader = min(group, key=lambda one: self._read_in.get(one, 0))
+        self._read_in[reader] = self._turns
         reader.turn()
         return COMPARE_SECONDS
 

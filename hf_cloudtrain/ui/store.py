@@ -15,7 +15,7 @@ from typing import Any
 from hf_cloudtrain.datasets.store import DatasetStore, key_of
 from hf_cloudtrain.errors import CloudTrainError
 from hf_cloudtrain.jobs import lifecycle
-from hf_cloudtrain.jobs.logs import last_lines
+from hf_cloudtrain.jobs.logs import joined_lines, last_lines
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, KnownJobs, job_columns, start_columns
 from hf_cloudtrain.report.page import fact_table, record_table, shown, utc
 from hf_cloudtrain.report.summary import read_infos
@@ -47,7 +47,7 @@ class JobsSource:
         mirror = self._store.mirror
         mirror.refresh()
         mirror.fetch_all(f"records/{record.id}.json" for record in self._records if not record.is_over)
-        records = [lifecycle.glance(job) if job.engine == "local" else job for job in self._store.records()]
+        records = [_seen(self._store, job) if job.engine == "local" else job for job in self._store.records()]
         if records != self._records or not self.version:
             self._records, self.version = records, self.version + 1
         return JOBS_SECONDS
@@ -62,7 +62,7 @@ class JobsSource:
         table = record_table(f"Jobs in {shown(self._store.url)}", columns if jobs else {}, jobs, text)
         for row, job in zip(table.rows, jobs, strict=True):
             row[0] = (*row[0], address("job", job.id))
-            run = self._places.id_of(job.run_url)
+            run = self._places.id_of(job.run_url) if len(job.run_url) <= MOST_URL else None
             row[-1] = row[-1] if run is None else (*row[-1], address("run", run))
         return {"tables": [vars(table)]}
 
@@ -81,7 +81,7 @@ class JobSource:
         self._seen: dict[Path, tuple[int, float]] = {}
         self._no_log = "There is no log yet."
         self._looked = self._record, self._record
-        """The stored record at the last look, and what its engine made of it."""
+        """The stored record at the last look, and the record with its engine's state."""
         self._record_due = self._far_due = self._look_due = -math.inf
 
     def turn(self) -> float:
@@ -92,8 +92,8 @@ class JobSource:
             stored = record = self._store.read(self._record.id)
             if stored.engine == "local" or (now >= self._look_due and not is_first):
                 self._look_due = now + FAR_SECONDS
-                with contextlib.suppress(CloudTrainError, OSError, subprocess.SubprocessError):
-                    self._looked = stored, lifecycle.glance(stored)
+                with contextlib.suppress(CloudTrainError, OSError, subprocess.SubprocessError, LookupError):
+                    self._looked = stored, _seen(self._store, stored)
             if stored == self._looked[0]:
                 record = self._looked[1]
             self.version += record != self._record or not self.version
@@ -138,7 +138,7 @@ class JobSource:
             "id": shown(record.id, 80),
             "state": shown(record.state, 20),
             "is_over": record.is_over,
-            "run": self._places.id_of(record.run_url[:MOST_URL]),
+            "run": self._places.id_of(record.run_url) if len(record.run_url) <= MOST_URL else None,
             "tables": [vars(fact_table("Job", facts)), vars(table)],
             "logs": dict(self._lines),
             "no_log": reason,
@@ -146,7 +146,7 @@ class JobSource:
 
     def _note(self, name: str, lines: Iterable[str]) -> None:
         known = self._lines.get(name, [])
-        self._lines[name] = _joined(known, [shown(line, 1_000) for line in lines])
+        self._lines[name] = joined_lines(known, [shown(line, 1_000) for line in lines], MOST_LINES)
         self.version += self._lines[name] != known
 
 
@@ -180,10 +180,8 @@ class DatasetsSource:
         return {"tables": [self._table]}
 
 
-def _joined(before: list[str], now: list[str]) -> list[str]:
-    """The lines known so far with the new ones, so that only new ones are sent; a window that moved on begins again."""
-    for overlap in range(min(len(before), len(now)), 0, -1):
-        if before[-overlap:] == now[:overlap]:
-            joined = before + now[overlap:]
-            return joined if len(joined) <= 4 * MOST_LINES else joined[-MOST_LINES:]
-    return now
+def _seen(store: JobStore, record: JobRecord) -> JobRecord:
+    """A record with its engine's state. Of a lost job, its supervisor may have written the end since the record was read."""
+    seen = lifecycle.glance(record)
+    again = store.read(record.id) if seen.state == "lost" else record
+    return again if again.is_over else seen

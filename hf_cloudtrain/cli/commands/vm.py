@@ -35,7 +35,7 @@ LISTED: Columns = {
     "Quota": lambda vm: vm.quota,
 }
 PRICE: Columns = {">Price/h": lambda vm: None if vm.price is None else f"{vm.price:,.2f}"}
-"""Of one machine, where a source has prices: SkyPilot's are in US dollars."""
+"""Hourly price of one machine, if the source lists prices; SkyPilot's are in US dollars."""
 
 
 @app.callback(help=HELP)

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_cloudtrain import env
 from hf_cloudtrain.jobs.node.folders import unmoved_folders
 from hf_cloudtrain.jobs.node.mounts import Mount, argv
 from hf_cloudtrain.jobs.spec.node_plan import CONTRACT, PERIFLOW
@@ -89,7 +90,7 @@ def docker_argv(
         mount.source.mkdir(parents=True, exist_ok=True)  # docker refuses a source that does not exist
         found += ["--mount", _mount_option(mount)]
     forwarded = {name for name in os.environ if name.startswith(FORWARDED)}
-    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, plan.variables)):
+    for variable in sorted(forwarded.union(CONTRACT, PERIFLOW, (env.PRICE,), plan.variables)):
         found += ["--env", variable]
     name = container_name(submission)
     first = HOOK + INIT if plan.launch else INIT

@@ -54,7 +54,7 @@ class Plan:
     launch: bool = False
     """Whether the command gets the hook of `cloudtrain launch`."""
     price: float | None = None
-    """Of an hour of all nodes, if it is known; a job's own `HF_CLOUDTRAIN_PRICE` goes before it."""
+    """Hourly price of all nodes, if it is known. A `HF_CLOUDTRAIN_PRICE` of the job or of the shell takes precedence."""
 
     @property
     def world_size(self) -> int:
@@ -128,8 +128,8 @@ class Plan:
             contract[env.EXPERIMENT] = self.experiment
         if self.checkpoint_dir is not None:
             contract[env.CHECKPOINT_DIR] = self.checkpoint_dir
-        is_told = self.price is None or (shell or {}).get(env.PRICE)
-        known = {} if is_told else {env.PRICE: f"{self.price:g}"}
+        is_set = self.price is None or (shell or {}).get(env.PRICE)
+        known = {} if is_set else {env.PRICE: str(self.price)}
         found = {
             **known,
             **self.own_variables(shell or {}),

@@ -15,7 +15,7 @@ FILE = "vms.yml"
 
 
 class ListedVm(BaseModel):
-    """One machine type, how many machines of it there are, and the price of an hour of one, in any currency."""
+    """One machine type, its count, and the hourly price of one machine, in any currency."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 

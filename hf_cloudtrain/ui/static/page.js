@@ -34,14 +34,17 @@ function open(kind, id, variant) {
     doc = message.patch ? apply(doc, message.patch) : message.document;
     frame ||= requestAnimationFrame(render);
     link("live");
-    if (message.final) close(); // there is nothing to wait for
+    if (!message.final) return;
+    close(); // there is nothing to wait for
+    link("");
   };
   stream.onerror = async () => {
     link("The server does not answer. Trying again.", true);
     if (stream?.readyState !== EventSource.CLOSED) return;
     close(); // a refusal, after which a browser does not try again: the token may be an old one
-    session = await ask("/api/session");
-    if (session.read === false) login(); else setTimeout(() => stream || document.hidden || page?.open(), 5e3);
+    const found = await ask("/api/session");
+    if (!found.error) session = found;
+    if (found.read === false) login(); else setTimeout(() => stream || document.hidden || page?.open(), 5e3);
   };
 }
 function close() {
@@ -77,13 +80,13 @@ async function ask(path, body) {
   try {
     text = await (await fetch(path, body && { method: "POST", body: JSON.stringify(body) })).text();
     return text ? JSON.parse(text) : {};
-  } catch (error) { return { error: text || `The server does not answer: ${error.message}.` }; }
+  } catch (error) { return { error: text || `No response from the server: ${error.message}.` }; }
 }
 
 // --- Charts and tables, as report/ made them ---------------------------------------------------------------------------
 
 let library = null, drawing = Promise.resolve();
-const plotly = () => (library ||= new Promise((done, failed) => document.head.append(h("script", { src: "/static/plotly.js", onload: done, onerror: () => { library = null; failed("plotly.js was not loaded"); } }))));
+const plotly = () => (library ||= new Promise((done, failed) => document.head.append(h("script", { src: "/static/plotly.js", onload: done, onerror: () => { library = null; failed("could not load plotly.js"); } }))));
 const SCALED = new Set(["loss", "gradnorm", "rate", "steptime", "throughput"]);
 
 // One at a time: the next document may come while the first is drawn.
@@ -180,11 +183,17 @@ function runsPage() {
       busy += 1;
       const found = await ask(`/api/details?id=${encodeURIComponent(run.id)}`);
       busy -= 1;
-      if (found.error) setTimeout(() => { memory.details.set(run.id, known ?? {}); fill(row, row.run); read(); }, 5e3); // and ask again
+      if (found.error) setTimeout(again, (row.wait = Math.min(3e5, 2 * (row.wait ?? 2.5e3))), row, version);
       else memory.details.set(run.id, { version, ...found });
       fill(row, row.run);
       if (found.cost != null) table.classList.add("priced");
     }
+  }
+  function again(row, version) { // after an error, unless something newer was asked for meanwhile
+    if (!body.isConnected || document.hidden || memory.details.get(row.run.id)?.version !== version) return;
+    memory.details.set(row.run.id, { ...memory.details.get(row.run.id), version: null });
+    fill(row, row.run);
+    read();
   }
   function fill(row, run) {
     row.run = run;
@@ -196,7 +205,7 @@ function runsPage() {
     if (!doc?.runs) return;
     const words = memory.filter.toLowerCase().split(/\s+/).filter(Boolean), all = Object.values(doc.runs), { key, down } = memory;
     const value = (run) => (key === "share" ? (run.step || 0) / (run.total_steps || Infinity) : run[key] ?? memory.details.get(run.id)?.[key]);
-    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state} ${run.experiment}`.toLowerCase().includes(word)));
+    const found = all.filter((run) => words.every((word) => `${run.name} ${run.state ?? ""} ${run.experiment}`.toLowerCase().includes(word)));
     const { compare: byText } = new Intl.Collator("en", { numeric: true });
     found.sort((a, b) => {
       const [x, y] = [value(a), value(b)];
@@ -313,6 +322,8 @@ function prune(id) {
 }
 function login(error = "") {
   close();
+  link("");
+  $("dialog").close();
   page = null;
   const token = h("input", { type: "password", id: "token", autocomplete: "current-password" });
   main.replaceChildren(h("header", {}, h("h1", {}, "Token")), h("form", { class: "bar", onsubmit: async (event) => {
@@ -324,8 +335,9 @@ function login(error = "") {
   token.focus();
 }
 
+const decoded = (text) => { try { return decodeURIComponent(text); } catch { return text; } };
 function route() {
-  const [, kind = "", id = ""] = location.hash.split("/").map((part) => { try { return decodeURIComponent(part); } catch { return part; } });
+  const [, kind = "", id = ""] = location.hash.split("/").map(decoded);
   const above = { job: "jobs", run: "", compare: "" }[kind] ?? kind;
   document.querySelectorAll(".top a").forEach((anchor) => (anchor.hash === `#/${above}` ? anchor.setAttribute("aria-current", "page") : anchor.removeAttribute("aria-current")));
   ({ run: runPage, compare: comparePage, job: jobPage, jobs: () => listPage("Jobs", "jobs"), datasets: () => listPage("Datasets", "datasets") }[kind] || runsPage)(id);
@@ -334,11 +346,11 @@ async function begin() {
   const token = /^#token=(.+)$/.exec(location.hash);
   if (token) {
     history.replaceState(null, "", "/"); // so that it stays neither in the address nor in the history
-    const answer = await ask("/api/session", { token: decodeURIComponent(token[1]) });
+    const answer = await ask("/api/session", { token: decoded(token[1]) });
     if (answer.error) return login(answer.error);
   }
   session = await ask("/api/session");
-  if (session.read) route(); else login();
+  if (session.error) { link(session.error, true); setTimeout(begin, 5e3); } else if (session.read) route(); else login();
 }
 window.addEventListener("hashchange", () => {
   if (/^#token=/.test(location.hash)) begin();

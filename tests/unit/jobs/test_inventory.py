@@ -303,6 +303,16 @@ class TestSkypilot:
         machines.own("vms:\n- vm: x\n  price: -1\n")
         assert inventory.price_of(spot, is_rented=True) == 3.5
 
+    def test_a_damaged_catalog_ends_no_job(self, machines: Machines) -> None:
+        spot = "aws-16gb-v100-4g-us-east-1-spot"
+        rows = [AWS.splitlines()[2].replace("4.0,", f"{count},", 1) for count in ("inf", "nan", "1e999")]
+        rows.append(AWS.splitlines()[2].replace("V100,", f"V100-{'9' * 5_000}GB,", 1))
+        machines.catalog("aws", AWS + "\n".join(rows) + "\n")
+        assert inventory.price_of(spot, is_rented=True) == 3.7
+        machines.catalog("azure", AZURE + "x" * 200_000 + "\n")
+        assert inventory.price_of("azure-16gb-v100-4g-eastus", is_rented=True) is None
+        assert "is not a table" in listed()["problems"][0]
+
     def test_a_skypilot_without_a_catalog_is_reported(self, machines: Machines) -> None:
         machines.program("sky", "")
         assert "Run `sky show-gpus` to download it" in listed()["problems"][0]

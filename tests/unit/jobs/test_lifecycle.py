@@ -16,6 +16,7 @@ from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError, NoDatasetError
 from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.engines import EngineStatus
+from hf_cloudtrain.jobs.node.docker import docker_argv
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import SUPERVISOR_LOCK, Submission
@@ -100,17 +101,17 @@ def test_the_script_is_told_the_price_of_all_machines_of_the_job(
     (tmp_path / "store" / "vms.yml").write_text("vms:\n- vm: rack-80gb-h100-2g-berlin\n  price: 2.5\n")
     text = TEXT.format(engine="local") + "vm: rack-80gb-h100-2g-berlin\nlocal: {nodes: 3}\n"
     found: list[str | None] = []
-    for job in (text, text + "env: {HF_CLOUDTRAIN_PRICE: '7'}\n", TEXT.format(engine="local")):
+    for job in (text, TEXT.format(engine="local")):
         record = submitted(store, job)
-        plan = Submission.load(Path(record.home)).plan  # as a node has it
+        submission = Submission.load(Path(record.home))  # as a node has it
         place = {"master_addr": "host", "master_port": 1, "run_url": record.run_url, "exit_file": "exit"}
-        for shell in ({}, {"HF_CLOUDTRAIN_PRICE": "9"}):
-            variables = {"HF_CLOUDTRAIN_PRICE": "7"} if "env" in job else {}
-            own = dataclasses.replace(plan, variables=variables)
-            found.append(own.environment(0, **place, shell=shell).get("HF_CLOUDTRAIN_PRICE"))  # type: ignore[arg-type]
-    assert found == ["7.5", None, "7", "7", None, None], (
-        "the job's own price, then the shell's, then that of the machines"
-    )
+        shells: list[dict[str, str]] = [{}, {"HF_CLOUDTRAIN_PRICE": "9"}]
+        environments = [submission.plan.environment(0, **place, shell=shell) for shell in shells]  # type: ignore[arg-type]
+        found += [environment.get("HF_CLOUDTRAIN_PRICE") for environment in environments]
+    assert found == ["7.5", None, None, None], "the shell's own price stays as it is"
+    own = dataclasses.replace(submission.plan, variables={"HF_CLOUDTRAIN_PRICE": "7"}, price=7.5)
+    assert own.environment(0, **place)["HF_CLOUDTRAIN_PRICE"] == "7"  # type: ignore[arg-type]
+    assert "HF_CLOUDTRAIN_PRICE" in docker_argv(submission, "image", [], ["true"])
 
 
 def test_an_engine_that_cannot_start_a_job_leaves_a_record_that_says_so(

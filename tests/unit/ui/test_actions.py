@@ -74,7 +74,7 @@ def test_prune_shows_first_and_deletes_exactly_what_was_shown(places: Places, ca
     plan = act(places, asked)
     before = catalog.checkpoints()
     assert plan["going"] == [str(key) for key in before[:-2] if key != CheckpointKey(2, 200)]
-    assert "5 checkpoints (2.2 GB) would be deleted; 1 more are protected." in plan["text"]
+    assert "5 checkpoints (2.2 GB) would be deleted; 1 other protected." in plan["text"]
     assert lines(catalog) == []
     assert catalog.checkpoints() == before
     changed = act(places, {**asked, "sure": plan["going"][1:]})
@@ -113,7 +113,7 @@ def test_damaged_checkpoints_are_named_before_a_deletion(places: Places, catalog
     for key in catalog.checkpoints()[:2]:
         catalog.storage.write(f".cloudtrain/checkpoints/{key}.json", b"{oops")
     text = act(places, {"action": "prune", "run": "0/mnli", "keep": 2})["text"]
-    assert text.endswith("more are protected. 2 damaged ones will stay."), text
+    assert text.endswith("protected. 2 damaged checkpoints kept."), text
 
 
 def test_a_deletion_that_fails_half_way_is_noted_with_what_it_deleted(
@@ -131,21 +131,33 @@ def test_a_deletion_that_fails_half_way_is_noted_with_what_it_deleted(
     monkeypatch.setattr(retention, "retire_unprotected", fails_second)
     with pytest.raises(StorageUnavailableError):
         act(places, {"action": "prune", "run": "0/mnli", "keep": 2, "sure": going})
-    assert lines(catalog) == ["deleted 1 checkpoint, all but the newest 2"]
+    assert lines(catalog) == ["deleted 1 checkpoint, then failed: The storage does not answer."]
 
 
-@pytest.mark.parametrize("where", ["a run of this page", "a different folder", "a run that has not begun"])
+@pytest.mark.parametrize(
+    ("where", "noted", "said"),
+    [
+        ("runs/mnli", True, ""),
+        ("runs/mnli-1", True, ""),
+        ("else/where", False, " Its run is not on this page, so the action is not recorded there."),
+        ("runs/not-begun", False, ""),
+    ],
+)
 def test_cancel_asks_the_job_and_notes_it_in_its_run(
-    places: Places, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, noted: bool, said: str
 ) -> None:
-    run = catalog if where == "a run of this page" else Catalog(Storage(f"file://{tmp_path}/else/where"))
-    if where == "a different folder":
+    """A record of a job comes from storage: the server writes to no URL that only the record names."""
+    run = Catalog(Storage(f"{tmp_path}/{where}"))
+    if where in ("else/where", "runs/mnli-1"):
         run.attempts.begin(time.time(), 0, None, {})
+    if where == "runs/mnli-1":
+        places.roots = []
     store = JobStore()
     facts = {"engine": "local", "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}
-    record = store.create("mnli", run_url=run.storage.url, state="running", **facts)
+    run_url = None if where == "runs/mnli-1" else run.storage.url
+    record = store.create("mnli", run_url=run_url, state="running", **facts)
     monkeypatch.setattr("hf_cloudtrain.jobs.lifecycle.look", lambda store, record: record)
-    assert act(places, {"action": "cancel", "job": record.id})["text"] == "Asked mnli-1 to save and end."
+    answer = act(places, {"action": "cancel", "job": record.id})["text"]
+    assert answer == f"Asked mnli-1 to save and end.{said}"
     assert store.is_cancelled(record.id)
-    noted = [] if where == "a run that has not begun" else ["asked the job mnli-1 to end"]
-    assert lines(run) == noted
+    assert lines(run) == (["asked the job mnli-1 to end"] if noted else [])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_cloudtrain.errors import StorageUnavailableError
 from hf_cloudtrain.ui import feeds
 from hf_cloudtrain.ui.feeds import Feed
 
@@ -57,15 +58,19 @@ def test_a_follower_does_not_wait_for_a_turn_that_takes_long(monkeypatch: pytest
     assert "b" in json.dumps(found[-1]["patch"]), "the end of the turn brings the document"
 
 
-def test_the_time_of_a_turn_is_part_of_its_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a storage that takes its time does not delay what a page shows further."""
-    now, slept = [0.0], []
+def test_the_time_of_a_turn_is_part_of_its_pause_unless_it_is_slow_or_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a page is as fresh as it says, and a slow storage, or one that fails, is not asked without a pause."""
+    now, slept, turns = [0.0], list[float](), [0.3, 1.4, 4.0, 0.3]
 
     class Timed:
         version = 1
 
         def turn(self) -> float:
-            now[0] += 1.2 if len(slept) == 0 else 4.0
+            now[0] += turns[len(slept)]
+            if len(slept) == 3:
+                raise StorageUnavailableError("The storage does not answer.")
             return 1.5
 
         def document(self, variant: str) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def test_the_time_of_a_turn_is_part_of_its_pause(monkeypatch: pytest.MonkeyPatch
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
-        if len(slept) == 2:
+        if len(slept) == len(turns):
             raise asyncio.CancelledError
 
     async def read() -> None:
@@ -84,4 +89,4 @@ def test_the_time_of_a_turn_is_part_of_its_pause(monkeypatch: pytest.MonkeyPatch
             await feed._read()
 
     asyncio.run(read())
-    assert slept == pytest.approx([0.3, feeds.LEAST_PAUSE])
+    assert slept == pytest.approx([1.2, feeds.LEAST_PAUSE, 1.5, feeds.RETRY_SECONDS])

@@ -11,6 +11,7 @@ import pytest
 
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import ConfigurationError
+from hf_cloudtrain.jobs import lifecycle
 from hf_cloudtrain.jobs.engines import EngineStatus
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start
 from hf_cloudtrain.runtime.process_tree import this_process
@@ -104,6 +105,26 @@ def test_a_job_whose_supervisor_is_gone_is_lost_on_both_pages(store: JobStore, p
         "supervisor process has disappeared" in value for _, value in cells(source.document("")["tables"][0])
     )
     assert store.read(record.id).state == "running", "a page writes nothing"
+
+
+def test_a_job_that_ends_while_it_is_looked_at_is_not_lost(
+    store: JobStore, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {**this_process(), "pid": 2**22 + 1}
+    record = job(store, "mnli", engine="local", state="running", handle=gone)
+    look = lifecycle.glance
+
+    def ends(seen: JobRecord) -> JobRecord:
+        found = look(seen)
+        if not store.read(record.id).is_over:
+            store.write(store.read(record.id), state="finished", reason=None)
+        return found
+
+    monkeypatch.setattr(lifecycle, "glance", ends)
+    jobs = JobsSource(places)
+    jobs.turn()
+    ((row,),) = (table["rows"] for table in jobs.document("")["tables"])
+    assert ("finished", "") in row
 
 
 def test_an_engine_that_knows_more_than_the_record_is_asked_every_half_minute(
