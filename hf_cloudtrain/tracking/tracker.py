@@ -43,6 +43,8 @@ SAVE_FLUSH_SECONDS = 2.0
 """Shortest time between two writes of records if saves are very frequent."""
 PAUSE_SECONDS = 1.0
 """Shortest time between two steps that is recorded as a pause: a pause after every step must stay cheap."""
+CLOSE_SECONDS = 30.0
+"""Longest wait for the last records, at the end."""
 RECENT_STEPS = 50
 """The latest steps, from which rate and eta are computed."""
 RECENT_SAVES = 5
@@ -202,7 +204,7 @@ class StepTracker:
         self._closed = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=30.0)
+            self._thread.join(timeout=CLOSE_SECONDS)
 
     def _name_dropped(self, name: object, error: Exception) -> None:
         shown = repr(name)[:100] if isinstance(name, str) else f"of type {type(name).__name__}"
@@ -214,6 +216,12 @@ class StepTracker:
 
     def _close_at_exit(self) -> None:
         self.close("stopped" if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) else "failed")
+        if self._thread.is_alive() and self._files:
+            logger.warning(
+                "There was no time to store everything: the end of the event files in %s may be on this machine only. Copy "
+                "them to keep it.",
+                " and ".join(repr(str(files.folder)) for files in self._files.values()),
+            )
 
     def heartbeat(self) -> dict[str, Any]:
         """The content of `progress/<attempt>.json` now. Rates are per second over the last 50 steps, times in seconds."""

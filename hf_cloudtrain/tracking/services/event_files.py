@@ -84,7 +84,7 @@ class EventFiles:
         self._storage = storage
         # By its id: a folder that holds a different training, too, is recorded again, under the next number.
         self._top = f"{EVENTS}/{run.service}-{hashlib.sha256(run.id.encode()).hexdigest()[:8]}"
-        self._folder = folder
+        self.folder = folder
         self._flush = flush
         self._began = time.time() - CLOCK_SECONDS
         self._stored: dict[str, _Stored] = {}
@@ -98,14 +98,14 @@ class EventFiles:
         count = 0
         for name, parts in self._on_storage():
             self._stored[name] = _Stored(sum(part.size for part in parts), len(parts) + 1)
-            path = self._folder / name
+            path = self.folder / name
             if os.path.lexists(path):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             self._join(parts, path)
             count += 1
         if count:
-            logger.info("Restored %d event files of earlier attempts to %s.", count, self._folder)
+            logger.info("Restored %d event files of earlier attempts to %s.", count, self.folder)
 
     def store(self) -> bool:
         """Store what is new in each file, up to one part each; whether there may be more.
@@ -117,7 +117,7 @@ class EventFiles:
             self._flush()
         except Exception as error:  # noqa: BLE001 - of any library; one that was closed meanwhile has written everything
             logger.debug("%s", error)
-        more = [self._store(path) for path in sorted(self._folder.rglob(NAMES))]
+        more = [self._store(path) for path in sorted(self.folder.rglob(NAMES))]
         return any(more)
 
     def _join(self, parts: list[ObjectInfo], path: Path) -> None:
@@ -131,7 +131,7 @@ class EventFiles:
             beside.unlink(missing_ok=True)
 
     def _store(self, path: Path) -> bool:
-        name = path.relative_to(self._folder).as_posix()
+        name = path.relative_to(self.folder).as_posix()
         try:
             found = path.lstat()
             is_foreign = name not in self._stored and (

@@ -14,6 +14,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from hf_cloudtrain import CloudTrainCallback
+from hf_cloudtrain.checkpoints import upload_queue
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.env import RUN_URL
 from hf_cloudtrain.errors import ConfigurationError
@@ -77,6 +78,15 @@ def test_a_checkpoint_in_the_configuration_wins_and_a_warning_says_so(
 def test_the_limit_of_the_configuration_holds_on_storage(plugin: Any, tmp_path: Path) -> None:
     train(plugin, tmp_path, "first", 6, save_total_limit=1)
     assert [key.step for key in Catalog(Storage(str(tmp_path / "run"))).checkpoints()] == [6]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_none_for_transformers_is_none_on_storage(
+    plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(upload_queue, "MAX_WAITING", 3)  # steps of milliseconds outrun the uploads
+    train(plugin, tmp_path, "first", 6, save_total_limit=limit)
+    assert [key.step for key in Catalog(Storage(str(tmp_path / "run"))).checkpoints()] == [2, 4, 6]
 
 
 def test_the_run_url_may_come_from_the_environment_and_one_must_be_there(

@@ -7,9 +7,11 @@ import json
 import logging
 import math
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,8 +22,10 @@ from hf_cloudtrain.checkpoints.upload_status import Commit, UploadStatus
 from hf_cloudtrain.errors import StorageError
 from hf_cloudtrain.tracking import tracker as module
 from hf_cloudtrain.tracking.records import StepRecords
+from hf_cloudtrain.tracking.services.event_files import EventFiles
+from hf_cloudtrain.tracking.services.runs import TrackerRun
 from hf_cloudtrain.tracking.tracker import StepTracker
-from tests.faults.runs import Machines, wait_until
+from tests.faults.runs import DEADLINE, Machines, wait_until
 
 
 class Clock:
@@ -324,6 +328,25 @@ def test_an_attempt_that_the_end_of_the_process_ends_says_whether_it_was_ctrl_c(
     monkeypatch.setattr(sys, "last_value", error, raising=False)
     tracker._close_at_exit()
     assert (machines.catalog.attempts.read_progress(3) or {}).get("state") == state
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_event_files_for_which_there_is_no_time_at_the_end_are_named(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, in_time: bool
+) -> None:
+    run_of_tracker, gate = TrackerRun("tensorboard", "runs/one", 1), threading.Event()
+    files = EventFiles(machines.catalog.storage, run_of_tracker, Path("out/runs/one"), gate.wait)
+    monkeypatch.setattr(module, "CLOSE_SECONDS", DEADLINE if in_time else 0.01)
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=4, files={"tensorboard": files})
+    tracker.start()
+    if in_time:
+        gate.set()
+    tracker.close("preempted")
+    tracker._close_at_exit()
+    said = "the end of the event files in 'out/runs/one' may be on this machine only" in caplog.text
+    assert said is not in_time
+    gate.set()
+    tracker._thread.join(DEADLINE)
 
 
 def test_records_survive_an_outage(
