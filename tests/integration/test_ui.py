@@ -453,7 +453,7 @@ def test_a_thousand_runs_are_filtered_and_sorted(store: Path, browser: Browser) 
         catalog.attempts.write_progress(1, {"time": BEGAN, "state": "finished", "step": number})
     with Served([str(store / "runs")]) as served:
         page = browser.open(served.url, 1280)
-        page.wait("document.querySelectorAll('tbody tr').length === 100")
+        page.wait(f"{SHOWN} && document.querySelectorAll('tbody tr').length === 100")
         # What the first paint takes: independent of how many runs there are.
         assert page.ask("document.querySelectorAll('*').length") < 2_500
         assert page.ask("typeof Plotly") == "undefined"

@@ -134,7 +134,7 @@ class TestPage:
         record_run(catalog)
         (tmp_path / "report.html").write_text("before")
         nowhere = tmp_path / "nowhere" / "report.html"
-        assert f"No such file or directory: '{nowhere}'." in report(catalog, nowhere, code=1).stderr
+        assert f"The folder '{nowhere.parent}' does not exist" in report(catalog, nowhere, code=1).stderr
         with monkeypatch.context() as patched:
             patched.setattr(
                 os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x"))
