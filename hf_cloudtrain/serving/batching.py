@@ -47,7 +47,7 @@ class Batcher:
     def __init__(self, work: Work, metrics: Metrics, *, largest: int, room: int) -> None:
         self._work, self._metrics = work, metrics
         self._largest, self._room = largest, room
-        self._requests: deque[_Waiting] = deque()
+        self._requests: list[_Waiting] = []
         self._changed = threading.Condition()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="cloudtrain-model", daemon=True)
@@ -97,19 +97,16 @@ class Batcher:
 
     def _next_batch(self) -> list[tuple[_Waiting, int, Any]]:
         """Rows with equal parameters: one of each request in turn, beginning with the request that has waited longest."""
-        while self._requests and (self._requests[0].done.done() or not self._requests[0].queue):
-            self._requests.popleft()
-        if not self._requests:
-            return []
-        parameters = self._requests[0].parameters
-        turn = [r for r in self._requests if r.parameters == parameters and not r.done.done() and r.queue]
+        waiting = [request for request in self._requests if request.queue and not request.done.done()]
+        turn = [request for request in waiting if request.parameters == waiting[0].parameters]
         batch: list[tuple[_Waiting, int, Any]] = []
         while turn and len(batch) < self._largest:
             now = turn[: self._largest - len(batch)]
             batch += [(request, *request.queue.popleft()) for request in now]
             turn = [request for request in turn if request.queue]
         served = {id(request) for request, _, _ in batch}
-        self._requests = deque(sorted(self._requests, key=lambda request: id(request) in served))
+        left = (request for request in waiting if request.queue)
+        self._requests = sorted(left, key=lambda request: id(request) in served)
         return batch
 
 

@@ -45,8 +45,12 @@ def record_end(checkpointer: Checkpointer, outcome: Outcome, reason: str | None 
 
 
 def record_served() -> None:
-    """Write into the exit file, if one is configured, that this process answers requests: its start did not fail."""
-    if name := env.exit_file():
+    """Write into the exit file, if one is configured, that this process answers requests: its start did not fail.
+
+    How a training of the same command ended stays there.
+    """
+    name = env.exit_file()
+    if name is not None and read_end(Path(name)) is None:
         _write(name, {"served": True})
 
 

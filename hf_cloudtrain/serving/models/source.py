@@ -129,7 +129,8 @@ def manifest_of_copy(catalog: Catalog, key: str) -> Manifest | None:
     Args:
         key: of the checkpoint.
     """
-    for path in _copies(catalog).glob(f"{glob.escape(key)}-*/{MANIFEST}"):
+    found = _copies(catalog).glob(f"{glob.escape(key)}-*/{MANIFEST}")
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ManifestError):
             return Manifest.parse(path.read_bytes(), key)
     return None
