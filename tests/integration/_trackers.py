@@ -73,6 +73,7 @@ class NotebookCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         Notebook().write(run=self.run, ends=state.global_step)
+        self.run = None
 
 
 class NotebookService(TrackerService):
@@ -151,13 +152,19 @@ class BackAt(TrainerCallback):
 
 
 def train(
-    *, ids: list[str] | None = None, added_later: bool = False, back_at: int | None = None, **arguments: Any
+    *,
+    ids: list[str] | None = None,
+    added_later: bool = False,
+    back_at: int | None = None,
+    tested: bool = False,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """An attempt that reports to the notebook, as `_attempts.train`.
 
     Args:
         added_later: our callback joins by `add_callback`, after the Trainer is made.
         back_at: step at which a service that is down answers again.
+        tested: the script evaluates once more after the training.
     """
     integration_utils.INTEGRATION_TO_CALLBACK["notebook"] = NotebookCallback
     register_tracker(NotebookService(ids or ["one"]))
@@ -166,6 +173,8 @@ def train(
         arguments["callbacks"] = [BackAt(back_at)]
     if added_later:
         arguments |= {"parts": "none", "prepare": partial(_add, arguments["run_url"])}
+    if tested:
+        arguments["prepare"] = _evaluate_after_training
     return _attempts.train(**{"report_to": "notebook", **arguments})
 
 
@@ -206,3 +215,13 @@ def train_with_histograms(*, run_url: str, committed: int = 0, **arguments: Any)
 
 def _add(run_url: str, trainer: Any) -> None:
     trainer.add_callback(CloudTrainCallback(run_url))
+
+
+def _evaluate_after_training(trainer: Any) -> None:
+    train = trainer.train
+
+    def train_and_test(**arguments: Any) -> None:
+        train(**arguments)
+        trainer.evaluate(metric_key_prefix="test")
+
+    trainer.train = train_and_test

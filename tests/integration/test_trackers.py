@@ -47,6 +47,15 @@ class TestOneTrackerRun:
         assert sorted(plain) == sorted(value for value in found if value[0] in lasting)
         assert lab.manifest(3, 12).exact is True, "its methods on the callback are not state of the callback"
 
+    def test_an_evaluation_after_the_training_is_in_the_same_tracker_run(
+        self, lab: Lab, notebook: Notebook
+    ) -> None:
+        for machine in ("first", "second"):
+            lab.train(machine, module=MODULE, tested=True)
+        assert {line["run"] for line in notebook.lines()} == {"one"}
+        assert [step for name, step, _ in notebook.values() if name == "loss"] == STEPS
+        assert {step for name, step, _ in notebook.values() if name == "test_loss"} == {12}
+
     def test_a_callback_that_is_added_later_finds_the_reports_in_restore(
         self, lab: Lab, notebook: Notebook
     ) -> None:

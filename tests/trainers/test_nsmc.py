@@ -20,7 +20,7 @@ READ = """
 import json, mlflow
 client = mlflow.MlflowClient()
 for run in client.search_runs([each.experiment_id for each in client.search_experiments()]):
-    for name in ("loss", "eval_accuracy"):
+    for name in ("loss", "eval_accuracy", "test_accuracy"):
         steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
         print("FOUND", json.dumps([run.info.run_id, name, steps]))
 """
@@ -51,5 +51,6 @@ def test_two_starts_of_the_command_are_one_run_of_mlflow_with_each_step_once(
     assert {name: steps for _, name, steps in found} == {
         "loss": list(range(1, 9)),
         "eval_accuracy": [2, 4, 6, 8],
+        "test_accuracy": [4, 8],
     }
     assert answer("run", "status", "runs/nsmc-trainer")["trackers"]["mlflow"].endswith(tracked)

@@ -138,7 +138,7 @@ class Report:
         if not state.is_world_process_zero or not isinstance(logs, dict):
             self._inner["on_log"](args, state, control, logs=logs, **live)
         elif self._failed_at is None:
-            # An evaluation before the training belongs to the same tracker run.
+            # An evaluation before or after the training belongs to the same tracker run.
             if self._is_started or self._start(args, state, control, live):
                 self._send(args, state, control, logs, live)
         elif time.monotonic() - self._failed_at >= RETRY_SECONDS * min(
@@ -149,6 +149,7 @@ class Report:
     def _on_train_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         if not self.run.is_leaving or not self._is_started:
             self._on_event("on_train_end", args, state, control, **live)
+            self._is_started = False  # MLflow and trackio end their run here
             return
         self._guard.flush(self._service.flush, self.run.seconds_left())
 
