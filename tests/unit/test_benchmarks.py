@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.report import Row
 from benchmarks.sink import Sink
 
 QUICK = Scale(quick=True)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,16 @@ def test_each_benchmark_says_what_it_measures(name: str) -> None:
     first = command.story(name).splitlines()[0]
     assert first.endswith((".", ",", ":")), first
     assert len(first) > 40
+
+
+@pytest.mark.slow  # 3 s to 2 minutes each on two busy cores, most of it in the imports of its processes
+@pytest.mark.parametrize("name", command.NAMES)
+def test_each_benchmark_runs(name: str) -> None:
+    argv = [sys.executable, "-m", "benchmarks", name, "--quick"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.partition(f"{name}: measured in ")[2].splitlines() if " | " in line]
+    assert rows, done.stdout
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_names(
