@@ -150,15 +150,16 @@ class Supervisor:
 
     def _watch(self, known: int | None) -> ExitCodes:
         """Wait for the nodes to end; stop them when the job is cancelled or a signal arrives."""
-        is_asked = False
+        is_asked = serves = False
         looked = 0.0
         while (codes := self._gang.poll()) is None:
             now = time.monotonic()
             if now - looked > LOOK:
                 looked = now
                 self._look()
+                serves = made_progress(self._submission, len(self._record.starts))
             is_new = None not in (known, self._newest) and self._newest != known
-            if self._record.state == "starting" and is_new:
+            if self._record.state == "starting" and (is_new or serves):
                 self._show(state="running", reason=None)
             if self._stopped_by is not None and not is_asked:
                 is_asked = True

@@ -62,6 +62,7 @@ class TestLocal:
         committed(run, 4)
         made = answer("endpoint", "create", "nsmc", run.url)
         assert made["state"] == "in service"
+        wait_until(lambda: answer("job", "list")["jobs"][0]["state"] == "running")
         committed(run, 8)
         port = made["handle"]["url"].rpartition(":")[2]
         asked = cloudtrain("endpoint", "invoke", "nsmc", '{"inputs": ["good", "bad"]}').stdout
