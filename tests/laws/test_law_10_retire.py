@@ -231,13 +231,10 @@ def test_law_10_the_end_of_training_waits_briefly_for_the_last_deletes(machines:
     opening.join()
 
 
-def test_law_10_deleting_stops_while_an_upload_is_pending(machines: Machines) -> None:
-    first = machines.new()
-    first.start()
-    for step in (5, 10, 15):
-        first.save(step)
-        first.wait()
-    first.stop()
+def test_law_10_deleting_stops_while_an_upload_is_pending(machines: Machines, machine: Machine) -> None:
+    machine.save(15)
+    machine.wait()
+    machine.stop()
     machine = start_with_limit(machines, limit=1)
     deleting = threading.Event()
     machines.storage.hold("delete", deleting, path="*/checkpoints/*", times=1)
@@ -259,13 +256,12 @@ def test_law_10_deleting_stops_while_an_upload_is_pending(machines: Machines) ->
     assert retiring(machines.catalog) == []
 
 
-def test_law_10_a_new_checkpoint_does_not_wait_for_a_delete_that_hangs(machines: Machines) -> None:
-    first = machines.new()
-    first.start()
-    for step in (5, 10, 15):
-        first.save(step)
-        first.wait()
-    first.stop()
+def test_law_10_a_new_checkpoint_does_not_wait_for_a_delete_that_hangs(
+    machines: Machines, machine: Machine
+) -> None:
+    machine.save(15)
+    machine.wait()
+    machine.stop()
     machine = start_with_limit(machines, limit=1)
     machines.storage.hold("delete", machines.gate, path="*/checkpoints/*", times=1)
     machine.save(20)

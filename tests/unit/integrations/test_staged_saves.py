@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from hf_cloudtrain.integrations.staged_saves import StagedSaves, checkpoint_size
 from hf_cloudtrain.staging.saves import WORTH_IT
 from tests.faults.late_writer import LateWriters
 from tests.faults.runs import Machines
-
-
-@pytest.fixture
-def checkpointer(machines: Machines, tmp_path: Path) -> Iterator[Checkpointer]:
-    made = Checkpointer(machines.storage.url, tmp_path / "out")
-    made.begin(0)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,9 @@ from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.job_file import parse_job
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.jobs.verdict import Verdict, judge
+from tests.unit.jobs.test_supervisor import FINISHED, PREEMPTED, leave
 
 FILE = b"name: mnli\nmax_restarts: 2\njob_setting: {docker: {command: torchrun train.py}}\nlocal: {nodes: 2, nproc_per_node: 1}"
-
-
-FINISHED = {"outcome": "finished"}
-PREEMPTED = {"outcome": "preempted", "reason": "SIGTERM", "committed": "000001-0000000005", "saved": "x"}
 
 
 @pytest.fixture
@@ -26,18 +23,6 @@ def submission(tmp_path: Path) -> Submission:
     record = store.create("mnli", engine="local", nodes=2, nproc_per_node=1, max_restarts=2)
     job = parse_job(FILE)
     return Submission(job, job.plan(), record.id, record.run_url, store.url, Path(record.home))
-
-
-def leave(
-    submission: Submission, number: int, rank: int, end: dict[str, Any] | None, code: int | None
-) -> None:
-    for path, record in (
-        (submission.exit_file(rank, number), end),
-        (submission.node_file(rank, number), None if code is None else {"exit_code": code, "problem": None}),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if record is not None:
-            path.write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(

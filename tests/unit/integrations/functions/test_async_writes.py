@@ -114,9 +114,8 @@ def test_what_is_committed_and_restored_are_the_bytes_of_ordinary_saves(
     assert value_in(other / "checkpoint.pt") == 3
 
 
-def test_the_next_block_waits_until_the_files_are_whole(
-    begin: Callable[..., Path], writers: LateWriters
-) -> None:
+def begin_step_4_before_3_is_written(begin: Callable[..., Path], writers: LateWriters) -> Path:
+    """The checkpoint folder; `writers.may_write` lets the files of step 3 be written."""
     folder = begin()
     train(folder, until=2)
     writers.may_write.clear()
@@ -124,6 +123,13 @@ def test_the_next_block_waits_until_the_files_are_whole(
     save(folder, 3)
     ct.upload_checkpoint()
     step()
+    return folder
+
+
+def test_the_next_block_waits_until_the_files_are_whole(
+    begin: Callable[..., Path], writers: LateWriters
+) -> None:
+    folder = begin_step_4_before_3_is_written(begin, writers)
     assert not (folder / "checkpoint.pt").exists()
     threading.Timer(0.3, writers.may_write.set).start()
     with ct.async_writes():
@@ -133,13 +139,7 @@ def test_the_next_block_waits_until_the_files_are_whole(
 def test_a_file_that_the_script_writes_again_meanwhile_is_the_newer_one(
     begin: Callable[..., Path], machines: Machines, writers: LateWriters
 ) -> None:
-    folder = begin()
-    train(folder, until=2)
-    writers.may_write.clear()
-    step()
-    save(folder, 3)
-    ct.upload_checkpoint()
-    step()
+    folder = begin_step_4_before_3_is_written(begin, writers)
     torch.save(state(4), folder / "checkpoint.pt")
     threading.Timer(0.3, writers.may_write.set).start()
     ct.upload_checkpoint()
@@ -170,13 +170,7 @@ def test_a_file_that_the_script_writes_again_after_the_block_counts(
 def test_a_save_without_the_block_waits_for_the_files_of_the_one_before(
     begin: Callable[..., Path], machines: Machines, writers: LateWriters
 ) -> None:
-    folder = begin()
-    train(folder, until=2)
-    writers.may_write.clear()
-    step()
-    save(folder, 3)
-    ct.upload_checkpoint()
-    step()
+    folder = begin_step_4_before_3_is_written(begin, writers)
     (folder / "other.txt").write_text("of step 4")
     threading.Timer(0.3, writers.may_write.set).start()
     ct.upload_checkpoint()

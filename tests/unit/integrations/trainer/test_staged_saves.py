@@ -22,7 +22,6 @@ from hf_cloudtrain.integrations.trainer import emergency, staged_saves
 from hf_cloudtrain.integrations.trainer.staged_saves import READERS, TrainerSaves
 from hf_cloudtrain.staging.saves import WORTH_IT, AsyncSaves
 from tests.faults.late_writer import LateWriters
-from tests.faults.runs import Machines
 from tests.unit.integrations.trainer.test_exactness import Data, Model
 
 
@@ -58,14 +57,6 @@ def derived(**values: Any) -> Any:
 def writers(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateWriters]:
     with LateWriters.instead_of_processes(monkeypatch) as writers:
         yield writers
-
-
-@pytest.fixture
-def checkpointer(machines: Machines, tmp_path: Path) -> Iterator[Checkpointer]:
-    made = Checkpointer(machines.storage.url, tmp_path / "out")
-    made.begin(0)
-    yield made
-    made.close()
 
 
 def is_staged(
