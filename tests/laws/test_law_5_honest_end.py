@@ -94,8 +94,9 @@ def test_law_5_a_resume_with_nothing_left_to_train_ends_without_an_error(machine
     machine.save(5)
     machine.wait()
     again = machines.new("again")
-    again.start()
+    assert again.start() == 5
     again.wait()
+    assert machines.committed() == [(1, 5)]
 
 
 def test_law_5_all_ranks_raise_the_error_at_the_end(
