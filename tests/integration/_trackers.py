@@ -79,6 +79,7 @@ class NotebookCallback(TrainerCallback):
 class NotebookService(TrackerService):
     name = "notebook"
     trainer_callback = "NotebookCallback"
+    ends_with_training = True
 
     def __init__(self, ids: list[str]) -> None:
         self._ids = iter(ids)

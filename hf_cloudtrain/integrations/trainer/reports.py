@@ -149,7 +149,7 @@ class Report:
     def _on_train_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         if not self.run.is_leaving or not self._is_started:
             self._on_event("on_train_end", args, state, control, **live)
-            self._is_started = False  # MLflow and trackio end their run here
+            self._is_started = self._is_started and not self._service.ends_with_training
             return
         self._guard.flush(self._service.flush, self.run.seconds_left())
 

@@ -21,6 +21,7 @@ class MLflow(TrackerService):
     trainer_callback = "MLflowCallback"
     id_argument = "run_id"
     has_fixed_parameters = True
+    ends_with_training = True
     # By default MLflow waits up to 120 s for an answer and asks up to 8 times.
     patience: ClassVar[dict[str, str]] = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

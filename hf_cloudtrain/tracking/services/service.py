@@ -82,6 +82,8 @@ class TrackerService:
     """The argument of its start that holds the id."""
     has_fixed_parameters: ClassVar[bool] = False
     """Whether it refuses parameters of a run that differ from those of its first start."""
+    ends_with_training: ClassVar[bool] = False
+    """Whether its Trainer callback ends the run with the training, so that a later evaluation must start it again."""
 
     def users_id(self, start: TrackerStart) -> str | None:
         """The id that the user has chosen, by a variable or because its run has begun in this process; None without one."""

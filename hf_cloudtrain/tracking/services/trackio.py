@@ -19,6 +19,7 @@ class Trackio(TrackerService):
 
     name = "trackio"
     trainer_callback = "TrackioCallback"
+    ends_with_training = True
     id_argument = "name"
 
     def new_id(self, start: TrackerStart) -> str:
