@@ -105,7 +105,10 @@ class SkypilotEngine:
         if job is None:  # SkyPilot never had it
             return
         try:
-            _stop_run(record, Submission.load(record.home).plan.grace)
+            found = Submission.load(record.home)
+            if (found.id, found.run_url) != (record.id, record.run_url):  # records are untrusted
+                raise ConfigurationError(f"{record.home!r} belongs to a different job or run.")
+            _stop_run(record, found.plan.grace)
         except (CloudTrainError, OSError, ValueError) as error:
             logger.warning("The run could not be asked to save: %s", error)
         job.end()

@@ -406,6 +406,20 @@ class TestCommands:
         with pytest.raises(ConfigurationError, match=r"`sky jobs logs 12 .*` printed nothing for 0\.2 s\."):
             list(SKYPILOT.lines(record, None, follow=False))
 
+    def test_cancel_asks_no_other_run_to_stop(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "of-a-colleague"))
+        sky.lists({"job_id": 12, "status": "RUNNING"})
+        catalog = Catalog(Storage(record.run_url))
+        attempt = catalog.attempts.begin(0.0, 0, None, {}).number
+        catalog.attempts.write_progress(attempt, {"state": "training"})
+        SKYPILOT.cancel(record, store)
+        assert not catalog.attempts.stop_requested(attempt)
+        assert "belongs to a different job or run" in caplog.text
+        assert sky.calls[-1] == "jobs cancel -y 12", "its own job ends all the same"
+
     def test_a_log_is_read_in_a_process_with_many_open_files(
         self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -451,8 +465,8 @@ class TestCommands:
         monkeypatch.setattr(module, "MARGIN", 0.3)
         monkeypatch.setenv("HF_CLOUDTRAIN_HEARTBEAT", "60" if obeys else "0.1")
         sky.prints("launch", LAUNCHED)
-        record = submitted(store, sky, f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}")
-        record = dataclasses.replace(record, run_url=str(tmp_path / "run"))
+        grace = f"env: {{HF_CLOUDTRAIN_GRACE: {30 if obeys else 0.1}}}"
+        record = submitted(store, sky, grace, run_url=str(tmp_path / "run"))
         catalog = Catalog(Storage(record.run_url))
         attempt = catalog.attempts.begin(0.0, 0, None, {}).number
         catalog.attempts.write_progress(attempt, {"state": "training"})
