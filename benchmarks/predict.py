@@ -93,6 +93,10 @@ def _killed(folder: Path, out: str, shard: int, shards: int) -> tuple[Cost, Cost
     count = len(list(parts.glob("[0-9]*.json")))
     commits: list[tuple[int, Cost]] = []
     while count < shards:
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"`cloudtrain predict` ended with exit code {process.returncode} after {count} shards."
+            )
         time.sleep(0.002)
         if (found := len(list(parts.glob("[0-9]*.json")))) > count:
             count = found

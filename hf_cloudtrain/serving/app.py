@@ -145,7 +145,7 @@ class Service:
         if size > self._limits.body:
             raise RequestError(f"The body is larger than the {self._limits.body} bytes that are read.", 413)
         if is_full:
-            raise RequestError("The bodies of too many requests wait. Try again.", 503)
+            raise RequestError("Too many request bodies are waiting (limit 256 MB). Try again later.", 503)
 
     async def _predicted(self, request: Request, body: bytes, kind: str, accept: str) -> tuple[bytes, str]:
         assert isinstance(self._model, Predictor)

@@ -240,7 +240,10 @@ class TestClients:
             slow.send(body[:-1])
             assert served.ask(b'{"inputs": "good"}')[0] == 200
             status, answer = served.ask(body)
-            assert (status, answer["error"]) == (503, "The bodies of too many requests wait. Try again.")
+            assert (status, answer["error"]) == (
+                503,
+                "Too many request bodies are waiting (limit 256 MB). Try again later.",
+            )
             slow.send(body[-1:])
             assert read(slow)[0] == 200
         assert served.ask(body)[0] == 200

@@ -106,6 +106,8 @@ class _Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(desc="Predicting", unit=" rows", total=total)
+            if self._bar.disable:  # by TQDM_DISABLE
+                self._bar = None
 
     def __enter__(self) -> _Progress:  # noqa: PYI034 - typing.Self needs Python 3.11
         return self

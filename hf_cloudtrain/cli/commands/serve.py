@@ -98,7 +98,7 @@ def serve(
     if server.force_exit:
         say("Stopped at once, by the second signal. Requests that were under way got no answer.")
     elif server.was_cut_off:
-        say("Stopped. Requests were still under way when the time for the end was over; they got no answer.")
+        say("Stopped. The shutdown deadline passed; requests still in progress got no answer.")
     else:
         say("Stopped. Every accepted request was answered.")
 

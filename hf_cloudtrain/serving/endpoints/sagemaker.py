@@ -152,7 +152,7 @@ def create(
             time.sleep(POLL)
     except KeyboardInterrupt:
         logger.warning(
-            "The endpoint %r may be at AWS, and cost money. See it with `cloudtrain endpoint view %s`; delete it with `cloudtrain "
+            "The endpoint %r may still exist at AWS and incur cost. See it with `cloudtrain endpoint view %s`; delete it with `cloudtrain "
             "endpoint delete %s`.",
             *[endpoint.name] * 3,
         )

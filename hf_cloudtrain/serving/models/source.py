@@ -207,8 +207,8 @@ def _check_weights(names: Iterable[str], title: str) -> None:
 def _adapter(folder: Path, names: list[str], title: str, wish: Wish) -> Model:
     if "adapter_model.safetensors" not in names:
         raise ConfigurationError(
-            f"{title} has {ADAPTER} and no 'adapter_model.safetensors', so transformers would load what that names instead of the "
-            "model. Serve a folder without it."
+            f"{title} has {ADAPTER} and no 'adapter_model.safetensors', so transformers would load the base model that it names, "
+            f"not this one. Remove {ADAPTER} from the folder."
         )
     record = _record(folder / ADAPTER, title)
     task = task_named(wish.task) if wish.task else adapter_task(record.get("task_type"), title)

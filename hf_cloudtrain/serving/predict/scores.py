@@ -44,19 +44,22 @@ def scores(out: Path, names: Mapping[str, str], label: str | None) -> Scores:
         ConfigurationError: the column does not exist.
     """
     column = label_column(tables.look([out])[0], label)
-    pairs: Counter[tuple[str, str]] = Counter()
-    known = frozenset(names.values())
-    rows = failed = unlabelled = 0
+    raw: Counter[tuple[str | None, str]] = Counter()
+    rows = failed = 0
+    is_text = False
     for table in tables.chunks([out], 10_000):
         rows += table.num_rows
         failed += sum(error not in (None, "") for error in table[ERROR].to_pylist())
         if column is not None and LABEL in table.column_names:
-            both = zip(table[column].to_pylist(), table[LABEL].to_pylist(), strict=True)
-            counted = [
-                (truth, said) for value, said in both if (truth := _truth(value, names, known)) is not None
-            ]
-            unlabelled += table.num_rows - len(counted)
-            pairs.update(counted)
+            values = table[column].to_pylist()
+            is_text = is_text or any(isinstance(value, str) for value in values)
+            raw.update(zip(map(_text, values), table[LABEL].to_pylist(), strict=True))
+    truths = _truths({text for text, _ in raw if text is not None}, names, is_text)
+    pairs: Counter[tuple[str, str]] = Counter()
+    for (text, found), count in raw.items():
+        if text in truths:
+            pairs[truths[text], found] += count
+    unlabelled = raw.total() - pairs.total()
     if not pairs:
         return Scores(rows, failed, 0, unlabelled)
     there, predicted = (Counter[str]() for _ in range(2))
@@ -76,10 +79,20 @@ def label_column(names: Sequence[str], label: str | None) -> str | None:
     return column
 
 
-def _truth(value: object, names: Mapping[str, str], known: frozenset[str]) -> str | None:
-    """The name of the label that the data has for a row; None if it has none."""
-    text = str(int(value) if isinstance(value, bool) else value)
-    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)  # a column with nulls has floats
-    if text in known:
-        return text
-    return None if value is None or text in UNLABELLED else names.get(text, text)
+def _text(value: object) -> str | None:
+    return None if value is None else str(int(value) if isinstance(value, bool) else value)
+
+
+def _truths(texts: set[str], names: Mapping[str, str], is_text: bool) -> dict[str, str]:
+    """The name of the label by the values of a column, without those that stand for none.
+
+    Either all values are names or all are numbers: whichever reading knows more of them; if both do, texts are names.
+    """
+    known = frozenset(names.values())
+    short = {text: re.sub(r"^(-?\d+)\.0+$", r"\1", text) for text in texts}  # a column with nulls has floats
+    by_name = {text: name for text in texts for name in (short[text], text) if name in known}
+    by_number = {text: names[short[text]] for text in texts if short[text] in names}
+    found = max((by_name, by_number) if is_text else (by_number, by_name), key=len)
+    # A label that the model does not know is quoted: it must not equal one that it knows.
+    unknown = {text: repr(text) for text in texts if short[text] not in UNLABELLED or short[text] in known}
+    return unknown | found

@@ -50,12 +50,14 @@ class Data:
         root: the folder that the files are in.
         files: read in this order.
         columns: of the input: one, or two for pairs of texts.
+        stamps: size and time of each file, from before its rows were counted.
     """
 
     root: Path
     files: tuple[Path, ...]
     columns: tuple[str, ...]
     rows: int
+    stamps: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def data_of(path: Path, column: str | None, label: str | None) -> Data:
         ConfigurationError: it has no rows, columns are missing, or it has one that a prediction adds.
     """
     files = tuple(tables.files_of(path))
+    stamps = tuple(map(_stamp, files))
     there, rows = tables.look(files)
     columns = _input_columns(files[0], there, column)
     label_column(there, label)
@@ -131,7 +134,7 @@ def data_of(path: Path, column: str | None, label: str | None) -> Data:
         raise ConfigurationError(
             f"The data already has a column {min(taken)!r}, which the predictions would get. Rename or drop it."
         )
-    return Data(path if path.is_dir() else path.parent, files, columns, rows)
+    return Data(path if path.is_dir() else path.parent, files, columns, rows, stamps)
 
 
 def _input_columns(file: Path, there: Sequence[str], named: str | None) -> tuple[str, ...]:
@@ -168,7 +171,8 @@ def run(plan: Plan, processes: int, on_rows: Callable[[int, bool], object]) -> d
             ) from None
         _check_same(plan)
         for left in plan.parts.glob(".*"):  # of a process that was killed
-            left.unlink()
+            with contextlib.suppress(OSError):
+                left.unlink()
         todo = []
         for index in range(plan.count):
             if _is_committed(plan, index):
@@ -176,11 +180,12 @@ def run(plan: Plan, processes: int, on_rows: Callable[[int, bool], object]) -> d
             else:
                 todo.append(index)
                 plan.manifest(index).unlink(missing_ok=True)  # damaged
-        if min(processes, len(todo)) > 1:
-            _in_processes(plan, todo, min(processes, len(todo)), on_rows)
+        if todo and processes > 1:  # even for one shard: with more threads, its last digits would differ
+            _in_processes(plan, todo, processes, on_rows)
         elif todo:
             _predict_shards(plan, todo, lambda index: on_rows(plan.rows(index), False))
         labels = _merge(plan)
+        _remove_shards(plan)  # before the plan, so that no different prediction finds them
         shutil.rmtree(plan.parts)
         return labels
 
@@ -188,19 +193,25 @@ def run(plan: Plan, processes: int, on_rows: Callable[[int, bool], object]) -> d
 def check_output(out: Path) -> None:
     """Raise ConfigurationError if the output exists, or is not a table."""
     tables.kind_of(out)
-    if out.exists() and not _parts(out).is_dir():
+    if out.exists() and not (_parts(out) / "plan.json").exists():
         raise ConfigurationError(f"{str(out)!r} exists. Remove it, or choose a different --output.")
 
 
 def _check_same(plan: Plan) -> None:
     path, record = plan.parts / "plan.json", plan.encode()
+    _check_unchanged(plan)
     try:
         before = json.loads(path.read_bytes())
     except FileNotFoundError:
+        _remove_shards(plan)
         write_whole(path, json.dumps(record, indent=2).encode())
         return
     except ValueError:
         before = {}
+    if not isinstance(before, dict) or before.get("format") != record["format"]:
+        raise ConfigurationError(
+            f"{str(path)!r} is damaged, or a different version of hf_cloudtrain wrote it. Remove the folder {str(plan.parts)!r}."
+        )
     differing = [name for name in record if record[name] != before.get(name)]
     if differing:
         raise ConfigurationError(
@@ -215,12 +226,38 @@ def _parts(out: Path) -> Path:
 
 def _predict_shards(plan: Plan, todo: Sequence[int], on_commit: Callable[[int], object]) -> None:
     predictor = load(plan.model)
+    wanted = set(todo)
     for index, table in enumerate(tables.chunks(plan.data.files, plan.shard)):
-        if index in todo:
-            _commit(plan, index, _predicted(predictor, table, plan), predictor.labels)
+        if index in wanted:
+            found = _predicted(predictor, table, plan)
+            _check_unchanged(plan, table.num_rows == plan.rows(index))
+            _commit(plan, index, found, predictor.labels)
             on_commit(index)
         if index == todo[-1]:
             return
+    _check_unchanged(plan, has_rows=False)
+
+
+def _check_unchanged(plan: Plan, has_rows: bool = True) -> None:
+    """Raise ConfigurationError if the data is not what was counted: its digests and its shards would be of different rows."""
+    data = plan.data
+    changed = [path for path, stamp in zip(data.files, data.stamps, strict=True) if _stamp(path) != stamp]
+    if changed or not has_rows:
+        path = (changed or [data.root if data.files[1:] else data.files[0]])[0]
+        raise ConfigurationError(
+            f"{str(path)!r} has changed since the command began. Once no process writes to it, remove the folder "
+            f"{str(plan.parts)!r}, and run the command again."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _remove_shards(plan: Plan) -> None:
+    for path in plan.parts.glob("[0-9]*"):
+        path.unlink()
 
 
 def _is_committed(plan: Plan, index: int) -> bool:
@@ -269,11 +306,12 @@ def _predicted(predictor: Predictor, table: pa.Table, plan: Plan) -> pa.Table:
     if predictor.task.name in ("text-classification", "image-classification"):
         best = [answer[0] if isinstance(answer, list) else answer for answer in whole]
         table = table.append_column(LABEL, tables.texts([row and row["label"] for row in best]))
-        scores = tables.texts([row and repr(row["score"]) for row in best])
-        table = table.append_column(SCORE, scores.cast(pa.float64()))
+        scores = [row["score"] if row else None for row in best]  # a NaN is None
+        texts = tables.texts([None if score is None else repr(score) for score in scores])
+        table = table.append_column(SCORE, texts.cast(pa.float64()))
     else:
-        texts = [None if answer is None else json.dumps(answer, ensure_ascii=False) for answer in whole]
-        table = table.append_column(OTHER, tables.texts(texts))
+        found = [None if answer is None else json.dumps(answer, ensure_ascii=False) for answer in whole]
+        table = table.append_column(OTHER, tables.texts(found))
     return table.append_column(ERROR, tables.texts(errors))
 
 
@@ -295,7 +333,7 @@ def _in_processes(
     plan: Plan, todo: Sequence[int], processes: int, on_rows: Callable[[int, bool], object]
 ) -> None:
     start = multiprocessing.get_context("spawn")
-    shares = [todo[rank::processes] for rank in range(processes)]
+    shares = [todo[rank::processes] for rank in range(min(processes, len(todo)))]
     running = [start.Process(target=_one_of, args=(plan, share, processes)) for share in shares]
     waiting = set(todo)
     try:

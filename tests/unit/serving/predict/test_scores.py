@@ -48,6 +48,33 @@ def test_rows_without_a_label_are_not_scored(tmp_path: Path, labels: list[object
     assert (found.rows, found.labelled, found.unlabelled, found.accuracy) == (4, 2, 2, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "right"),
+    [
+        ([0, 1, 2, 1], ["1", "2", "3"], 4),
+        ([0, 1, 2, None], ["1", "2", "3"], 3),
+        (["1", "2", "3", "2"], ["1", "2", "3"], 4),
+        (["0", "1", "2", "1"], ["1", "2", "3"], 4),
+        ([1, 2, 3, 2], ["1", "2", "3"], 4),
+        ([0, 1, 9, 3], ["1", "2", "3"], 2),
+        (["1.0", "2.0", "3.0", "2.0"], ["1.0", "2.0", "3.0"], 4),
+        ([1.0, 2.0, 3.0, 2.0], ["1.0", "2.0", "3.0"], 4),
+        ([0.0, 1.0, 2.0, None], ["1.0", "2.0", "3.0"], 3),
+        ([-1, 0, 1, 0], ["-1", "0", "1"], 4),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_of_labels_whose_names_are_digits_all_are_numbers_or_all_are_names(
+    tmp_path: Path, labels: list[object], names: list[str], right: int
+) -> None:
+    predicted = {"predicted_label": [names[number] for number in (0, 1, 2, 1)]}
+    table = {"label": labels, **predicted, "predicted_error": pa.nulls(4, pa.string())}
+    pq.write_table(pa.table(table), tmp_path / "out.parquet")
+    found = scores(tmp_path / "out.parquet", {str(number): name for number, name in enumerate(names)}, None)
+    assert found.labelled == 4 - labels.count(None)
+    assert found.accuracy == right / found.labelled
+
+
 def test_a_table_in_which_no_row_has_a_label_has_no_scores(tmp_path: Path) -> None:
     assert scored(tmp_path, [-1] * 4) == Scores(rows=4, failed=0, unlabelled=4)
 

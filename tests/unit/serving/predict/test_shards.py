@@ -160,6 +160,107 @@ def test_files_of_the_same_name_in_different_folders_are_told_apart(data: Path, 
     assert set(recorded) == {"one/part.csv", "two/part.csv"}
 
 
+def test_a_score_that_is_not_a_number_is_null(
+    data: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        predictor,
+        "answers",
+        lambda rows, _: [{"label": "a", "score": None if row == "bx" else 0.5} for row in rows],
+    )
+    run(plan_of(data))
+    assert pq.read_table(plan_of(data).out)["predicted_score"].to_pylist() == [0.5] * 5 + [None] * 5
+
+
+def test_shards_without_a_plan_are_of_a_different_prediction(data: Path, predictor: Predictor) -> None:
+    plan = plan_of(data)
+    stopped_after(plan, 2)
+    (plan.parts / "plan.json").unlink()
+    predictor.rows.clear()
+    run(plan_of(data))
+    assert len(predictor.rows) == 10
+
+
+def test_a_kill_while_the_shards_are_removed_leaves_the_plan(
+    data: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(data)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan)
+    assert sorted(path.name for path in plan.parts.iterdir()) == ["lock", "plan.json"]
+    written = plan.out.read_bytes()
+    run(plan)
+    assert (plan.out.read_bytes(), plan.parts.exists()) == (written, False)
+    plan.parts.mkdir()  # a kill right before its end
+    with pytest.raises(ConfigurationError, match=r"out\.parquet' exists"):
+        run(plan)
+
+
+@pytest.mark.parametrize("is_touched", [True, False], ids=["new time", "same time"])
+@pytest.mark.parametrize("rows", [4, 6])
+def test_a_table_that_changes_while_it_is_predicted_is_named(
+    data: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch, rows: int, is_touched: bool
+) -> None:
+    plan, last = plan_of(data), data / "two" / "part.csv"
+
+    def loaded(model: Model) -> Predictor:
+        last.write_text("text,label\n" + "bx,0\n" * rows)
+        return predictor
+
+    monkeypatch.setattr(shards, "load", loaded)
+    if not is_touched:
+        monkeypatch.setattr(shards, "_stamp", lambda path: (0, 0))
+        plan = plan_of(data)
+    with pytest.raises(ConfigurationError, match="has changed since the command began") as caught:
+        run(plan)
+    assert repr(str(last if is_touched else data)) in str(caught.value)
+    assert not plan.out.exists()
+
+
+def test_a_table_that_changes_between_the_count_and_the_digest_is_named(
+    data: Path, predictor: Predictor
+) -> None:
+    plan = plan_of(data)
+    (data / "two" / "part.csv").write_text("text,label\n" + "bx,0\n" * 20)
+    with pytest.raises(ConfigurationError, match="has changed since the command began"):
+        run(plan)
+    assert not predictor.rows
+    run(plan_of(data))
+    assert len(predictor.rows) == 25
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"format": 1}'])
+def test_shards_of_an_older_format_are_not_continued(data: Path, predictor: Predictor, content: str) -> None:
+    plan = plan_of(data)
+    stopped_after(plan, 1)
+    (plan.parts / "plan.json").write_text(content)
+    with pytest.raises(ConfigurationError, match="a different version of hf_cloudtrain wrote it"):
+        run(plan)
+
+
+def test_the_last_shard_has_the_threads_of_the_others(
+    data: Path, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process alone would have more, and the last digits of its scores would differ."""
+    plan = plan_of(data)
+    stopped_after(plan, 3)
+    asked = []
+
+    def in_processes(plan: Plan, todo: Sequence[int], processes: int, on_rows: object) -> None:
+        asked.append((list(todo), processes))
+        shards._predict_shards(plan, todo, lambda index: None)
+
+    monkeypatch.setattr(shards, "_in_processes", in_processes)
+    shards.run(plan, 4, lambda rows, is_old: None)
+    assert asked == [([3], 4)]
+
+
 def test_a_table_without_rows_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n")
     with pytest.raises(ConfigurationError, match=r"a\.csv' has no rows"):
