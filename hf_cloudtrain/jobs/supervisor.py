@@ -28,7 +28,7 @@ from hf_cloudtrain.jobs.node.stopping import MARGIN, stop_handler
 from hf_cloudtrain.jobs.records import JobRecord, JobStore, Start, State
 from hf_cloudtrain.jobs.start_failure import alike
 from hf_cloudtrain.jobs.submission import Submission
-from hf_cloudtrain.jobs.verdict import CANCELLED, Verdict, judge, made_progress
+from hf_cloudtrain.jobs.verdict import CANCELLED, Verdict, has_saved, has_served, judge
 from hf_cloudtrain.storage.client import Storage
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ POLL = 0.2
 LOOK = 2.0
 """Seconds between two queries of the store."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds before a restart, doubled while starts make no step."""
+"""Seconds before a restart, doubled while starts make no step, or serve for less than `STEADY` seconds."""
+STEADY = 60.0
 FINAL_WRITE_TIMEOUT, RETRY_PAUSE = 600.0, 5.0
 """Seconds to keep trying to write how a job ended, and between two tries."""
 IDLE_STARTS = 3
@@ -73,11 +74,14 @@ class Supervisor:
         self._stopped_at = 0.0
         self._idle = 0
         """Starts in a row that made no step and served nothing."""
+        self._short = 0
+        """Those, and starts that served for a short time only, in a row."""
         self._error: str | None = None
         """How the last start failed, if it made no step."""
         self._query: threading.Thread | None = None
         self._newest: int | None = None
         """The run's newest attempt, as last read from its storage."""
+        self._serves = False
         self._wake = threading.Event()
 
     @property
@@ -104,7 +108,7 @@ class Supervisor:
             if verdict.state is not None:
                 return self._record
             logger.info("%s Restarting all nodes.", verdict.reason)
-            self._wake.wait(min(FIRST_PAUSE * 2 ** min(self._idle, 10), LONGEST_PAUSE))
+            self._wake.wait(min(FIRST_PAUSE * 2 ** min(self._short, 10), LONGEST_PAUSE))
 
     def _start_once(self) -> Verdict:
         if self._is_stopped():
@@ -113,6 +117,7 @@ class Supervisor:
         begun = Start(number, time.time())
         self._show(state="starting", starts=(*self._record.starts, begun))
         known = self._newest = self._newest_attempt()
+        self._serves = False
         failure: str | None
         try:
             self._submission.forget_start(number)
@@ -132,8 +137,11 @@ class Supervisor:
         """The verdict on a start, within the limits on restarts."""
         progress = self._progress(known)
         verdict = judge(self._submission, number, codes, self._stopped_by, failure, progress.get("state"))
-        has_progress = made_progress(self._submission, number) or progress.get("productive_seconds")
-        self._idle = 0 if has_progress else self._idle + 1
+        has_steps = progress.get("productive_seconds") or has_saved(self._submission, number)
+        serves = has_served(self._submission, number)
+        is_steady = time.time() - self._record.starts[-1].began >= STEADY
+        self._idle = 0 if has_steps or serves else self._idle + 1
+        self._short = 0 if has_steps or (serves and is_steady) else self._short + 1
         restarts, reason = self._record.restarts, verdict.reason or ""
         before, self._error = self._error, verdict.error if self._idle and known is not None else None
         if verdict.is_crash and verdict.state is None and alike(self._error, before):
@@ -150,16 +158,15 @@ class Supervisor:
 
     def _watch(self, known: int | None) -> ExitCodes:
         """Wait for the nodes to end; stop them when the job is cancelled or a signal arrives."""
-        is_asked = serves = False
+        is_asked = False
         looked = 0.0
         while (codes := self._gang.poll()) is None:
             now = time.monotonic()
             if now - looked > LOOK:
                 looked = now
                 self._look()
-                serves = made_progress(self._submission, len(self._record.starts))
             is_new = None not in (known, self._newest) and self._newest != known
-            if self._record.state == "starting" and (is_new or serves):
+            if self._record.state == "starting" and (is_new or self._serves):
                 self._show(state="running", reason=None)
             if self._stopped_by is not None and not is_asked:
                 is_asked = True
@@ -178,6 +185,7 @@ class Supervisor:
         def query() -> None:
             self._is_stopped()
             if self._record.state == "starting":
+                self._serves = has_served(self._submission, len(self._record.starts))
                 self._newest = self._newest_attempt()
 
         if self._query is None or not self._query.is_alive():

@@ -91,7 +91,10 @@ def judge(
         reason = str(ends["preempted"].get("reason"))
         state: State | None = "cancelled" if reason.startswith(RUN_STOP) else None
         return Verdict(state, "preempted", f"Saved and stopped by {reason}.")
-    has_begun = bool(ends) or progress is not None
+    serves = has_served(submission, number)
+    if serves and 75 in codes and set(codes) <= {0, 75}:
+        return Verdict(None, "preempted", "The server was stopped with its machine.")
+    has_begun = bool(ends) or progress is not None or serves
     return _failed(submission, number, codes, nodes, failure, ends.get("failed", {}).get("reason"), has_begun)
 
 
@@ -100,9 +103,14 @@ def exit_records(submission: Submission, number: int) -> list[dict[str, Any]]:
     return [read_end(submission.exit_file(rank, number)) or {} for rank in range(submission.plan.nodes)]
 
 
-def made_progress(submission: Submission, number: int) -> bool:
-    """Whether the script of a start has saved, or served."""
-    return any(end.get("saved") or end.get("served") for end in exit_records(submission, number))
+def has_saved(submission: Submission, number: int) -> bool:
+    """Whether the script of a start has saved."""
+    return any(end.get("saved") for end in exit_records(submission, number))
+
+
+def has_served(submission: Submission, number: int) -> bool:
+    """Whether the command of a start was a server, and answered."""
+    return any(end.get("served") for end in exit_records(submission, number))
 
 
 def _failed(
@@ -121,7 +129,7 @@ def _failed(
     if failure or problems:
         return Verdict(None, "failed", failure or problems[0], is_crash=True)
     if all(code == 0 for code in codes):
-        if any(end.get("served") for end in exit_records(submission, number)):
+        if has_served(submission, number):
             return Verdict(None, "failed", "The server ended with exit code 0.", is_crash=True)
         return Verdict(
             "failed",

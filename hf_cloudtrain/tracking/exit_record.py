@@ -50,7 +50,7 @@ def record_served() -> None:
     How a training of the same command ended stays there.
     """
     name = env.exit_file()
-    if name is not None and read_end(Path(name)) is None:
+    if name is not None and not Path(name).exists():
         _write(name, {"served": True})
 
 

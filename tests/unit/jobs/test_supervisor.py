@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -176,6 +177,74 @@ def test_a_server_that_served_is_restarted_after_the_same_failure(
     assert last.starts[0].reason == "The server ended with exit code 0."
 
 
+SERVED = [{"served": True}, None]
+
+
+class Pauses:
+    """In place of an event: how long the supervisor would wait."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def wait(self, seconds: float) -> None:
+        self.found.append(seconds)
+
+    def set(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("steady", "pauses"),
+    [(60.0, [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]), (0.0, [1.0] * 7)],
+    ids=["right after it served", "after a day"],
+)
+def test_a_server_that_dies_right_after_it_served_is_restarted_ever_later(
+    store: JobStore,
+    record: JobRecord,
+    submission: Submission,
+    monkeypatch: pytest.MonkeyPatch,
+    steady: float,
+    pauses: list[float],
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(supervisor, "STEADY", steady)
+    record = store.write(dataclasses.replace(record, max_restarts=7))
+    nodes = Nodes(submission, *[(SERVED, (1, 1))] * 8)
+    supervising = Supervisor(submission, store, record, nodes)
+    monkeypatch.setattr(supervising, "_wake", waited := Pauses())
+    assert supervising.run().restarts == 7
+    assert waited.found == pauses
+
+
+def test_a_server_that_is_stopped_with_its_machine_has_not_crashed(
+    run: Callable[..., tuple[JobRecord, Nodes]],
+) -> None:
+    last, _ = run(*[(SERVED, (75, 0))] * 4, ([FINISHED, None], (0, 0)))
+    assert (last.state, last.restarts, last.starts[0].outcome) == ("finished", 0, "preempted")
+
+
+def test_while_a_job_runs_a_thread_reads_its_exit_files(
+    store: JobStore, record: JobRecord, submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be on storage that hangs, such as NFS; a signal must still reach the nodes."""
+    threads: list[str] = []
+
+    def served(submission: Submission, number: int) -> bool:
+        threads.append(threading.current_thread().name)
+        return True
+
+    class Running(Nodes):
+        def poll(self) -> tuple[int | None, ...] | None:
+            return (0, 0) if store.read(record.id).state == "running" else None
+
+        def start(self, number: int) -> None:
+            leave(submission, number, 0, FINISHED, 0)
+
+    monkeypatch.setattr(supervisor, "has_served", served)
+    assert Supervisor(submission, store, record, Running(submission)).run().state == "finished"
+    assert threads[0] == "cloudtrain-store"
+    assert threads.count("MainThread") == 1, "for the verdict"
+
+
 def test_a_job_that_finishes_after_a_crash_is_finished(run: Callable[..., tuple[JobRecord, Nodes]]) -> None:
     last, _ = run(CRASH, ([FINISHED, None], (0, 0)))
     assert (last.state, last.restarts, last.reason) == ("finished", 1, None)
@@ -276,7 +345,7 @@ def test_a_job_is_restarted_after_any_number_of_starts_without_a_step(
     supervising = Supervisor(
         submission, store, record, Nodes(submission, CRASH, ([FINISHED, FINISHED], (0, 0)))
     )
-    supervising._idle = 5_000  # no float is so large as two to the power of it
+    supervising._short = 5_000  # no float is so large as two to the power of it
     assert supervising.run().state == "finished"
 
 

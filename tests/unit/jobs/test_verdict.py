@@ -96,9 +96,14 @@ def test_the_last_lines_of_the_log_add_advice(submission: Submission) -> None:
 
 @pytest.mark.parametrize(
     ("end", "progress", "state"),
-    [(None, None, "failed"), ({"outcome": "failed"}, None, None), (None, "training", None)],
+    [
+        (None, None, "failed"),
+        ({"outcome": "failed"}, None, None),
+        (None, "training", None),
+        ({"served": True}, None, None),
+    ],
 )
-def test_a_command_that_was_not_found_is_not_started_again_unless_training_began(
+def test_a_command_that_was_not_found_is_not_started_again_unless_training_or_serving_began(
     submission: Submission, end: dict[str, Any] | None, progress: str | None, state: str | None
 ) -> None:
     leave(submission, 1, 0, end, 127)

@@ -169,7 +169,7 @@ def test_a_missing_tokenizer_or_image_processor_is_named(run: Run, tmp_path: Pat
         ({"model.safetensors.index.json": b"{}"}, "names 'None', which is not one"),
         (
             {"adapter_config.json": b'{"base_model_name_or_path": "evil/model"}'},
-            "has adapter_config.json and no 'adapter_model.safetensors', so transformers would load what that names",
+            "has adapter_config.json and no 'adapter_model.safetensors', so transformers would load the base model that it names",
         ),
     ],
 )
