@@ -50,6 +50,19 @@ class Limits:
     """Rows of a batch."""
 
 
+class _Body(bytearray):
+    """What has arrived of a body."""
+
+    is_whole = False
+    """Whether the client has sent all of it, also if it was dropped."""
+
+    def take(self) -> bytes:
+        """All of it, which is in memory once: it is empty afterwards."""
+        data = bytes(self)
+        self.clear()
+        return data
+
+
 class Service:
     """The application, and what its server asks it.
 
@@ -112,46 +125,58 @@ class Service:
         return response
 
     async def _answered(self, request: Request) -> Response:
-        body = bytearray()
-        is_read = False
+        body, size = _Body(), 0
         try:
             with anyio.fail_after(self._limits.seconds):
                 kind = media_type(request.headers.get("content-type", ""))
                 await self._read(request, body)
-                is_read = True
+                size = len(body)
                 work = self._predicted if isinstance(self._model, Predictor) else self._transformed
-                content, kind = await work(request, bytes(body), kind, request.headers.get("accept", ""))
+                content, kind = await work(request, body.take(), kind, request.headers.get("accept", ""))
                 return Response(content, media_type=kind)
         except RequestError as error:
-            return _refused(error.status, str(error))
+            return _refused(error.status, str(error), is_read=body.is_whole)
         except TimeoutError:
-            status, what = (504, "The model did not answer") if is_read else (408, "The body did not arrive")
+            status, what = (
+                (504, "The model did not answer") if body.is_whole else (408, "The body did not arrive")
+            )
             return _refused(status, f"{what} within the time of a request.")
         except ClientDisconnect:
             return _refused(GONE, "The client has gone away.")
         finally:
-            self._held -= len(body)
+            self._held -= max(size, len(body))
 
-    async def _read(self, request: Request, body: bytearray) -> None:
-        size, is_full = 0, False
+    async def _read(self, request: Request, body: _Body) -> None:
+        """Read a body. One that would not fit, by its size or by what it says of that, is dropped at once."""
+        size, is_full, room = 0, False, max(MOST_HELD, self._limits.body)
+        length = request.headers.get("content-length", "")
+        coming = int(length) if length.isdecimal() else 0
         async for piece in request.stream():
             size += len(piece)
-            is_full = is_full or self._held + len(piece) > max(MOST_HELD, self._limits.body)
-            if size <= self._limits.body and not is_full:
+            is_full = is_full or self._held - len(body) + max(size, coming) > room
+            if max(size, coming) <= self._limits.body and not is_full:
                 body += piece
                 self._held += len(piece)
-            elif size > READ_ANYWAY:
+                continue
+            self._held -= len(body)
+            body.clear()
+            if size > READ_ANYWAY:
                 break
+        else:
+            body.is_whole = True
         if size > self._limits.body:
             raise RequestError(f"The body is larger than the {self._limits.body} bytes that are read.", 413)
         if is_full:
-            raise RequestError("Too many request bodies are waiting (limit 256 MB). Try again later.", 503)
+            text = f"Too many request bodies are waiting (limit {room // 2**20} MB). Try again later."
+            raise RequestError(text, 503)
 
     async def _predicted(self, request: Request, body: bytes, kind: str, accept: str) -> tuple[bytes, str]:
         assert isinstance(self._model, Predictor)
         accepted(accept)  # before the work
         asked = decode(body, kind, self._model.task)
+        del body
         work = self._ready.answer(asked.rows, self._model.parameters(asked.parameters))
+        del asked  # if the model does not answer in time, the rows go
         answers = await _while_there(request, work)
         failed = [answer for answer in answers if isinstance(answer, RowError)]
         self._metrics.rows.labels("answered").inc(len(answers) - len(failed))
@@ -194,9 +219,9 @@ async def _while_there(request: Request, work: asyncio.Future[list[Any]]) -> lis
         work.cancel()
 
 
-def _refused(status: int, text: str) -> Response:
+def _refused(status: int, text: str, *, is_read: bool = False) -> Response:
     headers = {"retry-after": "1"} if status == 503 else {}
-    if status in (408, 413, 503):  # what is left of a body would be read as the next request
+    if status in (408, 413, 503) and not is_read:  # what is left of a body would be read as the next request
         headers["connection"] = "close"
     return JSONResponse({"error": text}, status, headers)
 

@@ -35,6 +35,9 @@ class _Waiting:
         self.done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
 
+_Batch = list[tuple[_Waiting, int, Any]]
+
+
 class Batcher:
     """The thread of the model, and the rows that wait for it.
 
@@ -78,28 +81,41 @@ class Batcher:
                 raise RequestError("Too many rows wait. Try again.", 503)
             self._requests.append(request)
             self._changed.notify()
+        request.done.add_done_callback(lambda done: self._drop(request) if done.cancelled() else None)
         return request.done
+
+    def _drop(self, request: _Waiting) -> None:
+        """Let go of the rows of a request that was cancelled: the model may take long to come to the next batch."""
+        with self._changed:
+            request.queue.clear()
+            request.answers.clear()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                while not (batch := self._next_batch()):
-                    self._changed.wait()
-            rows = [row for _, _, row in batch]
-            self._metrics.batch_rows.observe(len(rows))
-            try:
-                with self._metrics.batch_seconds.time():
-                    answers = self._work(rows, batch[0][0].parameters)
-            except Exception:
-                logger.exception("A batch of %d rows failed.", len(rows))
-                answers = [RowError("The server failed; its log says why.", is_input=False)] * len(rows)
-            self._loop.call_soon_threadsafe(_deliver, batch, answers)
+            self._answer(self._awaited_batch())  # and no variable, which would hold the rows until the next
 
-    def _next_batch(self) -> list[tuple[_Waiting, int, Any]]:
+    def _awaited_batch(self) -> _Batch:
+        with self._changed:
+            while not (batch := self._next_batch()):
+                self._changed.wait()
+            return batch
+
+    def _answer(self, batch: _Batch) -> None:
+        rows = [row for _, _, row in batch]
+        self._metrics.batch_rows.observe(len(rows))
+        try:
+            with self._metrics.batch_seconds.time():
+                answers = self._work(rows, batch[0][0].parameters)
+        except Exception:
+            logger.exception("A batch of %d rows failed.", len(rows))
+            answers = [RowError("The server failed; its log says why.", is_input=False)] * len(rows)
+        self._loop.call_soon_threadsafe(_deliver, batch, answers)
+
+    def _next_batch(self) -> _Batch:
         """Rows with equal parameters: one of each request in turn, beginning with the request that has waited longest."""
         waiting = [request for request in self._requests if request.queue and not request.done.done()]
         turn = [request for request in waiting if request.parameters == waiting[0].parameters]
-        batch: list[tuple[_Waiting, int, Any]] = []
+        batch: _Batch = []
         while turn and len(batch) < self._largest:
             now = turn[: self._largest - len(batch)]
             batch += [(request, *request.queue.popleft()) for request in now]
@@ -110,9 +126,11 @@ class Batcher:
         return batch
 
 
-def _deliver(batch: list[tuple[_Waiting, int, Any]], answers: list[Any]) -> None:
+def _deliver(batch: _Batch, answers: list[Any]) -> None:
     for (request, index, _), answer in zip(batch, answers, strict=True):
+        if request.done.done():
+            continue
         request.answers[index] = answer
         request.open -= 1
-        if request.open == 0 and not request.done.done():
+        if request.open == 0:
             request.done.set_result(request.answers)
