@@ -41,12 +41,19 @@ def before_exit(method: Callable[[], None]) -> None:
 
 
 def at_exit(call: Callable[[], None]) -> None:
-    """As `before_exit`, for a function."""
+    """As `before_exit`, for a function. Ctrl-C or an error ends only this one; those registered before are called next."""
     pid = os.getpid()
 
     def call_here() -> None:
-        if os.getpid() == pid:
+        if os.getpid() != pid:
+            return
+        try:
             call()
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # the others may have uploads to finish
+            logger.warning("A task at the end of the process failed: %s", _text(error))
+            logger.debug("The failed task", exc_info=error)
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call_here)
@@ -79,9 +86,7 @@ class SafeTurn:
         name = type(error).__name__
         say = logger.debug if name in self._seen else logger.warning
         self._seen.add(name)
-        # An error may have a text that cannot be made; `traceback` says so instead of raising.
-        text = redact("".join(traceback.format_exception_only(type(error), error)).strip())
-        say("%s met an unexpected error and continues, as does the training: %s", self._what, text)
+        say("%s met an unexpected error and continues, as does the training: %s", self._what, _text(error))
         logger.debug("The unexpected error", exc_info=error)
         return True
 
@@ -104,38 +109,61 @@ class Background:
     def __init__(self, what: str) -> None:
         self._turn = SafeTurn(what)
         self._works: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        """The last one, also after `close`."""
+        self._end: weakref.finalize[..., Background] | None = None
+        """Lets the thread end after its work; None where none takes work."""
         self._pid = 0
         self._lock = threading.Lock()
 
     def add(self, work: Callable[[], object]) -> None:
         """Let it be done after those before."""
         with self._lock:
-            if self._pid != os.getpid():  # the first one, or the first of a fork
-                self._pid, self._works = os.getpid(), SimpleQueue()
-                given = self._works, self._turn  # and not `self`, which the thread would keep alive
-                threading.Thread(target=_do, args=given, name="cloudtrain-background", daemon=True).start()
-                weakref.finalize(self, self._works.put, None).atexit = False
+            if self._pid != os.getpid():  # a fork has no threads of its parent
+                self._pid, self._thread, self._end = os.getpid(), None, None
+            if self._end is None:
+                self._works = SimpleQueue()
+                given = self._works, self._turn, self._thread  # not `self`, which it would keep alive
+                thread = threading.Thread(target=_do, args=given, name="cloudtrain-background", daemon=True)
+                thread.start()
+                self._thread, self._end = thread, weakref.finalize(self, self._works.put, None)
+                self._end.atexit = False
             self._works.put(work)
 
     def close(self) -> None:
         """End the thread after the work that was added; later work starts a new one."""
         with self._lock:
-            self._pid = 0
-            self._works.put(None)
+            if self._end is not None:
+                self._end()
+                self._end = None
 
     def settle(self, timeout: float) -> None:
-        """Wait for what was added so far, as many seconds at most."""
-        if self._pid == os.getpid():
-            done = threading.Event()
-            self.add(done.set)
-            done.wait(timeout)
+        """Wait for what was added so far, as many seconds at most; also after `close`."""
+        with self._lock:
+            if self._thread is None or self._pid != os.getpid():
+                return
+            wait_for: Callable[[float], object] = self._thread.join
+            if self._end is not None:
+                done = threading.Event()
+                self._works.put(done.set)
+                wait_for = done.wait
+        wait_for(timeout)
 
 
-def _do(works: SimpleQueue[Callable[[], object] | None], turn: SafeTurn) -> None:
+def _do(
+    works: SimpleQueue[Callable[[], object] | None], turn: SafeTurn, before: threading.Thread | None
+) -> None:
+    if before is not None:
+        before.join()
     while (work := works.get()) is not None:
         with turn:
             work()
         del work  # it may keep the Background alive
+
+
+def _text(error: BaseException) -> str:
+    # An error may have a text that cannot be made; `traceback` says so instead of raising.
+    return redact("".join(traceback.format_exception_only(type(error), error)).strip())
 
 
 def answer_in_time(work: Callable[[], T], is_late: Callable[[], bool]) -> T:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import threading
 import weakref
 from functools import partial
@@ -92,6 +94,68 @@ def test_the_thread_of_a_background_ends_when_it_is_closed_and_later_work_starts
         thread.join(60.0)
         assert not thread.is_alive()
         assert done == list(range(1, number + 1)), "what was added before is done"
+
+
+def test_settle_waits_for_work_from_before_the_close() -> None:
+    done, background = list[int](), Background("The removal")
+    may_begin = hold(background)
+    background.add(partial(done.append, 1))
+    background.close()
+    background.settle(0.01)
+    assert done == []
+    may_begin.set()
+    background.settle(60.0)
+    assert done == [1]
+
+
+def test_work_that_is_added_after_the_close_is_done_after_that_from_before() -> None:
+    done, background = list[int](), Background("The removal")
+    may_begin = hold(background)
+    background.add(partial(done.append, 1))
+    background.close()
+    background.add(partial(done.append, 2))
+    background.settle(0.05)
+    assert done == []
+    may_begin.set()
+    background.settle(60.0)
+    assert done == [1, 2]
+
+
+def hold(background: Background) -> threading.Event:
+    """Let its thread do nothing until the event is set."""
+    may_begin = threading.Event()
+    background.add(may_begin.wait)
+    return may_begin
+
+
+def test_a_background_that_is_closed_again_and_again_keeps_nothing_of_the_old_threads() -> None:
+    background = Background("The removal")
+    for _ in range(3):
+        background.add(int)
+        background.close()
+    background.settle(60.0)
+    registered = [found.peek() for found in weakref.finalize._registry]  # type: ignore[attr-defined]
+    assert not [found for found in registered if found and found[0] is background]
+
+
+AT_EXIT = """
+from hf_cloudtrain.runtime.threads import at_exit
+
+def fail(error):
+    raise error
+
+at_exit(lambda: print("uploads are finished"))
+at_exit(lambda: fail(KeyboardInterrupt()))
+at_exit(lambda: fail(ValueError("s3://user:secret@bucket")))
+"""
+
+
+def test_ctrl_c_or_an_error_in_one_task_at_exit_does_not_skip_those_before_it() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, check=False)
+    assert done.stdout == "uploads are finished\n"
+    assert "A task at the end of the process failed: ValueError" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
 
 
 class Owner:
