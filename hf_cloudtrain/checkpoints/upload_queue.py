@@ -5,8 +5,8 @@ only when it is committed, or when a newer one has replaced it before its upload
 are retired. Before the first byte and right before the commit the sender checks whether a newer attempt has begun (law 6);
 then the queue stops, and the outbox keeps what is left.
 
-Threads: `cloudtrain-upload` waits for work, sleeps between tries, and rests after the end of an attempt; `cloudtrain-io` threads move bytes and live as long as
-one entry; `cloudtrain-background` removes entries that were replaced. No collective ever runs here.
+Threads: `cloudtrain-upload` waits for work, sleeps between tries, and rests after the end of an attempt; `cloudtrain-io`
+threads move the bytes of one entry; `cloudtrain-background` removes replaced entries. No thread runs a collective.
 """
 
 from __future__ import annotations
@@ -285,7 +285,11 @@ class UploadQueue:
         if self._rests:
             self._rests = False
             self._thread = threading.Thread(target=self._work, name=self._thread.name, daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._rests = True  # so that the next save tries again
+                raise
 
     def _ready(self) -> list[OutboxEntry]:
         return [entry for entry in self._waiting if entry is not self._held or self._hurry]

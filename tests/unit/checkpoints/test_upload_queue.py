@@ -114,6 +114,25 @@ def test_the_thread_rests_after_the_end_of_an_attempt_until_there_is_work_again(
     assert disk.commits() == [f"000001-000000000{step}" for step in (1, 2, 3)]
 
 
+def test_a_thread_that_cannot_be_started_is_started_with_the_next_entry(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_queue = disk.upload_queue()
+    upload_queue.follow(None)
+    upload_queue._thread.join(DEADLINE)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            upload_queue.submit(disk.entry(1))
+    upload_queue.submit(disk.entry(2))
+    upload_queue.wait(DEADLINE)
+    assert disk.commits() == ["000001-0000000002", "000001-0000000001"]
+
+
 def steps_waiting(upload_queue: UploadQueue) -> list[tuple[int, int]]:
     return [(entry.key.attempt, entry.key.step) for entry in upload_queue.pending()]
 
