@@ -2,8 +2,7 @@
 
     of          the lifecycle of a run and a folder: the only registry of Checkpointers in this process
     restore     the newest checkpoint, converted where a step has a different size now
-    begin       checks that no notice is pending, and takes an attempt number for all ranks
-    track       starts heartbeat and step records on rank 0
+    begin       checks that no notice is pending, takes an attempt number for all ranks, and starts heartbeat and step records
     listen      installs signal handlers, and watches for other notices
     must_stop   after each step: whether all ranks save here and leave
     finish      waits until everything is committed, then records the end
@@ -162,16 +161,20 @@ class AttemptLifecycle:
         used(self.checkpointer.storage.url)
         earlier = self.checkpointer.attempt
         try:
-            attempt = self.checkpointer.begin(step, started_over=started_over)
-        finally:  # what fails now is recorded as the end of the attempt
-            if tracks and self.checkpointer.attempt is not earlier:
-                self._track(first_step=step, total_steps=total, samples_per_step=samples)
-        self.is_leaving = self.is_over = False
-        first_line(self.checkpointer, step=step, total=total, restored=self.restored, saves=saves)
+            try:
+                attempt = self.checkpointer.begin(step, started_over=started_over)
+            finally:  # what fails now is recorded as the end of the attempt
+                if tracks and self.checkpointer.attempt is not earlier:
+                    self._track(first_step=step, total_steps=total, samples_per_step=samples)
+            self.is_leaving = self.is_over = False
+            first_line(self.checkpointer, step=step, total=total, restored=self.restored, saves=saves)
+        except BaseException as error:
+            self.interrupt(self.checkpointer.attempt, outcome_of(error))
+            raise
         return attempt
 
     def interrupt(self, attempt: Attempt | None, outcome: Outcome = "stopped") -> None:
-        """Stop what an attempt does in the background, where `break` or an exception has ended it.
+        """Stop what an attempt does in the background, where `break` or an exception has ended it: a notebook lives on.
 
         Args:
             attempt: nothing happens if it is no longer the one under way: a generator may be closed late.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
-from hf_cloudtrain.errors import CloudTrainError, OvertakenError
+from hf_cloudtrain.errors import OvertakenError
 from hf_cloudtrain.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,10 @@ def read_end(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def outcome_of(error: CloudTrainError) -> Outcome:
-    """The outcome of a training that ends with this error."""
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome of a training that ends with this error; `break` closes a generator."""
+    if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        return "stopped"
     return "overtaken" if isinstance(error, OvertakenError) else "failed"
 
 

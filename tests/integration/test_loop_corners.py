@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ import torch
 from accelerate import Accelerator
 
 from hf_cloudtrain.checkpoints.catalog import Catalog
+from hf_cloudtrain.checkpoints.checkpointer import Checkpointer
 from hf_cloudtrain.errors import ConfigurationError, ManifestError
 from hf_cloudtrain.integrations.loop.loop import TrainLoop
+from hf_cloudtrain.integrations.loop.steps import LoopRun
+from hf_cloudtrain.resume.optimizer_steps import OptimizerSteps
 from hf_cloudtrain.storage.client import Storage
 from tests.integration import _loops
 from tests.integration._loops import KilledError, Rows, StatefulStream, difference, train
@@ -176,6 +180,25 @@ def test_leaving_an_epoch_with_break_within_an_accumulation_does_not_save_its_la
         loop.end_epoch({"loss": 1.0})
     assert [(item.step, item.position.epoch) for item in manifests(tmp_path / "run")] == [(2, 0.4), (3, 1.0)]
     assert manifests(tmp_path / "run")[-1].metrics == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("name", ["begin", "watch", "finish"])
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt, "stopped"), (OSError, "failed")])
+def test_what_fails_between_the_epochs_leaves_nothing_behind_in_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: type[BaseException], state: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    owner = {"begin": LoopRun, "watch": OptimizerSteps, "finish": Checkpointer}[name]
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(error):
+        train(tmp_path / "run", tmp_path / "out", Rows(20))
+    progress = Catalog(Storage(str(tmp_path / "run"))).attempts.read_progress(1)
+    assert progress is not None
+    assert progress["state"] == state
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_loader_without_batches_leaves_the_resumed_position_to_the_next_one(

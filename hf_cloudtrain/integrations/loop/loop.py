@@ -10,6 +10,7 @@ Checkpointer freezes it and uploads in the background. Every rank calls everythi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.attempt_checks import Advice
+from hf_cloudtrain.checkpoints.attempts import Attempt
 from hf_cloudtrain.checkpoints.retention import Policy
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.lifecycle import AttemptLifecycle
@@ -40,6 +42,7 @@ from hf_cloudtrain.report import live
 from hf_cloudtrain.resume.dataloaders import length
 from hf_cloudtrain.runtime.tracebacks import short_traceback
 from hf_cloudtrain.storage.urls import shown_url
+from hf_cloudtrain.tracking.exit_record import outcome_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -225,27 +228,25 @@ class TrainLoop(TrackedLoop):
             self._complete_folder()
             return
         attempt = self._lifecycle.begin(self.global_step, saves=saves(self.save_steps, self._clock))
-        self._run.begin(self._resumed)
-        self._lifecycle.listen(grace=self._grace_seconds, clock=self._clock)
+        with self._interrupted(attempt):
+            self._run.begin(self._resumed)
+            self._lifecycle.listen(grace=self._grace_seconds, clock=self._clock)
         while self.epoch < self.num_epochs and not self._run.stop_requested:
-            self._steps = steps = EpochSteps(self._run, save_steps=self.save_steps)
-            self._epoch_saved = False
-            self._run.optimizers.watch()
-            if self._resumed is not None and self._resumed.cursor.position is None:
-                self._resumed.cursor.random_state.restore()  # saved between two epochs: continues from there
-            try:
+            with self._interrupted(attempt):
+                self._steps = steps = EpochSteps(self._run, save_steps=self.save_steps)
+                self._epoch_saved = False
+                self._run.optimizers.watch()
+                if self._resumed is not None and self._resumed.cursor.position is None:
+                    self._resumed.cursor.random_state.restore()  # saved between two epochs: continues from there
                 yield self.epoch
-            except GeneratorExit:  # `break`, or an error in the body
-                self._run.optimizers.close()
-                self._lifecycle.interrupt(attempt)
-                raise
             if not self._epoch_saved:
                 self._end_epoch(steps, {}, better=False)
             self._run.state.epoch += int(steps.is_over)
         self._run.optimizers.close()
         complete = self._complete and not self._lifecycle.has_notice()
         is_over = complete or self.epoch >= self.num_epochs
-        self._lifecycle.finish("finished" if is_over else "stopped", then=self._complete_folder)
+        with self._interrupted(attempt):
+            self._lifecycle.finish("finished" if is_over else "stopped", then=self._complete_folder)
         if complete:
             end_run(self._checkpointer, self.global_step, self.num_epochs)
         self._steps = None
@@ -347,6 +348,16 @@ class TrainLoop(TrackedLoop):
             self._report.close_epoch(state, metrics)
         steps.save(metrics, best=better)
         self._epoch_saved = True
+
+    @contextlib.contextmanager
+    def _interrupted(self, attempt: Attempt) -> Iterator[None]:
+        """Stop what runs in the background after an error, Ctrl-C, or what closes `epochs`: `break`, or an error in the body."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, GeneratorExit) as error:
+            self._run.optimizers.close()
+            self._lifecycle.interrupt(attempt, outcome_of(error))
+            raise
 
     def _complete_folder(self) -> None:
         self._folder.complete(self._run.state)
