@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_cloudtrain import env
 from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, DryRun, Json, RunArgument, Yes, examples
 from hf_cloudtrain.cli.commands.serve import Base, Processor, TaskName, TrustCode, found_model
 from hf_cloudtrain.cli.output import confirm, print_json, say, show_facts, show_table
 from hf_cloudtrain.cli.tables import Columns
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
+from hf_cloudtrain.runtime.redaction import has_user_part
 from hf_cloudtrain.runtime.text import time_text
 
 if TYPE_CHECKING:
@@ -84,6 +86,11 @@ def create(
         raise typer.BadParameter(f"--engine {engine!r} must be one of: local, sagemaker.")
     if engine == "local" and dry_run:
         raise typer.BadParameter("--dry-run shows the requests to SageMaker. Pass --engine sagemaker.")
+    if engine == "local" and has_user_part(run):
+        raise ConfigurationError(
+            "RUN contains a user and a password, which the record of the endpoint would show. Set them in the storage's own "
+            f"variables, or in {env.STORAGE_OPTIONS}."
+        )
     endpoints = Endpoints()
     check_name(name)
     if not dry_run:

@@ -10,7 +10,7 @@ import typer
 from hf_cloudtrain.cli.arguments import Best, CheckpointOrNewest, Json, RunArgument, chosen
 from hf_cloudtrain.cli.output import print_json, say, transfer
 from hf_cloudtrain.cli.runs import job_of, open_run
-from hf_cloudtrain.errors import ManifestError, NoCheckpointError
+from hf_cloudtrain.errors import CloudTrainError, ManifestError, NoCheckpointError, StorageError
 
 if TYPE_CHECKING:
     from hf_cloudtrain.checkpoints.catalog import Catalog
@@ -114,23 +114,29 @@ def found_model(run: str, checkpoint: str | None, best: bool, wish: Wish) -> Mod
             )
         return model_of_folder(Path(run), wish)
     catalog = open_run(run)
-    manifest = _manifest(catalog, checkpoint, best)
+    manifest, trouble = _manifest(catalog, checkpoint, best, wish)
     with transfer(f"Downloading {manifest.folder}", manifest.size) as progress:
         model = model_of_checkpoint(catalog, manifest, wish, on_bytes=progress.add)
+    if trouble:
+        say(f"{trouble} Using the verified copy on this machine.")
     say(f"Verified {model.title}.")
     return model
 
 
-def _manifest(catalog: Catalog, checkpoint: str | None, best: bool) -> Manifest:
+def _manifest(
+    catalog: Catalog, checkpoint: str | None, best: bool, wish: Wish
+) -> tuple[Manifest, CloudTrainError | None]:
+    """The manifest; and why it is that of the copy on this machine."""
     from hf_cloudtrain.serving.models.source import before, manifest_of_copy
 
     try:
-        return chosen(catalog, checkpoint, best)
-    except NoCheckpointError as error:
-        copy = None if checkpoint is None else manifest_of_copy(catalog, checkpoint)
+        return chosen(catalog, checkpoint, best), None
+    except (NoCheckpointError, StorageError) as error:
+        copy = None if checkpoint is None else manifest_of_copy(catalog, checkpoint, wish)
         if copy is not None:
-            say(f"{error} Using the verified copy on this machine.")
-            return copy
+            return copy, error
+        if isinstance(error, StorageError):
+            raise
         job = None if catalog.checkpoints() else job_of(catalog.storage.url)
         if job is None:
             raise

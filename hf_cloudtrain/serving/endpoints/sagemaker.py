@@ -138,30 +138,33 @@ def create(
     """
     endpoints.add(endpoint)
     try:
-        on_wait(f"Uploading {ARCHIVE}.")
-        _archives(endpoints, endpoint.name).upload(str(packed), ARCHIVE)
-        for operation, request in asked.items():
-            on_wait(f"SageMaker: {operation.replace('_', ' ')} {_name(endpoint)!r}.")
-            _ask(endpoint, operation, **request)
-        while (state := look(endpoint)).word != "in service":
-            if state.word != "starting":
-                raise CloudTrainError(
-                    f"The endpoint {endpoint.name!r} is {state.word}. {state.reason or ''}".strip()
+        try:
+            on_wait(f"Uploading {ARCHIVE}.")
+            _archives(endpoints, endpoint.name).upload(str(packed), ARCHIVE)
+            for operation, request in asked.items():
+                on_wait(f"SageMaker: {operation.replace('_', ' ')} {_name(endpoint)!r}.")
+                _ask(endpoint, operation, **request)
+            while (state := look(endpoint)).word != "in service":
+                if state.word != "starting":
+                    raise CloudTrainError(
+                        f"The endpoint {endpoint.name!r} is {state.word}. {state.reason or ''}".strip()
+                    )
+                on_wait("Waiting until it is in service; this takes minutes.")
+                time.sleep(POLL)
+        except Exception:
+            try:
+                delete(endpoints, endpoint)
+            except CloudTrainError as error:
+                logger.warning(
+                    "%s Delete the rest with `cloudtrain endpoint delete %s`.", error, endpoint.name
                 )
-            on_wait("Waiting until it is in service; this takes minutes.")
-            time.sleep(POLL)
-    except KeyboardInterrupt:
+            raise
+    except KeyboardInterrupt:  # also while it is deleted again
         logger.warning(
             "The endpoint %r may still exist at AWS and incur cost. See it with `cloudtrain endpoint view %s`; delete it with `cloudtrain "
             "endpoint delete %s`.",
             *[endpoint.name] * 3,
         )
-        raise
-    except Exception:
-        try:
-            delete(endpoints, endpoint)
-        except CloudTrainError as error:
-            logger.warning("%s Delete the rest with `cloudtrain endpoint delete %s`.", error, endpoint.name)
         raise
     return endpoint
 

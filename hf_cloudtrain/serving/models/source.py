@@ -21,7 +21,7 @@ from typing import Any
 from hf_cloudtrain import env
 from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.checkpoints.download import download
-from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest
+from hf_cloudtrain.checkpoints.manifest import CheckpointKey, Manifest, parse_folder_key
 from hf_cloudtrain.datasets.cache import LocalCopy
 from hf_cloudtrain.datasets.upload import store_token
 from hf_cloudtrain.errors import ConfigurationError, CorruptCheckpointError, ManifestError
@@ -101,7 +101,7 @@ def model_of_checkpoint(
         return _look(folder, names, title, wish, fetch=fetch, local=f"chat/{_local_name(manifest)}")
 
     files = [entry for entry in manifest.files if wish.trust_code or entry.path.endswith(READ)]
-    home = _copies(catalog) / f"{key}-{manifest.nonce[:8]}-{'whole' if wish.trust_code else 'model'}"
+    home = _copies(catalog) / f"{key}-{manifest.nonce[:8]}-{_kind(wish)}"
     copy = LocalCopy(catalog, dataclasses.replace(manifest, files=tuple(files)), manifest.folder, home)
     try:
         if not copy.is_untouched():
@@ -123,17 +123,23 @@ def model_of_checkpoint(
     return dataclasses.replace(look(folder), run=url, checkpoint=key)
 
 
-def manifest_of_copy(catalog: Catalog, key: str) -> Manifest | None:
+def manifest_of_copy(catalog: Catalog, key: str, wish: Wish) -> Manifest | None:
     """The manifest of a checkpoint whose files are on this machine, although the run may be deleted.
 
     Args:
-        key: of the checkpoint.
+        key: of the checkpoint; None is found for any other name.
+        wish: with the code of the checkpoint trusted, it is a different copy.
     """
-    found = _copies(catalog).glob(f"{glob.escape(key)}-*/{MANIFEST}")
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(OSError, ManifestError):
-            return Manifest.parse(path.read_bytes(), key)
-    return None
+    found = []
+    if CheckpointKey.named(key) or parse_folder_key(key):
+        for path in _copies(catalog).glob(f"{glob.escape(key)}-*-{_kind(wish)}/{MANIFEST}"):
+            with contextlib.suppress(OSError, ManifestError):
+                found.append((path.stat().st_mtime, Manifest.parse(path.read_bytes(), key)))
+    return max(found, key=lambda one: one[0], default=(0.0, None))[1]
+
+
+def _kind(wish: Wish) -> str:
+    return "whole" if wish.trust_code else "model"
 
 
 def _copies(catalog: Catalog) -> Path:
@@ -270,8 +276,9 @@ def _local_name(manifest: Manifest) -> str:
 
 
 def before(catalog: Catalog, key: CheckpointKey | None) -> str:
-    """What to serve in place of a damaged checkpoint."""
-    older = [other for other in catalog.checkpoints() if key is not None and other < key]
+    """What to serve in place of a damaged checkpoint, or of a damaged folder that was saved by name: its key is None."""
+    older = [other for other in catalog.checkpoints() if key is None or other < key]
     if not older:
-        return "There is no checkpoint before it."
-    return f"Nothing is served in its place. To serve the one before, pass -c {older[-1]}."
+        return "There is no checkpoint before it." if key else "The run has no checkpoint."
+    which = "the one before" if key else "the newest checkpoint"
+    return f"Nothing is served in its place. To serve {which}, pass -c {older[-1]}."

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from hf_cloudtrain.checkpoints.manifest import CheckpointKey
-from hf_cloudtrain.errors import ConfigurationError, NoCheckpointError
+from hf_cloudtrain.errors import (
+    CloudTrainError,
+    ConfigurationError,
+    NoCheckpointError,
+    StorageUnavailableError,
+)
 from hf_cloudtrain.serving.endpoints import local, sagemaker
 from hf_cloudtrain.serving.endpoints.records import Endpoint, Endpoints, State
 from tests.unit.cli.terminal import Run, answer, cloudtrain, sentence
@@ -141,6 +146,28 @@ def test_ctrl_c_names_the_command_that_deletes_a_paid_endpoint(
     assert Endpoints().names() == ["nsmc"]
 
 
+def test_ctrl_c_during_the_clean_up_names_the_command_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(endpoints: Endpoints, endpoint: Endpoint) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sagemaker, "look", lambda endpoint: State("failed"))
+    monkeypatch.setattr(sagemaker, "delete", interrupted)
+    (tmp_path / "packed").touch()
+    with pytest.raises(KeyboardInterrupt):
+        sagemaker.create(Endpoints(), Endpoint("nsmc", "sagemaker", "x", 1.0), {}, tmp_path / "packed", print)
+    assert "may still exist at AWS and incur cost." in caplog.text
+
+
+def test_a_run_with_a_password_in_its_url_has_no_endpoint(called: list[list[str]]) -> None:
+    """The server would be started with '***' in place of the password."""
+    text = sentence("endpoint", "create", "nsmc", "sftp://me:pw@host/runs/x")
+    assert "RUN contains a user and a password" in text
+    assert "HF_CLOUDTRAIN_STORAGE_OPTIONS" in text
+    assert (called, Endpoints().names()) == ([], [])
+
+
 class TestServe:
     """What `serve`, `predict` and `endpoint create` say of a run, before anything is loaded."""
 
@@ -161,6 +188,63 @@ class TestServe:
             serve.found_model(trained.url, str(CheckpointKey(1, 8)), False, Wish())
         with pytest.raises(NoCheckpointError):
             serve.found_model(trained.url, None, False, Wish())
+
+    def test_a_copy_is_chosen_by_the_wish_and_named_once_it_is_verified(
+        self, trained: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from hf_cloudtrain.cli.commands import serve
+        from hf_cloudtrain.serving.models.source import Wish
+
+        said: list[str] = []
+        monkeypatch.setattr(serve, "say", said.append)
+        key = str(CheckpointKey(1, 8))
+        first = serve.found_model(trained.url, key, False, Wish())
+        trained.folder.rename(trained.folder.with_name("deleted"))
+        with pytest.raises(NoCheckpointError):
+            serve.found_model(trained.url, key, False, Wish(trust_code=True))
+        first.folder.chmod(0o700)
+        (first.folder / "model.safetensors").chmod(0o600)
+        (first.folder / "model.safetensors").write_bytes(b"changed")
+        with pytest.raises(CloudTrainError):
+            serve.found_model(trained.url, key, False, Wish())
+        assert said == [f"Verified {first.title}."]
+
+    @pytest.mark.parametrize("key", ["000001-0000000008", "final-000001"])
+    def test_while_the_storage_fails_the_verified_copy_is_served(
+        self, trained: Run, monkeypatch: pytest.MonkeyPatch, key: str
+    ) -> None:
+        from hf_cloudtrain.checkpoints.catalog import Catalog
+        from hf_cloudtrain.cli.commands import serve
+        from hf_cloudtrain.serving.models.source import Wish
+
+        trained.save(1, 8, FILES, name="final")
+        said: list[str] = []
+        monkeypatch.setattr(serve, "say", said.append)
+        first = serve.found_model(trained.url, key, False, Wish())
+
+        def fail(*given: object, **more: object) -> None:
+            raise StorageUnavailableError("The storage does not answer.")
+
+        for name in ("read", "checkpoints", "names_in"):
+            monkeypatch.setattr(Catalog, name, fail)
+        assert serve.found_model(trained.url, key, False, Wish()) == first
+        assert said[1] == "The storage does not answer. Using the verified copy on this machine."
+        with pytest.raises(StorageUnavailableError):
+            serve.found_model(trained.url, "8", False, Wish())
+
+    @pytest.mark.parametrize("name", ["/foo", "../models", "*", "a/b", "000001-*", ""])
+    def test_a_mistyped_checkpoint_is_not_looked_for_outside_of_the_copies(
+        self, trained: Run, name: str
+    ) -> None:
+        assert f"No checkpoint {name!r} in " in sentence("serve", trained.url, "--port", "0", "-c", name)
+
+    def test_a_damaged_folder_that_was_saved_by_name_names_the_newest_checkpoint(self, trained: Run) -> None:
+        trained.save(1, 8, FILES, name="final")
+        (record,) = trained.folder.rglob("final-000001.json")
+        record.write_text("{")
+        assert sentence("serve", trained.url, "--port", "0", "-c", "final").endswith(
+            "Nothing is served in its place. To serve the newest checkpoint, pass -c 000001-0000000008.\n"
+        )
 
     def test_a_damaged_manifest_names_the_checkpoint_before(self, trained: Run) -> None:
         key = CheckpointKey(1, 8)
