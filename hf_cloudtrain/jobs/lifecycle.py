@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_cloudtrain import env
 from hf_cloudtrain.datasets.store import DatasetStore
 from hf_cloudtrain.errors import CloudTrainError, ConfigurationError
 from hf_cloudtrain.jobs.engines import Engine, EngineStatus, engine
@@ -186,6 +187,13 @@ def _resume(store: JobStore, record: JobRecord) -> JobRecord:
             f"The job {record.id!r} has finished. To train again, submit the job file again."
         )
     submission = Submission.load_here(record.home)
+    own = record.id, record.run_url, store.url  # the record is untrusted
+    if (submission.id, submission.run_url, submission.store) != own:
+        raise ConfigurationError(
+            f"{record.home!r}, which the record of the job {record.id!r} names, belongs to the job {submission.id!r} of the "
+            f"store {submission.store!r} with the run {submission.run_url!r}. Nothing was started. Set {env.STORE} to the "
+            "store of its submission, or submit the job file again."
+        )
     _check(submission, store)
     store.forget_cancel(record.id)
     record = store.write(record, state="queued", reason=None, restarts=0)

@@ -356,6 +356,24 @@ def test_a_job_of_a_different_machine_is_not_resumed_here(store: JobStore, engin
         lifecycle.resume(store, "toy")
 
 
+@pytest.mark.parametrize("what", ["id", "run_url", "store"])
+def test_a_resume_starts_nothing_from_a_folder_of_a_different_job(
+    store: JobStore, engine: FakeEngine, tmp_path: Path, what: str
+) -> None:
+    record = store.write(submitted(store), state="failed")
+    own = Submission.load(record.home)
+    other = dataclasses.replace(
+        own, **{what: f"{getattr(own, what)}-of-a-colleague", "home": tmp_path / "other"}
+    )
+    other.save()
+    store.write(record, home=str(other.home))
+    engine.submitted.clear()
+    with pytest.raises(ConfigurationError, match=r"-of-a-colleague'.* Nothing was started\."):
+        lifecycle.resume(store, "toy")
+    assert engine.submitted == []
+    assert store.read("toy-1").state == "failed"
+
+
 def test_a_job_whose_submitter_was_killed_blocks_no_other_job(store: JobStore, engine: FakeEngine) -> None:
     url = str(store.url) + "/run"
     facts = {"engine": "local", "run_url": url, "nodes": 1, "nproc_per_node": 1, "max_restarts": 3}

@@ -95,7 +95,7 @@ class SagemakerEngine:
         if "training_job" not in record.handle:
             return None
         try:
-            found = api.describe(str(record.handle["region"]), str(record.handle["training_job"]))
+            found = api.describe(*_own(record, JobStore()))
         except api.UnknownError as error:
             return EngineStatus("lost", str(error))
         now = status_of(found)
@@ -107,26 +107,14 @@ class SagemakerEngine:
         return now
 
     def cancel(self, record: JobRecord, store: JobStore) -> None:
-        """Ask SageMaker to stop the job: it sends SIGTERM, and SIGKILL after 120 s.
-
-        Raises:
-            ConfigurationError: the record, which is untrusted, names a training job that is not this job's.
-        """
-        name = record.handle.get("training_job")
-        if name is None:
-            return
-        number = record.handle.get("number")
-        own = requests.training_job_name(store.url, record.id, number if isinstance(number, int) else 1)
-        if name != own:
-            raise ConfigurationError(
-                f"The record of the job {record.id!r} names the training job {str(name)[:100]!r}, but this job's in the store "
-                f"{store.url!r} is {own!r}: the record is damaged, or the job was submitted with a different store. Nothing was "
-                f"stopped. Set {env.STORE} to the store of its submission, or stop the training job in the SageMaker console."
-            )
-        api.stop(str(record.handle["region"]), own)
+        """Ask SageMaker to stop the job: it sends SIGTERM, and SIGKILL after 120 s."""
+        if "training_job" in record.handle:
+            api.stop(*_own(record, store))
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From CloudWatch Logs, where each container has a stream."""
+        if "training_job" in record.handle:
+            _own(record, JobStore())
         logs = api.Logs(record, node_rank)
         ended: float | None = None
         while True:
@@ -141,6 +129,28 @@ class SagemakerEngine:
             if not follow or (ended is not None and not found and time.monotonic() >= ended + LATE):
                 return
             time.sleep(POLL)
+
+
+def _own(record: JobRecord, store: JobStore) -> tuple[str, str]:
+    """Region and name of this job's training job.
+
+    Raises:
+        ConfigurationError: the record, which is untrusted, names a training job that is not this job's, or no region.
+    """
+    name, region, number = (record.handle.get(key) for key in ("training_job", "region", "number"))
+    own = requests.training_job_name(store.url, record.id, number if isinstance(number, int) else 1)
+    if name != own:
+        raise ConfigurationError(
+            f"The record of the job {record.id!r} names the training job {str(name)[:100]!r}, but this job's in the store "
+            f"{store.url!r} is {own!r}: the record is damaged, or the job was submitted with a different store. No request was "
+            f"sent. Set {env.STORE} to the store of its submission, or use the SageMaker console."
+        )
+    if not isinstance(region, str):
+        raise ConfigurationError(
+            f"The record of the job {record.id!r} is damaged: {str(region)[:100]!r} is not an AWS region. No request was "
+            f"sent. Find the training job {own!r} in the SageMaker console."
+        )
+    return region, own
 
 
 def status_of(description: Mapping[str, Any]) -> EngineStatus:

@@ -6,7 +6,8 @@ import datetime
 
 from botocore.stub import Stubber
 
-from tests.unit.jobs.engines.sagemaker._requests import session
+from hf_cloudtrain.jobs.engines.sagemaker.request import training_job_name
+from tests.unit.jobs.engines.sagemaker._requests import STORE, session
 
 
 class Stubbed:
@@ -18,11 +19,12 @@ class Stubbed:
         self.stub = Stubber(self.client)
 
 
-HANDLE = {"training_job": "whole-1", "region": "us-east-1"}
+NAME = training_job_name(STORE, "mnli.v2_final-1")
+HANDLE = {"training_job": NAME, "region": "us-east-1"}
 NOW = datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc)
 DESCRIBED = {
-    "TrainingJobName": "whole-1",
-    "TrainingJobArn": "arn:aws:sagemaker:us-east-1:111122223333:training-job/whole-1",
+    "TrainingJobName": NAME,
+    "TrainingJobArn": f"arn:aws:sagemaker:us-east-1:111122223333:training-job/{NAME}",
     "ModelArtifacts": {"S3ModelArtifacts": "s3://bucket/x"},
     "TrainingJobStatus": "InProgress",
     "SecondaryStatus": "Training",

@@ -18,6 +18,7 @@ from hf_cloudtrain.jobs.records import JobStore
 from tests.servers import free_port
 from tests.unit.jobs.engines.sagemaker._aws import Stubbed
 from tests.unit.jobs.engines.sagemaker._container import FakeNode, Image, hosts, job
+from tests.unit.jobs.engines.sagemaker._requests import STORE
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Stubbed]]:
     monkeypatch.setattr(api, "_client", client)
     monkeypatch.setattr(sagemaker_engine, "POLL", 0.0)
     monkeypatch.setattr(sagemaker_engine, "LATE", 0.0)
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", STORE)
     for item in found.values():
         item.stub.activate()
     yield found

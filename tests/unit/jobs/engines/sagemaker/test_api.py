@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_cloudtrain.jobs.engines.sagemaker import api
 from hf_cloudtrain.jobs.engines.sagemaker.engine import ENGINE
 from hf_cloudtrain.jobs.engines.sagemaker.request import request, training_job_name
 from hf_cloudtrain.jobs.records import JobStore
-from tests.unit.jobs.engines.sagemaker._aws import DESCRIBED, HANDLE, Stubbed
+from tests.unit.jobs.engines.sagemaker._aws import DESCRIBED, HANDLE, NAME, Stubbed
 from tests.unit.jobs.engines.sagemaker._requests import SMALL, WHOLE, record_of, submission
 
 
@@ -33,10 +34,10 @@ def test_cancel_stops_the_training_job(stubbed: dict[str, Stubbed], tmp_path: Pa
     ENGINE.cancel(record_of(submission(SMALL)), store)  # SageMaker never had it
 
 
-def test_cancel_stops_no_training_job_of_the_account_but_the_jobs_own(
-    stubbed: dict[str, Stubbed], tmp_path: Path
+def test_no_training_job_of_the_account_but_the_jobs_own_is_stopped_or_shown(
+    stubbed: dict[str, Stubbed],
 ) -> None:
-    store = JobStore(str(tmp_path))
+    store = JobStore()
     for name, number in (
         ("the-training-of-a-colleague", 1),
         (training_job_name(store.url, "other-1"), 1),
@@ -45,11 +46,27 @@ def test_cancel_stops_no_training_job_of_the_account_but_the_jobs_own(
         (["small-1"], None),
     ):
         handle = {"training_job": name, "region": "us-east-1", "number": number}
-        with pytest.raises(
-            ConfigurationError, match=r"Nothing was stopped\. Set HF_CLOUDTRAIN_STORE"
-        ) as error:
-            ENGINE.cancel(record_of(submission(SMALL), handle=handle), store)
-        assert str(name) in str(error.value)
+        record = record_of(submission(SMALL), handle=handle)
+        for ask in (
+            partial(ENGINE.cancel, record, store),
+            partial(ENGINE.look, record),
+            partial(next, ENGINE.lines(record, None, follow=False)),
+        ):
+            with pytest.raises(
+                ConfigurationError, match=r"No request was sent\. Set HF_CLOUDTRAIN_STORE"
+            ) as error:
+                ask()
+            assert str(name) in str(error.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"region": None}, {"region": 7}])
+def test_a_record_without_a_region_is_refused_with_a_sentence(
+    stubbed: dict[str, Stubbed], more: dict[str, object]
+) -> None:
+    record = record_of(submission(WHOLE), handle={"training_job": NAME, **more})
+    for ask in (partial(ENGINE.cancel, record, JobStore()), partial(ENGINE.look, record)):
+        with pytest.raises(ConfigurationError, match=r"is damaged: '\w+' is not an AWS region"):
+            ask()
 
 
 @pytest.mark.parametrize(
@@ -122,11 +139,11 @@ def test_after_a_lost_answer_the_job_is_looked_up(stubbed: dict[str, Stubbed], a
         api.create("us-east-1", request(submission(SMALL)), ())
 
 
-STREAMS = ["whole-1/algo-1-1700", "whole-1/algo-2-1700"]
+STREAMS = [f"{NAME}/algo-1-1700", f"{NAME}/algo-2-1700"]
 
 
 def streams(stub: Any, names: list[str] = STREAMS) -> None:
-    asked = {"logGroupName": "/aws/sagemaker/TrainingJobs", "logStreamNamePrefix": "whole-1/"}
+    asked = {"logGroupName": "/aws/sagemaker/TrainingJobs", "logStreamNamePrefix": f"{NAME}/"}
     stub.add_response(
         "describe_log_streams", {"logStreams": [{"logStreamName": name} for name in names]}, asked
     )
@@ -165,7 +182,7 @@ def test_only_the_lines_of_one_node_are_requested(stubbed: dict[str, Stubbed]) -
 def test_the_tenth_container_is_not_the_tenth_node(stubbed: dict[str, Stubbed]) -> None:
     """SageMaker and the containers sort names as text: algo-10 comes before algo-2."""
     stub = stubbed["logs"].stub
-    names = ["whole-1/algo-10-1700", "whole-1/algo-2-1700"]
+    names = [f"{NAME}/algo-10-1700", f"{NAME}/algo-2-1700"]
     streams(stub, names)
     for name, token in zip(names, "ab", strict=True):
         events(stub, name, [(1, "here")], token)
@@ -192,5 +209,5 @@ def test_following_ends_after_the_job_and_misses_no_line(stubbed: dict[str, Stub
     ask.add_response("describe_training_job", over)
     streams(logs, STREAMS[:1])
     events(logs, STREAMS[0], [], "b", "b")
-    record = record_of(submission(SMALL), handle=HANDLE)
+    record = dataclasses.replace(record_of(submission(WHOLE), handle=HANDLE), nodes=1)
     assert list(ENGINE.lines(record, None, follow=True)) == ["one", "two"]

@@ -18,7 +18,7 @@ from hf_cloudtrain.jobs.engines import EngineStatus, engine
 from hf_cloudtrain.jobs.engines.sagemaker import api
 from hf_cloudtrain.jobs.engines.sagemaker import engine as sagemaker_engine
 from hf_cloudtrain.jobs.engines.sagemaker.engine import ENGINE, status_of
-from hf_cloudtrain.jobs.engines.sagemaker.request import own_prefix, request
+from hf_cloudtrain.jobs.engines.sagemaker.request import own_prefix, request, training_job_name
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.submission import Submission
 from hf_cloudtrain.storage.client import Storage
@@ -89,6 +89,7 @@ def prepared(aws: MotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A store on S3 with a dataset, and a job with a workspace."""
     monkeypatch.setenv("WANDB_API_KEY", "secret-value")
     store_url = f"s3://{aws.make_bucket()}/store"
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", store_url)
     (tmp_path / "mnli").mkdir()
     (tmp_path / "mnli" / "train.txt").write_text("one\n")
     DatasetStore(store_url).create("mnli", tmp_path / "mnli")
@@ -164,7 +165,8 @@ def test_each_submission_of_a_job_has_a_name_of_its_own(prepared: tuple[Any, ...
 
 
 def test_a_job_that_aws_does_not_know_is_lost(aws: MotoServer) -> None:
-    record = record_of(submission(SMALL), handle={"training_job": "small-1", "region": "us-east-1"})
+    name = training_job_name(JobStore().url, "small-1")
+    record = record_of(submission(SMALL), handle={"training_job": name, "region": "us-east-1"})
     found = ENGINE.look(record)
     assert found is not None
     assert found.state == "lost"
@@ -263,7 +265,7 @@ def test_while_the_containers_run_their_supervisor_writes_the_record(
     status = "Stopped" if secondary in ("Stopped", "MaxRuntimeExceeded") else "InProgress"
     answer = {**DESCRIBED, "TrainingJobStatus": status, "SecondaryStatus": secondary}
     stubbed["sagemaker"].stub.add_response("describe_training_job", answer)
-    found = ENGINE.look(record_of(submission(SMALL), handle=HANDLE, state=state, reason=reason))
+    found = ENGINE.look(record_of(submission(WHOLE), handle=HANDLE, state=state, reason=reason))
     if expected is None:
         assert found is None
     else:
