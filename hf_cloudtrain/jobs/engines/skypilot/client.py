@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-import selectors
+import select
 import shlex
 import shutil
 import subprocess
@@ -78,17 +78,31 @@ class SkyJob:
             return ["sky", "jobs", "logs", *(number or ["-n", self._name])]
         return ["sky", "logs", self._name, *number]
 
+    def check_number(self) -> None:
+        """Raise ConfigurationError if SkyPilot has no job with its name and number: a log is found by the number alone."""
+        if self._managed and self._number is not None and self.row() is None:
+            raise ConfigurationError(
+                f"SkyPilot has no job {self._number} with the name {self._name!r}: it has forgotten the job, or the job's record "
+                "is damaged. List SkyPilot's jobs with `sky jobs queue -a`."
+            )
+
     def end(self) -> None:
         """Cancel it, or take its cluster down. Raises ConfigurationError."""
         if not self._managed:
             run(["sky", "down", "-y", self._name])
             return
-        if self.row() is None:
-            logger.warning(
-                "SkyPilot no longer has the job %r with this number; nothing was cancelled there.", self._name
-            )
-            return
-        which = ["-n", self._name] if self._number is None else [str(self._number)]
+        which = ["-n", self._name]
+        try:
+            if self.row() is None:
+                logger.warning(
+                    "SkyPilot no longer has the job %r with this number; nothing was cancelled there.",
+                    self._name,
+                )
+                return
+            if self._number is not None:
+                which = [str(self._number)]
+        except ConfigurationError as error:
+            logger.warning("%s Cancelling the job by its name %r.", error, self._name)
         try:
             run(["sky", "jobs", "cancel", "-y", *which])
         except ConfigurationError as error:
@@ -158,14 +172,15 @@ def lines(argv: Sequence[str], patience: float | None) -> Iterator[str]:
     Raises:
         ConfigurationError: it was silent for too long.
     """
-    # Not `select.select`, which refuses file descriptors above 1023.
-    with start(argv) as process, selectors.DefaultSelector() as selector:
+    # Not `select.select`, which refuses file descriptors above 1023, nor a selector, which needs one of its own.
+    poll, milliseconds = select.poll(), None if patience is None else patience * 1000
+    with start(argv) as process:
         output = cast("IO[str]", process.stdout).fileno()
-        selector.register(output, selectors.EVENT_READ)
+        poll.register(output, select.POLLIN)
         text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), True)
         rest = ""
         try:
-            while selector.select(patience):
+            while poll.poll(milliseconds):
                 data = os.read(output, 2**16)
                 *whole, rest = (rest + text.decode(data, final=not data)).split("\n")
                 yield from whole

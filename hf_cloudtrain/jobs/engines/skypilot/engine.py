@@ -115,7 +115,9 @@ class SkypilotEngine:
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From SkyPilot's own log of the job."""
-        argv = [*SkyJob(record).logs_argv, "--follow" if follow else "--no-follow", "--tail", "0"]
+        job = SkyJob(record)
+        job.check_number()
+        argv = [*job.logs_argv, "--follow" if follow else "--no-follow", "--tail", "0"]
         for line in client.lines(argv, None if follow else client.PATIENCE):  # its end is not that of the job
             shown = client.node_line(line, record.nodes, node_rank)
             if shown is not None:

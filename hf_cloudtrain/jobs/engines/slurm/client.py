@@ -54,6 +54,8 @@ class SlurmJob:
     """In seconds; None: no limit."""
     preempted: float | None
     """When it was preempted; None: it was not."""
+    command: str = ""
+    """The batch script, as it was submitted."""
 
     @property
     def was_preempted(self) -> bool:
@@ -137,6 +139,7 @@ def parse_job(text: str) -> SlurmJob | None:
         ended=_time(pairs.get("EndTime")),
         limit=_limit(pairs.get("TimeLimit")),
         preempted=_time(pairs.get("PreemptTime")),
+        command=pairs.get("Command", ""),
     )
 
 

@@ -119,7 +119,7 @@ class SlurmEngine:
         number = _number(record)
         if record.is_over or number is None:
             return None
-        job = self._job(number, record)
+        job = self._job(number, record, JobStore())
         if job is None:
             return EngineStatus(
                 "lost",
@@ -133,10 +133,10 @@ class SlurmEngine:
         if number is None:
             return
         try:
-            job = self._job(number, record)
+            job = self._job(number, record, store)
             if job is not None and job.state != "RUNNING":
                 call("scancel", "--state=PENDING", number)  # also one that is about to be queued again
-                job = self._job(number, record)
+                job = self._job(number, record, store)
             if job is not None and job.state == "CANCELLED":
                 reason = f"Cancelled by {CANCEL} while it was queued."
                 store.write(store.read(record.id), state="cancelled", reason=reason)
@@ -150,10 +150,15 @@ class SlurmEngine:
         except SlurmError as error:
             logger.info("%s", error)  # the job has ended in the meantime
 
-    def _job(self, number: str, record: JobRecord) -> SlurmJob | None:
-        """What Slurm knows about a job; None if it has forgotten it, or if the number is that of a different job."""
+    def _job(self, number: str, record: JobRecord, store: JobStore) -> SlurmJob | None:
+        """What Slurm knows about a job; None if it has forgotten it, or if the number is that of a different job.
+
+        An administrator may have changed its name, but not its script.
+        """
         job = self._client.job(number)
-        return job if job is not None and job.name == record.id else None
+        if job is None or job.name == record.id or job.command == str(store.home(record.id) / SCRIPT):
+            return job
+        return None
 
     def lines(self, record: JobRecord, node_rank: int | None, follow: bool) -> Iterator[str]:
         """From the nodes' files. Slurm is asked every few seconds whether a job still exists."""

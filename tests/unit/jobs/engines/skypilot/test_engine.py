@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import resource
+import selectors
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from hf_cloudtrain.cli import app
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.jobs.engines.protocol import EngineStatus
 from hf_cloudtrain.jobs.engines.skypilot import engine as module
+from hf_cloudtrain.jobs.engines.skypilot.client import SkyJob
 from hf_cloudtrain.jobs.engines.skypilot.task import accelerator, as_task, cluster_name, task_name
 from hf_cloudtrain.jobs.records import JobStore
 from hf_cloudtrain.jobs.spec.values import Machine
@@ -346,6 +349,7 @@ class TestCommands:
             "\x1b[36m(head, rank=0, pid=12, ip=10.0.0.4)\x1b[0m loss 1.5\n"
             "\x1b[36m(worker1, rank=1, pid=12, ip=10.0.0.5)\x1b[0m (x) ready\n",
         )
+        sky.lists({"job_id": 12, "status": "RUNNING"})
         assert list(SKYPILOT.lines(record, None, follow=False)) == [
             "├── Waiting for task resources",
             "[node 0] loss 1.5",
@@ -383,7 +387,7 @@ class TestCommands:
                 SKYPILOT.cancel(record, store)
         assert sky.calls == calls
 
-    def test_a_number_of_a_different_job_is_not_cancelled(
+    def test_a_number_of_a_different_job_is_not_cancelled_and_its_log_not_shown(
         self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         sky.prints("launch", LAUNCHED)
@@ -395,12 +399,26 @@ class TestCommands:
         SKYPILOT.cancel(record, store)
         assert not any(call.startswith("jobs cancel") for call in sky.calls)
         assert "SkyPilot no longer has the job 'x-1'" in caplog.text
+        with pytest.raises(ConfigurationError, match="has no job 12 with the name 'x-1'"):
+            list(SKYPILOT.lines(record, None, follow=False))
+        assert not any(call.startswith("jobs logs") for call in sky.calls)
+
+    def test_cancel_ends_a_job_by_its_name_where_skypilots_table_cannot_be_read(
+        self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sky.prints("launch", LAUNCHED)
+        record = dataclasses.replace(submitted(store, sky), run_url=str(tmp_path / "run"))
+        sky.prints("queue", "not JSON\n")
+        SKYPILOT.cancel(record, store)
+        assert sky.calls[-1] == "jobs cancel -y -n x-1"
+        assert "Cancelling the job by its name 'x-1'." in caplog.text
 
     def test_a_log_command_that_hangs_is_ended(
         self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sky.prints("launch", LAUNCHED)
         record = submitted(store, sky)
+        monkeypatch.setattr(module.SkyJob, "check_number", lambda job: None)
         monkeypatch.setattr(module.client, "PATIENCE", 0.2)
         (sky.folder / "bin" / "sky").write_text("#!/bin/sh\nexec tail -f /dev/null\n")
         with pytest.raises(ConfigurationError, match=r"`sky jobs logs 12 .*` printed nothing for 0\.2 s\."):
@@ -427,6 +445,7 @@ class TestCommands:
         sky.prints("launch", LAUNCHED)
         record = submitted(store, sky)
         sky.prints("logs", "(head, rank=0, pid=12) loss 1.5\n")
+        sky.lists({"job_id": 12, "status": "RUNNING"})
         start, limits = module.client.start, resource.getrlimit(resource.RLIMIT_NOFILE)
 
         def started(*argv: Any) -> subprocess.Popen[str]:
@@ -443,6 +462,23 @@ class TestCommands:
             assert list(SKYPILOT.lines(record, None, follow=False)) == ["loss 1.5"]
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def test_a_log_is_read_where_no_file_is_left_for_a_selector(
+        self, sky: FakeSky, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An error there would wait for the command, which may never end."""
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        sky.prints("launch", LAUNCHED)
+        record = submitted(store, sky)
+        sky.prints("logs", "(head, rank=0, pid=12) loss 1.5\n")
+        sky.lists({"job_id": 12, "status": "RUNNING"})
+        monkeypatch.setattr(selectors.DefaultSelector, "__init__", refuse)
+        assert list(module.client.lines(SkyJob(record).logs_argv, 60.0)) == [
+            "(head, rank=0, pid=12) loss 1.5"
+        ]
 
     @pytest.mark.parametrize(
         ("lines", "command"),

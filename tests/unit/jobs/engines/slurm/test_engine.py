@@ -156,6 +156,35 @@ def test_a_number_that_slurm_has_given_to_a_different_job_cancels_nothing(
     ]
 
 
+def test_a_running_job_whose_name_an_administrator_changed_is_found_by_its_script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A job that is `lost` may be resumed, and a second one would write to its run."""
+    monkeypatch.setenv("HF_CLOUDTRAIN_STORE", str(tmp_path))
+    store, calls = JobStore(), list[tuple[str, ...]]()
+    shown = "JobId=7 JobName=hold-for-maintenance JobState=RUNNING Reason=None Restarts=0 Command={}/job.sbatch Power=\n"
+    # That of a different job, or of a different store, which a record could name as its home, is not accepted.
+    for home in (
+        tmp_path / "jobs" / "other-1",
+        tmp_path / "of-a-colleague" / "jobs" / "toy-1",
+        store.home("toy-1"),
+    ):
+
+        def call(*command: str, answer: str = shown.format(home)) -> str:
+            calls.append(command)
+            return answer
+
+        monkeypatch.setattr(client, "call", call)
+        monkeypatch.setattr(engine, "call", call)
+        found = record(home, state="running", handle={"job": "7"})
+        status = SlurmEngine().look(found)
+        assert (status is None) == (home == store.home("toy-1"))
+        SlurmEngine().cancel(found, store)
+    assert [command for command in calls if command[0] == "scancel"] == [
+        ("scancel", "--batch", "--signal=USR1", "7")
+    ]
+
+
 @pytest.mark.parametrize("number", ["--all", "7 8", "", "7_1", ["7"], -7, "\u0667"])
 def test_a_number_that_is_not_one_does_not_reach_slurm(
     number: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
