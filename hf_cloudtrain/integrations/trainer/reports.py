@@ -110,7 +110,8 @@ class Report:
         self._service, self._callback = service, callback
         self._tracker_run: TrackerRun | None = None
         self._sent = TrackerContent()
-        self._is_started = False
+        self._is_started = self._is_over = False
+        """Whether its run is active; whether the training has ended it."""
         self._failed_at: float | None = None
         """When its start failed; it gets no events since then."""
         self._failures = 0
@@ -127,6 +128,10 @@ class Report:
         self.run = run
 
     def _on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
+        self._is_over = False
+        self._start_and_fill(args, state, control, **live)
+
+    def _start_and_fill(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         if not state.is_world_process_zero or state.is_hyper_param_search:
             self._inner["on_train_begin"](args, state, control, **live)
         elif self._start(args, state, control, live):
@@ -137,19 +142,24 @@ class Report:
     def _on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **live: Any) -> None:
         if not state.is_world_process_zero or not isinstance(logs, dict):
             self._inner["on_log"](args, state, control, logs=logs, **live)
-        elif self._failed_at is None:
+            return
+        if self._failed_at is None:
             # An evaluation before or after the training belongs to the same tracker run.
             if self._is_started or self._start(args, state, control, live):
                 self._send(args, state, control, logs, live)
         elif time.monotonic() - self._failed_at >= RETRY_SECONDS * min(
             2 ** (self._failures - 1), LONGEST_RETRY
         ):
-            self._on_train_begin(args, state, control, **live)  # which sends this log, too: the state has it
+            self._start_and_fill(args, state, control, **live)  # sends this log, too: the state has it
+        if self._is_started and self._is_over:  # else the next training would report to this run
+            with self._guard("did not end"):
+                self._is_started = not self._service.end_again(self._callback)
 
     def _on_train_end(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         if not self.run.is_leaving or not self._is_started:
             self._on_event("on_train_end", args, state, control, **live)
-            self._is_started = self._is_started and not self._service.ends_with_training
+            self._is_over = self._service.ends_with_training
+            self._is_started = self._is_started and not self._is_over
             return
         self._guard.flush(self._service.flush, self.run.seconds_left())
 

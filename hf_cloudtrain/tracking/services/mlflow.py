@@ -28,6 +28,10 @@ class MLflow(TrackerService):
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
 
+    def __init__(self) -> None:
+        self._is_users = False
+        """Whether the user's script had begun the run before the callback did."""
+
     def users_id(self, start: TrackerStart) -> str | None:
         """Of the run that the script has begun, else `MLFLOW_RUN_ID`."""
         import mlflow
@@ -76,6 +80,9 @@ class MLflow(TrackerService):
 
     def before_start(self, callback: Any, args: Any, tracker_id: str, start: TrackerStart) -> dict[str, str]:
         """No parameters in a run that goes on, and metrics in their order, so that the last step tells what was sent."""
+        import mlflow
+
+        self._is_users = mlflow.active_run() is not None
         os.environ.setdefault("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")
         return {"MLFLOW_MAX_LOG_PARAMS": "0"} if self._steps(tracker_id) else {}
 
@@ -102,6 +109,15 @@ class MLflow(TrackerService):
         import mlflow
 
         mlflow.set_tags({"cloudtrain.follows": previous, "cloudtrain.reason": reason})
+
+    def end_again(self, callback: Any) -> bool:
+        """As the callback does at the end of a training."""
+        import mlflow
+
+        if self._is_users or not callback._auto_end_run:
+            return False
+        mlflow.end_run()
+        return True
 
     def flush(self) -> None:
         """Metrics are sent by threads of MLflow."""

@@ -143,6 +143,10 @@ class TrackerService:
     def follows(self, previous: str, reason: str) -> None:
         """Link the run that has just started to the one before it."""
 
+    def end_again(self, callback: Any) -> bool:
+        """End the run that an evaluation after the training has started again, if its Trainer callback ends runs; whether it did."""
+        return False
+
     def flush(self) -> None:
         """Send what waits: the process ends soon."""
 

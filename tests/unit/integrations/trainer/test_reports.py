@@ -1,11 +1,11 @@
-"""A report callback whose service is down: training is held up by few tries to start it."""
+"""A report callback: its service is down, or its run has ended with the training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
+import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_cloudtrain.integrations.trainer import reports
@@ -13,8 +13,70 @@ from hf_cloudtrain.integrations.trainer.reports import Report
 from hf_cloudtrain.storage.client import Storage
 from hf_cloudtrain.tracking.services.service import TrackerService, TrackerStart
 
-if TYPE_CHECKING:
-    import pytest
+
+class Ending(TrackerService):
+    """Ends its run with the training, as MLflow does; `ends` is whether it can end it again."""
+
+    name = "ending"
+    ends_with_training = True
+
+    def __init__(self, *, ends: bool) -> None:
+        self.ends, self.ended = ends, 0
+
+    def new_id(self, start: TrackerStart) -> str:
+        return "1"
+
+    def end_again(self, callback: object) -> bool:
+        self.ended += 1
+        return self.ends
+
+
+class Noting(TrainerCallback):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.heard.append("begin")
+
+    def on_log(self, *_: object, **__: object) -> None:
+        self.heard.append("log")
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_that_an_evaluation_after_the_training_starts_again_is_ended_again(
+    tmp_path: Path, ends: bool
+) -> None:
+    storage, service, callback = Storage(str(tmp_path / "run")), Ending(ends=ends), Noting()
+    run = SimpleNamespace(
+        run_url=storage.url,
+        tracker_pages={},
+        tracker_storage=storage,
+        why_apart=lambda: None,
+        is_leaving=False,
+    )
+    Report(run, service, callback)
+    args = SimpleNamespace(output_dir=str(tmp_path), run_name=None)
+    state, control = TrainerState(is_world_process_zero=True), TrainerControl()
+
+    def evaluate() -> None:
+        callback.on_log(args, state, control, logs={"eval_loss": 0.5})
+
+    evaluate()
+    callback.on_train_begin(args, state, control)
+    evaluate()
+    assert service.ended == 0, "before the end of the training the run stays active"
+    callback.on_train_end(args, state, control)
+    evaluate()
+    evaluate()
+    assert service.ended == 2
+    again = ["begin", "log", "begin", "log"] if ends else ["begin", "log", "log"]
+    assert callback.heard == ["begin", "log", "begin", "log", "end", *again]
+    callback.on_train_begin(args, state, control)
+    evaluate()
+    assert service.ended == 2, "nor is it in the next training"
 
 
 class Down(TrackerService):

@@ -248,3 +248,21 @@ def test_one_more_service_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(tracker_services()) == ["mlflow", "tensorboard", "trackio", "wandb"]
     register_tracker(Counting())
     assert "counting" in tracker_services()
+
+
+@pytest.mark.parametrize(
+    ("is_users", "auto_end", "ended"), [(False, True, 1), (True, True, 0), (False, False, 0)]
+)
+def test_mlflow_ends_again_only_a_run_that_its_callback_has_begun(
+    monkeypatch: pytest.MonkeyPatch, is_users: bool, auto_end: bool, ended: int
+) -> None:
+    ends: list[str] = []
+    active = object() if is_users else None
+    mlflow = SimpleNamespace(active_run=lambda: active, end_run=lambda: ends.append("end"))
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr(MLflow, "_steps", lambda service, tracker_id: {})
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")
+    service, callback = MLflow(), SimpleNamespace(_auto_end_run=auto_end)
+    service.before_start(callback, SimpleNamespace(), "4bc", TrackerStart(0, Path("out")))
+    assert service.end_again(callback) is bool(ended)
+    assert len(ends) == ended
