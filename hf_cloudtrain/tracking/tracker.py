@@ -216,10 +216,14 @@ class StepTracker:
 
     def _close_at_exit(self) -> None:
         self.close("stopped" if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) else "failed")
-        if self._thread.is_alive() and self._files:
+        if self._thread.is_alive():
+            self._name_files("There was no time to store everything")
+
+    def _name_files(self, why: str) -> None:
+        if self._files:
             logger.warning(
-                "There was no time to store everything: the end of the event files in %s may be on this machine only. Copy "
-                "them to keep it.",
+                "%s: the end of the event files in %s may be on this machine only. Copy them to keep it.",
+                why,
                 " and ".join(repr(str(files.folder)) for files in self._files.values()),
             )
 
@@ -278,21 +282,25 @@ class StepTracker:
                 if not self._rank:
                     self._store(self._write_heartbeat)
             if saved and not (self._ownership and self._ownership.overtaken_by):
-                self._store(partial(self._store_files, to_their_end=closed), "event files of a tracker")
+                store = partial(self._store_files, to_their_end=closed)
+                if not self._store(store, "event files of a tracker") and closed:
+                    self._name_files("The last event files of a tracker could not be stored")
             if closed:
                 return
             if not self._closed:
                 self._wake.wait(max(0.0, min(next_beat, self._next_flush(last_flush)) - time.monotonic()))
 
-    def _store(self, write: Callable[[], None], what: str = "the heartbeat") -> None:
-        """Call `write`, which may fail: the others still have their turn, and each has its next one."""
+    def _store(self, write: Callable[[], None], what: str = "the heartbeat") -> bool:
+        """Call `write`, which may fail: the others still have their turn, and each has its next one. Whether it did not."""
         with self._turn:
             try:
                 write()
+                return True
             except CloudTrainError as error:
                 say = logger.debug if what in self._warned else logger.warning
                 say("Cannot store %s: %s", what, error)
                 self._warned.add(what)
+        return False
 
     def _write_heartbeat(self) -> None:
         self._catalog.attempts.write_progress(self._attempt, {**self.heartbeat(), "host": self._host.read()})

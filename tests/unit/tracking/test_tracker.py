@@ -349,6 +349,22 @@ def test_event_files_for_which_there_is_no_time_at_the_end_are_named(
     tracker._thread.join(DEADLINE)
 
 
+@pytest.mark.parametrize("error", [StorageError("503"), RuntimeError("of tensorboard")])
+def test_event_files_whose_last_part_cannot_be_stored_are_named(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(files: EventFiles) -> bool:
+        raise error
+
+    monkeypatch.setattr(EventFiles, "store", fail)
+    run_of_tracker = TrackerRun("tensorboard", "runs/one", 1)
+    files = EventFiles(machines.catalog.storage, run_of_tracker, Path("out/runs/one"), lambda: None)
+    tracker = StepTracker(machines.catalog, 3, first_step=0, total_steps=4, files={"tensorboard": files})
+    tracker.start()
+    tracker.close("finished")
+    assert "the end of the event files in 'out/runs/one' may be on this machine only" in caplog.text
+
+
 def test_records_survive_an_outage(
     tracker: StepTracker, clock: Clock, machines: Machines, caplog: pytest.LogCaptureFixture
 ) -> None:
