@@ -186,8 +186,7 @@ class UploadQueue:
                 shown.update()
         self._hurry, self._deadline = False, None
         self._dropping.settle(min(SETTLE_SECONDS, max(0.0, deadline - time.monotonic())))
-        pending = self.pending()
-        if pending:
+        if pending := self.pending():
             self._gave_up = True
             error = NotCommittedError(self._not_stored(pending))
             raise self.overtaken_error() if self._is_overtaken() else error
@@ -270,6 +269,7 @@ class UploadQueue:
 
     def _take(self) -> OutboxEntry | None:
         with self._changed:
+            self._rests = False  # Ctrl-C may have cut off the start
             while not (ready := self._ready()) or self._is_overtaken() or self._stopping:
                 self._rests = self._stopping or (self._ownership is None and not self._waiting)
                 if self._rests:
@@ -283,13 +283,9 @@ class UploadQueue:
     def _wake(self) -> None:
         self._changed.notify_all()
         if self._rests:
-            self._rests = False
             self._thread = threading.Thread(target=self._work, name=self._thread.name, daemon=True)
-            try:
-                self._thread.start()
-            except RuntimeError:
-                self._rests = True  # so that the next save tries again
-                raise
+            self._thread.start()
+            self._rests = False  # not before: where it cannot start, the next save tries again
 
     def _ready(self) -> list[OutboxEntry]:
         return [entry for entry in self._waiting if entry is not self._held or self._hurry]

@@ -13,8 +13,9 @@ Saves go to the Checkpointer directly. Every rank calls everything.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, NoReturn
@@ -160,7 +161,7 @@ class AttemptLifecycle:
             check_no_pending_notice(self.checkpointer)
         used(self.checkpointer.storage.url)
         earlier = self.checkpointer.attempt
-        try:
+        with _interrupted_by_error(self):
             try:
                 attempt = self.checkpointer.begin(step, started_over=started_over)
             finally:  # what fails now is recorded as the end of the attempt
@@ -168,9 +169,6 @@ class AttemptLifecycle:
                     self._track(first_step=step, total_steps=total, samples_per_step=samples)
             self.is_leaving = self.is_over = False
             first_line(self.checkpointer, step=step, total=total, restored=self.restored, saves=saves)
-        except BaseException as error:
-            self.interrupt(self.checkpointer.attempt, outcome_of(error))
-            raise
         return attempt
 
     def interrupt(self, attempt: Attempt | None, outcome: Outcome = "stopped") -> None:
@@ -333,16 +331,23 @@ class AttemptLifecycle:
         return [self, *(other for key, other in _lifecycles.items() if key[:2] in runs and other is not self)]
 
     def _close_tracker(self, outcome: Outcome) -> None:
-        if self.tracker is not None:
-            self.tracker.close(outcome)
-        if self._own_log is not None:
-            self._own_log.close(outcome)
-            self._own_log = None
+        for log in filter(None, (self.tracker, self._own_log)):
+            log.close(outcome)
+        self._own_log = None
         page, self._page, card, self._card = self._page, None, self._card, None
         if card is not None:
             card.close()
         if page is not None:
             page.close(last=outcome != "overtaken")  # a newer attempt keeps the page by then
+
+
+@contextlib.contextmanager
+def _interrupted_by_error(lifecycle: AttemptLifecycle) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        lifecycle.interrupt(lifecycle.checkpointer.attempt, outcome_of(error))
+        raise
 
 
 def is_used() -> bool:

@@ -228,11 +228,11 @@ class TrainLoop(TrackedLoop):
             self._complete_folder()
             return
         attempt = self._lifecycle.begin(self.global_step, saves=saves(self.save_steps, self._clock))
-        with self._interrupted(attempt):
+        with _interrupted(self._run, attempt):
             self._run.begin(self._resumed)
             self._lifecycle.listen(grace=self._grace_seconds, clock=self._clock)
         while self.epoch < self.num_epochs and not self._run.stop_requested:
-            with self._interrupted(attempt):
+            with _interrupted(self._run, attempt):
                 self._steps = steps = EpochSteps(self._run, save_steps=self.save_steps)
                 self._epoch_saved = False
                 self._run.optimizers.watch()
@@ -245,7 +245,7 @@ class TrainLoop(TrackedLoop):
         self._run.optimizers.close()
         complete = self._complete and not self._lifecycle.has_notice()
         is_over = complete or self.epoch >= self.num_epochs
-        with self._interrupted(attempt):
+        with _interrupted(self._run, attempt):
             self._lifecycle.finish("finished" if is_over else "stopped", then=self._complete_folder)
         if complete:
             end_run(self._checkpointer, self.global_step, self.num_epochs)
@@ -349,18 +349,19 @@ class TrainLoop(TrackedLoop):
         steps.save(metrics, best=better)
         self._epoch_saved = True
 
-    @contextlib.contextmanager
-    def _interrupted(self, attempt: Attempt) -> Iterator[None]:
-        """Stop what runs in the background after an error, Ctrl-C, or what closes `epochs`: `break`, or an error in the body."""
-        try:
-            yield
-        except (Exception, KeyboardInterrupt, GeneratorExit) as error:
-            self._run.optimizers.close()
-            self._lifecycle.interrupt(attempt, outcome_of(error))
-            raise
-
     def _complete_folder(self) -> None:
         self._folder.complete(self._run.state)
+
+
+@contextlib.contextmanager
+def _interrupted(run: LoopRun, attempt: Attempt) -> Iterator[None]:
+    """Stop what runs in the background after an error, Ctrl-C, or what closes `epochs`: `break`, or an error in the body."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit) as error:
+        run.optimizers.close()
+        run.lifecycle.interrupt(attempt, outcome_of(error))
+        raise
 
 
 def _folder_of(url: str) -> str:
