@@ -51,7 +51,18 @@ def test_the_command_line(
     ), "outer folders first"
     assert [word for word in found if word not in mounts and word != "--mount"] == [
         *("docker", "run", "--rm", "--init=false", "--network", "host", "--ipc", "host", "--gpus", "all"),
-        *("--env", "CKPT_DIR", "--env", "KEY", "--env", "RANK", "--env", "RANKED"),
+        *(
+            "--env",
+            "CKPT_DIR",
+            "--env",
+            "HF_CLOUDTRAIN_PRICE",
+            "--env",
+            "KEY",
+            "--env",
+            "RANK",
+            "--env",
+            "RANKED",
+        ),
         *("--name", f"cloudtrain-toy-1-{os.getpid()}"),
         *("--entrypoint", "sh", "me/train:1", "-c", INIT, "sh", "bash", "-c", "torchrun main.py"),
     ]
