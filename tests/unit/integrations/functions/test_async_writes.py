@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import hf_cloudtrain as ct
+from hf_cloudtrain.checkpoints.catalog import Catalog
 from hf_cloudtrain.errors import ConfigurationError
 from hf_cloudtrain.integrations.functions import api
 from hf_cloudtrain.staging import recorders
@@ -73,11 +74,12 @@ def train(folder: Path, until: int) -> None:
         wait_until_committed(ct.processed_steps())
 
 
-def wait_until_committed(step: int) -> None:
+def wait_until_committed(*steps: int) -> None:
+    """Of two saves in quick succession, the newer one may be committed first."""
     assert isinstance(api._Current.run, api._Run)
     mode: Any = api._Current.run._mode
-    uploads = mode._lifecycle.checkpointer.uploads
-    wait_until(lambda: uploads.last_committed and uploads.last_committed.step == step, f"step {step}")
+    catalog = Catalog(mode._lifecycle.checkpointer.storage)
+    wait_until(lambda: {key.step for key in catalog.checkpoints()} >= set(steps), f"steps {steps}")
 
 
 def value_in(path: Path) -> float:
@@ -143,7 +145,7 @@ def test_a_file_that_the_script_writes_again_meanwhile_is_the_newer_one(
     torch.save(state(4), folder / "checkpoint.pt")
     threading.Timer(0.3, writers.may_write.set).start()
     ct.upload_checkpoint()
-    wait_until_committed(4)
+    wait_until_committed(3, 4)
     assert value_in(folder / "checkpoint.pt") == 4
     assert value_in(machines.run / "checkpoint-3" / "checkpoint.pt") == 3
     assert value_in(machines.run / "checkpoint-4" / "checkpoint.pt") == 4
