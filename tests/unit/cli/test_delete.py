@@ -231,7 +231,9 @@ class TestJobDelete:
         assert not home.exists()
         assert "No job 'glue-1'" in sentence("job", "delete", "glue-1", "--yes")
 
-    def test_of_a_record_with_the_folder_of_a_different_job_leaves_that_folder(self, store: JobStore) -> None:
+    def test_law_11_of_a_record_with_the_folder_of_a_different_job_leaves_that_folder(
+        self, store: JobStore
+    ) -> None:
         victim = make_job(store, "preempted")
         job = parse_job(b"name: glue\njob_setting: {docker: {command: 'true'}}\n")
         Submission(job, job.plan(), victim.id, victim.run_url, store.url, Path(victim.home)).save()

@@ -143,7 +143,7 @@ def test_a_deletion_that_fails_half_way_is_noted_with_what_it_deleted(
         ("runs/not-begun", False, ""),
     ],
 )
-def test_cancel_asks_the_job_and_notes_it_in_its_run(
+def test_law_11_cancel_is_noted_only_in_a_run_of_the_page_or_the_store(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, noted: bool, said: str
 ) -> None:
     """A record of a job comes from storage: the server writes to no URL that only the record names."""

@@ -57,7 +57,9 @@ def test_a_record_that_names_what_create_does_not_make_is_damaged(
         endpoints.read("nsmc")
 
 
-def test_a_job_record_of_a_different_engine_is_not_cancelled(endpoints: Endpoints, tmp_path: Path) -> None:
+def test_law_11_a_job_record_of_a_different_engine_is_not_cancelled(
+    endpoints: Endpoints, tmp_path: Path
+) -> None:
     """`endpoint delete nsmc` would stop what the handle names there."""
     written(endpoints, tmp_path)
     facts = {"engine": "slurm", "nodes": 1, "nproc_per_node": 1, "max_restarts": 0}

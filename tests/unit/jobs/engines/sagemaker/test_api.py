@@ -34,7 +34,7 @@ def test_cancel_stops_the_training_job(stubbed: dict[str, Stubbed], tmp_path: Pa
     ENGINE.cancel(record_of(submission(SMALL)), store)  # SageMaker never had it
 
 
-def test_no_training_job_of_the_account_but_the_jobs_own_is_stopped_or_shown(
+def test_law_11_no_training_job_of_the_account_but_the_jobs_own_is_stopped_or_shown(
     stubbed: dict[str, Stubbed],
 ) -> None:
     store = JobStore()

@@ -372,7 +372,7 @@ class TestCommands:
             {"managed": True, "name": ["x-1"], "job": 7},
         ],
     )
-    def test_a_handle_of_a_different_job_or_with_an_option_is_refused(
+    def test_law_11_a_handle_of_a_different_job_or_with_an_option_is_refused(
         self, sky: FakeSky, store: JobStore, handle: dict[str, object]
     ) -> None:
         sky.prints("launch", LAUNCHED)
@@ -387,7 +387,7 @@ class TestCommands:
                 SKYPILOT.cancel(record, store)
         assert sky.calls == calls
 
-    def test_a_number_of_a_different_job_is_not_cancelled_and_its_log_not_shown(
+    def test_law_11_a_number_of_a_different_job_is_not_cancelled_and_its_log_not_shown(
         self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         sky.prints("launch", LAUNCHED)
@@ -424,7 +424,7 @@ class TestCommands:
         with pytest.raises(ConfigurationError, match=r"`sky jobs logs 12 .*` printed nothing for 0\.2 s\."):
             list(SKYPILOT.lines(record, None, follow=False))
 
-    def test_cancel_asks_no_other_run_to_stop(
+    def test_law_11_cancel_asks_no_other_run_to_stop(
         self, sky: FakeSky, store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         sky.prints("launch", LAUNCHED)

@@ -131,7 +131,7 @@ def test_slurms_state_adds_to_the_record_what_no_supervisor_could_write(
     assert (None if status is None else (status.state, status.reason)) == expected
 
 
-def test_a_number_that_slurm_has_given_to_a_different_job_cancels_nothing(
+def test_law_11_a_number_that_slurm_has_given_to_a_different_job_cancels_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shown = "JobId=7 JobName={} JobState={} Reason=None Restarts=0 ExitCode=0:0 StartTime=N/A EndTime=N/A TimeLimit=1"
@@ -186,7 +186,7 @@ def test_a_running_job_whose_name_an_administrator_changed_is_found_by_its_scrip
 
 
 @pytest.mark.parametrize("number", ["--all", "7 8", "", "7_1", ["7"], -7, "\u0667"])
-def test_a_number_that_is_not_one_does_not_reach_slurm(
+def test_law_11_a_number_that_is_not_one_does_not_reach_slurm(
     number: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(client, "call", lambda *command: pytest.fail(f"{command} was called"))
